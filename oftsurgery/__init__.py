@@ -1,0 +1,59 @@
+"""Surgery on models that were fine-tuned with Orthogonal Fine-Tuning (OFT, OFTv2, QOFT) adapters over bitsandbytes-quantised weights.
+
+>>> import oftsurgery
+>>> folded = oftsurgery.fold(model, "my-qoft-adapter")  # doctest: +SKIP
+>>> folded.oftsurgery.worst                             # doctest: +SKIP
+"""
+
+from ._version import __version__
+from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
+from .api import fold, load_adapter, unfold
+from .codecs import EncodedWeight, WeightFormat
+from .errors import (
+    AdapterError,
+    DialectError,
+    FormatError,
+    IntegrityError,
+    MatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    OFTSurgeryError,
+    RoundingWarning,
+    ShapeError,
+    StateError,
+    UnfoldWarning,
+    UntieWarning,
+)
+from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .weight import fold_weight, unfold_weight
+
+__all__ = [
+    "DIALECTS",
+    "AdapterError",
+    "AdapterInfo",
+    "Cayley",
+    "DialectError",
+    "EncodedWeight",
+    "FoldRecord",
+    "FormatError",
+    "IntegrityError",
+    "MatchError",
+    "MissingDependencyError",
+    "ModuleRecord",
+    "NonFiniteError",
+    "OFTAdapter",
+    "OFTSurgeryError",
+    "Rotation",
+    "RoundingWarning",
+    "ShapeError",
+    "StateError",
+    "UnfoldWarning",
+    "UntieWarning",
+    "WeightFormat",
+    "__version__",
+    "fold",
+    "fold_weight",
+    "load_adapter",
+    "unfold",
+    "unfold_weight",
+]

@@ -1,0 +1,454 @@
+"""OFT adapters: the files that any peft release writes, as one frozen :class:`OFTAdapter`.
+
+Pure: config and tensors in, an adapter out. :func:`oftsurgery.load_adapter` reads the files. What differs between releases is told apart once, here, as a
+*dialect*; from then on an adapter is a mapping from module paths to :class:`Rotation`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import rotations
+from .errors import AdapterError, DialectError, MatchError, NonFiniteError, ShapeError, printable
+from .hashing import hash_tensors
+
+__all__ = ["DIALECTS", "Cayley", "Dialect", "OFTAdapter", "Rotation", "parse_adapter"]
+
+Dialect = Literal["peft-0.13", "peft-0.15", "peft-0.17", "peft-0.21"]
+
+#: dialect → the peft releases that write it
+DIALECTS: Mapping[str, str] = MappingProxyType(
+    {
+        "peft-0.13": "peft ≤ 0.13: output side, `oft_r` without `oft_s`",
+        "peft-0.15": "peft 0.14 and 0.15: input side with `oft_s`",
+        "peft-0.17": "peft 0.16 and 0.17: input side, the first Neumann series",
+        "peft-0.21": "peft ≥ 0.18: input side and embeddings, the second Neumann series",
+    }
+)
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Cayley:
+    """Which map takes the generator ``Q`` to ``R``.
+
+    Attributes:
+        terms: None for the exact map ``(I-Q)(I+Q)⁻¹``, else the number of terms of the truncated Neumann series (of the inverse: mind the sign).
+        since_0_18: the series of peft ≥ 0.18 rather than that of 0.16 and 0.17.
+    """
+
+    terms: int | None = None
+    since_0_18: bool = True
+
+    @property
+    def exact(self) -> bool:
+        return self.terms is None
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """``R: (n, b, b)`` from skew-symmetric ``q: (n, b, b)``; differentiable."""
+        if self.terms is None:
+            return rotations.cayley(q)
+        return rotations.neumann(q, self.terms, since_0_18=self.since_0_18)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One module's rotation.
+
+    Attributes:
+        generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied. One row: shared by all blocks of the row.
+        cayley: the map from generator to rotation.
+        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each folds to.
+        scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
+    """
+
+    generator: Tensor
+    cayley: Cayley = Cayley()
+    side: rotations.Side = "input"
+    scale: Tensor | None = None
+
+    @property
+    def block_size(self) -> int:
+        return rotations.block_size_of(self.generator.shape[-1])
+
+    @property
+    def blocks(self) -> Tensor:
+        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Computed anew at each access.
+
+        Raises:
+            NonFiniteError: if the map has no finite result.
+        """
+        q = rotations.skew(self.generator.detach().to(torch.float64))
+        with rotations.full_precision(q.device.type):
+            return self.cayley(q)
+
+    @cached_property
+    def _eigenvalues(self) -> Tensor:
+        """Half of the eigenvalues of the blocks, complex128 (the others are their conjugates)."""
+        theta = rotations.eigen_angles(rotations.skew(self.generator.detach().to(torch.float64)))
+        return self.cayley((1j * theta).reshape(-1, 1, 1)).reshape(-1)
+
+    @property
+    def defect(self) -> float:
+        """Largest ``‖RᵀR - I‖₂`` over the blocks; 0 (to rounding) for the exact map."""
+        return float((self._eigenvalues.abs() ** 2 - 1).abs().max())
+
+    @property
+    def angle(self) -> float:
+        """Largest rotation angle of a block in radians, 0 to π."""
+        return float(self._eigenvalues.angle().abs().max())
+
+    def check_fits(self, shape: tuple[int, int], module: str) -> None:
+        """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens, features)`` for an embedding."""
+        n, b = self.generator.shape[0], self.block_size
+        out, features = shape
+        if self.side == "output":
+            fits = (n == 1 and b <= out) or b == -(-out // n)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
+            rotated, width = "output features", out
+        else:
+            fits = features % b == 0 and n in (1, features // b)
+            rotated, width = "features" if self.side == "embedding" else "input features", features
+        if not fits:
+            raise ShapeError(
+                f"{n} blocks of size {b} do not cover the {width} {rotated}",
+                module=module,
+                shape=shape,
+                remedy="use the base model that the adapter was trained on (its `base_model_name_or_path`)",
+            )
+        if self.scale is not None and self.scale.shape != (out,):
+            raise ShapeError(
+                "oft_s does not fit the output features",
+                module=module,
+                tensor="oft_s",
+                shape=tuple(self.scale.shape),
+                expected=(out,),
+                remedy="use the base model that the adapter was trained on",
+            )
+
+    def fold_into(self, weight: Tensor) -> Tensor:
+        """What the live layer computes with ``weight: (out, in)`` (or ``(tokens, features)``), as a weight, in float32 or better."""
+        rotated = rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side)
+        return rotated if self.scale is None else rotated * self.scale.to(rotated).unsqueeze(-1)
+
+    def unfold_from(self, weight: Tensor) -> Tensor:
+        """The true inverse of :meth:`fold_into`.
+
+        Raises:
+            NonFiniteError: if a scale is zero or the rotation singular.
+        """
+        if self.scale is not None:
+            if bool((self.scale == 0).any()):
+                raise NonFiniteError("oft_s holds a zero, which no inverse undoes", tensor="oft_s", remedy="restore from the base model instead")
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = weight / self.scale.to(weight).unsqueeze(-1)
+        return rotations.unrotate_weight(weight, self.blocks.to(weight.device), self.side)
+
+
+@dataclass(frozen=True, eq=False)
+class OFTAdapter:
+    """An OFT adapter of any dialect, immutable.
+
+    Attributes:
+        modules: ``{module path as the base model names it: Rotation}``.
+        saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings, which replace the model's own.
+        dialect: a key of :data:`DIALECTS`.
+        config: the adapter's ``adapter_config.json``, as read.
+        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters, wherever they came from.
+        source: folder, repository or live model it came from.
+        sha256: of the tensors' file, where there is one.
+    """
+
+    modules: Mapping[str, Rotation]
+    saved: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    dialect: str = "peft-0.21"
+    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    source: str | None = None
+    sha256: str | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+        object.__setattr__(self, "saved", MappingProxyType(dict(self.saved)))
+        object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
+        parts = dict(self.saved)
+        for path, r in self.modules.items():
+            parts[f"{path}\0{r.side}\0{r.cayley}"] = r.generator
+            if r.scale is not None:
+                parts[f"{path}\0scale"] = r.scale
+        object.__setattr__(self, "fingerprint", hash_tensors(parts))
+
+    def __repr__(self) -> str:
+        sizes = sorted({r.block_size for r in self.modules.values()})
+        return f"OFTAdapter({len(self.modules)} modules, block size {', '.join(map(str, sizes))}, {self.dialect}, source={printable(self.source)!r})"
+
+
+def parse_adapter(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dialect: Dialect | None = None,
+    source: str | None = None,
+    sha256: str | None = None,
+) -> OFTAdapter:
+    """An adapter from its parsed ``adapter_config.json`` and tensors.
+
+    Args:
+        config: the parsed JSON object.
+        tensors: ``{key as peft saves it: tensor}``.
+        dialect: names the dialect where the files do not tell it; refused where they contradict it.
+        source: where it came from, for messages and records.
+        sha256: of the file of tensors.
+
+    Raises:
+        DialectError: no OFT adapter, an unsupported kind, or an ambiguous one.
+        AdapterError: missing, unknown or mistyped keys.
+        ShapeError, NonFiniteError: tensors that no peft release writes.
+    """
+    _check_config(config)
+    if not tensors:
+        raise AdapterError("the adapter holds no tensor", path=source, remedy="save it again with peft's save_pretrained")
+    raw, saved = _group(tensors, source)
+    name = _detect_dialect(config, raw, dialect, source)
+    modules = {path: _rotation(path, parts, config, name) for path, parts in sorted(raw.items())}
+    return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
+
+
+# --- config ---------------------------------------------------------------------------------------------------------------------------------------
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "block_share": (bool,),
+    "coft": (bool,),
+    "eps": (int, float),
+    "use_cayley_neumann": (bool,),
+    "num_cayley_neumann_terms": (int,),
+    "r": (int,),
+    "oft_block_size": (int,),
+    "bias": (str,),
+    "peft_version": (str, type(None)),
+    "fan_in_fan_out": (bool,),
+    "modules_to_save": (list, type(None)),
+}
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind is None:
+        raise AdapterError("the adapter's config has no `peft_type`", tensor="adapter_config.json", remedy="give a folder that peft's save_pretrained wrote")
+    if kind != "OFT":
+        raise DialectError(
+            f"this is a {printable(kind)} adapter, not an OFT one",
+            remedy="oftsurgery folds OFT, OFTv2 and QOFT adapters only; merge others with peft's merge_and_unload",
+        )
+    for name, types in _TYPES.items():
+        value = config.get(name, _MISSING)
+        if value is _MISSING:
+            continue
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise AdapterError(
+                f"the adapter's config has {name} = {printable(value)!r}, which is no {types[0].__name__}",
+                tensor="adapter_config.json",
+                remedy="restore the config that peft wrote",
+            )
+    if config.get("layer_replication"):
+        raise DialectError("`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it")
+    if config.get("use_dora"):
+        raise DialectError("`use_dora` is no OFT setting that any peft release computes", remedy="check where the config came from")
+
+
+_MISSING = object()
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------------------------------------
+
+_PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$")
+_OTHER_TUNER = re.compile(r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)")
+
+
+def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Keys → ({module path: {part: tensor}}, {model tensor name: tensor})."""
+    raw: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise AdapterError(
+                f"unknown key: peft's adapter keys start with {_PREFIX!r}", tensor=key, path=source, remedy="save the adapter with peft's save_pretrained"
+            )
+        name = key[len(_PREFIX) :]
+        if not tensor.is_floating_point():
+            raise AdapterError(f"an adapter tensor must be floating point, this is {tensor.dtype}", tensor=key, path=source, remedy="restore the file")
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError("the adapter's tensor holds NaN or infinity", tensor=key, path=source, remedy="retrain from an earlier checkpoint")
+        if match := _PARTS.match(name):
+            raw.setdefault(match["path"], {})[match["part"]] = tensor
+        elif other := _OTHER_TUNER.search("." + name):
+            raise DialectError(
+                f"the adapter holds {printable(other[1])!r}, which is no part of an OFT adapter that peft saves",
+                tensor=key,
+                path=source,
+                remedy="save OFT adapters alone, with peft's save_pretrained",
+            )
+        else:
+            target = name.replace(".base_layer.", ".")
+            if target in saved:
+                raise MatchError("two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys")
+            saved[target] = tensor
+    if not raw:
+        raise AdapterError(
+            f"the adapter has {len(saved)} tensors, but none is a rotation (oft_R, oft_embedding_R, oft_r)",
+            path=source,
+            remedy="check that the adapter was saved after training, from the rank that holds the weights",
+        )
+    return raw, saved
+
+
+# --- dialects -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _detect_dialect(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], named: str | None, source: str | None) -> str:
+    if named is not None and named not in DIALECTS:
+        raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"one of {', '.join(DIALECTS)}")
+    old = [path for path, parts in raw.items() if "oft_r" in parts or "oft_s" in parts]
+    new = [path for path, parts in raw.items() if "oft_R.weight" in parts or "oft_embedding_R.weight" in parts]
+    if old and new:
+        raise DialectError("keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter", tensor=old[0], path=source, remedy="save it with one peft")
+    candidates = _old_dialects(config, raw, source) if old else _new_dialects(config, source)
+    if named is not None:
+        if named not in candidates:
+            raise DialectError(f"named {named}, but the files are of {' or '.join(candidates)}", path=source, remedy="leave the dialect out")
+        return named
+    if len(candidates) > 1:
+        raise DialectError(
+            f"the files do not tell the dialect: {' or '.join(candidates)} (config: use_cayley_neumann={config.get('use_cayley_neumann')!r}, "
+            f"peft_version={printable(config.get('peft_version'))!r})",
+            path=source,
+            remedy="name it: load_adapter(…, dialect=…), by the peft release that trained it",
+        )
+    return candidates[0]
+
+
+def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], source: str | None) -> list[str]:
+    scaled = [path for path, parts in raw.items() if "oft_s" in parts]
+    if "oft_block_size" in config:
+        for path, parts in raw.items():
+            missing = {"oft_r", "oft_s"} - set(parts)
+            if missing:
+                raise AdapterError(
+                    f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing", module=path, path=source, remedy="restore the whole file"
+                )
+        return ["peft-0.15"]
+    if scaled:
+        raise DialectError(
+            "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that",
+            module=scaled[0],
+            path=source,
+            remedy="restore the adapter_config.json that belongs to these tensors",
+        )
+    return ["peft-0.13"]
+
+
+def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
+    version = config.get("peft_version")
+    release = re.match(r"(\d+)\.(\d+)", version) if version else None
+    after = bool(release) and (int(release[1]), int(release[2])) >= (0, 18)  # type: ignore[index]
+    if config.get("use_cayley_neumann") is False:
+        return ["peft-0.21" if after else "peft-0.17"]  # the exact map is the same in both
+    if "use_cayley_neumann" not in config:
+        raise_from = "peft ≥ 0.16 always writes `use_cayley_neumann`"
+        raise DialectError(
+            f"the config has no `use_cayley_neumann`, so the map cannot be told: {raise_from}",
+            path=source,
+            remedy="restore the adapter_config.json that belongs to these tensors",
+        )
+    if version is None:
+        return ["peft-0.17"]  # the field came with 0.18
+    if not after or re.search(r"^0\.18\.0\.?dev", version):
+        # a development version around the change of the series
+        return ["peft-0.17", "peft-0.21"]
+    return ["peft-0.21"]
+
+
+# --- rotations ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
+    if len(parts) > 1 and set(parts) != {"oft_r", "oft_s"}:
+        raise AdapterError(f"one module has {' and '.join(sorted(parts))}", module=path, remedy="save the adapter again with peft's save_pretrained")
+    coft_eps = float(config.get("eps", 6e-5)) if config.get("coft") else None
+    if dialect in ("peft-0.13", "peft-0.15"):
+        return _old_rotation(path, parts, config, dialect, coft_eps)
+    part, v = next(iter(parts.items()))
+    if v.ndim != 2 or v.shape[0] < 1:
+        raise ShapeError("a generator must be (blocks, b(b-1)/2)", module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file")
+    try:
+        rotations.block_size_of(v.shape[1])
+    except ShapeError as error:
+        raise ShapeError(error.message, module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file") from None
+    _check_shared(path, v, config)
+    cayley = Cayley()
+    if config.get("use_cayley_neumann"):
+        cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=dialect == "peft-0.21")
+    if coft_eps is not None:
+        # ‖Q‖_F ≤ eps / √rows (peft ≥ 0.16: the clamp is on the skew-symmetric matrix); clamped anew by every live forward, so a file may not be
+        v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), coft_eps))
+    return Rotation(generator=v, cayley=cayley, side="embedding" if part.startswith("oft_embedding") else "input")
+
+
+def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str, coft_eps: float | None) -> Rotation:
+    a = parts["oft_r"] if "oft_r" in parts else next(iter(parts.values()))
+    if "oft_r" not in parts:
+        raise AdapterError("oft_s without oft_r", module=path, remedy="restore the whole file")
+    if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
+        raise ShapeError("oft_r must be (blocks, b, b) with b ≥ 2", module=path, tensor="oft_r", shape=tuple(a.shape), remedy="restore the file")
+    _check_shared(path, a, config)
+    scale = parts.get("oft_s")
+    if scale is not None and (scale.ndim != 2 or scale.shape[1] != 1):
+        raise ShapeError("oft_s must be (out, 1)", module=path, tensor="oft_s", shape=tuple(scale.shape), remedy="restore the file")
+    a = a.to(torch.float64)
+    rows, b, _ = a.shape
+    if coft_eps is not None:
+        # ‖A‖_F ≤ eps · ⌈out/r⌉² / √rows on the raw matrix, r blocks a row; ≤ 0.13 has ⌈out/r⌉ = b
+        if scale is None:
+            width = b
+        else:
+            r = rows if not config.get("block_share") else int(config.get("r", 0))
+            if r == 0:
+                raise DialectError(
+                    "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the layer's input width, which its files do not hold",
+                    module=path,
+                    remedy="run one forward in peft 0.15 and save again with `coft: false`",
+                )
+            width = -(-scale.shape[0] // r)
+        a = _clamp(a, coft_eps * width * width)
+    q = (a - a.transpose(1, 2)) / 2
+    return Rotation(
+        generator=rotations.vector(q),
+        side="output" if dialect == "peft-0.13" else "input",
+        scale=None if scale is None else scale.reshape(-1),
+    )
+
+
+def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
+    if config.get("block_share") and rows.shape[0] != 1:
+        raise ShapeError("`block_share` is set, but the generator has more than one row", module=path, shape=tuple(rows.shape), remedy="restore the config")
+
+
+def _clamp(q: Tensor, radius: float) -> Tensor:
+    """Each block of ``q: (rows, b, b)`` scaled to Frobenius norm ``radius / √rows`` where it is larger."""
+    radius = radius / q.shape[0] ** 0.5
+    norm = torch.linalg.matrix_norm(q, keepdim=True)
+    return torch.where(norm <= radius, q, q * (radius / norm.clamp(min=torch.finfo(q.dtype).tiny)))
+
+
+def common_paths(paths: Iterable[str], limit: int = 3) -> str:
+    """The first few of ``paths`` for a message."""
+    listed = list(paths)
+    return ", ".join(printable(p) for p in listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

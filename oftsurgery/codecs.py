@@ -1,0 +1,365 @@
+"""Storage formats of weights: dense, NF4, FP4 and int8, as pure functions of tensors.
+
+Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored tensors stand for (not rounded to a
+compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same float32 weight. Tensor names are local, as behind a checkpoint's
+``<module>.``/``<module>.weight.`` prefix; only the planner knows module paths. These are the readable reference: correctness first.
+
+4-bit (Dettmers et al. 2023, "QLoRA"): flat blocks of ``blocksize`` over the row-major weight, so that a block straddles rows where ``in`` is no
+multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax. Double quantisation stores the absmax itself as uint8 in blocks
+of 256 around their mean. Int8 (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError, NonFiniteError, ShapeError
+from .hashing import hash_tensors
+
+__all__ = ["CODECS", "Codec", "EncodedWeight", "WeightFormat", "decode", "dense", "encode", "unpack_cpu_layout"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one weight is stored.
+
+    Attributes:
+        codec: key of :data:`CODECS`: ``"dense"``, ``"nf4"``, ``"fp4"``, ``"int8"``.
+        shape: logical shape, ``(out, in)`` for a linear.
+        dtype: of the stored values (dense), or that bitsandbytes dequantises to (``quant_state.dtype``; float16 for int8).
+        blocksize: weights a 4-bit block; 0 elsewhere.
+        nested_blocksize: absmax values a block of the double quantisation; 0 where there is none.
+        storage: dtype in which the packed 4-bit bytes are held (``quant_storage``; FSDP wants a float one).
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    blocksize: int = 0
+    nested_blocksize: int = 0
+    storage: torch.dtype = torch.uint8
+
+    @property
+    def quantised(self) -> bool:
+        return self.codec != "dense"
+
+    @property
+    def label(self) -> str:
+        """``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``, ``"float16"`` …"""
+        if self.codec == "dense":
+            return str(self.dtype).removeprefix("torch.")
+        return f"{self.codec} (double quantisation)" if self.nested_blocksize else self.codec
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedWeight:
+    """A weight as stored: its format and its tensors under their local names.
+
+    ======  =====================================================================================================================================
+    codec   tensors
+    ======  =====================================================================================================================================
+    dense   ``weight`` of ``shape``
+    4-bit   ``weight`` (packed codes, ``(⌈n/2⌉, 1)`` uint8 or as ``storage``), ``absmax`` (one a block: float32, or uint8 with double quantisation),
+            ``quant_map`` (16,), and with double quantisation ``nested_absmax``, ``nested_quant_map`` (256,), ``nested_offset`` ()
+    int8    ``weight`` ``(out, in)`` int8, ``SCB`` ``(out,)`` float32
+    ======  =====================================================================================================================================
+    """
+
+    format: WeightFormat
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the tensors, :func:`~oftsurgery.hashing.hash_tensors`."""
+        return hash_tensors(self.tensors)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A storage format's two directions and the names of its tensors."""
+
+    decode: Callable[[EncodedWeight], Tensor]
+    encode: Callable[[Tensor, WeightFormat], dict[str, Tensor]]
+
+
+def dense(weight: Tensor) -> EncodedWeight:
+    """A plain tensor as an :class:`EncodedWeight`."""
+    return EncodedWeight(WeightFormat("dense", tuple(weight.shape), weight.dtype), {"weight": weight})
+
+
+def decode(encoded: EncodedWeight) -> Tensor:
+    """The exact weight that ``encoded`` stands for, as a new tensor of ``format.shape``.
+
+    Returns:
+        float32 (float64 for a float64 dense weight), on the device of the stored tensors.
+
+    Raises:
+        FormatError: tensors are missing, or do not agree with the format.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    weight = _codec(encoded.format).decode(encoded)
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(
+            "the stored weight holds NaN or infinity", format=encoded.format.label, remedy="reload the base model: its file or memory is damaged"
+        )
+    return weight
+
+
+def encode(weight: Tensor, format: WeightFormat) -> EncodedWeight:
+    """``weight`` stored in ``format``; for quantised formats with the codes and statistics of bitsandbytes' own quantiser (rounding to nearest).
+
+    Args:
+        weight: of ``format.shape``, floating point; read as float32 (dense: as it is).
+
+    Raises:
+        ShapeError: ``weight`` is not of ``format.shape``.
+        NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
+    """
+    if tuple(weight.shape) != format.shape:
+        raise ShapeError("the weight does not have its format's shape", shape=tuple(weight.shape), expected=format.shape, format=format.label)
+    tensors = _codec(format).encode(weight, format)
+    return EncodedWeight(format, tensors)
+
+
+def _codec(format: WeightFormat) -> Codec:
+    try:
+        return CODECS[format.codec]
+    except KeyError:
+        raise FormatError(f"unknown storage format; known are {', '.join(CODECS)}", format=format.codec) from None
+
+
+def _require(encoded: EncodedWeight, *names: str) -> list[Tensor]:
+    missing = [n for n in names if n not in encoded.tensors]
+    if missing:
+        raise FormatError(
+            f"the stored weight lacks {', '.join(missing)}", format=encoded.format.label, remedy="reload it: part of its quantisation state is lost"
+        )
+    return [encoded.tensors[n] for n in names]
+
+
+def _finite(weight: Tensor, what: str, format: WeightFormat) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise NonFiniteError(what, format=format.label, remedy="fold into a wider format, or check the adapter with a smaller scale")
+
+
+# --- dense ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode_dense(encoded: EncodedWeight) -> Tensor:
+    (weight,) = _require(encoded, "weight")
+    if not weight.is_floating_point():
+        raise FormatError(f"a dense weight must be floating point, this is {weight.dtype}", remedy="dequantise it first")
+    if tuple(weight.shape) != encoded.format.shape:
+        raise ShapeError("the stored weight does not have its format's shape", shape=tuple(weight.shape), expected=encoded.format.shape)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+def _encode_dense(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
+    stored = weight.to(format.dtype)
+    _finite(stored, f"the weight is not finite in {format.label}", format)
+    return {"weight": stored}
+
+
+# --- 4-bit ----------------------------------------------------------------------------------------------------------------------------------------
+
+# Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
+_LEVELS: Mapping[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "fp4": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
+}
+
+
+@cache
+def _levels(codec: str, device: torch.device) -> Tensor:
+    """The 16 levels, (16,) float32 in [-1, 1], by code."""
+    levels = torch.tensor(_LEVELS[codec], dtype=torch.float32, device=device)
+    return levels / levels.abs().max()
+
+
+@cache
+def _bounds(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between the sorted levels (15,), and the code of each sorted level (16,)."""
+    levels = _levels(codec, device)
+    order = torch.argsort(levels)
+    return (levels[order[:-1]] + levels[order[1:]]) / 2, order
+
+
+@cache
+def _byte_table(codec: str, device: torch.device) -> Tensor:
+    """(256, 2) float32: a packed byte to its two levels, first code in the high nibble."""
+    byte = torch.arange(256, device=device)
+    levels = _levels(codec, device)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=-1)
+
+
+def _blocks(flat: Tensor, blocksize: int) -> Tensor:
+    """``(n,)`` → ``(⌈n/blocksize⌉, blocksize)``, zero-padded."""
+    rest = -flat.numel() % blocksize
+    return torch.nn.functional.pad(flat, (0, rest)).reshape(-1, blocksize) if rest else flat.reshape(-1, blocksize)
+
+
+def _decode_absmax(encoded: EncodedWeight) -> Tensor:
+    (absmax,) = _require(encoded, "absmax")
+    f = encoded.format
+    if not f.nested_blocksize:
+        if not absmax.is_floating_point():
+            raise FormatError("absmax is quantised, but its nested statistics are missing", tensor="absmax", format=f.label)
+        return absmax.reshape(-1).to(torch.float32)
+    nested_absmax, nested_map, offset = _require(encoded, "nested_absmax", "nested_quant_map", "nested_offset")
+    values = nested_map.to(torch.float32)[absmax.reshape(-1).to(torch.int64)]
+    scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
+    return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
+
+
+def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
+    f = encoded.format
+    n = math.prod(f.shape)
+    if packed.numel() != -(-n // 2):
+        raise ShapeError("the packed codes do not hold the weight's elements", tensor="weight", shape=(packed.numel(),), expected=(-(-n // 2),), format=f.label)
+    if f.blocksize < 2 or absmax.numel() != -(-n // f.blocksize):
+        raise ShapeError(
+            f"absmax does not hold one value a block of {f.blocksize}",
+            tensor="absmax",
+            shape=(absmax.numel(),),
+            expected=(-(-n // max(f.blocksize, 1)),),
+            format=f.label,
+        )
+    quant_map = encoded.tensors.get("quant_map")
+    if quant_map is not None:
+        levels = _levels(f.codec, quant_map.device)
+        if quant_map.shape != levels.shape or not torch.allclose(quant_map.to(torch.float32), levels, rtol=0, atol=1e-3):
+            raise FormatError(
+                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else",
+                tensor="quant_map",
+                format=f.label,
+                remedy="quantise the model again with a stock bitsandbytes",
+            )
+
+
+def _decode_4bit(encoded: EncodedWeight) -> Tensor:
+    f = encoded.format
+    packed, absmax = _require(encoded, "weight", "absmax")
+    packed = packed.detach().contiguous().reshape(-1).view(torch.uint8)
+    _check_4bit(encoded, packed, absmax)
+    n = math.prod(f.shape)
+    values = _byte_table(f.codec, packed.device)[packed.to(torch.int64)].reshape(-1)[:n]
+    # flat, never by rows: a block may straddle them (bitsandbytes 0.50's own CPU kernel gets in = 96 with blocksize 64 wrong)
+    return (_blocks(values, f.blocksize) * _decode_absmax(encoded).reshape(-1, 1)).reshape(-1)[:n].reshape(f.shape)
+
+
+def _encode_4bit(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+    flat = weight.detach().to(torch.float32).reshape(-1)
+    _finite(flat, "the weight to quantise is not finite", f)
+    n = flat.numel()
+    whole = n - n % f.blocksize
+    rows = flat[:whole].reshape(-1, f.blocksize)
+    absmax = rows.abs().amax(-1)
+    scaled = (rows * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).reshape(-1)
+    if whole < n:
+        # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
+        last = flat[whole:].abs().max().clamp(min=1e-38)
+        absmax = torch.cat([absmax, last.reshape(1)])
+        scaled = torch.cat([scaled, flat[whole:] / last])
+    bounds, order = _bounds(f.codec, flat.device)
+    codes = order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8)
+    if n % 2:
+        codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
+    packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
+    if f.storage != torch.uint8:
+        if packed.numel() % f.storage.itemsize:
+            raise FormatError(f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8")
+        packed = packed.reshape(-1).view(f.storage).unsqueeze(1)
+    return {"weight": packed, "quant_map": _levels(f.codec, flat.device).clone(), **_encode_absmax(absmax, f)}
+
+
+def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+    if not f.nested_blocksize:
+        return {"absmax": absmax}
+    # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 % of the cases
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = absmax.mean()
+    codes, state = quantize_blockwise(absmax - offset, blocksize=f.nested_blocksize)
+    return {"absmax": codes, "nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
+
+
+def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
+    """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on AVX512-BF16 machines.
+
+    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16. The codes come back exactly;
+    the rounding of absmax (2⁻⁹ relative) is lost.
+
+    Args:
+        weight: ``(out, in/2)`` uint8, tiled.
+        absmax: ``(in/blocksize, out)`` bfloat16.
+        shape: ``(out, in)``.
+        blocksize: of the 4-bit blocks.
+
+    Returns:
+        packed codes ``(out·in/2, 1)`` uint8 in the checkpoint's layout, and absmax ``(out·in/blocksize,)`` float32.
+    """
+    rows, columns = shape
+    if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
+        raise FormatError("a CPU-packed weight of a shape that bitsandbytes cannot pack", tensor="weight", shape=tuple(weight.shape), expected=(rows, columns // 2))
+    tiles = weight.reshape(-1, 32)
+    codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1)
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
+
+
+# --- int8 -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _decode_int8(encoded: EncodedWeight) -> Tensor:
+    weight, scb = _require(encoded, "weight", "SCB")
+    if weight.dtype != torch.int8 or tuple(weight.shape) != encoded.format.shape:
+        raise ShapeError(f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}", shape=tuple(weight.shape), expected=encoded.format.shape)
+    if scb.numel() != weight.shape[0]:
+        raise ShapeError("SCB must hold one value a row", tensor="SCB", shape=tuple(scb.shape), expected=(weight.shape[0],), format="int8")
+    return weight.detach().to(torch.float32) * (scb.detach().reshape(-1, 1).to(torch.float32) / 127.0)
+
+
+def _encode_int8(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+    weight = weight.detach().to(torch.float32)
+    _finite(weight, "the weight to quantise is not finite", f)
+    scb = weight.abs().amax(-1)
+    # a row of zeros has scale 0: its codes are 0, not the NaN of 0 · 127/0
+    factor = torch.where(scb > 0, 127.0 / scb, torch.zeros_like(scb))
+    return {"weight": torch.round(weight * factor.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), "SCB": scb}
+
+
+CODECS: Mapping[str, Codec] = MappingProxyType(
+    {
+        "dense": Codec(_decode_dense, _encode_dense),
+        "nf4": Codec(_decode_4bit, _encode_4bit),
+        "fp4": Codec(_decode_4bit, _encode_4bit),
+        "int8": Codec(_decode_int8, _encode_int8),
+    }
+)

@@ -1,0 +1,162 @@
+"""Every error that oftsurgery raises on purpose, with its facts in fields.
+
+One tree, rooted at :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and the remedy, both in its text (for people) and in
+its attributes (for programs). Nothing here imports anything but the standard library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = [
+    "AdapterError",
+    "DialectError",
+    "FormatError",
+    "IntegrityError",
+    "MatchError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "OFTSurgeryError",
+    "RoundingWarning",
+    "ShapeError",
+    "StateError",
+    "UnfoldWarning",
+    "UntieWarning",
+    "printable",
+]
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit`` characters."""
+    out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
+    return out if len(out) <= limit else out[: limit - 1] + "…"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "×".join(str(n) for n in shape) or "scalar"
+
+
+class OFTSurgeryError(Exception):
+    """Base of all errors of oftsurgery.
+
+    Attributes:
+        message: what is wrong, in one sentence.
+        tensor: name of the tensor in question, or None.
+        module: path of the module in question, or None.
+        shape: the shape that was found, or None.
+        expected: the shape that was needed, or None.
+        format: the storage format in question (``"nf4"``, ``"int8"`` …), or None.
+        path: file or folder in question, or None.
+        remedy: what to do about it, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        tensor: str | None = None,
+        module: str | None = None,
+        shape: Sequence[int] | None = None,
+        expected: Sequence[int] | None = None,
+        format: str | None = None,
+        path: object | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.message = message
+        self.tensor = tensor
+        self.module = module
+        self.shape = tuple(shape) if shape is not None else None
+        self.expected = tuple(expected) if expected is not None else None
+        self.format = format
+        self.path = None if path is None else str(path)
+        self.remedy = remedy
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        facts: list[str] = []
+        if self.module is not None:
+            facts.append(f"module {printable(self.module)!r}")
+        if self.tensor is not None:
+            facts.append(f"tensor {printable(self.tensor)!r}")
+        if self.format is not None:
+            facts.append(f"format {printable(self.format)}")
+        if self.shape is not None:
+            facts.append(f"shape {_shape(self.shape)}")
+        if self.expected is not None:
+            facts.append(f"expected {_shape(self.expected)}")
+        if self.path is not None:
+            facts.append(f"at {printable(self.path)}")
+        text = self.message
+        if facts:
+            text += f" [{', '.join(facts)}]"
+        if self.remedy:
+            text += f" Remedy: {self.remedy}"
+        return text
+
+    def within(self, module: str) -> OFTSurgeryError:
+        """The same error, told of ``module``, unless it already names one."""
+        if self.module is not None:
+            return self
+        fields = {k: getattr(self, k) for k in _FIELDS} | {"module": module}
+        return _rebuild(type(self), self.message, fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # keyword-only arguments do not survive Exception's own pickling (multiprocessing, concurrent.futures)
+        fields = {k: getattr(self, k) for k in _FIELDS}
+        return (_rebuild, (type(self), self.message, fields))
+
+
+_FIELDS = ("tensor", "module", "shape", "expected", "format", "path", "remedy")
+
+
+def _rebuild(cls: type[OFTSurgeryError], message: str, fields: dict[str, Any]) -> OFTSurgeryError:
+    return cls(message, **fields)
+
+
+class AdapterError(OFTSurgeryError):
+    """The adapter's files or tensors cannot be used."""
+
+
+class DialectError(AdapterError):
+    """The adapter is of a kind that is not supported, or that cannot be told from its files."""
+
+
+class MatchError(OFTSurgeryError):
+    """Adapter modules and model modules do not correspond one to one."""
+
+
+class ShapeError(OFTSurgeryError):
+    """A tensor's shape does not fit what it is applied to."""
+
+
+class NonFiniteError(OFTSurgeryError):
+    """NaN or infinity in an input or a result."""
+
+
+class FormatError(OFTSurgeryError):
+    """A weight is stored in a way that is unknown, incomplete or damaged."""
+
+
+class StateError(OFTSurgeryError):
+    """The model is in a state in which the operation has no right result (already folded, merged, not yet quantised …)."""
+
+
+class IntegrityError(OFTSurgeryError):
+    """Contents differ from the hashes recorded for them."""
+
+
+class MissingDependencyError(OFTSurgeryError, ImportError):
+    """An optional dependency is not installed; the remedy names the extra that brings it."""
+
+
+class RoundingWarning(UserWarning):
+    """States, once a fold, the error that requantisation added."""
+
+
+class UnfoldWarning(UserWarning):
+    """States, once an inexact unfold, how far the result is from the base."""
+
+
+class UntieWarning(UserWarning):
+    """A fold gave two modules that shared a weight a weight each."""

@@ -1,0 +1,110 @@
+"""The only module that touches the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import AdapterError, MissingDependencyError, printable
+
+__all__ = ["AdapterFiles", "find_adapter", "read_adapter"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+# peft's configs are a few kB; a larger one is not a config
+_MAX_CONFIG_BYTES = 4 << 20
+
+AdapterFiles = tuple[dict[str, Any], dict[str, Tensor], str]
+
+
+def find_adapter(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache alone).
+
+    Raises:
+        AdapterError: neither a folder nor a repository with an adapter.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AdapterError("an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}")
+    if isinstance(path_or_repo, Path) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
+        raise AdapterError("no such folder", path=path, remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'")
+    return _download(str(path_or_repo), revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingDependencyError("huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder") from error
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, TENSORS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"neither a folder nor a Hub repository that can be read ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)})",
+            path=repo,
+            remedy="check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache",
+        ) from error
+
+
+def read_adapter(folder: Path) -> AdapterFiles:
+    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
+
+    Raises:
+        AdapterError: a file is missing, a pickle, truncated or no JSON object.
+    """
+    config_path, tensors_path = folder / CONFIG, folder / TENSORS
+    if not config_path.is_file():
+        inside = any(folder.iterdir())
+        raise AdapterError(
+            f"the folder has no {CONFIG}" if inside else "the folder is empty", path=folder, remedy="give the folder that peft's save_pretrained wrote"
+        )
+    if not tensors_path.is_file():
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        if pickles:
+            raise AdapterError(
+                f"{pickles[0]} is a pickle, which could run code when read; oftsurgery reads safetensors only",
+                path=folder,
+                remedy="load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)",
+            )
+        raise AdapterError(f"the folder has no {TENSORS}", path=folder, remedy="save the adapter again with peft's save_pretrained")
+    return _read_json(config_path), _read_tensors(tensors_path), _sha256(tensors_path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterError(f"a config of {path.stat().st_size} bytes is no config", path=path, remedy="restore the file that peft wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"the config is no JSON ({printable(error)})", path=path, remedy="restore the file that peft wrote") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"the config is a JSON {type(config).__name__}, not an object", path=path, remedy="restore the file that peft wrote")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: Mapping[str, Tensor] = load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})", path=path, remedy="copy or download the file again"
+        ) from error
+    return dict(tensors)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,24 @@
+"""Content hashes of tensors in memory: XXH3-128, fast enough for every fold (files carry SHA-256 instead)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["hash_tensors"]
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """``"xxh3:<32 hex digits>"`` over names, dtypes, shapes and bytes, whatever the mapping's order, device or strides."""
+    import xxhash
+
+    h = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        data = t.cpu().contiguous()
+        if data.numel():
+            h.update(data.reshape(-1).view(torch.uint8).numpy())
+    return f"xxh3:{h.hexdigest()}"

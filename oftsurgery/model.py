@@ -1,0 +1,347 @@
+"""Fold adapters into a live model and out of it: a plan applied to an ``nn.Module``, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from . import peft_live
+from .adapter import OFTAdapter
+from .codecs import EncodedWeight
+from .errors import IntegrityError, MatchError, OFTSurgeryError, RoundingWarning, StateError, UnfoldWarning, UntieWarning, printable
+from .hashing import hash_tensors
+from .layers import Layer, Undo
+from .plan import FoldPlan, LayerInfo, Target, make_plan
+from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .sharing import share_model
+from .weight import FoldedWeight, fold_encoded, unfold_encoded
+
+__all__ = ["Progress", "fold_model", "inner_model", "record_of", "restore_model", "unfold_model"]
+
+M = TypeVar("M", bound=nn.Module)
+
+#: called after each module with (modules done, modules in all, module path)
+Progress = Callable[[int, int, str], None]
+
+_ATTRIBUTE = "oftsurgery"
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile``'s wrapper, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def record_of(model: nn.Module) -> FoldRecord | None:
+    """The model's :class:`FoldRecord`, or None where nothing was folded."""
+    record = inner_model(model).__dict__.get(_ATTRIBUTE)
+    return record if isinstance(record, FoldRecord) else None
+
+
+def fold_model(
+    model: nn.Module,
+    adapters: Sequence[OFTAdapter] | None,
+    *,
+    names: Sequence[str] | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """:func:`oftsurgery.fold` for adapters that are already loaded.
+
+    Args:
+        model: plain, or with live peft layers.
+        adapters: in the live order; None for the model's live ones.
+        names: of live adapters, where ``adapters`` is None.
+        inplace: change ``model`` itself.
+        progress: called after each module.
+    """
+    live = peft_live.has_live_layers(inner_model(model))
+    if live != (adapters is None):
+        raise StateError(
+            "the model carries live peft adapters, and an adapter to fold was given too"
+            if live
+            else "no adapter to fold was given, and the model carries no live peft adapter",
+            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it"
+            if live
+            else "give an OFTAdapter, its folder, or a list of them",
+        )
+    if adapters is None:
+        adapters = peft_live.read_adapters(inner_model(model), names)
+    with _transaction() as journal:
+        work = model if inplace else share_model(model)
+        if live:
+            work = peft_live.base_of(inner_model(work))
+            journal.extend(peft_live.strip(work))
+        plan = _plan(work, adapters)
+        modules, saved = _apply(work, plan, journal, progress)
+        before = record_of(work)
+        record = FoldRecord(
+            adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
+            modules=modules,
+            saved=saved,
+            earlier=(*before.earlier, replace(before, earlier=())) if before else (),
+        )
+        _set_record(inner_model(work), record)
+    _warn_of_rounding(record)
+    return work
+
+
+@contextmanager
+def _transaction() -> Iterator[list[Undo]]:
+    """A journal of undo steps, run backwards if the body fails (Ctrl-C included)."""
+    journal: list[Undo] = []
+    try:
+        yield journal
+    except BaseException:
+        for undo in reversed(journal):
+            undo()
+        raise
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``{path: module}`` with compiled submodules under their plain names."""
+    return {path.replace("_orig_mod.", ""): m for path, m in inner_model(model).named_modules(remove_duplicate=False)}
+
+
+def _plan(model: nn.Module, adapters: Sequence[OFTAdapter]) -> FoldPlan:
+    folded = record_of(model)
+    if folded is not None:
+        again = [a for a in adapters if a.fingerprint in folded.fingerprints()]
+        if again:
+            raise StateError(
+                "this adapter is folded into the model already", path=again[0].source, remedy="unfold it first, or fold into the base model (record: model.oftsurgery)"
+            )
+    modules = _modules(model)
+    wanted = {path for a in adapters for path in a.modules}
+    layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
+    tensors = {name: tuple(t.shape) for name, t in _tensors(modules).items()}
+    return make_plan(adapters, layers, tensors, modules)
+
+
+def _info(layer: Layer) -> LayerInfo:
+    return LayerInfo(layer.kind, layer.read()[1], id(layer.module))
+
+
+def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{path}.{name}".lstrip("."): tensor
+        for path, m in modules.items()
+        for holder in (m._parameters, m._buffers)
+        for name, tensor in holder.items()
+        if tensor is not None
+    }
+
+
+# --- applying a plan ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _apply(
+    model: nn.Module, plan: FoldPlan, journal: list[Undo], progress: Progress | None, *, inverse: bool = False
+) -> tuple[dict[str, ModuleRecord], dict[str, str]]:
+    modules = _modules(model)
+    tied = _Tied(model)
+    saved: dict[str, str] = {}
+    if not inverse:
+        for name, tensor in plan.saved.items():
+            own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
+            saved[name] = _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
+    records: dict[str, ModuleRecord] = {}
+    for done, target in enumerate(plan.targets, start=1):
+        layer = Layer(target.path, modules[target.path])
+        untied = tied.shared(layer.module)
+        try:
+            encoded, home = layer.read()
+            folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home)
+            journal.append(layer.write(folded.encoded, park=not untied))
+        except OFTSurgeryError as error:
+            raise error.within(target.path) from error.__cause__
+        records[target.path] = _record(target, encoded, folded, untied)
+        if progress is not None:
+            progress(done, len(plan.targets), target.path)
+    if any(r.untied for r in records.values()) or tied.broken:
+        _untie_config(inner_model(model), journal)
+    return records, saved
+
+
+def _covers(entry: str, name: str) -> bool:
+    """Whether ``modules_to_save``'s entry names the module of tensor ``name``, as peft matches it: by the end of the module's path."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]).endswith(entry) for i in range(1, len(parts)))
+
+
+def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied: bool) -> ModuleRecord:
+    return ModuleRecord(
+        format=folded.encoded.format.label,
+        side="+".join(dict.fromkeys(r.side for r in target.chain)),
+        block_size=tuple(r.block_size for r in target.chain),
+        error=folded.error,
+        defect=max(r.defect for r in target.chain),
+        angle=max(r.angle for r in target.chain),
+        before=encoded.fingerprint,
+        after=folded.encoded.fingerprint,
+        untied=untied,
+    )
+
+
+class _Tied:
+    """Which parameters several places of a model share."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.broken = False
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self.places.setdefault(id(parameter), []).append((module, name))
+
+    def shared(self, module: nn.Module) -> bool:
+        # after a replacement the new parameter is nobody else's
+        return len(self.places.get(id(module._parameters.get("weight")), ())) > 1
+
+
+def _replace_tensor(modules: Mapping[str, nn.Module], name: str, values: Tensor, tied: _Tied, journal: list[Undo], *, only_here: bool) -> str:
+    """Give a parameter or buffer new values (its own dtype and device); in all places that share it, or ``only_here``. Returns the old content's hash."""
+    path, _, local = name.rpartition(".")
+    module = modules[path]
+    holder: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
+    old = holder[local]
+    if old.is_meta:
+        raise StateError("the tensor is offloaded or not loaded; an adapter's own values cannot go there", tensor=name, remedy="load it on a device")
+    data = values.detach().to(device=old.device, dtype=old.dtype, copy=True)
+    new: Any = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+    places = tied.places.get(id(old), [(module, local)])
+    if only_here and len(places) > 1:
+        tied.broken = True
+        places = [(module, local)]
+    tied.places[id(new)] = places
+    for place, key in places:
+        slots: dict[str, Any] = place._parameters if key in place._parameters else place._buffers
+        slots[key] = new
+
+        def undo(slots: dict[str, Any] = slots, key: str = key) -> None:
+            slots[key] = old
+
+        journal.append(undo)
+    return hash_tensors({name: old})
+
+
+def _untie_config(model: nn.Module, journal: list[Undo]) -> None:
+    """transformers ties embeddings again whenever it loads, unless the config says not to."""
+    configs = [c for c in (getattr(model, "config", None),) if c is not None]
+    configs += [c for c in (getattr(configs[0], "text_config", None),) if c is not None] if configs else []
+    for config in configs:
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            journal.append(lambda config=config: setattr(config, "tie_word_embeddings", True))
+    warnings.warn(
+        "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, and the model is larger",
+        UntieWarning,
+        stacklevel=6,
+    )
+
+
+def _set_record(model: nn.Module, record: FoldRecord | None) -> None:
+    if record is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = record
+
+
+def _warn_of_rounding(record: FoldRecord) -> None:
+    errors = {path: m for path, m in record.modules.items() if m.error > 0}
+    if not errors:
+        return
+    worst = max(errors, key=lambda path: errors[path].error)
+    formats = ", ".join(sorted({m.format for m in errors.values()}))
+    middle = sorted(m.error for m in errors.values())[len(errors) // 2]
+    warnings.warn(
+        f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
+        f"({printable(worst)}); per module in model.oftsurgery",
+        RoundingWarning,
+        stacklevel=4,
+    )
+
+
+# --- taking it out again --------------------------------------------------------------------------------------------------------------------------
+
+
+def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: bool = False, progress: Progress | None = None) -> nn.Module:
+    """:func:`oftsurgery.unfold` by rotating back."""
+    record = record_of(folded)
+    if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+        raise StateError(
+            f"the model's last fold is of {', '.join(printable(a.source) for a in record.adapters)}, not of {', '.join(printable(a.source) for a in adapters)}",
+            remedy="unfold the last fold first, with the same adapters in the same order",
+        )
+    with _transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        modules = _modules(work)
+        wanted = {path for a in adapters for path in a.modules}
+        layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
+        plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
+        records, _ = _apply(work, plan, journal, progress, inverse=True)
+        _set_record(inner_model(work), _earlier(record))
+    _warn_of_unfold(records, record, plan)
+    return work
+
+
+def _earlier(record: FoldRecord | None) -> FoldRecord | None:
+    """The record of the model once ``record``'s fold is out of it."""
+    return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
+
+
+def _warn_of_unfold(records: Mapping[str, ModuleRecord], record: FoldRecord | None, plan: FoldPlan) -> None:
+    # the two roundings are independent to first order; the fold's own is in its record
+    def total(path: str) -> float:
+        before = record.modules[path].error if record and path in record.modules else 0.0
+        return float((before**2 + records[path].error ** 2) ** 0.5)
+
+    worst = max(records, key=total)
+    known = "including the fold's own" if record else "without the fold's own, which has no record here"
+    kept = f"; {len(plan.saved)} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if plan.saved else ""
+    warnings.warn(
+        f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{kept}; "
+        "unfold(model, base=…) restores exactly",
+        UnfoldWarning,
+        stacklevel=4,
+    )
+
+
+def restore_model(folded: nn.Module, base: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """:func:`oftsurgery.unfold` from the base model: bit-exact, checked against the record's hashes.
+
+    Raises:
+        StateError: the folded model has no record.
+        MatchError: the base lacks a module or tensor of the record.
+        IntegrityError: the base's contents are not those that were folded.
+    """
+    record = record_of(folded)
+    if record is None:
+        raise StateError("the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)")
+    sources = _modules(base)
+    tensors = _tensors(sources)
+    for name in (*record.modules, *record.saved):
+        if name not in sources and name not in tensors:
+            raise MatchError("the base model lacks a folded module", module=name, remedy="give the model that was folded")
+    with _transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        modules = _modules(work)
+        tied = _Tied(work)
+        for path, module_record in record.modules.items():
+            source, home = Layer(path, sources[path]).read()
+            if source.fingerprint != module_record.before:
+                raise IntegrityError(
+                    "the base model's weight is not the one that was folded", module=path, format=home.label, remedy="give the very model that was folded"
+                )
+            journal.append(Layer(path, modules[path]).write(EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()}), park=not tied.shared(modules[path])))
+        for name, before in record.saved.items():
+            if hash_tensors({name: tensors[name]}) != before:
+                raise IntegrityError("the base model's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded")
+            _replace_tensor(modules, name, tensors[name], tied, journal, only_here=False)
+        _set_record(inner_model(work), _earlier(record))
+    return work
+

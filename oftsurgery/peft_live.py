@@ -1,0 +1,148 @@
+"""Live peft layers inside a model: reading their adapters, and taking the layers out again.
+
+peft itself is not imported: where none of its classes is in the model, there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import OFTAdapter, parse_adapter
+from .errors import StateError, printable
+
+__all__ = ["base_of", "has_live_layers", "read_adapters", "strip"]
+
+Undo = Callable[[], None]
+
+
+def _peft_class(obj: object, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)
+
+
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, m) for path, m in model.named_modules() if _peft_class(m, "BaseTunerLayer"))
+
+
+def _saved_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, m) for path, m in model.named_modules() if _peft_class(m, "ModulesToSaveWrapper"))
+
+
+def has_live_layers(model: nn.Module) -> bool:
+    """Whether the model is a PeftModel, or holds peft's layers (transformers' ``add_adapter``)."""
+    return _peft_class(model, "PeftModel") or any(True for _ in _tuner_layers(model))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a PeftModel; a model with adapters added by transformers is its own."""
+    return model.base_model.model if _peft_class(model, "PeftModel") else model  # type: ignore[union-attr,return-value]
+
+
+def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[OFTAdapter]:
+    """The live adapters as they compute now, in the live order.
+
+    Args:
+        model: with peft's live layers.
+        names: adapters to read, in this order; None for the active ones.
+
+    Raises:
+        StateError: merged or disabled, no active adapter, or layers that are not OFT's.
+    """
+    from peft import __version__ as peft_version
+
+    base = base_of(model)
+    layers = list(_tuner_layers(base))
+    for path, layer in layers:
+        if not type(layer).__module__.startswith("peft.tuners.oft."):
+            raise StateError(f"the model carries a live {type(layer).__name__} of {type(layer).__module__}", module=path, remedy="merge or unload it first")
+        if layer.merged_adapters:
+            raise StateError(
+                "peft has merged this adapter into the base weights already",
+                module=path,
+                remedy="reload the base model and the adapter: peft's unmerge does not restore quantised weights",
+            )
+        if layer.disable_adapters:
+            raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="enable_adapter_layers() first")
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    wanted = list(names) if names is not None else _active(model, layers)
+    unknown = [n for n in wanted if n not in configs]
+    if unknown or not wanted:
+        raise StateError(
+            f"no live adapter {', '.join(map(printable, unknown))}" if unknown else "the model has no active adapter",
+            remedy=f"the model's adapters are {', '.join(map(printable, configs)) or 'none'}; set_adapter() one of them",
+        )
+    return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
+
+
+def _active(model: nn.Module, layers: Sequence[tuple[str, Any]]) -> list[str]:
+    found = {tuple(layer.active_adapters) for _, layer in layers}
+    if len(found) > 1:
+        raise StateError("the model's layers have different active adapters", remedy="name the adapters to fold: fold(model, ['a', 'b'])")
+    return list(found.pop()) if found else []
+
+
+def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers:
+        for part in ("oft_R", "oft_embedding_R"):
+            if name in getattr(layer, part, {}):
+                tensors[f"base_model.model.{path}.{part}.weight"] = getattr(layer, part)[name].weight.detach().clone()
+        for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
+            if name in getattr(layer, part, {}):
+                tensors[f"base_model.model.{path}.{part}"] = getattr(layer, part)[name].detach().clone()
+    for path, wrapper in _saved_wrappers(base):
+        if name in wrapper.modules_to_save:
+            for key, tensor in wrapper.modules_to_save[name].state_dict().items():
+                tensors[f"base_model.model.{path}.{key}"] = tensor.detach().clone()
+    fields = dict(config.to_dict())
+    # whichever release wrote the file, the installed one computes the live layer
+    fields.pop("peft_version", None)
+    if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):
+        fields["peft_version"] = peft_version
+    for key in ("modules_to_save",):
+        fields[key] = list(fields[key]) if fields.get(key) else None
+    return parse_adapter(fields, tensors, source=f"live adapter {name!r}")
+
+
+def strip(base: nn.Module) -> list[Undo]:
+    """Put the base layers back in place of peft's live ones, in ``base`` itself.
+
+    Returns:
+        what undoes it, to be called in reverse order.
+    """
+    undo: list[Undo] = []
+    for parent in list(base.modules()):
+        for name, child in list(parent._modules.items()):
+            if _peft_class(child, "BaseTunerLayer"):
+                undo.append(_replace(parent, name, child.get_base_layer()))  # type: ignore[union-attr,operator]
+            elif _peft_class(child, "ModulesToSaveWrapper"):
+                undo.append(_replace(parent, name, child.original_module))  # type: ignore[union-attr,arg-type]
+    for attribute, value in (("peft_config", None), ("_hf_peft_config_loaded", False)):
+        if attribute in base.__dict__:
+            undo.append(_set(base, attribute, value))
+    return undo
+
+
+def _replace(parent: nn.Module, name: str, child: nn.Module) -> Undo:
+    before = parent._modules[name]
+    parent._modules[name] = child
+
+    def undo() -> None:
+        parent._modules[name] = before
+
+    return undo
+
+
+def _set(module: nn.Module, attribute: str, value: object) -> Undo:
+    before = module.__dict__[attribute]
+    if value is None:
+        del module.__dict__[attribute]
+    else:
+        module.__dict__[attribute] = value
+
+    def undo() -> None:
+        module.__dict__[attribute] = before
+
+    return undo

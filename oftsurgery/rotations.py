@@ -1,0 +1,241 @@
+r"""Block rotations: from a generator to ``R``, and applying, inverting and measuring it.
+
+The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer computes ``x' = x · blockdiag(blocks)``,
+so the three sides on which peft puts a rotation are
+
+=============  ===========================  ==========================
+side           live                         fold
+=============  ===========================  ==========================
+``input``      ``y = (x R) Wᵀ``             ``W' = W Rᵀ``
+``output``     ``y = (x Wᵀ) R``             ``W' = Rᵀ W``
+``embedding``  ``y = E[i] R``               ``E' = E R``
+=============  ===========================  ==========================
+
+with ``W: (out, in)`` and ``E: (tokens, features)``. A dense ``in × in`` matrix is never built. Block matrices are computed in float64; weights are
+rotated in float32 (float64 when they are float64), whatever the dtype, matmul precision or autocast state around the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError, ShapeError
+
+__all__ = [
+    "Side",
+    "apply_blocks",
+    "block_size_of",
+    "cayley",
+    "eigen_angles",
+    "full_precision",
+    "inverse_blocks",
+    "neumann",
+    "rotate_weight",
+    "skew",
+    "unrotate_weight",
+    "vector",
+]
+
+Side = Literal["input", "output", "embedding"]
+
+# ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken batched one around 4e-2
+_SOLVE_TOLERANCE = 1e-10
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Run the body without gradients, autocast or reduced-precision float32 products.
+
+    ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too) and autocast rewrites it
+    outright; a fold must not depend on either. Restores what it found.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def block_size_of(elements: int) -> int:
+    """Block size ``b`` with ``b(b-1)/2 == elements``.
+
+    Raises:
+        ShapeError: if ``elements`` is no such number.
+
+    >>> block_size_of(496)
+    32
+    """
+    b = (1 + math.isqrt(1 + 8 * elements)) // 2
+    if elements < 1 or b * (b - 1) // 2 != elements:
+        raise ShapeError(
+            f"a generator row of {elements} elements is no upper triangle of a block: it must be b(b-1)/2 for a block size b ≥ 2",
+            shape=(elements,),
+        )
+    return b
+
+
+def skew(v: Tensor) -> Tensor:
+    """Skew-symmetric ``Q: (n, b, b)`` from ``v: (n, b(b-1)/2)``: the upper triangle row by row, then ``Q - Qᵀ`` (as peft ≥ 0.16).
+
+    >>> skew(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()
+    [[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]]
+    """
+    b = block_size_of(v.shape[-1])
+    rows, cols = torch.triu_indices(b, b, 1, device=v.device)
+    q = torch.zeros(v.shape[0], b, b, dtype=v.dtype, device=v.device)
+    q[:, rows, cols] = v
+    return q - q.transpose(-2, -1)
+
+
+def vector(q: Tensor) -> Tensor:
+    """Inverse of :func:`skew`: ``(n, b, b)`` skew-symmetric to ``(n, b(b-1)/2)``."""
+    b = q.shape[-1]
+    rows, cols = torch.triu_indices(b, b, 1, device=q.device)
+    return q[:, rows, cols]
+
+
+def cayley(q: Tensor) -> Tensor:
+    """Exact Cayley map ``R = (I - Q)(I + Q)⁻¹`` of skew-symmetric ``q: (n, b, b)``.
+
+    Differentiable. Every solve is checked, since torch 2.13 on the CPU can return wrong batched solutions silently (``formats``: after
+    ``torch.set_num_threads``, 160 rows and more); blocks are then solved one by one.
+
+    Raises:
+        NonFiniteError: if ``q`` or the result is not finite.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return _solve_right(eye + q, eye - q)
+
+
+def inverse_blocks(blocks: Tensor) -> Tensor:
+    """``R⁻¹`` per block of ``blocks: (n, b, b)``, by a checked solve: a truncated Neumann ``R`` is not orthogonal, so never its transpose."""
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
+    return _solve_right(blocks, eye)
+
+
+def _solve_right(a: Tensor, c: Tensor) -> Tensor:
+    """``X`` with ``X a = c``, per block, residual-checked."""
+    if not bool(torch.isfinite(a.detach()).all()):
+        raise NonFiniteError("a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter")
+    x = torch.linalg.solve(a, c, left=False)
+    if not _solved(x, a, c):
+        x = torch.stack([torch.linalg.solve(a_i, c_i, left=False) for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
+        if not _solved(x, a, c):
+            raise NonFiniteError(
+                "a block rotation is singular or too ill-conditioned to solve",
+                remedy="check the adapter's generator: its norm should be well below 1 for a Neumann series, and finite for Cayley",
+            )
+    return x
+
+
+def _solved(x: Tensor, a: Tensor, c: Tensor) -> bool:
+    with torch.no_grad():
+        residual = (x @ a - c).abs().amax(dim=(-2, -1))
+        scale = c.abs().amax(dim=(-2, -1)) + x.abs().amax(dim=(-2, -1)) * a.abs().amax(dim=(-2, -1))
+        tolerance = 1e-4 if x.dtype in (torch.float32, torch.complex64) else _SOLVE_TOLERANCE
+        return bool((residual <= tolerance * scale).all())  # NaN compares false
+
+
+def neumann(q: Tensor, terms: int, *, since_0_18: bool = True) -> Tensor:
+    """Truncated Neumann series of ``(I + Q)(I - Q)⁻¹``, as peft computes it for ``q: (n, b, b)``.
+
+    Mind the sign: the series is of the *inverse* of the exact map :func:`cayley`. With ``N = terms``: ``N ≤ 1``: ``I``; ``N = 2``: ``I + 2Q``;
+    ``N ≥ 3``: peft ≥ 0.18 gives ``I + 2ΣQᵏ (k < m) + Qᵐ`` with ``m = max(N-1, 3)``, peft 0.16 and 0.17 ``I + 2ΣQᵏ (k < N)``.
+    The result is not orthogonal.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    if terms <= 1:
+        return eye.clone()
+    last = max(terms - 1, 3) if since_0_18 and terms >= 3 else terms - 1
+    r = eye + 2 * q
+    power = q
+    for k in range(2, last + 1):
+        power = power @ q
+        r = r + (power if since_0_18 and k == last else 2 * power)
+    return r
+
+
+def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x · blockdiag(blocks)`` over the last dimension; one block is shared by the whole row.
+
+    Args:
+        x: ``(..., features)``.
+        blocks: ``(n, b, b)`` with ``n·b == features``, or ``(1, b, b)`` with ``features % b == 0``.
+
+    >>> apply_blocks(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]])).tolist()
+    [[0.0, 1.0, -1.0, 0.0]]
+    """
+    n, b, _ = blocks.shape
+    features = x.shape[-1]
+    if features % b or n not in (1, features // b):
+        raise ShapeError("blocks do not cover the features", shape=tuple(blocks.shape), expected=(features // b, b, b))
+    if n == 1:
+        return (x.reshape(-1, b) @ blocks[0]).reshape(x.shape)
+    rows = x.reshape(-1, n, b)
+    return torch.bmm(rows.transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
+
+
+def rotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
+    """The folded weight ``W Rᵀ`` (input), ``Rᵀ W`` (output) or ``E R`` (embedding).
+
+    Args:
+        weight: ``(out, in)``, floating point; read as float32 at least.
+        blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal matrix to ``(out, out)``.
+
+    Returns:
+        ``(out, in)`` float32, or float64 for a float64 weight.
+    """
+    return _on_side(weight, blocks, side, inverse=False)
+
+
+def unrotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
+    """The true inverse of :func:`rotate_weight`, whether or not the blocks are orthogonal."""
+    return _on_side(weight, blocks, side, inverse=True)
+
+
+def _on_side(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(dtype)
+    r = blocks.to(torch.float64)
+    if side == "output":
+        # (Rᵀ W)ᵀ = Wᵀ R: rotate the columns' side through the transpose
+        columns = weight.t()
+        out = columns.shape[-1]
+        whole = out - out % r.shape[-1]
+        needed = -(-out // r.shape[-1])
+        if r.shape[0] != 1 and r.shape[0] < needed:
+            raise ShapeError("blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, *r.shape[1:]))
+        last = r if r.shape[0] == 1 else r[needed - 1 : needed]
+        tail = last[:, : out - whole, : out - whole]  # the cropped last block; empty where out divides
+        body = r if r.shape[0] == 1 else r[: whole // r.shape[-1]]
+        if inverse:
+            body = inverse_blocks(body)
+            tail = inverse_blocks(tail) if tail.numel() else tail
+        parts = [apply_blocks(columns[:, :whole], body.to(weight))] if whole else []
+        if tail.numel():
+            parts.append(apply_blocks(columns[:, whole:], tail.to(weight)))
+        return torch.cat(parts, dim=-1).t().contiguous()
+    if inverse:
+        r = inverse_blocks(r)
+    if side == "input":
+        r = r.transpose(-2, -1)
+    return apply_blocks(weight, r.to(weight))
+
+
+def eigen_angles(q: Tensor) -> Tensor:
+    """``θ ≥ 0`` with ``±iθ`` the eigenvalues of skew-symmetric ``q: (n, b, b)``: ``(n, b)``, each pair twice.
+
+    Every OFT map is a rational function of ``Q``, so its ``R`` is normal and has the map's values at ``±iθ`` as eigenvalues.
+    """
+    q = q.to(torch.float64)
+    return torch.linalg.eigvalsh(-(q @ q)).clamp(min=0).sqrt()

@@ -1,0 +1,75 @@
+"""A copy of a model's structure over the same storages: what makes a pure fold cost only the tensors that it changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import StateError
+from .layers import alias_parameter, copy_quant_state, quant_states
+
+__all__ = ["share_model"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def share_model(model: M) -> M:
+    """A deep copy of ``model`` whose parameters and buffers share the storages of the original's.
+
+    Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the copy leaves the original as it is.
+    Writing into a shared tensor in place (training, BatchNorm statistics) is seen by both.
+
+    Raises:
+        StateError: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    compiled: list[nn.Module] = []
+    for module in model.modules():
+        for state in quant_states(module).values():
+            memo.setdefault(id(state), copy_quant_state(state))
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                alias = alias_parameter(parameter)
+                state = getattr(parameter, "quant_state", None)
+                if state is not None:
+                    alias.quant_state = memo.setdefault(id(state), alias.quant_state)  # type: ignore[attr-defined]
+                memo[id(parameter)] = alias
+        for holder in (module.__dict__, module._buffers, getattr(getattr(module, "state", None), "__dict__", {})):
+            memo.update({id(t): t for t in holder.values() if isinstance(t, torch.Tensor)})
+        for hook in _hooks(module):
+            # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
+            memo.update({id(v): v for v in (hook.weights_map, hook.tied_params_map) if v is not None})
+        if module._compiled_call_impl is not None:
+            compiled.append(module)
+    try:
+        shared = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise StateError(
+            f"the model holds something that cannot be copied ({error})", remedy="fold with inplace=True, which copies nothing"
+        ) from error
+    for old, new in zip(model.modules(), shared.modules(), strict=True):
+        weight = new._parameters.get("weight")
+        if getattr(weight, "module", None) is old:
+            weight.module = new  # type: ignore[union-attr]
+    for old in compiled:
+        _compile_like(old, memo[id(old)])
+    return shared
+
+
+def _compile_like(old: nn.Module, new: nn.Module) -> None:
+    """``new.compile(…)`` as ``old`` was: Module.compile() leaves a callable that is not copied, and keeps its arguments in the closure alone."""
+    config = getattr(old._compiled_call_impl, "get_compiler_config", None)
+    context = inspect.getclosurevars(config).nonlocals.get("self") if config is not None else None
+    if context is None:
+        new.compile()
+    else:
+        new._compiled_call_impl = context(new._call_impl)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [h for h in getattr(hook, "hooks", (hook,)) if hasattr(h, "weights_map") and hasattr(h, "tied_params_map")]

@@ -1,0 +1,119 @@
+"""Fold and unfold one weight, whatever its codec: decode, rotate, encode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor
+
+from . import codecs, rotations
+from .adapter import Rotation
+from .codecs import EncodedWeight, WeightFormat
+from .errors import NonFiniteError, ShapeError
+
+__all__ = ["FoldedWeight", "fold_encoded", "fold_weight", "relative_error", "unfold_encoded", "unfold_weight"]
+
+W = TypeVar("W", Tensor, EncodedWeight)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedWeight:
+    """A folded (or unfolded) weight and what storing it cost.
+
+    Attributes:
+        encoded: the new weight, in the format of the old one.
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for float32.
+    """
+
+    encoded: EncodedWeight
+    error: float
+
+
+def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
+    """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
+
+    Args:
+        weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
+        rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``.
+
+    Returns:
+        of the same type, format and dtype as ``weight``.
+
+    Raises:
+        ShapeError: the rotation does not fit.
+        NonFiniteError: NaN or infinity in the weight or the result.
+
+    >>> import torch, oftsurgery
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))   # Q = [[0, -1], [1, 0]]: a quarter turn
+    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
+    [[4.0, -3.0]]
+    """
+    return _apply(weight, rotation, fold_encoded)
+
+
+def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
+    """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
+
+    Same arguments, result and errors as :func:`fold_weight`.
+    """
+    return _apply(weight, rotation, unfold_encoded)
+
+
+@overload
+def _apply(weight: Tensor, rotation: Rotation | Sequence[Rotation], way: object) -> Tensor: ...
+@overload
+def _apply(weight: EncodedWeight, rotation: Rotation | Sequence[Rotation], way: object) -> EncodedWeight: ...
+def _apply(weight, rotation, way):  # type: ignore[no-untyped-def]
+    chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
+    if isinstance(weight, EncodedWeight):
+        return way(weight, chain).encoded
+    return way(codecs.dense(weight), chain).encoded.tensors["weight"]
+
+
+def fold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None) -> FoldedWeight:
+    """:func:`fold_weight` with the error of storing it. ``chain`` is in the live order; ``into`` defaults to the format of ``encoded``."""
+    return _recode(encoded, chain, into or encoded.format, inverse=False)
+
+
+def unfold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None) -> FoldedWeight:
+    """:func:`unfold_weight` with the error of storing it. ``chain`` is in the live order, as it was folded."""
+    return _recode(encoded, chain, into or encoded.format, inverse=True)
+
+
+def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, *, inverse: bool) -> FoldedWeight:
+    f = encoded.format
+    if len(f.shape) != 2:
+        raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy="reshape a 1×1 convolution to (out, in)")
+    for r in chain:
+        r.check_fits((f.shape[0], f.shape[1]), "weight")
+    with rotations.full_precision(encoded.tensors["weight"].device.type):
+        exact = codecs.decode(encoded)
+        for r in _in_weight_order(chain, inverse=inverse):
+            exact = r.unfold_from(exact) if inverse else r.fold_into(exact)
+        if not bool(torch.isfinite(exact).all()):
+            raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy="check the adapter: its rotation or scale is not finite")
+        new = codecs.encode(exact, into)
+        lossless = into.codec == "dense" and into.dtype == exact.dtype
+        return FoldedWeight(new, 0.0 if lossless else relative_error(codecs.decode(new), exact))
+
+
+def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
+    """The chain in the order in which its members touch the weight.
+
+    Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding sides (``(x Wᵀ)·Ra·Rb``,
+    ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of its own.
+    """
+    right = [r for r in chain if r.side == "input"]
+    left = [r for r in chain if r.side != "input"]
+    order = left + right[::-1]
+    return order[::-1] if inverse else order
+
+
+def relative_error(stored: Tensor, exact: Tensor) -> float:
+    """``‖stored - exact‖ / ‖exact‖`` (Frobenius, accumulated in float64); 0 for two zeros."""
+    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+    difference = float(torch.linalg.vector_norm(stored.to(exact.dtype) - exact, dtype=torch.float64))
+    return difference / norm if norm else difference
