@@ -242,7 +242,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 def _check_config(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind is None:
-        raise AdapterError("the adapter's config has no `peft_type`", tensor="adapter_config.json", remedy="give a folder that peft's save_pretrained wrote")
+        raise AdapterError(
+            "the adapter's config has no `peft_type`", tensor="adapter_config.json", remedy="give a folder that peft's save_pretrained wrote"
+        )
     if kind != "OFT":
         raise DialectError(
             f"this is a {printable(kind)} adapter, not an OFT one",
@@ -259,7 +261,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 remedy="restore the config that peft wrote",
             )
     if config.get("layer_replication"):
-        raise DialectError("`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it")
+        raise DialectError(
+            "`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it"
+        )
     if config.get("use_dora"):
         raise DialectError("`use_dora` is no OFT setting that any peft release computes", remedy="check where the config came from")
 
@@ -280,11 +284,16 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
     for key, tensor in tensors.items():
         if not key.startswith(_PREFIX):
             raise AdapterError(
-                f"unknown key: peft's adapter keys start with {_PREFIX!r}", tensor=key, path=source, remedy="save the adapter with peft's save_pretrained"
+                f"unknown key: peft's adapter keys start with {_PREFIX!r}",
+                tensor=key,
+                path=source,
+                remedy="save the adapter with peft's save_pretrained",
             )
         name = key[len(_PREFIX) :]
         if not tensor.is_floating_point():
-            raise AdapterError(f"an adapter tensor must be floating point, this is {tensor.dtype}", tensor=key, path=source, remedy="restore the file")
+            raise AdapterError(
+                f"an adapter tensor must be floating point, this is {tensor.dtype}", tensor=key, path=source, remedy="restore the file"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError("the adapter's tensor holds NaN or infinity", tensor=key, path=source, remedy="retrain from an earlier checkpoint")
         if match := _PARTS.match(name):
@@ -319,7 +328,9 @@ def _detect_dialect(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Te
     old = [path for path, parts in raw.items() if "oft_r" in parts or "oft_s" in parts]
     new = [path for path, parts in raw.items() if "oft_R.weight" in parts or "oft_embedding_R.weight" in parts]
     if old and new:
-        raise DialectError("keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter", tensor=old[0], path=source, remedy="save it with one peft")
+        raise DialectError(
+            "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter", tensor=old[0], path=source, remedy="save it with one peft"
+        )
     candidates = _old_dialects(config, raw, source) if old else _new_dialects(config, source)
     if named is not None:
         if named not in candidates:
@@ -342,7 +353,10 @@ def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tens
             missing = {"oft_r", "oft_s"} - set(parts)
             if missing:
                 raise AdapterError(
-                    f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing", module=path, path=source, remedy="restore the whole file"
+                    f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",
+                    module=path,
+                    path=source,
+                    remedy="restore the whole file",
                 )
         return ["peft-0.15"]
     if scaled:
@@ -438,7 +452,9 @@ def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, A
 
 def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
     if config.get("block_share") and rows.shape[0] != 1:
-        raise ShapeError("`block_share` is set, but the generator has more than one row", module=path, shape=tuple(rows.shape), remedy="restore the config")
+        raise ShapeError(
+            "`block_share` is set, but the generator has more than one row", module=path, shape=tuple(rows.shape), remedy="restore the config"
+        )
 
 
 def _clamp(q: Tensor, radius: float) -> Tensor:

@@ -242,7 +242,9 @@ def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
     f = encoded.format
     n = math.prod(f.shape)
     if packed.numel() != -(-n // 2):
-        raise ShapeError("the packed codes do not hold the weight's elements", tensor="weight", shape=(packed.numel(),), expected=(-(-n // 2),), format=f.label)
+        raise ShapeError(
+            "the packed codes do not hold the weight's elements", tensor="weight", shape=(packed.numel(),), expected=(-(-n // 2),), format=f.label
+        )
     if f.blocksize < 2 or absmax.numel() != -(-n // f.blocksize):
         raise ShapeError(
             f"absmax does not hold one value a block of {f.blocksize}",
@@ -294,7 +296,9 @@ def _encode_4bit(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
     if f.storage != torch.uint8:
         if packed.numel() % f.storage.itemsize:
-            raise FormatError(f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8")
+            raise FormatError(
+                f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8"
+            )
         packed = packed.reshape(-1).view(f.storage).unsqueeze(1)
     return {"weight": packed, "quant_map": _levels(f.codec, flat.device).clone(), **_encode_absmax(absmax, f)}
 
@@ -327,7 +331,9 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     """
     rows, columns = shape
     if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
-        raise FormatError("a CPU-packed weight of a shape that bitsandbytes cannot pack", tensor="weight", shape=tuple(weight.shape), expected=(rows, columns // 2))
+        raise FormatError(
+            "a CPU-packed weight of a shape that bitsandbytes cannot pack", tensor="weight", shape=tuple(weight.shape), expected=(rows, columns // 2)
+        )
     tiles = weight.reshape(-1, 32)
     codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
     codes = codes.transpose(1, 2).reshape(-1)
@@ -340,7 +346,9 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
 def _decode_int8(encoded: EncodedWeight) -> Tensor:
     weight, scb = _require(encoded, "weight", "SCB")
     if weight.dtype != torch.int8 or tuple(weight.shape) != encoded.format.shape:
-        raise ShapeError(f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}", shape=tuple(weight.shape), expected=encoded.format.shape)
+        raise ShapeError(
+            f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}", shape=tuple(weight.shape), expected=encoded.format.shape
+        )
     if scb.numel() != weight.shape[0]:
         raise ShapeError("SCB must hold one value a row", tensor="SCB", shape=tuple(scb.shape), expected=(weight.shape[0],), format="int8")
     return weight.detach().to(torch.float32) * (scb.detach().reshape(-1, 1).to(torch.float32) / 127.0)

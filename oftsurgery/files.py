@@ -66,7 +66,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
     if not config_path.is_file():
         inside = any(folder.iterdir())
         raise AdapterError(
-            f"the folder has no {CONFIG}" if inside else "the folder is empty", path=folder, remedy="give the folder that peft's save_pretrained wrote"
+            f"the folder has no {CONFIG}" if inside else "the folder is empty",
+            path=folder,
+            remedy="give the folder that peft's save_pretrained wrote",
         )
     if not tensors_path.is_file():
         pickles = [name for name in _PICKLES if (folder / name).is_file()]

@@ -56,7 +56,9 @@ class Layer:
                     remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
                 )
             if m.groups != 1:
-                raise FormatError("a grouped convolution cannot be folded", module=self.path, remedy="train the adapter without it (`exclude_modules`)")
+                raise FormatError(
+                    "a grouped convolution cannot be folded", module=self.path, remedy="train the adapter without it (`exclude_modules`)"
+                )
             return "conv"
         if isinstance(m, nn.Linear) or self._is_conv1d:
             return "linear"
@@ -152,7 +154,9 @@ class Layer:
         state = getattr(weight, "quant_state", None) or getattr(self.module, "quant_state", None)
         if state is None:
             if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
-                raise StateError("the 4-bit layer is not quantised yet", module=self.path, remedy="move the model to its device first: model.to(device)")
+                raise StateError(
+                    "the 4-bit layer is not quantised yet", module=self.path, remedy="move the model to its device first: model.to(device)"
+                )
             raise FormatError("the 4-bit layer has lost its quant_state", module=self.path, format="4-bit", remedy="reload the model")
         if state.quant_type not in ("nf4", "fp4"):
             raise FormatError("unknown 4-bit type", module=self.path, format=str(state.quant_type), remedy="quantise with nf4 or fp4")
@@ -320,7 +324,8 @@ def alias_parameter(parameter: nn.Parameter) -> nn.Parameter:
     new = copy.copy(parameter)
     if type(parameter) is not nn.Parameter and type(new) is nn.Parameter:
         raise StateError(
-            f"a parameter of class {type(parameter).__name__} cannot be shared between two models", remedy="fold with inplace=True, or a plain torch model"
+            f"a parameter of class {type(parameter).__name__} cannot be shared between two models",
+            remedy="fold with inplace=True, or a plain torch model",
         )
     return new
 

@@ -113,7 +113,9 @@ def _plan(model: nn.Module, adapters: Sequence[OFTAdapter]) -> FoldPlan:
         again = [a for a in adapters if a.fingerprint in folded.fingerprints()]
         if again:
             raise StateError(
-                "this adapter is folded into the model already", path=again[0].source, remedy="unfold it first, or fold into the base model (record: model.oftsurgery)"
+                "this adapter is folded into the model already",
+                path=again[0].source,
+                remedy="unfold it first, or fold into the base model (record: model.oftsurgery)",
             )
     modules = _modules(model)
     wanted = {path for a in adapters for path in a.modules}
@@ -335,13 +337,21 @@ def restore_model(folded: nn.Module, base: nn.Module, *, inplace: bool = False) 
             source, home = Layer(path, sources[path]).read()
             if source.fingerprint != module_record.before:
                 raise IntegrityError(
-                    "the base model's weight is not the one that was folded", module=path, format=home.label, remedy="give the very model that was folded"
+                    "the base model's weight is not the one that was folded",
+                    module=path,
+                    format=home.label,
+                    remedy="give the very model that was folded",
                 )
-            journal.append(Layer(path, modules[path]).write(EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()}), park=not tied.shared(modules[path])))
+            journal.append(
+                Layer(path, modules[path]).write(
+                    EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()}), park=not tied.shared(modules[path])
+                )
+            )
         for name, before in record.saved.items():
             if hash_tensors({name: tensors[name]}) != before:
-                raise IntegrityError("the base model's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded")
+                raise IntegrityError(
+                    "the base model's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded"
+                )
             _replace_tensor(modules, name, tensors[name], tied, journal, only_here=False)
         _set_record(inner_model(work), _earlier(record))
     return work
-

@@ -56,7 +56,9 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     layers = list(_tuner_layers(base))
     for path, layer in layers:
         if not type(layer).__module__.startswith("peft.tuners.oft."):
-            raise StateError(f"the model carries a live {type(layer).__name__} of {type(layer).__module__}", module=path, remedy="merge or unload it first")
+            raise StateError(
+                f"the model carries a live {type(layer).__name__} of {type(layer).__module__}", module=path, remedy="merge or unload it first"
+            )
         if layer.merged_adapters:
             raise StateError(
                 "peft has merged this adapter into the base weights already",

@@ -88,7 +88,9 @@ def make_plan(
             _check_saved(name, tensor, tensors, adapter)
             if name in saved:
                 raise MatchError(
-                    "two adapters bring their own values for one tensor", tensor=name, remedy="fold one of them alone: trained biases and heads do not add up"
+                    "two adapters bring their own values for one tensor",
+                    tensor=name,
+                    remedy="fold one of them alone: trained biases and heads do not add up",
                 )
             saved[name] = tensor
     _check_distinct(chains, layers)

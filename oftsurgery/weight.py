@@ -94,7 +94,9 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
         for r in _in_weight_order(chain, inverse=inverse):
             exact = r.unfold_from(exact) if inverse else r.fold_into(exact)
         if not bool(torch.isfinite(exact).all()):
-            raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy="check the adapter: its rotation or scale is not finite")
+            raise NonFiniteError(
+                "the rotated weight holds NaN or infinity", format=f.label, remedy="check the adapter: its rotation or scale is not finite"
+            )
         new = codecs.encode(exact, into)
         lossless = into.codec == "dense" and into.dtype == exact.dtype
         return FoldedWeight(new, 0.0 if lossless else relative_error(codecs.decode(new), exact))
