@@ -9,6 +9,7 @@ from ._version import __version__
 from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
 from .api import fold, load_adapter, unfold
 from .codecs import EncodedWeight, WeightFormat
+from .compare import OutputError, VerifyReport, verify
 from .errors import (
     AdapterError,
     DialectError,
@@ -43,12 +44,14 @@ __all__ = [
     "NonFiniteError",
     "OFTAdapter",
     "OFTSurgeryError",
+    "OutputError",
     "Rotation",
     "RoundingWarning",
     "ShapeError",
     "StateError",
     "UnfoldWarning",
     "UntieWarning",
+    "VerifyReport",
     "WeightFormat",
     "__version__",
     "fold",
@@ -56,4 +59,5 @@ __all__ = [
     "load_adapter",
     "unfold",
     "unfold_weight",
+    "verify",
 ]

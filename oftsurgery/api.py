@@ -10,7 +10,8 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from . import files, model as live_model
+from . import files
+from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import StateError, printable
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
-__all__ = ["Progress", "fold_model", "inner_model", "record_of", "restore_model", "unfold_model"]
+__all__ = ["Progress", "fold_model", "inner_model", "modules_of", "record_of", "restore_model", "unfold_model"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,8 +103,8 @@ def _transaction() -> Iterator[list[Undo]]:
         raise
 
 
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``{path: module}`` with compiled submodules under their plain names."""
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """``{path: module}``, every name of a shared one, with compiled submodules under their plain names."""
     return {path.replace("_orig_mod.", ""): m for path, m in inner_model(model).named_modules(remove_duplicate=False)}
 
 
@@ -117,7 +118,7 @@ def _plan(model: nn.Module, adapters: Sequence[OFTAdapter]) -> FoldPlan:
                 path=again[0].source,
                 remedy="unfold it first, or fold into the base model (record: model.oftsurgery)",
             )
-    modules = _modules(model)
+    modules = modules_of(model)
     wanted = {path for a in adapters for path in a.modules}
     layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
     tensors = {name: tuple(t.shape) for name, t in _tensors(modules).items()}
@@ -144,7 +145,7 @@ def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def _apply(
     model: nn.Module, plan: FoldPlan, journal: list[Undo], progress: Progress | None, *, inverse: bool = False
 ) -> tuple[dict[str, ModuleRecord], dict[str, str]]:
-    modules = _modules(model)
+    modules = modules_of(model)
     tied = _Tied(model)
     saved: dict[str, str] = {}
     if not inverse:
@@ -238,7 +239,7 @@ def _untie_config(model: nn.Module, journal: list[Undo]) -> None:
     for config in configs:
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
-            journal.append(lambda config=config: setattr(config, "tie_word_embeddings", True))
+            journal.append(partial(setattr, config, "tie_word_embeddings", True))
     warnings.warn(
         "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, and the model is larger",
         UntieWarning,
@@ -281,7 +282,7 @@ def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: 
         )
     with _transaction() as journal:
         work = folded if inplace else share_model(folded)
-        modules = _modules(work)
+        modules = modules_of(work)
         wanted = {path for a in adapters for path in a.modules}
         layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
@@ -324,14 +325,14 @@ def restore_model(folded: nn.Module, base: nn.Module, *, inplace: bool = False) 
     record = record_of(folded)
     if record is None:
         raise StateError("the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)")
-    sources = _modules(base)
+    sources = modules_of(base)
     tensors = _tensors(sources)
     for name in (*record.modules, *record.saved):
         if name not in sources and name not in tensors:
             raise MatchError("the base model lacks a folded module", module=name, remedy="give the model that was folded")
     with _transaction() as journal:
         work = folded if inplace else share_model(folded)
-        modules = _modules(work)
+        modules = modules_of(work)
         tied = _Tied(work)
         for path, module_record in record.modules.items():
             source, home = Layer(path, sources[path]).read()

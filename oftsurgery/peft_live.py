@@ -68,7 +68,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
         if layer.disable_adapters:
             raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="enable_adapter_layers() first")
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    wanted = list(names) if names is not None else _active(model, layers)
+    wanted = list(names) if names is not None else _active(layers)
     unknown = [n for n in wanted if n not in configs]
     if unknown or not wanted:
         raise StateError(
@@ -78,7 +78,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
 
 
-def _active(model: nn.Module, layers: Sequence[tuple[str, Any]]) -> list[str]:
+def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
     found = {tuple(layer.active_adapters) for _, layer in layers}
     if len(found) > 1:
         raise StateError("the model's layers have different active adapters", remedy="name the adapters to fold: fold(model, ['a', 'b'])")
@@ -86,26 +86,29 @@ def _active(model: nn.Module, layers: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers:
-        for part in ("oft_R", "oft_embedding_R"):
-            if name in getattr(layer, part, {}):
-                tensors[f"base_model.model.{path}.{part}.weight"] = getattr(layer, part)[name].weight.detach().clone()
-        for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
-            if name in getattr(layer, part, {}):
-                tensors[f"base_model.model.{path}.{part}"] = getattr(layer, part)[name].detach().clone()
-    for path, wrapper in _saved_wrappers(base):
-        if name in wrapper.modules_to_save:
-            for key, tensor in wrapper.modules_to_save[name].state_dict().items():
-                tensors[f"base_model.model.{path}.{key}"] = tensor.detach().clone()
+    tensors = dict(_live_tensors(base, layers, name))
     fields = dict(config.to_dict())
     # whichever release wrote the file, the installed one computes the live layer
     fields.pop("peft_version", None)
     if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):
         fields["peft_version"] = peft_version
-    for key in ("modules_to_save",):
-        fields[key] = list(fields[key]) if fields.get(key) else None
+    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None
     return parse_adapter(fields, tensors, source=f"live adapter {name!r}")
+
+
+def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's tensors under the keys that peft saves them with, copied: training may go on."""
+    for path, layer in layers:
+        for part in ("oft_R", "oft_embedding_R"):
+            if name in getattr(layer, part, {}):
+                yield f"base_model.model.{path}.{part}.weight", getattr(layer, part)[name].weight.detach().clone()
+        for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
+            if name in getattr(layer, part, {}):
+                yield f"base_model.model.{path}.{part}", getattr(layer, part)[name].detach().clone()
+    for path, wrapper in _saved_wrappers(base):
+        if name in wrapper.modules_to_save:
+            for key, tensor in wrapper.modules_to_save[name].state_dict().items():
+                yield f"base_model.model.{path}.{key}", tensor.detach().clone()
 
 
 def strip(base: nn.Module) -> list[Undo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Mapping
@@ -20,10 +21,8 @@ def versions() -> dict[str, str]:
     """Versions of what took part in a fold, those of its libraries that are installed."""
     found = {"oftsurgery": __version__, "python": platform.python_version()}
     for name in ("torch", "bitsandbytes", "peft", "transformers"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,37 +28,41 @@ def share_model(model: M) -> M:
         StateError: the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    compiled: list[nn.Module] = []
     for module in model.modules():
-        for state in quant_states(module).values():
-            memo.setdefault(id(state), copy_quant_state(state))
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                alias = alias_parameter(parameter)
-                state = getattr(parameter, "quant_state", None)
-                if state is not None:
-                    alias.quant_state = memo.setdefault(id(state), alias.quant_state)  # type: ignore[attr-defined]
-                memo[id(parameter)] = alias
-        for holder in (module.__dict__, module._buffers, getattr(getattr(module, "state", None), "__dict__", {})):
-            memo.update({id(t): t for t in holder.values() if isinstance(t, torch.Tensor)})
-        for hook in _hooks(module):
-            # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
-            memo.update({id(v): v for v in (hook.weights_map, hook.tied_params_map) if v is not None})
-        if module._compiled_call_impl is not None:
-            compiled.append(module)
+        memo.update(_shared_by(module, memo))
     try:
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise StateError(
             f"the model holds something that cannot be copied ({error})", remedy="fold with inplace=True, which copies nothing"
         ) from error
-    for old, new in zip(model.modules(), shared.modules(), strict=True):
+    for old in model.modules():
+        new = memo[id(old)]
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
-            weight.module = new  # type: ignore[union-attr]
-    for old in compiled:
-        _compile_like(old, memo[id(old)])
+            weight.module = new
+        if old._compiled_call_impl is not None:
+            _compile_like(old, new)
     return shared
+
+
+def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """``{id: what the copy uses instead}`` for what a module holds and a deep copy must not copy, unless ``memo`` has it."""
+    uses: dict[int, Any] = {id(s): memo.get(id(s)) or copy_quant_state(s) for s in quant_states(module).values()}
+    for parameter in module._parameters.values():
+        if parameter is None or id(parameter) in memo:
+            continue
+        alias: Any = alias_parameter(parameter)
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            alias.quant_state = uses.get(id(state)) or memo.get(id(state)) or alias.quant_state
+        uses[id(parameter)] = alias
+    for holder in (module.__dict__, module._buffers, getattr(getattr(module, "state", None), "__dict__", {})):
+        uses.update({id(t): t for t in holder.values() if isinstance(t, torch.Tensor)})
+    for hook in _hooks(module):
+        # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
+        uses.update({id(v): v for v in (hook.weights_map, hook.tied_params_map) if v is not None})
+    return uses
 
 
 def _compile_like(old: nn.Module, new: nn.Module) -> None:
