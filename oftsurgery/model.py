@@ -72,12 +72,14 @@ def fold_model(
         )
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
+    # everything is checked before anything is copied or changed; live layers hide their base layers until they are taken out
+    plan = None if live else _plan(model, adapters)
     with _transaction() as journal:
         work = model if inplace else share_model(model)
         if live:
             work = peft_live.base_of(inner_model(work))
             journal.extend(peft_live.strip(work))
-        plan = _plan(work, adapters)
+        plan = plan or _plan(work, adapters)
         modules, saved = _apply(work, plan, journal, progress)
         before = record_of(work)
         record = FoldRecord(

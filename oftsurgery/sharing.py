@@ -28,9 +28,9 @@ def share_model(model: M) -> M:
         StateError: the model holds something that cannot be copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        memo.update(_shared_by(module, memo))
     try:
+        for module in model.modules():
+            memo.update(_shared_by(module, memo))
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise StateError(

@@ -357,6 +357,19 @@ def test_models_that_accelerate_offloads_fold(where: str, inplace: bool, kind: s
         assert torch.equal(logits(oftsurgery.unfold(folded, base=model)), before)
 
 
+def test_offloaded_4bit_layers_are_refused(tmp_path: Path) -> None:
+    """accelerate 1.15 cannot run such a model either: it keeps the codes, but not their quantisation state."""
+    live(llama()).save_pretrained(tmp_path)
+    model = quantise(llama(), "nf4")
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        logits(model)
+    with pytest.raises(
+        oftsurgery.StateError, match=r"4-bit layer offloaded .*'model.layers.0.self_attn.q_proj'.*Remedy: keep 4-bit layers on a device"
+    ):
+        oftsurgery.fold(model, tmp_path)
+
+
 # --- out again, and the record ---------------------------------------------------------------------------------------------------------------------
 
 
