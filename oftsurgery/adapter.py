@@ -1,7 +1,7 @@
 """OFT adapters: the files that any peft release writes, as one frozen :class:`OFTAdapter`.
 
-Pure: config and tensors in, an adapter out. :func:`oftsurgery.load_adapter` reads the files. What differs between releases is told apart once, here, as a
-*dialect*; from then on an adapter is a mapping from module paths to :class:`Rotation`.
+Pure: config and tensors in, an adapter out. :func:`oftsurgery.load_adapter` reads the files. What differs between releases is told apart once, here,
+as a *dialect*; from then on an adapter is a mapping from module paths to :class:`Rotation`.
 """
 
 from __future__ import annotations
@@ -65,16 +65,18 @@ class Rotation:
     """One module's rotation.
 
     Attributes:
-        generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied. One row: shared by all blocks of the row.
+        generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied.
         cayley: the map from generator to rotation.
         side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each folds to.
         scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
+        shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the features alone.
     """
 
     generator: Tensor
     cayley: Cayley = Cayley()
     side: rotations.Side = "input"
     scale: Tensor | None = None
+    shared: bool = True
 
     @property
     def block_size(self) -> int:
@@ -111,11 +113,13 @@ class Rotation:
         """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens, features)`` for an embedding."""
         n, b = self.generator.shape[0], self.block_size
         out, features = shape
+        shared = n == 1 and self.shared
         if self.side == "output":
-            fits = (n == 1 and b <= out) or b == -(-out // n)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
+            r = -(-out // b) if shared else n
+            fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
             rotated, width = "output features", out
         else:
-            fits = features % b == 0 and n in (1, features // b)
+            fits = features % b == 0 and (shared or n == features // b)
             rotated, width = "features" if self.side == "embedding" else "input features", features
         if not fits:
             raise ShapeError(
@@ -260,6 +264,18 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 tensor="adapter_config.json",
                 remedy="restore the config that peft wrote",
             )
+    if not 0 <= config.get("eps", 0) < float("inf"):  # NaN compares false
+        raise AdapterError(
+            f"the adapter's config has eps = {config['eps']}, which is no radius",
+            tensor="adapter_config.json",
+            remedy="restore the config that peft wrote",
+        )
+    if config.get("num_cayley_neumann_terms", 0) > _MAX_TERMS:
+        raise AdapterError(
+            f"the adapter's config has num_cayley_neumann_terms = {config['num_cayley_neumann_terms']}, more than {_MAX_TERMS}",
+            tensor="adapter_config.json",
+            remedy="restore the config that peft wrote",
+        )
     if config.get("layer_replication"):
         raise DialectError(
             "`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it"
@@ -270,10 +286,14 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 _MISSING = object()
 
+# peft's default is 5; a file must not be able to keep a fold busy for ever
+_MAX_TERMS = 1000
+
 
 # --- keys -----------------------------------------------------------------------------------------------------------------------------------------
 
 _PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OTHER_TUNER = re.compile(r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)")
 
 
@@ -290,9 +310,12 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 remedy="save the adapter with peft's save_pretrained",
             )
         name = key[len(_PREFIX) :]
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             raise AdapterError(
-                f"an adapter tensor must be floating point, this is {tensor.dtype}", tensor=key, path=source, remedy="restore the file"
+                f"an adapter tensor must be float32, float16, bfloat16 or float64, this is {tensor.dtype}",
+                tensor=key,
+                path=source,
+                remedy="restore the file",
             )
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError("the adapter's tensor holds NaN or infinity", tensor=key, path=source, remedy="retrain from an earlier checkpoint")
@@ -306,7 +329,11 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 remedy="save OFT adapters alone, with peft's save_pretrained",
             )
         else:
-            target = name.replace(".base_layer.", ".")
+            target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            if ".original_module." in name:
+                continue  # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias): not used live
+            if target in saved and torch.equal(saved[target], tensor):
+                continue  # with bias="all" peft saves the biases of `modules_to_save` under two keys
             if target in saved:
                 raise MatchError("two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys")
             saved[target] = tensor
@@ -331,7 +358,12 @@ def _detect_dialect(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Te
         raise DialectError(
             "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter", tensor=old[0], path=source, remedy="save it with one peft"
         )
-    candidates = _old_dialects(config, raw, source) if old else _new_dialects(config, source)
+    if old:
+        candidates = _old_dialects(config, raw, source)
+    elif any("oft_embedding_R.weight" in parts for parts in raw.values()):
+        candidates = ["peft-0.21"]  # embeddings came with 0.19, whatever the config has lost
+    else:
+        candidates = _new_dialects(config, source)
     if named is not None:
         if named not in candidates:
             raise DialectError(f"named {named}, but the files are of {' or '.join(candidates)}", path=source, remedy="leave the dialect out")
@@ -413,7 +445,8 @@ def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
     if coft_eps is not None:
         # ‖Q‖_F ≤ eps / √rows (peft ≥ 0.16: the clamp is on the skew-symmetric matrix); clamped anew by every live forward, so a file may not be
         v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), coft_eps))
-    return Rotation(generator=v, cayley=cayley, side="embedding" if part.startswith("oft_embedding") else "input")
+    side: rotations.Side = "embedding" if part.startswith("oft_embedding") else "input"
+    return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
 
 
 def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str, coft_eps: float | None) -> Rotation:
@@ -430,23 +463,20 @@ def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, A
     rows, b, _ = a.shape
     if coft_eps is not None:
         # ‖A‖_F ≤ eps · ⌈out/r⌉² / √rows on the raw matrix, r blocks a row; ≤ 0.13 has ⌈out/r⌉ = b
-        if scale is None:
-            width = b
-        else:
-            r = rows if not config.get("block_share") else int(config.get("r", 0))
-            if r == 0:
-                raise DialectError(
-                    "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the layer's input width, which its files do not hold",
-                    module=path,
-                    remedy="run one forward in peft 0.15 and save again with `coft: false`",
-                )
-            width = -(-scale.shape[0] // r)
+        if scale is not None and config.get("block_share"):
+            raise DialectError(
+                "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the number of blocks a row, which its files do not hold",
+                module=path,
+                remedy="run one forward in peft 0.15 and save again with `coft: false`",
+            )
+        width = b if scale is None else -(-scale.shape[0] // rows)
         a = _clamp(a, coft_eps * width * width)
     q = (a - a.transpose(1, 2)) / 2
     return Rotation(
         generator=rotations.vector(q),
         side="output" if dialect == "peft-0.13" else "input",
         scale=None if scale is None else scale.reshape(-1),
+        shared=bool(config.get("block_share")),
     )
 
 

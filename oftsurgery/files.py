@@ -49,8 +49,9 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, TENSORS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AdapterError(
-            f"neither a folder nor a Hub repository that can be read ({printable(str(error).splitlines()[0] if str(error) else type(error).__name__)})",
+            f"neither a folder nor a Hub repository that can be read ({printable(reason)})",
             path=repo,
             remedy="check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache",
         ) from error

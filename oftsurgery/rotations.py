@@ -1,7 +1,7 @@
 r"""Block rotations: from a generator to ``R``, and applying, inverting and measuring it.
 
-The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer computes ``x' = x · blockdiag(blocks)``,
-so the three sides on which peft puts a rotation are
+The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer computes
+``x' = x · blockdiag(blocks)``, so the three sides on which peft puts a rotation are
 
 =============  ===========================  ==========================
 side           live                         fold
@@ -46,6 +46,9 @@ Side = Literal["input", "output", "embedding"]
 
 # ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken batched one around 4e-2
 _SOLVE_TOLERANCE = 1e-10
+
+# blocks of this size and more are solved one by one on the CPU (batches were seen right up to 144 rows)
+_LARGE = 128
 
 
 @contextlib.contextmanager
@@ -107,8 +110,8 @@ def vector(q: Tensor) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """Exact Cayley map ``R = (I - Q)(I + Q)⁻¹`` of skew-symmetric ``q: (n, b, b)``.
 
-    Differentiable. Every solve is checked, since torch 2.13 on the CPU can return wrong batched solutions silently (``formats``: after
-    ``torch.set_num_threads``, 160 rows and more); blocks are then solved one by one.
+    Differentiable. Every solve is checked, and large blocks are solved one by one: torch 2.13's batched CPU solve of 160 rows and more reads
+    wrong pivots once ``torch.set_num_threads`` was called, and is then silently wrong, or raises.
 
     Raises:
         NonFiniteError: if ``q`` or the result is not finite.
@@ -127,14 +130,23 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
     """``X`` with ``X a = c``, per block, residual-checked."""
     if not bool(torch.isfinite(a.detach()).all()):
         raise NonFiniteError("a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter")
-    x = torch.linalg.solve(a, c, left=False)
+    each = a.device.type == "cpu" and a.shape[-1] >= _LARGE
+    x = _solve(a, c, each=each)
     if not _solved(x, a, c):
-        x = torch.stack([torch.linalg.solve(a_i, c_i, left=False) for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
+        x = x if each else _solve(a, c, each=True)
         if not _solved(x, a, c):
             raise NonFiniteError(
                 "a block rotation is singular or too ill-conditioned to solve",
                 remedy="check the adapter's generator: its norm should be well below 1 for a Neumann series, and finite for Cayley",
             )
+    return x
+
+
+def _solve(a: Tensor, c: Tensor, *, each: bool) -> Tensor:
+    # solve_ex: a singular block gives NaN, which the residual finds, where solve raises torch's own error
+    if each:
+        return torch.stack([torch.linalg.solve_ex(a_i, c_i, left=False).result for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
+    x: Tensor = torch.linalg.solve_ex(a, c, left=False).result
     return x
 
 
@@ -238,4 +250,5 @@ def eigen_angles(q: Tensor) -> Tensor:
     Every OFT map is a rational function of ``Q``, so its ``R`` is normal and has the map's values at ``±iθ`` as eigenvalues.
     """
     q = q.to(torch.float64)
-    return torch.linalg.eigvalsh(-(q @ q)).clamp(min=0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(-(q @ q))
+    return squares.clamp(min=0).sqrt()
