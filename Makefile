@@ -1,0 +1,37 @@
+# Everything runs in .venv, which these commands make for themselves. The versions of all that is in it stand in constraints.txt.
+#   make demo     what a fold costs, on a real model, beside peft's own merge
+#   make test     all tests but the slow ones; ARGS="-k name" selects
+#   make slow     the slow ones
+#   make check    changes nothing: format, lint, types, the import contract, then the tests
+#   make bench    how fast a fold is, beside peft's own merge
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test slow check bench
+
+demo: $(INSTALLED)
+	$(BIN)/python tools/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/fold_layer.py
+
+# once, and again when what is to be installed changes; an install that fails leaves no stamp
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
