@@ -1,0 +1,915 @@
+"""Live OFT layers: the rotation stays beside the weight, trains, merges and comes out again bit-exactly.
+
+:func:`wrap_model` puts a :class:`LiveLayer` in place of each layer that an adapter targets. Its forward computes ``y = (x R) Wᵀ + bias`` by
+blocks (legacy dialects: ``((x Wᵀ) R) ⊙ s + bias``; embeddings: ``E[i] R``), in float32 or better whatever the dtype or autocast state around it, and
+returns the dtype that the base layer returns. Gradients reach the generators, through bitsandbytes layers too.
+
+Keys of a wrapped model's ``state_dict``, for a layer at ``<path>``:
+
+=============================  =====================================================================================================================
+``<path>.base_layer.*``        the base layer's own
+``<path>.oft_R.<name>.weight`` generator of adapter ``<name>``, ``(n, b(b-1)/2)`` float32, trainable (peft's key, but for embeddings)
+``<path>.oft_R.<name>.scale``  ``(out,)`` float32, trainable; the ``oft_s`` of peft 0.14 and 0.15 alone
+``<path>.merged``              only while merged, so that such a state does not load into a layer that would rotate once more
+=============================  =====================================================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import peft_live, rotations
+from .adapter import Cayley, OFTAdapter, Rotation
+from .codecs import WeightFormat
+from .errors import AdapterError, FormatError, MatchError, OFTSurgeryError, StateError, printable
+from .layers import Layer
+from .model import _covers, _plan, _replace_tensor, _Tied, _transaction, inner_model, modules_of
+from .sharing import share_model
+from .weight import fold_encoded
+
+__all__ = [
+    "Embedding",
+    "Linear",
+    "Linear4bit",
+    "Linear8bitLt",
+    "LiveLayer",
+    "LiveRotation",
+    "active_adapters",
+    "adapter_of",
+    "dispatch_bnb_4bit",
+    "dispatch_bnb_8bit",
+    "enable_adapters",
+    "live_layers",
+    "merge",
+    "read_live",
+    "set_adapter",
+    "strip",
+    "unmerge",
+    "unwrap",
+    "wrap_model",
+]
+
+Undo = Callable[[], None]
+
+
+# --- one adapter's rotation of one layer ----------------------------------------------------------------------------------------------------------
+
+
+class LiveRotation(nn.Module):
+    """A :class:`~oftsurgery.Rotation` that trains.
+
+    Attributes:
+        weight: the generator, ``(n, b(b-1)/2)`` float32.
+        scale: ``(out,)`` float32, or None.
+        cayley, side: as in :class:`~oftsurgery.Rotation`.
+        radius: COFT's bound of each block's ``‖Q‖_F``, or None. Every forward keeps to it, and a training one writes the clamped generator back.
+        dropout: share of the blocks that a training forward replaces by the identity, at random: what peft's ``module_dropout`` says (its layers have
+            ignored it since 0.16).
+    """
+
+    def __init__(self, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(rotation.generator.detach().to(device=device, dtype=torch.float32, copy=True))
+        scale = rotation.scale
+        self.scale = None if scale is None else nn.Parameter(scale.detach().to(device=device, dtype=torch.float32, copy=True))
+        self.cayley, self.side, self.radius, self.dropout = rotation.cayley, rotation.side, radius, dropout
+
+    def _generator(self) -> Tensor:
+        """Clamped; the gradient passes the clamp as if it were not there, as peft's does."""
+        v = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if self.radius is None:
+            return v
+        with torch.no_grad():
+            norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)  # each element of v stands in Q twice
+            clamped = torch.where(norm <= self.radius, v, v * (self.radius / norm))
+            if self.training:
+                self.weight.copy_(clamped)
+        return v + (clamped - v).detach()
+
+    def blocks(self) -> Tensor:
+        """``(n, b, b)`` in float32 or better, differentiable: the live layer computes ``x · blockdiag(blocks)``."""
+        blocks = self.cayley(rotations.skew(self._generator()))
+        n = blocks.shape[0]
+        if self.training and self.dropout > 0 and n > 1:
+            dropped = (torch.randperm(n, device=blocks.device) < int(self.dropout * n)).reshape(n, 1, 1)
+            blocks = torch.where(dropped, torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device), blocks)
+        return blocks
+
+    @torch.no_grad()
+    def rotation(self) -> Rotation:
+        """What it computes now (dropout aside), as a frozen :class:`~oftsurgery.Rotation` of tensors of its own."""
+        training, self.training = self.training, False  # reading writes no clamped generator back
+        try:
+            generator = self._generator().clone()
+        finally:
+            self.training = training
+        return Rotation(generator, self.cayley, self.side, None if self.scale is None else self.scale.detach().clone())
+
+    def extra_repr(self) -> str:
+        n, elements = self.weight.shape
+        return f"{n} blocks of {rotations.block_size_of(elements)}, {self.side} side"
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Held:
+    """What a merge took out of a base layer: its Parameter whole, with all of its quantisation state, in CPU memory.
+
+    Data and no closure, so that copies of a merged model hold bytes of their own.
+    """
+
+    weight: Any  # the Parameter; None where accelerate offloads it
+    quant_state: Any
+    in_state: bool  # int8: a forward has moved the statistics from the Parameter to module.state
+    scb: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Layer) -> _Held:
+        base: Any = layer.module
+        if layer._offload_hook is not None:
+            return cls(None, None, False, None)
+        state = getattr(base, "state", None)
+        scb = getattr(state, "SCB", None)
+        return cls(base._parameters["weight"], base.__dict__.get("quant_state"), getattr(state, "CB", None) is not None, scb)
+
+    def move(self, device: torch.device) -> None:
+        if self.weight is None or self.weight.device == device:
+            return
+        self.weight.data = self.weight.data.to(device)
+        if getattr(self.weight, "CB", None) is not None:
+            self.weight.CB = self.weight.data  # the same bytes, under another name
+            self.weight.SCB = self.weight.SCB.to(device)
+        for state in {id(s): s for s in (getattr(self.weight, "quant_state", None), self.quant_state) if s is not None}.values():
+            state.to(device)
+        self.scb = None if self.scb is None else self.scb.to(device)
+
+    def put_back(self, layer: Layer) -> None:
+        base: Any = layer.module
+        if self.weight is None:
+            hook: Any = layer._offload_hook
+            hook.weights_map = hook.weights_map.maps[1]  # from under what Layer.write laid over it
+            return
+        self.move(base._parameters["weight"].device)
+        if getattr(self.weight, "module", None) is not None:
+            self.weight.module = base  # a copied Params4bit still names the module that it was copied from
+        base._parameters["weight"] = self.weight
+        if base.__dict__.get("quant_state") is not None:
+            base.quant_state = self.quant_state if self.weight.quant_state is None else self.weight.quant_state
+        if getattr(base, "state", None) is not None:
+            base.state.CB = self.weight.data if self.in_state else None
+            base.state.SCB = self.scb
+
+
+class LiveLayer(nn.Module):
+    """A base layer and the rotations of one or more named adapters; the named subclasses below differ in the base that they take.
+
+    Attributes:
+        base_layer: the layer that was wrapped, its weight untouched until :meth:`merge`.
+        oft_R: ``{adapter name: LiveRotation}``.
+        merged_adapters: names of what is merged into the base layer's weight, in the live order.
+        path: of the layer in its model, for messages.
+
+    Args:
+        base_layer: what the subclass takes. On a bitsandbytes 4-bit layer, ``support_avx512bf16_for_cpu`` is switched off and a weight that a CPU
+            forward has repacked is laid out as before: bitsandbytes computes no gradients through the repacked one.
+        adapter_name: of the first adapter; it becomes active.
+        rotation: of the first adapter.
+        radius, dropout: see :class:`LiveRotation`.
+        shared: other modules use the base layer's Parameter too, so that a merge must not move it to the CPU.
+
+    Raises:
+        FormatError: the base layer is not of the subclass's kind.
+        MatchError, ShapeError: the rotation does not fit it.
+    """
+
+    oft_R: nn.ModuleDict  # noqa: N815 (peft's name)
+    base_layer: nn.Module
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        rotation: Rotation,
+        *,
+        radius: float | None = None,
+        dropout: float = 0.0,
+        path: str = "",
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
+        self._conv = layer.kind == "conv"
+        self._shared = shared
+        self._active: list[str] = []
+        self._disabled = False
+        self._held: _Held | None = None
+        self._home: WeightFormat | None = None
+        self.merged_adapters: list[str] = []
+        self.base_layer = base_layer
+        self.oft_R = nn.ModuleDict()
+        self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
+        self._packed_before = base_layer.__dict__.get("support_avx512bf16_for_cpu")
+        if layer._is_4bit:
+            self._stay_differentiable(layer)
+        self.train(base_layer.training)
+
+    @classmethod
+    def _takes(cls, layer: Layer) -> bool:
+        raise NotImplementedError
+
+    def _check_base(self, layer: Layer) -> Layer:
+        if not self._takes(layer):
+            raise FormatError(
+                f"live.{type(self).__name__} does not take a {type(layer.module).__name__}",
+                module=layer.path,
+                remedy=f"for this one there is live.{_class_for(layer).__name__}",
+            )
+        return layer
+
+    def _stay_differentiable(self, layer: Layer) -> None:
+        base: Any = layer.module
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            encoded, self._home = layer.read()
+            layer.write(encoded, park=False)
+        if self._packed_before is not None:
+            base.support_avx512bf16_for_cpu = False
+
+    # --- adapters ---
+
+    @property
+    def _name(self) -> str:
+        return self.path or type(self.base_layer).__name__
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the canonical weight; ``(tokens, features)`` of an embedding."""
+        base: Any = self.base_layer
+        if isinstance(base, nn.Embedding):
+            return base.num_embeddings, base.embedding_dim
+        if self._conv:
+            return base.out_channels, base.in_channels
+        if isinstance(base, nn.Linear):
+            return base.out_features, base.in_features
+        return base.weight.shape[1], base.weight.shape[0]  # GPT-2's Conv1D
+
+    def add_adapter(self, adapter_name: str, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0) -> None:
+        """One more adapter, which becomes active after those that are: live, ``x · Ra · Rb``. A merged layer is unmerged first.
+
+        Raises:
+            StateError: the name is taken, empty or holds a dot.
+            MatchError, ShapeError: the rotation does not fit.
+        """
+        _check_name(adapter_name)
+        if adapter_name in self.oft_R:
+            raise StateError(
+                f"the layer has an adapter {printable(adapter_name)!r} already",
+                module=self._name,
+                remedy="choose another name, or delete_adapter() it first",
+            )
+        if (rotation.side == "embedding") != isinstance(self.base_layer, nn.Embedding) or (
+            rotation.side == "embedding" and rotation.scale is not None
+        ):
+            raise MatchError(
+                f"a rotation on the {rotation.side} side{' with a scale' if rotation.scale is not None else ''} does not go on a "
+                f"{type(self.base_layer).__name__}",
+                module=self._name,
+                remedy="use the base model that the adapter was trained on",
+            )
+        rotation.check_fits(self._shape, self._name)
+        weight = cast(Tensor, self.base_layer.weight)
+        self.unmerge()
+        self.oft_R[adapter_name] = LiveRotation(
+            rotation, radius=radius, dropout=dropout, device=torch.device("cpu") if weight.is_meta else weight.device
+        )
+        self._active.append(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter; a merged layer is unmerged first."""
+        self._check_known([adapter_name])
+        self.unmerge()
+        del self.oft_R[adapter_name]
+        self._active = [name for name in self._active if name != adapter_name]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names in the live order: ``[a, b]`` computes ``x · Ra · Rb``."""
+        return list(self._active)
+
+    def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Make these the active adapters, in this order, and the ones that train; a merged layer is unmerged first.
+
+        Raises:
+            StateError: the layer has no such adapter, or a name is given twice.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_known(names)
+        self.unmerge()
+        self._active = names
+        for name, rotation in self.oft_R.items():
+            rotation.requires_grad_(name in names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Without adapters the layer computes what its base layer does; disabling unmerges a merged layer first."""
+        if not enabled:
+            self.unmerge()
+        self._disabled = not enabled
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self.oft_R]
+        if unknown:
+            raise StateError(
+                f"the layer has no adapter {', '.join(map(printable, unknown))}",
+                module=self._name,
+                remedy=f"it has {', '.join(map(printable, self.oft_R)) or 'none'}",
+            )
+        if len(set(names)) < len(names):
+            raise StateError("an adapter is named twice", module=self._name, remedy="name each adapter once")
+
+    # --- peft's names for what it wraps ---
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's: models ask their layers for a dtype or device by it."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.base_layer.bias)
+
+    # --- forward ---
+
+    def _chain(self) -> list[LiveRotation]:
+        if self._disabled or self.merged:
+            return []
+        return [cast(LiveRotation, self.oft_R[name]) for name in self._active]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        chain = self._chain()
+        y = self.base_layer(self._before(x, [r for r in chain if r.side == "input"]), *args, **kwargs)
+        return self._after(y, chain)
+
+    def _before(self, x: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        if not chain:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            z = self._features_last(x.to(torch.promote_types(x.dtype, torch.float32)))
+            for r in chain:
+                z = rotations.apply_blocks(z, r.blocks().to(z))
+            return self._features_back(z).to(x.dtype)
+
+    def _after(self, y: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        if not any(r.side != "input" or r.scale is not None for r in chain):
+            return y
+        with torch.autocast(y.device.type, enabled=False):
+            z = self._features_last(y.to(torch.promote_types(y.dtype, torch.float32)))
+            bias = self._loaded_bias()
+            if bias is not None:
+                bias = bias.to(z)
+                z = z - bias  # these dialects rotate and scale what comes before the bias
+            for r in [r for r in chain if r.side != "input"]:
+                z = _apply_cropped(z, r.blocks().to(z))
+                z = z if r.scale is None else z * r.scale.to(z)
+            for r in chain:
+                z = z * r.scale.to(z) if r.side == "input" and r.scale is not None else z
+            if bias is not None:
+                z = z + bias
+            return self._features_back(z).to(y.dtype)
+
+    def _loaded_bias(self) -> Tensor | None:
+        bias = cast("Tensor | None", getattr(self.base_layer, "bias", None))
+        if bias is not None and bias.is_meta:
+            hook: Any = Layer(self._name, self.base_layer)._offload_hook
+            bias = hook.weights_map["bias"]
+        return bias
+
+    def _features_last(self, x: Tensor) -> Tensor:
+        return x.movedim(-3, -1) if self._conv else x  # (…, channels, height, width)
+
+    def _features_back(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -3) if self._conv else x
+
+    # --- merge ---
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> float:  # noqa: ARG002
+        """Fold adapters into the base layer's weight, in its own format; forward then rotates nothing more.
+
+        The weight that was there waits in CPU memory, whole, for :meth:`unmerge`. Merging what is merged already changes nothing.
+
+        Args:
+            safe_merge: as in peft, refuse NaN and infinity and leave the layer as it was. Every merge does, whatever is given here.
+            adapter_names: in the live order; None for the active ones.
+
+        Returns:
+            the relative (Frobenius) error that storing the rotated weight added; 0 in float32.
+
+        Raises:
+            NonFiniteError: NaN or infinity in the generator, the weight or the result.
+            StateError: other adapters are merged, the adapters are disabled, or a name is unknown.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._check_known(names)
+        if self._disabled:
+            raise StateError("the layer's adapters are disabled", module=self._name, remedy="enable_adapters(True) first")
+        if not names or names == self.merged_adapters:
+            return 0.0
+        if self.merged:
+            raise StateError(
+                f"{', '.join(map(printable, self.merged_adapters))} is merged already, and {', '.join(map(printable, names))} was asked for",
+                module=self._name,
+                remedy="unmerge() first, then merge all of them at once: merge(adapter_names=[…])",
+            )
+        layer = Layer(self._name, self.base_layer)
+        try:
+            encoded, home = layer.read()
+            folded = fold_encoded(encoded, [cast(LiveRotation, self.oft_R[name]).rotation() for name in names], self._home or home)
+        except OFTSurgeryError as error:
+            raise error.within(self._name) from error.__cause__
+        held = _Held.of(layer)
+        layer.write(folded.encoded, park=False)
+        if not self._shared:
+            held.move(torch.device("cpu"))
+        self._held, self.merged_adapters = held, names
+        return folded.error
+
+    def unmerge(self) -> None:
+        """Put back what :meth:`merge` replaced, bit for bit and as the same Parameter; nothing where nothing is merged."""
+        if self._held is not None:
+            self._held.put_back(Layer(self._name, self.base_layer))
+        self._held, self.merged_adapters = None, []
+
+    # --- state_dict ---
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "merged"] = torch.ones((), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
+            raise StateError("a state_dict does not load into a merged layer", module=self._name, remedy="unmerge() first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        state = ", disabled" if self._disabled else f", merged={self.merged_adapters}" if self.merged else ""
+        return f"active={self._active}{state}"
+
+
+class Linear4bit(LiveLayer):
+    """Live layer over :class:`bitsandbytes.nn.Linear4bit` (NF4, FP4)."""
+
+    @classmethod
+    def _takes(cls, layer: Layer) -> bool:
+        return layer.kind != "embedding" and layer._is_4bit
+
+
+class Linear8bitLt(LiveLayer):
+    """Live layer over :class:`bitsandbytes.nn.Linear8bitLt`."""
+
+    @classmethod
+    def _takes(cls, layer: Layer) -> bool:
+        return layer.kind != "embedding" and layer._is_8bit
+
+
+class Linear(LiveLayer):
+    """Live layer over an unquantised one: :class:`torch.nn.Linear`, transformers' ``Conv1D``, a 1×1 :class:`torch.nn.Conv2d`."""
+
+    @classmethod
+    def _takes(cls, layer: Layer) -> bool:
+        return layer.kind != "embedding" and not layer._is_4bit and not layer._is_8bit
+
+
+class Embedding(LiveLayer):
+    """Live layer over :class:`torch.nn.Embedding` and bitsandbytes' quantised ones: rotates the embeddings that it looks up."""
+
+    @classmethod
+    def _takes(cls, layer: Layer) -> bool:
+        return layer.kind == "embedding"
+
+
+def _class_for(layer: Layer) -> type[LiveLayer]:
+    return next(c for c in (Embedding, Linear4bit, Linear8bitLt, Linear) if c._takes(layer))
+
+
+def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
+    """``y · blockdiag(blocks)``, the matrix cropped to ``y``'s features as peft ≤ 0.13 does: its other rows meet zeros."""
+    features, b = y.shape[-1], blocks.shape[-1]
+    needed = -(-features // b)
+    padded = nn.functional.pad(y, (0, needed * b - features))
+    return rotations.apply_blocks(padded, blocks[:needed])[..., :features]
+
+
+def _check_name(adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise StateError(
+            f"an adapter cannot be named {printable(adapter_name)!r}", remedy="a name without dots, as it becomes part of a state_dict's keys"
+        )
+
+
+# --- models ---------------------------------------------------------------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_oftsurgery_live"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a wrapped adapter came with beside its rotations."""
+
+    config: dict[str, Any]
+    dialect: str
+    saved: tuple[str, ...]
+
+
+def _origins(model: nn.Module) -> dict[str, _Origin]:
+    return dict(inner_model(model).__dict__.get(_ATTRIBUTE, {}))
+
+
+def live_layers(model: nn.Module) -> dict[str, LiveLayer]:
+    """``{path: LiveLayer}`` of a model; each layer once, under the path at which it was wrapped."""
+    found: dict[int, tuple[LiveLayer, list[str]]] = {}
+    for path, module in modules_of(model).items():
+        if isinstance(module, LiveLayer):
+            found.setdefault(id(module), (module, []))[1].append(path)
+    return {layer.path if layer.path in paths else paths[0]: layer for layer, paths in found.values()}
+
+
+def wrap_model(
+    model: nn.Module, adapters: OFTAdapter | Mapping[str, OFTAdapter], *, adapter_name: str = "default", inplace: bool = False
+) -> nn.Module:
+    """Put live, trainable layers in place of those that an adapter targets; all or nothing.
+
+    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases, ``modules_to_save``), which
+    replace the model's own, whichever adapters are active. Everything else is frozen, since a pure wrap shares it with ``model``.
+
+    Args:
+        model: plain, or wrapped already: the adapter then joins those that are there, active after them.
+        adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
+        adapter_name: of a single one.
+        inplace: change ``model`` itself. Otherwise the result is a new model that shares every tensor that it does not train.
+
+    Raises:
+        MatchError, ShapeError, FormatError, StateError: as :func:`oftsurgery.fold` raises them.
+        StateError: also where a name is taken or a layer is merged.
+        After any error the model is as it was.
+    """
+    named = {adapter_name: adapters} if isinstance(adapters, OFTAdapter) else dict(adapters)
+    for name in named:
+        _check_name(name)
+    if peft_live.has_live_layers(inner_model(model)):
+        raise StateError("the model carries live peft layers already", remedy="wrap the plain base model, or use the peft model as it is")
+    with _transaction() as journal:
+        work = model if inplace else share_model(model)
+        before = live_layers(work)
+        origins = _origins(work)
+        taken = [name for name in named if any(name in layer.oft_R for layer in before.values())]
+        if taken:
+            raise StateError(f"the model has a live adapter {printable(taken[0])!r} already", remedy="choose another adapter_name")
+        _refuse_merged(before)
+        _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
+        plan = _plan(work, list(named.values()))
+        for name in plan.saved:
+            if any(name in origin.saved for origin in origins.values()):
+                raise MatchError("two adapters bring their own values for one tensor", tensor=name, remedy="wrap one of them alone")
+        modules, tied = modules_of(work), _Tied(work)
+        layers = {layer.base_layer: layer for layer in before.values()}
+        for name, adapter in named.items():
+            for path, rotation in adapter.modules.items():
+                base = modules[path]
+                radius = _radius(adapter, rotation)
+                if base in layers:
+                    layers[base].add_adapter(name, rotation, radius=radius)
+                    journal.append(lambda layer=layers[base], name=name: layer.delete_adapter(name))  # type: ignore[misc]
+                else:
+                    journal.append(_restore_4bit(base))
+                    layers[base] = _class_for(Layer(path, base))(base, name, rotation, radius=radius, path=path, shared=tied.shared(base))
+            origins[name] = _Origin(dict(adapter.config), adapter.dialect, tuple(adapter.saved))
+        for name, tensor in plan.saved.items():
+            own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
+            _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
+        _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
+        _swap(work, {id(base): layer for base, layer in layers.items()}, journal)
+        inner_model(work).__dict__[_ATTRIBUTE] = origins
+    return work
+
+
+def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
+    for path, layer in layers.items():
+        if layer.merged:
+            raise StateError(
+                f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer", module=path, remedy="live.unmerge(model) first"
+            )
+
+
+def _swap(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
+    """Replace modules, by id, wherever the model holds them."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in table:
+                parent._modules[name] = table[id(child)]
+                journal.append(lambda parent=parent, name=name, child=child: parent._modules.update({name: child}))  # type: ignore[misc]
+
+
+def _restore_4bit(base: Any) -> Undo:
+    """What undoes :meth:`LiveLayer._stay_differentiable`."""
+    weight, flag, state = base._parameters.get("weight"), base.__dict__.get("support_avx512bf16_for_cpu"), base.__dict__.get("quant_state")
+
+    def undo() -> None:
+        base._parameters["weight"] = weight
+        if flag is not None:
+            base.support_avx512bf16_for_cpu = flag
+        if state is not None:
+            base.quant_state = state
+
+    return undo
+
+
+def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
+    """Let nothing train but the tensors named; the live layers' own are not in ``modules`` yet."""
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            wanted = f"{path}.{name}".lstrip(".") in trained
+            if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point():
+                journal.append(lambda parameter=parameter, was=parameter.requires_grad: parameter.requires_grad_(was))  # type: ignore[misc]
+                parameter.requires_grad_(wanted)
+
+
+def _radius(adapter: OFTAdapter, rotation: Rotation) -> float | None:
+    """COFT's bound of ``‖Q‖_F`` a block, by the adapter's dialect; None without COFT."""
+    if not adapter.config.get("coft"):
+        return None
+    eps, rows, b = float(adapter.config.get("eps", 6e-5)), rotation.generator.shape[0], rotation.block_size
+    if adapter.dialect == "peft-0.13":
+        eps *= b * b
+    elif adapter.dialect == "peft-0.15":
+        out = 0 if rotation.scale is None else rotation.scale.shape[0]
+        r = int(adapter.config["r"]) if adapter.config.get("block_share") else rows
+        eps *= (-(-out // r)) ** 2
+    return float(eps / math.sqrt(rows))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of a wrapped model's active adapters in the live order.
+
+    Raises:
+        StateError: the model is not wrapped, or its layers disagree.
+    """
+    layers = _wrapped(model)
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters))
+    for path, layer in layers.items():
+        if layer.active_adapters != [name for name in names if name in layer.oft_R]:
+            raise StateError("the model's layers have different active adapters", module=path, remedy="live.set_adapter(model, ['a', 'b'])")
+    return names
+
+
+def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
+    """Make these the active adapters of all of a wrapped model's layers, in this order; merged layers are unmerged first.
+
+    Raises:
+        StateError: the model has no such adapter, or a name is given twice.
+    """
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    layers = _wrapped(model)
+    _check_names(layers, names)
+    if len(set(names)) < len(names):
+        raise StateError("an adapter is named twice", remedy="name each adapter once")
+    for layer in layers.values():
+        layer.set_adapter([name for name in names if name in layer.oft_R])
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """:meth:`LiveLayer.enable_adapters` of all layers of a wrapped model."""
+    for layer in _wrapped(model).values():
+        layer.enable_adapters(enabled)
+
+
+def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> dict[str, float]:
+    """:meth:`LiveLayer.merge` of all layers of a wrapped model, all or nothing.
+
+    Returns:
+        ``{path: relative error of storing the merged weight}``.
+    """
+    layers = _wrapped(model)
+    if adapter_names is not None:
+        _check_names(layers, adapter_names)
+    errors: dict[str, float] = {}
+    with _transaction() as journal:
+        for path, layer in layers.items():
+            if not layer.merged:
+                journal.append(layer.unmerge)
+            errors[path] = layer.merge(safe_merge, None if adapter_names is None else [name for name in adapter_names if name in layer.oft_R])
+    return errors
+
+
+def unmerge(model: nn.Module) -> None:
+    """:meth:`LiveLayer.unmerge` of all layers of a wrapped model: bit-exact."""
+    for layer in _wrapped(model).values():
+        layer.unmerge()
+
+
+def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
+    """A live adapter as it is now, trained or not: to fold it into the base model, or to save it.
+
+    Args:
+        model: wrapped.
+        adapter_name: may be left out where there is one alone.
+
+    Raises:
+        StateError: the model is not wrapped, or has no such adapter.
+    """
+    layers = _wrapped(model)
+    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    if adapter_name is None:
+        if len(names) != 1:
+            raise StateError("the model has several live adapters", remedy=f"name one: {', '.join(map(printable, names))}")
+        adapter_name = names[0]
+    _check_names(layers, [adapter_name])
+    origin = _origins(model).get(adapter_name, _Origin({}, "peft-0.21", ()))
+    modules = modules_of(model)
+    saved: dict[str, Tensor] = {}
+    for name in origin.saved:
+        path, _, local = name.rpartition(".")
+        module = modules[path]
+        holder = module.base_layer if isinstance(module, LiveLayer) else module
+        saved[name] = getattr(holder, local).detach().clone()
+    rotations_ = {path: cast(LiveRotation, layer.oft_R[adapter_name]).rotation() for path, layer in layers.items() if adapter_name in layer.oft_R}
+    return OFTAdapter(rotations_, saved, dialect=origin.dialect, config=origin.config, source=f"live adapter {adapter_name!r}")
+
+
+def read_live(model: nn.Module) -> list[OFTAdapter]:
+    """The active adapters as they are now, in the live order: ``fold(base, read_live(live))`` computes what the wrapped model does.
+
+    Raises:
+        StateError: the model is not wrapped, its adapters are disabled, or none is active.
+    """
+    for path, layer in _wrapped(model).items():
+        if layer.disable_adapters:
+            raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="live.enable_adapters(model, True) first")
+    names = active_adapters(model)
+    if not names:
+        raise StateError("the model has no active adapter", remedy="live.set_adapter(model, 'name') first")
+    return [adapter_of(model, name) for name in names]
+
+
+def strip(model: nn.Module) -> list[Undo]:
+    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself stay.
+
+    Returns:
+        what undoes it, to be called in reverse order.
+
+    Raises:
+        StateError: a layer is merged, or the model is not wrapped.
+    """
+    layers, inner = _wrapped(model), inner_model(model)
+    _refuse_merged(layers)
+    journal: list[Undo] = []
+    _swap(inner, {id(layer): layer.base_layer for layer in layers.values()}, journal)
+    for layer in layers.values():
+        base: Any = layer.base_layer
+        if layer._packed_before is not None:
+            base.support_avx512bf16_for_cpu = layer._packed_before
+            journal.append(lambda base=base: setattr(base, "support_avx512bf16_for_cpu", False))  # type: ignore[misc]
+    origins = inner.__dict__.pop(_ATTRIBUTE, {})
+    journal.append(lambda: inner.__dict__.update({_ATTRIBUTE: origins}))
+    return journal
+
+
+def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model without its live layers (but with the biases and heads that an adapter brought): a plain model again.
+
+    Raises:
+        StateError: a layer is merged, or the model is not wrapped.
+    """
+    work = model if inplace else share_model(model)
+    strip(work)
+    return work
+
+
+def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
+    layers = live_layers(model)
+    if not layers:
+        raise StateError("the model carries no live layer of oftsurgery", remedy="oftsurgery.wrap(model, adapter) first")
+    return layers
+
+
+def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
+    known = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise StateError(f"the model has no live adapter {', '.join(map(printable, unknown))}", remedy=f"it has {', '.join(map(printable, known))}")
+
+
+# --- dispatchers ----------------------------------------------------------------------------------------------------------------------------------
+
+#: an adapter's settings, with the defaults that peft 0.16 to 0.20 gave its bitsandbytes layers
+_SETTINGS: Mapping[str, Any] = {
+    "r": 8,
+    "oft_block_size": 0,
+    "module_dropout": 0.0,
+    "coft": False,
+    "eps": 6e-5,
+    "block_share": False,
+    "init_weights": True,
+    "use_cayley_neumann": False,
+    "num_cayley_neumann_terms": 5,
+}
+#: what peft passes to every dispatcher and bitsandbytes layers have no use for
+_IGNORED = {"loaded_in_4bit", "loaded_in_8bit", "fan_in_fan_out", "is_target_conv_1d_layer", "device_map", "get_apply_tensor_subclass"}
+_IGNORED |= {f"{method}_quantization_config" for method in ("gptq", "aqlm", "awq")}
+
+
+def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear8bitLt | None:
+    """The live layer over ``target``, or None where ``target`` is no :class:`bitsandbytes.nn.Linear8bitLt`.
+
+    Args:
+        target: the layer to wrap; or a live one over such a layer, which gets the adapter and is returned.
+        adapter_name: of the adapter.
+        **kw: ``rotation=Rotation``; or the settings of a new adapter as peft 0.16 to 0.20 passed them: ``config`` (or ``oft_config``; an
+            ``OFTConfig`` or a dict), ``r``, ``oft_block_size``, ``coft``, ``eps``, ``block_share``, ``use_cayley_neumann``,
+            ``num_cayley_neumann_terms``, ``init_weights`` and ``module_dropout``; what is given by itself goes before the config's.
+            ``loaded_in_8bit=False`` gives None.
+
+    Raises:
+        AdapterError: unknown or contradicting settings.
+        MatchError, ShapeError: the rotation does not fit.
+    """
+    return cast("Linear8bitLt | None", _dispatch(Linear8bitLt, "loaded_in_8bit", target, adapter_name, kw))
+
+
+def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear4bit | None:
+    """:func:`dispatch_bnb_8bit` for :class:`bitsandbytes.nn.Linear4bit`; ``loaded_in_4bit=False`` gives None."""
+    return cast("Linear4bit | None", _dispatch(Linear4bit, "loaded_in_4bit", target, adapter_name, kw))
+
+
+def _dispatch(cls: type[LiveLayer], loaded: str, target: nn.Module, adapter_name: str, kw: Mapping[str, Any]) -> LiveLayer | None:
+    base = target.base_layer if isinstance(target, LiveLayer) else target
+    layer = Layer(type(base).__name__, base)
+    if not isinstance(base, nn.Linear) or not kw.get(loaded, True) or not cls._takes(layer):
+        return None
+    rotation, radius, dropout = _from_settings(kw, base.in_features)
+    if isinstance(target, LiveLayer):
+        target.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
+        return target
+    return cls(base, adapter_name, rotation, radius=radius, dropout=dropout)
+
+
+def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, float | None, float]:
+    """(rotation, COFT radius, dropout) of a new adapter."""
+    own = {k: v for k, v in kw.items() if k not in _IGNORED}
+    config = own.pop("config", None)
+    config = own.pop("oft_config", None) if config is None else config
+    own.pop("oft_config", None)
+    rotation = own.pop("rotation", None)
+    unknown = sorted(set(own) - set(_SETTINGS))
+    if unknown:
+        raise AdapterError(f"unknown settings {', '.join(map(printable, unknown))}", remedy=f"rotation, config, or some of {', '.join(_SETTINGS)}")
+    if rotation is not None:
+        if own or config is not None:
+            raise AdapterError("a rotation and the settings of a new one were given", remedy="give rotation=… alone")
+        return rotation, None, 0.0
+    given = config if isinstance(config, Mapping) else {k: getattr(config, k) for k in _SETTINGS if hasattr(config, k)}
+    s = {**_SETTINGS, **{k: v for k, v in given.items() if k in _SETTINGS}, **own}
+    if "r" not in own and "r" not in given and s["oft_block_size"]:
+        s["r"] = 0
+    b = _block_size(int(s["r"]), int(s["oft_block_size"]), features)
+    rows, elements = 1 if s["block_share"] else features // b, b * (b - 1) // 2
+    if s["init_weights"] is not True and s["init_weights"] is not False:
+        raise AdapterError(f"init_weights = {printable(s['init_weights'])!r} is neither True nor False", remedy="True starts at the identity")
+    generator = torch.zeros(rows, elements) if s["init_weights"] else 0.1 * torch.randn(rows, elements)
+    cayley = Cayley(int(s["num_cayley_neumann_terms"])) if s["use_cayley_neumann"] else Cayley()
+    radius = float(s["eps"]) / math.sqrt(rows) if s["coft"] else None
+    return Rotation(generator, cayley), radius, float(s["module_dropout"])
+
+
+def _block_size(r: int, oft_block_size: int, features: int) -> int:
+    """Of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``; what does not divide is adjusted to the nearest that does, as peft does."""
+    if (r > 0) == (oft_block_size > 0) or min(r, oft_block_size) < 0:
+        raise AdapterError(f"r = {r} and oft_block_size = {oft_block_size}: one must be positive, the other 0", remedy="give oft_block_size alone")
+    wanted, name = (r, "r") if r else (oft_block_size, "oft_block_size")
+    fitting = [n for n in range(1, features + 1) if features % n == 0]
+    nearest = min(fitting, key=lambda n: (abs(n - wanted), n))
+    if nearest != wanted:
+        warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning, stacklevel=5)
+    b = features // nearest if r else nearest
+    if b < 2:
+        raise AdapterError(f"blocks of size 1 rotate nothing ({name} = {wanted}, {features} features)", remedy="give a larger oft_block_size")
+    return b
