@@ -164,16 +164,26 @@ class Layer:
         data = weight.detach()
         if getattr(state, "packing_format_for_cpu", False):
             packed, absmax = codecs.unpack_cpu_layout(data, state.absmax, (shape[0], shape[1]), state.blocksize)
-            storage = getattr(state, "original_storage_type", torch.uint8)
             now = WeightFormat(state.quant_type, shape, state.original_dtype, state.blocksize)
-            home = replace(now, nested_blocksize=256 if state.original_nested else 0, storage=storage)
+            home = replace(now, nested_blocksize=256 if state.original_nested else 0, storage=getattr(state, "original_storage_type", torch.uint8))
             return EncodedWeight(now, {"weight": packed, "absmax": absmax, "quant_map": state.code}), home
+        if state.absmax.ndim != 1:
+            # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax transposed
+            raise StateError(
+                "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
+                module=self.path,
+                tensor="absmax",
+                shape=tuple(state.absmax.shape),
+                remedy="load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU",
+            )
         nested = state.state2.blocksize if state.nested else 0
         tensors = {"weight": data, "absmax": state.absmax, "quant_map": state.code}
         if state.nested:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code, "nested_offset": state.offset}
         format = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
-        return EncodedWeight(format, tensors), format
+        # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
+        undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
+        return EncodedWeight(format, tensors), replace(format, nested_blocksize=256) if undone else format
 
     def _read_8bit(self, weight: Tensor) -> tuple[EncodedWeight, WeightFormat]:
         hook = self._offload_hook
