@@ -329,12 +329,11 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 remedy="save OFT adapters alone, with peft's save_pretrained",
             )
         else:
-            target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             if ".original_module." in name:
                 continue  # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias): not used live
-            if target in saved and torch.equal(saved[target], tensor):
-                continue  # with bias="all" peft saves the biases of `modules_to_save` under two keys
-            if target in saved:
+            target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            # with bias="all" peft saves the biases of `modules_to_save` under two keys
+            if target in saved and not _same(saved[target], tensor):
                 raise MatchError("two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys")
             saved[target] = tensor
     if not raw:
@@ -344,6 +343,10 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
             remedy="check that the adapter was saved after training, from the rank that holds the weights",
         )
     return raw, saved
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 # --- dialects -------------------------------------------------------------------------------------------------------------------------------------
