@@ -456,7 +456,7 @@ class LiveLayer(nn.Module):
         """Put back what :meth:`merge` replaced, bit for bit and as the same Parameter; nothing where nothing is merged."""
         if self._held is not None:
             self._held.put_back(Layer(self._name, self.base_layer))
-        self._held, self.merged_adapters = None, []
+            self._held, self.merged_adapters = None, []
 
     # --- state_dict ---
 
@@ -794,7 +794,7 @@ def strip(model: nn.Module) -> list[Undo]:
 
 
 def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without its live layers (but with the biases and heads that an adapter brought): a plain model again.
+    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as :func:`wrap_model` left it.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.
