@@ -11,7 +11,9 @@ from typing import Any
 
 __all__ = [
     "AdapterError",
+    "CheckpointError",
     "DialectError",
+    "DiskError",
     "FormatError",
     "IntegrityError",
     "MatchError",
@@ -120,6 +122,14 @@ class AdapterError(OFTSurgeryError):
 
 class DialectError(AdapterError):
     """The adapter is of a kind that is not supported, or that cannot be told from its files."""
+
+
+class CheckpointError(OFTSurgeryError):
+    """A checkpoint's files cannot be used."""
+
+
+class DiskError(OFTSurgeryError, OSError):
+    """The disk did not take what was written: full, read-only, or in use by another run."""
 
 
 class MatchError(OFTSurgeryError):

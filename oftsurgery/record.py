@@ -95,6 +95,7 @@ class FoldRecord:
         modules: ``{module path: ModuleRecord}``.
         saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save`` replaced.
         rounding: how quantised weights were rounded.
+        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated (``fold_into``); empty in memory.
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
     """
@@ -103,12 +104,14 @@ class FoldRecord:
     modules: Mapping[str, ModuleRecord]
     saved: Mapping[str, str] = field(default_factory=dict)
     rounding: str = "nearest"
+    base: Mapping[str, str | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
     earlier: tuple[FoldRecord, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
         object.__setattr__(self, "saved", MappingProxyType(dict(self.saved)))
+        object.__setattr__(self, "base", MappingProxyType(dict(self.base)))
         object.__setattr__(self, "versions", MappingProxyType(dict(self.versions)))
 
     @property
@@ -128,6 +131,7 @@ class FoldRecord:
             "modules": {path: {**asdict(m), "block_size": list(m.block_size)} for path, m in self.modules.items()},
             "saved": dict(self.saved),
             "rounding": self.rounding,
+            "base": dict(self.base),
             "versions": dict(self.versions),
             "earlier": [r.to_dict() for r in self.earlier],
         }
@@ -143,6 +147,7 @@ class FoldRecord:
             modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in data["modules"].items()},
             saved=data["saved"],
             rounding=data["rounding"],
+            base=data["base"],
             versions=data["versions"],
             earlier=tuple(cls.from_dict(r) for r in data["earlier"]),
         )

@@ -1,0 +1,703 @@
+"""Fold adapters into checkpoints on disk: a plan from headers and JSON alone, then one weight at a time, never the model.
+
+:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes the destination by one
+rename. Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import codecs, companions, configs
+from .adapter import OFTAdapter, Rotation
+from .codecs import EncodedWeight, WeightFormat
+from .errors import FormatError, OFTSurgeryError, StateError, printable
+from .hashing import hash_tensors
+from .naming import Architecture, architecture_of, locate
+from .plan import LayerInfo, Target, make_plan
+from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .shards import INDEX, SINGLE, Checkpoint, ShardWriter
+from .staging import Staging
+from .weight import fold_encoded
+
+__all__ = ["CheckpointPlan", "Job", "Quantization", "Shard", "plan_checkpoint", "run_plan"]
+
+Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+DENSE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16})
+QUANTISED = ("nf4", "fp4", "int8")
+
+RECORD = "oftsurgery.json"
+
+#: called with (bytes done, bytes in all, what)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a plain source is quantised first, as the trainer's bitsandbytes loading did.
+
+    Attributes:
+        codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: quantise the 4-bit statistics too.
+        compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
+        skip: modules to leave unquantised beside those that transformers leaves (``llm_int8_skip_modules``); None for transformers' own choice.
+    """
+
+    codec: str
+    double_quant: bool = False
+    compute_dtype: torch.dtype = torch.float32
+    skip: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What becomes of one weight or tensor.
+
+    Attributes:
+        name: of the weight, or of a plain tensor, in the source.
+        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, perhaps quantise, perhaps rotate, encode), or
+            ``"saved"`` (the adapter's own values instead).
+        outputs: ``{name: (dtype, shape)}``; dtype None: as in the source.
+        path: of the module, where a rotation is folded.
+        chain: rotations in the live order.
+        base: format to which a plain source is quantised before it is rotated, or None.
+        into: format that is written.
+        transposed: the source holds ``(in, out)``.
+        transpose_out: the output does.
+        values: of a saved tensor.
+        nbytes: that are read, for progress.
+    """
+
+    name: str
+    kind: Literal["copy", "cast", "weight", "saved"]
+    outputs: Mapping[str, tuple[torch.dtype | str, tuple[int, ...] | None]]
+    nbytes: int
+    path: str = ""
+    chain: tuple[Rotation, ...] = ()
+    base: WeightFormat | None = None
+    into: WeightFormat | None = None
+    transposed: bool = False
+    transpose_out: bool = False
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One file of the destination and the jobs whose outputs it holds."""
+
+    file: str
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointPlan:
+    """All that a fold on disk does.
+
+    Attributes:
+        source: the checkpoint that is read.
+        adapters: in the live order; none for a mere conversion.
+        format: what is written.
+        quantization: of a plain source, or None.
+        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
+        architecture: the model class's names.
+        shards: what is written.
+        config: the new ``config.json``.
+        carried: other files that are copied.
+        nbytes: that will be written.
+    """
+
+    source: Checkpoint
+    adapters: tuple[OFTAdapter, ...]
+    format: str
+    quantization: Quantization | None
+    fold_into: str
+    architecture: Architecture
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    carried: tuple[str, ...]
+    nbytes: int
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(job for shard in self.shards for job in shard.jobs)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest weight in float32: what the memory that is needed grows with."""
+        return max((4 * math.prod(j.into.shape) for j in self.jobs if j.into is not None), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what ``oftsurgery plan --json`` prints."""
+        return {
+            "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
+            "adapters": [asdict(AdapterInfo.of(a)) for a in self.adapters],
+            "format": self.format,
+            "quantize": None if self.quantization is None else {**asdict(self.quantization), "compute_dtype": str(self.quantization.compute_dtype)},
+            "fold_into": self.fold_into,
+            "class": self.architecture.name,
+            "folds": [
+                {
+                    "module": j.path,
+                    "tensor": j.name,
+                    "from": (j.base or self._stored(j)).label,
+                    "to": j.into.label,
+                    "shape": list(j.into.shape),
+                    "block_size": [r.block_size for r in j.chain],
+                }
+                for j in self.jobs
+                if j.chain and j.into is not None
+            ],
+            "converts": sum(j.kind in ("weight", "cast") and not j.chain for j in self.jobs),
+            "copies": sum(j.kind == "copy" for j in self.jobs),
+            "replaces": [name for j in self.jobs if j.kind == "saved" for name in j.outputs],
+            "shards": [{"file": s.file, "bytes": sum(map(_job_bytes, s.jobs))} for s in self.shards],
+            "carried": list(self.carried),
+            "bytes": self.nbytes,
+            "largest_weight_bytes": self.largest,
+        }
+
+    def _stored(self, job: Job) -> WeightFormat:
+        return _format_of(self.source, job.name, self.architecture)
+
+
+# --- planning -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def plan_checkpoint(
+    source: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    *,
+    format: Format = "same",
+    quantization: Quantization | None = None,
+    fold_into: Literal["quantized", "original"] = "quantized",
+    max_shard_bytes: int = 5_000_000_000,
+) -> CheckpointPlan:
+    """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
+
+    Raises:
+        MatchError: an adapter's module or tensor matches nothing in the checkpoint.
+        ShapeError, FormatError: it does not fit, or a weight is stored in a way that is not known.
+        StateError: formats that make no sense together, or the adapter is folded in already.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    shapes = {name: e.shape for name, e in source.entries.items()}
+    architecture = architecture_of(source.config, shapes)
+    _check_formats(source, format, quantization, fold_into, architecture)
+    if quantization is None and format in QUANTISED:
+        quantization = Quantization(format)
+    builder = _Builder(source, architecture, format, quantization, fold_into)
+    chains, saved = builder.match(adapters)
+    jobs = builder.jobs(chains, saved)
+    shards = _split(jobs, max_shard_bytes)
+    untied = bool(builder.untied)
+    config = configs.output_config(source.config, format, quantization, untied=untied)
+    carried = configs.carried_files(source.folder)
+    return CheckpointPlan(
+        source=source,
+        adapters=tuple(adapters),
+        format=format,
+        quantization=quantization,
+        fold_into=fold_into,
+        architecture=architecture,
+        shards=shards,
+        config=config,
+        carried=carried,
+        nbytes=sum(map(_job_bytes, jobs)) + sum((source.folder / name).stat().st_size for name in carried),
+    )
+
+
+def _check_formats(source: Checkpoint, format: str, quantization: Quantization | None, fold_into: str, architecture: Architecture) -> None:
+    stored = source.config.get("quantization_config")
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, Mapping) else None
+    if method not in (None, "bitsandbytes"):
+        raise FormatError(
+            "the checkpoint is quantised by another library",
+            format=printable(method),
+            remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
+        )
+    quantised = any(
+        companions.state_name(n, source.entries) or n.removesuffix("weight") + "SCB" in source.entries for n in source.entries if n.endswith("weight")
+    )
+    if format not in ("same", *DENSE, *QUANTISED):
+        raise StateError(f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}")
+    if fold_into not in ("quantized", "original"):
+        raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
+    if quantised and (quantization is not None or format in QUANTISED):
+        raise StateError(
+            "the checkpoint is quantised already",
+            format=format,
+            remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
+        )
+    if quantization is not None and quantization.codec not in QUANTISED:
+        raise StateError(f"unknown quantisation {printable(quantization.codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+    if quantization is not None and format == "same":
+        raise StateError(
+            "a plain checkpoint is to be quantised, and to stay as it is",
+            remedy=f"format='{quantization.codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
+        )
+    if quantization is not None and format in QUANTISED and format != quantization.codec:
+        raise StateError(f"quantised to {quantization.codec}, but written as {format}", remedy="name one of the two")
+    if (quantization is not None or format in QUANTISED) and architecture.linears is None:
+        raise StateError(
+            "which modules bitsandbytes loading quantises is known only from the model's class, and transformers is not installed, or does not know it",
+            remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
+        )
+
+
+def _format_of(source: Checkpoint, name: str, architecture: Architecture) -> WeightFormat:
+    """A stored weight's format, canonical shape; reads nothing but a 4-bit state's JSON."""
+    entry = source.entries[name]
+    state = companions.state_name(name, source.entries)
+    if state is not None:
+        encoded = companions.gather(
+            name, source.entries, lambda n: source.read(n) if n == state else torch.empty(0), entry.shape, _dtype(source, name)
+        )
+        return encoded.format
+    shape = entry.shape
+    if name in architecture.transposed and _dtype(source, name) != torch.int8:
+        shape = shape[::-1]
+    if len(shape) == 4 and shape[2:] == (1, 1):
+        shape = shape[:2]
+    return companions.gather(name, source.entries, lambda _: torch.empty(0), shape, _dtype(source, name)).format
+
+
+def _dtype(source: Checkpoint, name: str) -> torch.dtype:
+    from .shards import DTYPES
+
+    entry = source.entries[name]
+    if entry.dtype not in DTYPES:
+        raise FormatError(f"torch has no dtype for safetensors' {printable(entry.dtype)}", tensor=name)
+    return DTYPES[entry.dtype]
+
+
+class _Builder:
+    """Collects the jobs of one plan."""
+
+    def __init__(self, source: Checkpoint, architecture: Architecture, format: str, quantization: Quantization | None, fold_into: str) -> None:
+        self.source = source
+        self.architecture = architecture
+        self.format = format
+        self.quantization = quantization
+        self.fold_into = fold_into
+        #: output names of weights that the source shares with another module and the destination does not
+        self.untied: dict[str, str] = {}
+
+    # --- matching ---
+
+    def match(self, adapters: Sequence[OFTAdapter]) -> tuple[dict[str, Target], dict[str, Tensor]]:
+        """({checkpoint name, or that of a tied head: Target}, {checkpoint name: the adapter's own values})."""
+        if not adapters:
+            return {}, {}
+        self._check_not_folded(adapters)
+        names = [f"{path}.weight" for a in adapters for path in a.modules]
+        found = locate(names, self.architecture)
+        layers = {
+            path: self._info(path, found[f"{path}.weight"], rotation)
+            for a in adapters
+            for path, rotation in a.modules.items()
+            if f"{path}.weight" in found
+        }
+        own = locate([n for a in adapters for n in a.saved], self.architecture)
+        tensors = {n: self._shape(name) for n, name in own.items()}
+        known = [n.removesuffix(".weight") for n in self.architecture.renamed.values() if n.endswith(".weight")]
+        plan = make_plan(adapters, layers, tensors, known)
+        targets: dict[str, Target] = {}
+        for target in plan.targets:
+            name = found[f"{target.path}.weight"]
+            if self._is_tied_head(target.path, name):
+                self.untied[self._output_name(target.path)] = name
+                targets[self._output_name(target.path)] = target
+            else:
+                targets[name] = target
+                self.untied |= {f"{path}.weight": name for path, of in self.architecture.tied.items() if of == name}
+        return targets, {own[n]: t for n, t in plan.saved.items()}
+
+    def _check_not_folded(self, adapters: Sequence[OFTAdapter]) -> None:
+        record = configs.record_in(self.source.folder)
+        again = [a for a in adapters if record is not None and a.fingerprint in record.fingerprints()]
+        if again:
+            raise StateError("this adapter is folded into the checkpoint already", path=again[0].source, remedy="fold it into the base checkpoint")
+
+    def _is_tied_head(self, path: str, name: str) -> bool:
+        return (
+            f"{path}.weight" not in (name, self.architecture.renamed[name])
+            and any(of == name for of in self.architecture.tied.values())
+            and (path in self.architecture.tied)
+        )
+
+    def _output_name(self, path: str) -> str:
+        return f"{path}.weight"
+
+    def _info(self, path: str, name: str, rotation: Rotation) -> LayerInfo:
+        if name in self.architecture.converted and len(self.source.entries[name].shape) != 2:
+            raise FormatError(
+                "the checkpoint holds this weight fused with others",
+                module=path,
+                tensor=name,
+                shape=self.source.entries[name].shape,
+                remedy="load the model with transformers, fold it in memory, and save it",
+            )
+        shape = self.source.entries[name].shape
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            raise FormatError(
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight computes the same",
+                module=path,
+                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+            )
+        embedding = name in self.architecture.embeddings and path not in self.architecture.tied
+        if self.architecture.linears is None:
+            embedding = rotation.side == "embedding"
+        kind: Literal["embedding", "conv", "linear"] = "embedding" if embedding else "conv" if len(shape) == 4 else "linear"
+        return LayerInfo(kind, _format_of(self.source, name, self.architecture), hash((name, embedding)))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.source.entries[name].shape
+
+    # --- jobs ---
+
+    def jobs(self, targets: Mapping[str, Target], saved: Mapping[str, Tensor]) -> list[Job]:
+        made: list[Job] = []
+        done: set[str] = set()
+        for name in self.source.entries:
+            if name in done:
+                continue
+            if name.endswith("weight") or name in targets:
+                group = companions.companion_names(name, self.source.entries)
+            elif self._is_companion(name):
+                continue  # comes with its weight
+            else:
+                group = (name,)
+            done.update(group)
+            if name in saved and name not in targets:
+                made.append(self._saved(name, saved[name]))
+            elif name in targets or self._converts(name):
+                made.append(self._weight(name, targets.get(name), saved.get(name), group))
+            else:
+                made += [self._plain(n) for n in group]
+        for output, name in self.untied.items():
+            head = targets.get(output)
+            made.append(self._weight(name, head, None, (name,), output=output))
+        return made
+
+    def _is_companion(self, name: str) -> bool:
+        if name.rpartition(".")[2] in ("SCB", "weight_format"):
+            return name.rpartition(".")[0] + ".weight" in self.source.entries
+        from .naming import split_companion
+
+        weight, suffix = split_companion(name)
+        return bool(suffix) and weight in self.source.entries
+
+    def _quantises(self, name: str) -> bool:
+        skip = self.quantization.skip if self.quantization is not None else None
+        if self.quantization is None or self.architecture.linears is None or name not in self.architecture.linears:
+            return False
+        path = self.architecture.renamed[name].removesuffix(".weight")
+        return not any(path == s or path.endswith("." + s) or f".{s}." in f".{path}." for s in skip or ())
+
+    def _converts(self, name: str) -> bool:
+        """Whether a weight changes its codec without any rotation."""
+        stored_quantised = companions.state_name(name, self.source.entries) is not None or (
+            self.source.entries[name].dtype == "I8" and name.removesuffix("weight") + "SCB" in self.source.entries
+        )
+        return self._quantises(name) or (stored_quantised and self.format in DENSE)
+
+    def _saved(self, name: str, values: Tensor) -> Job:
+        dtype = DENSE.get(self.format, _dtype(self.source, name))
+        return Job(name, "saved", {name: (dtype, tuple(values.shape))}, values.nbytes, values=values.to(dtype))
+
+    def _plain(self, name: str) -> Job:
+        entry = self.source.entries[name]
+        if self.format in DENSE and entry.dtype in ("F64", "F32", "F16", "BF16") and entry.dtype != _NAMES[DENSE[self.format]]:
+            return Job(name, "cast", {name: (DENSE[self.format], entry.shape)}, entry.nbytes)
+        return Job(name, "copy", {name: (entry.dtype, entry.shape)}, entry.nbytes)
+
+    def _weight(self, name: str, target: Target | None, values: Tensor | None, group: Sequence[str], *, output: str | None = None) -> Job:
+        stored = _format_of(self.source, name, self.architecture)
+        base = self._base_format(stored) if self._quantises(name) and output is None else None
+        if self.format == "same":
+            into = stored
+        elif self.format in DENSE:
+            into = WeightFormat("dense", stored.shape, DENSE[self.format])
+        else:
+            into = base or stored
+        transposed = name in self.architecture.transposed
+        out = spread = companions.spread_shapes(output or name, into)
+        if into.codec == "dense":
+            shape = self.source.entries[name].shape if len(self.source.entries[name].shape) == 4 else into.shape[::-1] if transposed else into.shape
+            out = {output or name: (spread[output or name][0], shape)}
+        if self.fold_into == "original" and target is not None:
+            base = None
+        return Job(
+            name=name,
+            kind="weight",
+            outputs=dict(out),
+            nbytes=sum(self.source.entries[n].nbytes for n in group),
+            path=target.path if target is not None else "",
+            chain=target.chain if target is not None else (),
+            base=base,
+            into=into,
+            transposed=transposed and stored.codec == "dense",
+            transpose_out=transposed and into.codec == "dense",
+            values=values,
+        )
+
+    def _base_format(self, stored: WeightFormat) -> WeightFormat:
+        q = self.quantization
+        assert q is not None  # noqa: S101 - checked by the caller
+        if q.codec == "int8":
+            return WeightFormat("int8", stored.shape, torch.float16)
+        return WeightFormat(q.codec, stored.shape, stored.dtype, 64, 256 if q.double_quant else 0)
+
+
+_NAMES: Mapping[torch.dtype, str] = MappingProxyType({torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"})
+_SIZES: Mapping[str, int] = MappingProxyType({"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2})
+
+
+def _job_bytes(job: Job) -> int:
+    if job.kind == "copy":
+        return job.nbytes
+    return sum(
+        (d.itemsize if isinstance(d, torch.dtype) else _SIZES.get(d, 1)) * math.prod(s) if s is not None else 256 for d, s in job.outputs.values()
+    )
+
+
+def _split(jobs: Sequence[Job], limit: int) -> tuple[Shard, ...]:
+    """Shards of at most ``limit`` bytes (one weight is never split), named as the Hub's tools name them."""
+    groups: list[list[Job]] = [[]]
+    size = 0
+    for job in jobs:
+        nbytes = _job_bytes(job)
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(job)
+        size += nbytes
+    if len(groups) == 1:
+        return (Shard(SINGLE, tuple(groups[0])),)
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, start=1))
+
+
+# --- running ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_plan(
+    plan: CheckpointPlan,
+    destination: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> FoldRecord:
+    """Do what ``plan`` says.
+
+    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error or a kill that folder stays, and
+    ``resume=True`` goes on from the last whole shard in it, checked by hash.
+
+    Raises:
+        DiskError: the disk is full, read-only, or another run is at work on this destination.
+        StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor ``force`` is set.
+        and those of a fold in memory.
+    """
+    key = _fingerprint(plan)
+    with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
+        run = _Run(plan, torch.device(device), progress)
+        for shard in plan.shards:
+            run.shard(shard, staging)
+        record = run.record()
+        _write_rest(plan, record, staging)
+        staging.publish()
+    return record
+
+
+def _fingerprint(plan: CheckpointPlan) -> str:
+    """Of all that decides the output: unfinished work of another fingerprint is not resumed."""
+    facts = {
+        "source": plan.source.identity,
+        "adapters": [a.fingerprint for a in plan.adapters],
+        "format": plan.format,
+        "quantization": str(plan.quantization),
+        "fold_into": plan.fold_into,
+        "shards": [[s.file, [j.name for j in s.jobs]] for s in plan.shards],
+        "config": dict(plan.config),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Run:
+    """The state of one run: progress, and the records of what was folded."""
+
+    def __init__(self, plan: CheckpointPlan, device: torch.device, progress: Progress | None) -> None:
+        self.plan = plan
+        self.device = device
+        self.progress = progress
+        self.done = 0
+        self.total = sum(job.nbytes for job in plan.jobs)
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.saved: dict[str, str] = {}
+
+    def step(self, job: Job) -> None:
+        self.done += job.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total, job.path or job.name)
+
+    def shard(self, shard: Shard, staging: Staging) -> None:
+        finished = staging.finished(shard.file)
+        if finished is not None:
+            self.modules |= finished["modules"]
+            self.saved |= finished["saved"]
+            for job in shard.jobs:
+                self.step(job)
+            return
+        modules, saved = self.modules, self.saved
+        self.modules, self.saved = {}, {}
+        self._write(shard, staging)
+        staging.finish(shard.file, {"modules": self.modules, "saved": self.saved})
+        self.modules, self.saved = modules | self.modules, saved | self.saved
+
+    def _write(self, shard: Shard, staging: Staging) -> None:
+        outputs = {name: (_torch_dtype(d), s) for job in shard.jobs for name, (d, s) in job.outputs.items()}
+        with staging.writing(shard.file) as path:
+            writer = ShardWriter(path, outputs, self._metadata())
+            try:
+                # reading, computing and writing overlap, with one weight in each
+                with ThreadPoolExecutor(1) as readers, ThreadPoolExecutor(1) as writers:
+                    self._pipeline(shard.jobs, writer, readers, writers)
+                writer.close()
+            except BaseException:
+                writer.abort()
+                raise
+
+    def _pipeline(self, jobs: Sequence[Job], writer: ShardWriter, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
+        ahead: Future[EncodedWeight | None] | None = None
+        behind: Future[None] | None = None
+        for i, job in enumerate(jobs):
+            loaded = (ahead or readers.submit(self._load, job)).result()
+            ahead = readers.submit(self._load, jobs[i + 1]) if i + 1 < len(jobs) else None
+            try:
+                outputs = self._compute(job, loaded)
+            except OFTSurgeryError as error:
+                raise error.within(job.path or job.name) from error.__cause__
+            del loaded
+            if behind is not None:
+                behind.result()
+            behind = writers.submit(self._put, writer, job, outputs)
+            del outputs
+        if behind is not None:
+            behind.result()
+
+    def _metadata(self) -> dict[str, str]:
+        facts = {
+            "adapters": [{"fingerprint": a.fingerprint, "dialect": a.dialect, "sha256": a.sha256} for a in self.plan.adapters],
+            "format": self.plan.format,
+        }
+        return {"format": "pt", "oftsurgery": json.dumps(facts, sort_keys=True)}
+
+    # --- one job, in three threads ---
+
+    def _load(self, job: Job) -> EncodedWeight | None:
+        source = self.plan.source
+        if job.kind == "cast":
+            return codecs.dense(source.read(job.name))
+        if job.kind != "weight":
+            return None
+        entry = source.entries[job.name]
+        read: Callable[[str], Tensor] = source.read
+        if job.values is not None:
+            values = job.values.to(_dtype(source, job.name))
+            read = lambda name: values if name == job.name else source.read(name)  # noqa: E731
+        encoded = companions.gather(job.name, source.entries, read, entry.shape, _dtype(source, job.name))
+        if encoded.format.codec == "dense":
+            weight = encoded.tensors["weight"]
+            encoded = codecs.dense(weight.t() if job.transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight)
+        return encoded
+
+    def _compute(self, job: Job, loaded: EncodedWeight | None) -> dict[str, Tensor]:
+        if job.kind == "saved":
+            assert job.values is not None  # noqa: S101 - by construction
+            self.saved[job.name] = hash_tensors({job.name: self.plan.source.read(job.name)})
+            return {job.name: job.values}
+        if loaded is None:
+            return {}
+        if job.kind == "cast":
+            (name,) = job.outputs
+            dtype, _ = job.outputs[name]
+            return {name: codecs.encode(loaded.tensors["weight"], replace(loaded.format, dtype=dtype)).tensors["weight"]}  # type: ignore[arg-type]
+        into = job.into
+        assert into is not None  # noqa: S101 - by construction
+        encoded = EncodedWeight(loaded.format, {k: t.to(self.device) for k, t in loaded.tensors.items()})
+        if job.base is not None:
+            encoded = quantise(encoded, job.base)
+        folded = fold_encoded(encoded, job.chain, into) if job.chain or encoded.format != into else None
+        new = folded.encoded if folded is not None else encoded
+        if job.chain and folded is not None:
+            self.modules[job.path] = asdict(_module_record(job, encoded, new, folded.error))
+        if job.transpose_out or len(next(iter(job.outputs.values()))[1] or ()) == 4:
+            weight = new.tensors["weight"]
+            return {next(iter(job.outputs)): (weight.t() if job.transpose_out else weight.reshape(*weight.shape, 1, 1))}
+        return companions.spread(next(iter(job.outputs)), new)
+
+    def _put(self, writer: ShardWriter, job: Job, outputs: Mapping[str, Tensor]) -> None:
+        if job.kind == "copy":
+            writer.write(job.name, self.plan.source.chunks(job.name))
+        for name, tensor in outputs.items():
+            writer.write(name, tensor)
+        self.step(job)
+
+    def record(self) -> FoldRecord:
+        before = configs.record_in(self.plan.source.folder)
+        return FoldRecord(
+            adapters=tuple(configs.public_info(AdapterInfo.of(a)) for a in self.plan.adapters),
+            modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()},
+            saved=self.saved,
+            base={"quantize": None if self.plan.quantization is None else self.plan.quantization.codec, "fold_into": self.plan.fold_into},
+            earlier=(*before.earlier, replace(before, earlier=())) if before else (),
+        )
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    from .shards import DTYPES
+
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+
+
+def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    """A plain weight as the trainer's bitsandbytes loading stored it: int8 from its float16 rounding, as ``Int8Params`` does, 4-bit as it is."""
+    weight = encoded.tensors["weight"]
+    return codecs.encode(weight.to(torch.float16) if into.codec == "int8" else weight, into)
+
+
+def _module_record(job: Job, before: EncodedWeight, after: EncodedWeight, error: float) -> ModuleRecord:
+    return ModuleRecord(
+        format=after.format.label,
+        side="+".join(dict.fromkeys(r.side for r in job.chain)),
+        block_size=tuple(r.block_size for r in job.chain),
+        error=error,
+        defect=max(r.defect for r in job.chain),
+        angle=max(r.angle for r in job.chain),
+        before=before.fingerprint,
+        after=after.fingerprint,
+    )
+
+
+def _write_rest(plan: CheckpointPlan, record: FoldRecord, staging: Staging) -> None:
+    if len(plan.shards) > 1:
+        weight_map = {name: shard.file for shard in plan.shards for job in shard.jobs for name in job.outputs}
+        total = sum(_job_bytes(job) for job in plan.jobs)
+        staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    for name in plan.carried:
+        staging.copy(plan.source.folder / name, name)
+    if plan.config:
+        staging.put_json("config.json", plan.config)
+    staging.put_json(RECORD, record.to_dict())

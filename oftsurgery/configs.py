@@ -1,0 +1,133 @@
+"""The files beside the weights: what a folded checkpoint's ``config.json`` says, what is carried over, and its record."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import CheckpointError
+from .record import AdapterInfo, FoldRecord
+from .shards import read_json
+
+if TYPE_CHECKING:
+    from .checkpoint import Quantization
+
+__all__ = ["carried_files", "output_config", "public_info", "readable_rope", "record_in"]
+
+RECORD = "oftsurgery.json"
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# weights in any form, what is written anew, and what belongs to a place rather than to the model
+_NOT_CARRIED = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    ".ot",
+    ".pkl",
+    ".py",
+)
+_WRITTEN_ANEW = ("config.json", RECORD)
+
+
+def output_config(config: Mapping[str, Any], format: str, quantization: Quantization | None, *, untied: bool) -> dict[str, Any]:
+    """The destination's ``config.json``.
+
+    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones get transformers' own; rope settings are
+    written for transformers 4 and 5; weights that the fold untied are no longer tied.
+    """
+    new = copy.deepcopy(dict(config))
+    if not new:
+        return new
+    if format in _DTYPES:
+        new.pop("quantization_config", None)
+        for sub in _with_text(new):
+            if sub is new or "dtype" in sub or "torch_dtype" in sub:
+                sub["dtype"] = sub["torch_dtype"] = _DTYPES[format]
+    elif quantization is not None:
+        new["quantization_config"] = _bnb_config(quantization)
+    for sub in _with_text(new):
+        readable_rope(sub)
+        if untied and "tie_word_embeddings" in sub:
+            sub["tie_word_embeddings"] = False
+    if untied:
+        new["tie_word_embeddings"] = False
+    return new
+
+
+def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(c for c in (config.get("text_config"),) if isinstance(c, dict))]
+
+
+def readable_rope(config: dict[str, Any]) -> None:
+    """Add ``rope_theta`` and ``rope_scaling`` to a config that has transformers 5's ``rope_parameters`` alone: transformers 4 ignores those silently."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", scaling)
+
+
+def _bnb_config(q: Quantization) -> dict[str, Any]:
+    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
+    four = q.codec != "int8"
+    return {
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_compute_dtype": str(q.compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": q.codec if four else "fp4",
+        "bnb_4bit_use_double_quant": q.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(q.skip) if q.skip is not None else None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def carried_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files beside the weights that go along: tokenizer, generation config, chat template, licence, card …; plain files of the top folder."""
+    names = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".")
+        weights = path.name.lower().endswith(_NOT_CARRIED)
+        if path.is_file() and not hidden and not weights and path.name not in _WRITTEN_ANEW and not path.name.startswith("adapter_"):
+            names.append(path.name)
+    return tuple(names)
+
+
+def record_in(folder: Path) -> FoldRecord | None:
+    """The record of what a checkpoint's folder carries, or None.
+
+    Raises:
+        CheckpointError: there is one that cannot be read.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return FoldRecord.from_dict(read_json(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the record of an earlier fold cannot be read ({error})", path=path, remedy="restore it, or remove it if nothing is folded in"
+        ) from error
+
+
+def public_info(info: AdapterInfo) -> AdapterInfo:
+    """``info`` without the path of this machine: a local folder's name alone."""
+    local = info.source is not None and Path(info.source).exists()
+    return replace(info, source=Path(info.source).name) if local and info.source is not None else info

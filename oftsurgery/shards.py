@@ -1,0 +1,369 @@
+"""safetensors checkpoints on disk: headers without data, one tensor at a time in, one tensor at a time out.
+
+The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a tensor's bytes are without reading
+them, and writing a file whose tensors never meet in memory. Together with :mod:`oftsurgery.files` the only code that touches the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, printable
+
+__all__ = ["Checkpoint", "ShardWriter", "TensorEntry", "open_checkpoint", "sha256_of"]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: safetensors' names of dtypes
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+)
+DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor is.
+
+    Attributes:
+        name: as the file has it.
+        file: the shard's name in the folder.
+        dtype: safetensors' name of it.
+        shape: as the file has it.
+        start: of its bytes in the file.
+        nbytes: how many.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint's headers and JSON.
+
+    Attributes:
+        folder: that holds it.
+        entries: ``{tensor name: TensorEntry}`` in the files' order.
+        files: shards in order.
+        config: the parsed ``config.json``; empty without one.
+        metadata: of the first shard's header.
+    """
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    files: tuple[str, ...]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, in memory of its own."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"torch has no dtype for safetensors' {printable(entry.dtype)}", tensor=name, path=self.folder / entry.file)
+        buffer = bytearray(entry.nbytes)
+        with (self.folder / entry.file).open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            view = memoryview(buffer)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise CheckpointError("the shard ended early: it changed while it was read", tensor=name, path=self.folder / entry.file)
+                view = view[count:]
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of tensor ``name``, a few megabytes at a time."""
+        entry = self.entries[name]
+        left = entry.nbytes
+        with (self.folder / entry.file).open("rb") as file:
+            file.seek(entry.start)
+            while left:
+                chunk = file.read(min(left, _CHUNK))
+                if not chunk:
+                    raise CheckpointError("the shard ended early: it changed while it was read", tensor=name, path=self.folder / entry.file)
+                left -= len(chunk)
+                yield chunk
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files, and its config."""
+        stats = {name: (self.folder / name).stat() for name in self.files}
+        return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of the checkpoint in ``folder``.
+
+    Raises:
+        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the folder, a header that lies.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("no such folder", path=folder, remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'")
+    weight_map: Mapping[str, str] | None = None
+    if (folder / INDEX).exists():
+        weight_map = _weight_map(folder)
+        files = tuple(dict.fromkeys(weight_map.values()))
+    elif (folder / SINGLE).exists():
+        files = (SINGLE,)
+    else:
+        raise _no_checkpoint(folder)
+    entries: dict[str, TensorEntry] = {}
+    metadata: Mapping[str, str] = {}
+    for name in sorted(files):
+        path = inside(folder, name)
+        found, meta = read_header(path)
+        metadata = metadata or meta
+        for entry in found:
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor", tensor=entry.name, path=folder
+                )
+            entries[entry.name] = entry
+    if weight_map is not None:
+        _check_index(weight_map, entries, folder)
+    return Checkpoint(
+        folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(read_json(folder / "config.json", missing={})), metadata
+    )
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        return CheckpointError(
+            f"{printable(pickles[0])} is a pickle, which could run code when read; oftsurgery reads safetensors only",
+            path=folder,
+            remedy="load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)",
+        )
+    if (folder / "adapter_config.json").exists():
+        return CheckpointError("the folder holds an adapter, not a model", path=folder, remedy="give the base model first, the adapter second")
+    return CheckpointError(f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the Hub cache's blobs beside it).
+
+    Raises:
+        CheckpointError: otherwise, or if there is no such file.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+        raise CheckpointError("the index names a file outside its folder", path=name, remedy="do not use this checkpoint, or repair its index")
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError("the index names a shard that is missing", path=path, remedy="download the checkpoint again")
+    target, root = path.resolve(), folder.resolve()
+    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
+        raise CheckpointError(
+            "a shard is a link that leaves its folder", path=path, remedy="do not use this checkpoint, or copy the file into the folder"
+        )
+    return path
+
+
+def _weight_map(folder: Path) -> Mapping[str, str]:
+    index = read_json(inside(folder, INDEX))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError("the index has no `weight_map` of file names", path=folder / INDEX, remedy="download the checkpoint again")
+    return weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise CheckpointError(
+                "the index names a tensor that its shards lack", tensor=name, path=folder / INDEX, remedy="download the checkpoint again"
+            )
+        if entries[name].file != file:
+            raise CheckpointError(
+                f"the index says {printable(file)}, but the tensor is in {printable(entries[name].file)}",
+                tensor=name,
+                path=folder / INDEX,
+                remedy="download the checkpoint again",
+            )
+    unlisted = [name for name in entries if name not in weight_map]
+    if unlisted:
+        raise CheckpointError("a shard holds a tensor that the index lacks", tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")
+
+
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for.
+
+    Raises:
+        CheckpointError: too large, no JSON, too deep, or no object.
+    """
+    if missing is not None and not path.is_file():
+        return missing
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"a JSON file of {path.stat().st_size} bytes is not read", path=path, remedy="download the checkpoint again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"no JSON ({printable(error)})", path=path, remedy="download the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"a JSON {type(value).__name__}, not an object", path=path, remedy="download the checkpoint again")
+    return value
+
+
+def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
+    """The tensors and metadata of a safetensors file, in the order of their bytes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as checked:  # the library's checks of lengths, offsets and overlaps
+            names = set(checked.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"no safetensors file, or a damaged one ({printable(error)})", path=path, remedy="download it again") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _MAX_HEADER_BYTES:
+            raise CheckpointError(f"a header of {length} bytes", path=path, remedy="download it again")
+        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates(path))
+    metadata = header.pop("__metadata__", {})
+    if set(header) != names:
+        raise CheckpointError("the header names tensors twice", path=path, remedy="do not use this file")
+    entries = [
+        TensorEntry(
+            name, path.name, str(h["dtype"]), tuple(h["shape"]), 8 + length + h["data_offsets"][0], h["data_offsets"][1] - h["data_offsets"][0]
+        )
+        for name, h in header.items()
+    ]
+    return sorted(entries, key=lambda e: (e.start, e.name)), metadata
+
+
+def _no_duplicates(path: Path) -> Any:
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise CheckpointError("the header names a tensor twice", path=path, remedy="do not use this file")
+        return found
+
+    return check
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in any order, so that no two need to be in memory at once.
+
+    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first, so that all are aligned), each at a place
+    known beforehand; tensors of a size not known beforehand (small JSON blobs) come last, and the header, for which room was left, at the very end.
+
+    Args:
+        path: of the file; must not exist.
+        tensors: ``{name: (dtype, shape)}`` of all that will be written; shape None for a uint8 tensor of at most :data:`LATE_BYTES` bytes.
+        metadata: of the header.
+    """
+
+    LATE_BYTES = 1 << 12
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._late: dict[str, bytes | None] = {name: None for name in sorted(tensors) if tensors[name][1] is None}
+        self._left: set[str] = set(tensors)
+        self._end = 0
+        for name in sorted(tensors.keys() - self._late.keys(), key=lambda name: (-tensors[name][0].itemsize, name)):
+            dtype, shape = tensors[name]
+            self._place(name, dtype, shape or (), dtype.itemsize * math.prod(shape or ()))
+        # room for the longest header that the late tensors can lead to
+        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15, self.LATE_BYTES) for name in self._late}
+        room = len(_dump(self._header | longest))
+        self._room = room + -room % 8
+        self._file: BinaryIO = path.open("xb")
+
+    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
+        self._header[name] = _header_entry(dtype, shape, self._end, nbytes)
+        self._end += nbytes
+
+    def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
+        """Write one tensor: as a tensor, or as its bytes in pieces. Any thread, one at a time."""
+        if name not in self._left:
+            raise AssertionError(f"{name} is not planned, or written already")
+        pieces = _bytes_of(data) if isinstance(data, Tensor) else data
+        if name in self._late:
+            self._late[name] = b"".join(pieces)
+        else:
+            start, end = self._header[name]["data_offsets"]
+            self._file.seek(8 + self._room + start)
+            for piece in pieces:
+                self._file.write(piece)
+            if self._file.tell() != 8 + self._room + end:
+                raise AssertionError(f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}")
+        self._left.discard(name)
+
+    def close(self) -> None:
+        """Write what comes last and flush to the disk itself."""
+        if self._left:
+            raise AssertionError(f"{len(self._left)} tensors were not written")
+        for name, data in self._late.items():
+            assert data is not None  # noqa: S101 - nothing is left
+            self._file.seek(8 + self._room + self._end)
+            self._file.write(data)
+            self._place(name, torch.uint8, (len(data),), len(data))
+        text = _dump(self._header)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + text + b" " * (self._room - len(text)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
+
+def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, start + nbytes]}
+
+
+def _dump(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[Any]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""The folder beside a destination in which a run works, and the one rename that makes it the destination."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .errors import CheckpointError, DiskError, StateError, printable
+from .shards import read_json, sha256_of
+
+__all__ = ["Staging"]
+
+_STATE = ".state.json"
+
+
+class Staging:
+    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
+
+    Args:
+        destination: of the run.
+        key: fingerprint of all that decides the output.
+        needed: bytes that will be written; checked against the free space first.
+        resume: go on with unfinished work of the same key, if there is any.
+        force: replace an existing destination (at the rename, not before) and unfinished work of another key.
+
+    Raises (on entering):
+        StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
+        DiskError: too little space, no permission, or another run at work.
+    """
+
+    def __init__(self, destination: Path, key: str, *, needed: int, resume: bool, force: bool) -> None:
+        self.destination = destination
+        self.folder = destination.parent / f".{destination.name}.oftsurgery"
+        self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
+        self.key = key
+        self.needed = needed
+        self.resume = resume
+        self.force = force
+        self.state: dict[str, Any] = {"key": key, "shards": {}}
+        self._lock: Any = None
+
+    def __enter__(self) -> Staging:
+        self._check_destination()
+        with _disk_errors(self.folder):
+            if not self.destination.parent.is_dir():
+                raise StateError("the destination's parent folder does not exist", path=self.destination.parent, remedy="make it first")
+            self._acquire()
+            try:
+                self._check_destination()  # another run may have finished while this one waited for nothing
+                self.folder.mkdir(exist_ok=True)
+                self._take_over()
+                self._check_space()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._release()
+        if kind is not None and not self.state["shards"]:
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that is worth resuming
+
+    # --- taking over ---
+
+    def _check_destination(self) -> None:
+        if not self.force and (self.destination.exists() or self.destination.is_symlink()):
+            raise StateError("the destination exists", path=self.destination, remedy="name another, or replace it with force=True (--force)")
+
+    def _acquire(self) -> None:
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.lock_path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise DiskError(
+                "another run is at work on this destination", path=self.destination, remedy="wait for it, or name another destination"
+            ) from None
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+            with contextlib.suppress(OSError):
+                self.lock_path.unlink()
+
+    def _take_over(self) -> None:
+        state_path = self.folder / _STATE
+        if not state_path.is_file():
+            self._clear()
+            self._save_state()
+            return
+        if not self.resume and not self.force:
+            raise StateError(
+                "unfinished work of an earlier run is there",
+                path=self.folder,
+                remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
+            )
+        try:
+            state = read_json(state_path)
+        except CheckpointError:
+            state = {}
+        if not self.resume or state.get("key") != self.key or not isinstance(state.get("shards"), dict):
+            if self.resume and not self.force:
+                raise StateError(
+                    "the unfinished work is of other inputs or settings",
+                    path=self.folder,
+                    remedy="give those again, or start anew: force=True (--force)",
+                )
+            self._clear()
+            self._save_state()
+            return
+        self.state = state
+        # a half-written shard has no entry: it goes; a finished one is believed only if its hash is right
+        for path in self.folder.iterdir():
+            if path.name != _STATE and path.name not in state["shards"]:
+                path.unlink()
+        for name in list(state["shards"]):
+            if not (self.folder / name).is_file() or sha256_of(self.folder / name) != state["shards"][name]["sha256"]:
+                (self.folder / name).unlink(missing_ok=True)
+                del state["shards"][name]
+        self._save_state()
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def _check_space(self) -> None:
+        there = sum((self.folder / name).stat().st_size for name in self.state["shards"])
+        free = shutil.disk_usage(self.folder).free
+        needed = self.needed - there
+        if needed > free:
+            raise DiskError(
+                f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+                path=self.folder.parent,
+                remedy="make room, or name a destination elsewhere",
+            )
+
+    # --- writing ---
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`finish` was told of a whole shard, or None."""
+        entry = self.state["shards"].get(name)
+        return None if entry is None else dict(entry["facts"])
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """The path under which to write the file ``name``; it is removed if the body fails."""
+        path = self.folder / name
+        with _disk_errors(path):
+            try:
+                yield path
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+
+    def finish(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Note that the shard ``name`` is whole and on the disk."""
+        with _disk_errors(self.folder):
+            self.state["shards"][name] = {"sha256": sha256_of(self.folder / name), "facts": dict(facts)}
+            self._save_state()
+
+    def _save_state(self) -> None:
+        path = self.folder / (_STATE + ".new")
+        _write_synced(path, json.dumps(self.state).encode())
+        path.replace(self.folder / _STATE)
+        _sync_folder(self.folder)
+
+    def put_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write ``value`` as the file ``name``."""
+        with self.writing(name) as path:
+            _write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file's contents to the file ``name``."""
+        with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+    # --- the rename ---
+
+    def publish(self) -> None:
+        """Make the folder the destination."""
+        with _disk_errors(self.destination):
+            (self.folder / _STATE).unlink()
+            _sync_folder(self.folder)
+            old = None
+            if self.destination.exists() or self.destination.is_symlink():
+                old = self.destination.parent / f".{self.destination.name}.replaced"
+                if old.exists():
+                    shutil.rmtree(old)
+                self.destination.rename(old)
+            self.folder.rename(self.destination)
+            _sync_folder(self.destination.parent)
+            if old is not None:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
+    errno.EFBIG: ("the file is larger than this system allows", "write smaller shards: max_shard_size (--max-shard-size)"),
+    errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
+    errno.EACCES: ("no permission to write", "name a destination elsewhere"),
+    errno.EPERM: ("no permission to write", "name a destination elsewhere"),
+}
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """The system's errors as :class:`DiskError`, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
+        raise DiskError(reason, path=error.filename or path, remedy=remedy) from error
