@@ -1,12 +1,12 @@
 """Storage formats of weights: dense, NF4, FP4 and int8, as pure functions of tensors.
 
-Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored tensors stand for (not rounded to a
-compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same float32 weight. Tensor names are local, as behind a checkpoint's
-``<module>.``/``<module>.weight.`` prefix; only the planner knows module paths. These are the readable reference: correctness first.
+Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored tensors stand for (not
+rounded to a compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same float32 weight. Tensor names are local, as behind a
+checkpoint's ``<module>.``/``<module>.weight.`` prefix; only the planner knows module paths. These are the readable reference: correctness first.
 
 4-bit (Dettmers et al. 2023, "QLoRA"): flat blocks of ``blocksize`` over the row-major weight, so that a block straddles rows where ``in`` is no
-multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax. Double quantisation stores the absmax itself as uint8 in blocks
-of 256 around their mean. Int8 (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``.
+multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax. Double quantisation stores the absmax itself as uint8 in
+blocks of 256 around their mean. Int8 (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``.
 """
 
 from __future__ import annotations
@@ -233,6 +233,9 @@ def _decode_absmax(encoded: EncodedWeight) -> Tensor:
             raise FormatError("absmax is quantised, but its nested statistics are missing", tensor="absmax", format=f.label)
         return absmax.reshape(-1).to(torch.float32)
     nested_absmax, nested_map, offset = _require(encoded, "nested_absmax", "nested_quant_map", "nested_offset")
+    for name, tensor, expected in (("nested_quant_map", nested_map, 256), ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize))):
+        if tensor.numel() != expected:
+            raise ShapeError(f"{name} does not hold what absmax needs", tensor=name, shape=(tensor.numel(),), expected=(expected,), format=f.label)
     values = nested_map.to(torch.float32)[absmax.reshape(-1).to(torch.int64)]
     scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
     return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
@@ -310,6 +313,7 @@ def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     from bitsandbytes.functional import quantize_blockwise
 
     offset = absmax.mean()
+    _finite(offset, "the mean of absmax, which double quantisation stores, is not finite", f)
     codes, state = quantize_blockwise(absmax - offset, blocksize=f.nested_blocksize)
     return {"absmax": codes, "nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
 
@@ -358,9 +362,12 @@ def _encode_int8(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     weight = weight.detach().to(torch.float32)
     _finite(weight, "the weight to quantise is not finite", f)
     scb = weight.abs().amax(-1)
-    # a row of zeros has scale 0: its codes are 0, not the NaN of 0 · 127/0
-    factor = torch.where(scb > 0, 127.0 / scb, torch.zeros_like(scb))
-    return {"weight": torch.round(weight * factor.unsqueeze(-1)).clamp(-127, 127).to(torch.int8), "SCB": scb}
+    factor = 127.0 / scb.unsqueeze(-1)
+    scaled = weight * factor
+    if not bool(torch.isfinite(factor).all()):
+        # 127/scb overflows for rows of zeros and near zero, where bitsandbytes' cast of NaN and infinity is undefined: divide first
+        scaled = torch.where(torch.isfinite(factor), scaled, weight / scb.unsqueeze(-1).clamp(min=1e-45) * 127.0)
+    return {"weight": torch.round(scaled).clamp(-127, 127).to(torch.int8), "SCB": scb}
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(

@@ -20,5 +20,5 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
         data = t.cpu().contiguous()
         if data.numel():
-            h.update(data.reshape(-1).view(torch.uint8).numpy())
+            h.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return f"xxh3:{h.hexdigest()}"

@@ -1,8 +1,8 @@
 """Layers of a live model: what their weight is stored as, reading it, and putting another in its place.
 
-One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1 convolution, embedding) and where its
-weight lives (the module, its int8 state, or accelerate's offload map). Weights are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical
-two-dimensional shape ``(out, in)`` (``(tokens, features)`` for embeddings). Nothing here computes.
+One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1 convolution, embedding) and
+where its weight lives (the module, its int8 state, or accelerate's offload map). Weights are read and written as
+:class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, ``(tokens, features)`` for embeddings. Nothing here computes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Layer:
         if isinstance(m, nn.Conv2d):
             if tuple(m.kernel_size) != (1, 1):
                 raise FormatError(
-                    f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight "
-                    "computes the same",
+                    f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
+                    "so no weight computes the same",
                     module=self.path,
                     remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
                 )
@@ -180,23 +180,23 @@ class Layer:
         tensors = {"weight": data, "absmax": state.absmax, "quant_map": state.code}
         if state.nested:
             tensors |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code, "nested_offset": state.offset}
-        format = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
+        now = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
         # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
         undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
-        return EncodedWeight(format, tensors), replace(format, nested_blocksize=256) if undone else format
+        return EncodedWeight(now, tensors), replace(now, nested_blocksize=256) if undone else now
 
     def _read_8bit(self, weight: Tensor) -> tuple[EncodedWeight, WeightFormat]:
         hook = self._offload_hook
         if hook is not None:
-            scb = hook.weights_map["SCB"] if "SCB" in hook.weights_map else None
+            scb = hook.weights_map.get("SCB")
         else:
             scb = getattr(weight, "SCB", None)
             if scb is None:
                 scb = getattr(getattr(self.module, "state", None), "SCB", None)
         if scb is None:
             raise FormatError("the int8 layer has lost its SCB statistics", module=self.path, tensor="SCB", format="int8", remedy="reload the model")
-        format = WeightFormat("int8", tuple(weight.shape), torch.float16)
-        return EncodedWeight(format, {"weight": weight.detach(), "SCB": scb}), format
+        encoded = EncodedWeight(WeightFormat("int8", tuple(weight.shape), torch.float16), {"weight": weight.detach(), "SCB": scb})
+        return encoded, encoded.format
 
     # --- putting another weight in its place ---
 
@@ -214,24 +214,21 @@ class Layer:
             return self._write_offloaded(encoded)
         module: Any = self.module
         old = module._parameters["weight"]
-        slots: list[tuple[Any, str]] = []  # attributes beside the parameter that change
         new: nn.Parameter
+        slots: list[tuple[Any, str]] = []  # attributes beside the parameter that change with it
         if encoded.format.codec == "dense":
             new = self._new_dense(old, self._stored(encoded.tensors["weight"]))
         elif encoded.format.codec == "int8":
             # as a freshly quantised layer holds them; the first forward moves them to the state
             t = encoded.tensors
             new = type(old)(t["weight"], requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights, CB=t["weight"], SCB=t["SCB"])
-            if getattr(module, "state", None) is not None:
-                slots = [(module.state, "CB"), (module.state, "SCB")]
         else:
             new = self._new_4bit(old, encoded)
             if module.__dict__.get("quant_state") is not None:
                 slots = [(module, "quant_state")]
+        if self._is_8bit and getattr(module, "state", None) is not None:
+            slots = [(module.state, "CB"), (module.state, "SCB")]  # has_fp16_weights keeps its last quantisation there as well
         before = [(holder, name, getattr(holder, name)) for holder, name in slots]
-        module._parameters["weight"] = new
-        for holder, name in slots:
-            setattr(holder, name, getattr(new, "quant_state", None))
         unpark = _park(old, before) if park else None
 
         def undo() -> None:
@@ -239,8 +236,15 @@ class Layer:
                 unpark()
             module._parameters["weight"] = old
             for holder, name, value in before:
-                setattr(holder, name, old.data if name == "CB" and value is not None else value)
+                setattr(holder, name, old.data if name == "CB" and unpark is not None and value is not None else value)
 
+        try:
+            module._parameters["weight"] = new
+            for holder, name in slots:
+                setattr(holder, name, getattr(new, "quant_state", None))
+        except BaseException:
+            undo()
+            raise
         return undo
 
     def _write_offloaded(self, encoded: EncodedWeight) -> Undo:
@@ -279,6 +283,11 @@ class Layer:
             offset=t.get("nested_offset"),
             state2=nested,
         )
+        if not _bnb_class(old, "Params4bit"):
+            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it in the same way
+            from bitsandbytes.nn import Params4bit
+
+            old = Params4bit(old.data, old.requires_grad, state, f.blocksize, bool(nested), f.codec, f.storage, self.module, bnb_quantized=True)
         # the constructor's own arguments and nothing else: __dict__ may carry torch.compile's attributes
         return type(old)(  # type: ignore[no-any-return]
             t["weight"],

@@ -14,8 +14,8 @@ import torch
 from independent import VARIANTS, fold, make_case, make_layer, requantised, seeded, stored_weight
 from torch import nn
 
-# Here a 4-bit block straddles rows. bitsandbytes cannot pack such a weight for its CPU eval forward on AVX512-BF16 machines (RuntimeError: "shape '[32, 1]'
-# is invalid"), and a train forward at in = 96 computes noise (its CPU kernel misreads straddling blocks where in % 16 == 0), but changes no weight.
+# Here a 4-bit block straddles rows. bitsandbytes cannot pack such a weight for its CPU eval forward on AVX512-BF16 machines (RuntimeError: "shape
+# '[32, 1]' is invalid"); a train forward at in = 96 computes noise (its CPU kernel misreads such blocks where in % 16 == 0), but changes no weight.
 # So "after eval forwards" is after one that failed, which has undone the double quantisation by then.
 STRADDLING = (96, 100)
 OUT = 32  # what a CPU eval forward packs must be a multiple
