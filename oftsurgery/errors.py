@@ -74,6 +74,7 @@ class OFTSurgeryError(Exception):
         self.path = None if path is None else str(path)
         self.remedy = remedy
         super().__init__(self._text())
+        self.path = None if path is None else str(path)  # again: ImportError's own __init__ clears an attribute of that name
 
     def _text(self) -> str:
         facts: list[str] = []
