@@ -30,14 +30,14 @@ def demo() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def distances(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """``{quantisation: {line of the table: distance to the live adapter}}`` after eight steps of fine-tuning."""
+    """``{quantisation: {line of the table: distance to the live adapter}}`` after six steps of fine-tuning."""
     found = {}
     for quantisation in demo.QUANTISATIONS:
         folder = tmp_path_factory.mktemp(quantisation)
-        losses = list(demo.fine_tune(quantisation, folder, steps=8, rate=4e-3, size=8))
-        assert len(losses) == 8
+        losses = list(demo.fine_tune(quantisation, folder, steps=6, rate=4e-3, size=8))
+        assert len(losses) == 6
         assert all(0 < loss < 10 for loss in losses)
-        rows = demo.compare(quantisation, folder, sentences=64, repeats=1)
+        rows = demo.compare(quantisation, folder, sentences=48, repeats=1)
         assert all(row.seconds is None or row.seconds > 0 for row in rows)
         found[quantisation] = {row.model: row.distance for row in rows}
         assert list(found[quantisation]) == [demo.BASE, *demo.MERGES]

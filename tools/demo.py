@@ -81,15 +81,17 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
     """English prose from any Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
-        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out.
+        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes twice: topics share paragraphs.
     """
+    seen: set[str] = set()
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
     for i, name in enumerate(sorted(topics)):
         for block in topics[name].split("\n\n"):
             if re.search(r"^ |^\*\*|^==|^--|^>>>|::", block, flags=re.MULTILINE):
                 continue  # code, grammar, lists and headings
             text = re.sub(r"[*`\"]", "", " ".join(block.split()))
-            sentences = [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text) if 30 <= len(s) <= 300 and s[-1] in ".!?"]
+            sentences = [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text) if 30 <= len(s) <= 300 and s[-1] in ".!?" and s not in seen]
+            seen.update(sentences)
             if sentences:
                 parts[i % 3 == 0].append(sentences)
     return parts
@@ -218,7 +220,7 @@ MERGES: dict[str, tuple[str, bool]] = {
 # --- the command line -----------------------------------------------------------------------------------------------------------------------------
 
 
-def main(steps: int = 24, sentences: int = 128, repeats: int = 5) -> None:
+def main(steps: int = 20, sentences: int = 128, repeats: int = 5) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
