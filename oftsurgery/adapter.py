@@ -264,6 +264,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 tensor="adapter_config.json",
                 remedy="restore the config that peft wrote",
             )
+    if not all(isinstance(name, str) for name in config.get("modules_to_save") or ()):
+        raise AdapterError(
+            f"the adapter's config has modules_to_save = {printable(config['modules_to_save'])}, which is no list of names",
+            tensor="adapter_config.json",
+            remedy="restore the config that peft wrote",
+        )
     if not 0 <= config.get("eps", 0) < float("inf"):  # NaN compares false
         raise AdapterError(
             f"the adapter's config has eps = {config['eps']}, which is no radius",

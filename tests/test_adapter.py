@@ -426,6 +426,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], type[OFTSurgeryError], str]] = {
     "terms without end": ({"num_cayley_neumann_terms": 10**9}, AdapterError, "num_cayley_neumann_terms = 1000000000, more than 1000"),
     "version a number": ({"peft_version": 0.18}, AdapterError, "has peft_version = '0.18', which is no str"),
     "modules_to_save a string": ({"modules_to_save": "head"}, AdapterError, "has modules_to_save = 'head', which is no list"),
+    "modules_to_save of numbers": (
+        {"modules_to_save": [1]},
+        AdapterError,
+        r"has modules_to_save = \[1\], which is no list of names .*Remedy: restore",
+    ),
     "replicated layers": ({"layer_replication": [[0, 2]]}, DialectError, "`layer_replication` is not supported Remedy: replicate the layers"),
     "DoRA": ({"use_dora": True}, DialectError, "`use_dora` is no OFT setting"),
 }
@@ -503,3 +508,31 @@ def test_control_characters_in_a_config_do_not_reach_a_message_raw(oft_config: C
         with pytest.raises(AdapterError) as caught:
             parse_adapter(oft_config(**changes), NEW)
         assert str(caught.value).isprintable()
+
+
+ODD: list[Any] = [None, True, 0, -3, 1.5, 1e300, "", "x", [], [1], ["a", None], {}, {"a": 1}]
+FIELDS = [
+    "peft_type", "peft_version", "r", "oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms", "block_share", "coft", "eps", "bias",
+    "modules_to_save", "target_modules", "base_model_name_or_path", "fan_in_fan_out", "layer_replication", "module_dropout",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_odd_values_in_a_config_give_a_typed_error_or_a_whole_fold(field: str, oft_config: Config) -> None:
+    """Never another exception, never a result that holds NaN, and always a record that is JSON."""
+    for tensors in (NEW, SCALED, OLD, EMBEDDING):
+        for value in ODD:
+            model = nn.Sequential()
+            model.add_module("m", nn.Embedding(5, 8) if EMBEDDING.keys() <= tensors.keys() else nn.Linear(8, 8))
+            tensors |= {"base_model.model.m.weight": torch.ones_like(model.m.weight)}
+            refused = None
+            try:
+                folded = oftsurgery.fold(model, parse_adapter(oft_config(**{field: value}), tensors))
+            except OFTSurgeryError as error:
+                refused = error
+            if refused is None:
+                assert torch.isfinite(folded.m.weight).all(), (field, value)
+                json.loads(folded.oftsurgery.to_json())
+            else:
+                assert refused.remedy, (field, value)
+                assert str(refused).isprintable(), (field, value)
