@@ -7,12 +7,14 @@
 
 from ._version import __version__
 from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
-from .api import fold, load_adapter, unfold
+from .api import fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, wrap
 from .codecs import EncodedWeight, WeightFormat
 from .compare import OutputError, VerifyReport, verify
 from .errors import (
     AdapterError,
+    CheckpointError,
     DialectError,
+    DiskError,
     FormatError,
     IntegrityError,
     MatchError,
@@ -25,6 +27,7 @@ from .errors import (
     UnfoldWarning,
     UntieWarning,
 )
+from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
 from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .weight import fold_weight, unfold_weight
 
@@ -33,7 +36,9 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "Cayley",
+    "CheckpointError",
     "DialectError",
+    "DiskError",
     "EncodedWeight",
     "FoldRecord",
     "FormatError",
@@ -54,10 +59,15 @@ __all__ = [
     "VerifyReport",
     "WeightFormat",
     "__version__",
+    "dispatch_bnb_4bit",
+    "dispatch_bnb_8bit",
     "fold",
+    "fold_checkpoint",
     "fold_weight",
     "load_adapter",
     "unfold",
+    "unfold_checkpoint",
     "unfold_weight",
     "verify",
+    "wrap",
 ]

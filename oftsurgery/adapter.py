@@ -264,30 +264,29 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 tensor="adapter_config.json",
                 remedy="restore the config that peft wrote",
             )
-    if not all(isinstance(name, str) for name in config.get("modules_to_save") or ()):
-        raise AdapterError(
-            f"the adapter's config has modules_to_save = {printable(config['modules_to_save'])}, which is no list of names",
-            tensor="adapter_config.json",
-            remedy="restore the config that peft wrote",
-        )
-    if not 0 <= config.get("eps", 0) < float("inf"):  # NaN compares false
-        raise AdapterError(
-            f"the adapter's config has eps = {config['eps']}, which is no radius",
-            tensor="adapter_config.json",
-            remedy="restore the config that peft wrote",
-        )
-    if config.get("num_cayley_neumann_terms", 0) > _MAX_TERMS:
-        raise AdapterError(
-            f"the adapter's config has num_cayley_neumann_terms = {config['num_cayley_neumann_terms']}, more than {_MAX_TERMS}",
-            tensor="adapter_config.json",
-            remedy="restore the config that peft wrote",
-        )
+    _check_values(config)
     if config.get("layer_replication"):
         raise DialectError(
             "`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it"
         )
     if config.get("use_dora"):
         raise DialectError("`use_dora` is no OFT setting that any peft release computes", remedy="check where the config came from")
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    eps, terms, names = config.get("eps", 0), config.get("num_cayley_neumann_terms", 0), config.get("modules_to_save") or ()
+    wrong = {
+        "eps": None if 0 <= eps < float("inf") else "which is no radius",  # NaN compares false
+        "num_cayley_neumann_terms": None if terms <= _MAX_TERMS else f"more than {_MAX_TERMS}",
+        "modules_to_save": None if all(isinstance(name, str) for name in names) else "which is no list of names",
+    }
+    for name, why in wrong.items():
+        if why is not None:
+            raise AdapterError(
+                f"the adapter's config has {name} = {printable(config[name])}, {why}",
+                tensor="adapter_config.json",
+                remedy="restore the config that peft wrote",
+            )
 
 
 _MISSING = object()

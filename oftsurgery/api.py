@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+import torch
 from torch import nn
 
-from . import files
+from . import files, shards
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import StateError, printable
+from .record import FoldRecord
 
-__all__ = ["fold", "load_adapter", "unfold"]
+if TYPE_CHECKING:
+    from .checkpoint import CheckpointPlan, Format, Progress
+
+__all__ = ["fold", "fold_checkpoint", "load_adapter", "parse_size", "plan_fold", "unfold", "unfold_checkpoint", "wrap"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,7 +41,7 @@ def load_adapter(path_or_repo: str | PathLike[str], *, dialect: Dialect | None =
         DialectError: another kind of adapter, or an OFT one that cannot be told or is not supported.
         ShapeError, NonFiniteError: tensors that no adapter has.
     """
-    folder = files.find_adapter(Path(path_or_repo) if not isinstance(path_or_repo, str) else path_or_repo, revision=revision)
+    folder = files.find_adapter(path_or_repo, revision=revision)
     config, tensors, sha256 = files.read_adapter(folder)
     return parse_adapter(config, tensors, dialect=dialect, source=str(path_or_repo), sha256=sha256)
 
@@ -115,6 +121,189 @@ def unfold(
         return live_model.unfold_model(folded, adapters or [], inplace=inplace, progress=step)  # type: ignore[return-value]
 
 
+def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inplace: bool = False) -> M:
+    """Put an adapter on a model unmerged: live layers that rotate their input, train, and merge or unmerge one by one.
+
+    Args:
+        model: as for :func:`fold`, or one that is wrapped already: a further adapter by another name.
+        adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes.
+        adapter_name: under which it is active.
+        inplace: wrap ``model`` itself; otherwise the result shares its tensors.
+
+    Returns:
+        the model with the targeted layers replaced by those of :mod:`oftsurgery.live`.
+
+    Raises:
+        as :func:`fold`; after any error the model is as it was.
+    """
+    from . import live
+
+    loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
+    return live.wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
+
+
+def plan_fold(
+    source: str | PathLike[str],
+    adapter: AdapterLike | Sequence[AdapterLike],
+    *,
+    format: Format = "same",
+    quantize: str | None = None,
+    double_quant: bool = False,
+    compute_dtype: str = "float32",
+    skip_modules: Sequence[str] | None = None,
+    fold_into: Literal["quantized", "original"] = "quantized",
+    max_shard_size: int | str = "5GB",
+) -> CheckpointPlan:
+    """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing written."""
+    from . import checkpoint
+
+    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
+    codec = quantize or (format if format in checkpoint.QUANTISED else None)
+    quantization = None
+    if codec is not None:
+        dtype = getattr(torch, compute_dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise StateError(f"unknown compute dtype {printable(compute_dtype)!r}", remedy="float32, float16 or bfloat16")
+        quantization = checkpoint.Quantization(codec, double_quant, dtype, tuple(skip_modules) if skip_modules is not None else None)
+    elif double_quant:
+        raise StateError("double quantisation of a checkpoint that is not to be quantised", remedy="name the 4-bit type too: quantize='nf4'")
+    return checkpoint.plan_checkpoint(
+        shards.open_checkpoint(files.find_checkpoint(source)),
+        [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given],
+        format=format,
+        quantization=quantization,
+        fold_into=fold_into,
+        max_shard_bytes=parse_size(max_shard_size),
+    )
+
+
+def fold_checkpoint(
+    source: str | PathLike[str],
+    adapter: AdapterLike | Sequence[AdapterLike],
+    destination: str | PathLike[str],
+    *,
+    format: Format = "same",
+    quantize: str | None = None,
+    double_quant: bool = False,
+    compute_dtype: str = "float32",
+    skip_modules: Sequence[str] | None = None,
+    fold_into: Literal["quantized", "original"] = "quantized",
+    max_shard_size: int | str = "5GB",
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: bool | Progress = False,
+) -> FoldRecord:
+    """Fold an adapter into a checkpoint on disk, one weight at a time, without building the model.
+
+    Args:
+        source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
+        adapter: as for :func:`fold`; several are the live chain.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+        quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the trainer, so that the adapter meets the base
+            that it was trained on; implied by a quantised ``format``.
+        double_quant, compute_dtype, skip_modules: the other settings of that loading (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``,
+            ``llm_int8_skip_modules``).
+        fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
+        max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
+        device: where the arithmetic runs.
+        resume: go on with the unfinished work of a run that was killed; without any, simply start.
+        force: replace what is at ``destination``, at the rename and not before.
+        progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
+
+    Returns:
+        the :class:`~oftsurgery.FoldRecord`, which is ``oftsurgery.json`` in the destination too.
+
+    Raises:
+        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input; nothing was written.
+        DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
+    """
+    from . import checkpoint
+
+    plan = plan_fold(
+        source,
+        adapter,
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        max_shard_size=max_shard_size,
+    )
+    with _byte_bar(progress, "fold") as step:
+        record = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step).record
+    assert record is not None  # noqa: S101 - a fold has one
+    live_model.warn_of_rounding(record, stacklevel=3)
+    return record
+
+
+def unfold_checkpoint(
+    folded: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    base: str | PathLike[str] | None = None,
+    adapter: AdapterLike | Sequence[AdapterLike] | None = None,
+    max_shard_size: int | str = "5GB",
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: bool | Progress = False,
+) -> FoldRecord | None:
+    """Take the last fold out of a checkpoint on disk.
+
+    Args:
+        folded: a folder that :func:`fold_checkpoint` wrote.
+        destination: a folder that does not exist yet.
+        base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
+        adapter: what was folded: rotated back by the true inverse, rounded once more, with an :class:`~oftsurgery.UnfoldWarning` that states the error.
+        max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
+
+    Returns:
+        the record of what is still folded in, or None.
+
+    Raises:
+        StateError: neither or both of ``base`` and ``adapter``, or another adapter than the last one folded.
+        IntegrityError: ``base`` is not what was folded.
+        and those of :func:`fold_checkpoint`.
+    """
+    from . import checkpoint, configs
+
+    if (adapter is None) == (base is None):
+        raise StateError("unfold needs the adapter or the base", remedy="adapter=… rotates back, base=… restores exactly")
+    source = shards.open_checkpoint(files.find_checkpoint(folded))
+    size = parse_size(max_shard_size)
+    if base is not None:
+        plan = checkpoint.plan_restore(source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size)
+    else:
+        assert adapter is not None  # noqa: S101 - checked above
+        given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
+        plan = checkpoint.plan_unfold(source, [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given], max_shard_bytes=size)
+    with _byte_bar(progress, "unfold") as step:
+        result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+    if base is None:
+        kept = sum(len(a.saved) for a in plan.adapters)
+        live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept, stacklevel=3)
+    return result.record
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, from a number or as the Hub's tools write sizes: decimal ``KB``, ``MB``, ``GB``, ``TB``.
+
+    Raises:
+        StateError: nothing of the kind.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", str(size), re.IGNORECASE)
+    nbytes = int(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())) if match else 0
+    if nbytes < 1:
+        raise StateError(f"no size: {printable(size)!r}", remedy="a number of bytes, or '500MB', '5GB'")
+    return nbytes
+
+
 def _resolve(model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | None) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
     given = [] if adapter is None else [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
@@ -138,6 +327,26 @@ def _bar(show: bool, verb: str) -> Iterator[live_model.Progress | None]:
         def step(done: int, total: int, path: str) -> None:
             bar.total = total
             bar.set_postfix_str(printable(path, 40), refresh=False)
+            bar.update(done - bar.n)
+
+        yield step
+
+
+@contextmanager
+def _byte_bar(progress: bool | Progress, verb: str) -> Iterator[Progress | None]:
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=verb, unit="B", unit_scale=True) as bar:
+
+        def step(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(printable(what, 40), refresh=False)
             bar.update(done - bar.n)
 
         yield step

@@ -22,16 +22,16 @@ from torch import Tensor
 from . import codecs, companions, configs
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .errors import FormatError, OFTSurgeryError, StateError, printable
+from .errors import FormatError, IntegrityError, MatchError, OFTSurgeryError, StateError, printable
 from .hashing import hash_tensors
 from .naming import Architecture, architecture_of, locate
 from .plan import LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter
 from .staging import Staging
-from .weight import fold_encoded
+from .weight import fold_encoded, unfold_encoded
 
-__all__ = ["CheckpointPlan", "Job", "Quantization", "Shard", "plan_checkpoint", "run_plan"]
+__all__ = ["CheckpointPlan", "Job", "Quantization", "RunResult", "Shard", "plan_checkpoint", "plan_restore", "plan_unfold", "run_plan"]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 DENSE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16})
@@ -76,6 +76,9 @@ class Job:
         transposed: the source holds ``(in, out)``.
         transpose_out: the output does.
         values: of a saved tensor.
+        inverse: rotate back.
+        expected: content hash that the weight must have before it is written (a restored base), or None.
+        origin: checkpoint that is read, where it is not the plan's source.
         nbytes: that are read, for progress.
     """
 
@@ -90,6 +93,9 @@ class Job:
     transposed: bool = False
     transpose_out: bool = False
     values: Tensor | None = None
+    inverse: bool = False
+    expected: str | None = None
+    origin: Checkpoint | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +121,7 @@ class CheckpointPlan:
         config: the new ``config.json``.
         carried: other files that are copied.
         nbytes: that will be written.
+        unfolds: the last fold is taken out instead of another one put in.
     """
 
     source: Checkpoint
@@ -127,6 +134,7 @@ class CheckpointPlan:
     config: Mapping[str, Any]
     carried: tuple[str, ...]
     nbytes: int
+    unfolds: bool = False
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -217,6 +225,106 @@ def plan_checkpoint(
     )
 
 
+def plan_unfold(folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
+    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or half-precision weights.
+
+    Raises:
+        StateError: the checkpoint's record names other adapters than these.
+        and those of :func:`plan_checkpoint`.
+    """
+    record = configs.record_in(folded.folder)
+    if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+        raise StateError(
+            f"the checkpoint's last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
+            f"not of {', '.join(printable(a.source) for a in adapters)}",
+            remedy="unfold the last fold first, with the same adapters in the same order",
+        )
+    architecture = architecture_of(folded.config, {name: e.shape for name, e in folded.entries.items()})
+    builder = _Builder(folded, architecture, "same", None, "quantized")
+    chains, _ = builder.match(adapters, again=True)
+    jobs = [replace(job, inverse=True) if job.chain else job for job in builder.jobs(chains, {})]
+    return _finish(folded, adapters, "same", architecture, jobs, dict(folded.config), max_shard_bytes)
+
+
+def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
+    """Plan to take the last fold out of a checkpoint exactly: what it changed comes from ``base`` (quantised again where the fold did), checked against the
+    record's hashes.
+
+    Raises:
+        StateError: the folded checkpoint has no record, or is in another format than the base was.
+        MatchError: the base lacks what was folded.
+    """
+    record = configs.record_in(folded.folder)
+    if record is None:
+        raise StateError(f"the checkpoint has no {RECORD}", path=folded.folder, remedy="give the adapter instead: it is then rotated back")
+    architecture = architecture_of(base.config, {name: e.shape for name, e in base.entries.items()})
+    found = locate([f"{path}.weight" for path in record.modules], architecture)
+    weights: dict[str, str] = {}
+    for path, module in record.modules.items():
+        name = found.get(f"{path}.weight")
+        if name is None:
+            raise MatchError("the base checkpoint lacks a folded module", module=path, path=base.folder, remedy="give the checkpoint that was folded")
+        weights[name] = module.before
+    codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
+    builder = _Builder(base, architecture, codec or "same", _recorded_quantization(folded, codec), "quantized")
+    jobs = []
+    for job in builder.jobs({name: Target(name, _format_of(base, name, architecture), ()) for name in weights}, {}):
+        if job.kind == "weight" and job.name in weights:
+            _check_same_format(job, folded)
+            jobs.append(replace(job, origin=base, expected=weights[job.name]))
+        elif job.name in record.saved or not all(n in folded.entries for n in job.outputs):
+            jobs.append(replace(job, origin=base))
+        else:
+            # untouched by the fold: the folded checkpoint's own bytes
+            jobs += [Job(n, "copy", {n: (folded.entries[n].dtype, folded.entries[n].shape)}, folded.entries[n].nbytes) for n in job.outputs]
+    config = configs.restored_config(folded.config, base.config)
+    return _finish(folded, (), "same", architecture, jobs, config, max_shard_bytes)
+
+
+def _recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
+    if codec is None:
+        return None
+    settings = folded.config.get("quantization_config") or {}
+    return Quantization(codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=tuple(settings.get("llm_int8_skip_modules") or ()) or None)
+
+
+def _check_same_format(job: Job, folded: Checkpoint) -> None:
+    name = job.name
+    there = folded.entries.get(name)
+    planned = job.outputs[name]
+    if there is None or there.shape != planned[1] or _dtype(folded, name) != _torch_dtype(planned[0]):
+        raise StateError(
+            "the folded checkpoint is in another format than its base: there is nothing to restore but the base itself",
+            tensor=name,
+            remedy="use the base checkpoint, or rotate back with the adapter",
+        )
+
+
+def _finish(
+    source: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    format: str,
+    architecture: Architecture,
+    jobs: Sequence[Job],
+    config: Mapping[str, Any],
+    max_shard_bytes: int,
+) -> CheckpointPlan:
+    carried = configs.carried_files(source.folder)
+    return CheckpointPlan(
+        source=source,
+        adapters=tuple(adapters),
+        format=format,
+        quantization=None,
+        fold_into="quantized",
+        architecture=architecture,
+        shards=_split(jobs, max_shard_bytes),
+        config=config,
+        carried=carried,
+        nbytes=sum(map(_job_bytes, jobs)) + sum((source.folder / name).stat().st_size for name in carried),
+        unfolds=True,
+    )
+
+
 def _check_formats(source: Checkpoint, format: str, quantization: Quantization | None, fold_into: str, architecture: Architecture) -> None:
     stored = source.config.get("quantization_config")
     method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, Mapping) else None
@@ -295,11 +403,12 @@ class _Builder:
 
     # --- matching ---
 
-    def match(self, adapters: Sequence[OFTAdapter]) -> tuple[dict[str, Target], dict[str, Tensor]]:
+    def match(self, adapters: Sequence[OFTAdapter], *, again: bool = False) -> tuple[dict[str, Target], dict[str, Tensor]]:
         """({checkpoint name, or that of a tied head: Target}, {checkpoint name: the adapter's own values})."""
         if not adapters:
             return {}, {}
-        self._check_not_folded(adapters)
+        if not again:
+            self._check_not_folded(adapters)
         names = [f"{path}.weight" for a in adapters for path in a.modules]
         found = locate(names, self.architecture)
         layers = {
@@ -499,7 +608,7 @@ def run_plan(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-) -> FoldRecord:
+) -> RunResult:
     """Do what ``plan`` says.
 
     Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error or a kill that folder stays, and
@@ -518,7 +627,20 @@ def run_plan(
         record = run.record()
         _write_rest(plan, record, staging)
         staging.publish()
-    return record
+    return RunResult(record, {path: float(m["error"]) for path, m in run.modules.items()})
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run gives back.
+
+    Attributes:
+        record: of the new checkpoint, as in its ``oftsurgery.json``; None where nothing is folded into it any more.
+        errors: ``{module path: relative error of storing its weight}`` of what this run rotated.
+    """
+
+    record: FoldRecord | None
+    errors: Mapping[str, float]
 
 
 def _fingerprint(plan: CheckpointPlan) -> str:
@@ -531,6 +653,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "fold_into": plan.fold_into,
         "shards": [[s.file, [j.name for j in s.jobs]] for s in plan.shards],
         "config": dict(plan.config),
+        "unfolds": plan.unfolds,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -607,7 +730,7 @@ class _Run:
     # --- one job, in three threads ---
 
     def _load(self, job: Job) -> EncodedWeight | None:
-        source = self.plan.source
+        source = job.origin or self.plan.source
         if job.kind == "cast":
             return codecs.dense(source.read(job.name))
         if job.kind != "weight":
@@ -639,7 +762,12 @@ class _Run:
         encoded = EncodedWeight(loaded.format, {k: t.to(self.device) for k, t in loaded.tensors.items()})
         if job.base is not None:
             encoded = quantise(encoded, job.base)
-        folded = fold_encoded(encoded, job.chain, into) if job.chain or encoded.format != into else None
+        if job.expected is not None and encoded.fingerprint != job.expected:
+            raise IntegrityError(
+                "the base checkpoint's weight is not the one that was folded", tensor=job.name, remedy="give the very checkpoint that was folded"
+            )
+        recode = unfold_encoded if job.inverse else fold_encoded
+        folded = recode(encoded, job.chain, into) if job.chain or encoded.format != into else None
         new = folded.encoded if folded is not None else encoded
         if job.chain and folded is not None:
             self.modules[job.path] = asdict(_module_record(job, encoded, new, folded.error))
@@ -650,13 +778,15 @@ class _Run:
 
     def _put(self, writer: ShardWriter, job: Job, outputs: Mapping[str, Tensor]) -> None:
         if job.kind == "copy":
-            writer.write(job.name, self.plan.source.chunks(job.name))
+            writer.write(job.name, (job.origin or self.plan.source).chunks(job.name))
         for name, tensor in outputs.items():
             writer.write(name, tensor)
         self.step(job)
 
-    def record(self) -> FoldRecord:
+    def record(self) -> FoldRecord | None:
         before = configs.record_in(self.plan.source.folder)
+        if self.plan.unfolds:
+            return replace(before.earlier[-1], earlier=before.earlier[:-1]) if before and before.earlier else None
         return FoldRecord(
             adapters=tuple(configs.public_info(AdapterInfo.of(a)) for a in self.plan.adapters),
             modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()},
@@ -691,7 +821,7 @@ def _module_record(job: Job, before: EncodedWeight, after: EncodedWeight, error:
     )
 
 
-def _write_rest(plan: CheckpointPlan, record: FoldRecord, staging: Staging) -> None:
+def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> None:
     if len(plan.shards) > 1:
         weight_map = {name: shard.file for shard in plan.shards for job in shard.jobs for name in job.outputs}
         total = sum(_job_bytes(job) for job in plan.jobs)
@@ -700,4 +830,5 @@ def _write_rest(plan: CheckpointPlan, record: FoldRecord, staging: Staging) -> N
         staging.copy(plan.source.folder / name, name)
     if plan.config:
         staging.put_json("config.json", plan.config)
-    staging.put_json(RECORD, record.to_dict())
+    if record is not None:
+        staging.put_json(RECORD, record.to_dict())

@@ -15,7 +15,7 @@ from .shards import read_json
 if TYPE_CHECKING:
     from .checkpoint import Quantization
 
-__all__ = ["carried_files", "output_config", "public_info", "readable_rope", "record_in"]
+__all__ = ["carried_files", "output_config", "public_info", "readable_rope", "record_in", "restored_config"]
 
 RECORD = "oftsurgery.json"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -61,6 +61,14 @@ def output_config(config: Mapping[str, Any], format: str, quantization: Quantiza
             sub["tie_word_embeddings"] = False
     if untied:
         new["tie_word_embeddings"] = False
+    return new
+
+
+def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
+    new = copy.deepcopy(dict(folded))
+    if "tie_word_embeddings" in base:
+        new["tie_word_embeddings"] = base["tie_word_embeddings"]
     return new
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .errors import AdapterError, MissingDependencyError, printable
+from .errors import AdapterError, CheckpointError, MissingDependencyError, printable
 
-__all__ = ["AdapterFiles", "find_adapter", "read_adapter"]
+__all__ = ["AdapterFiles", "find_adapter", "find_checkpoint", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -24,7 +25,7 @@ _MAX_CONFIG_BYTES = 4 << 20
 AdapterFiles = tuple[dict[str, Any], dict[str, Tensor], str]
 
 
-def find_adapter(path_or_repo: str | Path, *, revision: str | None = None) -> Path:
+def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
     """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache alone).
 
     Raises:
@@ -35,19 +36,36 @@ def find_adapter(path_or_repo: str | Path, *, revision: str | None = None) -> Pa
         return path
     if path.exists():
         raise AdapterError("an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}")
-    if isinstance(path_or_repo, Path) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
+    if not isinstance(path_or_repo, str) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
         raise AdapterError("no such folder", path=path, remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'")
     return _download(str(path_or_repo), revision)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold needs.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be read.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not isinstance(path_or_repo, str) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
+        raise CheckpointError("no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'")
+    try:
+        return _download(str(path_or_repo), revision, ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"])
+    except AdapterError as error:
+        raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
+
+
+def _download(repo: str, revision: str | None, patterns: Sequence[str] = (CONFIG, TENSORS)) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingDependencyError("huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder") from error
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, TENSORS]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AdapterError(

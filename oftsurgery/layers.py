@@ -2,7 +2,7 @@
 
 One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1 convolution, embedding) and
 where its weight lives (the module, its int8 state, or accelerate's offload map). Weights are read and written as
-:class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, ``(tokens, features)`` for embeddings. Nothing here computes.
+:class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or ``(tokens, features)``. Nothing here computes.
 """
 
 from __future__ import annotations
@@ -214,20 +214,13 @@ class Layer:
             return self._write_offloaded(encoded)
         module: Any = self.module
         old = module._parameters["weight"]
-        new: nn.Parameter
+        new: Any = self._new_parameter(old, encoded)
         slots: list[tuple[Any, str]] = []  # attributes beside the parameter that change with it
-        if encoded.format.codec == "dense":
-            new = self._new_dense(old, self._stored(encoded.tensors["weight"]))
-        elif encoded.format.codec == "int8":
-            # as a freshly quantised layer holds them; the first forward moves them to the state
-            t = encoded.tensors
-            new = type(old)(t["weight"], requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights, CB=t["weight"], SCB=t["SCB"])
-        else:
-            new = self._new_4bit(old, encoded)
-            if module.__dict__.get("quant_state") is not None:
-                slots = [(module, "quant_state")]
-        if self._is_8bit and getattr(module, "state", None) is not None:
-            slots = [(module.state, "CB"), (module.state, "SCB")]  # has_fp16_weights keeps its last quantisation there as well
+        if module.__dict__.get("quant_state") is not None:
+            slots = [(module, "quant_state")]
+        elif self._is_8bit and getattr(module, "state", None) is not None:
+            # as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last quantisation there as well
+            slots = [(module.state, "CB"), (module.state, "SCB")]
         before = [(holder, name, getattr(holder, name)) for holder, name in slots]
         unpark = _park(old, before) if park else None
 
@@ -260,6 +253,16 @@ class Layer:
             hook.weights_map = before
 
         return undo
+
+    def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
+        t = encoded.tensors
+        if encoded.format.codec == "dense":
+            return self._new_dense(old, self._stored(t["weight"]))
+        if encoded.format.codec == "int8":
+            return type(old)(  # type: ignore[no-any-return]
+                t["weight"], requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights, CB=t["weight"], SCB=t["SCB"]
+            )
+        return self._new_4bit(old, encoded)
 
     def _new_dense(self, old: Any, data: Tensor) -> nn.Parameter:
         if _bnb_class(old, "Int8Params"):

@@ -206,7 +206,7 @@ class LiveLayer(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.training = path, base_layer.training
         layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
         self._conv = layer.kind == "conv"
         self._shared = shared
@@ -221,7 +221,6 @@ class LiveLayer(nn.Module):
         self._packed_before = base_layer.__dict__.get("support_avx512bf16_for_cpu")
         if layer._is_4bit:
             self._stay_differentiable(layer)
-        self.train(base_layer.training)
 
     @classmethod
     def _takes(cls, layer: Layer) -> bool:
@@ -288,9 +287,8 @@ class LiveLayer(nn.Module):
         rotation.check_fits(self._shape, self._name)
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
-        self.oft_R[adapter_name] = LiveRotation(
-            rotation, radius=radius, dropout=dropout, device=torch.device("cpu") if weight.is_meta else weight.device
-        )
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        self.oft_R[adapter_name] = LiveRotation(rotation, radius=radius, dropout=dropout, device=device).train(self.training)
         self._active.append(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -89,7 +89,7 @@ def fold_model(
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
         _set_record(inner_model(work), record)
-    _warn_of_rounding(record)
+    warn_of_rounding(record, stacklevel=4)
     return work
 
 
@@ -256,7 +256,8 @@ def _set_record(model: nn.Module, record: FoldRecord | None) -> None:
         model.__dict__[_ATTRIBUTE] = record
 
 
-def _warn_of_rounding(record: FoldRecord) -> None:
+def warn_of_rounding(record: FoldRecord, *, stacklevel: int) -> None:
+    """One :class:`RoundingWarning` for the fold, if it rounded anything."""
     errors = {path: m for path, m in record.modules.items() if m.error > 0}
     if not errors:
         return
@@ -265,9 +266,9 @@ def _warn_of_rounding(record: FoldRecord) -> None:
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
     warnings.warn(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
-        f"({printable(worst)}); per module in model.oftsurgery",
+        f"({printable(worst)}); per module in the fold's record",
         RoundingWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 
@@ -290,7 +291,7 @@ def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: 
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
         records, _ = _apply(work, plan, journal, progress, inverse=True)
         _set_record(inner_model(work), _earlier(record))
-    _warn_of_unfold(records, record, plan)
+    warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved), stacklevel=4)
     return work
 
 
@@ -299,20 +300,22 @@ def _earlier(record: FoldRecord | None) -> FoldRecord | None:
     return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
 
 
-def _warn_of_unfold(records: Mapping[str, ModuleRecord], record: FoldRecord | None, plan: FoldPlan) -> None:
-    # the two roundings are independent to first order; the fold's own is in its record
+def warn_of_unfold(errors: Mapping[str, float], record: FoldRecord | None, kept: int, *, stacklevel: int) -> None:
+    """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its record tells it; ``kept`` tensors could not go back."""
+
+    # the two roundings are independent to first order
     def total(path: str) -> float:
         before = record.modules[path].error if record and path in record.modules else 0.0
-        return float((before**2 + records[path].error ** 2) ** 0.5)
+        return float((before**2 + errors[path] ** 2) ** 0.5)
 
-    worst = max(records, key=total)
+    worst = max(errors, key=total)
     known = "including the fold's own" if record else "without the fold's own, which has no record here"
-    kept = f"; {len(plan.saved)} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if plan.saved else ""
+    stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""
     warnings.warn(
-        f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{kept}; "
-        "unfold(model, base=…) restores exactly",
+        f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{stay}; "
+        "unfolding with base=… restores exactly",
         UnfoldWarning,
-        stacklevel=4,
+        stacklevel=stacklevel,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import codecs, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .errors import NonFiniteError, ShapeError
+from .errors import MatchError, NonFiniteError, ShapeError
 
 __all__ = ["FoldedWeight", "fold_encoded", "fold_weight", "relative_error", "unfold_encoded", "unfold_weight"]
 
@@ -44,6 +44,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
 
     Raises:
         ShapeError: the rotation does not fit.
+        MatchError: the chain mixes an ``oft_s`` with a rotation on the output side.
         NonFiniteError: NaN or infinity in the weight or the result.
 
     >>> import torch, oftsurgery
@@ -110,6 +111,11 @@ def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotati
     """
     right = [r for r in chain if r.side == "input"]
     left = [r for r in chain if r.side != "input"]
+    if any(r.side == "output" for r in left) and any(r.scale is not None for r in chain):
+        raise MatchError(
+            "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
+            remedy="fold them one after the other, in the order that is meant",
+        )
     order = left + right[::-1]
     return order[::-1] if inverse else order
 
