@@ -216,7 +216,7 @@ class LiveLayer(nn.Module):
         self._home: WeightFormat | None = None
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
-        self.oft_R = nn.ModuleDict()
+        self.oft_R = nn.ModuleDict().train(self.training)
         self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
         self._packed_before = base_layer.__dict__.get("support_avx512bf16_for_cpu")
         if layer._is_4bit:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import bitsandbytes as bnb
 import peft
 import pytest
@@ -601,6 +602,69 @@ def test_disabled_adapters_leave_the_base() -> None:
             live.read_live(wrapped)
         live.enable_adapters(wrapped, True)
         assert relative(wrapped(x), base) > 1e-2
+
+
+def test_a_tied_embedding_merges_alone_and_is_tied_again() -> None:
+    wrapped, ids = wrap(Net(), net_adapter()).eval(), torch.randint(0, 13, (4, 5))
+    head, logits = wrapped.head.weight, wrapped(ids)[0].detach()
+    bytes_ = head.detach().clone()
+    live.merge(wrapped, adapter_names=["default"])
+    assert wrapped.head.weight is head
+    assert torch.equal(head, bytes_)
+    assert wrapped.embed.base_layer.weight is not head
+    assert relative(wrapped(ids)[0].detach(), logits) < 0.2  # the 4-bit layer was rounded
+    live.unmerge(wrapped)
+    assert wrapped.embed.base_layer.weight is head
+    assert torch.equal(wrapped(ids)[0], logits)
+
+
+def test_a_layer_in_two_places_is_live_in_both() -> None:
+    shared = nn.Linear(64, 64)
+    model, x = nn.Sequential(shared, nn.Tanh(), shared), torch.randn(2, 64)
+    case = make_case("0.21 exact", 64, 64, path="2")
+    wrapped = wrap(model, case.adapter)
+    assert wrapped[0] is wrapped[2]
+    assert list(live.adapter_of(wrapped).modules) == ["2"]
+    assert relative(wrapped(x).detach(), fold(model, case.adapter)(x).detach()) < 1e-6
+
+
+def test_layers_that_accelerate_offloads() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), torch.randn(3, 64)
+    cases = {"0": make_case("0.13 output side", 64, 64, path="0"), "2": make_case("0.15 with oft_s", 64, 64, path="2")}
+    adapter = oftsurgery.OFTAdapter({path: case.adapter.modules[path] for path, case in cases.items()})
+    expected, base = wrap(model, adapter)(x).detach(), model(x).detach()
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert offloaded[0].weight.is_meta
+    wrapped = wrap(offloaded, adapter)
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+    live.merge(wrapped)
+    copied = copy.deepcopy(wrapped)
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+    live.unmerge(wrapped)
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+    assert relative(copied(x).detach(), expected) < 1e-6
+    live.enable_adapters(wrapped, False)
+    assert torch.equal(wrapped(x), base)
+    assert torch.equal(offloaded(x), base)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["pure", "inplace"])
+def test_a_compiled_model_is_wrapped(inplace: bool) -> None:
+    model, case = one("0.21 Neumann")
+    x = torch.randn(3, 64)
+    expected = wrap(model, case.adapter)(x).detach()
+    compiled = torch.compile(model, backend="eager")
+    base = compiled(x).detach()
+    wrapped = wrap(compiled, case.adapter, inplace=inplace)
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+    assert relative(compiled(x).detach(), expected if inplace else base) < 1e-6
+
+
+def test_an_adapter_that_joins_takes_on_the_layers_mode() -> None:
+    model, case = one("0.21 exact")
+    wrapped = wrap(model.eval(), case.adapter)
+    wrapped.layer.add_adapter("b", rotation(4, 120))
+    assert not any(m.training for m in wrapped.modules())
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------------------------------------
