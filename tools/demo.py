@@ -81,7 +81,7 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
     """English prose from any Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
-        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes twice: topics share paragraphs.
+        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes twice (topics share some).
     """
     seen: set[str] = set()
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
