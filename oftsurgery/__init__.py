@@ -7,7 +7,7 @@
 
 from ._version import __version__
 from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
-from .api import fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, wrap
+from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, wrap
 from .codecs import EncodedWeight, WeightFormat
 from .compare import OutputError, VerifyReport, verify
 from .errors import (
@@ -61,6 +61,7 @@ __all__ = [
     "__version__",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
+    "export_safetensors",
     "fold",
     "fold_checkpoint",
     "fold_weight",

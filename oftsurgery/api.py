@@ -21,7 +21,7 @@ from .record import FoldRecord
 if TYPE_CHECKING:
     from .checkpoint import CheckpointPlan, Format, Progress
 
-__all__ = ["fold", "fold_checkpoint", "load_adapter", "parse_size", "plan_fold", "unfold", "unfold_checkpoint", "wrap"]
+__all__ = ["export_safetensors", "fold", "fold_checkpoint", "load_adapter", "parse_size", "plan_fold", "unfold", "unfold_checkpoint", "wrap"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -286,6 +286,36 @@ def unfold_checkpoint(
         kept = sum(len(a.saved) for a in plan.adapters)
         live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept, stacklevel=3)
     return result.record
+
+
+def export_safetensors(
+    model: nn.Module,
+    destination: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> FoldRecord | None:
+    """Save a live model as a checkpoint that ``from_pretrained`` loads, bitsandbytes layers included.
+
+    Args:
+        model: plain or over bitsandbytes layers, also after CPU forwards, compiled or offloaded.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        dtype: dequantise to this (float32, float16 or bfloat16); None keeps every weight as it is stored.
+        max_shard_size: bytes, or as the Hub's tools write it.
+        force: replace what is at ``destination``.
+
+    Returns:
+        the model's record, which is ``oftsurgery.json`` in the destination too, or None where nothing was folded.
+
+    Raises:
+        StateError: live adapters, values not loaded, or the destination exists.
+        FormatError: a tensor that cannot be saved.
+        DiskError: the disk did not take it; nothing is left behind.
+    """
+    from . import export
+
+    return export.save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
 
 
 def parse_size(size: int | str) -> int:

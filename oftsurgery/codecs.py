@@ -23,7 +23,7 @@ from torch import Tensor
 from .errors import FormatError, NonFiniteError, ShapeError
 from .hashing import hash_tensors
 
-__all__ = ["CODECS", "Codec", "EncodedWeight", "WeightFormat", "decode", "dense", "encode", "unpack_cpu_layout"]
+__all__ = ["CODECS", "Codec", "EncodedWeight", "WeightFormat", "decode", "dense", "encode", "restate", "unpack_cpu_layout"]
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,16 @@ def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     _finite(offset, "the mean of absmax, which double quantisation stores, is not finite", f)
     codes, state = quantize_blockwise(absmax - offset, blocksize=f.nested_blocksize)
     return {"absmax": codes, "nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
+
+
+def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
+    """The tensors of a 4-bit or int8 weight in a format that differs in the storage of its codes and statistics alone: no code changes."""
+    t = dict(encoded.tensors)
+    if encoded.format.nested_blocksize != into.nested_blocksize:
+        t |= _encode_absmax(_decode_absmax(encoded), into)
+    if into.codec in _LEVELS and encoded.format.storage != into.storage:
+        t["weight"] = t["weight"].contiguous().reshape(-1).view(into.storage).unsqueeze(1)
+    return t
 
 
 def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,14 @@ class Layer:
     def _is_8bit(self) -> bool:
         return _bnb_class(self.module, "Linear8bitLt", "Embedding8bit") or _bnb_class(getattr(self.module, "weight", None), "Int8Params")
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
+        weight = self.module._parameters.get("weight")
+        return (self._is_4bit and not (weight is not None and weight.is_floating_point() and getattr(weight, "quant_state", None) is None)) or (
+            self._is_8bit and weight is not None and weight.dtype == torch.int8
+        )
+
     # --- where its tensors are ---
 
     @property
@@ -323,6 +331,18 @@ def _park(parameter: Any, beside: list[tuple[Any, str, Any]]) -> Undo | None:
             parameter.CB = parameter.data
 
     return unpark
+
+
+def offloaded(module: nn.Module, name: str) -> Tensor:
+    """The values of a parameter that accelerate holds elsewhere.
+
+    Raises:
+        StateError: the parameter is on the meta device, and nobody holds its values.
+    """
+    hook = Layer("", module)._offload_hook
+    if hook is None:
+        raise StateError("the tensor is on the meta device: it has no values", tensor=name, remedy="load the model's weights first")
+    return hook.weights_map[name]  # type: ignore[no-any-return]
 
 
 def copy_quant_state(state: Any) -> Any:

@@ -29,13 +29,14 @@ class Staging:
         needed: bytes that will be written; checked against the free space first.
         resume: go on with unfinished work of the same key, if there is any.
         force: replace an existing destination (at the rename, not before) and unfinished work of another key.
+        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked at.
 
     Raises (on entering):
         StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
         DiskError: too little space, no permission, or another run at work.
     """
 
-    def __init__(self, destination: Path, key: str, *, needed: int, resume: bool, force: bool) -> None:
+    def __init__(self, destination: Path, key: str, *, needed: int, resume: bool, force: bool, resumable: bool = True) -> None:
         self.destination = destination
         self.folder = destination.parent / f".{destination.name}.oftsurgery"
         self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
@@ -43,6 +44,7 @@ class Staging:
         self.needed = needed
         self.resume = resume
         self.force = force
+        self.resumable = resumable
         self.state: dict[str, Any] = {"key": key, "shards": {}}
         self._lock: Any = None
 
@@ -64,7 +66,7 @@ class Staging:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._release()
-        if kind is not None and not self.state["shards"]:
+        if kind is not None and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that is worth resuming
 
     # --- taking over ---
@@ -94,7 +96,7 @@ class Staging:
 
     def _take_over(self) -> None:
         state_path = self.folder / _STATE
-        if not state_path.is_file():
+        if not self.resumable or not state_path.is_file():
             self._clear()
             self._save_state()
             return
