@@ -199,4 +199,5 @@ def fold(model: nn.Module, adapter: Any, **options: Any) -> Any:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a - b‖ / ‖b‖ (Frobenius, float64)."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
