@@ -285,6 +285,7 @@ class LiveLayer(nn.Module):
                 remedy="use the base model that the adapter was trained on",
             )
         rotation.check_fits(self._shape, self._name)
+        self._check_chain([*self._rotations(self._active), rotation])
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
         device = torch.device("cpu") if weight.is_meta else weight.device
@@ -308,9 +309,11 @@ class LiveLayer(nn.Module):
 
         Raises:
             StateError: the layer has no such adapter, or a name is given twice.
+            MatchError: an ``oft_s`` and a rotation on the output side.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
+        self._check_chain(self._rotations(names))
         self.unmerge()
         self._active = names
         for name, rotation in self.oft_R.items():
@@ -337,6 +340,17 @@ class LiveLayer(nn.Module):
         if len(set(names)) < len(names):
             raise StateError("an adapter is named twice", module=self._name, remedy="name each adapter once")
 
+    def _rotations(self, names: Sequence[str]) -> list[LiveRotation]:
+        return [cast(LiveRotation, self.oft_R[name]) for name in names]
+
+    def _check_chain(self, chain: Sequence[Rotation | LiveRotation]) -> None:
+        if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
+            raise MatchError(  # as a fold of the chain is refused
+                "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
+                module=self._name,
+                remedy="fold one of them first, in the order that is meant",
+            )
+
     # --- peft's names for what it wraps ---
 
     def get_base_layer(self) -> nn.Module:
@@ -354,9 +368,7 @@ class LiveLayer(nn.Module):
     # --- forward ---
 
     def _chain(self) -> list[LiveRotation]:
-        if self._disabled or self.merged:
-            return []
-        return [cast(LiveRotation, self.oft_R[name]) for name in self._active]
+        return [] if self._disabled or self.merged else self._rotations(self._active)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chain = self._chain()
@@ -383,9 +395,8 @@ class LiveLayer(nn.Module):
                 z = z - bias  # these dialects rotate and scale what comes before the bias
             for r in [r for r in chain if r.side != "input"]:
                 z = _apply_cropped(z, r.blocks().to(z))
-                z = z if r.scale is None else z * r.scale.to(z)
             for r in chain:
-                z = z * r.scale.to(z) if r.side == "input" and r.scale is not None else z
+                z = z if r.scale is None else z * r.scale.to(z)
             if bias is not None:
                 z = z + bias
             return self._features_back(z).to(y.dtype)
@@ -440,7 +451,7 @@ class LiveLayer(nn.Module):
         layer = Layer(self._name, self.base_layer)
         try:
             encoded, home = layer.read()
-            folded = fold_encoded(encoded, [cast(LiveRotation, self.oft_R[name]).rotation() for name in names], self._home or home)
+            folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], self._home or home)
         except OFTSurgeryError as error:
             raise error.within(self._name) from error.__cause__
         held = _Held.of(layer)
@@ -690,8 +701,11 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     _check_names(layers, names)
     if len(set(names)) < len(names):
         raise StateError("an adapter is named twice", remedy="name each adapter once")
-    for layer in layers.values():
-        layer.set_adapter([name for name in names if name in layer.oft_R])
+    wanted = {path: [name for name in names if name in layer.oft_R] for path, layer in layers.items()}
+    for path, layer in layers.items():
+        layer._check_chain(layer._rotations(wanted[path]))
+    for path, layer in layers.items():
+        layer.set_adapter(wanted[path])
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:

@@ -242,18 +242,38 @@ def test_several_active_adapters_are_pefts_chain(order: tuple[str, ...], kind: s
         assert relative(ours(x).detach(), expected) > 1e-2
 
 
-def test_a_merge_of_several_adapters_is_their_live_chain() -> None:
+@pytest.mark.parametrize("first", ["0.15 with oft_s", "0.13 output side"])
+def test_a_merge_of_several_adapters_is_their_live_chain(first: str) -> None:
     model = Single(make_layer("dense", 64, 96))
-    a, b = make_case("0.15 with oft_s", 64, 96), make_case("0.13 output side", 64, 96, size=0.1)
-    c = make_case("0.21 exact", 64, 96, size=0.1)
-    wrapped = wrap(model, {"a": a.adapter, "b": b.adapter, "c": c.adapter})
-    x = torch.randn(9, 64)
-    w = stored_weight(model.layer)
-    expected = (x.double() @ a.dense @ c.dense @ w.T @ b.dense) * a.scale + model.layer.bias.detach().double()
+    a, b = make_case(first, 64, 96), make_case("0.21 exact", 64, 96, size=0.1)
+    wrapped = wrap(model, {"a": a.adapter, "b": b.adapter})
+    x, w, bias = torch.randn(9, 64), stored_weight(model.layer), model.layer.bias.detach().double()
+    output, rotated_first = x.double() @ b.dense @ w.T @ a.dense + bias, x.double() @ a.dense @ b.dense @ w.T
+    expected = output if a.scale is None else rotated_first * a.scale + bias
     assert relative(wrapped(x).detach(), expected) < 1e-6
     assert wrapped.layer.merge() == 0.0
     assert relative(wrapped(x).detach(), expected) < 1e-6
     assert relative(fold(model, live.read_live(wrapped))(x).detach(), expected) < 1e-6
+
+
+def test_sides_that_do_not_commute_are_refused_as_fold_refuses_them() -> None:
+    model = Single(make_layer("dense", 64, 96))
+    a, b = make_case("0.15 with oft_s", 64, 96).adapter, make_case("0.13 output side", 64, 96).adapter
+    text = "one chain holds an oft_s and a rotation on the output side: they do not commute"
+    with pytest.raises(oftsurgery.MatchError, match=text):
+        fold(model, [a, b])
+    before = snapshot_of(model)
+    with pytest.raises(oftsurgery.MatchError, match=rf"{text}.* \[module 'layer'\]"):
+        wrap(model, {"a": a, "b": b}, inplace=True)
+    assert snapshot_of(model) == before
+    wrapped = wrap(model, {"a": a})
+    wrapped.layer.set_adapter([])
+    wrapped.layer.add_adapter("b", b.modules["layer"])  # beside it, not in one chain
+    assert wrapped.layer.active_adapters == ["b"]
+    for call in (wrapped.layer.set_adapter, lambda names: live.set_adapter(wrapped, names)):
+        with pytest.raises(oftsurgery.MatchError, match=text):
+            call(["a", "b"])
+    assert wrapped.layer.active_adapters == ["b"]
 
 
 # --- gradients and training -----------------------------------------------------------------------------------------------------------------------
