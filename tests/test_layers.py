@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "saved after a CPU forward": (
         saved_after_packing,
         StateError,
-        r"absmax transposed: bitsandbytes computes noise with it now \[module 'layer', tensor 'absmax', shape 2×64\] Remedy: load the base model again",
+        r"absmax transposed: bitsandbytes computes noise with it now \[module 'layer', tensor 'absmax', shape 2×64\] Remedy: load the base",
     ),
     "parametrised": (parametrised, StateError, r"weight is parametrised .* Remedy: remove_parametrizations"),
     "meta": (lambda: nn.Linear(64, 64, device="meta"), StateError, r"weight is on the meta device: it has no values \[module 'layer'\]"),
