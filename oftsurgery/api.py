@@ -20,6 +20,7 @@ from .record import FoldRecord
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointPlan, Format, Progress
+    from .checks import CheckpointReport
 
 __all__ = ["export_safetensors", "fold", "fold_checkpoint", "load_adapter", "parse_size", "plan_fold", "unfold", "unfold_checkpoint", "wrap"]
 
@@ -157,7 +158,6 @@ def plan_fold(
     """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing written."""
     from . import checkpoint
 
-    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
     quantization = None
     if codec is not None:
@@ -169,7 +169,7 @@ def plan_fold(
         raise StateError("double quantisation of a checkpoint that is not to be quantised", remedy="name the 4-bit type too: quantize='nf4'")
     return checkpoint.plan_checkpoint(
         shards.open_checkpoint(files.find_checkpoint(source)),
-        [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given],
+        _loaded(adapter),
         format=format,
         quantization=quantization,
         fold_into=fold_into,
@@ -278,14 +278,55 @@ def unfold_checkpoint(
         plan = checkpoint.plan_restore(source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size)
     else:
         assert adapter is not None  # noqa: S101 - checked above
-        given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
-        plan = checkpoint.plan_unfold(source, [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given], max_shard_bytes=size)
+        plan = checkpoint.plan_unfold(source, _loaded(adapter), max_shard_bytes=size)
     with _byte_bar(progress, "unfold") as step:
         result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
     if base is None:
         kept = sum(len(a.saved) for a in plan.adapters)
         live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept, stacklevel=3)
     return result.record
+
+
+def verify_checkpoint(
+    folded: str | PathLike[str],
+    base: str | PathLike[str],
+    adapter: AdapterLike | Sequence[AdapterLike],
+    *,
+    tolerance: float | None = None,
+) -> CheckpointReport:
+    """Check a folded checkpoint on disk against its base and adapter, one weight at a time.
+
+    Args:
+        folded: in any format.
+        base: the checkpoint that was folded.
+        adapter: that was folded; several in the live order.
+        tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format costs.
+
+    Returns:
+        a report with an error for each weight; ``report.ok`` says whether all pass.
+
+    Raises:
+        as :func:`fold_checkpoint` does for inputs that do not belong together.
+    """
+    from . import checks
+
+    return checks.check_checkpoint(
+        shards.open_checkpoint(files.find_checkpoint(folded)),
+        shards.open_checkpoint(files.find_checkpoint(base)),
+        _loaded(adapter),
+        tolerance=tolerance,
+    )
+
+
+def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
+    """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
+
+    Raises:
+        CheckpointError: no such folder, or a record that cannot be read.
+    """
+    from . import configs
+
+    return configs.record_in(files.find_checkpoint(folder))
 
 
 def export_safetensors(
@@ -342,7 +383,12 @@ def _resolve(model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | No
         return [str(a) for a in given] or None, None
     if adapter is None:
         return None, None
-    return None, [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
+    return None, _loaded(given)
+
+
+def _loaded(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
+    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
+    return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
 
 
 @contextmanager

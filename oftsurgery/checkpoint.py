@@ -266,7 +266,7 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             raise MatchError("the base checkpoint lacks a folded module", module=path, path=base.folder, remedy="give the checkpoint that was folded")
         weights[name] = module.before
     codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
-    builder = _Builder(base, architecture, codec or "same", _recorded_quantization(folded, codec), "quantized")
+    builder = _Builder(base, architecture, codec or "same", recorded_quantization(folded, codec), "quantized")
     jobs = []
     for job in builder.jobs({name: Target(name, _format_of(base, name, architecture), ()) for name in weights}, {}):
         if job.kind == "weight" and job.name in weights:
@@ -281,7 +281,8 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     return _finish(folded, (), "same", architecture, jobs, config, max_shard_bytes)
 
 
-def _recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
+def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
+    """How ``folded`` was quantised to ``codec``, by its config; None for no codec."""
     if codec is None:
         return None
     settings = folded.config.get("quantization_config") or {}
@@ -735,16 +736,7 @@ class _Run:
             return codecs.dense(source.read(job.name))
         if job.kind != "weight":
             return None
-        entry = source.entries[job.name]
-        read: Callable[[str], Tensor] = source.read
-        if job.values is not None:
-            values = job.values.to(_dtype(source, job.name))
-            read = lambda name: values if name == job.name else source.read(name)  # noqa: E731
-        encoded = companions.gather(job.name, source.entries, read, entry.shape, _dtype(source, job.name))
-        if encoded.format.codec == "dense":
-            weight = encoded.tensors["weight"]
-            encoded = codecs.dense(weight.t() if job.transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight)
-        return encoded
+        return load_weight(source, job.name, transposed=job.transposed, values=job.values)
 
     def _compute(self, job: Job, loaded: EncodedWeight | None) -> dict[str, Tensor]:
         if job.kind == "saved":
@@ -800,6 +792,27 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     from .shards import DTYPES
 
     return dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
+
+
+def load_weight(source: Checkpoint, name: str, *, transposed: bool, values: Tensor | None = None) -> EncodedWeight:
+    """A stored weight with its companions, in the canonical shape ``(out, in)``.
+
+    Args:
+        source: that holds it.
+        name: of the weight's tensor.
+        transposed: a plain weight is held ``(in, out)``.
+        values: to use instead of the stored ones (an adapter's own).
+    """
+    entry, dtype = source.entries[name], _dtype(source, name)
+
+    def read(wanted: str) -> Tensor:
+        return values.to(dtype) if values is not None and wanted == name else source.read(wanted)
+
+    encoded = companions.gather(name, source.entries, read, entry.shape, dtype)
+    if encoded.format.codec != "dense":
+        return encoded
+    weight = encoded.tensors["weight"]
+    return codecs.dense(weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight)
 
 
 def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:

@@ -14,7 +14,7 @@ from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
 
-__all__ = ["FoldedWeight", "fold_encoded", "fold_weight", "relative_error", "unfold_encoded", "unfold_weight"]
+__all__ = ["FoldedWeight", "fold_encoded", "fold_weight", "relative_error", "rotate_chain", "unfold_encoded", "unfold_weight"]
 
 W = TypeVar("W", Tensor, EncodedWeight)
 
@@ -91,9 +91,7 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
-        exact = codecs.decode(encoded)
-        for r in _in_weight_order(chain, inverse=inverse):
-            exact = r.unfold_from(exact) if inverse else r.fold_into(exact)
+        exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
             raise NonFiniteError(
                 "the rotated weight holds NaN or infinity", format=f.label, remedy="check the adapter: its rotation or scale is not finite"
@@ -101,6 +99,13 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
         new = codecs.encode(exact, into)
         lossless = into.codec == "dense" and into.dtype == exact.dtype
         return FoldedWeight(new, 0.0 if lossless else relative_error(codecs.decode(new), exact))
+
+
+def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
+    """``weight`` with all of a chain's rotations in it, or (``inverse``) out of it, in float32 or better."""
+    for r in _in_weight_order(chain, inverse=inverse):
+        weight = r.unfold_from(weight) if inverse else r.fold_into(weight)
+    return weight
 
 
 def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:

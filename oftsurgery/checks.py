@@ -1,0 +1,131 @@
+"""Check a folded checkpoint on disk against its base and adapter, weight by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+from . import codecs, configs, rotations
+from .adapter import OFTAdapter
+from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_quantization
+from .codecs import WeightFormat
+from .errors import MatchError, StateError, printable
+from .naming import Architecture, architecture_of, locate
+from .shards import Checkpoint
+from .weight import relative_error, rotate_chain
+
+__all__ = ["CheckpointReport", "WeightCheck", "check_checkpoint"]
+
+# what storing the right weight once more may differ by: rounding ties, and the last bits of float32 products
+_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """One folded weight.
+
+    Attributes:
+        error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius), exact being base and rotation in float32.
+        rounding: what storing the exact weight in the folded format costs by itself.
+        recorded: content hash as the record has it: True, False, or None where there is no record.
+    """
+
+    error: float
+    rounding: float
+    recorded: bool | None
+
+    @property
+    def excess(self) -> float:
+        """How far the error is beyond plain rounding."""
+        return max(0.0, self.error - self.rounding * _SLACK)
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What :func:`check_checkpoint` measured.
+
+    Attributes:
+        modules: ``{path: WeightCheck}``.
+        tolerance: the largest error that passes; None: plain rounding and no more.
+    """
+
+    modules: Mapping[str, WeightCheck]
+    tolerance: float | None
+
+    def passes(self, check: WeightCheck) -> bool:
+        """Whether one weight is within the tolerance and as recorded."""
+        within = check.error <= self.tolerance if self.tolerance is not None else check.excess <= 1e-6
+        return within and check.recorded is not False
+
+    @property
+    def ok(self) -> bool:
+        """Whether all are."""
+        return all(map(self.passes, self.modules.values()))
+
+    @property
+    def worst_first(self) -> list[tuple[str, WeightCheck]]:
+        return sorted(self.modules.items(), key=lambda item: (self.passes(item[1]), -item[1].error))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, worst first."""
+        rows = {path: {**asdict(c), "passes": self.passes(c)} for path, c in self.worst_first}
+        return {"ok": self.ok, "tolerance": self.tolerance, "modules": rows}
+
+
+def check_checkpoint(folded: Checkpoint, base: Checkpoint, adapters: Sequence[OFTAdapter], *, tolerance: float | None = None) -> CheckpointReport:
+    """Compare each folded weight with the base's, rotated anew.
+
+    Args:
+        folded: in any format.
+        base: the checkpoint that was folded; where it is plain and the fold quantised it first (its record says so, or its format), it is quantised again.
+        adapters: that were folded, in the live order.
+        tolerance: largest relative error that passes; None: no more than storing the exact weight costs.
+
+    Raises:
+        MatchError: a folded weight is missing.
+        and those of planning a fold.
+    """
+    record = configs.record_in(folded.folder)
+    architecture = architecture_of(folded.config, {n: e.shape for n, e in folded.entries.items()})
+    codec = _codec(folded, base, record.base if record is not None else {})
+    quantization = recorded_quantization(folded, codec)
+    plan = plan_checkpoint(base, adapters, format="fp32" if quantization is not None else "same", quantization=quantization)
+    jobs = [job for job in plan.jobs if job.chain]
+    names = locate([f"{job.path}.weight" for job in jobs], architecture)
+    checks = {}
+    for job in jobs:
+        name = names.get(f"{job.path}.weight")
+        if name is None:
+            raise MatchError("the folded checkpoint lacks a weight that the adapter targets", module=job.path, path=folded.folder)
+        hashes = record.modules[job.path].after if record is not None and job.path in record.modules else None
+        checks[job.path] = _check(job, base, folded, name, architecture, hashes)
+    if not checks:
+        raise StateError("the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together")
+    return CheckpointReport(MappingProxyType(checks), tolerance)
+
+
+def _codec(folded: Checkpoint, base: Checkpoint, recorded: Mapping[str, str | None]) -> str | None:
+    """What a plain base was quantised to before it was rotated."""
+    if recorded:
+        return recorded.get("quantize") if recorded.get("fold_into") == "quantized" else None
+    if any(e.dtype == "U8" or e.dtype == "I8" for e in base.entries.values()):
+        return None
+    states = [n.rpartition("bitsandbytes__")[2] for n in folded.entries if ".quant_state.bitsandbytes__" in n]
+    return states[0] if states else "int8" if any(n.endswith(".SCB") for n in folded.entries) else None
+
+
+def _check(job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: str | None) -> WeightCheck:
+    encoded = load_weight(base, job.name, transposed=job.transposed)
+    if job.base is not None:
+        encoded = quantise(encoded, job.base)
+    stored = load_weight(folded, name, transposed=name in architecture.transposed)
+    with rotations.full_precision("cpu"):
+        exact = rotate_chain(codecs.decode(encoded), job.chain)
+        into: WeightFormat = stored.format
+        if into.shape != tuple(exact.shape):
+            raise MatchError(f"the folded weight {printable(name)} has another shape than the base's", module=job.path)
+        error = relative_error(codecs.decode(stored), exact)
+        rounding = relative_error(codecs.decode(codecs.encode(exact, into)), exact)
+    return WeightCheck(error, rounding, None if recorded is None else stored.fingerprint == recorded)

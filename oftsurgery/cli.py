@@ -1,0 +1,411 @@
+"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|show``.
+
+Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes: 0 done; 1 a check failed (verify,
+doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .record import FoldRecord
+
+__all__ = ["export_main", "main"]
+
+EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
+EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16")
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="oftsurgery",
+        description="Fold orthogonal fine-tuning (OFT, OFTv2, QOFT) adapters into checkpoints on disk, and take them out again.",
+        epilog="exit codes: 0 done; 1 a check failed; 2 bad usage or refused input; 3 disk, network or permission; 130 interrupted",
+    )
+    parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = _command(commands, "plan", "show what a fold would do, and what it needs", "oftsurgery plan BASE ADAPTER --format bf16")
+    _sources(plan)
+    _fold_settings(plan, FORMATS, "same")
+    _output(plan)
+    plan.set_defaults(run=_plan)
+
+    fold = _command(commands, "fold", "fold an adapter into a checkpoint", "oftsurgery fold BASE ADAPTER OUTPUT --format nf4 --double-quant")
+    _sources(fold)
+    fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
+    _fold_settings(fold, FORMATS, "same")
+    _run_settings(fold)
+    fold.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    _output(fold)
+    fold.set_defaults(run=_fold)
+
+    unfold = _command(commands, "unfold", "take the last fold out of a checkpoint", "oftsurgery unfold FOLDED OUTPUT --base BASE")
+    unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
+    unfold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
+    how = unfold.add_mutually_exclusive_group(required=True)
+    how.add_argument("--base", help="checkpoint that was folded: restores exactly")
+    how.add_argument("--adapter", action="append", help="adapter that was folded: rotates back, and states the error; several in the live order")
+    unfold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as the Hub's tools write it (default: %(default)s)")
+    _run_settings(unfold)
+    _output(unfold)
+    unfold.set_defaults(run=_unfold)
+
+    export = _command(commands, "export", "fold and export in one step", _EXPORT_EXAMPLE)
+    _export_arguments(export)
+
+    verify = _command(
+        commands, "verify", "check a folded checkpoint against base and adapter, weight by weight", "oftsurgery verify FOLDED BASE ADAPTER"
+    )
+    verify.add_argument("folded", metavar="FOLDED")
+    _sources(verify)
+    verify.add_argument(
+        "--tolerance", type=float, metavar="ERROR", help="largest relative error that passes (default: what storing the exact weight costs)"
+    )
+    _output(verify)
+    verify.set_defaults(run=_verify)
+
+    doctor = _command(commands, "doctor", "find and explain what is wrong with a checkpoint or an adapter", "oftsurgery doctor PATH --base BASE")
+    doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
+    doctor.add_argument("--base", help="checkpoint that was folded")
+    doctor.add_argument("--adapter", help="adapter that was folded")
+    _output(doctor)
+    doctor.set_defaults(run=_doctor)
+
+    show = _command(commands, "show", "print what is folded into a checkpoint, from its oftsurgery.json", "oftsurgery show FOLDER")
+    show.add_argument("folder", metavar="FOLDER")
+    _output(show)
+    show.set_defaults(run=_show)
+    return parser
+
+
+_EXPORT_EXAMPLE = "{prog} --base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
+
+
+def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    example = example.format(prog=f"oftsurgery {name}")
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
+    return parser
+
+
+def _sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", help="folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised")
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="+", help="folder or Hub id of the adapter; several in the live order")
+
+
+def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], default: str) -> None:
+    parser.add_argument("--format", choices=formats, default=default, help="what to write (default: %(default)s)")
+    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantise a plain base first, as the trainer's loading did")
+    parser.add_argument("--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)")
+    parser.add_argument("--compute-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="bnb_4bit_compute_dtype of the config")
+    parser.add_argument("--skip-modules", nargs="+", metavar="NAME", help="modules left unquantised (llm_int8_skip_modules)")
+    parser.add_argument(
+        "--fold-into",
+        choices=("quantized", "original"),
+        default="quantized",
+        help="rotate the quantised base, which the adapter was trained on, or the original weights (default: %(default)s)",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as the Hub's tools write it (default: %(default)s)")
+
+
+def _run_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished work of a run that was killed")
+    parser.add_argument("--force", action="store_true", help="replace the output folder, when all is written and not before")
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    volume.add_argument("-v", "--verbose", action="store_true", help="name every weight")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on the standard output")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="folder or Hub id of the model")
+    parser.add_argument("--adapter", required=True, nargs="+", help="folder or Hub id of the adapter; several in the live order")
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
+    _fold_settings(parser, EXPORT_FORMATS, "bnb")
+    _run_settings(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument("--verify", action="store_true", help="check every weight of the output against base and adapter")
+    _output(parser)
+    parser.set_defaults(run=_export)
+
+
+# --- running ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The ``oftsurgery`` command; returns its exit code."""
+    return _run(_parser().parse_args(argv))
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """``python tools/export.py``: ``oftsurgery export`` under another name."""
+    parser = argparse.ArgumentParser(
+        prog="tools/export.py",
+        description="Fold an OFT adapter into a checkpoint and export it.",
+        epilog=f"example: {_EXPORT_EXAMPLE.format(prog='python tools/export.py')}",
+    )
+    _export_arguments(parser)
+    return _run(parser.parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .errors import DiskError, MissingDependencyError, OFTSurgeryError
+
+    # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning(args)
+            return run(args)
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OFTSurgeryError as error:
+        print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_ENVIRONMENT if isinstance(error, (DiskError, MissingDependencyError)) else EXIT_REFUSED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nobody to tell
+        return EXIT_ENVIRONMENT
+
+
+def _print_warning(args: argparse.Namespace) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if not args.quiet and category.__module__.startswith("oftsurgery"):
+            print(f"{category.__name__}: {message}", file=sys.stderr)
+
+    return show
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    format_ = args.format
+    if format_ == "bnb":
+        format_ = args.quantize or "same"
+    return {
+        "format": format_,
+        "quantize": args.quantize,
+        "double_quant": args.double_quant,
+        "compute_dtype": args.compute_dtype,
+        "skip_modules": args.skip_modules,
+        "fold_into": args.fold_into,
+        "max_shard_size": args.max_shard_size,
+    }
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import api
+
+    facts = api.plan_fold(args.base, args.adapter, **_settings(args)).to_dict()
+    if args.json:
+        _print_json(facts)
+        return EXIT_OK
+    if args.quiet:
+        return EXIT_OK
+    rows = [(f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"]))) for f in facts["folds"]]
+    _table(("module", "shape", "from", "to", "block size"), rows)
+    print()
+    for label, value in (
+        ("folds", len(facts["folds"])),
+        ("other weights converted", facts["converts"]),
+        ("tensors copied", facts["copies"]),
+        ("replaced by the adapter's own", len(facts["replaces"])),
+        ("files carried over", ", ".join(facts["carried"]) or "none"),
+        ("shards", len(facts["shards"])),
+        ("disk", _size(facts["bytes"])),
+        ("largest weight in float32", _size(facts["largest_weight_bytes"])),
+    ):
+        print(f"{label}: {value}")
+    return EXIT_OK
+
+
+def _fold(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _plan(args)
+    from . import api
+
+    with _Progress(args) as progress:
+        record = api.fold_checkpoint(
+            args.base,
+            args.adapter,
+            args.output,
+            **_settings(args),
+            device=args.device,
+            resume=args.resume,
+            force=args.force,
+            progress=progress,
+        )
+    _say_record(args, record, args.output)
+    return EXIT_OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        return _plan(args)
+    code = _fold(args)
+    if code == EXIT_OK and args.verify:
+        args.folded, args.tolerance = args.output, None
+        if not args.json:
+            return _verify(args)
+        return EXIT_OK if _checked(args).ok else EXIT_CHECK_FAILED
+    return code
+
+
+def _unfold(args: argparse.Namespace) -> int:
+    from . import api
+
+    with _Progress(args) as progress:
+        record = api.unfold_checkpoint(
+            args.folded,
+            args.output,
+            base=args.base,
+            adapter=args.adapter,
+            max_shard_size=args.max_shard_size,
+            device=args.device,
+            resume=args.resume,
+            force=args.force,
+            progress=progress,
+        )
+    _say_record(args, record, args.output)
+    return EXIT_OK
+
+
+def _checked(args: argparse.Namespace) -> Any:
+    from . import api
+
+    return api.verify_checkpoint(args.folded, args.base, args.adapter, tolerance=args.tolerance)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report = _checked(args)
+    if args.json:
+        _print_json(report.to_dict())
+    elif not args.quiet:
+        rows = [
+            (path, f"{c.error:.3e}", f"{c.rounding:.3e}", {True: "yes", False: "NO", None: "-"}[c.recorded], "ok" if report.passes(c) else "FAILED")
+            for path, c in report.worst_first
+        ]
+        _table(("module", "error", "plain rounding", "as recorded", ""), rows)
+    return EXIT_OK if report.ok else EXIT_CHECK_FAILED
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import api
+
+    findings = api.doctor(args.path, base=args.base, adapter=args.adapter)
+    if args.json:
+        _print_json([f.to_dict() for f in findings])
+    elif not args.quiet:
+        for finding in findings:
+            print(f"{finding}\n")
+        print("nothing found" if not findings else f"{len(findings)} findings")
+    return EXIT_CHECK_FAILED if any(f.severity == "error" for f in findings) else EXIT_OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    from . import api
+    from .errors import printable
+
+    record = api.read_record(args.folder)
+    if args.json:
+        _print_json(record.to_dict() if record is not None else None)
+    elif record is None:
+        print("nothing is folded in")
+    elif not args.quiet:
+        for i, fold in enumerate((*record.earlier, record), start=1):
+            for adapter in fold.adapters:
+                print(f"fold {i}: {printable(adapter.source)} ({adapter.dialect}, {adapter.fingerprint})")
+            rows = [
+                (path, m.format, f"{m.error:.3e}", f"{m.defect:.1e}", f"{m.angle:.3f}")
+                for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
+            ]
+            _table(("module", "format", "error", "defect", "angle"), rows)
+    return EXIT_OK
+
+
+# --- printing -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _say_record(args: argparse.Namespace, record: FoldRecord | None, output: str) -> None:
+    if args.json:
+        _print_json(record.to_dict() if record is not None else None)
+    elif not args.quiet:
+        print(f"wrote {output}" + ("" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from .errors import printable
+
+    cells = [list(head), *([printable(c) for c in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _size(nbytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}"
+        nbytes = nbytes / 1000  # type: ignore[assignment]
+    return f"{nbytes:.2f} GB"
+
+
+class _Progress:
+    """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q`` or ``--json``."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, args: argparse.Namespace, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.quiet = args.quiet or args.json
+        self.verbose = args.verbose
+        self.bar: Any = None
+        self.last = time.monotonic()
+
+    def __enter__(self) -> Callable[[int, int, str], None]:
+        if not self.quiet and not self.verbose and self.stream.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(unit="B", unit_scale=True, file=self.stream)
+        return self._step
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _step(self, done: int, total: int, what: str) -> None:
+        from .errors import printable
+
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.total = total
+            self.bar.set_postfix_str(printable(what, 40), refresh=False)
+            self.bar.update(done - self.bar.n)
+        elif self.verbose:
+            print(f"{_size(done)} of {_size(total)}: {printable(what)}", file=self.stream)
+        elif time.monotonic() - self.last >= self.EVERY_S or done == total:
+            self.last = time.monotonic()
+            print(f"{_size(done)} of {_size(total)} ({done / total:.0%})" if total else "nothing to read", file=self.stream)

@@ -1,0 +1,8 @@
+"""``oftsurgery export`` as a script: ``python tools/export.py --base BASE --adapter ADAPTER --output OUTPUT``."""
+
+import sys
+
+from oftsurgery.cli import export_main
+
+if __name__ == "__main__":
+    sys.exit(export_main())
