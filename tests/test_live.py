@@ -248,8 +248,8 @@ def test_a_merge_of_several_adapters_is_their_live_chain(first: str) -> None:
     a, b = make_case(first, 64, 96), make_case("0.21 exact", 64, 96, size=0.1)
     wrapped = wrap(model, {"a": a.adapter, "b": b.adapter})
     x, w, bias = torch.randn(9, 64), stored_weight(model.layer), model.layer.bias.detach().double()
-    output, rotated_first = x.double() @ b.dense @ w.T @ a.dense + bias, x.double() @ a.dense @ b.dense @ w.T
-    expected = output if a.scale is None else rotated_first * a.scale + bias
+    wt = w.T @ a.dense if a.side == "output" else a.dense @ b.dense @ w.T * a.scale
+    expected = x.double() @ (b.dense @ wt if a.side == "output" else wt) + bias
     assert relative(wrapped(x).detach(), expected) < 1e-6
     assert wrapped.layer.merge() == 0.0
     assert relative(wrapped(x).detach(), expected) < 1e-6
