@@ -85,9 +85,34 @@ def fold(
     """
     if rounding != "nearest":
         raise StateError(f"unknown rounding {printable(rounding)!r}", remedy="'nearest'")
+    from . import live
+
+    if live.live_layers(model):
+        return _fold_wrapped(model, adapter, inplace=inplace, progress=progress)
     names, adapters = _resolve(model, adapter)
     with _bar(progress, "fold") as step:
         return live_model.fold_model(model, adapters, names=names, inplace=inplace, progress=step)  # type: ignore[return-value]
+
+
+def _fold_wrapped(model: M, adapter: object, *, inplace: bool, progress: bool) -> M:
+    """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain model."""
+    from . import live
+
+    if adapter is not None:
+        raise StateError(
+            "the model carries live adapters, and an adapter to fold was given too",
+            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
+        )
+    adapters = live.read_live(model)
+    base = model if inplace else live.unwrap(model)
+    undo = live.strip(live_model.inner_model(model)) if inplace else []
+    try:
+        with _bar(progress, "fold") as step:
+            return live_model.fold_model(base, adapters, inplace=True, progress=step)  # type: ignore[return-value]
+    except BaseException:
+        for step_back in reversed(undo):
+            step_back()
+        raise
 
 
 def unfold(

@@ -168,7 +168,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .errors import DiskError, MissingDependencyError, OFTSurgeryError
+    from .errors import DiskError, MissingDependencyError, OFTSurgeryError, RoundingWarning, UnfoldWarning
 
     # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -176,6 +176,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning(args)
+            for category in (RoundingWarning, UnfoldWarning):
+                warnings.simplefilter("always", category)
             return run(args)
     except KeyboardInterrupt:
         print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)

@@ -208,18 +208,19 @@ class Layer:
 
     # --- putting another weight in its place ---
 
-    def write(self, encoded: EncodedWeight, *, park: bool) -> Undo:
+    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Undo:
         """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one keep it.
 
         Args:
             encoded: of the canonical shape, on the module's device.
             park: move the replaced weight from its device to CPU memory, where it waits for the undo step; not for one that others still use.
+            journal: is given the undo step before anything changes, so that no interrupt comes between the two.
 
         Returns:
             what puts everything back as it was, Parameter objects included.
         """
         if self._offload_hook is not None:
-            return self._write_offloaded(encoded)
+            return self._write_offloaded(encoded, journal if journal is not None else [])
         module: Any = self.module
         old = module._parameters["weight"]
         new: Any = self._new_parameter(old, encoded)
@@ -239,6 +240,8 @@ class Layer:
             for holder, name, value in before:
                 setattr(holder, name, old.data if name == "CB" and unpark is not None and value is not None else value)
 
+        if journal is not None:
+            journal.append(undo)
         try:
             module._parameters["weight"] = new
             for holder, name in slots:
@@ -248,18 +251,19 @@ class Layer:
             raise
         return undo
 
-    def _write_offloaded(self, encoded: EncodedWeight) -> Undo:
+    def _write_offloaded(self, encoded: EncodedWeight, journal: list[Undo]) -> Undo:
         # over accelerate's own map, which reads the disk or a dict shared with other hooks: the new weight waits in CPU memory
         hook: Any = self._offload_hook
         tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
         if encoded.format.codec == "dense":
             tensors = {"weight": self._stored(tensors["weight"])}
         before = hook.weights_map
-        hook.weights_map = ChainMap(tensors, before)
 
         def undo() -> None:
             hook.weights_map = before
 
+        journal.append(undo)
+        hook.weights_map = ChainMap(tensors, before)
         return undo
 
     def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:

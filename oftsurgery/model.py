@@ -78,7 +78,7 @@ def fold_model(
         work = model if inplace else share_model(model)
         if live:
             work = peft_live.base_of(inner_model(work))
-            journal.extend(peft_live.strip(work))
+            peft_live.strip(work, journal)
         plan = plan or _plan(work, adapters)
         modules, saved = _apply(work, plan, journal, progress)
         before = record_of(work)
@@ -88,8 +88,8 @@ def fold_model(
             saved=saved,
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
+        warn_of_rounding(record, stacklevel=4)  # an error to whoever filters it so: then nothing has happened
         _set_record(inner_model(work), record)
-    warn_of_rounding(record, stacklevel=4)
     return work
 
 
@@ -225,12 +225,8 @@ def _replace_tensor(modules: Mapping[str, nn.Module], name: str, values: Tensor,
     tied.places[id(new)] = places
     for place, key in places:
         slots: dict[str, Any] = place._parameters if key in place._parameters else place._buffers
+        journal.append(partial(slots.__setitem__, key, old))
         slots[key] = new
-
-        def undo(slots: dict[str, Any] = slots, key: str = key) -> None:
-            slots[key] = old
-
-        journal.append(undo)
     return hash_tensors({name: old})
 
 
@@ -240,8 +236,8 @@ def _untie_config(model: nn.Module, journal: list[Undo]) -> None:
     configs += [c for c in (getattr(configs[0], "text_config", None),) if c is not None] if configs else []
     for config in configs:
         if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
             journal.append(partial(setattr, config, "tie_word_embeddings", True))
+            config.tie_word_embeddings = False
     warnings.warn(
         "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, and the model is larger",
         UntieWarning,
@@ -290,8 +286,8 @@ def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: 
         layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
         records, _ = _apply(work, plan, journal, progress, inverse=True)
+        warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved), stacklevel=4)
         _set_record(inner_model(work), _earlier(record))
-    warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved), stacklevel=4)
     return work
 
 
@@ -348,11 +344,8 @@ def restore_model(folded: nn.Module, base: nn.Module, *, inplace: bool = False) 
                     format=home.label,
                     remedy="give the very model that was folded",
                 )
-            journal.append(
-                Layer(path, modules[path]).write(
-                    EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()}), park=not tied.shared(modules[path])
-                )
-            )
+            own = EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()})
+            Layer(path, modules[path]).write(own, park=not tied.shared(modules[path]), journal=journal)
         for name, before in record.saved.items():
             if hash_tensors({name: tensors[name]}) != before:
                 raise IntegrityError(

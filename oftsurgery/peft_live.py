@@ -6,6 +6,7 @@ peft itself is not imported: where none of its classes is in the model, there is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -111,43 +112,22 @@ def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str)
                 yield f"base_model.model.{path}.{key}", tensor.detach().clone()
 
 
-def strip(base: nn.Module) -> list[Undo]:
-    """Put the base layers back in place of peft's live ones, in ``base`` itself.
-
-    Returns:
-        what undoes it, to be called in reverse order.
-    """
-    undo: list[Undo] = []
+def strip(base: nn.Module, journal: list[Undo]) -> None:
+    """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
     for parent in list(base.modules()):
         for name, child in list(parent._modules.items()):
             if _peft_class(child, "BaseTunerLayer"):
-                undo.append(_replace(parent, name, child.get_base_layer()))  # type: ignore[union-attr,operator]
+                inside: Any = child.get_base_layer()  # type: ignore[union-attr,operator]
             elif _peft_class(child, "ModulesToSaveWrapper"):
-                undo.append(_replace(parent, name, child.original_module))  # type: ignore[union-attr,arg-type]
+                inside = child.original_module  # type: ignore[union-attr]
+            else:
+                continue
+            journal.append(partial(parent._modules.__setitem__, name, child))
+            parent._modules[name] = inside
     for attribute, value in (("peft_config", None), ("_hf_peft_config_loaded", False)):
         if attribute in base.__dict__:
-            undo.append(_set(base, attribute, value))
-    return undo
-
-
-def _replace(parent: nn.Module, name: str, child: nn.Module) -> Undo:
-    before = parent._modules[name]
-    parent._modules[name] = child
-
-    def undo() -> None:
-        parent._modules[name] = before
-
-    return undo
-
-
-def _set(module: nn.Module, attribute: str, value: object) -> Undo:
-    before = module.__dict__[attribute]
-    if value is None:
-        del module.__dict__[attribute]
-    else:
-        module.__dict__[attribute] = value
-
-    def undo() -> None:
-        module.__dict__[attribute] = before
-
-    return undo
+            journal.append(partial(base.__dict__.__setitem__, attribute, base.__dict__[attribute]))
+            if value is None:
+                del base.__dict__[attribute]
+            else:
+                base.__dict__[attribute] = value

@@ -436,3 +436,23 @@ def test_progress_bar_counts_layers(tmp_path: Path, capsys: pytest.CaptureFixtur
     live(llama()).save_pretrained(tmp_path)
     oftsurgery.fold(llama(), tmp_path, progress=True)
     assert "4/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_wrapped_and_trained_model_folds(inplace: bool, tmp_path: Path) -> None:
+    live(llama()).save_pretrained(tmp_path)
+    wrapped = oftsurgery.wrap(llama(), tmp_path)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
+    before = logits(wrapped)
+    wrapped(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    expected = logits(wrapped)
+    assert distance(expected, before) > 1e-4
+    with pytest.raises(oftsurgery.StateError, match="live adapters, and an adapter to fold was given too"):
+        oftsurgery.fold(wrapped, tmp_path)
+    folded = oftsurgery.fold(wrapped, inplace=inplace)
+    assert (folded is wrapped) == inplace
+    assert type(folded.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert distance(logits(folded), expected) < 1e-6
+    if not inplace:
+        assert torch.equal(logits(wrapped), expected)
