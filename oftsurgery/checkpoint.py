@@ -1,7 +1,7 @@
 """Fold adapters into checkpoints on disk: a plan from headers and JSON alone, then one weight at a time, never the model.
 
-:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes the destination by one
-rename. Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
+:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes it by one rename.
+ Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ class Quantization:
         codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: quantise the 4-bit statistics too.
         compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
-        skip: modules to leave unquantised beside those that transformers leaves (``llm_int8_skip_modules``); None for transformers' own choice.
+        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its own choice; None for that.
+        dtype: in which the model was loaded; None for what its config names, as transformers 5 does by itself.
     """
 
     codec: str
     double_quant: bool = False
     compute_dtype: torch.dtype = torch.float32
     skip: tuple[str, ...] | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +68,12 @@ class Job:
 
     Attributes:
         name: of the weight, or of a plain tensor, in the source.
-        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, perhaps quantise, perhaps rotate, encode), or
+        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, quantise, rotate, encode, as there is need), or
             ``"saved"`` (the adapter's own values instead).
         outputs: ``{name: (dtype, shape)}``; dtype None: as in the source.
         path: of the module, where a rotation is folded.
         chain: rotations in the live order.
-        base: format to which a plain source is quantised before it is rotated, or None.
+        base: format to which a plain source is brought before it is rotated (its dtype that in which it is loaded), or None.
         into: format that is written.
         transposed: the source holds ``(in, out)``.
         transpose_out: the output does.
@@ -199,11 +201,10 @@ def plan_checkpoint(
         StateError: formats that make no sense together, or the adapter is folded in already.
         CheckpointError: the checkpoint cannot be used.
     """
-    shapes = {name: e.shape for name, e in source.entries.items()}
-    architecture = architecture_of(source.config, shapes)
-    _check_formats(source, format, quantization, fold_into, architecture)
     if quantization is None and format in QUANTISED:
         quantization = Quantization(format)
+    architecture = _architecture(source, quantization)
+    _check_formats(source, format, quantization, fold_into, architecture)
     builder = _Builder(source, architecture, format, quantization, fold_into)
     chains, saved = builder.match(adapters)
     jobs = builder.jobs(chains, saved)
@@ -239,7 +240,7 @@ def plan_unfold(folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard
             f"not of {', '.join(printable(a.source) for a in adapters)}",
             remedy="unfold the last fold first, with the same adapters in the same order",
         )
-    architecture = architecture_of(folded.config, {name: e.shape for name, e in folded.entries.items()})
+    architecture = _architecture(folded, None)
     builder = _Builder(folded, architecture, "same", None, "quantized")
     chains, _ = builder.match(adapters, again=True)
     jobs = [replace(job, inverse=True) if job.chain else job for job in builder.jobs(chains, {})]
@@ -247,8 +248,9 @@ def plan_unfold(folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard
 
 
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
-    """Plan to take the last fold out of a checkpoint exactly: what it changed comes from ``base`` (quantised again where the fold did), checked against the
-    record's hashes.
+    """Plan to take the last fold out of a checkpoint exactly.
+
+    What it changed comes from ``base`` (quantised again where the fold did), checked against the record's hashes.
 
     Raises:
         StateError: the folded checkpoint has no record, or is in another format than the base was.
@@ -257,7 +259,9 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     record = configs.record_in(folded.folder)
     if record is None:
         raise StateError(f"the checkpoint has no {RECORD}", path=folded.folder, remedy="give the adapter instead: it is then rotated back")
-    architecture = architecture_of(base.config, {name: e.shape for name, e in base.entries.items()})
+    codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
+    quantization = recorded_quantization(folded, codec)
+    architecture = _architecture(base, quantization)
     found = locate([f"{path}.weight" for path in record.modules], architecture)
     weights: dict[str, str] = {}
     for path, module in record.modules.items():
@@ -265,8 +269,7 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
         if name is None:
             raise MatchError("the base checkpoint lacks a folded module", module=path, path=base.folder, remedy="give the checkpoint that was folded")
         weights[name] = module.before
-    codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
-    builder = _Builder(base, architecture, codec or "same", recorded_quantization(folded, codec), "quantized")
+    builder = _Builder(base, architecture, codec or "same", quantization, "quantized")
     jobs = []
     for job in builder.jobs({name: Target(name, _format_of(base, name, architecture), ()) for name in weights}, {}):
         if job.kind == "weight" and job.name in weights:
@@ -282,11 +285,45 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
 
 
 def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
-    """How ``folded`` was quantised to ``codec``, by its config; None for no codec."""
+    """How a plain base was quantised to ``codec`` before it was folded: by the record, else by the config. None for no codec."""
     if codec is None:
         return None
+    record = configs.record_in(folded.folder)
+    if record is not None and "double_quant" in record.base:
+        skip = json.loads(record.base.get("skip_modules") or "null")
+        dtype = getattr(torch, record.base.get("dtype") or "", None)
+        return Quantization(codec, record.base["double_quant"] == "true", skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
     settings = folded.config.get("quantization_config") or {}
-    return Quantization(codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=tuple(settings.get("llm_int8_skip_modules") or ()) or None)
+    skip = settings.get("llm_int8_skip_modules")
+    return Quantization(codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=None if skip is None else tuple(map(str, skip)))
+
+
+def _recorded(q: Quantization | None) -> dict[str, str | None]:
+    """Mirror of :func:`recorded_quantization`."""
+    if q is None:
+        return {"quantize": None}
+    return {
+        "quantize": q.codec,
+        "double_quant": json.dumps(q.double_quant),
+        "skip_modules": None if q.skip is None else json.dumps(q.skip),
+        "dtype": None if q.dtype is None else str(q.dtype).removeprefix("torch."),
+    }
+
+
+def _architecture(source: Checkpoint, quantization: Quantization | None) -> Architecture:
+    q = quantization
+    dtype = q.dtype if q is not None and q.dtype is not None else _load_dtype(source)
+    return architecture_of(source.config, {name: e.shape for name, e in source.entries.items()}, dtype=dtype, skip=q.skip if q is not None else None)
+
+
+def _load_dtype(source: Checkpoint) -> torch.dtype:
+    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float tensor is stored."""
+    named = source.config.get("dtype", source.config.get("torch_dtype"))
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    stored = (_dtype(source, name) for name, entry in source.entries.items() if entry.dtype in _FLOATS)
+    return next(stored, torch.float32)
 
 
 def _check_same_format(job: Job, folded: Checkpoint) -> None:
@@ -359,7 +396,7 @@ def _check_formats(source: Checkpoint, format: str, quantization: Quantization |
         raise StateError(f"quantised to {quantization.codec}, but written as {format}", remedy="name one of the two")
     if (quantization is not None or format in QUANTISED) and architecture.linears is None:
         raise StateError(
-            "which modules bitsandbytes loading quantises is known only from the model's class, and transformers is not installed, or does not know it",
+            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers is not installed, or does not know it",
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
 
@@ -461,7 +498,7 @@ class _Builder:
         shape = self.source.entries[name].shape
         if len(shape) == 4 and shape[2:] != (1, 1):
             raise FormatError(
-                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight computes the same",
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches; no weight computes the same",
                 module=path,
                 remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
             )
@@ -509,11 +546,13 @@ class _Builder:
         return bool(suffix) and weight in self.source.entries
 
     def _quantises(self, name: str) -> bool:
-        skip = self.quantization.skip if self.quantization is not None else None
-        if self.quantization is None or self.architecture.linears is None or name not in self.architecture.linears:
-            return False
-        path = self.architecture.renamed[name].removesuffix(".weight")
-        return not any(path == s or path.endswith("." + s) or f".{s}." in f".{path}." for s in skip or ())
+        return self.quantization is not None and self.architecture.linears is not None and name in self.architecture.linears
+
+    def _loaded(self, name: str) -> torch.dtype | None:
+        """In which dtype the trainer's bitsandbytes loading held the plain tensor ``name``; None where there was none, or it holds no floats."""
+        if self.quantization is None or self.source.entries[name].dtype not in _FLOATS:
+            return None
+        return self.architecture.loaded.get(name)
 
     def _converts(self, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
@@ -523,24 +562,30 @@ class _Builder:
         return self._quantises(name) or (stored_quantised and self.format in DENSE)
 
     def _saved(self, name: str, values: Tensor) -> Job:
-        dtype = DENSE.get(self.format, _dtype(self.source, name))
+        dtype = DENSE.get(self.format, self._loaded(name) or _dtype(self.source, name))
         return Job(name, "saved", {name: (dtype, tuple(values.shape))}, values.nbytes, values=values.to(dtype))
 
     def _plain(self, name: str) -> Job:
         entry = self.source.entries[name]
-        if self.format in DENSE and entry.dtype in ("F64", "F32", "F16", "BF16") and entry.dtype != _NAMES[DENSE[self.format]]:
-            return Job(name, "cast", {name: (DENSE[self.format], entry.shape)}, entry.nbytes)
-        return Job(name, "copy", {name: (entry.dtype, entry.shape)}, entry.nbytes)
+        if entry.dtype not in _FLOATS:
+            return Job(name, "copy", {name: (entry.dtype, entry.shape)}, entry.nbytes)
+        stored = _dtype(self.source, name)
+        loaded = self._loaded(name) or stored
+        into = DENSE.get(self.format, loaded)
+        if stored == loaded == into:
+            return Job(name, "copy", {name: (entry.dtype, entry.shape)}, entry.nbytes)
+        base = WeightFormat("dense", entry.shape, loaded) if loaded != stored else None
+        return Job(name, "cast", {name: (into, entry.shape)}, entry.nbytes, base=base)
 
     def _weight(self, name: str, target: Target | None, values: Tensor | None, group: Sequence[str], *, output: str | None = None) -> Job:
         stored = _format_of(self.source, name, self.architecture)
-        base = self._base_format(stored) if self._quantises(name) and output is None else None
+        base = self._base_format(stored, name, tied=output is not None)
         if self.format == "same":
             into = stored
         elif self.format in DENSE:
             into = WeightFormat("dense", stored.shape, DENSE[self.format])
         else:
-            into = base or stored
+            into = stored if base is None else replace(base, dtype=torch.float16) if base.codec == "int8" else base
         transposed = name in self.architecture.transposed
         out = spread = companions.spread_shapes(output or name, into)
         if into.codec == "dense":
@@ -562,15 +607,15 @@ class _Builder:
             values=values,
         )
 
-    def _base_format(self, stored: WeightFormat) -> WeightFormat:
-        q = self.quantization
-        assert q is not None  # noqa: S101 - checked by the caller
-        if q.codec == "int8":
-            return WeightFormat("int8", stored.shape, torch.float16)
-        return WeightFormat(q.codec, stored.shape, stored.dtype, 64, 256 if q.double_quant else 0)
+    def _base_format(self, stored: WeightFormat, name: str, *, tied: bool) -> WeightFormat | None:
+        """What the trainer's loading made of a plain weight, its dtype that in which it was loaded; None where that is the stored one."""
+        q, loaded = self.quantization, self._loaded(name)
+        if q is not None and self._quantises(name) and not tied:
+            return WeightFormat(q.codec, stored.shape, loaded or stored.dtype, *((64, 256 if q.double_quant else 0) if q.codec != "int8" else ()))
+        return WeightFormat("dense", stored.shape, loaded) if loaded not in (None, stored.dtype) else None
 
 
-_NAMES: Mapping[torch.dtype, str] = MappingProxyType({torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"})
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _SIZES: Mapping[str, int] = MappingProxyType({"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2})
 
 
@@ -612,8 +657,8 @@ def run_plan(
 ) -> RunResult:
     """Do what ``plan`` says.
 
-    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error or a kill that folder stays, and
-    ``resume=True`` goes on from the last whole shard in it, checked by hash.
+    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error or a kill that folder stays,
+    and ``resume=True`` goes on from the last whole shard in it, checked by hash.
 
     Raises:
         DiskError: the disk is full, read-only, or another run is at work on this destination.
@@ -748,6 +793,8 @@ class _Run:
         if job.kind == "cast":
             (name,) = job.outputs
             dtype, _ = job.outputs[name]
+            if job.base is not None:
+                loaded = codecs.encode(loaded.tensors["weight"], job.base)
             return {name: codecs.encode(loaded.tensors["weight"], replace(loaded.format, dtype=dtype)).tensors["weight"]}  # type: ignore[arg-type]
         into = job.into
         assert into is not None  # noqa: S101 - by construction
@@ -783,7 +830,7 @@ class _Run:
             adapters=tuple(configs.public_info(AdapterInfo.of(a)) for a in self.plan.adapters),
             modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()},
             saved=self.saved,
-            base={"quantize": None if self.plan.quantization is None else self.plan.quantization.codec, "fold_into": self.plan.fold_into},
+            base={"fold_into": self.plan.fold_into, **_recorded(self.plan.quantization)},
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
 
@@ -816,9 +863,16 @@ def load_weight(source: Checkpoint, name: str, *, transposed: bool, values: Tens
 
 
 def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
-    """A plain weight as the trainer's bitsandbytes loading stored it: int8 from its float16 rounding, as ``Int8Params`` does, 4-bit as it is."""
-    weight = encoded.tensors["weight"]
-    return codecs.encode(weight.to(torch.float16) if into.codec == "int8" else weight, into)
+    """A plain weight as the trainer's bitsandbytes loading held it.
+
+    From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as ``Int8Params`` does.
+    """
+    weight = codecs.encode(encoded.tensors["weight"], WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
+    if into.codec == "dense":
+        return EncodedWeight(into, {"weight": weight})
+    if into.codec == "int8":
+        return codecs.encode(weight.to(torch.float16), replace(into, dtype=torch.float16))
+    return codecs.encode(weight, into)
 
 
 def _module_record(job: Job, before: EncodedWeight, after: EncodedWeight, error: float) -> ModuleRecord:

@@ -42,8 +42,8 @@ _WRITTEN_ANEW = ("config.json", RECORD)
 def output_config(config: Mapping[str, Any], format: str, quantization: Quantization | None, *, untied: bool) -> dict[str, Any]:
     """The destination's ``config.json``.
 
-    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones get transformers' own; rope settings are
-    written for transformers 4 and 5; weights that the fold untied are no longer tied.
+    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones get transformers' own; rope
+    settings are written for transformers 4 and 5; weights that the fold untied are no longer tied.
     """
     new = copy.deepcopy(dict(config))
     if not new:
@@ -55,6 +55,8 @@ def output_config(config: Mapping[str, Any], format: str, quantization: Quantiza
                 sub["dtype"] = sub["torch_dtype"] = _DTYPES[format]
     elif quantization is not None:
         new["quantization_config"] = _bnb_config(quantization)
+        if quantization.dtype is not None:
+            new["dtype"] = new["torch_dtype"] = str(quantization.dtype).removeprefix("torch.")
     for sub in _with_text(new):
         readable_rope(sub)
         if untied and "tie_word_embeddings" in sub:
@@ -77,7 +79,7 @@ def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readable_rope(config: dict[str, Any]) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` to a config that has transformers 5's ``rope_parameters`` alone: transformers 4 ignores those silently."""
+    """Add ``rope_theta`` and ``rope_scaling`` to a config that has transformers 5's ``rope_parameters`` alone, which transformers 4 silently ignores."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope:
         return
@@ -108,7 +110,7 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that go along: tokenizer, generation config, chat template, licence, card …; plain files of the top folder."""
+    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence, card …; plain files of the top folder."""
     names = []
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")

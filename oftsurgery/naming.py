@@ -1,13 +1,14 @@
 """How a checkpoint's tensor names and a model's module paths correspond, as transformers itself resolves them.
 
-With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code of the checkpoint's) and its own
-renaming tables are applied. Without it the names are taken as they are, which holds for checkpoints of most text models.
+With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code of the checkpoint's) and its
+own renaming tables are applied. Without it the names are taken as they are, which holds for checkpoints of most text models.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import CheckpointError, MatchError, MissingDependencyError, printable
+from .errors import CheckpointError, MatchError, MissingDependencyError, StateError, printable
 
 __all__ = ["Architecture", "architecture_of", "locate"]
 
@@ -32,7 +33,8 @@ class Architecture:
         renamed: ``{name in the checkpoint: name in the model}``, both the same where nothing is renamed.
         converted: names in the checkpoint that transformers merges with others or splits while loading (fused experts).
         transposed: checkpoint names of ``Conv1D`` weights, held ``(in, out)``.
-        linears: checkpoint names of the weights that bitsandbytes loading quantises when nothing is skipped by name, None where the class is not known.
+        linears: checkpoint names of the weights that bitsandbytes loading quantises, None where the class is not known.
+        loaded: ``{checkpoint name: dtype}`` in which transformers holds a plain tensor after loading; empty where the class is not known.
         embeddings: checkpoint names of embedding weights.
         tied: ``{module path that is absent from the checkpoint: checkpoint name of what it shares}``.
         base_prefix: transformers' ``base_model_prefix``; empty where the class is not known.
@@ -43,23 +45,28 @@ class Architecture:
     converted: frozenset[str]
     transposed: frozenset[str]
     linears: frozenset[str] | None
+    loaded: Mapping[str, torch.dtype]
     embeddings: frozenset[str]
     tied: Mapping[str, str]
     base_prefix: str
     name: str | None
 
 
-def architecture_of(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def architecture_of(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype = torch.float32, skip: Sequence[str] | None = None
+) -> Architecture:
     """Resolve the names of a checkpoint.
 
     Args:
         config: its ``config.json``.
         shapes: ``{tensor name: shape}``.
+        dtype: in which the model is loaded; it decides :attr:`Architecture.loaded` alone.
+        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides :attr:`Architecture.linears` alone.
     """
-    model = _meta_model(config)
+    model = _meta_model(config, dtype)
     if model is None:
         return _unknown(config, shapes)
-    return _known(model, shapes)
+    return _known(model, shapes, dtype, skip)
 
 
 def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -71,6 +78,7 @@ def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         converted=frozenset(),
         transposed=transposed,
         linears=None,
+        loaded=MappingProxyType({}),
         embeddings=frozenset(),
         tied=MappingProxyType({}),
         base_prefix="",
@@ -90,8 +98,8 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _meta_model(config: Mapping[str, Any]) -> Any:
-    """The model of ``config``'s class on the meta device; None without transformers, or where it does not know the class."""
+def _meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know the class."""
     if "model_type" not in config:
         return None
     try:
@@ -103,10 +111,10 @@ def _meta_model(config: Mapping[str, Any]) -> Any:
         with _quiet(), torch.device("meta"):
             parsed = transformers.AutoConfig.for_model(**plain)
             architectures = config.get("architectures") or []
-            cls = getattr(transformers, str(architectures[0]), None) if architectures else None
+            cls: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
             if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-                return transformers.AutoModel.from_config(parsed)
-            return cls(parsed)
+                return transformers.AutoModel.from_config(parsed, dtype=dtype)
+            return cls._from_config(parsed, dtype=dtype)
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError) as error:
         if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
             raise CheckpointError(
@@ -117,7 +125,7 @@ def _meta_model(config: Mapping[str, Any]) -> Any:
         return None
 
 
-def _known(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+def _known(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None) -> Architecture:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -130,13 +138,15 @@ def _known(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         # companions (weight.absmax, SCB) follow their weight; the tables know weights alone
         weight, companion = split_companion(name)
         target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
+        if target not in state and weight in state:  # as transformers' loading has it
+            target, pattern = rename_source_key(weight, [], [], model.base_model_prefix, state)
         renamed[name] = target + companion
         if pattern is not None:
             converted.add(name)
     by_model = {target: name for name, target in renamed.items()}
     modules = dict(model.named_modules())
     transposed, linears, embeddings = set(), set(), set()
-    skipped = _not_converted(model)
+    skipped = _not_converted(model, skip)
     for path, module in modules.items():
         stored = by_model.get(f"{path}.weight")
         if stored is None:
@@ -158,6 +168,7 @@ def _known(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         converted=frozenset(converted),
         transposed=frozenset(transposed),
         linears=frozenset(linears),
+        loaded=MappingProxyType(_loaded(model, renamed, dtype)),
         embeddings=frozenset(embeddings),
         tied=MappingProxyType(tied),
         base_prefix=model.base_model_prefix,
@@ -165,16 +176,37 @@ def _known(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     )
 
 
-def _not_converted(model: Any) -> Any:
-    """``path -> bool``: what transformers' bitsandbytes loading leaves unquantised by itself."""
+def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The model's own dtypes, but for what its class keeps in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept = list(model._get_dtype_plan(dtype))
+    is_kept = build_glob_alternation(kept)[0].search if kept else lambda _: None
+    state = model.state_dict()
+    return {
+        name: torch.float32 if is_kept(target) else state[target].dtype
+        for name, target in renamed.items()
+        if target in state and state[target].is_floating_point()
+    }
+
+
+def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bool]:
+    """``path -> bool``: what transformers' bitsandbytes loading leaves unquantised."""
     try:
-        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
     except ImportError as error:
         raise MissingDependencyError(
             "this transformers has no bitsandbytes loading rules to follow", remedy="pip install 'transformers>=5.0'"
         ) from error
-    keep = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    keep = HfQuantizer.get_modules_to_not_convert(model, None if skip is None else list(skip), model._keep_in_fp32_modules)
+    try:
+        should_convert_module("", keep)
+    except re.error as error:
+        raise StateError(
+            f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})",
+            remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)",
+        ) from error
     return lambda path: not should_convert_module(path, keep)
 
 
@@ -199,8 +231,8 @@ def split_companion(name: str) -> tuple[str, str]:
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     """``{name in the adapter: name in the checkpoint}`` for tensor names that an adapter implies (``<module path>.weight``) or brings.
 
-    A name is looked for as the checkpoint has it and as the model's class does, there also with transformers' ``base_model_prefix`` added or taken away
-    (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
+    A name is looked for as the checkpoint has it and as the model's class does, there also with transformers' ``base_model_prefix`` added or taken
+    away (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
 
     Raises:
         MatchError: one name finds two tensors.
