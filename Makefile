@@ -9,6 +9,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# torch's threads wait asleep: spinning, they take several times as long on cores that others use too
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test slow check bench
 
 demo: $(INSTALLED)

@@ -220,7 +220,7 @@ MERGES: dict[str, tuple[str, bool]] = {
 # --- the command line -----------------------------------------------------------------------------------------------------------------------------
 
 
-def main(steps: int = 20, sentences: int = 128, repeats: int = 5) -> None:
+def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
