@@ -123,7 +123,7 @@ def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) ->
         return oftsurgery.fold_checkpoint(source, adapter, destination, **options)
 
 
-# --- what a folder holds, without oftsurgery ---------------------------------------------------------------------------------------------------------
+# --- what a folder holds, without oftsurgery ------------------------------------------------------------------------------------------------------
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
