@@ -23,7 +23,7 @@ from torch import Tensor
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError
 
-__all__ = ["companion_names", "gather", "spread", "spread_shapes", "state_name"]
+__all__ = ["companion_names", "gather", "spread", "spread_shapes", "state_name", "unpack_state"]
 
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _PLAIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -55,7 +55,7 @@ def gather(weight: str, names: Collection[str], read: Callable[[str], Tensor], s
     """
     state = state_name(weight, names)
     if state is not None:
-        return _gather_4bit(weight, state, names, read, dtype)
+        return _gather_4bit(weight, state, names, read, shape, dtype)
     if dtype == torch.int8:
         scb = weight.removesuffix("weight") + "SCB"
         if scb not in names:
@@ -66,16 +66,34 @@ def gather(weight: str, names: Collection[str], read: Callable[[str], Tensor], s
     return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
 
 
-def _gather_4bit(weight: str, state: str, names: Collection[str], read: Callable[[str], Tensor], storage: torch.dtype) -> EncodedWeight:
-    fields = _unpack(read(state), state)
+def _gather_4bit(
+    weight: str, state: str, names: Collection[str], read: Callable[[str], Tensor], shape: tuple[int, ...], storage: torch.dtype
+) -> EncodedWeight:
+    fields = unpack_state(read(state), state)
+    codec = str(fields["quant_type"])
+    if not state.endswith(codec):
+        raise FormatError(f"the packed state says {codec}, its name another type", tensor=state, remedy="quantise the model again")
+    count = math.prod(fields["shape"])
+    if -(-count // 2) != math.prod(shape) * storage.itemsize:
+        raise FormatError(
+            f"the stored bytes are not those of a weight of {'×'.join(map(str, fields['shape']))}, which its packed state says it is",
+            tensor=weight,
+            shape=shape,
+            format=codec,
+            remedy="quantise the model again",
+        )
+    if len(shape) > 1 and sorted(shape)[-2] != 1:
+        raise _cpu_packed(weight, shape, codec)
     missing = [n for n in (f"{weight}.absmax",) if n not in names]
     nested = f"{weight}.nested_absmax" in names
     if nested or "nested_offset" in fields:
         missing += [n for n in (f"{weight}.nested_absmax", f"{weight}.nested_quant_map") if n not in names]
     if missing:
-        raise FormatError("a 4-bit weight without its statistics", tensor=missing[0], format=str(fields["quant_type"]), remedy="save it again, whole")
+        raise FormatError("a 4-bit weight without its statistics", tensor=missing[0], format=codec, remedy="save it again, whole")
+    if nested and ("nested_offset" not in fields or "nested_blocksize" not in fields):
+        raise FormatError("the packed state lacks what its nested statistics need", tensor=state, format=codec, remedy="quantise the model again")
     format_ = WeightFormat(
-        codec=fields["quant_type"],
+        codec=codec,
         shape=tuple(fields["shape"]),
         dtype=getattr(torch, fields["dtype"]),
         blocksize=fields["blocksize"],
@@ -83,23 +101,44 @@ def _gather_4bit(weight: str, state: str, names: Collection[str], read: Callable
         storage=storage,
     )
     tensors = {"weight": read(weight), **{p: read(f"{weight}.{p}") for p in _PLAIN if f"{weight}.{p}" in names}}
+    if tensors["absmax"].ndim > 1 and min(tensors["absmax"].shape) > 1:
+        raise _cpu_packed(f"{weight}.absmax", tuple(tensors["absmax"].shape), codec)
     if nested:
         tensors["nested_offset"] = torch.tensor(float(fields["nested_offset"]))
     return EncodedWeight(format_, tensors)
 
 
+def _cpu_packed(tensor: str, shape: tuple[int, ...], codec: str) -> FormatError:
+    # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize, out), which read flat is noise
+    return FormatError(
+        "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise",
+        tensor=tensor,
+        shape=shape,
+        format=codec,
+        remedy="start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward",
+    )
+
+
 _FIELDS: Mapping[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+_MAX_BLOB = 1 << 12
+_BLOCKSIZES = tuple(1 << n for n in range(1, 13))  # bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
 
 
-def _unpack(blob: Tensor, name: str) -> dict[str, Any]:
-    """The JSON object in a uint8 tensor, its fields checked."""
+def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
+    """The JSON object in the uint8 tensor ``name``, its fields checked.
+
+    Raises:
+        FormatError: no such object, or fields that no bitsandbytes release writes.
+    """
     try:
+        if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
+            raise ValueError("no blob of JSON")
         fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
         good = isinstance(fields, dict) and all(isinstance(fields[k], t) for k, t in _FIELDS.items())
         good = good and fields["quant_type"] in ("nf4", "fp4") and fields["dtype"] in ("float32", "float16", "bfloat16")
-        good = good and all(isinstance(n, int) and n > 0 for n in fields["shape"]) and fields["blocksize"] > 1
-        good = good and ("nested_offset" not in fields or isinstance(fields["nested_offset"], float))
-        good = good and isinstance(fields.get("nested_blocksize", 256), int) and fields.get("nested_blocksize", 256) > 1
+        good = good and fields["shape"] != [] and all(type(n) is int and n > 0 for n in fields["shape"])
+        good = good and all(type(n) is int and n in _BLOCKSIZES for n in (fields["blocksize"], fields.get("nested_blocksize", 256)))
+        good = good and isinstance(fields.get("nested_offset", 0.0), float) and fields.get("nested_dtype", "float32") == "float32"
     except (ValueError, KeyError, RecursionError, TypeError):
         good = False
     if not good:

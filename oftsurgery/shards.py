@@ -1,7 +1,7 @@
 """safetensors checkpoints on disk: headers without data, one tensor at a time in, one tensor at a time out.
 
-The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a tensor's bytes are without reading
-them, and writing a file whose tensors never meet in memory. Together with :mod:`oftsurgery.files` the only code that touches the disk.
+The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a tensor's bytes are without
+reading them, and writing a file whose tensors never meet in memory. Together with :mod:`oftsurgery.files` the only code that touches the disk.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = ["Checkpoint", "ShardWriter", "TensorEntry", "open_checkpoint", "sha25
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 #: safetensors' names of dtypes
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -34,8 +35,12 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F32": torch.float32,
         "F16": torch.float16,
         "BF16": torch.bfloat16,
+        "C64": torch.complex64,
+        "U64": torch.uint64,
         "I64": torch.int64,
+        "U32": torch.uint32,
         "I32": torch.int32,
+        "U16": torch.uint16,
         "I16": torch.int16,
         "I8": torch.int8,
         "U8": torch.uint8,
@@ -47,7 +52,10 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 _MAX_JSON_BYTES = 64 << 20
+_MAX_CONFIG_BYTES = 4 << 20
+_MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty one takes a byte or two of a file and 60 of memory
 _MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_SIZE = 1 << 48  # of a dimension: an empty tensor may state any
 _CHUNK = 8 << 20
 
 
@@ -93,8 +101,6 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in memory of its own."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"torch has no dtype for safetensors' {printable(entry.dtype)}", tensor=name, path=self.folder / entry.file)
         buffer = bytearray(entry.nbytes)
         with (self.folder / entry.file).open("rb", buffering=0) as file:
             file.seek(entry.start)
@@ -140,6 +146,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if (folder / INDEX).exists():
         weight_map = _weight_map(folder)
         files = tuple(dict.fromkeys(weight_map.values()))
+        if (folder / SINGLE).exists() and SINGLE not in files:
+            raise CheckpointError(
+                f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}",
+                path=folder,
+                remedy="remove the one that is not meant",
+            )
     elif (folder / SINGLE).exists():
         files = (SINGLE,)
     else:
@@ -158,9 +170,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[entry.name] = entry
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
-    return Checkpoint(
-        folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(read_json(folder / "config.json", missing={})), metadata
-    )
+    config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
+    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config), metadata)
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:
@@ -185,13 +196,25 @@ def inside(folder: Path, name: str) -> Path:
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
         raise CheckpointError("the index names a file outside its folder", path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
-    if not path.is_file():
-        raise CheckpointError("the index names a shard that is missing", path=path, remedy="download the checkpoint again")
+    try:
+        plain, there = path.is_file(), os.path.lexists(path)
+    except OSError as error:
+        raise CheckpointError(f"no name of a file ({printable(error.strerror)})", path=name, remedy="download the checkpoint again") from error
+    if not plain:
+        # a pipe or a device would be read for ever
+        what = (
+            "a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing"
+            if there
+            else "a file of the checkpoint is missing"
+        )
+        raise CheckpointError(what, path=path, remedy="download the checkpoint again")
     target, root = path.resolve(), folder.resolve()
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
         raise CheckpointError(
-            "a shard is a link that leaves its folder", path=path, remedy="do not use this checkpoint, or copy the file into the folder"
+            "a file of the checkpoint is a link that leaves its folder",
+            path=path,
+            remedy="do not use this checkpoint, or copy the file into the folder",
         )
     return path
 
@@ -222,20 +245,21 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
         raise CheckpointError("a shard holds a tensor that the index lacks", tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")
 
 
-def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for.
+def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file that nobody vouches for, of at most ``limit`` bytes.
 
     Raises:
-        CheckpointError: too large, no JSON, too deep, or no object.
+        CheckpointError: too large, not readable, no JSON, too deep, or no object.
     """
-    if missing is not None and not path.is_file():
-        return missing
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"a JSON file of {path.stat().st_size} bytes is not read", path=path, remedy="download the checkpoint again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"no JSON ({printable(error)})", path=path, remedy="download the checkpoint again") from error
+        if path.stat().st_size > limit:
+            raise CheckpointError(f"a JSON file of {path.stat().st_size} bytes is not read", path=path, remedy="download the checkpoint again")
+        data = path.read_bytes()
+        if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
+            raise CheckpointError(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path=path, remedy="download the checkpoint again")
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"no JSON that can be read ({printable(error)})", path=path, remedy="download the checkpoint again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"a JSON {type(value).__name__}, not an object", path=path, remedy="download the checkpoint again")
     return value
@@ -264,6 +288,14 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
         )
         for name, h in header.items()
     ]
+    strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"the tensor's dtype or shape, {printable(strange.dtype)} {printable(list(strange.shape))}, is none that oftsurgery knows",
+            tensor=strange.name,
+            path=path,
+            remedy="save it again in another dtype",
+        )
     return sorted(entries, key=lambda e: (e.start, e.name)), metadata
 
 
@@ -280,8 +312,9 @@ def _no_duplicates(path: Path) -> Any:
 class ShardWriter:
     """Writes one safetensors file tensor by tensor, in any order, so that no two need to be in memory at once.
 
-    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first, so that all are aligned), each at a place
-    known beforehand; tensors of a size not known beforehand (small JSON blobs) come last, and the header, for which room was left, at the very end.
+    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first, so that all are aligned),
+    each at a place known beforehand; tensors of a size not known beforehand (small JSON blobs) come last, and the header, for which room was left,
+    at the very end.
 
     Args:
         path: of the file; must not exist.
