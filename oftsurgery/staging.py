@@ -40,6 +40,7 @@ class Staging:
         self.destination = destination
         self.folder = destination.parent / f".{destination.name}.oftsurgery"
         self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
+        self.replaced = destination.parent / f".{destination.name}.replaced"
         self.key = key
         self.needed = needed
         self.resume = resume
@@ -47,6 +48,7 @@ class Staging:
         self.resumable = resumable
         self.state: dict[str, Any] = {"key": key, "shards": {}}
         self._lock: Any = None
+        self._ours = False  # whether the folder's contents are this run's to remove
 
     def __enter__(self) -> Staging:
         self._check_destination()
@@ -55,24 +57,29 @@ class Staging:
                 raise StateError("the destination's parent folder does not exist", path=self.destination.parent, remedy="make it first")
             self._acquire()
             try:
-                self._check_destination()  # another run may have finished while this one waited for nothing
+                self._recover()
+                self._check_destination()  # another run may have finished since the first look
                 self.folder.mkdir(exist_ok=True)
                 self._take_over()
                 self._check_space()
             except BaseException:
-                self._release()
+                self._leave()
                 raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Release the lock; before that, remove what is not worth resuming."""
+        if self._ours and not (self.resumable and self.state["shards"]):
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
-        if kind is not None and not (self.resumable and self.state["shards"]):
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that is worth resuming
 
     # --- taking over ---
 
     def _check_destination(self) -> None:
-        if not self.force and (self.destination.exists() or self.destination.is_symlink()):
+        if not self.force and _exists(self.destination):
             raise StateError("the destination exists", path=self.destination, remedy="name another, or replace it with force=True (--force)")
 
     def _acquire(self) -> None:
@@ -89,16 +96,24 @@ class Staging:
 
     def _release(self) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
             self._lock.release()
             self._lock = None
-            with contextlib.suppress(OSError):
-                self.lock_path.unlink()
+
+    def _recover(self) -> None:
+        """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
+        if not _exists(self.replaced):
+            return
+        if _exists(self.destination):
+            _remove(self.replaced)
+        else:
+            self.replaced.rename(self.destination)
 
     def _take_over(self) -> None:
         state_path = self.folder / _STATE
         if not self.resumable or not state_path.is_file():
-            self._clear()
-            self._save_state()
+            self._start_anew()
             return
         if not self.resume and not self.force:
             raise StateError(
@@ -117,10 +132,10 @@ class Staging:
                     path=self.folder,
                     remedy="give those again, or start anew: force=True (--force)",
                 )
-            self._clear()
-            self._save_state()
+            self._start_anew()
             return
         self.state = state
+        self._ours = True
         # a half-written shard has no entry: it goes; a finished one is believed only if its hash is right
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
@@ -131,9 +146,11 @@ class Staging:
                 del state["shards"][name]
         self._save_state()
 
-    def _clear(self) -> None:
+    def _start_anew(self) -> None:
+        self._ours = True
         for path in self.folder.iterdir():
             path.unlink()
+        self._save_state()
 
     def _check_space(self) -> None:
         there = sum((self.folder / name).stat().st_size for name in self.state["shards"])
@@ -195,16 +212,20 @@ class Staging:
         with _disk_errors(self.destination):
             (self.folder / _STATE).unlink()
             _sync_folder(self.folder)
-            old = None
-            if self.destination.exists() or self.destination.is_symlink():
-                old = self.destination.parent / f".{self.destination.name}.replaced"
-                if old.exists():
-                    shutil.rmtree(old)
-                self.destination.rename(old)
+            if _exists(self.destination):
+                self.destination.rename(self.replaced)
             self.folder.rename(self.destination)
+            self._ours = False
             _sync_folder(self.destination.parent)
-            if old is not None:
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            self._recover()
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _write_synced(path: Path, data: bytes) -> None:
