@@ -7,9 +7,11 @@
 
 from ._version import __version__
 from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
-from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, wrap
+from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, verify_checkpoint, wrap
+from .checks import CheckpointReport, WeightCheck
 from .codecs import EncodedWeight, WeightFormat
 from .compare import OutputError, VerifyReport, verify
+from .diagnosis import Finding, doctor
 from .errors import (
     AdapterError,
     CheckpointError,
@@ -37,9 +39,11 @@ __all__ = [
     "AdapterInfo",
     "Cayley",
     "CheckpointError",
+    "CheckpointReport",
     "DialectError",
     "DiskError",
     "EncodedWeight",
+    "Finding",
     "FoldRecord",
     "FormatError",
     "IntegrityError",
@@ -57,10 +61,12 @@ __all__ = [
     "UnfoldWarning",
     "UntieWarning",
     "VerifyReport",
+    "WeightCheck",
     "WeightFormat",
     "__version__",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
+    "doctor",
     "export_safetensors",
     "fold",
     "fold_checkpoint",
@@ -70,5 +76,6 @@ __all__ = [
     "unfold_checkpoint",
     "unfold_weight",
     "verify",
+    "verify_checkpoint",
     "wrap",
 ]

@@ -310,9 +310,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from . import api
+    from .diagnosis import doctor
 
-    findings = api.doctor(args.path, base=args.base, adapter=args.adapter)
+    findings = doctor(args.path, base=args.base, adapter=args.adapter)
     if args.json:
         _print_json([f.to_dict() for f in findings])
     elif not args.quiet:

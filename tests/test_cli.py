@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -91,14 +93,13 @@ def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place
 
 
 def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
-    pty = pytest.importorskip("pty")
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
     process = subprocess.Popen(
         [sys.executable, "-m", "oftsurgery", "fold", "BASE", "ADAPTER", str(tmp_path / "out")],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=follower,
-        env=os.environ | {"COLUMNS": "100"},
     )
     os.close(follower)
     seen = b""
