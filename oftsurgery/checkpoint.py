@@ -1,7 +1,7 @@
 """Fold adapters into checkpoints on disk: a plan from headers and JSON alone, then one weight at a time, never the model.
 
-:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes it by one rename.
- Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
+:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes it by one
+rename. Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,8 +68,8 @@ class Job:
 
     Attributes:
         name: of the weight, or of a plain tensor, in the source.
-        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, quantise, rotate, encode, as there is need), or
-            ``"saved"`` (the adapter's own values instead).
+        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, quantise, rotate, encode as asked),
+            or ``"saved"`` (the adapter's own values instead).
         outputs: ``{name: (dtype, shape)}``; dtype None: as in the source.
         path: of the module, where a rotation is folded.
         chain: rotations in the live order.
@@ -396,7 +396,7 @@ def _check_formats(source: Checkpoint, format: str, quantization: Quantization |
         raise StateError(f"quantised to {quantization.codec}, but written as {format}", remedy="name one of the two")
     if (quantization is not None or format in QUANTISED) and architecture.linears is None:
         raise StateError(
-            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers is not installed, or does not know it",
+            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
 
@@ -449,6 +449,7 @@ class _Builder:
             self._check_not_folded(adapters)
         names = [f"{path}.weight" for a in adapters for path in a.modules]
         found = locate(names, self.architecture)
+        self._check_not_merged(n.removesuffix(".weight") for n in names if n not in found)
         layers = {
             path: self._info(path, found[f"{path}.weight"], rotation)
             for a in adapters
@@ -469,6 +470,19 @@ class _Builder:
                 targets[name] = target
                 self.untied |= {f"{path}.weight": name for path, of in self.architecture.tied.items() if of == name}
         return targets, {own[n]: t for n, t in plan.saved.items()}
+
+    def _check_not_merged(self, paths: Iterable[str]) -> None:
+        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single tensor to be folded into."""
+        merged = {self.architecture.renamed[n] for n in self.architecture.converted}
+        for path in paths:
+            whole = next((m for m in sorted(merged) if path in (m, m.rpartition(".")[0])), None)
+            if whole is not None:
+                parts = sorted(n for n in self.architecture.converted if self.architecture.renamed[n] == whole)
+                raise FormatError(
+                    f"the model merges this weight from {len(parts)} tensors of the checkpoint ({printable(parts[0])} …)",
+                    module=path,
+                    remedy="fold an adapter on those tensors, one by one; or load the model with transformers, fold it in memory, and save it",
+                )
 
     def _check_not_folded(self, adapters: Sequence[OFTAdapter]) -> None:
         record = configs.record_in(self.source.folder)
@@ -498,7 +512,7 @@ class _Builder:
         shape = self.source.entries[name].shape
         if len(shape) == 4 and shape[2:] != (1, 1):
             raise FormatError(
-                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches; no weight computes the same",
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
                 module=path,
                 remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
             )

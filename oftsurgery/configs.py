@@ -79,7 +79,7 @@ def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readable_rope(config: dict[str, Any]) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` to a config that has transformers 5's ``rope_parameters`` alone, which transformers 4 silently ignores."""
+    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which transformers 4 ignores."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope:
         return

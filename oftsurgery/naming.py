@@ -115,7 +115,7 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
             if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
                 return transformers.AutoModel.from_config(parsed, dtype=dtype)
             return cls._from_config(parsed, dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # a config is data of any kind, and its class raises what it likes
         if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
             raise CheckpointError(
                 f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
@@ -237,7 +237,9 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     Raises:
         MatchError: one name finds two tensors.
     """
-    by_model = {target: name for name, target in architecture.renamed.items()}
+    by_model: dict[str, set[str]] = {}
+    for name, target in architecture.renamed.items():
+        by_model.setdefault(target, set()).add(name)
     tied = {f"{path}.weight": name for path, name in architecture.tied.items()}
     prefix = f"{architecture.base_prefix}." if architecture.base_prefix else ""
     rules: list[Callable[[str], str]] = [lambda n: n]
@@ -248,8 +250,9 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     for rule in rules:
         found: dict[str, str] = {}
         for name in wanted:
-            here = {by_model[rule(name)]} if rule(name) in by_model else set()
+            here = set(by_model.get(rule(name), ()))
             here |= {rule(name)} if rule(name) in architecture.renamed else set()
+            here |= by_model[architecture.renamed[rule(name)]] - architecture.converted if rule(name) in architecture.renamed else set()
             if not here and rule(name) in tied:
                 here = {tied[rule(name)]}
             if len(here) > 1:

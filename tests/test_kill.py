@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -102,16 +103,30 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+
+
 def kill_at_event(number: int, folder: Path) -> None:
     """Kill this process right before its ``number``-th change of the file system under ``folder``."""
     left = number
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal left
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate") and str(arguments[0]).startswith(str(folder)):
+        if event in EVENTS and str(arguments[0]).startswith(str(folder)):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def count_events(folder: Path) -> None:
+    """Add a byte to ``events`` beside ``folder`` for each change of the file system under it."""
+    log = (folder.parent / "events").open("ab", buffering=0)
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in EVENTS and str(arguments[0]).startswith(str(folder)):
+            log.write(b".")
 
     sys.addaudithook(hook)
 
@@ -130,21 +145,24 @@ def kill_many(folder: Path, count: int) -> None:
     write_inputs(folder / "reference")
     assert wait(forked(lambda: run(folder / "reference"))) == 0
     expected = file_bytes(folder / "reference" / "out")
-    start = time.monotonic()
     write_inputs(folder / "timed")
-    assert wait(forked(lambda: run(folder / "timed"))) == 0
+    start = time.monotonic()
+    assert wait(forked(lambda: (count_events(folder / "timed"), run(folder / "timed")))) == 0  # type: ignore[func-returns-value]
     whole = time.monotonic() - start
+    steps = len((folder / "events").read_text())
     rng = random.Random(7)
     ends = {"killed": 0, "resumed from a shard": 0, "finished": 0}
-    for i in range(count):
+    for i in itertools.count():
+        if ends["killed"] == count:
+            break
         case = write_inputs(folder / f"case-{i}")
         force = i % 5 == 4  # an older destination is replaced
         if force:
             (case / "out").mkdir()
             (case / "out" / "old").write_text("earlier content")
         if i % 2:
-            # right before a step of the file system: a run has about 110 of them, the last ones are those that publish
-            event = rng.choice([rng.randrange(1, 110), rng.randrange(85, 110)])
+            # right before a step of the file system; the last ones are those that publish
+            event = rng.choice([rng.randrange(1, steps + 1), rng.randrange(steps - 25, steps + 1)])
             child = forked(lambda case=case, event=event, force=force: (kill_at_event(event, case), run(case, force=force)))  # type: ignore[misc]
         else:
             child = forked(lambda case=case, force=force: run(case, force=force))  # type: ignore[misc]
@@ -167,7 +185,7 @@ def kill_many(folder: Path, count: int) -> None:
         assert file_bytes(case / "out") == expected, i
         assert beside(case) == {*INPUTS, "out"}, (i, beside(case))
         shutil.rmtree(case)
-    print(ends, f"a whole run: {whole:.2f} s")  # noqa: T201
+    print(ends, f"a whole run: {whole:.2f} s, {steps} steps")  # noqa: T201
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
@@ -177,7 +195,7 @@ def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path, count: int) -> Non
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)  # noqa: T201
     ends = eval(result.stdout.partition("}")[0] + "}")  # noqa: S307 - our own output
-    assert ends["killed"] >= count // 2
+    assert ends["killed"] == count
     assert ends["resumed from a shard"] >= count // 5
 
 
