@@ -201,6 +201,8 @@ def _checkpoint_folder(folder: Path, base: str | PathLike[str] | nn.Module | Non
         return found
     if not any(f.code == "index" for f in found):  # one that a wrong index leaves out is no stray
         found += _stray_shards(checkpoint)
+    with _noting(found):
+        configs.carried_files(folder)  # refuses links that leave the folder
     found += _rope(checkpoint.config)
     found += _stale_config(checkpoint)
     found += _weights(checkpoint)
@@ -374,8 +376,11 @@ def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
                 "error", "stale-config", "`quantization_config` is no JSON object", "config.json", remedy="restore the config.json that was saved"
             )
         ]
-    if settings is not None and settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return []
+    method = "bitsandbytes" if settings is None else settings.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        message = "the config says that another library quantised the weights: oftsurgery knows bitsandbytes' formats and plain ones"
+        found = {"config_says": printable(method)}
+        return [Finding("error", "other-quantiser", message, "config.json", found, "dequantise it with that library first")]
     evidence: dict[str, float | int | str | None] = {f"{kind}_weights": n for kind, n in held.items()}
     stated = None if settings is None else "4-bit" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
     evidence["config_says"] = stated
