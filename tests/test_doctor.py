@@ -267,7 +267,7 @@ def after_forward(layer: Any) -> Any:
 
 @pytest.mark.skipif(not CAN_PACK, reason="this CPU has no AVX512-BF16: bitsandbytes packs nothing")
 @pytest.mark.parametrize(("export", "code"), [("raw", "cpu-packed"), ("state_dict", "absmax-transposed")])
-def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, made: dict[str, Path], export: str, code: str) -> None:
+def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, export: str, code: str) -> None:
     layer = make_layer("nf4", 128, 64, bias=False)
     before = decode_4bit(layer.weight, layer.weight.quant_state)
     after_forward(layer)
@@ -276,9 +276,11 @@ def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, made: dict[str, 
         tensors = {"weight": layer.weight.data, **{f"weight.{n}": t for n, t in state.as_dict(packed=True).items()}}
     else:
         tensors = layer.state_dict()
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
-    save_file({f"layer.{n}": t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
-    finding = only(doctor(tmp_path), code)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    save_file({f"layer.{n}": t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+    finding = only(doctor(folder), code)
     assert finding.severity == "error"
     assert finding.subject == "layer.weight"
     assert finding.evidence["absmax_shape"] == "2×64"
@@ -295,7 +297,7 @@ def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, made: dict[str, 
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "use_cayley_neumann": False}))
     save_file(rows, adapter / "adapter_model.safetensors")
     with pytest.raises(oftsurgery.FormatError, match="packing for CPUs"):
-        oftsurgery.fold_checkpoint(tmp_path, adapter, tmp_path / "out")
+        oftsurgery.fold_checkpoint(folder, adapter, tmp_path / "out")
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="this CPU has no AVX512-BF16: bitsandbytes packs nothing")

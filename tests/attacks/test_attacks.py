@@ -1,7 +1,8 @@
 """Hostile inputs: checkpoints, adapters, records and destinations that nobody vouches for.
 
-One table, a line a kind. Each attack is made on a sound checkpoint and adapter, and must then be refused by `fold_checkpoint`, by the command line
-and by `doctor`: a typed error, in a few seconds and without gigabytes, that puts nothing raw on the terminal; no code runs, nothing anywhere is changed.
+One table, a line a kind. Each attack is made on a sound checkpoint and adapter, and must then be refused by `fold_checkpoint`, by the command
+line and by `doctor`: a typed error, in a few seconds and without gigabytes, that puts nothing raw on the terminal; no code runs, and nothing
+anywhere is changed.
 """
 
 from __future__ import annotations
@@ -648,7 +649,7 @@ def test_the_sound_one_is_folded(bench: Bench) -> None:
     assert doctor(bench.source) == doctor(bench.adapter, base=bench.source) == []
     with bounded():
         quiet_fold(bench.source, bench.adapter, bench.destination)
-    assert (bench.destination / INDEX).exists()
+    assert (bench.destination / "model.safetensors").exists()
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(bench: Bench) -> None:
