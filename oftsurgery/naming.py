@@ -111,10 +111,11 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with _quiet(), torch.device("meta"):
             parsed = transformers.AutoConfig.for_model(**plain)
             architectures = config.get("architectures") or []
-            cls: Any = getattr(transformers, str(architectures[0]), None) if architectures else None
+            cls = getattr(transformers, str(architectures[0]), None) if architectures else None
             if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
                 return transformers.AutoModel.from_config(parsed, dtype=dtype)
-            return cls._from_config(parsed, dtype=dtype)
+            known: Any = cls
+            return known._from_config(parsed, dtype=dtype)
     except Exception as error:  # a config is data of any kind, and its class raises what it likes
         if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
             raise CheckpointError(
