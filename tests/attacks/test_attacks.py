@@ -641,6 +641,9 @@ def test_attack(attack: Attack, bench: Bench, capsys: pytest.CaptureFixture[str]
             findings = doctor(shown, base=None if attack.examine == "source" else bench.source)
         clean("\n".join(map(str, findings)))
         assert any(f.severity == "error" for f in findings), findings
+        more = [] if attack.examine == "source" else ["--base", str(bench.source)]
+        assert cli.main(["doctor", str(shown), *more]) == cli.EXIT_CHECK_FAILED
+        clean("".join(capsys.readouterr()))
         assert everything(bench.root) == before
 
 
