@@ -26,6 +26,9 @@ from .hashing import hash_tensors
 __all__ = ["CODECS", "Codec", "EncodedWeight", "WeightFormat", "decode", "dense", "encode", "restate", "unpack_cpu_layout"]
 
 
+_RELOAD = "reload the model: part of its quantisation state is damaged"
+
+
 @dataclass(frozen=True)
 class WeightFormat:
     """How one weight is stored.
@@ -126,7 +129,13 @@ def encode(weight: Tensor, format: WeightFormat) -> EncodedWeight:
         NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
     """
     if tuple(weight.shape) != format.shape:
-        raise ShapeError("the weight does not have its format's shape", shape=tuple(weight.shape), expected=format.shape, format=format.label)
+        raise ShapeError(
+            "the weight does not have its format's shape",
+            shape=tuple(weight.shape),
+            expected=format.shape,
+            format=format.label,
+            remedy="reshape it, or give the format of this weight",
+        )
     tensors = _codec(format).encode(weight, format)
     return EncodedWeight(format, tensors)
 
@@ -135,15 +144,13 @@ def _codec(format: WeightFormat) -> Codec:
     try:
         return CODECS[format.codec]
     except KeyError:
-        raise FormatError(f"unknown storage format; known are {', '.join(CODECS)}", format=format.codec) from None
+        raise FormatError(f"unknown storage format; known are {', '.join(CODECS)}", format=format.codec, remedy="use one of those") from None
 
 
 def _require(encoded: EncodedWeight, *names: str) -> list[Tensor]:
     missing = [n for n in names if n not in encoded.tensors]
     if missing:
-        raise FormatError(
-            f"the stored weight lacks {', '.join(missing)}", format=encoded.format.label, remedy="reload it: part of its quantisation state is lost"
-        )
+        raise FormatError(f"the stored weight lacks {', '.join(missing)}", format=encoded.format.label, remedy=_RELOAD)
     return [encoded.tensors[n] for n in names]
 
 
@@ -160,7 +167,9 @@ def _decode_dense(encoded: EncodedWeight) -> Tensor:
     if not weight.is_floating_point():
         raise FormatError(f"a dense weight must be floating point, this is {weight.dtype}", remedy="dequantise it first")
     if tuple(weight.shape) != encoded.format.shape:
-        raise ShapeError("the stored weight does not have its format's shape", shape=tuple(weight.shape), expected=encoded.format.shape)
+        raise ShapeError(
+            "the stored weight does not have its format's shape", shape=tuple(weight.shape), expected=encoded.format.shape, remedy=_RELOAD
+        )
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
@@ -230,12 +239,14 @@ def _decode_absmax(encoded: EncodedWeight) -> Tensor:
     f = encoded.format
     if not f.nested_blocksize:
         if not absmax.is_floating_point():
-            raise FormatError("absmax is quantised, but its nested statistics are missing", tensor="absmax", format=f.label)
+            raise FormatError("absmax is quantised, but its nested statistics are missing", tensor="absmax", format=f.label, remedy=_RELOAD)
         return absmax.reshape(-1).to(torch.float32)
     nested_absmax, nested_map, offset = _require(encoded, "nested_absmax", "nested_quant_map", "nested_offset")
     for name, tensor, expected in (("nested_quant_map", nested_map, 256), ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize))):
         if tensor.numel() != expected:
-            raise ShapeError(f"{name} does not hold what absmax needs", tensor=name, shape=(tensor.numel(),), expected=(expected,), format=f.label)
+            raise ShapeError(
+                f"{name} does not hold what absmax needs", tensor=name, shape=(tensor.numel(),), expected=(expected,), format=f.label, remedy=_RELOAD
+            )
     values = nested_map.to(torch.float32)[absmax.reshape(-1).to(torch.int64)]
     scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
     return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
@@ -246,7 +257,12 @@ def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
     n = math.prod(f.shape)
     if packed.numel() != -(-n // 2):
         raise ShapeError(
-            "the packed codes do not hold the weight's elements", tensor="weight", shape=(packed.numel(),), expected=(-(-n // 2),), format=f.label
+            "the packed codes do not hold the weight's elements",
+            tensor="weight",
+            shape=(packed.numel(),),
+            expected=(-(-n // 2),),
+            format=f.label,
+            remedy=_RELOAD,
         )
     if f.blocksize < 2 or absmax.numel() != -(-n // f.blocksize):
         raise ShapeError(
@@ -255,6 +271,7 @@ def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
             shape=(absmax.numel(),),
             expected=(-(-n // max(f.blocksize, 1)),),
             format=f.label,
+            remedy=_RELOAD,
         )
     quant_map = encoded.tensors.get("quant_map")
     if quant_map is not None:
@@ -346,7 +363,11 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     rows, columns = shape
     if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
         raise FormatError(
-            "a CPU-packed weight of a shape that bitsandbytes cannot pack", tensor="weight", shape=tuple(weight.shape), expected=(rows, columns // 2)
+            "a CPU-packed weight of a shape that bitsandbytes cannot pack",
+            tensor="weight",
+            shape=tuple(weight.shape),
+            expected=(rows, columns // 2),
+            remedy=_RELOAD,
         )
     tiles = weight.reshape(-1, 32)
     codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
@@ -361,10 +382,15 @@ def _decode_int8(encoded: EncodedWeight) -> Tensor:
     weight, scb = _require(encoded, "weight", "SCB")
     if weight.dtype != torch.int8 or tuple(weight.shape) != encoded.format.shape:
         raise ShapeError(
-            f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}", shape=tuple(weight.shape), expected=encoded.format.shape
+            f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}",
+            shape=tuple(weight.shape),
+            expected=encoded.format.shape,
+            remedy=_RELOAD,
         )
     if scb.numel() != weight.shape[0]:
-        raise ShapeError("SCB must hold one value a row", tensor="SCB", shape=tuple(scb.shape), expected=(weight.shape[0],), format="int8")
+        raise ShapeError(
+            "SCB must hold one value a row", tensor="SCB", shape=tuple(scb.shape), expected=(weight.shape[0],), format="int8", remedy=_RELOAD
+        )
     return weight.detach().to(torch.float32) * (scb.detach().reshape(-1, 1).to(torch.float32) / 127.0)
 
 

@@ -200,3 +200,11 @@ def test_a_full_disk_exits_3(place: Path) -> None:
     assert "DiskError: the file is larger than this system allows" in done.stderr
     assert "Traceback" not in done.stderr
     assert not [p for p in place.iterdir() if "big" in p.name]
+
+
+def test_every_command_in_the_readme_parses() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].split()[2:] for line in readme.splitlines() if line.startswith("$ oftsurgery ")]
+    assert {words[0] for words in lines} == set(COMMANDS) - {"export"}  # which the README has as tools/export.py
+    for words in lines:
+        assert cli._parser().parse_args(words).run is not None
