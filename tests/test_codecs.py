@@ -350,7 +350,7 @@ def nan_at_one(shape: tuple[int, ...], value: float = math.nan) -> Tensor:
 
 
 DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str]] = {
-    "4-bit without absmax": (lambda: stored(drop="absmax"), FormatError, r"lacks absmax \[format nf4\] Remedy: reload it"),
+    "4-bit without absmax": (lambda: stored(drop="absmax"), FormatError, r"lacks absmax \[format nf4\] Remedy: reload the model"),
     "4-bit without weight": (lambda: stored(drop="weight"), FormatError, r"lacks weight"),
     "double without nested_absmax": (
         lambda: stored(nested=True, drop="nested_absmax"),
