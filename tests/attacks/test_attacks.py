@@ -532,8 +532,14 @@ ATTACKS = [
         "source",
         None,
     ),
+    Attack("destination: around the source, forced", "destroy all beside it", around_the_source, e.StateError, "the destination .* the source", None),
     Attack(
-        "destination: inside the source", "change the source", lambda b: setattr(b, "destination", b.source / "out"), e.StateError, "source", None
+        "destination: inside the source",
+        "change the source",
+        lambda b: setattr(b, "destination", b.source / "out"),
+        e.StateError,
+        "the destination .* the source",
+        None,
     ),
     Attack(
         "destination: the adapter, forced",
