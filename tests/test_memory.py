@@ -30,12 +30,13 @@ print(json.dumps(peak() - before))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_", ["same", "bf16"])
-def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, format_: str) -> None:
+@pytest.mark.parametrize(("format_", "sizes"), [("same", (9, 18)), ("bf16", (2, 4))])
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, format_: str, sizes: tuple[int, int]) -> None:
+    """The larger source of the first case is 2 GB; decoding all of it, as the second does, would take minutes more."""
     peaks = []
-    for layers in (9, 18):
+    for layers in sizes:
         base, adapter, out = tmp_path / f"base {layers}", tmp_path / f"adapter {layers}", tmp_path / f"out {layers}"
-        nbytes = write_checkpoint(base, layers=layers, shards=8, hidden=HIDDEN, intermediate=INTERMEDIATE)
+        nbytes = write_checkpoint(base, layers=layers, shards=min(8, layers), hidden=HIDDEN, intermediate=INTERMEDIATE)
         assert nbytes > layers * 110e6
         paths = {f"model.layers.{i}.self_attn.q_proj": HIDDEN for i in range(layers)} | {"model.layers.1.mlp.down_proj": INTERMEDIATE}
         write_adapter(adapter, paths)
@@ -45,6 +46,6 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path, format_: str) 
         for folder in (base, out):
             for path in folder.iterdir():
                 path.unlink()
-    print(f"{format_}: {peaks[0] / 1e6:.0f} MB for 1 GB, {peaks[1] / 1e6:.0f} MB for 2 GB; allowed {(4 * LARGEST + 300e6) / 1e6:.0f}")  # noqa: T201
+    print(f"{format_}: {peaks[0] / 1e6:.0f} MB, and {peaks[1] / 1e6:.0f} MB at twice the size; allowed {(4 * LARGEST + 300e6) / 1e6:.0f} MB")  # noqa: T201
     assert max(peaks) <= 4 * LARGEST + 300e6
-    assert peaks[1] < peaks[0] + 0.2 * LARGEST + 100e6  # the second source is 1 GB larger
+    assert peaks[1] < peaks[0] + 0.2 * LARGEST + 100e6
