@@ -27,7 +27,7 @@ from .hashing import hash_tensors
 from .naming import Architecture, architecture_of, locate
 from .plan import LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord
-from .shards import INDEX, SINGLE, Checkpoint, ShardWriter
+from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging
 from .weight import fold_encoded, unfold_encoded
 
@@ -365,7 +365,9 @@ def _finish(
 
 def _check_formats(source: Checkpoint, format: str, quantization: Quantization | None, fold_into: str, architecture: Architecture) -> None:
     stored = source.config.get("quantization_config")
-    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, Mapping) else None
+    if stored is not None and not isinstance(stored, Mapping):
+        raise FormatError("`quantization_config` is no JSON object", tensor="config.json", remedy="restore the config.json that was saved")
+    method = stored.get("quant_method", "bitsandbytes") if stored is not None else None
     if method not in (None, "bitsandbytes"):
         raise FormatError(
             "the checkpoint is quantised by another library",
@@ -679,6 +681,7 @@ def run_plan(
         StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor ``force`` is set.
         and those of a fold in memory.
     """
+    _check_apart(plan, destination)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         run = _Run(plan, torch.device(device), progress)
@@ -688,6 +691,18 @@ def run_plan(
         _write_rest(plan, record, staging)
         staging.publish()
     return RunResult(record, {path: float(m["error"]) for path, m in run.modules.items()})
+
+
+def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
+    """Refuse a destination whose making would change or remove what is read."""
+    there = destination.resolve()
+    sources = {c.folder.resolve() for c in (plan.source, *(j.origin for j in plan.jobs)) if c is not None}
+    adapters = {Path(a.source).resolve() for a in plan.adapters if a.source is not None and Path(a.source).is_dir()}
+    for what, folders in (("source", sources), ("adapter", adapters)):
+        if any(f.is_relative_to(there) for f in folders):
+            raise StateError(f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination")
+    if any(there.is_relative_to(f) for f in sources):
+        raise StateError("the destination is inside the source", path=destination, remedy="name one outside it")
 
 
 @dataclass(frozen=True)
@@ -738,8 +753,8 @@ class _Run:
     def shard(self, shard: Shard, staging: Staging) -> None:
         finished = staging.finished(shard.file)
         if finished is not None:
-            self.modules |= finished["modules"]
-            self.saved |= finished["saved"]
+            self.modules |= finished.get("modules", {})
+            self.saved |= finished.get("saved", {})
             for job in shard.jobs:
                 self.step(job)
             return
@@ -905,7 +920,8 @@ def _module_record(job: Job, before: EncodedWeight, after: EncodedWeight, error:
 def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> None:
     if len(plan.shards) > 1:
         weight_map = {name: shard.file for shard in plan.shards for job in shard.jobs for name in job.outputs}
-        total = sum(_job_bytes(job) for job in plan.jobs)
+        # what was written, not what was planned: the JSON of a 4-bit state is of a size known only now
+        total = sum(e.nbytes for shard in plan.shards for e in read_header(staging.folder / shard.file)[0])
         staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for name in plan.carried:
         staging.copy(plan.source.folder / name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .record import AdapterInfo, FoldRecord
-from .shards import read_json
+from .shards import inside, read_json
 
 if TYPE_CHECKING:
     from .checkpoint import Quantization
@@ -116,7 +117,7 @@ def carried_files(folder: Path) -> tuple[str, ...]:
         hidden = path.name.startswith(".")
         weights = path.name.lower().endswith(_NOT_CARRIED)
         if path.is_file() and not hidden and not weights and path.name not in _WRITTEN_ANEW and not path.name.startswith("adapter_"):
-            names.append(path.name)
+            names.append(inside(folder, path.name).name)  # a link could publish any file of the user's
     return tuple(names)
 
 
@@ -127,10 +128,10 @@ def record_in(folder: Path) -> FoldRecord | None:
         CheckpointError: there is one that cannot be read.
     """
     path = folder / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return FoldRecord.from_dict(read_json(path))
+        return FoldRecord.from_dict(read_json(inside(folder, RECORD)))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the record of an earlier fold cannot be read ({error})", path=path, remedy="restore it, or remove it if nothing is folded in"

@@ -63,7 +63,7 @@ def architecture_of(
         dtype: in which the model is loaded; it decides :attr:`Architecture.loaded` alone.
         skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides :attr:`Architecture.linears` alone.
     """
-    model = _meta_model(config, dtype)
+    model = _meta_model(config, dtype, len(shapes))
     if model is None:
         return _unknown(config, shapes)
     return _known(model, shapes, dtype, skip)
@@ -98,7 +98,45 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+# whose code transformers would fetch from the Hub and run, or that has no say in names
+_NOT_FOR_NAMES = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+_MODULES, _MODULES_PER_TENSOR = 10_000, 10
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without fields that lead to code, here and in its parts."""
+    found = {}
+    for key, value in config.items():
+        if not key.lstrip("_").removesuffix("_internal").startswith(_NOT_FOR_NAMES):
+            found[key] = _without_code(value) if isinstance(value, Mapping) else value
+    return found
+
+
+@contextlib.contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """A model of more modules than ``count`` is not built to its end: a config may ask for 10⁹ layers."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    built = 0
+
+    def hook(*_: object) -> None:
+        nonlocal built
+        built += 1
+        if built > count:
+            raise CheckpointError(
+                "the config asks for many more modules than the checkpoint has tensors",
+                tensor="config.json",
+                remedy="restore the config.json that belongs to the checkpoint",
+            )
+
+    handle = register_module_module_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
     """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know the class."""
     if "model_type" not in config:
         return None
@@ -106,9 +144,11 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         import transformers
     except ImportError:
         return None
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}  # nothing of the checkpoint's own code
+    if not isinstance(config["model_type"], str):
+        raise CheckpointError("`model_type` is no string", tensor="config.json", remedy="restore the config.json that belongs to the checkpoint")
+    plain = _without_code(config)
     try:
-        with _quiet(), torch.device("meta"):
+        with _quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
             parsed = transformers.AutoConfig.for_model(**plain)
             architectures = config.get("architectures") or []
             cls = getattr(transformers, str(architectures[0]), None) if architectures else None

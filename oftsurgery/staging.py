@@ -55,6 +55,8 @@ class Staging:
         with _disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 raise StateError("the destination's parent folder does not exist", path=self.destination.parent, remedy="make it first")
+            if self.folder.is_symlink():
+                raise StateError("a link is in the place of unfinished work", path=self.folder, remedy="remove it, or name another destination")
             self._acquire()
             try:
                 self._recover()
@@ -125,7 +127,7 @@ class Staging:
             state = read_json(state_path)
         except CheckpointError:
             state = {}
-        if not self.resume or state.get("key") != self.key or not isinstance(state.get("shards"), dict):
+        if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
             if self.resume and not self.force:
                 raise StateError(
                     "the unfinished work is of other inputs or settings",
@@ -141,7 +143,11 @@ class Staging:
             if path.name != _STATE and path.name not in state["shards"]:
                 path.unlink()
         for name in list(state["shards"]):
-            if not (self.folder / name).is_file() or sha256_of(self.folder / name) != state["shards"][name]["sha256"]:
+            if (
+                (self.folder / name).is_symlink()
+                or not (self.folder / name).is_file()
+                or sha256_of(self.folder / name) != state["shards"][name]["sha256"]
+            ):
                 (self.folder / name).unlink(missing_ok=True)
                 del state["shards"][name]
         self._save_state()
@@ -226,6 +232,18 @@ def _exists(path: Path) -> bool:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sound(shards: object) -> bool:
+    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself, with hash and facts."""
+    return isinstance(shards, dict) and all(
+        Path(name).name == name
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("facts"), dict)
+        and all(isinstance(part, dict) for part in entry["facts"].values())
+        for name, entry in shards.items()
+    )
 
 
 def _write_synced(path: Path, data: bytes) -> None:
