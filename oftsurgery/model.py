@@ -189,6 +189,7 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
         before=encoded.fingerprint,
         after=folded.encoded.fingerprint,
         untied=untied,
+        backend=folded.backend,
     )
 
 

@@ -73,6 +73,7 @@ class ModuleRecord:
         before: content hash of the stored weight before the fold.
         after: and after it.
         untied: the weight was shared with another module, and is no more.
+        backend: what computed the fold, a key of :func:`oftsurgery.backends`.
     """
 
     format: str
@@ -84,6 +85,7 @@ class ModuleRecord:
     before: str
     after: str
     untied: bool = False
+    backend: str = "reference"
 
 
 @dataclass(frozen=True)

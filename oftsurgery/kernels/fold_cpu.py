@@ -1,0 +1,239 @@
+"""Drive the fused CPU kernel (:mod:`oftsurgery.kernels.cpu`): addresses, tiles and threads."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import codecs
+from ..codecs import EncodedWeight, WeightFormat
+from . import cpu
+
+__all__ = ["fold", "run", "threads"]
+
+#: of block matrices that stay in the second-level cache while rows pass by
+_MATRIX_BYTES = 256 << 10
+_CHUNK_WEIGHTS = 1 << 19
+_MAX_SCRATCH = 48 << 20
+_MAX_BLOCK = 512
+_NOT_FINITE = 0x7F800000
+
+_DENSE = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
+_local = threading.local()
+
+
+def threads() -> int:
+    """Threads that a fold uses: torch's own number, at most one a processor that this process may run on."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), processors))
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="oftsurgery")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+def run(task: Callable[[int], None], count: int) -> None:
+    """``task(0) … task(count - 1)``, on :func:`threads` threads with this one; the first error is raised."""
+    workers = min(threads(), count)
+    left = itertools.count()
+
+    def work() -> None:
+        while (i := next(left)) < count:
+            task(i)
+
+    others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)] if workers > 1 else []
+    try:
+        work()
+    finally:
+        for _ in range(count if others else 0):  # after an error: nothing more is begun
+            next(left)
+        for other in others:
+            other.result()
+
+
+def _scratch(count: int) -> int:
+    """Address of ``count`` float32 of this thread's own, 64-byte aligned, kept for the next tile."""
+    held: np.ndarray | None = getattr(_local, "scratch", None)
+    if held is None or held.nbytes < 4 * count + 64:
+        held = _local.scratch = np.zeros(4 * count + 64, dtype=np.uint8)
+    return int(held.ctypes.data + 63) & ~63
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side's storage as the kernel takes it."""
+
+    kind: int
+    blocksize: int = 1
+    flat: bool = False  # 4-bit blocks straddle rows
+
+
+def _side(f: WeightFormat) -> _Side | None:
+    if f.codec == "int8":
+        return _Side(cpu.INT8)
+    if f.codec == "dense":
+        kind = _DENSE.get(f.dtype)
+        return None if kind is None or (kind == cpu.F16 and not cpu.HAS_F16) else _Side(kind)
+    if f.blocksize < cpu.LANES or f.blocksize % cpu.LANES:
+        return None
+    return _Side(cpu.FOUR_BIT, f.blocksize, f.shape[1] % f.blocksize != 0)
+
+
+@cache
+def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Levels by code, sorted levels, bounds between them, codes of the sorted levels: (16,) each."""
+    if codec not in ("nf4", "fp4"):
+        unused = torch.zeros(16)
+        return unused, unused, unused, unused.to(torch.int32)
+    device = torch.device("cpu")
+    levels = codecs._levels(codec, device)
+    bounds, order = codecs._bounds(codec, device)
+    return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    group: int
+    panel: int
+    row_step: int
+    column_step: int
+    x_stride: int
+    y_stride: int
+
+
+def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | None:
+    """How the weight is cut; None where its blocks make the scratch too large."""
+    rows, features = shape
+    whole = old.flat or new.flat or new.kind == cpu.INT8
+    inner = math.lcm(b, 1 if old.flat else old.blocksize)
+    outer = inner if whole else math.lcm(inner, new.blocksize)
+    wanted = max(1, _MATRIX_BYTES // (4 * b))
+    panel = features if old.flat else min(features, max(1, wanted // inner) * inner)
+    columns = features if whole else min(features, max(1, wanted // outer) * outer)
+    if not whole:
+        panel = columns
+    group = cpu.ROWS
+    for side in (old, new):
+        if side.flat:
+            group = math.lcm(group, side.blocksize // math.gcd(features, side.blocksize))
+    pad = cpu.LANES  # rows at a power of two from each other would share their lines of the cache
+    x_stride = 4 * (panel if old.flat else panel + pad)
+    y_stride = 4 * (columns if new.flat else columns + pad)
+    if group * (x_stride + y_stride) > _MAX_SCRATCH:
+        return None
+    row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // (2 * threads()))) // group) * group
+    return _Tiles(group, panel, row_step, columns, x_stride, y_stride)
+
+
+def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None) -> tuple[EncodedWeight, float] | None:
+    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and the relative error of that.
+
+    Args:
+        encoded: on the CPU.
+        matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for one that all blocks share.
+        scale: ``(out,)`` or None.
+
+    Returns:
+        None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the answer, or the error.
+    """
+    f = encoded.format
+    old, new = _side(f), _side(into)
+    b = matrices.shape[-1]
+    if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b:
+        return None
+    rows, features = f.shape
+    tiles = _tiles((rows, features), b, old, new)
+    source = _source(encoded)
+    if tiles is None or source is None:
+        return None
+    weight, scales = source
+    result, new_scales, moments = _allocate(into, new)
+    old_levels = _tables(f.codec)[0]
+    _, levels, bounds, order = _tables(into.codec)
+    matrices = matrices.contiguous()
+    factors = None if scale is None else scale.to(torch.float32).contiguous()
+    places = [(r, c) for c in range(0, features, tiles.column_step) for r in range(0, rows, tiles.row_step)]
+    sums = np.zeros((len(places), 3))
+
+    def task(i: int) -> None:
+        row, column = places[i]
+        x = _scratch(tiles.group * (tiles.x_stride + tiles.y_stride) // 4 + 16)
+        y = (x + tiles.group * tiles.x_stride + 63) & ~63
+        cpu.fold_tile(
+            old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
+            new.kind, result.data_ptr(), new_scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
+            0 if moments is None else moments.data_ptr(),
+            matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(),
+            rows, features, row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
+            tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride, sums[i],
+        )  # fmt: skip
+
+    run(task, len(places))
+    if sums[:, 2].max(initial=0) >= _NOT_FINITE:
+        return None
+    norm, error = float(sums[:, 0].sum()), float(sums[:, 1].sum())
+    tensors, more = _finish(into, result, new_scales, moments)
+    error = max(0.0, error + more)
+    return EncodedWeight(into, tensors), math.sqrt(error / norm) if norm else math.sqrt(error)
+
+
+def _source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
+    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says what)."""
+    f, t = encoded.format, encoded.tensors
+    weight = t.get("weight")
+    if weight is None:
+        return None
+    weight = weight.detach()
+    if f.codec == "int8":
+        scb = t.get("SCB")
+        if scb is None or weight.dtype != torch.int8 or tuple(weight.shape) != f.shape or scb.numel() != f.shape[0] or not weight.is_contiguous():
+            return None
+        return weight, scb.detach().reshape(-1).to(torch.float32) / 127.0
+    if f.codec == "dense":
+        return (weight, weight) if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous() else None
+    packed = weight.contiguous().reshape(-1).view(torch.uint8)
+    absmax = codecs._decode_absmax(encoded)
+    codecs._check_4bit(encoded, packed, absmax)
+    return packed, absmax.contiguous()
+
+
+def _allocate(into: WeightFormat, new: _Side) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the new codes, their scales, and with double quantisation two moments a block."""
+    n = math.prod(into.shape)
+    if new.kind == cpu.INT8:
+        return torch.empty(into.shape, dtype=torch.int8), torch.empty(into.shape[0]), None
+    if new.kind != cpu.FOUR_BIT:
+        return torch.empty(into.shape, dtype=into.dtype), torch.empty(0), None
+    blocks = -(-n // into.blocksize)
+    return torch.empty(n // 2, 1, dtype=torch.uint8), torch.empty(blocks), torch.empty(blocks, 2) if into.nested_blocksize else None
+
+
+def _finish(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None) -> tuple[dict[str, Tensor], float]:
+    """The new weight's tensors, and what double quantisation of the absmax adds to the squared error."""
+    if into.codec == "dense":
+        return {"weight": result}, 0.0
+    if into.codec == "int8":
+        return {"weight": result, "SCB": scales}, 0.0
+    tensors = {"weight": codecs._as_storage(result, into), "quant_map": codecs._levels(into.codec, scales.device).clone()}
+    tensors |= codecs._encode_absmax(scales, into)
+    if moments is None:
+        return tensors, 0.0
+    # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
+    delta = (codecs._decode_absmax(EncodedWeight(into, tensors)) - scales).to(torch.float64)
+    cross, power = moments.to(torch.float64).unbind(1)
+    return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
