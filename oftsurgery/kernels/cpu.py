@@ -424,7 +424,7 @@ def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, boun
     ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax follows.
     Adds to ``sums``: Σ exact², Σ (stored - exact)².
     """
-    norm, error = fill64(0.0), fill64(0.0)
+    # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the one before
     top = int32(0)
     done = 0
     while done < count:
@@ -434,20 +434,30 @@ def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, boun
             bits = max_bits(bits, load(x + 4 * i))
         one = top_bits(bits)
         top = max(top, one)
-        absmax = as_float(one)
-        bounded = max(absmax, _TINY)
         block = (first + done) // blocksize
+        absmax = as_float(one)
+        # in a short last block bitsandbytes bounds the absmax itself
+        store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
+        done += size
+    norm, error = fill64(0.0), fill64(0.0)
+    done = 0
+    while done < count:
+        size = min(blocksize, count - done)
+        block = (first + done) // blocksize
+        absmax = load_one(scales + 4 * block)
+        bounded = max(absmax, _TINY)
         short = first + done + blocksize > length
-        # bitsandbytes divides in a short last block, and bounds its absmax itself
-        store_one(scales + 4 * block, bounded if short else absmax)
         factor = fill(float32(1.0) / bounded)
-        divisor = fill(bounded)
-        stored = levels if short or absmax >= _TINY else mul(levels, fill(absmax / bounded))
+        stored = levels if absmax >= _TINY else mul(levels, fill(absmax / bounded))
         squares, misses = fill(float32(0.0)), fill(float32(0.0))
         cross, power = fill(float32(0.0)), fill(float32(0.0))
+        if short:  # and divides by it
+            divisor = fill(bounded)
+            for i in range(done, done + size, LANES):
+                store(x + 4 * i, div(load(x + 4 * i), divisor))
+            factor = fill(float32(1.0))
         for i in range(done, done + size, LANES):
-            s = load(x + 4 * i)
-            s = div(s, divisor) if short else mul(s, factor)
+            s = mul(load(x + 4 * i), factor)
             index = rank(s, bounds)
             store_codes(codes + (first + i) // 2, order, index)
             c = pick(stored, index)
