@@ -23,7 +23,7 @@ from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["BF16", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile"]
+__all__ = ["BF16", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
@@ -153,6 +153,21 @@ def sub(b, x, y):
 @_operation(f32x, f32x, f32x, f32x)
 def fma(b, x, y, z):
     return _call(b, "llvm.fmuladd.v16f32", f32x.vector, x, y, z)
+
+
+@_operation(f64x, int64)
+def load64(b, address):
+    return _load(b, address, f64x.vector, 8)
+
+
+@_operation(int32, int64, f64x)
+def store64(b, address, value):
+    return _store(b, address, value, 8)
+
+
+@_operation(f64x, f64x, f64x, f64x)
+def fma64(b, x, y, z):
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, x, y, z)
 
 
 @_operation(f64x, f32x, f64x, f64x)
@@ -320,9 +335,13 @@ def store_bf16(b, address, x):
 _BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
 
 
-def _emit_product(b: Any, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any) -> Any:
-    """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` · _BLOCK_LANES columns, sums kept in registers."""
-    lane = ir.VectorType(_F, _BLOCK_LANES)
+def _emit_product(
+    b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any
+) -> Any:
+    """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
+    bits = 32 if element == _F else 64
+    lanes = _BLOCK_LANES * 32 // bits
+    lane = ir.VectorType(element, lanes)
     word = ir.IntType(64)
     size = 4 * _BLOCK_LANES
     start, loop, end = b.block, b.append_basic_block("product"), b.append_basic_block("product_done")
@@ -336,13 +355,13 @@ def _emit_product(b: Any, vectors: int, x: Any, x_stride: Any, m: Any, m_stride:
     m_row.add_incoming(m, start)
     sums = [[b.phi(lane) for _ in range(vectors)] for _ in rows]
     m_lanes = [_load(b, b.add(m_row, ir.Constant(word, size * v)), lane, 4) for v in range(vectors)]
-    offset = b.shl(k, ir.Constant(word, 2))
+    offset = b.mul(k, ir.Constant(word, bits // 8))
     for row, own in zip(rows, sums, strict=True):
-        one = _load(b, b.add(row, offset), _F, 4)
+        one = _load(b, b.add(row, offset), element, 4)
         undefined = ir.Constant(lane, ir.Undefined)
-        many = b.shuffle_vector(b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, _BLOCK_LANES)))
+        many = b.shuffle_vector(b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, lanes)))
         for v in range(vectors):
-            new = _call(b, f"llvm.fmuladd.v{_BLOCK_LANES}f32", lane, many, m_lanes[v], own[v])
+            new = _call(b, f"llvm.fmuladd.v{lanes}f{bits}", lane, many, m_lanes[v], own[v])
             own[v].add_incoming(_constant(0.0, lane), start)
             own[v].add_incoming(new, loop)
             own[v] = new
@@ -360,12 +379,17 @@ def _emit_product(b: Any, vectors: int, x: Any, x_stride: Any, m: Any, m_stride:
 
 @_operation(int32, *[int64] * 7)
 def product_one(b, *args):
-    return _emit_product(b, 1, *args)
+    return _emit_product(b, _F, 1, *args)
 
 
 @_operation(int32, *[int64] * 7)
 def product_two(b, *args):
-    return _emit_product(b, 2, *args)
+    return _emit_product(b, _F, 2, *args)
+
+
+@_operation(int32, *[int64] * 7)
+def product64(b, *args):
+    return _emit_product(b, _D, 2, *args)
 
 
 # --- the kernel -----------------------------------------------------------------------------------------------------------------------------------
@@ -599,3 +623,200 @@ def fold_tile(
                     _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
                 else:
                     _encode_dense(new_kind, at, columns, first, new_codes, sums)
+
+
+# --- block rotations, in float64 ----------------------------------------------------------------------------------------------------------------
+
+
+@_inline
+def _skew(v, index, b, wide, q):
+    """``wide/b`` skew-symmetric blocks from the rows of v, from ``index`` blocks of ``wide`` on, on the diagonal of q: (wide, wide)."""
+    q[:, :] = 0.0
+    each = wide // b
+    for e in range(each):
+        row = (index * each + e) % v.shape[0]
+        at = 0
+        for i in range(e * b, e * b + b):
+            for j in range(i + 1, e * b + b):
+                q[i, j] = v[row, at]
+                q[j, i] = -v[row, at]
+                at += 1
+
+
+@_inline
+def _multiply(x, y, out):
+    """out = x · y, all (wide, wide)."""
+    wide = x.shape[0]
+    stride = 8 * wide
+    columns = _BLOCK_LANES  # two registers of float64
+    for r in range(0, wide, _BLOCK_ROWS):
+        for c in range(0, wide, columns):
+            product64(
+                x.ctypes.data + r * stride, stride, y.ctypes.data + 8 * c, stride, out.ctypes.data + r * stride + 8 * c, stride, wide
+            )
+
+
+@_inline
+def _invert(a):
+    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought."""
+    wide = a.shape[0]
+    base = a.ctypes.data
+    for k in range(wide):
+        pivot = 1.0 / a[k, k]
+        a[k, k] = 1.0
+        row = base + 8 * wide * k
+        for c in range(0, wide, LANES):
+            store64(row + 8 * c, fma64(load64(row + 8 * c), fill64(pivot), fill64(0.0)))
+        for i in range(wide):
+            if i != k:
+                factor = fill64(-a[i, k])
+                a[i, k] = 0.0
+                for c in range(0, wide, LANES):
+                    at = base + 8 * (wide * i + c)
+                    store64(at, fma64(load64(row + 8 * c), factor, load64(at)))
+
+
+@njit(
+    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def rotation_blocks(v, b, first, last, power, weight, scratch, out):
+    """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16 and b.
+
+    ``power`` 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``. ``scratch``: (3, wide, wide).
+
+    Returns:
+        the largest residual ``‖R(I+Q) - (I-Q)‖`` relative to the operands, element-wise (NaN where that is not finite); 0 for a series.
+    """
+    wide = out.shape[1]
+    q, p, t = scratch[0], scratch[1], scratch[2]
+    worst = 0.0
+    for index in range(first, last):
+        r = out[index]
+        _skew(v, index, b, wide, q)
+        if power == 0:
+            r[:, :] = q
+            for i in range(wide):
+                r[i, i] = 1.0
+            p[:, :] = r
+            _invert(r)
+            for i in range(wide):
+                for j in range(wide):
+                    r[i, j] *= 2.0
+                r[i, i] -= 1.0
+            _multiply(r, p, t)
+            residual, size_r, size_q = 0.0, 0.0, 1.0
+            for i in range(wide):
+                for j in range(wide):
+                    miss = abs(t[i, j] + q[i, j] - (1.0 if i == j else 0.0))
+                    if not miss < np.inf:
+                        return np.nan
+                    residual = max(residual, miss)
+                    size_r, size_q = max(size_r, abs(r[i, j])), max(size_q, abs(q[i, j]))
+            worst = max(worst, residual / (size_q * (1.0 + size_r)))
+        else:
+            factor = weight if power == 1 else 2.0
+            for i in range(wide):
+                for j in range(wide):
+                    r[i, j] = factor * q[i, j]
+                r[i, i] += 1.0
+            p[:, :] = q
+            for k in range(2, power + 1):
+                _multiply(p, q, t)
+                p, t = t, p
+                factor = weight if k == power else 2.0
+                for i in range(wide):
+                    for j in range(wide):
+                        r[i, j] += factor * p[i, j]
+    return worst
+
+
+@_inline
+def _above(beta, count, x):
+    """Whether the symmetric tridiagonal matrix with a zero diagonal and ``count`` off-diagonals has an eigenvalue above x > 0 (a Sturm sequence)."""
+    d = -x
+    for i in range(count):
+        if d >= 0.0:
+            return True
+        d = -x - beta[i] * beta[i] / d
+    return d >= 0.0
+
+
+@njit(
+    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def largest_angle(v, b, wide, first, last, floor, q, basis):
+    """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor`` if none is above it.
+
+    Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the spectrum is there much before),
+    then bisection. ``q``: (wide, wide), ``basis``: (steps + 2, wide) scratch; steps ≥ 2.
+    """
+    steps = min(basis.shape[0] - 2, wide)
+    beta = np.empty(steps)
+    best = floor
+    for index in range(first, last):
+        _skew(v, index, b, wide, q)
+        scale = 0.0
+        for i in range(wide):
+            for j in range(wide):
+                scale = max(scale, abs(q[i, j]))
+        if scale == 0.0:
+            continue
+        # a fixed start with a part in every eigenvector, as random numbers have
+        seed = 12345
+        norm = 0.0
+        for i in range(wide):
+            seed = (seed * 1103515245 + 12345) % 2147483648
+            basis[0, i] = seed / 2147483648.0 - 0.5
+            norm += basis[0, i] * basis[0, i]
+        for i in range(wide):
+            basis[0, i] /= np.sqrt(norm)
+        count = 0
+        for step in range(steps):
+            at = basis.ctypes.data + 8 * wide * (step + 1)
+            for c in range(0, wide, LANES):
+                total_ = fill64(0.0)
+                for k in range(wide):
+                    total_ = fma64(load64(q.ctypes.data + 8 * (k * wide + c)), fill64(basis[step, k]), total_)
+                store64(at + 8 * c, total_)
+            for _ in range(2):
+                for other in range(step + 1):
+                    row = basis.ctypes.data + 8 * wide * other
+                    dot = fill64(0.0)
+                    for c in range(0, wide, LANES):
+                        dot = fma64(load64(at + 8 * c), load64(row + 8 * c), dot)
+                    factor = fill64(-total64(dot))
+                    for c in range(0, wide, LANES):
+                        store64(at + 8 * c, fma64(load64(row + 8 * c), factor, load64(at + 8 * c)))
+            square = fill64(0.0)
+            for c in range(0, wide, LANES):
+                square = fma64(load64(at + 8 * c), load64(at + 8 * c), square)
+            norm = np.sqrt(total64(square))
+            if not norm > 1e-13 * scale:
+                break
+            beta[count] = norm
+            count += 1
+            for i in range(wide):
+                basis[step + 1, i] /= norm
+        if count == 0 or not _above(beta, count, best if best > 0.0 else 1e-300):
+            continue
+        low, high = best, 0.0
+        for i in range(count):
+            high = max(high, beta[i] + (beta[i + 1] if i + 1 < count else 0.0))
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if middle <= low or middle >= high:
+                break
+            if _above(beta, count, middle):
+                low = middle
+            else:
+                high = middle
+        best = high
+    return best

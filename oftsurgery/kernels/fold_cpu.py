@@ -19,7 +19,7 @@ from .. import codecs
 from ..codecs import EncodedWeight, WeightFormat
 from . import cpu
 
-__all__ = ["fold", "run", "threads"]
+__all__ = ["blocks", "fold", "largest_angle", "run", "threads"]
 
 #: of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 256 << 10
@@ -237,3 +237,54 @@ def _finish(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor 
     delta = (codecs._decode_absmax(EncodedWeight(into, tensors)) - scales).to(torch.float64)
     cross, power = moments.to(torch.float64).unbind(1)
     return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
+
+
+# --- block rotations ------------------------------------------------------------------------------------------------------------------------------
+
+_SOLVE_TOLERANCE = 1e-10
+_LANCZOS_STEPS = 160
+#: work that is worth a task of its own, in multiplications
+_TASK_PRODUCTS = 1 << 19
+
+
+def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> Tensor | None:
+    """``(n·b/wide, wide, wide)`` float64: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal (one for a single, shared one).
+
+    Args:
+        power: 0 for the exact Cayley map, else of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
+
+    Returns:
+        None where the solve is not right.
+    """
+    v = _rows(generator)
+    count = max(1, v.shape[0] * b // wide)
+    out = np.empty((count, wide, wide))
+    each = max(1, _TASK_PRODUCTS // wide**3)
+    residuals = np.zeros(-(-count // each))
+
+    def task(i: int) -> None:
+        scratch = np.empty((3, wide, wide))
+        residuals[i] = cpu.rotation_blocks(v, b, i * each, min(i * each + each, count), power, weight, scratch, out)
+
+    run(task, len(residuals))
+    return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
+
+
+def largest_angle(generator: Tensor, b: int, wide: int) -> float:
+    """The largest θ with ±iθ an eigenvalue of a generator's block."""
+    v = _rows(generator)
+    count = max(1, v.shape[0] * b // wide)
+    each = max(1, _TASK_PRODUCTS // wide**3)
+    found = np.zeros(-(-count // each))
+
+    def task(i: int) -> None:
+        q, basis = np.empty((wide, wide)), np.empty((min(wide, _LANCZOS_STEPS) + 2, wide))
+        found[i] = cpu.largest_angle(v, b, wide, i * each, min(i * each + each, count), 0.0, q, basis)
+
+    run(task, len(found))
+    return float(found.max())
+
+
+def _rows(generator: Tensor) -> np.ndarray:
+    v = generator.detach().contiguous()
+    return (v.numpy() if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32).numpy()).astype(np.float64)
