@@ -257,10 +257,9 @@ def load_codes(b, address):
 @_operation(int32, int64, i32x, i32x)
 def store_codes(b, address, order, index):
     """Mirror of :func:`load_codes`, for the codes ``order[index]``."""
-    codes = b.trunc(_pick(b, order, index), ir.VectorType(_BYTE, 16))
-    undefined = ir.Constant(codes.type, ir.Undefined)
-    even, odd = (b.shuffle_vector(codes, undefined, ir.Constant(ir.VectorType(_I, 8), list(range(i, 16, 2)))) for i in (0, 1))
-    return _store(b, address, b.or_(b.shl(even, _constant(4, even.type)), odd))
+    octets, pairs = ir.VectorType(_BYTE, 8), ir.VectorType(ir.IntType(64), 8)
+    pair = b.bitcast(_pick(b, order, index), pairs)  # the first code in the low half
+    return _store(b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets))
 
 
 @_operation(i32x, int64)
@@ -786,15 +785,14 @@ def largest_angle(v, b, wide, first, last, floor, q, basis):
                 for k in range(wide):
                     total_ = fma64(load64(q.ctypes.data + 8 * (k * wide + c)), fill64(basis[step, k]), total_)
                 store64(at + 8 * c, total_)
-            for _ in range(2):
-                for other in range(step + 1):
-                    row = basis.ctypes.data + 8 * wide * other
-                    dot = fill64(0.0)
-                    for c in range(0, wide, LANES):
-                        dot = fma64(load64(at + 8 * c), load64(row + 8 * c), dot)
-                    factor = fill64(-total64(dot))
-                    for c in range(0, wide, LANES):
-                        store64(at + 8 * c, fma64(load64(row + 8 * c), factor, load64(at + 8 * c)))
+            for other in range(step + 1):
+                row = basis.ctypes.data + 8 * wide * other
+                dot = fill64(0.0)
+                for c in range(0, wide, LANES):
+                    dot = fma64(load64(at + 8 * c), load64(row + 8 * c), dot)
+                factor = fill64(-total64(dot))
+                for c in range(0, wide, LANES):
+                    store64(at + 8 * c, fma64(load64(row + 8 * c), factor, load64(at + 8 * c)))
             square = fill64(0.0)
             for c in range(0, wide, LANES):
                 square = fma64(load64(at + 8 * c), load64(at + 8 * c), square)
