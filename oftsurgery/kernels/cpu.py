@@ -334,9 +334,7 @@ def store_bf16(b, address, x):
 _BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
 
 
-def _emit_product(
-    b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any
-) -> Any:
+def _emit_product(b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any) -> Any:
     """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
     bits = 32 if element == _F else 64
     lanes = _BLOCK_LANES * 32 // bits
@@ -610,9 +608,7 @@ def fold_tile(
                     at = y + r * y_stride + 4 * i
                     store(at, mul(load(at), scale))
         if new_flat:
-            _encode_4bit(
-                y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, moments, sums
-            )
+            _encode_4bit(y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, moments, sums)
         else:
             for r in range(rows):
                 at, first = y + r * y_stride, (row + r) * features + first_column
@@ -650,9 +646,7 @@ def _multiply(x, y, out):
     columns = _BLOCK_LANES  # two registers of float64
     for r in range(0, wide, _BLOCK_ROWS):
         for c in range(0, wide, columns):
-            product64(
-                x.ctypes.data + r * stride, stride, y.ctypes.data + 8 * c, stride, out.ctypes.data + r * stride + 8 * c, stride, wide
-            )
+            product64(x.ctypes.data + r * stride, stride, y.ctypes.data + 8 * c, stride, out.ctypes.data + r * stride + 8 * c, stride, wide)
 
 
 @_inline

@@ -136,7 +136,8 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     y_stride = 4 * (columns if new.flat else columns + pad)
     if group * (x_stride + y_stride) > _MAX_SCRATCH:
         return None
-    row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // (2 * threads()))) // group) * group
+    # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number of them
+    row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // 8)) // group) * group
     return _Tiles(group, panel, row_step, columns, x_stride, y_stride)
 
 
@@ -188,8 +189,9 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
         return None
     norm, error = float(sums[:, 0].sum()), float(sums[:, 1].sum())
     tensors, more = _finish(into, result, new_scales, moments)
-    error = max(0.0, error + more)
-    return EncodedWeight(into, tensors), math.sqrt(error / norm) if norm else math.sqrt(error)
+    error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
+    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak of
+    return EncodedWeight(into, tensors), 0.0 if into.quantised and error < 2**-22 else error
 
 
 def _source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
