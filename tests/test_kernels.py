@@ -19,7 +19,6 @@ from oftsurgery.errors import MissingDependencyError, StateError
 from oftsurgery.weight import FoldedWeight, fold_encoded, unfold_encoded
 
 MAPS = {"exact": Cayley(), "neumann 5": Cayley(5), "neumann 5 of 0.17": Cayley(5, since_0_18=False), "neumann 2": Cayley(2), "neumann 1": Cayley(1)}
-SINGLE_4BIT = replace(WeightFormat("nf4", (1, 1), torch.float16, 64))
 
 
 def folded(
@@ -42,7 +41,10 @@ def exact(encoded: EncodedWeight, chain: tuple[Rotation, ...], *, inverse: bool)
         whole = torch.linalg.inv(whole) if inverse else whole
         scale = torch.ones(weight.shape[0]).double() if r.scale is None else r.scale.double()
         scale = (1 / scale if inverse else scale).unsqueeze(-1)
-        weight = scale * {"input": lambda: weight @ whole.t(), "output": lambda: whole.t() @ weight, "embedding": lambda: weight @ whole}[r.side]()
+        if r.side == "output":
+            weight = scale * (whole.t() @ weight)
+        else:
+            weight = scale * (weight @ (whole.t() if r.side == "input" else whole))
     return weight
 
 

@@ -7,8 +7,9 @@
 ``reference``  the readable one: decode, rotate, encode
 =============  ==================================================================================================================
 
-The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what it does not take goes to those
-below it. All give the reference's result; where the rotation's sums, taken in another order, round to the other side of a midpoint, a code may differ by one.
+The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what it does not take goes to
+those below it. All give the reference's result; where the rotation's sums, taken in another order, round to the other side of a midpoint, a code may
+differ by one.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import rotations
-from ..adapter import Cayley, Rotation
-from ..codecs import EncodedWeight, WeightFormat
-from ..errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
+from oftsurgery import rotations
+from oftsurgery.adapter import Cayley, Rotation
+from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
 __all__ = ["backends", "fold", "measure", "use_backend"]
 

@@ -4,7 +4,8 @@ Kept in one file, because numba's cache between processes watches the file of th
 
 * *vector operations*: numba functions over 16 lanes (``<16 x float>`` …), each a few lines of LLVM. LLVM fits them to the machine: one register with
   AVX-512, two with AVX2, four with NEON or SSE.
-* *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of threads may run it on tiles of their own.
+* *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of threads may run it on tiles of
+  their own.
 
 Arithmetic that decides codes is that of :mod:`oftsurgery.codecs`, operation by operation; only the order of the rotation's sums is its own.
 """
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import float32, float64, int32, int64, njit, types
@@ -47,7 +47,7 @@ class _Vector(types.Type):
 
 
 @register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: _Vector) -> None:
         super().__init__(manager, fe_type, fe_type.vector)
 
@@ -63,12 +63,12 @@ def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], A
     """A numba function of fixed types from a function that emits its LLVM: ``emit(builder, *values) -> value``."""
 
     def define(emit: Callable[..., Any]) -> Any:
-        def typing(*given: Any) -> Any:
-            return result(*arguments), lambda context, builder, signature, args: emit(builder, *args)
+        def typing() -> Any:
+            return result(*arguments), lambda _context, builder, _signature, args: emit(builder, *args)
 
         names = ", ".join(f"a{i}" for i in range(len(arguments)))
         scope: dict[str, Any] = {"typing": typing}
-        exec(f"def {emit.__name__}(typingctx, {names}):\n    return typing({names})", scope)  # noqa: S102 - an intrinsic's arguments must be named
+        exec(f"def {emit.__name__}(context, {names}):\n    return typing()", scope)  # noqa: S102 - an intrinsic's arguments must be named
         return intrinsic(scope[emit.__name__])
 
     return define
@@ -177,7 +177,7 @@ def weigh(b, x, weight, total):
 
 
 @_operation(i32x)
-def no_bits(b):
+def no_bits(_builder):
     return _constant(0, i32x.vector)
 
 
@@ -397,7 +397,7 @@ _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
 @_inline
 def _decode(kind, codes, scales, blocksize, levels, first, count, out):
-    """``count`` weights from flat index ``first`` on (4-bit: the first of a block) to float32 at ``out``. Int8's scale is one value, at ``scales``."""
+    """``count`` weights from flat index ``first`` on (4-bit: a block's first) to float32 at ``out``. Int8's scale is one value, at ``scales``."""
     if kind == FOUR_BIT:
         done = 0
         while done < count:
@@ -442,7 +442,8 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
 def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, bounds, order, moments, sums):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in all.
 
-    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax follows.
+    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax
+    follows.
     Adds to ``sums``: Σ exact², Σ (stored - exact)².
     """
     # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the one before
@@ -578,9 +579,9 @@ def fold_tile(
 ):  # fmt: skip
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
 
-    Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel`` columns
-    of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are all of the
-    row, the strides are the row's, and groups begin with a block.
+    Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel``
+    columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are
+    all of the row, the strides are the row's, and groups begin with a block.
 
     ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
     """

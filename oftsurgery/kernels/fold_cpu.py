@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import codecs
-from ..codecs import EncodedWeight, WeightFormat
+from oftsurgery import codecs
+from oftsurgery.codecs import EncodedWeight, WeightFormat
+
 from . import cpu
 
 __all__ = ["blocks", "fold", "largest_angle", "run", "threads"]

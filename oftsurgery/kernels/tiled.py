@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import codecs, rotations
-from ..adapter import Rotation
-from ..codecs import EncodedWeight, WeightFormat
+from oftsurgery import codecs, rotations
+from oftsurgery.adapter import Rotation
+from oftsurgery.codecs import EncodedWeight, WeightFormat
 
 __all__ = ["fold"]
 
@@ -28,8 +28,8 @@ def fold(
         ordered: rotations and their blocks, in the order in which they touch the weight.
 
     Returns:
-        None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up: the reference has the answer, or the
-        error.
+        None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up: the reference has the answer, or
+        the error.
     """
     rows, features = encoded.format.shape
     step = _step(encoded.format, into, [r for r, _ in ordered])
