@@ -23,7 +23,7 @@ from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["BF16", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
+__all__ = ["CELLS", "BF16", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
@@ -254,11 +254,16 @@ def load_codes(b, address):
     return b.zext(b.shuffle_vector(high, low, ir.Constant(i32x.vector, order)), i32x.vector)
 
 
-@_operation(int32, int64, i32x, i32x)
-def store_codes(b, address, order, index):
-    """Mirror of :func:`load_codes`, for the codes ``order[index]``."""
+@_operation(i32x, i32x, i32x)
+def pick_ints(b, table, index):
+    return _pick(b, table, index)
+
+
+@_operation(int32, int64, i32x)
+def store_codes(b, address, codes):
+    """Mirror of :func:`load_codes`."""
     octets, pairs = ir.VectorType(_BYTE, 8), ir.VectorType(ir.IntType(64), 8)
-    pair = b.bitcast(_pick(b, order, index), pairs)  # the first code in the low half
+    pair = b.bitcast(codes, pairs)  # the first code in the low half
     return _store(b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets))
 
 
@@ -276,6 +281,23 @@ def rank(b, x, bounds):
         above = b.fcmp_ordered(">", x, bound)
         index = b.select(above, b.add(index, _constant(step, i32x.vector)), index)
     return index
+
+
+#: cells that [-1, 1] is cut into by :func:`rank_by_cell`; 0 where there is no instruction for tables of 32
+CELLS = 32 if _AVX512 else 0
+
+
+@_operation(i32x, f32x, i32x, i32x, f32x, f32x)
+def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
+    """:func:`rank`, where each of 32 cells of [-1, 1] holds at most one bound: how many are in cells below, and whether the cell's own is below x."""
+    if not CELLS:
+        return _constant(0, i32x.vector)  # never called
+    position = b.fadd(b.fmul(x, _constant(16.0, f32x.vector)), _constant(16.0, f32x.vector))
+    last = _constant(31.0, f32x.vector)
+    cell = b.fptosi(b.select(b.fcmp_ordered("<", position, last), position, last), i32x.vector)
+    base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
+    bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
+    return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
 
 
 @_operation(f32x, int64)
@@ -439,7 +461,7 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
 
 
 @_inline
-def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, bounds, order, moments, sums):
+def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in all.
 
     ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax
@@ -461,6 +483,7 @@ def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, boun
         # in a short last block bitsandbytes bounds the absmax itself
         store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
         done += size
+    base_low, base_high, bounds_low, bounds_high = load_ints(cells), load_ints(cells + 64), load(cells + 128), load(cells + 192)
     norm, error = fill64(0.0), fill64(0.0)
     done = 0
     while done < count:
@@ -480,8 +503,12 @@ def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, boun
             factor = fill(float32(1.0))
         for i in range(done, done + size, LANES):
             s = mul(load(x + 4 * i), factor)
-            index = rank(s, bounds)
-            store_codes(codes + (first + i) // 2, order, index)
+            if by_cell:
+                index = rank_by_cell(s, base_low, base_high, bounds_low, bounds_high)
+                store_codes(codes + (first + i) // 2, index)
+            else:
+                index = rank(s, bounds)
+                store_codes(codes + (first + i) // 2, pick_ints(order, index))
             c = pick(stored, index)
             miss = sub(c, s)
             squares, misses = fma(s, s, squares), fma(miss, miss, misses)
@@ -564,7 +591,7 @@ def _encode_dense(kind, x, count, first, out, sums):
 
 
 @njit(
-    types.void(*[int64] * 31, float64[::1]),
+    types.void(*[int64] * 33, float64[::1]),
     nogil=True,
     cache=True,
     error_model="numpy",
@@ -572,7 +599,7 @@ def _encode_dense(kind, x, count, first, out, sums):
 )
 def fold_tile(
     kind, codes, scales, blocksize, levels,
-    new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, moments,
+    new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
     matrices, b, shared, row_scale,
     out_features, features, first_row, last_row, first_column, last_column,
     group, panel, flat, new_flat, x, x_stride, y, y_stride, sums,
@@ -582,6 +609,8 @@ def fold_tile(
     Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel``
     columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are
     all of the row, the strides are the row's, and groups begin with a block.
+
+    ``by_cell``: the new levels lie in order and one to a cell, ``cells`` is then 32 int32 and 32 float32 for :func:`rank_by_cell`; always readable.
 
     ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
     """
@@ -609,12 +638,12 @@ def fold_tile(
                     at = y + r * y_stride + 4 * i
                     store(at, mul(load(at), scale))
         if new_flat:
-            _encode_4bit(y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, moments, sums)
+            _encode_4bit(y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums)
         else:
             for r in range(rows):
                 at, first = y + r * y_stride, (row + r) * features + first_column
                 if new_kind == FOUR_BIT:
-                    _encode_4bit(at, first, columns, length, new_codes, new_scales, new_blocksize, new, bounds, order, moments, sums)
+                    _encode_4bit(at, first, columns, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums)
                 elif new_kind == INT8:
                     _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
                 else:

@@ -23,7 +23,7 @@ from . import cpu
 __all__ = ["blocks", "fold", "largest_angle", "run", "threads"]
 
 #: of block matrices that stay in the second-level cache while rows pass by
-_MATRIX_BYTES = 256 << 10
+_MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
 _MAX_BLOCK = 512
@@ -107,6 +107,22 @@ def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
 
 
+@cache
+def _cells(codec: str) -> tuple[bool, np.ndarray]:
+    """Whether :func:`oftsurgery.kernels.cpu.rank_by_cell` serves the codec's levels, and its table: 32 int32, 32 float32."""
+    _, _, bounds, order = (t.numpy() for t in _tables(codec))
+    bounds = bounds[:15]
+    # as the kernel finds a value's cell, in float32: it grows with the value, so one in a higher cell than a bound is above it
+    own = np.minimum(bounds * np.float32(16) + np.float32(16), np.float32(31)).astype(np.int32)
+    table = np.zeros((2, 32), dtype=np.int32)
+    if not cpu.CELLS or len(set(own)) < 15 or (order != np.arange(16)).any():
+        return False, table
+    table[0] = [(own < cell).sum() for cell in range(32)]
+    table[1] = np.full(32, np.inf, dtype=np.float32).view(np.int32)
+    table[1, own] = bounds.view(np.int32)
+    return True, table
+
+
 @dataclass(frozen=True)
 class _Tiles:
     group: int
@@ -167,6 +183,7 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
     result, new_scales, moments = _allocate(into, new)
     old_levels = _tables(f.codec)[0]
     _, levels, bounds, order = _tables(into.codec)
+    by_cell, cells = _cells(into.codec)
     matrices = matrices.contiguous()
     factors = None if scale is None else scale.to(torch.float32).contiguous()
     places = [(r, c) for c in range(0, features, tiles.column_step) for r in range(0, rows, tiles.row_step)]
@@ -179,7 +196,7 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
         cpu.fold_tile(
             old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
             new.kind, result.data_ptr(), new_scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
-            0 if moments is None else moments.data_ptr(),
+            by_cell, cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
             matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(),
             rows, features, row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
             tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride, sums[i],
