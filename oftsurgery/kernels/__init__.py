@@ -33,6 +33,8 @@ from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
+from .blockwise import widen
+
 __all__ = ["backends", "fold", "measure", "use_backend"]
 
 T = TypeVar("T")
@@ -84,15 +86,17 @@ def _choice() -> str | None:
         return None
     if name not in _NAMES:
         raise StateError(f"unknown backend {printable(name)!r}", remedy=f"{_VARIABLE}: auto, {', '.join(_NAMES)}")
-    problem = _problem(name)
+    problem = _missing(name)
     if problem:
         raise MissingDependencyError(f"the backend {name} is forced, and cannot serve: {problem}", remedy=f"unset {_VARIABLE}")
     return name
 
 
 def _problem(name: str) -> str | None:
-    if name in _broken:
-        return _broken[name]
+    return _broken.get(name) or _missing(name)
+
+
+def _missing(name: str) -> str | None:
     if name in ("numba", "triton") and util.find_spec(name) is None:
         return f"{name} is not installed"
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -208,8 +212,8 @@ def _blocks(rotation: Rotation, wide: int) -> Tensor:
     if own and series is not None and rotation.generator.device.type == "cpu" and _choice() in (None, "numba"):
         found = _serve("numba", lambda driver: driver.blocks(rotation.generator, rotation.block_size, own, *series))
         if found is not None:
-            return _widen(found, wide)
-    return _widen(rotation.blocks, wide)
+            return widen(found, wide)
+    return widen(rotation.blocks, wide)
 
 
 def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tuple[Tensor, Tensor | None] | None:
@@ -245,16 +249,3 @@ def _single(matrices: Tensor) -> Tensor:
     if matrices.device.type != "cpu":
         return matrices.to(torch.float32).contiguous()
     return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))
-
-
-def _widen(m: Tensor, b: int) -> Tensor:
-    """Blocks ``(n, a, a)`` as blocks ``(n·a/b, b, b)`` that hold b/a of them on the diagonal (``(1, b, b)`` for a single, shared one)."""
-    n, a, _ = m.shape
-    if a == b:
-        return m
-    each = b // a
-    m = m.expand(each, a, a) if n == 1 else m
-    wide = m.new_zeros(m.shape[0] // each, each, a, each, a)
-    for i in range(each):
-        wide[:, i, :, i, :] = m[i::each]
-    return wide.reshape(-1, b, b)

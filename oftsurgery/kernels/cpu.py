@@ -23,7 +23,7 @@ from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["CELLS", "BF16", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
+__all__ = ["BF16", "CELLS", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
@@ -610,7 +610,7 @@ def fold_tile(
     columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are
     all of the row, the strides are the row's, and groups begin with a block.
 
-    ``by_cell``: the new levels lie in order and one to a cell, ``cells`` is then 32 int32 and 32 float32 for :func:`rank_by_cell`; always readable.
+    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` is then 32 int32 and 32 float32 for :func:`rank_by_cell`. Always readable.
 
     ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
     """
@@ -638,7 +638,9 @@ def fold_tile(
                     at = y + r * y_stride + 4 * i
                     store(at, mul(load(at), scale))
         if new_flat:
-            _encode_4bit(y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums)
+            _encode_4bit(
+                y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums
+            )
         else:
             for r in range(rows):
                 at, first = y + r * y_stride, (row + r) * features + first_column

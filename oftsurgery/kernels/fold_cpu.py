@@ -18,7 +18,7 @@ from torch import Tensor
 from oftsurgery import codecs
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-from . import cpu
+from . import blockwise, cpu
 
 __all__ = ["blocks", "fold", "largest_angle", "run", "threads"]
 
@@ -27,7 +27,6 @@ _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
 _MAX_BLOCK = 512
-_NOT_FINITE = 0x7F800000
 
 _DENSE = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
 _local = threading.local()
@@ -176,11 +175,11 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
         return None
     rows, features = f.shape
     tiles = _tiles((rows, features), b, old, new)
-    source = _source(encoded)
+    source = blockwise.source(encoded)
     if tiles is None or source is None:
         return None
     weight, scales = source
-    result, new_scales, moments = _allocate(into, new)
+    result, new_scales, moments = blockwise.allocate(into, weight.device)
     old_levels = _tables(f.codec)[0]
     _, levels, bounds, order = _tables(into.codec)
     by_cell, cells = _cells(into.codec)
@@ -203,60 +202,10 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
         )  # fmt: skip
 
     run(task, len(places))
-    if sums[:, 2].max(initial=0) >= _NOT_FINITE:
+    if sums[:, 2].max(initial=0) >= blockwise.NOT_FINITE:
         return None
     norm, error = float(sums[:, 0].sum()), float(sums[:, 1].sum())
-    tensors, more = _finish(into, result, new_scales, moments)
-    error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
-    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak of
-    return EncodedWeight(into, tensors), 0.0 if into.quantised and error < 2**-22 else error
-
-
-def _source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
-    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says what)."""
-    f, t = encoded.format, encoded.tensors
-    weight = t.get("weight")
-    if weight is None:
-        return None
-    weight = weight.detach()
-    if f.codec == "int8":
-        scb = t.get("SCB")
-        if scb is None or weight.dtype != torch.int8 or tuple(weight.shape) != f.shape or scb.numel() != f.shape[0] or not weight.is_contiguous():
-            return None
-        return weight, scb.detach().reshape(-1).to(torch.float32) / 127.0
-    if f.codec == "dense":
-        return (weight, weight) if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous() else None
-    packed = weight.contiguous().reshape(-1).view(torch.uint8)
-    absmax = codecs._decode_absmax(encoded)
-    codecs._check_4bit(encoded, packed, absmax)
-    return packed, absmax.contiguous()
-
-
-def _allocate(into: WeightFormat, new: _Side) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Room for the new codes, their scales, and with double quantisation two moments a block."""
-    n = math.prod(into.shape)
-    if new.kind == cpu.INT8:
-        return torch.empty(into.shape, dtype=torch.int8), torch.empty(into.shape[0]), None
-    if new.kind != cpu.FOUR_BIT:
-        return torch.empty(into.shape, dtype=into.dtype), torch.empty(0), None
-    blocks = -(-n // into.blocksize)
-    return torch.empty(n // 2, 1, dtype=torch.uint8), torch.empty(blocks), torch.empty(blocks, 2) if into.nested_blocksize else None
-
-
-def _finish(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None) -> tuple[dict[str, Tensor], float]:
-    """The new weight's tensors, and what double quantisation of the absmax adds to the squared error."""
-    if into.codec == "dense":
-        return {"weight": result}, 0.0
-    if into.codec == "int8":
-        return {"weight": result, "SCB": scales}, 0.0
-    tensors = {"weight": codecs._as_storage(result, into), "quant_map": codecs._levels(into.codec, scales.device).clone()}
-    tensors |= codecs._encode_absmax(scales, into)
-    if moments is None:
-        return tensors, 0.0
-    # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
-    delta = (codecs._decode_absmax(EncodedWeight(into, tensors)) - scales).to(torch.float64)
-    cross, power = moments.to(torch.float64).unbind(1)
-    return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
+    return blockwise.finish(into, result, new_scales, moments, norm, error)
 
 
 # --- block rotations ------------------------------------------------------------------------------------------------------------------------------
