@@ -172,7 +172,9 @@ def ceilings() -> dict[str, float]:
 def machine() -> dict[str, Any]:
     from oftsurgery.record import versions
 
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
     return {"cpu": cpu, "processors": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], **versions(), **ceilings()}
 
 
@@ -221,7 +223,10 @@ def model(blocks: int) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    return next((int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")), resource.getrusage(0).ru_maxrss)
+    return next(
+        (int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")),
+        resource.getrusage(0).ru_maxrss,
+    )
 
 
 def plot(results: Path, out: Path) -> None:

@@ -610,7 +610,7 @@ def fold_tile(
     columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are
     all of the row, the strides are the row's, and groups begin with a block.
 
-    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` is then 32 int32 and 32 float32 for :func:`rank_by_cell`. Always readable.
+    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for :func:`rank_by_cell` then.
 
     ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
     """

@@ -188,16 +188,19 @@ def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Te
     places = [(r, c) for c in range(0, features, tiles.column_step) for r in range(0, rows, tiles.row_step)]
     sums = np.zeros((len(places), 3))
 
+    first = (
+        old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
+        new.kind, result.data_ptr(), new_scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
+        by_cell, cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
+        matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(), rows, features,
+    )  # fmt: skip
+
     def task(i: int) -> None:
         row, column = places[i]
         x = _scratch(tiles.group * (tiles.x_stride + tiles.y_stride) // 4 + 16)
         y = (x + tiles.group * tiles.x_stride + 63) & ~63
         cpu.fold_tile(
-            old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
-            new.kind, result.data_ptr(), new_scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
-            by_cell, cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
-            matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(),
-            rows, features, row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
+            *first, row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
             tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride, sums[i],
         )  # fmt: skip
 

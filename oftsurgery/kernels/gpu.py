@@ -1,8 +1,7 @@
 """The fused kernel for CUDA, in Triton: decode → rotate → scale → absmax → encode → pack for one tile.
 
-A program takes some rows of one block of columns that holds whole rotations and whole 4-bit blocks, so nothing but codes and statistics touches memory.
-Int8 needs a row's absmax first, hence two passes over its codes. On the CPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``), which tests
-it.
+A program takes some rows of one block of columns that holds whole rotations and whole 4-bit blocks, so only codes and statistics touch memory.
+Int8 needs a row's absmax first, hence two passes. On the CPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``), which tests it.
 """
 
 from __future__ import annotations
