@@ -607,8 +607,8 @@ def fold_tile(
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
 
     Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel``
-    columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns are
-    all of the row, the strides are the row's, and groups begin with a block.
+    columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns
+    are all of the row, the strides are the row's, and groups begin with a block.
 
     ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for :func:`rank_by_cell` then.
 
