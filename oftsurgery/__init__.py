@@ -5,38 +5,46 @@
 >>> folded.oftsurgery.worst                             # doctest: +SKIP
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
-from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, verify_checkpoint, wrap
-from .checks import CheckpointReport, WeightCheck
-from .codecs import EncodedWeight, WeightFormat
-from .compare import OutputError, VerifyReport, verify
-from .diagnosis import Finding, doctor
-from .errors import (
-    AdapterError,
-    CheckpointError,
-    DialectError,
-    DiskError,
-    FormatError,
-    IntegrityError,
-    MatchError,
-    MissingDependencyError,
-    NonFiniteError,
-    OFTSurgeryError,
-    RoundingWarning,
-    ShapeError,
-    StateError,
-    UnfoldWarning,
-    UntieWarning,
-)
-from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
-from .record import AdapterInfo, FoldRecord, ModuleRecord
-from .weight import fold_weight, unfold_weight
+
+if TYPE_CHECKING:
+    from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
+    from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, verify_checkpoint, wrap
+    from .checks import CheckpointReport, WeightCheck
+    from .codecs import EncodedWeight, WeightFormat
+    from .compare import OutputError, VerifyReport, verify
+    from .diagnosis import Finding, doctor
+    from .errors import (
+        AdapterError,
+        BackendWarning,
+        CheckpointError,
+        DialectError,
+        DiskError,
+        FormatError,
+        IntegrityError,
+        MatchError,
+        MissingDependencyError,
+        NonFiniteError,
+        OFTSurgeryError,
+        RoundingWarning,
+        ShapeError,
+        StateError,
+        UnfoldWarning,
+        UntieWarning,
+    )
+    from .kernels import backends, use_backend
+    from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
+    from .record import AdapterInfo, FoldRecord, ModuleRecord
+    from .weight import fold_weight, unfold_weight
 
 __all__ = [
     "DIALECTS",
     "AdapterError",
     "AdapterInfo",
+    "BackendWarning",
     "Cayley",
     "CheckpointError",
     "CheckpointReport",
@@ -64,6 +72,7 @@ __all__ = [
     "WeightCheck",
     "WeightFormat",
     "__version__",
+    "backends",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "doctor",
@@ -75,7 +84,96 @@ __all__ = [
     "unfold",
     "unfold_checkpoint",
     "unfold_weight",
+    "use_backend",
     "verify",
     "verify_checkpoint",
     "wrap",
 ]
+
+# module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without torch
+_EXPORTS = {
+    "adapter": (
+        "DIALECTS",
+        "Cayley",
+        "OFTAdapter",
+        "Rotation",
+    ),
+    "api": (
+        "export_safetensors",
+        "fold",
+        "fold_checkpoint",
+        "load_adapter",
+        "unfold",
+        "unfold_checkpoint",
+        "verify_checkpoint",
+        "wrap",
+    ),
+    "checks": (
+        "CheckpointReport",
+        "WeightCheck",
+    ),
+    "codecs": (
+        "EncodedWeight",
+        "WeightFormat",
+    ),
+    "compare": (
+        "OutputError",
+        "VerifyReport",
+        "verify",
+    ),
+    "diagnosis": (
+        "Finding",
+        "doctor",
+    ),
+    "errors": (
+        "AdapterError",
+        "BackendWarning",
+        "CheckpointError",
+        "DialectError",
+        "DiskError",
+        "FormatError",
+        "IntegrityError",
+        "MatchError",
+        "MissingDependencyError",
+        "NonFiniteError",
+        "OFTSurgeryError",
+        "RoundingWarning",
+        "ShapeError",
+        "StateError",
+        "UnfoldWarning",
+        "UntieWarning",
+    ),
+    "kernels": (
+        "backends",
+        "use_backend",
+    ),
+    "live": (
+        "dispatch_bnb_4bit",
+        "dispatch_bnb_8bit",
+    ),
+    "record": (
+        "AdapterInfo",
+        "FoldRecord",
+        "ModuleRecord",
+    ),
+    "weight": (
+        "fold_weight",
+        "unfold_weight",
+    ),
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name in _EXPORTS:
+        value = import_module(f".{name}", __name__)  # oftsurgery.live.Linear4bit
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

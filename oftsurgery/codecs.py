@@ -314,13 +314,16 @@ def _encode_4bit(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     if n % 2:
         codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
     packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
-    if f.storage != torch.uint8:
-        if packed.numel() % f.storage.itemsize:
-            raise FormatError(
-                f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8"
-            )
-        packed = packed.reshape(-1).view(f.storage).unsqueeze(1)
-    return {"weight": packed, "quant_map": _levels(f.codec, flat.device).clone(), **_encode_absmax(absmax, f)}
+    return {"weight": _as_storage(packed, f), "quant_map": _levels(f.codec, flat.device).clone(), **_encode_absmax(absmax, f)}
+
+
+def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
+    """Packed bytes ``(⌈n/2⌉, 1)`` as the dtype that holds them."""
+    if f.storage == torch.uint8:
+        return packed
+    if packed.numel() % f.storage.itemsize:
+        raise FormatError(f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8")
+    return packed.reshape(-1).view(f.storage).unsqueeze(1)
 
 
 def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:

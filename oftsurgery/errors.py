@@ -171,3 +171,7 @@ class UnfoldWarning(UserWarning):
 
 class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
+
+
+class BackendWarning(UserWarning):
+    """A fast path is missing or failed; what it would have done is done by a slower one, with the same result."""

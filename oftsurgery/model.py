@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from . import peft_live
+from . import kernels, peft_live
 from .adapter import OFTAdapter
 from .codecs import EncodedWeight
 from .errors import IntegrityError, MatchError, OFTSurgeryError, RoundingWarning, StateError, UnfoldWarning, UntieWarning, printable
@@ -179,16 +179,18 @@ def _covers(entry: str, name: str) -> bool:
 
 
 def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied: bool) -> ModuleRecord:
+    defects, angles = zip(*(kernels.measure(r) for r in target.chain), strict=True)
     return ModuleRecord(
         format=folded.encoded.format.label,
         side="+".join(dict.fromkeys(r.side for r in target.chain)),
         block_size=tuple(r.block_size for r in target.chain),
         error=folded.error,
-        defect=max(r.defect for r in target.chain),
-        angle=max(r.angle for r in target.chain),
+        defect=max(defects),
+        angle=max(angles),
         before=encoded.fingerprint,
         after=folded.encoded.fingerprint,
         untied=untied,
+        backend=folded.backend,
     )
 
 

@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,11 @@ __all__ = ["AdapterInfo", "FoldRecord", "ModuleRecord", "versions"]
 
 def versions() -> dict[str, str]:
     """Versions of what took part in a fold, those of its libraries that are installed."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:  # reading packages' metadata takes longer than folding a small layer
     found = {"oftsurgery": __version__, "python": platform.python_version()}
     for name in ("torch", "bitsandbytes", "peft", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -73,6 +79,7 @@ class ModuleRecord:
         before: content hash of the stored weight before the fold.
         after: and after it.
         untied: the weight was shared with another module, and is no more.
+        backend: what computed the fold, a key of :func:`oftsurgery.backends`.
     """
 
     format: str
@@ -84,6 +91,7 @@ class ModuleRecord:
     before: str
     after: str
     untied: bool = False
+    backend: str = "reference"
 
 
 @dataclass(frozen=True)

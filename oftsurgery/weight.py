@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor
 
-from . import codecs, rotations
+from . import codecs, kernels, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
@@ -26,10 +26,12 @@ class FoldedWeight:
     Attributes:
         encoded: the new weight, in the format of the old one.
         error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for float32.
+        backend: what computed it, a key of :func:`oftsurgery.backends`.
     """
 
     encoded: EncodedWeight
     error: float
+    backend: str = "reference"
 
 
 def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
@@ -91,6 +93,10 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
+        order = _in_weight_order(chain, inverse=inverse)
+        fast = kernels.fold(encoded, order, into, inverse=inverse)
+        if fast is not None:
+            return FoldedWeight(*fast)
         exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
             raise NonFiniteError(

@@ -1,0 +1,282 @@
+"""Time folds against peft's merge and against bitsandbytes' own kernels with torch's products: pair by pair, in one run.
+
+    python benchmarks/bench.py layers [--quick] [--out FILE]     every size, format and block size; threads 1 and 2
+    python benchmarks/bench.py model [--out FILE]                a 1.1 B-shaped NF4 model in memory
+    python benchmarks/bench.py plot FILE --out PNG               time against width
+
+Every figure of ours is a whole ``oftsurgery.fold`` call with its record; peft's is its layer's ``merge()``. Before each timing the previous result is
+dropped and collected, for all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+warnings.simplefilter("ignore")
+logging.disable(logging.WARNING)
+
+import bitsandbytes as bnb  # noqa: E402
+from peft import OFTConfig, get_peft_model  # noqa: E402
+
+import oftsurgery  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+# (codec, out, in, b)
+LAYERS = [
+    *(("nf4", n, n, 32) for n in (1024, 2048, 4096, 8192)),
+    ("nf4", 4096, 11008, 32),
+    *(("nf4", 4096, 4096, b) for b in (16, 64, 128, 256)),
+    ("nf4 nested", 4096, 4096, 32),
+    ("fp4", 4096, 4096, 32),
+    *(("int8", n, n, 32) for n in (1024, 2048, 4096, 8192)),
+    ("int8", 4096, 11008, 32),
+    *(("int8", 4096, 4096, b) for b in (16, 256)),
+]
+QUICK = [("nf4", 1024, 1024, 32), ("nf4", 4096, 4096, 32), ("int8", 4096, 4096, 32)]
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def quantised(codec: str, rows: int, features: int) -> nn.Module:
+    """A bitsandbytes layer with random normal weights."""
+    weight = torch.randn(rows, features) * 0.02
+    if codec == "int8":
+        layer = bnb.nn.Linear8bitLt(features, rows, bias=False, has_fp16_weights=False, device="meta")
+        scb = weight.abs().amax(1)
+        codes = (weight * (127 / scb).unsqueeze(1)).round().to(torch.int8)
+        layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scb)
+        layer.state.CB, layer.state.SCB = codes, scb
+        return layer
+    kind, nested = codec.removesuffix(" nested"), codec.endswith(" nested")
+    layer = bnb.nn.Linear4bit(features, rows, bias=False, quant_type=kind, compress_statistics=nested, device="meta")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=nested, module=layer).to("cpu")
+    return layer
+
+
+def with_adapter(model: nn.Module, targets: list[str], b: int) -> Any:
+    live = get_peft_model(model, OFTConfig(target_modules=targets, oft_block_size=b))
+    for name, parameter in live.named_parameters():
+        if "oft_" in name:
+            nn.init.normal_(parameter, std=0.1 / b**0.5)
+    return live.requires_grad_(False)
+
+
+def library_fold(layer: nn.Module, rotation: oftsurgery.Rotation) -> Any:
+    """What one would write with bitsandbytes and torch: dequantise, rotate by blocks, quantise."""
+    blocks = rotation.blocks.to(torch.float32)
+    weight: Any = layer.weight
+    n, b, _ = blocks.shape
+    if isinstance(weight, bnb.nn.Int8Params):
+        plain = weight.data.float() * (weight.SCB / 127).unsqueeze(1)
+    else:
+        plain = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    rows = plain.reshape(-1, n, b).transpose(0, 1)
+    rotated = torch.bmm(rows, blocks.transpose(1, 2)).transpose(0, 1).reshape(plain.shape)
+    if isinstance(weight, bnb.nn.Int8Params):
+        return bnb.functional.int8_vectorwise_quant(rotated.half())
+    state = weight.quant_state
+    return bnb.functional.quantize_4bit(rotated, blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type)
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    gc.collect()
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median_ms": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3), "min_ms": round(min(times), 3)}
+
+
+def layer_case(codec: str, rows: int, features: int, b: int, pairs: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    live = with_adapter(Model(quantised(codec, rows, features)), ["layer"], b)
+    layer = live.base_model.model.layer
+    base, weight = layer.base_layer, layer.base_layer.weight
+    state = (base.state.CB, base.state.SCB) if codec == "int8" else None
+
+    def restore() -> None:
+        layer.merged_adapters.clear()
+        base.weight = weight
+        if state:
+            base.state.CB, base.state.SCB = state
+
+    times: dict[str, list[float]] = {"oftsurgery": [], "peft": [], "bitsandbytes": []}
+    first, folded = timed(lambda: oftsurgery.fold(live))
+    record = folded.oftsurgery.modules["layer"]
+    rotation = _rotation(live)
+    for i in range(pairs + 1):  # the first pair warms up
+        for _ in range(3):  # ours is short: three to each of the others
+            ms, folded = timed(lambda: oftsurgery.fold(live))
+            times["oftsurgery"].extend([ms] if i else [])
+            del folded
+        ms, _ = timed(lambda: library_fold(base, rotation))
+        times["bitsandbytes"].extend([ms] if i else [])
+        ms, _ = timed(layer.merge)
+        times["peft"].extend([ms] if i else [])
+        restore()
+    ours = [statistics.median(times["oftsurgery"][3 * i : 3 * i + 3]) for i in range(pairs)]
+    weights = rows * features
+    seconds = statistics.median(times["oftsurgery"]) / 1e3
+    moved = weights * (2 if codec == "int8" else 1 + 2 * 4 / 64)
+    return {
+        "codec": codec, "out": rows, "in": features, "b": b, "backend": record.backend, "error": record.error, "first_call_ms": round(first, 1),
+        **{name: spread(t) for name, t in times.items()},
+        "times_faster_than_peft": round(statistics.median(p / o for p, o in zip(times["peft"], ours, strict=True)), 1),
+        "times_faster_than_bitsandbytes": round(statistics.median(p / o for p, o in zip(times["bitsandbytes"], ours, strict=True)), 1),
+        "gigabytes_per_second": round(moved / seconds / 1e9, 2), "gigaflops": round(2 * b * weights / seconds / 1e9, 1),
+    }  # fmt: skip
+
+
+def _rotation(live: Any) -> oftsurgery.Rotation:
+    from oftsurgery.peft_live import read_adapters
+
+    return read_adapters(live)[0].modules["layer"]
+
+
+def ceilings() -> dict[str, float]:
+    """What this machine reaches now: copying memory, and float32 products by torch."""
+    a, m = torch.ones(1 << 26), torch.rand(2048, 2048)
+    b = a.clone()
+    copy = min(timed(lambda: b.copy_(a))[0] for _ in range(10))
+    product = min(timed(lambda: m @ m)[0] for _ in range(10))
+    return {"copy_gigabytes_per_second": round(2 * a.nbytes / copy / 1e6, 1), "product_gigaflops": round(2 * 2048**3 / product / 1e6, 1)}
+
+
+def machine() -> dict[str, Any]:
+    from oftsurgery.record import versions
+
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+    )
+    return {"cpu": cpu, "processors": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], **versions(), **ceilings()}
+
+
+def layers(quick: bool, pairs: int) -> dict[str, Any]:
+    found = []
+    for codec, rows, features, b in QUICK if quick else LAYERS:
+        case = layer_case(codec, rows, features, b, max(3, pairs // 2) if rows * features > 1 << 25 else pairs)
+        print(
+            f"{codec:>10} {rows}×{features} b={b:<3} threads={torch.get_num_threads()}: {case['oftsurgery']['median_ms']:8.2f} ms; "
+            f"peft {case['times_faster_than_peft']:6.1f}×, bitsandbytes {case['times_faster_than_bitsandbytes']:6.1f}×",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        found.append(case)
+    return {"machine": machine(), "layers": found}
+
+
+def model(blocks: int) -> dict[str, Any]:
+    """22 blocks of TinyLlama's shapes, NF4 with double quantisation, in memory: our fold, then peft's merge of the same model."""
+    shapes = {
+        "q": (2048, 2048),
+        "k": (256, 2048),
+        "v": (256, 2048),
+        "o": (2048, 2048),
+        "gate": (5632, 2048),
+        "up": (5632, 2048),
+        "down": (2048, 5632),
+    }
+    torch.manual_seed(0)
+    whole = nn.ModuleDict({f"{i}_{name}": quantised("nf4 nested", *shape) for i in range(blocks) for name, shape in shapes.items()})
+    live = with_adapter(Model(whole), [rf"layer.{name}" for name in whole], 32)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    before = _peak()
+    ours, folded = timed(lambda: oftsurgery.fold(live))
+    peak = _peak() - before
+    size = sum(m.before != "" for m in folded.oftsurgery.modules.values())
+    new = sum(p.nbytes for p in folded.parameters())
+    again, folded = timed(lambda: oftsurgery.fold(live))
+    del folded
+    peft, _ = timed(live.merge_and_unload)
+    return {
+        "machine": machine(), "layers": size, "weights": blocks * sum(a * b for a, b in shapes.values()),
+        "first_fold_s": round(ours / 1e3, 3), "fold_s": round(again / 1e3, 3), "peft_s": round(peft / 1e3, 3), "times_faster": round(peft / again, 1),
+        "peak_above_start_mb": round(peak / 2**20, 1), "new_weights_mb": round(new / 2**20, 1),
+    }  # fmt: skip
+
+
+def _peak() -> int:
+    return next(
+        (int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")),
+        resource.getrusage(0).ru_maxrss,
+    )
+
+
+def plot(results: Path, out: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg" if out.suffix == ".svg" else "agg")
+    from matplotlib import pyplot as plt
+
+    runs = json.loads(results.read_text())["runs"]
+    cases = [c for c in runs[-1]["layers"] if c["codec"] == "nf4" and c["b"] == 32 and c["out"] == c["in"]]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, label in (("peft", "peft's merge"), ("bitsandbytes", "bitsandbytes + torch"), ("oftsurgery", "oftsurgery.fold")):
+        axes.plot([c["in"] for c in cases], [c[name]["median_ms"] for c in cases], marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="width of a square NF4 layer, b = 32", ylabel="milliseconds")
+    axes.set_xticks([c["in"] for c in cases], [str(c["in"]) for c in cases], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["layers", "model", "plot", "one"])
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="three cases, few pairs")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=22, help="of the model")
+    args = parser.parse_args()
+    if args.what == "one":  # one number of threads, in a process of its own: torch's may not change after its start
+        print(json.dumps(layers(args.quick, args.pairs)))
+    elif args.what == "layers":
+        command = [sys.executable, __file__, "one", "--pairs", str(args.pairs), *(["--quick"] if args.quick else [])]
+        runs = [
+            json.loads(subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(n)}, stdout=subprocess.PIPE, check=True).stdout)
+            for n in sorted({1, min(2, os.cpu_count() or 1)})
+        ]
+        _write(args.out or RESULTS / "layers.json", {"runs": runs})
+    elif args.what == "model":
+        _write(args.out or RESULTS / "model.json", model(args.blocks))
+    else:
+        plot(args.file or RESULTS / "layers.json", args.out or RESULTS / "width.svg")
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

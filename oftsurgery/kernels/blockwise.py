@@ -1,0 +1,85 @@
+"""What the drivers of the fused kernels share: a weight's codes and scales, room for the new ones, and the end of double quantisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from oftsurgery import codecs
+from oftsurgery.codecs import EncodedWeight, WeightFormat
+
+__all__ = ["NOT_FINITE", "allocate", "finish", "source", "widen"]
+
+#: bits of infinity: of |value| as integers, from here on not finite
+NOT_FINITE = 0x7F800000
+
+
+def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
+    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says what)."""
+    f, t = encoded.format, encoded.tensors
+    weight = t.get("weight")
+    if weight is None:
+        return None
+    weight = weight.detach()
+    if f.codec == "int8":
+        scb = t.get("SCB")
+        if scb is None or weight.dtype != torch.int8 or tuple(weight.shape) != f.shape or scb.numel() != f.shape[0] or not weight.is_contiguous():
+            return None
+        return weight, scb.detach().reshape(-1).to(torch.float32) / 127.0
+    if f.codec == "dense":
+        return (weight, weight) if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous() else None
+    packed = weight.contiguous().reshape(-1).view(torch.uint8)
+    absmax = codecs._decode_absmax(encoded)
+    codecs._check_4bit(encoded, packed, absmax)
+    return packed, absmax.contiguous()
+
+
+def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the new codes, their scales, and with double quantisation two moments a block."""
+    n = math.prod(into.shape)
+    if into.codec == "int8":
+        return torch.empty(into.shape, dtype=torch.int8, device=device), torch.empty(into.shape[0], device=device), None
+    if into.codec == "dense":
+        return torch.empty(into.shape, dtype=into.dtype, device=device), torch.empty(0, device=device), None
+    blocks = -(-n // into.blocksize)
+    moments = torch.empty(blocks, 2, device=device) if into.nested_blocksize else None
+    return torch.empty(n // 2, 1, dtype=torch.uint8, device=device), torch.empty(blocks, device=device), moments
+
+
+def _tensors(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None) -> tuple[dict[str, Tensor], float]:
+    """The new weight's tensors, and what double quantisation of the absmax adds to the squared error."""
+    if into.codec == "dense":
+        return {"weight": result}, 0.0
+    if into.codec == "int8":
+        return {"weight": result, "SCB": scales}, 0.0
+    tensors = {"weight": codecs._as_storage(result, into), "quant_map": codecs._levels(into.codec, scales.device).clone()}
+    tensors |= codecs._encode_absmax(scales, into)
+    if moments is None:
+        return tensors, 0.0
+    # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
+    delta = (codecs._decode_absmax(EncodedWeight(into, tensors)) - scales).to(torch.float64)
+    cross, power = moments.to(torch.float64).unbind(1)
+    return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
+
+
+def finish(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float) -> tuple[EncodedWeight, float]:
+    """The new weight and its relative error, from the sums of squares of the exact weight and of what storing it changed."""
+    tensors, more = _tensors(into, result, scales, moments)
+    error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
+    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak of
+    return EncodedWeight(into, tensors), 0.0 if into.quantised and error < 2**-22 else error
+
+
+def widen(m: Tensor, b: int) -> Tensor:
+    """Blocks ``(n, a, a)`` as blocks ``(n·a/b, b, b)`` that hold b/a of them on the diagonal (``(1, b, b)`` for a single, shared one)."""
+    n, a, _ = m.shape
+    if a == b:
+        return m
+    each = b // a
+    m = m.expand(each, a, a) if n == 1 else m
+    wide = m.new_zeros(m.shape[0] // each, each, a, each, a)
+    for i in range(each):
+        wide[:, i, :, i, :] = m[i::each]
+    return wide.reshape(-1, b, b)

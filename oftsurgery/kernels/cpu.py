@@ -1,0 +1,846 @@
+"""The fused CPU kernel: decode → rotate → scale → absmax → encode → pack for one tile of a weight, compiled by numba.
+
+Kept in one file, because numba's cache between processes watches the file of the compiled function alone. Two layers:
+
+* *vector operations*: numba functions over 16 lanes (``<16 x float>`` …), each a few lines of LLVM. LLVM fits them to the machine: one register with
+  AVX-512, two with AVX2, four with NEON or SSE.
+* *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of threads may run it on tiles of
+  their own.
+
+Arithmetic that decides codes is that of :mod:`oftsurgery.codecs`, operation by operation; only the order of the rotation's sums is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import float32, float64, int32, int64, njit, types
+from numba.core import config as numba_config
+from numba.core.datamodel import models
+from numba.extending import intrinsic, register_model
+
+__all__ = ["BF16", "CELLS", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
+
+#: kinds of storage
+FOUR_BIT, INT8, F32, F16, BF16 = range(5)
+LANES = 16
+#: rows that are rotated together
+ROWS = 8
+
+_HOST = numba_config.CPU_FEATURES if numba_config.CPU_FEATURES is not None else llvm.get_host_cpu_features().flatten()
+_FEATURES = set(_HOST.split(",")) if numba_config.CPU_NAME != "generic" else set()
+_AVX512 = "+avx512f" in _FEATURES
+#: without it LLVM would call a conversion routine that is not linked in
+HAS_F16 = _AVX512 or "+f16c" in _FEATURES or llvm.get_default_triple().startswith(("aarch64", "arm64"))
+
+# --- vector operations ----------------------------------------------------------------------------------------------------------------------------
+
+
+class _Vector(types.Type):
+    def __init__(self, name: str, element: ir.Type) -> None:
+        super().__init__(name=name)
+        self.vector = ir.VectorType(element, LANES)
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, fe_type: _Vector) -> None:
+        super().__init__(manager, fe_type, fe_type.vector)
+
+
+_F, _D, _I = ir.FloatType(), ir.DoubleType(), ir.IntType(32)
+_BYTE, _WORD = ir.IntType(8), ir.IntType(16)
+f32x = _Vector("f32x16", _F)
+f64x = _Vector("f64x16", _D)
+i32x = _Vector("i32x16", _I)
+
+
+def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A numba function of fixed types from a function that emits its LLVM: ``emit(builder, *values) -> value``."""
+
+    def define(emit: Callable[..., Any]) -> Any:
+        def typing() -> Any:
+            return result(*arguments), lambda _context, builder, _signature, args: emit(builder, *args)
+
+        names = ", ".join(f"a{i}" for i in range(len(arguments)))
+        scope: dict[str, Any] = {"typing": typing}
+        exec(f"def {emit.__name__}(context, {names}):\n    return typing()", scope)  # noqa: S102 - an intrinsic's arguments must be named
+        return intrinsic(scope[emit.__name__])
+
+    return define
+
+
+def _call(b: Any, name: str, result: ir.Type, *args: Any) -> Any:
+    module = b.module
+    function = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
+    return b.call(function, args)
+
+
+def _at(b: Any, address: Any, type_: ir.Type) -> Any:
+    return b.inttoptr(address, type_.as_pointer())
+
+
+def _constant(value: float, vector: ir.VectorType) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _fill(b: Any, value: Any) -> Any:
+    vector = ir.VectorType(value.type, LANES)
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I, 0))
+    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), _constant(0, ir.VectorType(_I, LANES)))
+
+
+def _load(b: Any, address: Any, type_: ir.Type, align: int = 1) -> Any:
+    loaded = b.load(_at(b, address, type_))
+    loaded.align = align
+    return loaded
+
+
+def _store(b: Any, address: Any, value: Any, align: int = 1) -> Any:
+    b.store(value, _at(b, address, value.type)).align = align
+    return ir.Constant(_I, 0)
+
+
+@_operation(f32x, int64)
+def load(b, address):
+    return _load(b, address, f32x.vector, 4)
+
+
+@_operation(int32, int64, f32x)
+def store(b, address, value):
+    return _store(b, address, value, 4)
+
+
+@_operation(float32, int64)
+def load_one(b, address):
+    return _load(b, address, _F, 4)
+
+
+@_operation(int32, int64, float32)
+def store_one(b, address, value):
+    return _store(b, address, value, 4)
+
+
+@_operation(f32x, float32)
+def fill(b, value):
+    return _fill(b, value)
+
+
+@_operation(f64x, float64)
+def fill64(b, value):
+    return _fill(b, value)
+
+
+@_operation(f32x, f32x, f32x)
+def mul(b, x, y):
+    return b.fmul(x, y)
+
+
+@_operation(f32x, f32x, f32x)
+def div(b, x, y):
+    return b.fdiv(x, y)
+
+
+@_operation(f32x, f32x, f32x)
+def sub(b, x, y):
+    return b.fsub(x, y)
+
+
+@_operation(f32x, f32x, f32x, f32x)
+def fma(b, x, y, z):
+    return _call(b, "llvm.fmuladd.v16f32", f32x.vector, x, y, z)
+
+
+@_operation(f64x, int64)
+def load64(b, address):
+    return _load(b, address, f64x.vector, 8)
+
+
+@_operation(int32, int64, f64x)
+def store64(b, address, value):
+    return _store(b, address, value, 8)
+
+
+@_operation(f64x, f64x, f64x, f64x)
+def fma64(b, x, y, z):
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, x, y, z)
+
+
+@_operation(f64x, f32x, f64x, f64x)
+def weigh(b, x, weight, total):
+    """``total + x · weight`` in float64."""
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, b.fpext(x, f64x.vector), weight, total)
+
+
+@_operation(i32x)
+def no_bits(_builder):
+    return _constant(0, i32x.vector)
+
+
+@_operation(i32x, i32x, f32x)
+def max_bits(b, bits, x):
+    """The larger of ``bits`` and the bits of \\|x\\|, as integers: NaN > infinity > every number."""
+    mine = b.and_(b.bitcast(x, i32x.vector), _constant(0x7FFFFFFF, i32x.vector))
+    return b.select(b.icmp_signed(">", mine, bits), mine, bits)
+
+
+def _halves(b: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Combine all lanes of a vector into one."""
+    width = value.type.count
+    while width > 1:
+        width //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        low = b.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I, width), list(range(width))))
+        high = b.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I, width), list(range(width, 2 * width))))
+        value = combine(low, high)
+    return b.extract_element(value, ir.Constant(_I, 0))
+
+
+@_operation(int32, i32x)
+def top_bits(b, bits):
+    return _halves(b, bits, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
+
+
+@_operation(float32, f32x)
+def total(b, x):
+    return _halves(b, x, b.fadd)
+
+
+@_operation(float64, f64x)
+def total64(b, x):
+    return _halves(b, x, b.fadd)
+
+
+@_operation(float32, int32)
+def as_float(b, bits):
+    return b.bitcast(bits, _F)
+
+
+@_operation(int32, float32)
+def as_bits(b, value):
+    return b.bitcast(value, _I)
+
+
+def _pick(b: Any, table: Any, index: Any) -> Any:
+    """``table[index]`` by lanes, for indices 0 to 15."""
+    if _AVX512:
+        if table.type.element == _F:
+            return _call(b, "llvm.x86.avx512.permvar.sf.512", table.type, table, index)
+        return _call(b, "llvm.x86.avx512.permvar.si.512", table.type, table, index)
+    undefined = ir.Constant(table.type, ir.Undefined)
+    level = [b.shuffle_vector(table, undefined, _constant(i, i32x.vector)) for i in range(16)]
+    for bit in range(4):
+        on = b.icmp_signed("!=", b.and_(index, _constant(1 << bit, i32x.vector)), _constant(0, i32x.vector))
+        level = [b.select(on, odd, even) for even, odd in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
+
+
+@_operation(f32x, f32x, i32x)
+def pick(b, table, index):
+    return _pick(b, table, index)
+
+
+@_operation(i32x, int64)
+def load_codes(b, address):
+    """16 codes from 8 bytes, the first in the high nibble."""
+    octets = ir.VectorType(_BYTE, 8)
+    packed = _load(b, address, octets)
+    high, low = b.lshr(packed, _constant(4, octets)), b.and_(packed, _constant(15, octets))
+    order = [i // 2 + 8 * (i % 2) for i in range(16)]
+    return b.zext(b.shuffle_vector(high, low, ir.Constant(i32x.vector, order)), i32x.vector)
+
+
+@_operation(i32x, i32x, i32x)
+def pick_ints(b, table, index):
+    return _pick(b, table, index)
+
+
+@_operation(int32, int64, i32x)
+def store_codes(b, address, codes):
+    """Mirror of :func:`load_codes`."""
+    octets, pairs = ir.VectorType(_BYTE, 8), ir.VectorType(ir.IntType(64), 8)
+    pair = b.bitcast(codes, pairs)  # the first code in the low half
+    return _store(b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets))
+
+
+@_operation(i32x, int64)
+def load_ints(b, address):
+    return _load(b, address, i32x.vector, 4)
+
+
+@_operation(i32x, f32x, f32x)
+def rank(b, x, bounds):
+    """How many of 15 ascending ``bounds`` (the 16th lane is not read) are below x: ``torch.bucketize``, ties to the lower side."""
+    index = _constant(0, i32x.vector)
+    for step in (8, 4, 2, 1):
+        bound = _pick(b, bounds, b.add(index, _constant(step - 1, i32x.vector)))
+        above = b.fcmp_ordered(">", x, bound)
+        index = b.select(above, b.add(index, _constant(step, i32x.vector)), index)
+    return index
+
+
+#: cells that [-1, 1] is cut into by :func:`rank_by_cell`; 0 where there is no instruction for tables of 32
+CELLS = 32 if _AVX512 else 0
+
+
+@_operation(i32x, f32x, i32x, i32x, f32x, f32x)
+def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
+    """:func:`rank`, where each of 32 cells of [-1, 1] holds at most one bound: how many are in cells below, and whether the cell's own is below x."""
+    if not CELLS:
+        return _constant(0, i32x.vector)  # never called
+    position = b.fadd(b.fmul(x, _constant(16.0, f32x.vector)), _constant(16.0, f32x.vector))
+    last = _constant(31.0, f32x.vector)
+    cell = b.fptosi(b.select(b.fcmp_ordered("<", position, last), position, last), i32x.vector)
+    base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
+    bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
+    return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
+
+
+@_operation(f32x, int64)
+def load_i8(b, address):
+    return b.sitofp(_load(b, address, ir.VectorType(_BYTE, LANES)), f32x.vector)
+
+
+@_operation(f32x, f32x)
+def to_int8(b, x):
+    """x rounded to even and clamped to ±127; NaN to 0."""
+    whole = _call(b, "llvm.rint.v16f32", f32x.vector, x)
+    for limit, sign in ((127.0, "<"), (-127.0, ">")):
+        edge = _constant(limit, f32x.vector)
+        whole = b.select(b.fcmp_unordered(sign, whole, edge), whole, edge)
+    return b.select(b.fcmp_ordered("ord", whole, whole), whole, _constant(0.0, f32x.vector))
+
+
+@_operation(int32, int64, f32x)
+def store_i8(b, address, whole):
+    return _store(b, address, b.fptosi(whole, ir.VectorType(_BYTE, LANES)))
+
+
+@_operation(f32x, int64)
+def load_f16(b, address):
+    return b.fpext(b.bitcast(_load(b, address, ir.VectorType(_WORD, LANES), 2), ir.VectorType(ir.HalfType(), LANES)), f32x.vector)
+
+
+@_operation(f32x, int64, f32x)
+def store_f16(b, address, x):
+    """Stores x; returns what was stored."""
+    half = b.fptrunc(x, ir.VectorType(ir.HalfType(), LANES))
+    _store(b, address, b.bitcast(half, ir.VectorType(_WORD, LANES)), 2)
+    return b.fpext(half, f32x.vector)
+
+
+def _wide(b: Any, words: Any) -> Any:
+    return b.bitcast(b.shl(b.zext(words, i32x.vector), _constant(16, i32x.vector)), f32x.vector)
+
+
+@_operation(f32x, int64)
+def load_bf16(b, address):
+    return _wide(b, _load(b, address, ir.VectorType(_WORD, LANES), 2))
+
+
+@_operation(f32x, int64, f32x)
+def store_bf16(b, address, x):
+    """Stores x rounded to even; returns what was stored. Not for NaN."""
+    bits = b.bitcast(x, i32x.vector)
+    odd = b.and_(b.lshr(bits, _constant(16, i32x.vector)), _constant(1, i32x.vector))
+    words = b.trunc(b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), _constant(16, i32x.vector)), ir.VectorType(_WORD, LANES))
+    _store(b, address, words, 2)
+    return _wide(b, words)
+
+
+# the register block of a rotation: as many rows × columns of sums as the registers hold
+_BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
+
+
+def _emit_product(b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any) -> Any:
+    """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
+    bits = 32 if element == _F else 64
+    lanes = _BLOCK_LANES * 32 // bits
+    lane = ir.VectorType(element, lanes)
+    word = ir.IntType(64)
+    size = 4 * _BLOCK_LANES
+    start, loop, end = b.block, b.append_basic_block("product"), b.append_basic_block("product_done")
+    rows = [x]
+    for _ in range(1, _BLOCK_ROWS):
+        rows.append(b.add(rows[-1], x_stride))
+    b.branch(loop)
+    b.position_at_end(loop)
+    k, m_row = b.phi(word), b.phi(word)
+    k.add_incoming(ir.Constant(word, 0), start)
+    m_row.add_incoming(m, start)
+    sums = [[b.phi(lane) for _ in range(vectors)] for _ in rows]
+    m_lanes = [_load(b, b.add(m_row, ir.Constant(word, size * v)), lane, 4) for v in range(vectors)]
+    offset = b.mul(k, ir.Constant(word, bits // 8))
+    for row, own in zip(rows, sums, strict=True):
+        one = _load(b, b.add(row, offset), element, 4)
+        undefined = ir.Constant(lane, ir.Undefined)
+        many = b.shuffle_vector(b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, lanes)))
+        for v in range(vectors):
+            new = _call(b, f"llvm.fmuladd.v{lanes}f{bits}", lane, many, m_lanes[v], own[v])
+            own[v].add_incoming(_constant(0.0, lane), start)
+            own[v].add_incoming(new, loop)
+            own[v] = new
+    k_next = b.add(k, ir.Constant(word, 1))
+    k.add_incoming(k_next, loop)
+    m_row.add_incoming(b.add(m_row, m_stride), loop)
+    b.cbranch(b.icmp_signed("<", k_next, depth), loop, end)
+    b.position_at_end(end)
+    for own in sums:
+        for v, value in enumerate(own):
+            _store(b, b.add(y, ir.Constant(word, size * v)), value, 4)
+        y = b.add(y, y_stride)
+    return ir.Constant(_I, 0)
+
+
+@_operation(int32, *[int64] * 7)
+def product_one(b, *args):
+    return _emit_product(b, _F, 1, *args)
+
+
+@_operation(int32, *[int64] * 7)
+def product_two(b, *args):
+    return _emit_product(b, _F, 2, *args)
+
+
+@_operation(int32, *[int64] * 7)
+def product64(b, *args):
+    return _emit_product(b, _D, 2, *args)
+
+
+# --- the kernel -----------------------------------------------------------------------------------------------------------------------------------
+
+_inline = njit(inline="never", nogil=True, error_model="numpy", boundscheck=False)
+_TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
+
+
+@_inline
+def _decode(kind, codes, scales, blocksize, levels, first, count, out):
+    """``count`` weights from flat index ``first`` on (4-bit: a block's first) to float32 at ``out``. Int8's scale is one value, at ``scales``."""
+    if kind == FOUR_BIT:
+        done = 0
+        while done < count:
+            size = min(blocksize, count - done)
+            scale = fill(load_one(scales + 4 * ((first + done) // blocksize)))
+            for i in range(done, done + size, LANES):
+                store(out + 4 * i, mul(pick(levels, load_codes(codes + (first + i) // 2)), scale))
+            done += size
+    elif kind == INT8:
+        scale = fill(load_one(scales))
+        for i in range(0, count, LANES):
+            store(out + 4 * i, mul(load_i8(codes + first + i), scale))
+    elif kind == F32:
+        for i in range(0, count, LANES):
+            store(out + 4 * i, load(codes + 4 * (first + i)))
+    elif kind == BF16:
+        for i in range(0, count, LANES):
+            store(out + 4 * i, load_bf16(codes + 2 * (first + i)))
+    elif HAS_F16:
+        for i in range(0, count, LANES):
+            store(out + 4 * i, load_f16(codes + 2 * (first + i)))
+
+
+@_inline
+def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
+    """ROWS rows of ``columns`` values, rotated by blocks: y = x · blockdiag(matrices[first_block:]); strides in bytes."""
+    wide = 2 * _BLOCK_LANES
+    for c in range(0, columns, b):
+        m = matrices + 4 * (first_block + c // b) * step
+        for r in range(0, ROWS, _BLOCK_ROWS):
+            x_at, y_at = x + r * x_stride + 4 * c, y + r * y_stride + 4 * c
+            done = 0
+            while done + wide <= b:
+                product_two(x_at, x_stride, m + 4 * done, 4 * b, y_at + 4 * done, y_stride, b)
+                done += wide
+            while done < b:
+                product_one(x_at, x_stride, m + 4 * done, 4 * b, y_at + 4 * done, y_stride, b)
+                done += _BLOCK_LANES
+
+
+@_inline
+def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums):
+    """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in all.
+
+    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax
+    follows.
+    Adds to ``sums``: Σ exact², Σ (stored - exact)².
+    """
+    # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the one before
+    top = int32(0)
+    done = 0
+    while done < count:
+        size = min(blocksize, count - done)
+        bits = no_bits()
+        for i in range(done, done + size, LANES):
+            bits = max_bits(bits, load(x + 4 * i))
+        one = top_bits(bits)
+        top = max(top, one)
+        block = (first + done) // blocksize
+        absmax = as_float(one)
+        # in a short last block bitsandbytes bounds the absmax itself
+        store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
+        done += size
+    base_low, base_high, bounds_low, bounds_high = load_ints(cells), load_ints(cells + 64), load(cells + 128), load(cells + 192)
+    norm, error = fill64(0.0), fill64(0.0)
+    done = 0
+    while done < count:
+        size = min(blocksize, count - done)
+        block = (first + done) // blocksize
+        absmax = load_one(scales + 4 * block)
+        bounded = max(absmax, _TINY)
+        short = first + done + blocksize > length
+        factor = fill(float32(1.0) / bounded)
+        stored = levels if absmax >= _TINY else mul(levels, fill(absmax / bounded))
+        squares, misses = fill(float32(0.0)), fill(float32(0.0))
+        cross, power = fill(float32(0.0)), fill(float32(0.0))
+        if short:  # and divides by it
+            divisor = fill(bounded)
+            for i in range(done, done + size, LANES):
+                store(x + 4 * i, div(load(x + 4 * i), divisor))
+            factor = fill(float32(1.0))
+        for i in range(done, done + size, LANES):
+            s = mul(load(x + 4 * i), factor)
+            if by_cell:
+                index = rank_by_cell(s, base_low, base_high, bounds_low, bounds_high)
+                store_codes(codes + (first + i) // 2, index)
+            else:
+                index = rank(s, bounds)
+                store_codes(codes + (first + i) // 2, pick_ints(order, index))
+            c = pick(stored, index)
+            miss = sub(c, s)
+            squares, misses = fma(s, s, squares), fma(miss, miss, misses)
+            if moments != 0:
+                cross, power = fma(c, miss, cross), fma(c, c, power)
+        weight = fill64(float64(bounded) * float64(bounded))
+        norm, error = weigh(squares, weight, norm), weigh(misses, weight, error)
+        if moments != 0:
+            store_one(moments + 8 * block, total(cross))
+            store_one(moments + 8 * block + 4, total(power))
+        done += size
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(top))
+
+
+@_inline
+def _encode_int8(x, count, first, codes, scb, sums):
+    """Encode one row of ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`."""
+    bits = no_bits()
+    for i in range(0, count, LANES):
+        bits = max_bits(bits, load(x + 4 * i))
+    top = top_bits(bits)
+    scale = as_float(top)
+    store_one(scb, scale)
+    factor = float32(127.0) / scale if scale > 0 else float32(0.0)
+    step = scale / float32(127.0)
+    many = fill(factor)
+    norm, error = fill64(0.0), fill64(0.0)
+    if as_bits(factor) < 0x7F800000 and step >= _TINY:
+        weight = fill64(float64(step) * float64(step))
+        for start in range(0, count, 16 * LANES):
+            squares, misses = fill(float32(0.0)), fill(float32(0.0))
+            for i in range(start, min(start + 16 * LANES, count), LANES):
+                s = mul(load(x + 4 * i), many)
+                c = to_int8(s)
+                store_i8(codes + first + i, c)
+                miss = sub(c, s)
+                squares, misses = fma(s, s, squares), fma(miss, miss, misses)
+            norm, error = weigh(squares, weight, norm), weigh(misses, weight, error)
+    else:  # a row of zeros or denormals
+        for i in range(0, count, LANES):
+            v = load(x + 4 * i)
+            c = to_int8(mul(v, many))
+            store_i8(codes + first + i, c)
+            miss = sub(mul(c, fill(step)), v)
+            norm, error = _add_square(v, norm), _add_square(miss, error)
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(top))
+
+
+@_operation(f64x, f32x, f64x)
+def _add_square(b, x, total):
+    wide = b.fpext(x, f64x.vector)
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, wide, wide, total)
+
+
+@_inline
+def _encode_dense(kind, x, count, first, out, sums):
+    """Encode ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`; its third is of the values as stored."""
+    norm, error = fill64(0.0), fill64(0.0)
+    bits = no_bits()
+    for i in range(0, count, LANES):
+        v = load(x + 4 * i)
+        bits = max_bits(bits, v)
+        stored = v
+        if kind == F32:
+            store(out + 4 * (first + i), v)
+        else:
+            if kind == BF16:
+                stored = store_bf16(out + 2 * (first + i), v)
+            elif HAS_F16:
+                stored = store_f16(out + 2 * (first + i), v)
+            bits = max_bits(bits, stored)
+            norm, error = _add_square(v, norm), _add_square(sub(stored, v), error)
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(top_bits(bits)))
+
+
+@njit(
+    types.void(*[int64] * 33, float64[::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def fold_tile(
+    kind, codes, scales, blocksize, levels,
+    new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
+    matrices, b, shared, row_scale,
+    out_features, features, first_row, last_row, first_column, last_column,
+    group, panel, flat, new_flat, x, x_stride, y, y_stride, sums,
+):  # fmt: skip
+    """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
+
+    Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel``
+    columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns
+    are all of the row, the strides are the row's, and groups begin with a block.
+
+    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for :func:`rank_by_cell` then.
+
+    ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
+    """
+    length = out_features * features
+    old = load(levels)
+    new, bounds, order = load(new_levels), load(new_bounds), load_ints(new_order)
+    columns = last_column - first_column
+    step = 0 if shared else b * b
+    for row in range(first_row, last_row, group):
+        rows = min(group, last_row - row)
+        for start in range(0, columns, panel):
+            width = min(panel, columns - start)
+            if flat:
+                _decode(kind, codes, scales, blocksize, old, row * features, rows * features, x)
+            else:
+                for r in range(rows):
+                    at = scales + 4 * (row + r) if kind == INT8 else scales
+                    _decode(kind, codes, at, blocksize, old, (row + r) * features + first_column + start, width, x + r * x_stride)
+            for r in range(0, rows, ROWS):
+                _rotate(x + r * x_stride, x_stride, y + r * y_stride + 4 * start, y_stride, width, (first_column + start) // b, matrices, b, step)
+        if row_scale != 0:
+            for r in range(rows):
+                scale = fill(load_one(row_scale + 4 * (row + r)))
+                for i in range(0, columns, LANES):
+                    at = y + r * y_stride + 4 * i
+                    store(at, mul(load(at), scale))
+        if new_flat:
+            _encode_4bit(
+                y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums
+            )
+        else:
+            for r in range(rows):
+                at, first = y + r * y_stride, (row + r) * features + first_column
+                if new_kind == FOUR_BIT:
+                    _encode_4bit(at, first, columns, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums)
+                elif new_kind == INT8:
+                    _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
+                else:
+                    _encode_dense(new_kind, at, columns, first, new_codes, sums)
+
+
+# --- block rotations, in float64 ----------------------------------------------------------------------------------------------------------------
+
+
+@_inline
+def _skew(v, index, b, wide, q):
+    """``wide/b`` skew-symmetric blocks from the rows of v, from ``index`` blocks of ``wide`` on, on the diagonal of q: (wide, wide)."""
+    q[:, :] = 0.0
+    each = wide // b
+    for e in range(each):
+        row = (index * each + e) % v.shape[0]
+        at = 0
+        for i in range(e * b, e * b + b):
+            for j in range(i + 1, e * b + b):
+                q[i, j] = v[row, at]
+                q[j, i] = -v[row, at]
+                at += 1
+
+
+@_inline
+def _multiply(x, y, out):
+    """out = x · y, all (wide, wide)."""
+    wide = x.shape[0]
+    stride = 8 * wide
+    columns = _BLOCK_LANES  # two registers of float64
+    for r in range(0, wide, _BLOCK_ROWS):
+        for c in range(0, wide, columns):
+            product64(x.ctypes.data + r * stride, stride, y.ctypes.data + 8 * c, stride, out.ctypes.data + r * stride + 8 * c, stride, wide)
+
+
+@_inline
+def _invert(a):
+    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought."""
+    wide = a.shape[0]
+    base = a.ctypes.data
+    for k in range(wide):
+        pivot = 1.0 / a[k, k]
+        a[k, k] = 1.0
+        row = base + 8 * wide * k
+        for c in range(0, wide, LANES):
+            store64(row + 8 * c, fma64(load64(row + 8 * c), fill64(pivot), fill64(0.0)))
+        for i in range(wide):
+            if i != k:
+                factor = fill64(-a[i, k])
+                a[i, k] = 0.0
+                for c in range(0, wide, LANES):
+                    at = base + 8 * (wide * i + c)
+                    store64(at, fma64(load64(row + 8 * c), factor, load64(at)))
+
+
+@njit(
+    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def rotation_blocks(v, b, first, last, power, weight, scratch, out):
+    """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16 and b.
+
+    ``power`` 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``. ``scratch``: (3, wide, wide).
+
+    Returns:
+        the largest residual ``‖R(I+Q) - (I-Q)‖`` relative to the operands, element-wise (NaN where that is not finite); 0 for a series.
+    """
+    wide = out.shape[1]
+    q, p, t = scratch[0], scratch[1], scratch[2]
+    worst = 0.0
+    for index in range(first, last):
+        r = out[index]
+        _skew(v, index, b, wide, q)
+        if power == 0:
+            r[:, :] = q
+            for i in range(wide):
+                r[i, i] = 1.0
+            p[:, :] = r
+            _invert(r)
+            for i in range(wide):
+                for j in range(wide):
+                    r[i, j] *= 2.0
+                r[i, i] -= 1.0
+            _multiply(r, p, t)
+            residual, size_r, size_q = 0.0, 0.0, 1.0
+            for i in range(wide):
+                for j in range(wide):
+                    miss = abs(t[i, j] + q[i, j] - (1.0 if i == j else 0.0))
+                    if not miss < np.inf:
+                        return np.nan
+                    residual = max(residual, miss)
+                    size_r, size_q = max(size_r, abs(r[i, j])), max(size_q, abs(q[i, j]))
+            worst = max(worst, residual / (size_q * (1.0 + size_r)))
+        else:
+            factor = weight if power == 1 else 2.0
+            for i in range(wide):
+                for j in range(wide):
+                    r[i, j] = factor * q[i, j]
+                r[i, i] += 1.0
+            p[:, :] = q
+            for k in range(2, power + 1):
+                _multiply(p, q, t)
+                p, t = t, p
+                factor = weight if k == power else 2.0
+                for i in range(wide):
+                    for j in range(wide):
+                        r[i, j] += factor * p[i, j]
+    return worst
+
+
+@_inline
+def _above(beta, count, x):
+    """Whether the symmetric tridiagonal matrix with a zero diagonal and ``count`` off-diagonals has an eigenvalue above x > 0 (a Sturm sequence)."""
+    d = -x
+    for i in range(count):
+        if d >= 0.0:
+            return True
+        d = -x - beta[i] * beta[i] / d
+    return d >= 0.0
+
+
+@njit(
+    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def largest_angle(v, b, wide, first, last, floor, q, basis):
+    """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor`` if none is above it.
+
+    Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the spectrum is there much before),
+    then bisection. ``q``: (wide, wide), ``basis``: (steps + 2, wide) scratch; steps ≥ 2.
+    """
+    steps = min(basis.shape[0] - 2, wide)
+    beta = np.empty(steps)
+    best = floor
+    for index in range(first, last):
+        _skew(v, index, b, wide, q)
+        scale = 0.0
+        for i in range(wide):
+            for j in range(wide):
+                scale = max(scale, abs(q[i, j]))
+        if scale == 0.0:
+            continue
+        # a fixed start with a part in every eigenvector, as random numbers have
+        seed = 12345
+        norm = 0.0
+        for i in range(wide):
+            seed = (seed * 1103515245 + 12345) % 2147483648
+            basis[0, i] = seed / 2147483648.0 - 0.5
+            norm += basis[0, i] * basis[0, i]
+        for i in range(wide):
+            basis[0, i] /= np.sqrt(norm)
+        count = 0
+        for step in range(steps):
+            at = basis.ctypes.data + 8 * wide * (step + 1)
+            for c in range(0, wide, LANES):
+                total_ = fill64(0.0)
+                for k in range(wide):
+                    total_ = fma64(load64(q.ctypes.data + 8 * (k * wide + c)), fill64(basis[step, k]), total_)
+                store64(at + 8 * c, total_)
+            for other in range(step + 1):
+                row = basis.ctypes.data + 8 * wide * other
+                dot = fill64(0.0)
+                for c in range(0, wide, LANES):
+                    dot = fma64(load64(at + 8 * c), load64(row + 8 * c), dot)
+                factor = fill64(-total64(dot))
+                for c in range(0, wide, LANES):
+                    store64(at + 8 * c, fma64(load64(row + 8 * c), factor, load64(at + 8 * c)))
+            square = fill64(0.0)
+            for c in range(0, wide, LANES):
+                square = fma64(load64(at + 8 * c), load64(at + 8 * c), square)
+            norm = np.sqrt(total64(square))
+            if not norm > 1e-13 * scale:
+                break
+            beta[count] = norm
+            count += 1
+            for i in range(wide):
+                basis[step + 1, i] /= norm
+        if count == 0 or not _above(beta, count, best if best > 0.0 else 1e-300):
+            continue
+        low, high = best, 0.0
+        for i in range(count):
+            high = max(high, beta[i] + (beta[i + 1] if i + 1 < count else 0.0))
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if middle <= low or middle >= high:
+                break
+            if _above(beta, count, middle):
+                low = middle
+            else:
+                high = middle
+        best = high
+    return best

@@ -1,0 +1,77 @@
+"""Drive the fused CUDA kernel (:mod:`oftsurgery.kernels.gpu`)."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from oftsurgery import codecs
+from oftsurgery.codecs import EncodedWeight, WeightFormat
+
+from . import blockwise, gpu
+
+__all__ = ["fold"]
+
+_DENSE = {torch.float32: gpu.F32, torch.float16: gpu.F16, torch.bfloat16: gpu.BF16}
+#: columns a program
+_MAX_BLOCK = 256
+
+
+def _kind(f: WeightFormat) -> int | None:
+    if f.codec == "dense":
+        return _DENSE.get(f.dtype)
+    return gpu.INT8 if f.codec == "int8" else gpu.FOUR_BIT
+
+
+@cache
+def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Levels by code, sorted levels, bounds between them, codes of the sorted levels."""
+    if codec not in ("nf4", "fp4"):
+        unused = torch.zeros(16, device=device)
+        return unused, unused, unused, unused.to(torch.int32)
+    levels = codecs._levels(codec, device)
+    bounds, order = codecs._bounds(codec, device)
+    return levels, levels[order].contiguous(), bounds, order.to(torch.int32)
+
+
+def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None) -> tuple[EncodedWeight, float] | None:
+    """As :func:`oftsurgery.kernels.fold_cpu.fold`, on the weight's own device."""
+    f = encoded.format
+    kind, new_kind = _kind(f), _kind(into)
+    rows, features = f.shape
+    b = math.lcm(matrices.shape[-1], *(side.blocksize for side in (f, into) if side.blocksize))
+    # Triton's tiles are powers of two
+    if kind is None or new_kind is None or b > _MAX_BLOCK or b & (b - 1) or features % b:
+        return None
+    source = blockwise.source(encoded)
+    if source is None:
+        return None
+    weight, scales = source
+    device = weight.device
+    matrices = blockwise.widen(matrices, b).contiguous()
+    result, new_scales, moments = blockwise.allocate(into, device)
+    if new_kind == gpu.INT8:
+        new_scales = torch.zeros(rows, dtype=torch.int32, device=device)  # bits, for the integer maximum
+    factors = matrices if scale is None else scale.to(torch.float32).contiguous()
+    tile = 16 if b > 128 else 32
+    grid = (-(-rows // tile), features // b)
+    sums = torch.zeros(grid[0] * grid[1], 2, dtype=torch.float64, device=device)
+    top = torch.zeros(1, dtype=torch.int32, device=device)
+    levels = _tables(f.codec, device)[0]
+    _, new_levels, bounds, order = _tables(into.codec, device)
+    for measure in (True, False) if new_kind == gpu.INT8 else (False,):
+        gpu.fold_tile[grid](
+            weight, scales, levels, result, new_scales, new_levels, bounds, order, top if moments is None else moments, matrices, factors,
+            sums, top, rows, features,
+            KIND=kind, SIZE=max(f.blocksize, 1), NEW_KIND=new_kind, NEW_SIZE=max(into.blocksize, 1), B=b, ROWS=tile, STEP=min(b, 32),
+            SHARED=matrices.shape[0] == 1, SCALED=scale is not None, NESTED=moments is not None, MEASURE=measure,
+        )  # fmt: skip
+    norm, error, bits = (float(v) for v in (*sums.sum(0), top[0]))
+    if bits >= blockwise.NOT_FINITE:
+        return None
+    if new_kind == gpu.INT8:
+        new_scales = new_scales.view(torch.float32)
+    return blockwise.finish(into, result, new_scales, moments, norm, error)
