@@ -5,12 +5,12 @@
 >>> folded.oftsurgery.worst                             # doctest: +SKIP
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from ._version import __version__
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
     from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, verify_checkpoint, wrap
     from .checks import CheckpointReport, WeightCheck
@@ -164,11 +164,11 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name in _HOME:
-        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+        value = getattr(_importlib.import_module(f".{_HOME[name]}", __name__), name)
     elif name in _EXPORTS:
-        value = import_module(f".{name}", __name__)  # oftsurgery.live.Linear4bit
+        value = _importlib.import_module(f".{name}", __name__)  # oftsurgery.live.Linear4bit
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

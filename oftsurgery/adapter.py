@@ -297,7 +297,7 @@ _MAX_TERMS = 1000
 
 # --- keys -----------------------------------------------------------------------------------------------------------------------------------------
 
-_PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$")
+_PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OTHER_TUNER = re.compile(r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)")
 
@@ -315,16 +315,17 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 remedy="save the adapter with peft's save_pretrained",
             )
         name = key[len(_PREFIX) :]
-        if tensor.dtype not in _DTYPES:
+        match = _PARTS.match(name)
+        if match and tensor.dtype not in _DTYPES:
             raise AdapterError(
-                f"an adapter tensor must be float32, float16, bfloat16 or float64, this is {tensor.dtype}",
+                f"a rotation must be float32, float16, bfloat16 or float64, this is {tensor.dtype}",
                 tensor=key,
                 path=source,
                 remedy="restore the file",
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError("the adapter's tensor holds NaN or infinity", tensor=key, path=source, remedy="retrain from an earlier checkpoint")
-        if match := _PARTS.match(name):
+        if match:
             raw.setdefault(match["path"], {})[match["part"]] = tensor
         elif other := _OTHER_TUNER.search("." + name):
             raise DialectError(

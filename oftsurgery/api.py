@@ -15,7 +15,7 @@ from torch import nn
 from . import files, shards
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
-from .errors import StateError, printable
+from .errors import AdapterError, StateError, printable
 from .record import FoldRecord
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def fold(
         raise StateError(f"unknown rounding {printable(rounding)!r}", remedy="'nearest'")
     from . import live
 
+    _check_model(model)
     if live.live_layers(model):
         return _fold_wrapped(model, adapter, inplace=inplace, progress=progress)
     names, adapters = _resolve(model, adapter)
@@ -119,7 +120,7 @@ def unfold(
     folded: M,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
-    base: nn.Module | None = None,
+    base: nn.Module | str | PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -129,7 +130,7 @@ def unfold(
         folded: a model that :func:`fold` gave, or one that holds the same weights.
         adapter: what was folded: rotates back by the true inverse and rounds once more, so quantised weights come back inexactly; an
             :class:`~oftsurgery.UnfoldWarning` states the error.
-        base: the model that was folded: restores its bytes exactly, checked against the record's hashes.
+        base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against the record's hashes.
         inplace: change ``folded`` itself.
         progress: show a bar.
 
@@ -138,10 +139,12 @@ def unfold(
         IntegrityError: ``base`` is not the model that was folded.
         and those of :func:`fold`. After any error the model is as it was.
     """
+    _check_model(folded)
     if (adapter is None) == (base is None):
         raise StateError("unfold needs the adapter or the base", remedy="unfold(model, adapter) rotates back, unfold(model, base=…) restores exactly")
     if base is not None:
-        return live_model.restore_model(folded, base, inplace=inplace)  # type: ignore[return-value]
+        source = live_model.source_of(base) if isinstance(base, nn.Module) else _source_on_disk(base)
+        return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with _bar(progress, "unfold") as step:
         return live_model.unfold_model(folded, adapters or [], inplace=inplace, progress=step)  # type: ignore[return-value]
@@ -260,7 +263,7 @@ def fold_checkpoint(
     with _byte_bar(progress, "fold") as step:
         record = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step).record
     assert record is not None  # noqa: S101 - a fold has one
-    live_model.warn_of_rounding(record, stacklevel=3)
+    live_model.warn_of_rounding(record)
     return record
 
 
@@ -308,7 +311,7 @@ def unfold_checkpoint(
         result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
     if base is None:
         kept = sum(len(a.saved) for a in plan.adapters)
-        live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept, stacklevel=3)
+        live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept)
     return result.record
 
 
@@ -400,19 +403,52 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
+def _source_on_disk(base: str | PathLike[str]) -> live_model.BaseSource:
+    """A checkpoint as what a live model is restored from; a plain one is quantised again where the folded layer is quantised."""
+    from . import checkpoint
+    from .codecs import EncodedWeight, WeightFormat
+    from .naming import architecture_of, locate
+
+    opened = shards.open_checkpoint(files.find_checkpoint(base))
+    architecture = architecture_of(opened.config, {name: e.shape for name, e in opened.entries.items()})
+
+    def weight(path: str, home: WeightFormat) -> EncodedWeight | None:
+        name = locate([f"{path}.weight"], architecture).get(f"{path}.weight")
+        if name is None:
+            return None
+        encoded = checkpoint.load_weight(opened, name, transposed=name in architecture.transposed)
+        return checkpoint.quantise(encoded, home) if home.quantised and not encoded.format.quantised else encoded
+
+    def tensor(name: str) -> torch.Tensor | None:
+        found = locate([name], architecture).get(name)
+        return None if found is None else opened.read(found)
+
+    return live_model.BaseSource(weight, tensor, lambda _: False, tie_word_embeddings=opened.config.get("tie_word_embeddings"))
+
+
 def _resolve(model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | None) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
-    given = [] if adapter is None else [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
+    given = [] if adapter is None else list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
     live = getattr(live_model.inner_model(model), "peft_config", {})
-    if isinstance(live, Mapping) and live and all(isinstance(a, str) and a in live for a in given):
+    if isinstance(live, Mapping) and live and all(isinstance(a, str) for a in given):
         return [str(a) for a in given] or None, None
     if adapter is None:
         return None, None
-    return None, _loaded(given)
+    return None, _loaded(adapter)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise StateError(f"a model is a torch.nn.Module, this is a {type(model).__name__}", remedy="load it first; folders go to fold_checkpoint")
 
 
 def _loaded(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
-    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else list(adapter)
+    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else adapter
+    if not isinstance(given, (list, tuple)) or not all(isinstance(a, (OFTAdapter, str, PathLike)) for a in given):
+        raise AdapterError(
+            f"an adapter is an OFTAdapter, a folder or a Hub id, or a list of them, not a {type(adapter).__name__}",
+            remedy="fold(peft_model) folds live adapters; load_adapter(path) reads one from files",
+        )
     return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
 
 

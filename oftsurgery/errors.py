@@ -6,6 +6,8 @@ its attributes (for programs). Nothing here imports anything but the standard li
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -167,6 +169,14 @@ class RoundingWarning(UserWarning):
 
 class UnfoldWarning(UserWarning):
     """States, once an inexact unfold, how far the result is from the base."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """``warnings.warn`` told of the line that called into oftsurgery, however deep inside it is: filters go by that."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("oftsurgery", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 class UntieWarning(UserWarning):

@@ -45,6 +45,12 @@ class Layer:
     def kind(self) -> Kind:
         """Raises FormatError for modules whose weight cannot be folded."""
         m = self.module
+        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise FormatError(
+                "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter on it does nothing, and a fold would",
+                module=self.path,
+                remedy="leave it out of the adapter (`exclude_modules`)",
+            )
         if isinstance(m, nn.Embedding):
             return "embedding"
         if isinstance(m, nn.Conv2d):
@@ -88,6 +94,12 @@ class Layer:
             self._is_8bit and weight is not None and weight.dtype == torch.int8
         )
 
+    @property
+    def repacked(self) -> bool:
+        """Whether a CPU forward has repacked a 4-bit weight, now or before it was unpacked again."""
+        state = getattr(self.module._parameters.get("weight"), "quant_state", None)
+        return hasattr(state, "packing_format_for_cpu")
+
     # --- where its tensors are ---
 
     @property
@@ -103,7 +115,15 @@ class Layer:
             raise StateError(
                 "the weight is parametrised (torch.nn.utils.parametrize)", module=self.path, remedy="remove_parametrizations(module, 'weight') first"
             )
-        weight = module.weight
+        if module._parameters.get("weight") is None:
+            raise StateError(
+                "the weight is no parameter of the module itself: it is computed from others (weight_norm, spectral_norm, pruning), or there is none",
+                module=self.path,
+                remedy="make it one first: remove_weight_norm, remove_spectral_norm, prune.remove",
+            )
+        weight: Any = module.weight
+        if nn.parameter.is_lazy(weight):
+            raise StateError("the module is lazy and has no weight yet", module=self.path, remedy="run one forward first")
         if not isinstance(weight, Tensor):
             raise FormatError(f"the module's weight is a {type(weight).__name__}, not a tensor", module=self.path, remedy="give a torch model")
         if weight.is_meta:
@@ -131,7 +151,7 @@ class Layer:
             return self._read_8bit(weight)
         if self._is_8bit and not getattr(weight, "has_fp16_weights", True):
             raise StateError("the 8-bit layer is not quantised yet", module=self.path, remedy="move the model to its device first: model.to(device)")
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise FormatError(
                 f"a {type(self.module).__name__} with a weight of {weight.dtype} is stored in a way that oftsurgery does not know",
                 module=self.path,
@@ -279,7 +299,9 @@ class Layer:
     def _new_dense(self, old: Any, data: Tensor) -> nn.Parameter:
         if _bnb_class(old, "Int8Params"):
             return type(old)(data, requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)  # type: ignore[no-any-return]
-        return nn.Parameter(data, requires_grad=old.requires_grad)
+        new = nn.Parameter(data, requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)  # what frameworks note on parameters (sequence_parallel, _is_hf_initialized …)
+        return new
 
     def _new_4bit(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
         from bitsandbytes.functional import QuantState

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import kernels, peft_live
 from .adapter import OFTAdapter
-from .codecs import EncodedWeight
-from .errors import IntegrityError, MatchError, OFTSurgeryError, RoundingWarning, StateError, UnfoldWarning, UntieWarning, printable
+from .codecs import EncodedWeight, WeightFormat
+from .errors import IntegrityError, MatchError, OFTSurgeryError, RoundingWarning, StateError, UnfoldWarning, UntieWarning, printable, warn_caller
 from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .plan import FoldPlan, LayerInfo, Target, make_plan
@@ -22,7 +23,7 @@ from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
-__all__ = ["Progress", "fold_model", "inner_model", "modules_of", "record_of", "restore_model", "unfold_model"]
+__all__ = ["BaseSource", "Progress", "fold_model", "inner_model", "modules_of", "record_of", "restore_model", "source_of", "unfold_model"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,6 +49,7 @@ def fold_model(
     adapters: Sequence[OFTAdapter] | None,
     *,
     names: Sequence[str] | None = None,
+    already: Mapping[str, str | None] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -57,6 +59,7 @@ def fold_model(
         model: plain, or with live peft layers.
         adapters: in the live order; None for the model's live ones.
         names: of live adapters, where ``adapters`` is None.
+        already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         inplace: change ``model`` itself.
         progress: called after each module.
     """
@@ -72,6 +75,7 @@ def fold_model(
         )
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
+        already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
     # everything is checked before anything is copied or changed; live layers hide their base layers until they are taken out
     plan = None if live else _plan(model, adapters)
     with _transaction() as journal:
@@ -85,10 +89,10 @@ def fold_model(
         record = FoldRecord(
             adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
             modules=modules,
-            saved=saved,
+            saved={**(already or {}), **saved},
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
-        warn_of_rounding(record, stacklevel=4)  # an error to whoever filters it so: then nothing has happened
+        warn_of_rounding(record)  # an error to whoever filters it so: then nothing has happened
         _set_record(inner_model(work), record)
     return work
 
@@ -98,7 +102,9 @@ def _transaction() -> Iterator[list[Undo]]:
     """A journal of undo steps, run backwards if the body fails (Ctrl-C included)."""
     journal: list[Undo] = []
     try:
-        yield journal
+        # what is made inside must be trainable, and on the devices of what is there, whatever the caller's surroundings
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield journal
     except BaseException:
         for undo in reversed(journal):
             undo()
@@ -156,8 +162,11 @@ def _apply(
             saved[name] = _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
     records: dict[str, ModuleRecord] = {}
     for done, target in enumerate(plan.targets, start=1):
+        untied = tied.shared(modules[target.path])
+        if tied.places_of(modules[target.path]) > 1:
+            untied = True
+            _separate(modules, target.path, journal)
         layer = Layer(target.path, modules[target.path])
-        untied = tied.shared(layer.module)
         try:
             encoded, home = layer.read()
             folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home)
@@ -194,16 +203,36 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
     )
 
 
+def _separate(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
+    """Give the module at ``path`` alone a module of its own, over the same tensors: a live adapter replaces it in the place that it names, no other."""
+    old = modules[path]
+    new = copy.copy(old)
+    for name, value in old.__dict__.items():
+        if isinstance(value, dict) or name == "state":  # parameters, buffers, hooks; bitsandbytes' int8 state
+            new.__dict__[name] = copy.copy(value)
+    parent, _, name = path.rpartition(".")
+    slots = modules[parent]._modules
+    journal.append(partial(slots.__setitem__, name, old))
+    slots[name] = modules[path] = new
+
+
 class _Tied:
-    """Which parameters several places of a model share."""
+    """Which parameters and modules several places of a model share."""
 
     def __init__(self, model: nn.Module) -> None:
         self.places: dict[int, list[tuple[nn.Module, str]]] = {}
         self.broken = False
+        self._parents: dict[int, int] = {}
         for module in model.modules():
+            for child in module._modules.values():
+                self._parents[id(child)] = self._parents.get(id(child), 0) + 1
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.places.setdefault(id(parameter), []).append((module, name))
+
+    def places_of(self, module: nn.Module) -> int:
+        """In how many places of the model the module itself stands (a shared parent counts once)."""
+        return self._parents.get(id(module), 0)
 
     def shared(self, module: nn.Module) -> bool:
         # after a replacement the new parameter is nobody else's
@@ -240,10 +269,9 @@ def _untie_config(model: nn.Module, journal: list[Undo]) -> None:
         if getattr(config, "tie_word_embeddings", False):
             journal.append(partial(setattr, config, "tie_word_embeddings", True))
             config.tie_word_embeddings = False
-    warnings.warn(
+    warn_caller(
         "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, and the model is larger",
         UntieWarning,
-        stacklevel=6,
     )
 
 
@@ -254,7 +282,7 @@ def _set_record(model: nn.Module, record: FoldRecord | None) -> None:
         model.__dict__[_ATTRIBUTE] = record
 
 
-def warn_of_rounding(record: FoldRecord, *, stacklevel: int) -> None:
+def warn_of_rounding(record: FoldRecord) -> None:
     """One :class:`RoundingWarning` for the fold, if it rounded anything."""
     errors = {path: m for path, m in record.modules.items() if m.error > 0}
     if not errors:
@@ -262,11 +290,10 @@ def warn_of_rounding(record: FoldRecord, *, stacklevel: int) -> None:
     worst = max(errors, key=lambda path: errors[path].error)
     formats = ", ".join(sorted({m.format for m in errors.values()}))
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
-    warnings.warn(
+    warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
         f"({printable(worst)}); per module in the fold's record",
         RoundingWarning,
-        stacklevel=stacklevel,
     )
 
 
@@ -288,7 +315,7 @@ def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: 
         layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
         records, _ = _apply(work, plan, journal, progress, inverse=True)
-        warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved), stacklevel=4)
+        warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved))
         _set_record(inner_model(work), _earlier(record))
     return work
 
@@ -298,7 +325,7 @@ def _earlier(record: FoldRecord | None) -> FoldRecord | None:
     return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
 
 
-def warn_of_unfold(errors: Mapping[str, float], record: FoldRecord | None, kept: int, *, stacklevel: int) -> None:
+def warn_of_unfold(errors: Mapping[str, float], record: FoldRecord | None, kept: int) -> None:
     """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its record tells it; ``kept`` tensors could not go back."""
 
     # the two roundings are independent to first order
@@ -309,50 +336,124 @@ def warn_of_unfold(errors: Mapping[str, float], record: FoldRecord | None, kept:
     worst = max(errors, key=total)
     known = "including the fold's own" if record else "without the fold's own, which has no record here"
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""
-    warnings.warn(
+    warn_caller(
         f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{stay}; "
         "unfolding with base=… restores exactly",
         UnfoldWarning,
-        stacklevel=stacklevel,
     )
 
 
-def restore_model(folded: nn.Module, base: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """:func:`oftsurgery.unfold` from the base model: bit-exact, checked against the record's hashes.
+@dataclass(frozen=True, eq=False)
+class BaseSource:
+    """What a fold is restored from, a model or a checkpoint.
+
+    Attributes:
+        weight: module path and the format that it is wanted in → the stored weight, or None where there is no such module.
+        tensor: name → plain tensor, or None.
+        repacked: module path → whether a CPU forward has repacked its weight since.
+        groups: names of parameters that are one and the same.
+        tie_word_embeddings: of the base's config.
+    """
+
+    weight: Callable[[str, WeightFormat], EncodedWeight | None]
+    tensor: Callable[[str], Tensor | None]
+    repacked: Callable[[str], bool]
+    groups: tuple[tuple[str, ...], ...] = ()
+    tie_word_embeddings: bool | None = None
+
+
+def source_of(base: nn.Module) -> BaseSource:
+    """A model as a :class:`BaseSource`."""
+    modules = modules_of(base)
+    tensors = _tensors(modules)
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return BaseSource(
+        weight=lambda path, _: Layer(path, modules[path]).read()[0] if path in modules else None,
+        tensor=tensors.get,
+        repacked=lambda path: Layer(path, modules[path]).repacked,
+        groups=tuple(tuple(names) for names in groups.values() if len(names) > 1),
+        tie_word_embeddings=getattr(getattr(inner_model(base), "config", None), "tie_word_embeddings", None),
+    )
+
+
+def restore_model(folded: nn.Module, base: BaseSource, *, inplace: bool = False) -> nn.Module:
+    """:func:`oftsurgery.unfold` from the base: bit-exact, checked against the record's hashes; parameters that the fold untied are tied again.
 
     Raises:
         StateError: the folded model has no record.
         MatchError: the base lacks a module or tensor of the record.
-        IntegrityError: the base's contents are not those that were folded.
+        IntegrityError: the base's contents are not those that were folded, or the folded model was changed since in what the record does not name.
     """
     record = record_of(folded)
     if record is None:
         raise StateError("the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)")
-    sources = modules_of(base)
-    tensors = _tensors(sources)
-    for name in (*record.modules, *record.saved):
-        if name not in sources and name not in tensors:
-            raise MatchError("the base model lacks a folded module", module=name, remedy="give the model that was folded")
     with _transaction() as journal:
         work = folded if inplace else share_model(folded)
         modules = modules_of(work)
         tied = _Tied(work)
         for path, module_record in record.modules.items():
-            source, home = Layer(path, sources[path]).read()
+            current, home = Layer(path, modules[path]).read()
+            source = base.weight(path, home)
+            if source is None:
+                raise MatchError("the base lacks a folded module", module=path, remedy="give the model that was folded")
             if source.fingerprint != module_record.before:
-                raise IntegrityError(
-                    "the base model's weight is not the one that was folded",
-                    module=path,
-                    format=home.label,
-                    remedy="give the very model that was folded",
-                )
-            own = EncodedWeight(source.format, {k: t.clone() for k, t in source.tensors.items()})
+                raise _not_the_base(path, home, base.repacked(path))
+            own = EncodedWeight(source.format, {k: t.to(current.tensors["weight"].device, copy=True) for k, t in source.tensors.items()})
             Layer(path, modules[path]).write(own, park=not tied.shared(modules[path]), journal=journal)
         for name, before in record.saved.items():
-            if hash_tensors({name: tensors[name]}) != before:
-                raise IntegrityError(
-                    "the base model's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded"
-                )
-            _replace_tensor(modules, name, tensors[name], tied, journal, only_here=False)
+            values = base.tensor(name)
+            if values is None:
+                raise MatchError("the base lacks a tensor that the adapter replaced", tensor=name, remedy="give the model that was folded")
+            if before is not None and hash_tensors({name: values}) != before:
+                raise IntegrityError("the base's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded")
+            _replace_tensor(modules, name, values, tied, journal, only_here=False)
+        _check_rest(modules, base, {f"{path}.weight" for path in record.modules} | set(record.saved))
+        _tie_again(work, base, journal)
         _set_record(inner_model(work), _earlier(record))
     return work
+
+
+def _not_the_base(path: str, home: WeightFormat, repacked: bool) -> IntegrityError:
+    if repacked:
+        return IntegrityError(
+            "a CPU forward has repacked the base's 4-bit weight since the fold, and rounded its absmax to bfloat16: it is not the base any more",
+            module=path,
+            format=home.label,
+            remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
+        )
+    return IntegrityError(
+        "the base's weight is not the one that was folded", module=path, format=home.label, remedy="give the very model that was folded"
+    )
+
+
+def _check_rest(modules: Mapping[str, nn.Module], base: BaseSource, restored: set[str]) -> None:
+    """What the fold did not touch must be the base's still: after a training step, "restored exactly" would not be true."""
+    for name, tensor in _tensors(modules).items():
+        other = base.tensor(name)
+        if name in restored or other is None or tensor.is_meta or other.is_meta or tensor.data_ptr() == other.data_ptr():
+            continue
+        quantised = Layer(name, modules[name.rpartition(".")[0]]).quantised  # compared by their codes, which a CPU forward tiles
+        if not quantised and not (tensor.shape == other.shape and torch.equal(tensor.cpu(), other.cpu().to(tensor.dtype))):
+            raise IntegrityError(
+                "the folded model differs from the base in a tensor that the fold did not touch",
+                tensor=name,
+                remedy="one of the two was changed since (trained, cast, resized); rotate back with the adapter instead",
+            )
+
+
+def _tie_again(model: nn.Module, base: BaseSource, journal: list[Undo]) -> None:
+    modules = modules_of(model)
+    for names in base.groups:
+        places = [(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in names if n.rpartition(".")[0] in modules]
+        slots: list[tuple[dict[str, Any], str]] = [(m._parameters, key) for m, key in places if key in m._parameters]
+        for parameters, key in slots[1:]:
+            journal.append(partial(parameters.__setitem__, key, parameters[key]))
+            parameters[key] = slots[0][0][slots[0][1]]
+    config = getattr(inner_model(model), "config", None)
+    if base.tie_word_embeddings is not None and config is not None:
+        for part in (config, getattr(config, "text_config", None)):
+            if part is not None and hasattr(part, "tie_word_embeddings"):
+                journal.append(partial(setattr, part, "tie_word_embeddings", part.tie_word_embeddings))
+                part.tie_word_embeddings = base.tie_word_embeddings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .adapter import OFTAdapter, parse_adapter
 from .errors import StateError, printable
 
-__all__ = ["base_of", "has_live_layers", "read_adapters", "strip"]
+__all__ = ["base_of", "has_live_layers", "read_adapters", "strip", "trained_biases"]
 
 Undo = Callable[[], None]
 
@@ -69,6 +69,13 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
         if layer.disable_adapters:
             raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="enable_adapter_layers() first")
     configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if not configs:
+        holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
+        raise StateError(
+            "the live peft layers are in a part of this model, not in the model itself",
+            module=holder,
+            remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
+        )
     wanted = list(names) if names is not None else _active(layers)
     unknown = [n for n in wanted if n not in configs]
     if unknown or not wanted:
@@ -77,6 +84,19 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
             remedy=f"the model's adapters are {', '.join(map(printable, configs)) or 'none'}; set_adapter() one of them",
         )
     return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
+
+
+def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``): their old values are nowhere."""
+    base = base_of(model)
+    layers = list(_tuner_layers(base))
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
+    inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
+    found = {n.replace(".base_layer.", ".") for n, _ in base.named_parameters() if n.endswith(".bias") and not any(f".{w}." in n for w in inside)}
+    if "all" in kinds:
+        return sorted(found)
+    return sorted(found & {f"{path}.bias" for path, _ in layers}) if "oft_only" in kinds else []
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:

@@ -101,7 +101,8 @@ class FoldRecord:
     Attributes:
         adapters: in the live order.
         modules: ``{module path: ModuleRecord}``.
-        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save`` replaced.
+        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save`` replaced; None for a bias that was trained
+            in place, whose original nobody has.
         rounding: how quantised weights were rounded.
         base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated (``fold_into``); empty in memory.
         versions: of the libraries that took part.
@@ -110,7 +111,7 @@ class FoldRecord:
 
     adapters: tuple[AdapterInfo, ...]
     modules: Mapping[str, ModuleRecord]
-    saved: Mapping[str, str] = field(default_factory=dict)
+    saved: Mapping[str, str | None] = field(default_factory=dict)
     rounding: str = "nearest"
     base: Mapping[str, str | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)

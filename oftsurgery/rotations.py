@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Literal
 
@@ -58,15 +59,35 @@ def full_precision(device_type: str) -> Iterator[None]:
     ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too) and autocast rewrites it
     outright; a fold must not depend on either. Restores what it found.
     """
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    _Precision.enter()
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        _Precision.leave()
+
+
+class _Precision:
+    """torch's precision of float32 products is one for the process: raised while any thread needs it, put back by the last one."""
+
+    lock = threading.Lock()
+    users = 0
+    before = "highest"
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            if cls.users == 0:
+                cls.before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            cls.users += 1
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.users -= 1
+            if cls.users == 0:
+                torch.set_float32_matmul_precision(cls.before)
 
 
 def block_size_of(elements: int) -> int:

@@ -15,6 +15,7 @@ from independent import fold, make_layer, relative, seeded
 from torch import Tensor, nn
 
 import oftsurgery
+import oftsurgery.weight
 from oftsurgery import OFTAdapter, Rotation, codecs, layers, rotations
 
 TARGETS = ("embed", "nf4", "twice", "int8", "used", "dense")
@@ -89,6 +90,12 @@ def whole(model: nn.Module) -> Any:
     tie = getattr(config, "tie_word_embeddings", None)
     hooks = [(path, tuple(m._forward_hooks.values()), tuple(m._forward_pre_hooks.values())) for path, m in model.named_modules()]
     return snapshot_of(model), id(config), tie, hooks, model.__dict__.get("oftsurgery"), list(model.state_dict())
+
+
+@pytest.fixture(autouse=True)
+def _step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference path, whose steps can be broken one by one; the fused one is one step, and has a test of its own."""
+    monkeypatch.setenv("OFTSURGERY_BACKEND", "reference")
 
 
 # the functions through which every fold goes, at their module: (owner, name)
@@ -265,3 +272,27 @@ def test_a_peft_model_stays_a_working_peft_model(inplace: bool, step: str, error
     folded = fold(live, None, inplace=inplace)
     with torch.no_grad():
         assert relative(folded.train()(x), expected) < 0.2
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), oftsurgery.NonFiniteError("injected")], ids=["Ctrl-C", "refusal"])
+def test_the_fused_path_is_all_or_nothing_too(
+    error: BaseException, inplace: bool, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFTSURGERY_BACKEND", "auto")
+    before = whole(tiny)
+    real, calls = oftsurgery.weight.kernels.fold, 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == len(TARGETS):
+            raise error
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(oftsurgery.weight.kernels, "fold", broken)
+        with pytest.raises(type(error)):
+            fold_untied(tiny, adapter, inplace=inplace)
+    assert calls == len(TARGETS)
+    assert whole(tiny) == before

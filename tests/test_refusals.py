@@ -625,7 +625,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "restore from another base",
     e.IntegrityError,
-    r"the base model's weight is not the one that was folded \[module 'layers\.0\.q_proj', format float32\]",
+    r"the base's weight is not the one that was folded \[module 'layers\.0\.q_proj', format float32\]",
 )
 def _(t: Bench) -> Callable[[], object]:
     base, _ = folded(t)
@@ -633,7 +633,7 @@ def _(t: Bench) -> Callable[[], object]:
     return lambda: oftsurgery.unfold(t.model, base=base)
 
 
-@case("restore from a base with another bias", e.IntegrityError, r"the base model's tensor is not the one that was replaced \[tensor 'head\.bias'\]")
+@case("restore from a base with another bias", e.IntegrityError, r"the base's tensor is not the one that was replaced \[tensor 'head\.bias'\]")
 def _(t: Bench) -> Callable[[], object]:
     base, _ = folded(t)
     base.head.bias.data[0] += 1  # type: ignore[index,union-attr,operator]
@@ -643,7 +643,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "restore from a base without the module",
     e.MatchError,
-    r"the base model lacks a folded module \[module 'layers\.0\.q_proj'\] Remedy: give the model",
+    r"the base lacks a folded module \[module 'layers\.0\.q_proj'\] Remedy: give the model",
 )
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
