@@ -179,6 +179,7 @@ def plan_fold(
     quantize: str | None = None,
     double_quant: bool = False,
     compute_dtype: str = "float32",
+    load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
     max_shard_size: int | str = "5GB",
@@ -189,10 +190,13 @@ def plan_fold(
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
     quantization = None
     if codec is not None:
-        dtype = getattr(torch, compute_dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise StateError(f"unknown compute dtype {printable(compute_dtype)!r}", remedy="float32, float16 or bfloat16")
-        quantization = checkpoint.Quantization(codec, double_quant, dtype, tuple(skip_modules) if skip_modules is not None else None)
+        quantization = checkpoint.Quantization(
+            codec,
+            double_quant,
+            _float_dtype(compute_dtype),
+            tuple(skip_modules) if skip_modules is not None else None,
+            None if load_dtype is None else _float_dtype(load_dtype),
+        )
     elif double_quant:
         raise StateError("double quantisation of a checkpoint that is not to be quantised", remedy="name the 4-bit type too: quantize='nf4'")
     return checkpoint.plan_checkpoint(
@@ -214,6 +218,7 @@ def fold_checkpoint(
     quantize: str | None = None,
     double_quant: bool = False,
     compute_dtype: str = "float32",
+    load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
     max_shard_size: int | str = "5GB",
@@ -231,8 +236,8 @@ def fold_checkpoint(
         format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
         quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the trainer, so that the adapter meets the base
             that it was trained on; implied by a quantised ``format``.
-        double_quant, compute_dtype, skip_modules: the other settings of that loading (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``,
-            ``llm_int8_skip_modules``).
+        double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading (``bnb_4bit_use_double_quant``,
+            ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
         device: where the arithmetic runs.
@@ -256,6 +261,7 @@ def fold_checkpoint(
         quantize=quantize,
         double_quant=double_quant,
         compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
         skip_modules=skip_modules,
         fold_into=fold_into,
         max_shard_size=max_shard_size,
@@ -385,6 +391,12 @@ def export_safetensors(
     from . import export
 
     return export.save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
+
+
+def _float_dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "float16", "bfloat16"):
+        raise StateError(f"unknown dtype {printable(name)!r}", remedy="float32, float16 or bfloat16")
+    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def parse_size(size: int | str) -> int:

@@ -113,6 +113,9 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
     parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantise a plain base first, as the trainer's loading did")
     parser.add_argument("--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)")
     parser.add_argument("--compute-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="bnb_4bit_compute_dtype of the config")
+    parser.add_argument(
+        "--load-dtype", choices=("float32", "float16", "bfloat16"), help="dtype in which the trainer loaded the model (default: the config's)"
+    )
     parser.add_argument("--skip-modules", nargs="+", metavar="NAME", help="modules left unquantised (llm_int8_skip_modules)")
     parser.add_argument(
         "--fold-into",
@@ -207,6 +210,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "quantize": args.quantize,
         "double_quant": args.double_quant,
         "compute_dtype": args.compute_dtype,
+        "load_dtype": args.load_dtype,
         "skip_modules": args.skip_modules,
         "fold_into": args.fold_into,
         "max_shard_size": args.max_shard_size,

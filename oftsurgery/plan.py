@@ -109,7 +109,7 @@ def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) 
         f"{len(lost)} of the adapter's {len(adapter.modules)} modules match nothing in the model{hint}",
         module=path,
         path=adapter.source,
-        remedy="load the model with the same class as for training" + (f", from {printable(base)}" if base else ""),
+        remedy="use the model that the adapter was trained on, of the same class" + (f", from {printable(base)}" if base else ""),
     )
 
 
@@ -133,7 +133,7 @@ def _check_saved(name: str, tensor: Tensor, tensors: Mapping[str, tuple[int, ...
             "the adapter brings a tensor that the model does not have" + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),
             tensor=name,
             path=adapter.source,
-            remedy="load the model with the same class and head as for training",
+            remedy="use a model of the same class and head as for training",
         )
     if tuple(tensor.shape) != tensors[name]:
         raise ShapeError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_model import distance, live, llama, logits
 from transformers import AutoModelForCausalLM
 
@@ -208,3 +209,18 @@ def test_every_command_in_the_readme_parses() -> None:
     assert {words[0] for words in lines} == set(COMMANDS) - {"export"}  # which the README has as tools/export.py
     for words in lines:
         assert cli._parser().parse_args(words).run is not None
+
+
+def test_the_dtype_of_the_trainers_loading_decides_the_codes(place: Path, tmp_path: Path) -> None:
+    """transformers quantises what it has loaded: float32 weights loaded as bfloat16 give other codes."""
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trained_on = AutoModelForCausalLM.from_pretrained(place / "BASE", quantization_config=quantization, dtype=torch.bfloat16)
+    words = ["fold", str(place / "BASE"), str(place / "ADAPTER"), "--format", "nf4", "-q"]
+    assert cli.main([*words, str(tmp_path / "bf16"), "--load-dtype", "bfloat16"]) == 0
+    assert cli.main([*words, str(tmp_path / "fp32")]) == 0
+    name = "model.layers.0.self_attn.k_proj.weight"  # quantised, not rotated
+    same, other = (load_file(tmp_path / d / "model.safetensors")[name] for d in ("bf16", "fp32"))
+    assert torch.equal(same, trained_on.state_dict()[name])
+    assert not torch.equal(other, same)

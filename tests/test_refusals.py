@@ -266,7 +266,7 @@ def _(t: Bench) -> Callable[[], object]:
     "a key that matches nothing",
     e.MatchError,
     r"1 of the adapter's 2 modules match nothing in the model; nearest in the model: .*layers\.1\.q_proj.*module 'model\.layers\.1\.q_proj'"
-    r".*Remedy: load the model with the same class as for training, from org/base",
+    r".*Remedy: use the model that the adapter was trained on, of the same class, from org/base",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("model.layers.1.q_proj")
