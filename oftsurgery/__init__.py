@@ -1,4 +1,5 @@
-"""Surgery on models that were fine-tuned with Orthogonal Fine-Tuning (OFT, OFTv2, QOFT) adapters over bitsandbytes-quantised weights.
+"""Surgery on models that were fine-tuned with Orthogonal Fine-Tuning (OFT, OFTv2, QOFT) adapters over
+bitsandbytes-quantised weights.
 
 >>> import oftsurgery
 >>> folded = oftsurgery.fold(model, "my-qoft-adapter")  # doctest: +SKIP
@@ -12,7 +13,16 @@ from ._version import __version__
 
 if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
-    from .api import export_safetensors, fold, fold_checkpoint, load_adapter, unfold, unfold_checkpoint, verify_checkpoint, wrap
+    from .api import (
+        export_safetensors,
+        fold,
+        fold_checkpoint,
+        load_adapter,
+        unfold,
+        unfold_checkpoint,
+        verify_checkpoint,
+        wrap,
+    )
     from .checks import CheckpointReport, WeightCheck
     from .codecs import EncodedWeight, WeightFormat
     from .compare import OutputError, VerifyReport, verify
@@ -90,7 +100,8 @@ __all__ = [
     "wrap",
 ]
 
-# module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without torch
+# module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without
+# torch
 _EXPORTS = {
     "adapter": (
         "DIALECTS",

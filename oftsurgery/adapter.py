@@ -1,7 +1,8 @@
 """OFT adapters: the files that any peft release writes, as one frozen :class:`OFTAdapter`.
 
-Pure: config and tensors in, an adapter out. :func:`oftsurgery.load_adapter` reads the files. What differs between releases is told apart once, here,
-as a *dialect*; from then on an adapter is a mapping from module paths to :class:`Rotation`.
+Pure: config and tensors in, an adapter out. :func:`oftsurgery.load_adapter` reads the files. What differs between
+releases is told apart once, here, as a *dialect*; from then on an adapter is a mapping from module paths to
+:class:`Rotation`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Cayley:
     """Which map takes the generator ``Q`` to ``R``.
 
     Attributes:
-        terms: None for the exact map ``(I-Q)(I+Q)⁻¹``, else the number of terms of the truncated Neumann series (of the inverse: mind the sign).
+        terms: None for the exact map ``(I-Q)(I+Q)⁻¹``, else the number of terms of the truncated Neumann series (of the
+            inverse: mind the sign).
         since_0_18: the series of peft ≥ 0.18 rather than that of 0.16 and 0.17.
     """
 
@@ -67,9 +69,11 @@ class Rotation:
     Attributes:
         generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied.
         cayley: the map from generator to rotation.
-        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each folds to.
+        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each
+            folds to.
         scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
-        shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the features alone.
+        shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the
+            features alone.
     """
 
     generator: Tensor
@@ -110,7 +114,9 @@ class Rotation:
         return float(self._eigenvalues.angle().abs().max())
 
     def check_fits(self, shape: tuple[int, int], module: str) -> None:
-        """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens, features)`` for an embedding."""
+        """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens,
+        features)`` for an embedding.
+        """
         n, b = self.generator.shape[0], self.block_size
         out, features = shape
         shared = n == 1 and self.shared
@@ -139,7 +145,9 @@ class Rotation:
             )
 
     def fold_into(self, weight: Tensor) -> Tensor:
-        """What the live layer computes with ``weight: (out, in)`` (or ``(tokens, features)``), as a weight, in float32 or better."""
+        """What the live layer computes with ``weight: (out, in)`` (or ``(tokens, features)``), as a weight, in float32
+        or better.
+        """
         rotated = rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side)
         return rotated if self.scale is None else rotated * self.scale.to(rotated).unsqueeze(-1)
 
@@ -151,7 +159,11 @@ class Rotation:
         """
         if self.scale is not None:
             if bool((self.scale == 0).any()):
-                raise NonFiniteError("oft_s holds a zero, which no inverse undoes", tensor="oft_s", remedy="restore from the base model instead")
+                raise NonFiniteError(
+                    "oft_s holds a zero, which no inverse undoes",
+                    tensor="oft_s",
+                    remedy="restore from the base model instead",
+                )
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             weight = weight / self.scale.to(weight).unsqueeze(-1)
         return rotations.unrotate_weight(weight, self.blocks.to(weight.device), self.side)
@@ -163,10 +175,12 @@ class OFTAdapter:
 
     Attributes:
         modules: ``{module path as the base model names it: Rotation}``.
-        saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings, which replace the model's own.
+        saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings,
+            which replace the model's own.
         dialect: a key of :data:`DIALECTS`.
         config: the adapter's ``adapter_config.json``, as read.
-        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters, wherever they came from.
+        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters, wherever they
+            came from.
         source: folder, repository or live model it came from.
         sha256: of the tensors' file, where there is one.
     """
@@ -219,14 +233,16 @@ def parse_adapter(
     """
     _check_config(config)
     if not tensors:
-        raise AdapterError("the adapter holds no tensor", path=source, remedy="save it again with peft's save_pretrained")
+        raise AdapterError(
+            "the adapter holds no tensor", path=source, remedy="save it again with peft's save_pretrained"
+        )
     raw, saved = _group(tensors, source)
     name = _detect_dialect(config, raw, dialect, source)
     modules = {path: _rotation(path, parts, config, name) for path, parts in sorted(raw.items())}
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
-# --- config ---------------------------------------------------------------------------------------------------------------------------------------
+# --- config -----------------------------------------------------------------------------------------------------------
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "block_share": (bool,),
@@ -247,7 +263,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind is None:
         raise AdapterError(
-            "the adapter's config has no `peft_type`", tensor="adapter_config.json", remedy="give a folder that peft's save_pretrained wrote"
+            "the adapter's config has no `peft_type`",
+            tensor="adapter_config.json",
+            remedy="give a folder that peft's save_pretrained wrote",
         )
     if kind != "OFT":
         raise DialectError(
@@ -267,14 +285,21 @@ def _check_config(config: Mapping[str, Any]) -> None:
     _check_values(config)
     if config.get("layer_replication"):
         raise DialectError(
-            "`layer_replication` is not supported", remedy="replicate the layers in the base model first, then train or load the adapter on it"
+            "`layer_replication` is not supported",
+            remedy="replicate the layers in the base model first, then train or load the adapter on it",
         )
     if config.get("use_dora"):
-        raise DialectError("`use_dora` is no OFT setting that any peft release computes", remedy="check where the config came from")
+        raise DialectError(
+            "`use_dora` is no OFT setting that any peft release computes", remedy="check where the config came from"
+        )
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
-    eps, terms, names = config.get("eps", 0), config.get("num_cayley_neumann_terms", 0), config.get("modules_to_save") or ()
+    eps, terms, names = (
+        config.get("eps", 0),
+        config.get("num_cayley_neumann_terms", 0),
+        config.get("modules_to_save") or (),
+    )
     wrong = {
         "eps": None if 0 <= eps < float("inf") else "which is no radius",  # NaN compares false
         "num_cayley_neumann_terms": None if terms <= _MAX_TERMS else f"more than {_MAX_TERMS}",
@@ -295,11 +320,13 @@ _MISSING = object()
 _MAX_TERMS = 1000
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------------------------------------
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 _PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_OTHER_TUNER = re.compile(r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)")
+_OTHER_TUNER = re.compile(
+    r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
+)
 
 
 def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -324,7 +351,12 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 remedy="restore the file",
             )
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError("the adapter's tensor holds NaN or infinity", tensor=key, path=source, remedy="retrain from an earlier checkpoint")
+            raise NonFiniteError(
+                "the adapter's tensor holds NaN or infinity",
+                tensor=key,
+                path=source,
+                remedy="retrain from an earlier checkpoint",
+            )
         if match:
             raw.setdefault(match["path"], {})[match["part"]] = tensor
         elif other := _OTHER_TUNER.search("." + name):
@@ -340,7 +372,9 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             # with bias="all" peft saves the biases of `modules_to_save` under two keys
             if target in saved and not _same(saved[target], tensor):
-                raise MatchError("two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys")
+                raise MatchError(
+                    "two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys"
+                )
             saved[target] = tensor
     if not raw:
         raise AdapterError(
@@ -355,17 +389,22 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
-# --- dialects -------------------------------------------------------------------------------------------------------------------------------------
+# --- dialects ---------------------------------------------------------------------------------------------------------
 
 
-def _detect_dialect(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], named: str | None, source: str | None) -> str:
+def _detect_dialect(
+    config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], named: str | None, source: str | None
+) -> str:
     if named is not None and named not in DIALECTS:
         raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"one of {', '.join(DIALECTS)}")
     old = [path for path, parts in raw.items() if "oft_r" in parts or "oft_s" in parts]
     new = [path for path, parts in raw.items() if "oft_R.weight" in parts or "oft_embedding_R.weight" in parts]
     if old and new:
         raise DialectError(
-            "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter", tensor=old[0], path=source, remedy="save it with one peft"
+            "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter",
+            tensor=old[0],
+            path=source,
+            remedy="save it with one peft",
         )
     if old:
         candidates = _old_dialects(config, raw, source)
@@ -375,7 +414,11 @@ def _detect_dialect(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Te
         candidates = _new_dialects(config, source)
     if named is not None:
         if named not in candidates:
-            raise DialectError(f"named {named}, but the files are of {' or '.join(candidates)}", path=source, remedy="leave the dialect out")
+            raise DialectError(
+                f"named {named}, but the files are of {' or '.join(candidates)}",
+                path=source,
+                remedy="leave the dialect out",
+            )
         return named
     if len(candidates) > 1:
         raise DialectError(
@@ -431,43 +474,66 @@ def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
     return ["peft-0.21"]
 
 
-# --- rotations ------------------------------------------------------------------------------------------------------------------------------------
+# --- rotations --------------------------------------------------------------------------------------------------------
 
 
 def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
     if len(parts) > 1 and set(parts) != {"oft_r", "oft_s"}:
-        raise AdapterError(f"one module has {' and '.join(sorted(parts))}", module=path, remedy="save the adapter again with peft's save_pretrained")
+        raise AdapterError(
+            f"one module has {' and '.join(sorted(parts))}",
+            module=path,
+            remedy="save the adapter again with peft's save_pretrained",
+        )
     coft_eps = float(config.get("eps", 6e-5)) if config.get("coft") else None
     if dialect in ("peft-0.13", "peft-0.15"):
         return _old_rotation(path, parts, config, dialect, coft_eps)
     part, v = next(iter(parts.items()))
     if v.ndim != 2 or v.shape[0] < 1:
-        raise ShapeError("a generator must be (blocks, b(b-1)/2)", module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file")
+        raise ShapeError(
+            "a generator must be (blocks, b(b-1)/2)",
+            module=path,
+            tensor=part,
+            shape=tuple(v.shape),
+            remedy="restore the file",
+        )
     try:
         rotations.block_size_of(v.shape[1])
     except ShapeError as error:
-        raise ShapeError(error.message, module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file") from None
+        raise ShapeError(
+            error.message, module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file"
+        ) from None
     _check_shared(path, v, config)
     cayley = Cayley()
     if config.get("use_cayley_neumann"):
         cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=dialect == "peft-0.21")
     if coft_eps is not None:
-        # ‖Q‖_F ≤ eps / √rows (peft ≥ 0.16: the clamp is on the skew-symmetric matrix); clamped anew by every live forward, so a file may not be
+        # ‖Q‖_F ≤ eps / √rows (peft ≥ 0.16: the clamp is on the skew-symmetric matrix); clamped anew by every live
+        # forward, so a file may not be
         v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), coft_eps))
     side: rotations.Side = "embedding" if part.startswith("oft_embedding") else "input"
     return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
 
 
-def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str, coft_eps: float | None) -> Rotation:
+def _old_rotation(
+    path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str, coft_eps: float | None
+) -> Rotation:
     a = parts["oft_r"] if "oft_r" in parts else next(iter(parts.values()))
     if "oft_r" not in parts:
         raise AdapterError("oft_s without oft_r", module=path, remedy="restore the whole file")
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
-        raise ShapeError("oft_r must be (blocks, b, b) with b ≥ 2", module=path, tensor="oft_r", shape=tuple(a.shape), remedy="restore the file")
+        raise ShapeError(
+            "oft_r must be (blocks, b, b) with b ≥ 2",
+            module=path,
+            tensor="oft_r",
+            shape=tuple(a.shape),
+            remedy="restore the file",
+        )
     _check_shared(path, a, config)
     scale = parts.get("oft_s")
     if scale is not None and (scale.ndim != 2 or scale.shape[1] != 1):
-        raise ShapeError("oft_s must be (out, 1)", module=path, tensor="oft_s", shape=tuple(scale.shape), remedy="restore the file")
+        raise ShapeError(
+            "oft_s must be (out, 1)", module=path, tensor="oft_s", shape=tuple(scale.shape), remedy="restore the file"
+        )
     a = a.to(torch.float64)
     rows, b, _ = a.shape
     if coft_eps is not None:
@@ -492,7 +558,10 @@ def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, A
 def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
     if config.get("block_share") and rows.shape[0] != 1:
         raise ShapeError(
-            "`block_share` is set, but the generator has more than one row", module=path, shape=tuple(rows.shape), remedy="restore the config"
+            "`block_share` is set, but the generator has more than one row",
+            module=path,
+            shape=tuple(rows.shape),
+            remedy="restore the config",
         )
 
 
@@ -506,4 +575,6 @@ def _clamp(q: Tensor, radius: float) -> Tensor:
 def common_paths(paths: Iterable[str], limit: int = 3) -> str:
     """The first few of ``paths`` for a message."""
     listed = list(paths)
-    return ", ".join(printable(p) for p in listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    return ", ".join(printable(p) for p in listed[:limit]) + (
+        f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    )

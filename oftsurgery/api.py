@@ -22,19 +22,32 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointPlan, Format, Progress
     from .checks import CheckpointReport
 
-__all__ = ["export_safetensors", "fold", "fold_checkpoint", "load_adapter", "parse_size", "plan_fold", "unfold", "unfold_checkpoint", "wrap"]
+__all__ = [
+    "export_safetensors",
+    "fold",
+    "fold_checkpoint",
+    "load_adapter",
+    "parse_size",
+    "plan_fold",
+    "unfold",
+    "unfold_checkpoint",
+    "wrap",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
 AdapterLike = OFTAdapter | str | PathLike[str]
 
 
-def load_adapter(path_or_repo: str | PathLike[str], *, dialect: Dialect | None = None, revision: str | None = None) -> OFTAdapter:
+def load_adapter(
+    path_or_repo: str | PathLike[str], *, dialect: Dialect | None = None, revision: str | None = None
+) -> OFTAdapter:
     """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
 
     Args:
         path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
-        dialect: which releases' arithmetic the adapter is of, where its files do not tell (a key of :data:`oftsurgery.DIALECTS`).
+        dialect: which releases' arithmetic the adapter is of, where its files do not tell (a key of
+            :data:`oftsurgery.DIALECTS`).
         revision: of the Hub repository.
 
     Raises:
@@ -57,18 +70,21 @@ def fold(
 ) -> M:
     """Merge an OFT adapter into a model's weights, in the formats that they have.
 
-    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again as it was: NF4, FP4 (double quantisation and
-    ``quant_storage`` kept), int8 or a float dtype. The result computes what the live adapter computes, up to the rounding of that storage, which is measured
-    for each module and stated in one :class:`~oftsurgery.RoundingWarning`.
+    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again as it was: NF4, FP4
+    (double quantisation and ``quant_storage`` kept), int8 or a float dtype. The result computes what the live adapter
+    computes, up to the rounding of that storage, which is measured for each module and stated in one
+    :class:`~oftsurgery.RoundingWarning`.
 
     Args:
-        model: a torch or transformers model, plain or over bitsandbytes layers, compiled or spread by accelerate; or a ``PeftModel`` whose live adapters are
-            to be folded, which gives the plain base model.
-        adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes; several are the live chain ``x · Ra · Rb``, as peft's active adapters
-            ``[a, b]``. For a model with live adapters: None for the active ones, or names.
+        model: a torch or transformers model, plain or over bitsandbytes layers, compiled or spread by accelerate; or a
+            ``PeftModel`` whose live adapters are to be folded, which gives the plain base model.
+        adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes; several are the live chain ``x ·
+            Ra · Rb``, as peft's active adapters ``[a, b]``. For a model with live adapters: None for the active ones,
+            or names.
         rounding: ``"nearest"``, as bitsandbytes rounds.
-        inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the last layer is done. Otherwise the result is
-            a new model that shares every tensor that it did not change, and ``model`` stays as it is.
+        inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
+            last layer is done. Otherwise the result is a new model that shares every tensor that it did not change, and
+            ``model`` stays as it is.
         progress: show a bar.
 
     Returns:
@@ -96,7 +112,9 @@ def fold(
 
 
 def _fold_wrapped(model: M, adapter: object, *, inplace: bool, progress: bool) -> M:
-    """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain model."""
+    """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain
+    model.
+    """
     from . import live
 
     if adapter is not None:
@@ -128,9 +146,10 @@ def unfold(
 
     Args:
         folded: a model that :func:`fold` gave, or one that holds the same weights.
-        adapter: what was folded: rotates back by the true inverse and rounds once more, so quantised weights come back inexactly; an
-            :class:`~oftsurgery.UnfoldWarning` states the error.
-        base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against the record's hashes.
+        adapter: what was folded: rotates back by the true inverse and rounds once more, so quantised weights come back
+            inexactly; an :class:`~oftsurgery.UnfoldWarning` states the error.
+        base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against
+            the record's hashes.
         inplace: change ``folded`` itself.
         progress: show a bar.
 
@@ -141,7 +160,10 @@ def unfold(
     """
     _check_model(folded)
     if (adapter is None) == (base is None):
-        raise StateError("unfold needs the adapter or the base", remedy="unfold(model, adapter) rotates back, unfold(model, base=…) restores exactly")
+        raise StateError(
+            "unfold needs the adapter or the base",
+            remedy="unfold(model, adapter) rotates back, unfold(model, base=…) restores exactly",
+        )
     if base is not None:
         source = live_model.source_of(base) if isinstance(base, nn.Module) else _source_on_disk(base)
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
@@ -184,7 +206,9 @@ def plan_fold(
     fold_into: Literal["quantized", "original"] = "quantized",
     max_shard_size: int | str = "5GB",
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing written."""
+    """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing
+    written.
+    """
     from . import checkpoint
 
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
@@ -198,7 +222,10 @@ def plan_fold(
             None if load_dtype is None else _float_dtype(load_dtype),
         )
     elif double_quant:
-        raise StateError("double quantisation of a checkpoint that is not to be quantised", remedy="name the 4-bit type too: quantize='nf4'")
+        raise StateError(
+            "double quantisation of a checkpoint that is not to be quantised",
+            remedy="name the 4-bit type too: quantize='nf4'",
+        )
     return checkpoint.plan_checkpoint(
         shards.open_checkpoint(files.find_checkpoint(source)),
         _loaded(adapter),
@@ -233,11 +260,13 @@ def fold_checkpoint(
         source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
         adapter: as for :func:`fold`; several are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
-        quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the trainer, so that the adapter meets the base
-            that it was trained on; implied by a quantised ``format``.
-        double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading (``bnb_4bit_use_double_quant``,
-            ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
+        format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a
+            plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+        quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the
+            trainer, so that the adapter meets the base that it was trained on; implied by a quantised ``format``.
+        double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
+            (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the
+            config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
         device: where the arithmetic runs.
@@ -249,7 +278,8 @@ def fold_checkpoint(
         the :class:`~oftsurgery.FoldRecord`, which is ``oftsurgery.json`` in the destination too.
 
     Raises:
-        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input; nothing was written.
+        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input;
+        nothing was written.
         DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
     """
     from . import checkpoint
@@ -267,7 +297,9 @@ def fold_checkpoint(
         max_shard_size=max_shard_size,
     )
     with _byte_bar(progress, "fold") as step:
-        record = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step).record
+        record = checkpoint.run_plan(
+            plan, Path(destination), device=device, resume=resume, force=force, progress=step
+        ).record
     assert record is not None  # noqa: S101 - a fold has one
     live_model.warn_of_rounding(record)
     return record
@@ -291,7 +323,8 @@ def unfold_checkpoint(
         folded: a folder that :func:`fold_checkpoint` wrote.
         destination: a folder that does not exist yet.
         base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
-        adapter: what was folded: rotated back by the true inverse, rounded once more, with an :class:`~oftsurgery.UnfoldWarning` that states the error.
+        adapter: what was folded: rotated back by the true inverse, rounded once more, with an
+            :class:`~oftsurgery.UnfoldWarning` that states the error.
         max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
@@ -305,11 +338,15 @@ def unfold_checkpoint(
     from . import checkpoint, configs
 
     if (adapter is None) == (base is None):
-        raise StateError("unfold needs the adapter or the base", remedy="adapter=… rotates back, base=… restores exactly")
+        raise StateError(
+            "unfold needs the adapter or the base", remedy="adapter=… rotates back, base=… restores exactly"
+        )
     source = shards.open_checkpoint(files.find_checkpoint(folded))
     size = parse_size(max_shard_size)
     if base is not None:
-        plan = checkpoint.plan_restore(source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size)
+        plan = checkpoint.plan_restore(
+            source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size
+        )
     else:
         assert adapter is not None  # noqa: S101 - checked above
         plan = checkpoint.plan_unfold(source, _loaded(adapter), max_shard_bytes=size)
@@ -334,7 +371,8 @@ def verify_checkpoint(
         folded: in any format.
         base: the checkpoint that was folded.
         adapter: that was folded; several in the live order.
-        tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format costs.
+        tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format
+            costs.
 
     Returns:
         a report with an error for each weight; ``report.ok`` says whether all pass.
@@ -390,7 +428,9 @@ def export_safetensors(
     """
     from . import export
 
-    return export.save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
+    return export.save_model(
+        model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force
+    )
 
 
 def _float_dtype(name: str) -> torch.dtype:
@@ -409,14 +449,18 @@ def parse_size(size: int | str) -> int:
     5000000000
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", str(size), re.IGNORECASE)
-    nbytes = int(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())) if match else 0
+    nbytes = (
+        int(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())) if match else 0
+    )
     if nbytes < 1:
         raise StateError(f"no size: {printable(size)!r}", remedy="a number of bytes, or '500MB', '5GB'")
     return nbytes
 
 
 def _source_on_disk(base: str | PathLike[str]) -> live_model.BaseSource:
-    """A checkpoint as what a live model is restored from; a plain one is quantised again where the folded layer is quantised."""
+    """A checkpoint as what a live model is restored from; a plain one is quantised again where the folded layer is
+    quantised.
+    """
     from . import checkpoint
     from .codecs import EncodedWeight, WeightFormat
     from .naming import architecture_of, locate
@@ -435,10 +479,14 @@ def _source_on_disk(base: str | PathLike[str]) -> live_model.BaseSource:
         found = locate([name], architecture).get(name)
         return None if found is None else opened.read(found)
 
-    return live_model.BaseSource(weight, tensor, lambda _: False, tie_word_embeddings=opened.config.get("tie_word_embeddings"))
+    return live_model.BaseSource(
+        weight, tensor, lambda _: False, tie_word_embeddings=opened.config.get("tie_word_embeddings")
+    )
 
 
-def _resolve(model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | None) -> tuple[list[str] | None, list[OFTAdapter] | None]:
+def _resolve(
+    model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | None
+) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
     given = [] if adapter is None else list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
     live = getattr(live_model.inner_model(model), "peft_config", {})
@@ -451,7 +499,10 @@ def _resolve(model: nn.Module, adapter: AdapterLike | Sequence[AdapterLike] | No
 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise StateError(f"a model is a torch.nn.Module, this is a {type(model).__name__}", remedy="load it first; folders go to fold_checkpoint")
+        raise StateError(
+            f"a model is a torch.nn.Module, this is a {type(model).__name__}",
+            remedy="load it first; folders go to fold_checkpoint",
+        )
 
 
 def _loaded(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:

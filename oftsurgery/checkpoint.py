@@ -1,7 +1,9 @@
-"""Fold adapters into checkpoints on disk: a plan from headers and JSON alone, then one weight at a time, never the model.
+"""Fold adapters into checkpoints on disk: a plan from headers and JSON alone, then one weight at a time, never the
+model.
 
-:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination that becomes it by one
-rename. Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one that was not.
+:func:`plan_checkpoint` says everything that will happen; :func:`run_plan` does it, into a folder beside the destination
+that becomes it by one rename. Whatever is written is a function of the inputs alone, so a run that was killed and
+resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -31,10 +33,22 @@ from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging
 from .weight import fold_encoded, unfold_encoded
 
-__all__ = ["CheckpointPlan", "Job", "Quantization", "RunResult", "Shard", "plan_checkpoint", "plan_restore", "plan_unfold", "run_plan"]
+__all__ = [
+    "CheckpointPlan",
+    "Job",
+    "Quantization",
+    "RunResult",
+    "Shard",
+    "plan_checkpoint",
+    "plan_restore",
+    "plan_unfold",
+    "run_plan",
+]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-DENSE: Mapping[str, torch.dtype] = MappingProxyType({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16})
+DENSE: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+)
 QUANTISED = ("nf4", "fp4", "int8")
 
 RECORD = "oftsurgery.json"
@@ -51,7 +65,8 @@ class Quantization:
         codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: quantise the 4-bit statistics too.
         compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
-        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its own choice; None for that.
+        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its
+            own choice; None for that.
         dtype: in which the model was loaded; None for what its config names, as transformers 5 does by itself.
     """
 
@@ -68,12 +83,13 @@ class Job:
 
     Attributes:
         name: of the weight, or of a plain tensor, in the source.
-        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode, quantise, rotate, encode as asked),
-            or ``"saved"`` (the adapter's own values instead).
+        kind: ``"copy"`` (bytes as they are), ``"cast"`` (a plain tensor to another dtype), ``"weight"`` (decode,
+            quantise, rotate, encode as asked), or ``"saved"`` (the adapter's own values instead).
         outputs: ``{name: (dtype, shape)}``; dtype None: as in the source.
         path: of the module, where a rotation is folded.
         chain: rotations in the live order.
-        base: format to which a plain source is brought before it is rotated (its dtype that in which it is loaded), or None.
+        base: format to which a plain source is brought before it is rotated (its dtype that in which it is loaded), or
+            None.
         into: format that is written.
         transposed: the source holds ``(in, out)``.
         transpose_out: the output does.
@@ -153,7 +169,9 @@ class CheckpointPlan:
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
             "adapters": [asdict(AdapterInfo.of(a)) for a in self.adapters],
             "format": self.format,
-            "quantize": None if self.quantization is None else {**asdict(self.quantization), "compute_dtype": str(self.quantization.compute_dtype)},
+            "quantize": None
+            if self.quantization is None
+            else {**asdict(self.quantization), "compute_dtype": str(self.quantization.compute_dtype)},
             "fold_into": self.fold_into,
             "class": self.architecture.name,
             "folds": [
@@ -181,7 +199,7 @@ class CheckpointPlan:
         return _format_of(self.source, job.name, self.architecture)
 
 
-# --- planning -------------------------------------------------------------------------------------------------------------------------------------
+# --- planning ---------------------------------------------------------------------------------------------------------
 
 
 def plan_checkpoint(
@@ -226,8 +244,11 @@ def plan_checkpoint(
     )
 
 
-def plan_unfold(folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
-    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or half-precision weights.
+def plan_unfold(
+    folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard_bytes: int = 5_000_000_000
+) -> CheckpointPlan:
+    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or
+    half-precision weights.
 
     Raises:
         StateError: the checkpoint's record names other adapters than these.
@@ -258,7 +279,11 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     """
     record = configs.record_in(folded.folder)
     if record is None:
-        raise StateError(f"the checkpoint has no {RECORD}", path=folded.folder, remedy="give the adapter instead: it is then rotated back")
+        raise StateError(
+            f"the checkpoint has no {RECORD}",
+            path=folded.folder,
+            remedy="give the adapter instead: it is then rotated back",
+        )
     codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
     quantization = recorded_quantization(folded, codec)
     architecture = _architecture(base, quantization)
@@ -267,7 +292,12 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     for path, module in record.modules.items():
         name = found.get(f"{path}.weight")
         if name is None:
-            raise MatchError("the base checkpoint lacks a folded module", module=path, path=base.folder, remedy="give the checkpoint that was folded")
+            raise MatchError(
+                "the base checkpoint lacks a folded module",
+                module=path,
+                path=base.folder,
+                remedy="give the checkpoint that was folded",
+            )
         weights[name] = module.before
     builder = _Builder(base, architecture, codec or "same", quantization, "quantized")
     jobs = []
@@ -279,23 +309,35 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             jobs.append(replace(job, origin=base))
         else:
             # untouched by the fold: the folded checkpoint's own bytes
-            jobs += [Job(n, "copy", {n: (folded.entries[n].dtype, folded.entries[n].shape)}, folded.entries[n].nbytes) for n in job.outputs]
+            jobs += [
+                Job(n, "copy", {n: (folded.entries[n].dtype, folded.entries[n].shape)}, folded.entries[n].nbytes)
+                for n in job.outputs
+            ]
     config = configs.restored_config(folded.config, base.config)
     return _finish(folded, (), "same", architecture, jobs, config, max_shard_bytes)
 
 
 def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
-    """How a plain base was quantised to ``codec`` before it was folded: by the record, else by the config. None for no codec."""
+    """How a plain base was quantised to ``codec`` before it was folded: by the record, else by the config. None for no
+    codec.
+    """
     if codec is None:
         return None
     record = configs.record_in(folded.folder)
     if record is not None and "double_quant" in record.base:
         skip = json.loads(record.base.get("skip_modules") or "null")
         dtype = getattr(torch, record.base.get("dtype") or "", None)
-        return Quantization(codec, record.base["double_quant"] == "true", skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
+        return Quantization(
+            codec,
+            record.base["double_quant"] == "true",
+            skip=None if skip is None else tuple(map(str, skip)),
+            dtype=dtype,
+        )
     settings = folded.config.get("quantization_config") or {}
     skip = settings.get("llm_int8_skip_modules")
-    return Quantization(codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=None if skip is None else tuple(map(str, skip)))
+    return Quantization(
+        codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=None if skip is None else tuple(map(str, skip))
+    )
 
 
 def _recorded(q: Quantization | None) -> dict[str, str | None]:
@@ -313,11 +355,18 @@ def _recorded(q: Quantization | None) -> dict[str, str | None]:
 def _architecture(source: Checkpoint, quantization: Quantization | None) -> Architecture:
     q = quantization
     dtype = q.dtype if q is not None and q.dtype is not None else _load_dtype(source)
-    return architecture_of(source.config, {name: e.shape for name, e in source.entries.items()}, dtype=dtype, skip=q.skip if q is not None else None)
+    return architecture_of(
+        source.config,
+        {name: e.shape for name, e in source.entries.items()},
+        dtype=dtype,
+        skip=q.skip if q is not None else None,
+    )
 
 
 def _load_dtype(source: Checkpoint) -> torch.dtype:
-    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float tensor is stored."""
+    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float
+    tensor is stored.
+    """
     named = source.config.get("dtype", source.config.get("torch_dtype"))
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if isinstance(dtype, torch.dtype):
@@ -363,10 +412,16 @@ def _finish(
     )
 
 
-def _check_formats(source: Checkpoint, format: str, quantization: Quantization | None, fold_into: str, architecture: Architecture) -> None:
+def _check_formats(
+    source: Checkpoint, format: str, quantization: Quantization | None, fold_into: str, architecture: Architecture
+) -> None:
     stored = source.config.get("quantization_config")
     if stored is not None and not isinstance(stored, Mapping):
-        raise FormatError("`quantization_config` is no JSON object", tensor="config.json", remedy="restore the config.json that was saved")
+        raise FormatError(
+            "`quantization_config` is no JSON object",
+            tensor="config.json",
+            remedy="restore the config.json that was saved",
+        )
     method = stored.get("quant_method", "bitsandbytes") if stored is not None else None
     if method not in (None, "bitsandbytes"):
         raise FormatError(
@@ -375,10 +430,14 @@ def _check_formats(source: Checkpoint, format: str, quantization: Quantization |
             remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
         )
     quantised = any(
-        companions.state_name(n, source.entries) or n.removesuffix("weight") + "SCB" in source.entries for n in source.entries if n.endswith("weight")
+        companions.state_name(n, source.entries) or n.removesuffix("weight") + "SCB" in source.entries
+        for n in source.entries
+        if n.endswith("weight")
     )
     if format not in ("same", *DENSE, *QUANTISED):
-        raise StateError(f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}")
+        raise StateError(
+            f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
+        )
     if fold_into not in ("quantized", "original"):
         raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
     if quantised and (quantization is not None or format in QUANTISED):
@@ -388,7 +447,9 @@ def _check_formats(source: Checkpoint, format: str, quantization: Quantization |
             remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
         )
     if quantization is not None and quantization.codec not in QUANTISED:
-        raise StateError(f"unknown quantisation {printable(quantization.codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+        raise StateError(
+            f"unknown quantisation {printable(quantization.codec)!r}", remedy=f"one of {', '.join(QUANTISED)}"
+        )
     if quantization is not None and format == "same":
         raise StateError(
             "a plain checkpoint is to be quantised, and to stay as it is",
@@ -409,7 +470,11 @@ def _format_of(source: Checkpoint, name: str, architecture: Architecture) -> Wei
     state = companions.state_name(name, source.entries)
     if state is not None:
         encoded = companions.gather(
-            name, source.entries, lambda n: source.read(n) if n == state else torch.empty(0), entry.shape, _dtype(source, name)
+            name,
+            source.entries,
+            lambda n: source.read(n) if n == state else torch.empty(0),
+            entry.shape,
+            _dtype(source, name),
         )
         return encoded.format
     shape = entry.shape
@@ -432,7 +497,14 @@ def _dtype(source: Checkpoint, name: str) -> torch.dtype:
 class _Builder:
     """Collects the jobs of one plan."""
 
-    def __init__(self, source: Checkpoint, architecture: Architecture, format: str, quantization: Quantization | None, fold_into: str) -> None:
+    def __init__(
+        self,
+        source: Checkpoint,
+        architecture: Architecture,
+        format: str,
+        quantization: Quantization | None,
+        fold_into: str,
+    ) -> None:
         self.source = source
         self.architecture = architecture
         self.format = format
@@ -443,7 +515,9 @@ class _Builder:
 
     # --- matching ---
 
-    def match(self, adapters: Sequence[OFTAdapter], *, again: bool = False) -> tuple[dict[str, Target], dict[str, Tensor]]:
+    def match(
+        self, adapters: Sequence[OFTAdapter], *, again: bool = False
+    ) -> tuple[dict[str, Target], dict[str, Tensor]]:
         """({checkpoint name, or that of a tied head: Target}, {checkpoint name: the adapter's own values})."""
         if not adapters:
             return {}, {}
@@ -474,7 +548,9 @@ class _Builder:
         return targets, {own[n]: t for n, t in plan.saved.items()}
 
     def _check_not_merged(self, paths: Iterable[str]) -> None:
-        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single tensor to be folded into."""
+        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single
+        tensor to be folded into.
+        """
         merged = {self.architecture.renamed[n] for n in self.architecture.converted}
         for path in paths:
             whole = next((m for m in sorted(merged) if path in (m, m.rpartition(".")[0])), None)
@@ -490,7 +566,11 @@ class _Builder:
         record = configs.record_in(self.source.folder)
         again = [a for a in adapters if record is not None and a.fingerprint in record.fingerprints()]
         if again:
-            raise StateError("this adapter is folded into the checkpoint already", path=again[0].source, remedy="fold it into the base checkpoint")
+            raise StateError(
+                "this adapter is folded into the checkpoint already",
+                path=again[0].source,
+                remedy="fold it into the base checkpoint",
+            )
 
     def _is_tied_head(self, path: str, name: str) -> bool:
         return (
@@ -521,7 +601,9 @@ class _Builder:
         embedding = name in self.architecture.embeddings and path not in self.architecture.tied
         if self.architecture.linears is None:
             embedding = rotation.side == "embedding"
-        kind: Literal["embedding", "conv", "linear"] = "embedding" if embedding else "conv" if len(shape) == 4 else "linear"
+        kind: Literal["embedding", "conv", "linear"] = (
+            "embedding" if embedding else "conv" if len(shape) == 4 else "linear"
+        )
         return LayerInfo(kind, _format_of(self.source, name, self.architecture), hash((name, embedding)))
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -562,10 +644,16 @@ class _Builder:
         return bool(suffix) and weight in self.source.entries
 
     def _quantises(self, name: str) -> bool:
-        return self.quantization is not None and self.architecture.linears is not None and name in self.architecture.linears
+        return (
+            self.quantization is not None
+            and self.architecture.linears is not None
+            and name in self.architecture.linears
+        )
 
     def _loaded(self, name: str) -> torch.dtype | None:
-        """In which dtype the trainer's bitsandbytes loading held the plain tensor ``name``; None where there was none, or it holds no floats."""
+        """In which dtype the trainer's bitsandbytes loading held the plain tensor ``name``; None where there was none,
+        or it holds no floats.
+        """
         if self.quantization is None or self.source.entries[name].dtype not in _FLOATS:
             return None
         return self.architecture.loaded.get(name)
@@ -593,7 +681,15 @@ class _Builder:
         base = WeightFormat("dense", entry.shape, loaded) if loaded != stored else None
         return Job(name, "cast", {name: (into, entry.shape)}, entry.nbytes, base=base)
 
-    def _weight(self, name: str, target: Target | None, values: Tensor | None, group: Sequence[str], *, output: str | None = None) -> Job:
+    def _weight(
+        self,
+        name: str,
+        target: Target | None,
+        values: Tensor | None,
+        group: Sequence[str],
+        *,
+        output: str | None = None,
+    ) -> Job:
         stored = _format_of(self.source, name, self.architecture)
         base = self._base_format(stored, name, tied=output is not None)
         if self.format == "same":
@@ -605,7 +701,13 @@ class _Builder:
         transposed = name in self.architecture.transposed
         out = spread = companions.spread_shapes(output or name, into)
         if into.codec == "dense":
-            shape = self.source.entries[name].shape if len(self.source.entries[name].shape) == 4 else into.shape[::-1] if transposed else into.shape
+            shape = (
+                self.source.entries[name].shape
+                if len(self.source.entries[name].shape) == 4
+                else into.shape[::-1]
+                if transposed
+                else into.shape
+            )
             out = {output or name: (spread[output or name][0], shape)}
         if self.fold_into == "original" and target is not None:
             base = None
@@ -624,10 +726,17 @@ class _Builder:
         )
 
     def _base_format(self, stored: WeightFormat, name: str, *, tied: bool) -> WeightFormat | None:
-        """What the trainer's loading made of a plain weight, its dtype that in which it was loaded; None where that is the stored one."""
+        """What the trainer's loading made of a plain weight, its dtype that in which it was loaded; None where that is
+        the stored one.
+        """
         q, loaded = self.quantization, self._loaded(name)
         if q is not None and self._quantises(name) and not tied:
-            return WeightFormat(q.codec, stored.shape, loaded or stored.dtype, *((64, 256 if q.double_quant else 0) if q.codec != "int8" else ()))
+            return WeightFormat(
+                q.codec,
+                stored.shape,
+                loaded or stored.dtype,
+                *((64, 256 if q.double_quant else 0) if q.codec != "int8" else ()),
+            )
         return WeightFormat("dense", stored.shape, loaded) if loaded not in (None, stored.dtype) else None
 
 
@@ -639,7 +748,8 @@ def _job_bytes(job: Job) -> int:
     if job.kind == "copy":
         return job.nbytes
     return sum(
-        (d.itemsize if isinstance(d, torch.dtype) else _SIZES.get(d, 1)) * math.prod(s) if s is not None else 256 for d, s in job.outputs.values()
+        (d.itemsize if isinstance(d, torch.dtype) else _SIZES.get(d, 1)) * math.prod(s) if s is not None else 256
+        for d, s in job.outputs.values()
     )
 
 
@@ -656,10 +766,12 @@ def _split(jobs: Sequence[Job], limit: int) -> tuple[Shard, ...]:
         size += nbytes
     if len(groups) == 1:
         return (Shard(SINGLE, tuple(groups[0])),)
-    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, start=1))
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for i, g in enumerate(groups, start=1)
+    )
 
 
-# --- running ----------------------------------------------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 def run_plan(
@@ -673,13 +785,13 @@ def run_plan(
 ) -> RunResult:
     """Do what ``plan`` says.
 
-    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error or a kill that folder stays,
-    and ``resume=True`` goes on from the last whole shard in it, checked by hash.
+    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error
+    or a kill that folder stays, and ``resume=True`` goes on from the last whole shard in it, checked by hash.
 
     Raises:
         DiskError: the disk is full, read-only, or another run is at work on this destination.
-        StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor ``force`` is set.
-        and those of a fold in memory.
+        StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor
+        ``force`` is set. and those of a fold in memory.
     """
     _check_apart(plan, destination)
     key = _fingerprint(plan)
@@ -700,7 +812,9 @@ def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
     adapters = {Path(a.source).resolve() for a in plan.adapters if a.source is not None and Path(a.source).is_dir()}
     for what, folders in (("source", sources), ("adapter", adapters)):
         if any(f.is_relative_to(there) for f in folders):
-            raise StateError(f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination")
+            raise StateError(
+                f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
+            )
     if any(there.is_relative_to(f) for f in sources):
         raise StateError("the destination is inside the source", path=destination, remedy="name one outside it")
 
@@ -777,7 +891,9 @@ class _Run:
                 writer.abort()
                 raise
 
-    def _pipeline(self, jobs: Sequence[Job], writer: ShardWriter, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
+    def _pipeline(
+        self, jobs: Sequence[Job], writer: ShardWriter, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor
+    ) -> None:
         ahead: Future[EncodedWeight | None] | None = None
         behind: Future[None] | None = None
         for i, job in enumerate(jobs):
@@ -797,7 +913,9 @@ class _Run:
 
     def _metadata(self) -> dict[str, str]:
         facts = {
-            "adapters": [{"fingerprint": a.fingerprint, "dialect": a.dialect, "sha256": a.sha256} for a in self.plan.adapters],
+            "adapters": [
+                {"fingerprint": a.fingerprint, "dialect": a.dialect, "sha256": a.sha256} for a in self.plan.adapters
+            ],
             "format": self.plan.format,
         }
         return {"format": "pt", "oftsurgery": json.dumps(facts, sort_keys=True)}
@@ -824,7 +942,9 @@ class _Run:
             dtype, _ = job.outputs[name]
             if job.base is not None:
                 loaded = codecs.encode(loaded.tensors["weight"], job.base)
-            return {name: codecs.encode(loaded.tensors["weight"], replace(loaded.format, dtype=dtype)).tensors["weight"]}  # type: ignore[arg-type]
+            return {
+                name: codecs.encode(loaded.tensors["weight"], replace(loaded.format, dtype=dtype)).tensors["weight"]
+            }  # type: ignore[arg-type]
         into = job.into
         assert into is not None  # noqa: S101 - by construction
         encoded = EncodedWeight(loaded.format, {k: t.to(self.device) for k, t in loaded.tensors.items()})
@@ -832,7 +952,9 @@ class _Run:
             encoded = quantise(encoded, job.base)
         if job.expected is not None and encoded.fingerprint != job.expected:
             raise IntegrityError(
-                "the base checkpoint's weight is not the one that was folded", tensor=job.name, remedy="give the very checkpoint that was folded"
+                "the base checkpoint's weight is not the one that was folded",
+                tensor=job.name,
+                remedy="give the very checkpoint that was folded",
             )
         recode = unfold_encoded if job.inverse else fold_encoded
         folded = recode(encoded, job.chain, into) if job.chain or encoded.format != into else None
@@ -857,7 +979,9 @@ class _Run:
             return replace(before.earlier[-1], earlier=before.earlier[:-1]) if before and before.earlier else None
         return FoldRecord(
             adapters=tuple(configs.public_info(AdapterInfo.of(a)) for a in self.plan.adapters),
-            modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()},
+            modules={
+                path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()
+            },
             saved=self.saved,
             base={"fold_into": self.plan.fold_into, **_recorded(self.plan.quantization)},
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
@@ -888,13 +1012,16 @@ def load_weight(source: Checkpoint, name: str, *, transposed: bool, values: Tens
     if encoded.format.codec != "dense":
         return encoded
     weight = encoded.tensors["weight"]
-    return codecs.dense(weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight)
+    return codecs.dense(
+        weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
+    )
 
 
 def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     """A plain weight as the trainer's bitsandbytes loading held it.
 
-    From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as ``Int8Params`` does.
+    From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as
+    ``Int8Params`` does.
     """
     weight = codecs.encode(encoded.tensors["weight"], WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
     if into.codec == "dense":

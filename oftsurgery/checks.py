@@ -74,12 +74,15 @@ class CheckpointReport:
         return {"ok": self.ok, "tolerance": self.tolerance, "modules": rows}
 
 
-def check_checkpoint(folded: Checkpoint, base: Checkpoint, adapters: Sequence[OFTAdapter], *, tolerance: float | None = None) -> CheckpointReport:
+def check_checkpoint(
+    folded: Checkpoint, base: Checkpoint, adapters: Sequence[OFTAdapter], *, tolerance: float | None = None
+) -> CheckpointReport:
     """Compare each folded weight with the base's, rotated anew.
 
     Args:
         folded: in any format.
-        base: the checkpoint that was folded; where it is plain and the fold quantised it first (its record says so, or its format), it is quantised again.
+        base: the checkpoint that was folded; where it is plain and the fold quantised it first (its record says so, or
+            its format), it is quantised again.
         adapters: that were folded, in the live order.
         tolerance: largest relative error that passes; None: no more than storing the exact weight costs.
 
@@ -91,18 +94,24 @@ def check_checkpoint(folded: Checkpoint, base: Checkpoint, adapters: Sequence[OF
     architecture = architecture_of(folded.config, {n: e.shape for n, e in folded.entries.items()})
     codec = _codec(folded, base, record.base if record is not None else {})
     quantization = recorded_quantization(folded, codec)
-    plan = plan_checkpoint(base, adapters, format="fp32" if quantization is not None else "same", quantization=quantization)
+    plan = plan_checkpoint(
+        base, adapters, format="fp32" if quantization is not None else "same", quantization=quantization
+    )
     jobs = [job for job in plan.jobs if job.chain]
     names = locate([f"{job.path}.weight" for job in jobs], architecture)
     checks = {}
     for job in jobs:
         name = names.get(f"{job.path}.weight")
         if name is None:
-            raise MatchError("the folded checkpoint lacks a weight that the adapter targets", module=job.path, path=folded.folder)
+            raise MatchError(
+                "the folded checkpoint lacks a weight that the adapter targets", module=job.path, path=folded.folder
+            )
         hashes = record.modules[job.path].after if record is not None and job.path in record.modules else None
         checks[job.path] = _check(job, base, folded, name, architecture, hashes)
     if not checks:
-        raise StateError("the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together")
+        raise StateError(
+            "the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together"
+        )
     return CheckpointReport(MappingProxyType(checks), tolerance)
 
 
@@ -116,7 +125,9 @@ def _codec(folded: Checkpoint, base: Checkpoint, recorded: Mapping[str, str | No
     return states[0] if states else "int8" if any(n.endswith(".SCB") for n in folded.entries) else None
 
 
-def _check(job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: str | None) -> WeightCheck:
+def _check(
+    job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: str | None
+) -> WeightCheck:
     encoded = load_weight(base, job.name, transposed=job.transposed)
     if job.base is not None:
         encoded = quantise(encoded, job.base)

@@ -1,7 +1,8 @@
 """The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|show``.
 
-Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes: 0 done; 1 a check failed (verify,
-doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission); 130 interrupted.
+Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes:
+0 done; 1 a check failed (verify, doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission);
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16")
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,13 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    plan = _command(commands, "plan", "show what a fold would do, and what it needs", "oftsurgery plan BASE ADAPTER --format bf16")
+    plan = _command(
+        commands, "plan", "show what a fold would do, and what it needs", "oftsurgery plan BASE ADAPTER --format bf16"
+    )
     _sources(plan)
     _fold_settings(plan, FORMATS, "same")
     _output(plan)
     plan.set_defaults(run=_plan)
 
-    fold = _command(commands, "fold", "fold an adapter into a checkpoint", "oftsurgery fold BASE ADAPTER OUTPUT --format nf4 --double-quant")
+    fold = _command(
+        commands,
+        "fold",
+        "fold an adapter into a checkpoint",
+        "oftsurgery fold BASE ADAPTER OUTPUT --format nf4 --double-quant",
+    )
     _sources(fold)
     fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     _fold_settings(fold, FORMATS, "same")
@@ -55,13 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     _output(fold)
     fold.set_defaults(run=_fold)
 
-    unfold = _command(commands, "unfold", "take the last fold out of a checkpoint", "oftsurgery unfold FOLDED OUTPUT --base BASE")
+    unfold = _command(
+        commands, "unfold", "take the last fold out of a checkpoint", "oftsurgery unfold FOLDED OUTPUT --base BASE"
+    )
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
     unfold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     how = unfold.add_mutually_exclusive_group(required=True)
     how.add_argument("--base", help="checkpoint that was folded: restores exactly")
-    how.add_argument("--adapter", action="append", help="adapter that was folded: rotates back, and states the error; several in the live order")
-    unfold.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as the Hub's tools write it (default: %(default)s)")
+    how.add_argument(
+        "--adapter",
+        action="append",
+        help="adapter that was folded: rotates back, and states the error; several in the live order",
+    )
+    unfold.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest file, as the Hub's tools write it (default: %(default)s)",
+    )
     _run_settings(unfold)
     _output(unfold)
     unfold.set_defaults(run=_unfold)
@@ -70,24 +89,37 @@ def _parser() -> argparse.ArgumentParser:
     _export_arguments(export)
 
     verify = _command(
-        commands, "verify", "check a folded checkpoint against base and adapter, weight by weight", "oftsurgery verify FOLDED BASE ADAPTER"
+        commands,
+        "verify",
+        "check a folded checkpoint against base and adapter, weight by weight",
+        "oftsurgery verify FOLDED BASE ADAPTER",
     )
     verify.add_argument("folded", metavar="FOLDED")
     _sources(verify)
     verify.add_argument(
-        "--tolerance", type=float, metavar="ERROR", help="largest relative error that passes (default: what storing the exact weight costs)"
+        "--tolerance",
+        type=float,
+        metavar="ERROR",
+        help="largest relative error that passes (default: what storing the exact weight costs)",
     )
     _output(verify)
     verify.set_defaults(run=_verify)
 
-    doctor = _command(commands, "doctor", "find and explain what is wrong with a checkpoint or an adapter", "oftsurgery doctor PATH --base BASE")
+    doctor = _command(
+        commands,
+        "doctor",
+        "find and explain what is wrong with a checkpoint or an adapter",
+        "oftsurgery doctor PATH --base BASE",
+    )
     doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
     doctor.add_argument("--base", help="checkpoint that was folded")
     doctor.add_argument("--adapter", help="adapter that was folded")
     _output(doctor)
     doctor.set_defaults(run=_doctor)
 
-    show = _command(commands, "show", "print what is folded into a checkpoint, from its oftsurgery.json", "oftsurgery show FOLDER")
+    show = _command(
+        commands, "show", "print what is folded into a checkpoint, from its oftsurgery.json", "oftsurgery show FOLDER"
+    )
     show.add_argument("folder", metavar="FOLDER")
     _output(show)
     show.set_defaults(run=_show)
@@ -99,37 +131,63 @@ _EXPORT_EXAMPLE = "{prog} --base BASE --adapter ADAPTER --output OUTPUT --format
 
 def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
     example = example.format(prog=f"oftsurgery {name}")
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}"
+    )
     return parser
 
 
 def _sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised")
-    parser.add_argument("adapter", metavar="ADAPTER", nargs="+", help="folder or Hub id of the adapter; several in the live order")
+    parser.add_argument(
+        "base", metavar="BASE", help="folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised"
+    )
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", nargs="+", help="folder or Hub id of the adapter; several in the live order"
+    )
 
 
 def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], default: str) -> None:
     parser.add_argument("--format", choices=formats, default=default, help="what to write (default: %(default)s)")
-    parser.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="quantise a plain base first, as the trainer's loading did")
-    parser.add_argument("--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)")
-    parser.add_argument("--compute-dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="bnb_4bit_compute_dtype of the config")
     parser.add_argument(
-        "--load-dtype", choices=("float32", "float16", "bfloat16"), help="dtype in which the trainer loaded the model (default: the config's)"
+        "--quantize", choices=("nf4", "fp4", "int8"), help="quantise a plain base first, as the trainer's loading did"
     )
-    parser.add_argument("--skip-modules", nargs="+", metavar="NAME", help="modules left unquantised (llm_int8_skip_modules)")
+    parser.add_argument(
+        "--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)"
+    )
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="bnb_4bit_compute_dtype of the config",
+    )
+    parser.add_argument(
+        "--load-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype in which the trainer loaded the model (default: the config's)",
+    )
+    parser.add_argument(
+        "--skip-modules", nargs="+", metavar="NAME", help="modules left unquantised (llm_int8_skip_modules)"
+    )
     parser.add_argument(
         "--fold-into",
         choices=("quantized", "original"),
         default="quantized",
         help="rotate the quantised base, which the adapter was trained on, or the original weights (default: %(default)s)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file, as the Hub's tools write it (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest file, as the Hub's tools write it (default: %(default)s)",
+    )
 
 
 def _run_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished work of a run that was killed")
-    parser.add_argument("--force", action="store_true", help="replace the output folder, when all is written and not before")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the output folder, when all is written and not before"
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -141,17 +199,21 @@ def _output(parser: argparse.ArgumentParser) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="folder or Hub id of the model")
-    parser.add_argument("--adapter", required=True, nargs="+", help="folder or Hub id of the adapter; several in the live order")
+    parser.add_argument(
+        "--adapter", required=True, nargs="+", help="folder or Hub id of the adapter; several in the live order"
+    )
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     _fold_settings(parser, EXPORT_FORMATS, "bnb")
     _run_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
-    parser.add_argument("--verify", action="store_true", help="check every weight of the output against base and adapter")
+    parser.add_argument(
+        "--verify", action="store_true", help="check every weight of the output against base and adapter"
+    )
     _output(parser)
     parser.set_defaults(run=_export)
 
 
-# --- running ----------------------------------------------------------------------------------------------------------------------------------------
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,7 +288,10 @@ def _plan(args: argparse.Namespace) -> int:
         return EXIT_OK
     if args.quiet:
         return EXIT_OK
-    rows = [(f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"]))) for f in facts["folds"]]
+    rows = [
+        (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
+        for f in facts["folds"]
+    ]
     _table(("module", "shape", "from", "to", "block size"), rows)
     print()
     for label, value in (
@@ -306,7 +371,13 @@ def _verify(args: argparse.Namespace) -> int:
         _print_json(report.to_dict())
     elif not args.quiet:
         rows = [
-            (path, f"{c.error:.3e}", f"{c.rounding:.3e}", {True: "yes", False: "NO", None: "-"}[c.recorded], "ok" if report.passes(c) else "FAILED")
+            (
+                path,
+                f"{c.error:.3e}",
+                f"{c.rounding:.3e}",
+                {True: "yes", False: "NO", None: "-"}[c.recorded],
+                "ok" if report.passes(c) else "FAILED",
+            )
             for path, c in report.worst_first
         ]
         _table(("module", "error", "plain rounding", "as recorded", ""), rows)
@@ -347,14 +418,17 @@ def _show(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-# --- printing -----------------------------------------------------------------------------------------------------------------------------------------
+# --- printing ---------------------------------------------------------------------------------------------------------
 
 
 def _say_record(args: argparse.Namespace, record: FoldRecord | None, output: str) -> None:
     if args.json:
         _print_json(record.to_dict() if record is not None else None)
     elif not args.quiet:
-        print(f"wrote {output}" + ("" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"))
+        print(
+            f"wrote {output}"
+            + ("" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)")
+        )
 
 
 def _print_json(value: object) -> None:
@@ -379,7 +453,9 @@ def _size(nbytes: int) -> str:
 
 
 class _Progress:
-    """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q`` or ``--json``."""
+    """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q``
+    or ``--json``.
+    """
 
     EVERY_S = 10.0
 
@@ -414,4 +490,7 @@ class _Progress:
             print(f"{_size(done)} of {_size(total)}: {printable(what)}", file=self.stream)
         elif time.monotonic() - self.last >= self.EVERY_S or done == total:
             self.last = time.monotonic()
-            print(f"{_size(done)} of {_size(total)} ({done / total:.0%})" if total else "nothing to read", file=self.stream)
+            print(
+                f"{_size(done)} of {_size(total)} ({done / total:.0%})" if total else "nothing to read",
+                file=self.stream,
+            )

@@ -1,12 +1,14 @@
 """Storage formats of weights: dense, NF4, FP4 and int8, as pure functions of tensors.
 
-Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored tensors stand for (not
-rounded to a compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same float32 weight. Tensor names are local, as behind a
-checkpoint's ``<module>.``/``<module>.weight.`` prefix; only the planner knows module paths. These are the readable reference: correctness first.
+Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored
+tensors stand for (not rounded to a compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same
+float32 weight. Tensor names are local, as behind a checkpoint's ``<module>.``/``<module>.weight.`` prefix; only the
+planner knows module paths. These are the readable reference: correctness first.
 
-4-bit (Dettmers et al. 2023, "QLoRA"): flat blocks of ``blocksize`` over the row-major weight, so that a block straddles rows where ``in`` is no
-multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax. Double quantisation stores the absmax itself as uint8 in
-blocks of 256 around their mean. Int8 (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``.
+4-bit (Dettmers et al. 2023, "QLoRA"): flat blocks of ``blocksize`` over the row-major weight, so that a block straddles
+rows where ``in`` is no multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax.
+Double quantisation stores the absmax itself as uint8 in blocks of 256 around their mean. Int8 (Dettmers et al. 2022,
+"LLM.int8()"): one scale a row, ``W = weight · SCB / 127``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from torch import Tensor
 from .errors import FormatError, NonFiniteError, ShapeError
 from .hashing import hash_tensors
 
-__all__ = ["CODECS", "Codec", "EncodedWeight", "WeightFormat", "decode", "dense", "encode", "restate", "unpack_cpu_layout"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "EncodedWeight",
+    "WeightFormat",
+    "decode",
+    "dense",
+    "encode",
+    "restate",
+    "unpack_cpu_layout",
+]
 
 
 _RELOAD = "reload the model: part of its quantisation state is damaged"
@@ -36,7 +48,8 @@ class WeightFormat:
     Attributes:
         codec: key of :data:`CODECS`: ``"dense"``, ``"nf4"``, ``"fp4"``, ``"int8"``.
         shape: logical shape, ``(out, in)`` for a linear.
-        dtype: of the stored values (dense), or that bitsandbytes dequantises to (``quant_state.dtype``; float16 for int8).
+        dtype: of the stored values (dense), or that bitsandbytes dequantises to (``quant_state.dtype``; float16 for
+            int8).
         blocksize: weights a 4-bit block; 0 elsewhere.
         nested_blocksize: absmax values a block of the double quantisation; 0 where there is none.
         storage: dtype in which the packed 4-bit bytes are held (``quant_storage``; FSDP wants a float one).
@@ -70,7 +83,8 @@ class EncodedWeight:
     ======  =====================================================================================================================================
     dense   ``weight`` of ``shape``
     4-bit   ``weight`` (packed codes, ``(⌈n/2⌉, 1)`` uint8 or as ``storage``), ``absmax`` (one a block: float32, or uint8 with double quantisation),
-            ``quant_map`` (16,), and with double quantisation ``nested_absmax``, ``nested_quant_map`` (256,), ``nested_offset`` ()
+            ``quant_map`` (16,), and with double quantisation ``nested_absmax``, ``nested_quant_map`` (256,),
+            ``nested_offset`` ()
     int8    ``weight`` ``(out, in)`` int8, ``SCB`` ``(out,)`` float32
     ======  =====================================================================================================================================
     """
@@ -113,13 +127,16 @@ def decode(encoded: EncodedWeight) -> Tensor:
     weight = _codec(encoded.format).decode(encoded)
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteError(
-            "the stored weight holds NaN or infinity", format=encoded.format.label, remedy="reload the base model: its file or memory is damaged"
+            "the stored weight holds NaN or infinity",
+            format=encoded.format.label,
+            remedy="reload the base model: its file or memory is damaged",
         )
     return weight
 
 
 def encode(weight: Tensor, format: WeightFormat) -> EncodedWeight:
-    """``weight`` stored in ``format``; for quantised formats with the codes and statistics of bitsandbytes' own quantiser (rounding to nearest).
+    """``weight`` stored in ``format``; for quantised formats with the codes and statistics of bitsandbytes' own
+    quantiser (rounding to nearest).
 
     Args:
         weight: of ``format.shape``, floating point; read as float32 (dense: as it is).
@@ -144,7 +161,9 @@ def _codec(format: WeightFormat) -> Codec:
     try:
         return CODECS[format.codec]
     except KeyError:
-        raise FormatError(f"unknown storage format; known are {', '.join(CODECS)}", format=format.codec, remedy="use one of those") from None
+        raise FormatError(
+            f"unknown storage format; known are {', '.join(CODECS)}", format=format.codec, remedy="use one of those"
+        ) from None
 
 
 def _require(encoded: EncodedWeight, *names: str) -> list[Tensor]:
@@ -156,19 +175,26 @@ def _require(encoded: EncodedWeight, *names: str) -> list[Tensor]:
 
 def _finite(weight: Tensor, what: str, format: WeightFormat) -> None:
     if not bool(torch.isfinite(weight).all()):
-        raise NonFiniteError(what, format=format.label, remedy="fold into a wider format, or check the adapter with a smaller scale")
+        raise NonFiniteError(
+            what, format=format.label, remedy="fold into a wider format, or check the adapter with a smaller scale"
+        )
 
 
-# --- dense ----------------------------------------------------------------------------------------------------------------------------------------
+# --- dense ------------------------------------------------------------------------------------------------------------
 
 
 def _decode_dense(encoded: EncodedWeight) -> Tensor:
     (weight,) = _require(encoded, "weight")
     if not weight.is_floating_point():
-        raise FormatError(f"a dense weight must be floating point, this is {weight.dtype}", remedy="dequantise it first")
+        raise FormatError(
+            f"a dense weight must be floating point, this is {weight.dtype}", remedy="dequantise it first"
+        )
     if tuple(weight.shape) != encoded.format.shape:
         raise ShapeError(
-            "the stored weight does not have its format's shape", shape=tuple(weight.shape), expected=encoded.format.shape, remedy=_RELOAD
+            "the stored weight does not have its format's shape",
+            shape=tuple(weight.shape),
+            expected=encoded.format.shape,
+            remedy=_RELOAD,
         )
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
@@ -179,7 +205,7 @@ def _encode_dense(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
     return {"weight": stored}
 
 
-# --- 4-bit ----------------------------------------------------------------------------------------------------------------------------------------
+# --- 4-bit ------------------------------------------------------------------------------------------------------------
 
 # Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
 _LEVELS: Mapping[str, tuple[float, ...]] = {
@@ -239,13 +265,26 @@ def _decode_absmax(encoded: EncodedWeight) -> Tensor:
     f = encoded.format
     if not f.nested_blocksize:
         if not absmax.is_floating_point():
-            raise FormatError("absmax is quantised, but its nested statistics are missing", tensor="absmax", format=f.label, remedy=_RELOAD)
+            raise FormatError(
+                "absmax is quantised, but its nested statistics are missing",
+                tensor="absmax",
+                format=f.label,
+                remedy=_RELOAD,
+            )
         return absmax.reshape(-1).to(torch.float32)
     nested_absmax, nested_map, offset = _require(encoded, "nested_absmax", "nested_quant_map", "nested_offset")
-    for name, tensor, expected in (("nested_quant_map", nested_map, 256), ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize))):
+    for name, tensor, expected in (
+        ("nested_quant_map", nested_map, 256),
+        ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize)),
+    ):
         if tensor.numel() != expected:
             raise ShapeError(
-                f"{name} does not hold what absmax needs", tensor=name, shape=(tensor.numel(),), expected=(expected,), format=f.label, remedy=_RELOAD
+                f"{name} does not hold what absmax needs",
+                tensor=name,
+                shape=(tensor.numel(),),
+                expected=(expected,),
+                format=f.label,
+                remedy=_RELOAD,
             )
     values = nested_map.to(torch.float32)[absmax.reshape(-1).to(torch.int64)]
     scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
@@ -276,7 +315,9 @@ def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
     quant_map = encoded.tensors.get("quant_map")
     if quant_map is not None:
         levels = _levels(f.codec, quant_map.device)
-        if quant_map.shape != levels.shape or not torch.allclose(quant_map.to(torch.float32), levels, rtol=0, atol=1e-3):
+        if quant_map.shape != levels.shape or not torch.allclose(
+            quant_map.to(torch.float32), levels, rtol=0, atol=1e-3
+        ):
             raise FormatError(
                 "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else",
                 tensor="quant_map",
@@ -292,7 +333,8 @@ def _decode_4bit(encoded: EncodedWeight) -> Tensor:
     _check_4bit(encoded, packed, absmax)
     n = math.prod(f.shape)
     values = _byte_table(f.codec, packed.device)[packed.to(torch.int64)].reshape(-1)[:n]
-    # flat, never by rows: a block may straddle them (bitsandbytes 0.50's own CPU kernel gets in = 96 with blocksize 64 wrong)
+    # flat, never by rows: a block may straddle them (bitsandbytes 0.50's own CPU kernel gets in = 96 with blocksize 64
+    # wrong)
     return (_blocks(values, f.blocksize) * _decode_absmax(encoded).reshape(-1, 1)).reshape(-1)[:n].reshape(f.shape)
 
 
@@ -314,7 +356,11 @@ def _encode_4bit(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     if n % 2:
         codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
     packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
-    return {"weight": _as_storage(packed, f), "quant_map": _levels(f.codec, flat.device).clone(), **_encode_absmax(absmax, f)}
+    return {
+        "weight": _as_storage(packed, f),
+        "quant_map": _levels(f.codec, flat.device).clone(),
+        **_encode_absmax(absmax, f),
+    }
 
 
 def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
@@ -322,24 +368,36 @@ def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
     if f.storage == torch.uint8:
         return packed
     if packed.numel() % f.storage.itemsize:
-        raise FormatError(f"{packed.numel()} packed bytes are no whole number of {f.storage}", format=f.label, remedy="use quant_storage=torch.uint8")
+        raise FormatError(
+            f"{packed.numel()} packed bytes are no whole number of {f.storage}",
+            format=f.label,
+            remedy="use quant_storage=torch.uint8",
+        )
     return packed.reshape(-1).view(f.storage).unsqueeze(1)
 
 
 def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     if not f.nested_blocksize:
         return {"absmax": absmax}
-    # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 % of the cases
+    # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 % of
+    # the cases
     from bitsandbytes.functional import quantize_blockwise
 
     offset = absmax.mean()
     _finite(offset, "the mean of absmax, which double quantisation stores, is not finite", f)
     codes, state = quantize_blockwise(absmax - offset, blocksize=f.nested_blocksize)
-    return {"absmax": codes, "nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
+    return {
+        "absmax": codes,
+        "nested_absmax": state.absmax,
+        "nested_quant_map": state.code.clone(),
+        "nested_offset": offset,
+    }
 
 
 def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
-    """The tensors of a 4-bit or int8 weight in a format that differs in the storage of its codes and statistics alone: no code changes."""
+    """The tensors of a 4-bit or int8 weight in a format that differs in the storage of its codes and statistics alone:
+    no code changes.
+    """
     t = dict(encoded.tensors)
     if encoded.format.nested_blocksize != into.nested_blocksize:
         t |= _encode_absmax(_decode_absmax(encoded), into)
@@ -349,10 +407,11 @@ def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
 
 
 def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
-    """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on AVX512-BF16 machines.
+    """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on
+    AVX512-BF16 machines.
 
-    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16. The codes come back exactly;
-    the rounding of absmax (2⁻⁹ relative) is lost.
+    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16.
+    The codes come back exactly; the rounding of absmax (2⁻⁹ relative) is lost.
 
     Args:
         weight: ``(out, in/2)`` uint8, tiled.
@@ -378,7 +437,7 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
 
 
-# --- int8 -----------------------------------------------------------------------------------------------------------------------------------------
+# --- int8 -------------------------------------------------------------------------------------------------------------
 
 
 def _decode_int8(encoded: EncodedWeight) -> Tensor:
@@ -392,7 +451,12 @@ def _decode_int8(encoded: EncodedWeight) -> Tensor:
         )
     if scb.numel() != weight.shape[0]:
         raise ShapeError(
-            "SCB must hold one value a row", tensor="SCB", shape=tuple(scb.shape), expected=(weight.shape[0],), format="int8", remedy=_RELOAD
+            "SCB must hold one value a row",
+            tensor="SCB",
+            shape=tuple(scb.shape),
+            expected=(weight.shape[0],),
+            format="int8",
+            remedy=_RELOAD,
         )
     return weight.detach().to(torch.float32) * (scb.detach().reshape(-1, 1).to(torch.float32) / 127.0)
 
@@ -404,7 +468,8 @@ def _encode_int8(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     factor = 127.0 / scb.unsqueeze(-1)
     scaled = weight * factor
     if not bool(torch.isfinite(factor).all()):
-        # 127/scb overflows for rows of zeros and near zero, where bitsandbytes' cast of NaN and infinity is undefined: divide first
+        # 127/scb overflows for rows of zeros and near zero, where bitsandbytes' cast of NaN and infinity is undefined:
+        # divide first
         scaled = torch.where(torch.isfinite(factor), scaled, weight / scb.unsqueeze(-1).clamp(min=1e-45) * 127.0)
     return {"weight": torch.round(scaled).clamp(-127, 127).to(torch.int8), "SCB": scb}
 

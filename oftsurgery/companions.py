@@ -1,4 +1,5 @@
-"""A quantised weight's tensors under the names that checkpoints give them: the mirror pair :func:`gather` and :func:`spread`.
+"""A quantised weight's tensors under the names that checkpoints give them: the mirror pair :func:`gather` and
+:func:`spread`.
 
 ======  =======================================================================================================================
 codec   names behind ``<module>.``
@@ -37,11 +38,18 @@ def state_name(weight: str, names: Collection[str]) -> str | None:
 def companion_names(weight: str, names: Collection[str]) -> tuple[str, ...]:
     """All names among ``names`` that belong to ``weight`` (a name that ends in ``weight``), itself first."""
     module = weight.removesuffix("weight")
-    candidates = [*(f"{weight}.{p}" for p in _PLAIN), *(weight + _QUANT_STATE + c for c in ("nf4", "fp4")), module + "SCB", module + "weight_format"]
+    candidates = [
+        *(f"{weight}.{p}" for p in _PLAIN),
+        *(weight + _QUANT_STATE + c for c in ("nf4", "fp4")),
+        module + "SCB",
+        module + "weight_format",
+    ]
     return (weight, *(n for n in candidates if n in names))
 
 
-def gather(weight: str, names: Collection[str], read: Callable[[str], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> EncodedWeight:
+def gather(
+    weight: str, names: Collection[str], read: Callable[[str], Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> EncodedWeight:
     """The stored weight from its tensors.
 
     Args:
@@ -59,20 +67,36 @@ def gather(weight: str, names: Collection[str], read: Callable[[str], Tensor], s
     if dtype == torch.int8:
         scb = weight.removesuffix("weight") + "SCB"
         if scb not in names:
-            raise FormatError("an int8 weight without its SCB statistics", tensor=weight, format="int8", remedy="save the checkpoint again, whole")
+            raise FormatError(
+                "an int8 weight without its SCB statistics",
+                tensor=weight,
+                format="int8",
+                remedy="save the checkpoint again, whole",
+            )
         return EncodedWeight(WeightFormat("int8", shape, torch.float16), {"weight": read(weight), "SCB": read(scb)})
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise FormatError(f"a weight of {dtype} is stored in a way that oftsurgery does not know", tensor=weight, remedy="dequantise it first")
+        raise FormatError(
+            f"a weight of {dtype} is stored in a way that oftsurgery does not know",
+            tensor=weight,
+            remedy="dequantise it first",
+        )
     return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
 
 
 def _gather_4bit(
-    weight: str, state: str, names: Collection[str], read: Callable[[str], Tensor], shape: tuple[int, ...], storage: torch.dtype
+    weight: str,
+    state: str,
+    names: Collection[str],
+    read: Callable[[str], Tensor],
+    shape: tuple[int, ...],
+    storage: torch.dtype,
 ) -> EncodedWeight:
     fields = unpack_state(read(state), state)
     codec = str(fields["quant_type"])
     if not state.endswith(codec):
-        raise FormatError(f"the packed state says {codec}, its name another type", tensor=state, remedy="quantise the model again")
+        raise FormatError(
+            f"the packed state says {codec}, its name another type", tensor=state, remedy="quantise the model again"
+        )
     count = math.prod(fields["shape"])
     if -(-count // 2) != math.prod(shape) * storage.itemsize:
         raise FormatError(
@@ -89,9 +113,16 @@ def _gather_4bit(
     if nested or "nested_offset" in fields:
         missing += [n for n in (f"{weight}.nested_absmax", f"{weight}.nested_quant_map") if n not in names]
     if missing:
-        raise FormatError("a 4-bit weight without its statistics", tensor=missing[0], format=codec, remedy="save it again, whole")
+        raise FormatError(
+            "a 4-bit weight without its statistics", tensor=missing[0], format=codec, remedy="save it again, whole"
+        )
     if nested and ("nested_offset" not in fields or "nested_blocksize" not in fields):
-        raise FormatError("the packed state lacks what its nested statistics need", tensor=state, format=codec, remedy="quantise the model again")
+        raise FormatError(
+            "the packed state lacks what its nested statistics need",
+            tensor=state,
+            format=codec,
+            remedy="quantise the model again",
+        )
     format_ = WeightFormat(
         codec=codec,
         shape=tuple(fields["shape"]),
@@ -109,7 +140,8 @@ def _gather_4bit(
 
 
 def _cpu_packed(tensor: str, shape: tuple[int, ...], codec: str) -> FormatError:
-    # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize, out), which read flat is noise
+    # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
+    # out), which read flat is noise
     return FormatError(
         "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise",
         tensor=tensor,
@@ -121,7 +153,9 @@ def _cpu_packed(tensor: str, shape: tuple[int, ...], codec: str) -> FormatError:
 
 _FIELDS: Mapping[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _MAX_BLOB = 1 << 12
-_BLOCKSIZES = tuple(1 << n for n in range(1, 13))  # bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
+_BLOCKSIZES = tuple(
+    1 << n for n in range(1, 13)
+)  # bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
 
 
 def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
@@ -137,12 +171,20 @@ def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
         good = isinstance(fields, dict) and all(isinstance(fields[k], t) for k, t in _FIELDS.items())
         good = good and fields["quant_type"] in ("nf4", "fp4") and fields["dtype"] in ("float32", "float16", "bfloat16")
         good = good and fields["shape"] != [] and all(type(n) is int and n > 0 for n in fields["shape"])
-        good = good and all(type(n) is int and n in _BLOCKSIZES for n in (fields["blocksize"], fields.get("nested_blocksize", 256)))
-        good = good and isinstance(fields.get("nested_offset", 0.0), float) and fields.get("nested_dtype", "float32") == "float32"
+        good = good and all(
+            type(n) is int and n in _BLOCKSIZES for n in (fields["blocksize"], fields.get("nested_blocksize", 256))
+        )
+        good = (
+            good
+            and isinstance(fields.get("nested_offset", 0.0), float)
+            and fields.get("nested_dtype", "float32") == "float32"
+        )
     except (ValueError, KeyError, RecursionError, TypeError):
         good = False
     if not good:
-        raise FormatError("the packed quantisation state is no such thing", tensor=name, remedy="quantise the model again")
+        raise FormatError(
+            "the packed quantisation state is no such thing", tensor=name, remedy="quantise the model again"
+        )
     return fields  # type: ignore[no-any-return]
 
 
@@ -153,22 +195,45 @@ def spread(weight: str, encoded: EncodedWeight) -> dict[str, Tensor]:
         return {weight: t["weight"]}
     if f.codec == "int8":
         module = weight.removesuffix("weight")
-        return {weight: t["weight"], module + "SCB": t["SCB"], module + "weight_format": torch.tensor(0, dtype=torch.uint8)}
-    fields: dict[str, Any] = {"quant_type": f.codec, "blocksize": f.blocksize, "dtype": str(f.dtype).removeprefix("torch."), "shape": list(f.shape)}
+        return {
+            weight: t["weight"],
+            module + "SCB": t["SCB"],
+            module + "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+    fields: dict[str, Any] = {
+        "quant_type": f.codec,
+        "blocksize": f.blocksize,
+        "dtype": str(f.dtype).removeprefix("torch."),
+        "shape": list(f.shape),
+    }
     if f.nested_blocksize:
-        fields |= {"nested_blocksize": f.nested_blocksize, "nested_dtype": "float32", "nested_offset": float(t["nested_offset"])}
+        fields |= {
+            "nested_blocksize": f.nested_blocksize,
+            "nested_dtype": "float32",
+            "nested_offset": float(t["nested_offset"]),
+        }
     blob = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
-    return {weight: t["weight"], **{f"{weight}.{p}": t[p] for p in _PLAIN if p in t}, weight + _QUANT_STATE + f.codec: blob}
+    return {
+        weight: t["weight"],
+        **{f"{weight}.{p}": t[p] for p in _PLAIN if p in t},
+        weight + _QUANT_STATE + f.codec: blob,
+    }
 
 
 def spread_shapes(weight: str, format_: WeightFormat) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:
-    """``{name: (dtype, shape)}`` of what :func:`spread` will give; the shape is None where it depends on the values (the JSON of a 4-bit state)."""
+    """``{name: (dtype, shape)}`` of what :func:`spread` will give; the shape is None where it depends on the values
+    (the JSON of a 4-bit state).
+    """
     f = format_
     if f.codec == "dense":
         return {weight: (f.dtype, f.shape)}
     if f.codec == "int8":
         module = weight.removesuffix("weight")
-        return {weight: (torch.int8, f.shape), module + "SCB": (torch.float32, f.shape[:1]), module + "weight_format": (torch.uint8, ())}
+        return {
+            weight: (torch.int8, f.shape),
+            module + "SCB": (torch.float32, f.shape[:1]),
+            module + "weight_format": (torch.uint8, ()),
+        }
     n = math.prod(f.shape)
     blocks = -(-n // f.blocksize)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {

@@ -38,7 +38,8 @@ class VerifyReport:
     """What :func:`verify` measured.
 
     Attributes:
-        modules: ``{path: OutputError}`` of each compared module, given the very inputs that it gets in the reference model: its own error, not the upstream one.
+        modules: ``{path: OutputError}`` of each compared module, given the very inputs that it gets in the reference
+            model: its own error, not the upstream one.
         outputs: ``{name: OutputError}`` of the models' outputs.
         batches: how many inputs were run.
     """
@@ -64,7 +65,10 @@ class VerifyReport:
         rows = [*self.outputs.items(), *sorted(self.modules.items(), key=lambda item: -item[1].relative)]
         width = max((len(printable(name)) for name, _ in rows), default=0)
         lines = [f"{'':{width}}  relative   max abs    1 - cos"]
-        lines += [f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}" for name, e in rows]
+        lines += [
+            f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}"
+            for name, e in rows
+        ]
         return "\n".join(lines)
 
 
@@ -77,11 +81,15 @@ class _Meter:
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         if a.shape != b.shape:
-            raise ShapeError("the two models' outputs differ in shape", tensor=name, shape=tuple(a.shape), expected=tuple(b.shape))
+            raise ShapeError(
+                "the two models' outputs differ in shape", tensor=name, shape=tuple(a.shape), expected=tuple(b.shape)
+            )
         a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise NonFiniteError(
-                "an output holds NaN or infinity", tensor=name, remedy="check the inputs (a row that is all padding?) and both models"
+                "an output holds NaN or infinity",
+                tensor=name,
+                remedy="check the inputs (a row that is all padding?) and both models",
             )
         if not a.numel():
             return
@@ -90,7 +98,9 @@ class _Meter:
         self.max_abs = max(self.max_abs, float((a - b).abs().max()))
         rows_a, rows_b = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
         lengths = rows_a.norm(dim=-1) * rows_b.norm(dim=-1)
-        cosine = torch.where(lengths > 0, (rows_a * rows_b).sum(-1) / lengths.clamp(min=1e-300), (rows_a == rows_b).all(-1).to(a))
+        cosine = torch.where(
+            lengths > 0, (rows_a * rows_b).sum(-1) / lengths.clamp(min=1e-300), (rows_a == rows_b).all(-1).to(a)
+        )
         self.distance += float((1 - cosine).sum())
         self.vectors += cosine.numel()
 
@@ -101,15 +111,16 @@ class _Meter:
 
 @torch.no_grad()
 def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport:
-    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to end.
+    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to
+    end.
 
     Args:
         folded: a folded model (its record says which modules to compare), or any.
         reference: what it should compute: the live ``PeftModel``, a wrapped model, the base model …
         inputs: a batch (a tensor, a tuple of arguments or a mapping of keyword arguments), or an iterable of batches.
 
-    Both run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes' 4-bit layers repacks them in place, here as
-    in any other forward.
+    Both run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes' 4-bit
+    layers repacks them in place, here as in any other forward.
 
     Raises:
         MatchError: a folded module is not in the reference.
@@ -118,10 +129,18 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
     """
     mine, theirs = modules_of(folded), modules_of(peft_live.base_of(inner_model(reference)))
     record = record_of(folded)
-    paths = list(record.modules) if record else [p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear)]
+    paths = (
+        list(record.modules)
+        if record
+        else [p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear)]
+    )
     missing = [p for p in paths if p not in theirs]
     if missing:
-        raise MatchError("the reference model lacks a folded module", module=missing[0], remedy="give a model of the same architecture")
+        raise MatchError(
+            "the reference model lacks a folded module",
+            module=missing[0],
+            remedy="give a model of the same architecture",
+        )
     modules = {path: _Meter() for path in paths}
     outputs: dict[str, _Meter] = {}
     batches = 0
@@ -148,7 +167,9 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
 
 
 @contextmanager
-def _compared(meters: Mapping[str, _Meter], mine: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]) -> Iterator[None]:
+def _compared(
+    meters: Mapping[str, _Meter], mine: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]
+) -> Iterator[None]:
     """While the reference runs, give each of its modules' inputs to our module too."""
 
     def hook_of(path: str) -> Any:

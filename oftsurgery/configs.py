@@ -40,11 +40,14 @@ _NOT_CARRIED = (
 _WRITTEN_ANEW = ("config.json", RECORD)
 
 
-def output_config(config: Mapping[str, Any], format: str, quantization: Quantization | None, *, untied: bool) -> dict[str, Any]:
+def output_config(
+    config: Mapping[str, Any], format: str, quantization: Quantization | None, *, untied: bool
+) -> dict[str, Any]:
     """The destination's ``config.json``.
 
-    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones get transformers' own; rope
-    settings are written for transformers 4 and 5; weights that the fold untied are no longer tied.
+    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones
+    get transformers' own; rope settings are written for transformers 4 and 5; weights that the fold untied are no
+    longer tied.
     """
     new = copy.deepcopy(dict(config))
     if not new:
@@ -80,7 +83,9 @@ def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readable_rope(config: dict[str, Any]) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which transformers 4 ignores."""
+    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which
+    transformers 4 ignores.
+    """
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or "rope_theta" not in rope:
         return
@@ -111,12 +116,20 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence, card …; plain files of the top folder."""
+    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence, card …;
+    plain files of the top folder.
+    """
     names = []
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".")
         weights = path.name.lower().endswith(_NOT_CARRIED)
-        if path.is_file() and not hidden and not weights and path.name not in _WRITTEN_ANEW and not path.name.startswith("adapter_"):
+        if (
+            path.is_file()
+            and not hidden
+            and not weights
+            and path.name not in _WRITTEN_ANEW
+            and not path.name.startswith("adapter_")
+        ):
             names.append(inside(folder, path.name).name)  # a link could publish any file of the user's
     return tuple(names)
 
@@ -134,7 +147,9 @@ def record_in(folder: Path) -> FoldRecord | None:
         return FoldRecord.from_dict(read_json(inside(folder, RECORD)))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"the record of an earlier fold cannot be read ({error})", path=path, remedy="restore it, or remove it if nothing is folded in"
+            f"the record of an earlier fold cannot be read ({error})",
+            path=path,
+            remedy="restore it, or remove it if nothing is folded in",
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Find and explain what is wrong with a checkpoint, an adapter or a live model: :func:`doctor`.
 
-Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here, together with damage that is
-valid data and therefore loads without a word: weights that peft merged wrongly, adapters that newer peft loads as the identity, settings that readers
-ignore.
+Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
+together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters
+that newer peft loads as the identity, settings that readers ignore.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Finding:
     """One trouble, told once however many tensors have it.
 
     Attributes:
-        severity: ``"error"``: it computes something wrong, or does not load; ``"warning"``: it does so for some readers; ``"note"``: worth knowing.
+        severity: ``"error"``: it computes something wrong, or does not load; ``"warning"``: it does so for some
+            readers; ``"note"``: worth knowing.
         code: short and stable, for programs: ``"cpu-packed"``, ``"unrotated"`` …
         message: what it is and what it does.
         subject: module, tensor or file; the worst where several have it.
@@ -81,12 +82,19 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "evidence": dict(self.evidence), "others": list(self.others)}
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "evidence": dict(self.evidence),
+            "others": list(self.others),
+        }
 
     def __str__(self) -> str:
         more = f" and {len(self.others)} more" if self.others else ""
         lines = [f"{self.severity}: {self.code}: {self.subject}{more}", f"  {self.message}"]
-        numbers = [f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}" for k, v in self.evidence.items()]
+        numbers = [
+            f"{k.replace('_', ' ')} {v:.3g}" if isinstance(v, float) else f"{k.replace('_', ' ')} {v}"
+            for k, v in self.evidence.items()
+        ]
         lines += ["  " + ", ".join(numbers)] * bool(numbers)
         return "\n".join(lines + [f"  remedy: {self.remedy}"] * bool(self.remedy))
 
@@ -101,7 +109,8 @@ def doctor(
 
     Args:
         path_or_model: what to examine.
-        base: what it was folded from, or what an adapter is for. With ``adapter`` each folded weight is held against the base's, rotated anew.
+        base: what it was folded from, or what an adapter is for. With ``adapter`` each folded weight is held against
+            the base's, rotated anew.
         adapter: that is folded in (with ``base``), or that is to be.
 
     Returns:
@@ -138,7 +147,7 @@ def _grouped(findings: Iterable[Finding]) -> list[Finding]:
     return [replace(g[0], others=(*g[0].others, *dict.fromkeys(f.subject for f in g[1:]))) for g in groups.values()]
 
 
-# --- errors as findings -----------------------------------------------------------------------------------------------------------------------------
+# --- errors as findings -----------------------------------------------------------------------------------------------
 
 _CODES: tuple[tuple[type[OFTSurgeryError], str], ...] = (
     (NonFiniteError, "non-finite"),
@@ -191,10 +200,12 @@ def _bad_values(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())).sum())
 
 
-# --- a checkpoint's folder --------------------------------------------------------------------------------------------------------------------------
+# --- a checkpoint's folder --------------------------------------------------------------------------------------------
 
 
-def _checkpoint_folder(folder: Path, base: str | PathLike[str] | nn.Module | None, adapter: OFTAdapter | None) -> list[Finding]:
+def _checkpoint_folder(
+    folder: Path, base: str | PathLike[str] | nn.Module | None, adapter: OFTAdapter | None
+) -> list[Finding]:
     found: list[Finding] = []
     checkpoint = _open(folder, found)
     if checkpoint is None:
@@ -215,7 +226,9 @@ def _checkpoint_folder(folder: Path, base: str | PathLike[str] | nn.Module | Non
     if architecture is None:
         return found
     if record is not None:
-        found += _record(record, lambda path: _stored(checkpoint, architecture, path), adapter if base is None else None)
+        found += _record(
+            record, lambda path: _stored(checkpoint, architecture, path), adapter if base is None else None
+        )
     if adapter is not None:
         found += _convolutions(adapter, checkpoint, architecture)
         if base is None:
@@ -369,20 +382,37 @@ def _default_theta(model_type: object) -> float:
 def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
     settings = checkpoint.config.get("quantization_config")
     names = checkpoint.entries
-    held = {"4-bit": sum(".quant_state.bitsandbytes__" in n for n in names), "int8": sum(n.endswith(".SCB") for n in names)}
+    held = {
+        "4-bit": sum(".quant_state.bitsandbytes__" in n for n in names),
+        "int8": sum(n.endswith(".SCB") for n in names),
+    }
     if settings is not None and not isinstance(settings, Mapping):
         return [
             Finding(
-                "error", "stale-config", "`quantization_config` is no JSON object", "config.json", remedy="restore the config.json that was saved"
+                "error",
+                "stale-config",
+                "`quantization_config` is no JSON object",
+                "config.json",
+                remedy="restore the config.json that was saved",
             )
         ]
     method = "bitsandbytes" if settings is None else settings.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         message = "the config says that another library quantised the weights: oftsurgery knows bitsandbytes' formats and plain ones"
         found = {"config_says": printable(method)}
-        return [Finding("error", "other-quantiser", message, "config.json", found, "dequantise it with that library first")]
+        return [
+            Finding("error", "other-quantiser", message, "config.json", found, "dequantise it with that library first")
+        ]
     evidence: dict[str, float | int | str | None] = {f"{kind}_weights": n for kind, n in held.items()}
-    stated = None if settings is None else "4-bit" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else None
+    stated = (
+        None
+        if settings is None
+        else "4-bit"
+        if settings.get("load_in_4bit")
+        else "int8"
+        if settings.get("load_in_8bit")
+        else None
+    )
     evidence["config_says"] = stated
     if settings is not None and not any(held.values()):
         message = "the config says that bitsandbytes quantised the weights, but all are plain: from_pretrained fails, or quantises them once more"
@@ -398,7 +428,7 @@ def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
     return [Finding("error", "stale-config", message, "config.json", evidence, remedy)]
 
 
-# --- stored weights ---------------------------------------------------------------------------------------------------------------------------------
+# --- stored weights ---------------------------------------------------------------------------------------------------
 
 
 def _weights(checkpoint: Checkpoint) -> list[Finding]:
@@ -481,7 +511,9 @@ def _lacks(name: str, entries: Mapping[str, TensorEntry], states: int) -> list[s
 
 
 def _cpu_packing(checkpoint: Checkpoint, name: str) -> Finding | None:
-    """A 4-bit weight saved as a CPU forward of bitsandbytes ≥ 0.49 left it: codes tiled ``(out, in/2)``, absmax bfloat16 ``(in/blocksize, out)``."""
+    """A 4-bit weight saved as a CPU forward of bitsandbytes ≥ 0.49 left it: codes tiled ``(out, in/2)``, absmax
+    bfloat16 ``(in/blocksize, out)``.
+    """
     entries = checkpoint.entries
     state, absmax = companions.state_name(name, entries), entries[f"{name}.absmax"]
     assert state is not None  # noqa: S101 - the caller has looked
@@ -490,7 +522,12 @@ def _cpu_packing(checkpoint: Checkpoint, name: str) -> Finding | None:
     except OFTSurgeryError:
         return None  # found when it is decoded
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
-    if len(shape) != 2 or shape[1] % blocksize or absmax.shape != (shape[1] // blocksize, shape[0]) or entries[name].dtype != "U8":
+    if (
+        len(shape) != 2
+        or shape[1] % blocksize
+        or absmax.shape != (shape[1] // blocksize, shape[0])
+        or entries[name].dtype != "U8"
+    ):
         return None
     numbers: dict[str, float | int | str | None] = {
         "weight_shape": "×".join(map(str, entries[name].shape)),
@@ -499,7 +536,9 @@ def _cpu_packing(checkpoint: Checkpoint, name: str) -> Finding | None:
     }
     tiled = entries[name].shape == (shape[0], shape[1] // 2) and shape[1] != 2
     with torch.no_grad():
-        numbers["relative_error"] = _misread(checkpoint.read(name), checkpoint.read(f"{name}.absmax"), packed, tiled=tiled)
+        numbers["relative_error"] = _misread(
+            checkpoint.read(name), checkpoint.read(f"{name}.absmax"), packed, tiled=tiled
+        )
     what = "its codes are tiled and its absmax is transposed" if tiled else "its absmax is transposed"
     return Finding(
         "error",
@@ -517,18 +556,26 @@ def _misread(weight: Tensor, absmax: Tensor, packed: Mapping[str, Any], *, tiled
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
     format_ = WeightFormat(packed["quant_type"], shape, blocksize=blocksize)
     try:
-        flat, stats = codecs.unpack_cpu_layout(weight, absmax, shape, blocksize) if tiled else (weight, absmax.t().reshape(-1).float())
+        flat, stats = (
+            codecs.unpack_cpu_layout(weight, absmax, shape, blocksize)
+            if tiled
+            else (weight, absmax.t().reshape(-1).float())
+        )
         right = codecs.decode(EncodedWeight(format_, {"weight": flat, "absmax": stats}))
-        wrong = codecs.decode(EncodedWeight(format_, {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()}))
+        wrong = codecs.decode(
+            EncodedWeight(format_, {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()})
+        )
     except OFTSurgeryError:
         return None
     return relative_error(wrong, right)
 
 
-# --- the record -------------------------------------------------------------------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------------------------------
 
 
-def _record(record: FoldRecord, stored: Callable[[str], EncodedWeight | None], adapter: OFTAdapter | None) -> list[Finding]:
+def _record(
+    record: FoldRecord, stored: Callable[[str], EncodedWeight | None], adapter: OFTAdapter | None
+) -> list[Finding]:
     found: list[Finding] = []
     all_prints = [a.fingerprint for r in (*record.earlier, record) for a in r.adapters]
     for fingerprint in dict.fromkeys(p for p in all_prints if all_prints.count(p) > 1):
@@ -558,7 +605,11 @@ def _record(record: FoldRecord, stored: Callable[[str], EncodedWeight | None], a
         with _noting(found, path):
             encoded = stored(path)
             if encoded is None:
-                raise MatchError("the record names a module that is not there", module=path, remedy="restore the record that belongs to the weights")
+                raise MatchError(
+                    "the record names a module that is not there",
+                    module=path,
+                    remedy="restore the record that belongs to the weights",
+                )
             after = encoded.fingerprint
             if after == module.after:
                 continue
@@ -578,7 +629,7 @@ def _record(record: FoldRecord, stored: Callable[[str], EncodedWeight | None], a
     return found
 
 
-# --- base, adapter and folded weights ---------------------------------------------------------------------------------------------------------------
+# --- base, adapter and folded weights ---------------------------------------------------------------------------------
 
 
 def _stored(checkpoint: Checkpoint, architecture: Architecture, path: str) -> EncodedWeight | None:
@@ -600,7 +651,9 @@ def _reader(base: str | PathLike[str] | nn.Module) -> tuple[Callable[[str], Enco
 
 def _convolutions(adapter: OFTAdapter, checkpoint: Checkpoint, architecture: Architecture) -> list[Finding]:
     names = locate([f"{path}.weight" for path in adapter.modules], architecture)
-    shapes = {path: checkpoint.entries[names[f"{path}.weight"]].shape for path in adapter.modules if f"{path}.weight" in names}
+    shapes = {
+        path: checkpoint.entries[names[f"{path}.weight"]].shape for path in adapter.modules if f"{path}.weight" in names
+    }
     return [_convolution(path, shape[2:]) for path, shape in shapes.items() if len(shape) == 4 and shape[2:] != (1, 1)]
 
 
@@ -616,7 +669,9 @@ def _convolution(path: str, kernel: Iterable[int]) -> Finding:
     )
 
 
-def _folded(adapter: OFTAdapter, base: Callable[[str], EncodedWeight | None], folded: Callable[[str], EncodedWeight | None]) -> list[Finding]:
+def _folded(
+    adapter: OFTAdapter, base: Callable[[str], EncodedWeight | None], folded: Callable[[str], EncodedWeight | None]
+) -> list[Finding]:
     """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice."""
     found: list[Finding] = []
     for path, rotation in adapter.modules.items():
@@ -640,7 +695,11 @@ _TRANSPOSED = (
     "(a square one loads, and computes noise)"
 )
 _MESSAGES: Mapping[str, tuple[Severity, str, str]] = {
-    "base": ("error", "unrotated", "the weight is the base's, not rotated: the adapter is not in it, though it should be"),
+    "base": (
+        "error",
+        "unrotated",
+        "the weight is the base's, not rotated: the adapter is not in it, though it should be",
+    ),
     "base_transposed": ("error", "transposed", _TRANSPOSED),
     "fold_transposed": ("error", "transposed", "the weight is folded, but transposed"),
     "fold_twice": ("error", "folded-twice", "the adapter is folded into the weight twice"),
@@ -649,7 +708,11 @@ _MESSAGES: Mapping[str, tuple[Severity, str, str]] = {
         "coarse-fold",
         "the weight is the right fold, but farther from it than its format's rounding: it was stored in a coarser format before",
     ),
-    "none": ("error", "not-the-fold", "the weight is neither the base's nor this adapter's fold of it: it is of another base or adapter, or damaged"),
+    "none": (
+        "error",
+        "not-the-fold",
+        "the weight is neither the base's nor this adapter's fold of it: it is of another base or adapter, or damaged",
+    ),
 }
 
 
@@ -672,7 +735,10 @@ def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedW
             far |= {"right_fold": relative_error(weight, right), "base": effect and relative_error(weight, start)}
             far["fold_twice"] = relative_error(weight, rotate_chain(right, [rotation]))
         if weight.shape == right.shape[::-1]:
-            far |= {"base_transposed": relative_error(weight.t(), start), "fold_transposed": relative_error(weight.t(), right)}
+            far |= {
+                "base_transposed": relative_error(weight.t(), start),
+                "fold_transposed": relative_error(weight.t(), right),
+            }
     # what storing costs, with room for a base that was itself quantised on the way
     limit = 2 * rounding + 1e-3
     nearest = min(far, key=lambda k: far[k], default="none")
@@ -684,11 +750,16 @@ def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedW
         nearest = "none"
     severity, code, message = _MESSAGES[nearest]
     evidence: dict[str, float | int | str | None] = {f"from_the_{k}": v for k, v in far.items()}
-    evidence |= {"rounding": rounding, "rotation_effect": effect, "shape": "×".join(map(str, weight.shape)), "format": after.format.label}
+    evidence |= {
+        "rounding": rounding,
+        "rotation_effect": effect,
+        "shape": "×".join(map(str, weight.shape)),
+        "format": after.format.label,
+    }
     return Finding(severity, code, message, printable(path), evidence, f"fold the base again: {FOLD}")
 
 
-# --- an adapter's folder ----------------------------------------------------------------------------------------------------------------------------
+# --- an adapter's folder ----------------------------------------------------------------------------------------------
 
 
 def _adapter_folder(folder: Path, base: str | PathLike[str] | nn.Module | None) -> list[Finding]:
@@ -696,7 +767,9 @@ def _adapter_folder(folder: Path, base: str | PathLike[str] | nn.Module | None) 
     with _noting(found, folder.name):
         config, tensors, sha256 = files.read_adapter(folder)
         bad = {name: n for name, t in tensors.items() if (n := _bad_values(t))}
-        found += [_not_finite(name, n, tensors[name].numel()) for name, n in sorted(bad.items(), key=lambda item: -item[1])]
+        found += [
+            _not_finite(name, n, tensors[name].numel()) for name, n in sorted(bad.items(), key=lambda item: -item[1])
+        ]
         if bad:
             return found
         with _noting(found):  # its own subject: the tensor or the module
@@ -730,37 +803,89 @@ def _fits_model(adapter: OFTAdapter, model: nn.Module) -> list[Finding]:
     if not found:
         with _noting(found):
             layers = [Layer(path, modules[path]) for path in modules if path in adapter.modules]
-            tensors = {f"{path}.{n}".lstrip("."): tuple(t.shape) for path, m in modules.items() for n, t in _own_tensors(m)}
-            make_plan([adapter], {y.path: LayerInfo(y.kind, y.read()[1], id(y.module)) for y in layers}, tensors, modules)
+            tensors = {
+                f"{path}.{n}".lstrip("."): tuple(t.shape) for path, m in modules.items() for n, t in _own_tensors(m)
+            }
+            make_plan(
+                [adapter], {y.path: LayerInfo(y.kind, y.read()[1], id(y.module)) for y in layers}, tensors, modules
+            )
     return found
 
 
 def _dialect(adapter: OFTAdapter, subject: str) -> list[Finding]:
     """What other releases of peft make of the adapter."""
-    turned = {path: r for path, r in adapter.modules.items() if r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any()))}
+    turned = {
+        path: r
+        for path, r in adapter.modules.items()
+        if r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any()))
+    }
     largest = max((r.angle for r in adapter.modules.values()), default=0.0)
-    numbers: dict[str, float | int | str | None] = {"modules": len(adapter.modules), "largest_angle": largest, "dialect": adapter.dialect}
+    numbers: dict[str, float | int | str | None] = {
+        "modules": len(adapter.modules),
+        "largest_angle": largest,
+        "dialect": adapter.dialect,
+    }
     if not turned and not adapter.saved:
         terms = next(iter(adapter.modules.values())).cayley.terms
-        why = "a Neumann series of one term is the identity, whatever the weights" if terms == 1 else "its rotations are all zero: it is untrained"
+        why = (
+            "a Neumann series of one term is the identity, whatever the weights"
+            if terms == 1
+            else "its rotations are all zero: it is untrained"
+        )
         numbers["neumann_terms"] = terms
-        return [Finding("warning", "no-effect", f"the adapter changes nothing: {why}", printable(subject), numbers, "train it, or check its config")]
+        return [
+            Finding(
+                "warning",
+                "no-effect",
+                f"the adapter changes nothing: {why}",
+                printable(subject),
+                numbers,
+                "train it, or check its config",
+            )
+        ]
     if adapter.dialect == "peft-0.15":
         message = (
             "written by peft 0.14 or 0.15: newer peft drops its tensors (oft_r, oft_s) with no more than a warning about missing keys, "
             "and computes the base model"
         )
-        return [Finding("warning", "loads-as-identity", message, printable(subject), numbers, f"oftsurgery reads it rightly: {FOLD}")]
+        return [
+            Finding(
+                "warning",
+                "loads-as-identity",
+                message,
+                printable(subject),
+                numbers,
+                f"oftsurgery reads it rightly: {FOLD}",
+            )
+        ]
     if adapter.dialect == "peft-0.13":
         message = "written by peft ≤ 0.13: newer peft refuses it and asks to train it again"
-        return [Finding("warning", "refused-by-newer-peft", message, printable(subject), numbers, f"oftsurgery reads it rightly: {FOLD}")]
+        return [
+            Finding(
+                "warning",
+                "refused-by-newer-peft",
+                message,
+                printable(subject),
+                numbers,
+                f"oftsurgery reads it rightly: {FOLD}",
+            )
+        ]
     if adapter.dialect == "peft-0.17":
         apart = {path: _series_apart(r) for path, r in adapter.modules.items()}
         worst = max(apart, key=lambda path: apart[path])
         if apart[worst] > 1e-6:
             message = "written by peft 0.16 or 0.17: newer peft computes it by another Neumann series, after a warning"
             numbers |= {"worst_module": printable(worst), "largest_difference_of_R": apart[worst]}
-            return [Finding("warning", "other-series", message, printable(subject), numbers, f"oftsurgery computes it as trained: {FOLD}")]
+            return [
+                Finding(
+                    "warning",
+                    "other-series",
+                    message,
+                    printable(subject),
+                    numbers,
+                    f"oftsurgery computes it as trained: {FOLD}",
+                )
+            ]
     return []
 
 
@@ -772,7 +897,7 @@ def _series_apart(r: Rotation) -> float:
     return float(torch.linalg.matrix_norm(r.blocks - other.blocks, ord=2).max())
 
 
-# --- a live model -----------------------------------------------------------------------------------------------------------------------------------
+# --- a live model -----------------------------------------------------------------------------------------------------
 
 
 def _plain_paths(model: nn.Module) -> dict[str, nn.Module]:
@@ -808,7 +933,9 @@ def _live(model: nn.Module, base: str | PathLike[str] | nn.Module | None, adapte
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, t) for holder in (module._parameters, module._buffers) for name, t in holder.items() if t is not None)
+    return (
+        (name, t) for holder in (module._parameters, module._buffers) for name, t in holder.items() if t is not None
+    )
 
 
 def _state(module: nn.Module) -> Any:
@@ -824,7 +951,9 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
     for name, tensor in _own_tensors(module):
         if not tensor.is_meta:
             found += _values(f"{path}.{name}".lstrip("."), tensor.detach())
-    quantised = any(c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__) or _state(module) is not None
+    quantised = (
+        any(c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__) or _state(module) is not None
+    )
     weight = module._parameters.get("weight")
     if not quantised or weight is None or found:
         return found
@@ -832,11 +961,21 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
         encoded, _ = Layer(path, module).read()
         wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if None not in wanted and encoded.format.shape == wanted[::-1] and wanted[0] != wanted[1]:
-            evidence: dict[str, float | int | str | None] = {"shape": "×".join(map(str, encoded.format.shape)), "layer": f"{wanted[0]}×{wanted[1]}"}
-            message = (
-                "the weight has its layer's shape transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without rotating them"
+            evidence: dict[str, float | int | str | None] = {
+                "shape": "×".join(map(str, encoded.format.shape)),
+                "layer": f"{wanted[0]}×{wanted[1]}",
+            }
+            message = "the weight has its layer's shape transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without rotating them"
+            found.append(
+                Finding(
+                    "error",
+                    "transposed",
+                    message,
+                    printable(path),
+                    evidence,
+                    f"load the base again and fold it: {FOLD}",
+                )
             )
-            found.append(Finding("error", "transposed", message, printable(path), evidence, f"load the base again and fold it: {FOLD}"))
             return found
         codecs.decode(encoded)  # refuses what is not finite, or does not fit together
         if _packed(module):
@@ -857,14 +996,19 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
 def _peft_layers(model: nn.Module) -> list[Finding]:
     found: list[Finding] = []
     layers: list[tuple[str, Any]] = [
-        (path, m) for path, m in model.named_modules() if type(m).__module__.startswith("peft.tuners.oft.") and hasattr(m, "merged_adapters")
+        (path, m)
+        for path, m in model.named_modules()
+        if type(m).__module__.startswith("peft.tuners.oft.") and hasattr(m, "merged_adapters")
     ]
     for path, layer in layers:
         plain = path.removeprefix("base_model.model.")
         inner = layer.get_base_layer()
         if layer.merged_adapters:
             quantised = any(c.__module__.startswith("bitsandbytes.") for c in type(inner).__mro__)
-            numbers: dict[str, float | int | str | None] = {"merged_adapters": len(layer.merged_adapters), "peft": _peft_version()}
+            numbers: dict[str, float | int | str | None] = {
+                "merged_adapters": len(layer.merged_adapters),
+                "peft": _peft_version(),
+            }
             message = (
                 "peft has merged its adapter into this bitsandbytes layer: 0.16 to 0.20 store it transposed and unrotated, 0.21 stores noise after a "
                 "CPU forward, several adapters are merged in the wrong order, and unmerging does not restore the base"

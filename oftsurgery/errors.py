@@ -1,7 +1,7 @@
 """Every error that oftsurgery raises on purpose, with its facts in fields.
 
-One tree, rooted at :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and the remedy, both in its text (for people) and in
-its attributes (for programs). Nothing here imports anything but the standard library.
+One tree, rooted at :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and the remedy, both in
+its text (for people) and in its attributes (for programs). Nothing here imports anything but the standard library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "AdapterError",
+    "BackendWarning",
     "CheckpointError",
     "DialectError",
     "DiskError",
@@ -28,11 +29,14 @@ __all__ = [
     "UnfoldWarning",
     "UntieWarning",
     "printable",
+    "warn_caller",
 ]
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit`` characters."""
+    """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit``
+    characters.
+    """
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
@@ -76,7 +80,9 @@ class OFTSurgeryError(Exception):
         self.path = None if path is None else str(path)
         self.remedy = remedy
         super().__init__(self._text())
-        self.path = None if path is None else str(path)  # again: ImportError's own __init__ clears an attribute of that name
+        self.path = (
+            None if path is None else str(path)
+        )  # again: ImportError's own __init__ clears an attribute of that name
 
     def _text(self) -> str:
         facts: list[str] = []
@@ -174,7 +180,10 @@ class UnfoldWarning(UserWarning):
 def warn_caller(message: str, category: type[Warning]) -> None:
     """``warnings.warn`` told of the line that called into oftsurgery, however deep inside it is: filters go by that."""
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("oftsurgery", "contextlib"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "oftsurgery",
+        "contextlib",
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

@@ -1,4 +1,6 @@
-"""Save a live model, quantised or not, as a safetensors checkpoint that ``from_pretrained`` loads: transformers 5 itself raises on folded bitsandbytes models."""
+"""Save a live model, quantised or not, as a safetensors checkpoint that ``from_pretrained`` loads: transformers 5
+itself raises on folded bitsandbytes models.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,15 @@ def save_model(
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
     if peft_live.has_live_layers(model):
-        raise StateError("the model carries live peft adapters", remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)")
+        raise StateError(
+            "the model carries live peft adapters",
+            remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)",
+        )
     if dtype is not None and dtype not in _FORMAT_OF:
-        raise StateError(f"unknown dtype {dtype}", remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has")
+        raise StateError(
+            f"unknown dtype {dtype}",
+            remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
+        )
     items = _items(model, dtype)
     groups = _groups(items, max_shard_bytes)
     record = record_of(model)
@@ -55,7 +63,9 @@ def save_model(
             _write(staging, file, group)
         if len(groups) > 1:
             weight_map = {name: file for file, group in groups.items() for item in group for name in item.outputs}
-            staging.put_json(INDEX, {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))})
+            staging.put_json(
+                INDEX, {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
+            )
         for name, value in _configs(model, dtype).items():
             staging.put_json(name, value)
         if record is not None:
@@ -91,7 +101,7 @@ def _groups(items: list[_Item], limit: int) -> dict[str, list[_Item]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
 
 
-# --- what is saved ----------------------------------------------------------------------------------------------------------------------------------
+# --- what is saved ----------------------------------------------------------------------------------------------------
 
 
 def _items(model: nn.Module, dtype: torch.dtype | None) -> list[_Item]:
@@ -138,7 +148,18 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
 
 
 _SAVEABLE = frozenset(
-    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+    {
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    }
 )
 
 
@@ -183,7 +204,7 @@ def _file_names(model: nn.Module) -> Callable[[str], str]:
     return name_of
 
 
-# --- the files beside the weights ------------------------------------------------------------------------------------------------------------------
+# --- the files beside the weights -------------------------------------------------------------------------------------
 
 
 def _configs(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:

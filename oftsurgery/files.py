@@ -26,7 +26,8 @@ AdapterFiles = tuple[dict[str, Any], dict[str, Tensor], str]
 
 
 def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache alone).
+    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache
+    alone).
 
     Raises:
         AdapterError: neither a folder nor a repository with an adapter.
@@ -35,14 +36,25 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
     if path.is_dir():
         return path
     if path.exists():
-        raise AdapterError("an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}")
-    if not isinstance(path_or_repo, str) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
-        raise AdapterError("no such folder", path=path, remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'")
+        raise AdapterError(
+            "an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}"
+        )
+    if (
+        not isinstance(path_or_repo, str)
+        or str(path_or_repo).count("/") != 1
+        or str(path_or_repo).startswith((".", "~", "/"))
+    ):
+        raise AdapterError(
+            "no such folder",
+            path=path,
+            remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'",
+        )
     return _download(str(path_or_repo), revision)
 
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold needs.
+    """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
+    needs.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.
@@ -50,10 +62,21 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None =
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not isinstance(path_or_repo, str) or str(path_or_repo).count("/") != 1 or str(path_or_repo).startswith((".", "~", "/")):
-        raise CheckpointError("no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'")
+    if (
+        path.exists()
+        or not isinstance(path_or_repo, str)
+        or str(path_or_repo).count("/") != 1
+        or str(path_or_repo).startswith((".", "~", "/"))
+    ):
+        raise CheckpointError(
+            "no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
+        )
     try:
-        return _download(str(path_or_repo), revision, ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"])
+        return _download(
+            str(path_or_repo),
+            revision,
+            ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"],
+        )
     except AdapterError as error:
         raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
 
@@ -63,7 +86,9 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str] = (CONFIG
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
-        raise MissingDependencyError("huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder") from error
+        raise MissingDependencyError(
+            "huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder"
+        ) from error
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -97,19 +122,31 @@ def read_adapter(folder: Path) -> AdapterFiles:
                 path=folder,
                 remedy="load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)",
             )
-        raise AdapterError(f"the folder has no {TENSORS}", path=folder, remedy="save the adapter again with peft's save_pretrained")
+        raise AdapterError(
+            f"the folder has no {TENSORS}", path=folder, remedy="save the adapter again with peft's save_pretrained"
+        )
     return _read_json(config_path), _read_tensors(tensors_path), _sha256(tensors_path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterError(f"a config of {path.stat().st_size} bytes is no config", path=path, remedy="restore the file that peft wrote")
+        raise AdapterError(
+            f"a config of {path.stat().st_size} bytes is no config",
+            path=path,
+            remedy="restore the file that peft wrote",
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"the config is no JSON ({printable(error)})", path=path, remedy="restore the file that peft wrote") from error
+        raise AdapterError(
+            f"the config is no JSON ({printable(error)})", path=path, remedy="restore the file that peft wrote"
+        ) from error
     if not isinstance(config, dict):
-        raise AdapterError(f"the config is a JSON {type(config).__name__}, not an object", path=path, remedy="restore the file that peft wrote")
+        raise AdapterError(
+            f"the config is a JSON {type(config).__name__}, not an object",
+            path=path,
+            remedy="restore the file that peft wrote",
+        )
     return config
 
 
@@ -121,11 +158,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         tensors: Mapping[str, Tensor] = load_file(path)
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(
-            f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})", path=path, remedy="copy or download the file again"
+            f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})",
+            path=path,
+            remedy="copy or download the file again",
         ) from error
     return dict(tensors)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

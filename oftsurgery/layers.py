@@ -1,8 +1,9 @@
 """Layers of a live model: what their weight is stored as, reading it, and putting another in its place.
 
-One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1 convolution, embedding) and
-where its weight lives (the module, its int8 state, or accelerate's offload map). Weights are read and written as
-:class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or ``(tokens, features)``. Nothing here computes.
+One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1
+convolution, embedding) and where its weight lives (the module, its int8 state, or accelerate's offload map). Weights
+are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or
+``(tokens, features)``. Nothing here computes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ Undo = Callable[[], None]
 
 
 def _bnb_class(obj: object, *names: str) -> bool:
-    """Whether ``obj`` is of one of bitsandbytes' classes (or derived), without importing it: without it no model can hold any."""
+    """Whether ``obj`` is of one of bitsandbytes' classes (or derived), without importing it: without it no model can
+    hold any.
+    """
     return any(c.__name__ in names and c.__module__.startswith("bitsandbytes.") for c in type(obj).__mro__)
 
 
@@ -63,7 +66,9 @@ class Layer:
                 )
             if m.groups != 1:
                 raise FormatError(
-                    "a grouped convolution cannot be folded", module=self.path, remedy="train the adapter without it (`exclude_modules`)"
+                    "a grouped convolution cannot be folded",
+                    module=self.path,
+                    remedy="train the adapter without it (`exclude_modules`)",
                 )
             return "conv"
         if isinstance(m, nn.Linear) or self._is_conv1d:
@@ -76,23 +81,30 @@ class Layer:
 
     @property
     def _is_conv1d(self) -> bool:
-        return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(self.module).__mro__)
+        return any(
+            c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(self.module).__mro__
+        )
 
     @property
     def _is_4bit(self) -> bool:
-        return _bnb_class(self.module, "Linear4bit", "Embedding4bit") or _bnb_class(getattr(self.module, "weight", None), "Params4bit")
+        return _bnb_class(self.module, "Linear4bit", "Embedding4bit") or _bnb_class(
+            getattr(self.module, "weight", None), "Params4bit"
+        )
 
     @property
     def _is_8bit(self) -> bool:
-        return _bnb_class(self.module, "Linear8bitLt", "Embedding8bit") or _bnb_class(getattr(self.module, "weight", None), "Int8Params")
+        return _bnb_class(self.module, "Linear8bitLt", "Embedding8bit") or _bnb_class(
+            getattr(self.module, "weight", None), "Int8Params"
+        )
 
     @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
         weight = self.module._parameters.get("weight")
-        return (self._is_4bit and not (weight is not None and weight.is_floating_point() and getattr(weight, "quant_state", None) is None)) or (
-            self._is_8bit and weight is not None and weight.dtype == torch.int8
-        )
+        return (
+            self._is_4bit
+            and not (weight is not None and weight.is_floating_point() and getattr(weight, "quant_state", None) is None)
+        ) or (self._is_8bit and weight is not None and weight.dtype == torch.int8)
 
     @property
     def repacked(self) -> bool:
@@ -107,13 +119,17 @@ class Layer:
         """accelerate's hook that holds this module's offloaded weights, or None."""
         hook = getattr(self.module, "_hf_hook", None)
         hooks = getattr(hook, "hooks", (hook,))
-        return next((h for h in hooks if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None)
+        return next(
+            (h for h in hooks if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None
+        )
 
     def _weight(self) -> Tensor:
         module = self.module
         if nn.utils.parametrize.is_parametrized(module, "weight"):
             raise StateError(
-                "the weight is parametrised (torch.nn.utils.parametrize)", module=self.path, remedy="remove_parametrizations(module, 'weight') first"
+                "the weight is parametrised (torch.nn.utils.parametrize)",
+                module=self.path,
+                remedy="remove_parametrizations(module, 'weight') first",
             )
         if module._parameters.get("weight") is None:
             raise StateError(
@@ -123,22 +139,37 @@ class Layer:
             )
         weight: Any = module.weight
         if nn.parameter.is_lazy(weight):
-            raise StateError("the module is lazy and has no weight yet", module=self.path, remedy="run one forward first")
+            raise StateError(
+                "the module is lazy and has no weight yet", module=self.path, remedy="run one forward first"
+            )
         if not isinstance(weight, Tensor):
-            raise FormatError(f"the module's weight is a {type(weight).__name__}, not a tensor", module=self.path, remedy="give a torch model")
+            raise FormatError(
+                f"the module's weight is a {type(weight).__name__}, not a tensor",
+                module=self.path,
+                remedy="give a torch model",
+            )
         if weight.is_meta:
             hook = self._offload_hook
             if hook is None:
-                raise StateError("the weight is on the meta device: it has no values", module=self.path, remedy="load the model's weights first")
+                raise StateError(
+                    "the weight is on the meta device: it has no values",
+                    module=self.path,
+                    remedy="load the model's weights first",
+                )
             return hook.weights_map["weight"]  # type: ignore[no-any-return]
         if type(weight.data).__name__ == "DTensor":
-            raise StateError("the weight is sharded over processes (DTensor)", module=self.path, remedy="gather the model in one process first")
+            raise StateError(
+                "the weight is sharded over processes (DTensor)",
+                module=self.path,
+                remedy="gather the model in one process first",
+            )
         return weight
 
     def read(self) -> tuple[EncodedWeight, WeightFormat]:
         """The stored weight, sharing the module's tensors, and the format that it goes back to.
 
-        The two differ where a CPU forward repacked a 4-bit layer: what is left is singly quantised, what the layer was may be doubly.
+        The two differ where a CPU forward repacked a 4-bit layer: what is left is singly quantised, what the layer was
+        may be doubly.
 
         Raises:
             FormatError: stored in a way that is not known, or statistics are missing.
@@ -150,7 +181,11 @@ class Layer:
         if self._is_8bit and weight.dtype == torch.int8:
             return self._read_8bit(weight)
         if self._is_8bit and not getattr(weight, "has_fp16_weights", True):
-            raise StateError("the 8-bit layer is not quantised yet", module=self.path, remedy="move the model to its device first: model.to(device)")
+            raise StateError(
+                "the 8-bit layer is not quantised yet",
+                module=self.path,
+                remedy="move the model to its device first: model.to(device)",
+            )
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise FormatError(
                 f"a {type(self.module).__name__} with a weight of {weight.dtype} is stored in a way that oftsurgery does not know",
@@ -183,20 +218,31 @@ class Layer:
         if state is None:
             if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
                 raise StateError(
-                    "the 4-bit layer is not quantised yet", module=self.path, remedy="move the model to its device first: model.to(device)"
+                    "the 4-bit layer is not quantised yet",
+                    module=self.path,
+                    remedy="move the model to its device first: model.to(device)",
                 )
-            raise FormatError("the 4-bit layer has lost its quant_state", module=self.path, format="4-bit", remedy="reload the model")
+            raise FormatError(
+                "the 4-bit layer has lost its quant_state", module=self.path, format="4-bit", remedy="reload the model"
+            )
         if state.quant_type not in ("nf4", "fp4"):
-            raise FormatError("unknown 4-bit type", module=self.path, format=str(state.quant_type), remedy="quantise with nf4 or fp4")
+            raise FormatError(
+                "unknown 4-bit type", module=self.path, format=str(state.quant_type), remedy="quantise with nf4 or fp4"
+            )
         shape = tuple(state.shape)
         data = weight.detach()
         if getattr(state, "packing_format_for_cpu", False):
             packed, absmax = codecs.unpack_cpu_layout(data, state.absmax, (shape[0], shape[1]), state.blocksize)
             now = WeightFormat(state.quant_type, shape, state.original_dtype, state.blocksize)
-            home = replace(now, nested_blocksize=256 if state.original_nested else 0, storage=getattr(state, "original_storage_type", torch.uint8))
+            home = replace(
+                now,
+                nested_blocksize=256 if state.original_nested else 0,
+                storage=getattr(state, "original_storage_type", torch.uint8),
+            )
             return EncodedWeight(now, {"weight": packed, "absmax": absmax, "quant_map": state.code}), home
         if state.absmax.ndim != 1:
-            # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax transposed
+            # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
+            # transposed
             raise StateError(
                 "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
                 module=self.path,
@@ -207,7 +253,11 @@ class Layer:
         nested = state.state2.blocksize if state.nested else 0
         tensors = {"weight": data, "absmax": state.absmax, "quant_map": state.code}
         if state.nested:
-            tensors |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code, "nested_offset": state.offset}
+            tensors |= {
+                "nested_absmax": state.state2.absmax,
+                "nested_quant_map": state.state2.code,
+                "nested_offset": state.offset,
+            }
         now = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
         # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
         undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
@@ -222,18 +272,28 @@ class Layer:
             if scb is None:
                 scb = getattr(getattr(self.module, "state", None), "SCB", None)
         if scb is None:
-            raise FormatError("the int8 layer has lost its SCB statistics", module=self.path, tensor="SCB", format="int8", remedy="reload the model")
-        encoded = EncodedWeight(WeightFormat("int8", tuple(weight.shape), torch.float16), {"weight": weight.detach(), "SCB": scb})
+            raise FormatError(
+                "the int8 layer has lost its SCB statistics",
+                module=self.path,
+                tensor="SCB",
+                format="int8",
+                remedy="reload the model",
+            )
+        encoded = EncodedWeight(
+            WeightFormat("int8", tuple(weight.shape), torch.float16), {"weight": weight.detach(), "SCB": scb}
+        )
         return encoded, encoded.format
 
     # --- putting another weight in its place ---
 
     def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Undo:
-        """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one keep it.
+        """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one
+        keep it.
 
         Args:
             encoded: of the canonical shape, on the module's device.
-            park: move the replaced weight from its device to CPU memory, where it waits for the undo step; not for one that others still use.
+            park: move the replaced weight from its device to CPU memory, where it waits for the undo step; not for one
+                that others still use.
             journal: is given the undo step before anything changes, so that no interrupt comes between the two.
 
         Returns:
@@ -248,7 +308,8 @@ class Layer:
         if module.__dict__.get("quant_state") is not None:
             slots = [(module, "quant_state")]
         elif self._is_8bit and getattr(module, "state", None) is not None:
-            # as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last quantisation there as well
+            # as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
+            # quantisation there as well
             slots = [(module.state, "CB"), (module.state, "SCB")]
         before = [(holder, name, getattr(holder, name)) for holder, name in slots]
         unpark = _park(old, before) if park else None
@@ -272,7 +333,8 @@ class Layer:
         return undo
 
     def _write_offloaded(self, encoded: EncodedWeight, journal: list[Undo]) -> Undo:
-        # over accelerate's own map, which reads the disk or a dict shared with other hooks: the new weight waits in CPU memory
+        # over accelerate's own map, which reads the disk or a dict shared with other hooks: the new weight waits in CPU
+        # memory
         hook: Any = self._offload_hook
         tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
         if encoded.format.codec == "dense":
@@ -292,7 +354,11 @@ class Layer:
             return self._new_dense(old, self._stored(t["weight"]))
         if encoded.format.codec == "int8":
             return type(old)(  # type: ignore[no-any-return]
-                t["weight"], requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights, CB=t["weight"], SCB=t["SCB"]
+                t["weight"],
+                requires_grad=old.requires_grad,
+                has_fp16_weights=old.has_fp16_weights,
+                CB=t["weight"],
+                SCB=t["SCB"],
             )
         return self._new_4bit(old, encoded)
 
@@ -300,7 +366,9 @@ class Layer:
         if _bnb_class(old, "Int8Params"):
             return type(old)(data, requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)  # type: ignore[no-any-return]
         new = nn.Parameter(data, requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)  # what frameworks note on parameters (sequence_parallel, _is_hf_initialized …)
+        new.__dict__.update(
+            old.__dict__
+        )  # what frameworks note on parameters (sequence_parallel, _is_hf_initialized …)
         return new
 
     def _new_4bit(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
@@ -309,7 +377,9 @@ class Layer:
         t, f = encoded.tensors, encoded.format
         nested = None
         if f.nested_blocksize:
-            nested = QuantState(absmax=t["nested_absmax"], blocksize=f.nested_blocksize, code=t["nested_quant_map"], dtype=torch.float32)
+            nested = QuantState(
+                absmax=t["nested_absmax"], blocksize=f.nested_blocksize, code=t["nested_quant_map"], dtype=torch.float32
+            )
         state = QuantState(
             absmax=t["absmax"],
             shape=torch.Size(f.shape),
@@ -321,10 +391,21 @@ class Layer:
             state2=nested,
         )
         if not _bnb_class(old, "Params4bit"):
-            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it in the same way
+            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
+            # in the same way
             from bitsandbytes.nn import Params4bit
 
-            old = Params4bit(old.data, old.requires_grad, state, f.blocksize, bool(nested), f.codec, f.storage, self.module, bnb_quantized=True)
+            old = Params4bit(
+                old.data,
+                old.requires_grad,
+                state,
+                f.blocksize,
+                bool(nested),
+                f.codec,
+                f.storage,
+                self.module,
+                bnb_quantized=True,
+            )
         # the constructor's own arguments and nothing else: __dict__ may carry torch.compile's attributes
         return type(old)(  # type: ignore[no-any-return]
             t["weight"],
@@ -367,7 +448,9 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
     """
     hook = Layer("", module)._offload_hook
     if hook is None:
-        raise StateError("the tensor is on the meta device: it has no values", tensor=name, remedy="load the model's weights first")
+        raise StateError(
+            "the tensor is on the meta device: it has no values", tensor=name, remedy="load the model's weights first"
+        )
     return hook.weights_map[name]  # type: ignore[no-any-return]
 
 

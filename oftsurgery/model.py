@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from . import kernels, peft_live
 from .adapter import OFTAdapter
 from .codecs import EncodedWeight, WeightFormat
-from .errors import IntegrityError, MatchError, OFTSurgeryError, RoundingWarning, StateError, UnfoldWarning, UntieWarning, printable, warn_caller
+from .errors import (
+    IntegrityError,
+    MatchError,
+    OFTSurgeryError,
+    RoundingWarning,
+    StateError,
+    UnfoldWarning,
+    UntieWarning,
+    printable,
+    warn_caller,
+)
 from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .plan import FoldPlan, LayerInfo, Target, make_plan
@@ -23,7 +33,17 @@ from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
-__all__ = ["BaseSource", "Progress", "fold_model", "inner_model", "modules_of", "record_of", "restore_model", "source_of", "unfold_model"]
+__all__ = [
+    "BaseSource",
+    "Progress",
+    "fold_model",
+    "inner_model",
+    "modules_of",
+    "record_of",
+    "restore_model",
+    "source_of",
+    "unfold_model",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,7 +96,8 @@ def fold_model(
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
         already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
-    # everything is checked before anything is copied or changed; live layers hide their base layers until they are taken out
+    # everything is checked before anything is copied or changed; live layers hide their base layers until they are
+    # taken out
     plan = None if live else _plan(model, adapters)
     with _transaction() as journal:
         work = model if inplace else share_model(model)
@@ -147,7 +168,7 @@ def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-# --- applying a plan ------------------------------------------------------------------------------------------------------------------------------
+# --- applying a plan --------------------------------------------------------------------------------------------------
 
 
 def _apply(
@@ -182,7 +203,9 @@ def _apply(
 
 
 def _covers(entry: str, name: str) -> bool:
-    """Whether ``modules_to_save``'s entry names the module of tensor ``name``, as peft matches it: by the end of the module's path."""
+    """Whether ``modules_to_save``'s entry names the module of tensor ``name``, as peft matches it: by the end of the
+    module's path.
+    """
     parts = name.split(".")
     return any(".".join(parts[:i]).endswith(entry) for i in range(1, len(parts)))
 
@@ -204,7 +227,9 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
 
 
 def _separate(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
-    """Give the module at ``path`` alone a module of its own, over the same tensors: a live adapter replaces it in the place that it names, no other."""
+    """Give the module at ``path`` alone a module of its own, over the same tensors: a live adapter replaces it in the
+    place that it names, no other.
+    """
     old = modules[path]
     new = copy.copy(old)
     for name, value in old.__dict__.items():
@@ -239,14 +264,22 @@ class _Tied:
         return len(self.places.get(id(module._parameters.get("weight")), ())) > 1
 
 
-def _replace_tensor(modules: Mapping[str, nn.Module], name: str, values: Tensor, tied: _Tied, journal: list[Undo], *, only_here: bool) -> str:
-    """Give a parameter or buffer new values (its own dtype and device); in all places that share it, or ``only_here``. Returns the old content's hash."""
+def _replace_tensor(
+    modules: Mapping[str, nn.Module], name: str, values: Tensor, tied: _Tied, journal: list[Undo], *, only_here: bool
+) -> str:
+    """Give a parameter or buffer new values (its own dtype and device); in all places that share it, or ``only_here``.
+    Returns the old content's hash.
+    """
     path, _, local = name.rpartition(".")
     module = modules[path]
     holder: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
     old = holder[local]
     if old.is_meta:
-        raise StateError("the tensor is offloaded or not loaded; an adapter's own values cannot go there", tensor=name, remedy="load it on a device")
+        raise StateError(
+            "the tensor is offloaded or not loaded; an adapter's own values cannot go there",
+            tensor=name,
+            remedy="load it on a device",
+        )
     data = values.detach().to(device=old.device, dtype=old.dtype, copy=True)
     new: Any = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     places = tied.places.get(id(old), [(module, local)])
@@ -297,10 +330,12 @@ def warn_of_rounding(record: FoldRecord) -> None:
     )
 
 
-# --- taking it out again --------------------------------------------------------------------------------------------------------------------------
+# --- taking it out again ----------------------------------------------------------------------------------------------
 
 
-def unfold_model(folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: bool = False, progress: Progress | None = None) -> nn.Module:
+def unfold_model(
+    folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: bool = False, progress: Progress | None = None
+) -> nn.Module:
     """:func:`oftsurgery.unfold` by rotating back."""
     record = record_of(folded)
     if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
@@ -326,7 +361,9 @@ def _earlier(record: FoldRecord | None) -> FoldRecord | None:
 
 
 def warn_of_unfold(errors: Mapping[str, float], record: FoldRecord | None, kept: int) -> None:
-    """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its record tells it; ``kept`` tensors could not go back."""
+    """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its record tells it; ``kept``
+    tensors could not go back.
+    """
 
     # the two roundings are independent to first order
     def total(path: str) -> float:
@@ -348,7 +385,8 @@ class BaseSource:
     """What a fold is restored from, a model or a checkpoint.
 
     Attributes:
-        weight: module path and the format that it is wanted in → the stored weight, or None where there is no such module.
+        weight: module path and the format that it is wanted in → the stored weight, or None where there is no such
+            module.
         tensor: name → plain tensor, or None.
         repacked: module path → whether a CPU forward has repacked its weight since.
         groups: names of parameters that are one and the same.
@@ -379,16 +417,20 @@ def source_of(base: nn.Module) -> BaseSource:
 
 
 def restore_model(folded: nn.Module, base: BaseSource, *, inplace: bool = False) -> nn.Module:
-    """:func:`oftsurgery.unfold` from the base: bit-exact, checked against the record's hashes; parameters that the fold untied are tied again.
+    """:func:`oftsurgery.unfold` from the base: bit-exact, checked against the record's hashes; parameters that the fold
+    untied are tied again.
 
     Raises:
         StateError: the folded model has no record.
         MatchError: the base lacks a module or tensor of the record.
-        IntegrityError: the base's contents are not those that were folded, or the folded model was changed since in what the record does not name.
+        IntegrityError: the base's contents are not those that were folded, or the folded model was changed since in
+        what the record does not name.
     """
     record = record_of(folded)
     if record is None:
-        raise StateError("the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)")
+        raise StateError(
+            "the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)"
+        )
     with _transaction() as journal:
         work = folded if inplace else share_model(folded)
         modules = modules_of(work)
@@ -400,14 +442,24 @@ def restore_model(folded: nn.Module, base: BaseSource, *, inplace: bool = False)
                 raise MatchError("the base lacks a folded module", module=path, remedy="give the model that was folded")
             if source.fingerprint != module_record.before:
                 raise _not_the_base(path, home, base.repacked(path))
-            own = EncodedWeight(source.format, {k: t.to(current.tensors["weight"].device, copy=True) for k, t in source.tensors.items()})
+            own = EncodedWeight(
+                source.format, {k: t.to(current.tensors["weight"].device, copy=True) for k, t in source.tensors.items()}
+            )
             Layer(path, modules[path]).write(own, park=not tied.shared(modules[path]), journal=journal)
         for name, before in record.saved.items():
             values = base.tensor(name)
             if values is None:
-                raise MatchError("the base lacks a tensor that the adapter replaced", tensor=name, remedy="give the model that was folded")
+                raise MatchError(
+                    "the base lacks a tensor that the adapter replaced",
+                    tensor=name,
+                    remedy="give the model that was folded",
+                )
             if before is not None and hash_tensors({name: values}) != before:
-                raise IntegrityError("the base's tensor is not the one that was replaced", tensor=name, remedy="give the very model that was folded")
+                raise IntegrityError(
+                    "the base's tensor is not the one that was replaced",
+                    tensor=name,
+                    remedy="give the very model that was folded",
+                )
             _replace_tensor(modules, name, values, tied, journal, only_here=False)
         _check_rest(modules, base, {f"{path}.weight" for path in record.modules} | set(record.saved))
         _tie_again(work, base, journal)
@@ -424,18 +476,33 @@ def _not_the_base(path: str, home: WeightFormat, repacked: bool) -> IntegrityErr
             remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
         )
     return IntegrityError(
-        "the base's weight is not the one that was folded", module=path, format=home.label, remedy="give the very model that was folded"
+        "the base's weight is not the one that was folded",
+        module=path,
+        format=home.label,
+        remedy="give the very model that was folded",
     )
 
 
 def _check_rest(modules: Mapping[str, nn.Module], base: BaseSource, restored: set[str]) -> None:
-    """What the fold did not touch must be the base's still: after a training step, "restored exactly" would not be true."""
+    """What the fold did not touch must be the base's still: after a training step, "restored exactly" would not be
+    true.
+    """
     for name, tensor in _tensors(modules).items():
         other = base.tensor(name)
-        if name in restored or other is None or tensor.is_meta or other.is_meta or tensor.data_ptr() == other.data_ptr():
+        if (
+            name in restored
+            or other is None
+            or tensor.is_meta
+            or other.is_meta
+            or tensor.data_ptr() == other.data_ptr()
+        ):
             continue
-        quantised = Layer(name, modules[name.rpartition(".")[0]]).quantised  # compared by their codes, which a CPU forward tiles
-        if not quantised and not (tensor.shape == other.shape and torch.equal(tensor.cpu(), other.cpu().to(tensor.dtype))):
+        quantised = Layer(
+            name, modules[name.rpartition(".")[0]]
+        ).quantised  # compared by their codes, which a CPU forward tiles
+        if not quantised and not (
+            tensor.shape == other.shape and torch.equal(tensor.cpu(), other.cpu().to(tensor.dtype))
+        ):
             raise IntegrityError(
                 "the folded model differs from the base in a tensor that the fold did not touch",
                 tensor=name,
@@ -446,7 +513,9 @@ def _check_rest(modules: Mapping[str, nn.Module], base: BaseSource, restored: se
 def _tie_again(model: nn.Module, base: BaseSource, journal: list[Undo]) -> None:
     modules = modules_of(model)
     for names in base.groups:
-        places = [(modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in names if n.rpartition(".")[0] in modules]
+        places = [
+            (modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in names if n.rpartition(".")[0] in modules
+        ]
         slots: list[tuple[dict[str, Any], str]] = [(m._parameters, key) for m, key in places if key in m._parameters]
         for parameters, key in slots[1:]:
             journal.append(partial(parameters.__setitem__, key, parameters[key]))

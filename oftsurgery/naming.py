@@ -1,7 +1,8 @@
 """How a checkpoint's tensor names and a model's module paths correspond, as transformers itself resolves them.
 
-With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code of the checkpoint's) and its
-own renaming tables are applied. Without it the names are taken as they are, which holds for checkpoints of most text models.
+With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code
+of the checkpoint's) and its own renaming tables are applied. Without it the names are taken as they are, which holds
+for checkpoints of most text models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Architecture:
         converted: names in the checkpoint that transformers merges with others or splits while loading (fused experts).
         transposed: checkpoint names of ``Conv1D`` weights, held ``(in, out)``.
         linears: checkpoint names of the weights that bitsandbytes loading quantises, None where the class is not known.
-        loaded: ``{checkpoint name: dtype}`` in which transformers holds a plain tensor after loading; empty where the class is not known.
+        loaded: ``{checkpoint name: dtype}`` in which transformers holds a plain tensor after loading; empty where the
+            class is not known.
         embeddings: checkpoint names of embedding weights.
         tied: ``{module path that is absent from the checkpoint: checkpoint name of what it shares}``.
         base_prefix: transformers' ``base_model_prefix``; empty where the class is not known.
@@ -53,7 +55,11 @@ class Architecture:
 
 
 def architecture_of(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype = torch.float32, skip: Sequence[str] | None = None
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    skip: Sequence[str] | None = None,
 ) -> Architecture:
     """Resolve the names of a checkpoint.
 
@@ -61,7 +67,8 @@ def architecture_of(
         config: its ``config.json``.
         shapes: ``{tensor name: shape}``.
         dtype: in which the model is loaded; it decides :attr:`Architecture.loaded` alone.
-        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides :attr:`Architecture.linears` alone.
+        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides
+            :attr:`Architecture.linears` alone.
     """
     model = _meta_model(config, dtype, len(shapes))
     if model is None:
@@ -71,7 +78,9 @@ def architecture_of(
 
 def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     transposed = frozenset(
-        name for name in shapes if config.get("model_type") in _CONV1D_TYPES and name.endswith(tuple(f"{n}.weight" for n in _CONV1D_NAMES))
+        name
+        for name in shapes
+        if config.get("model_type") in _CONV1D_TYPES and name.endswith(tuple(f"{n}.weight" for n in _CONV1D_NAMES))
     )
     return Architecture(
         renamed=MappingProxyType({name: name for name in shapes}),
@@ -137,7 +146,9 @@ def _at_most(count: int) -> Iterator[None]:
 
 
 def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
-    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know the class."""
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not
+    know the class.
+    """
     if "model_type" not in config:
         return None
     try:
@@ -145,7 +156,11 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> 
     except ImportError:
         return None
     if not isinstance(config["model_type"], str):
-        raise CheckpointError("`model_type` is no string", tensor="config.json", remedy="restore the config.json that belongs to the checkpoint")
+        raise CheckpointError(
+            "`model_type` is no string",
+            tensor="config.json",
+            remedy="restore the config.json that belongs to the checkpoint",
+        )
     plain = _without_code(config)
     try:
         with _quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
@@ -166,7 +181,9 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> 
         return None
 
 
-def _known(model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None) -> Architecture:
+def _known(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None
+) -> Architecture:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -240,7 +257,9 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
         raise MissingDependencyError(
             "this transformers has no bitsandbytes loading rules to follow", remedy="pip install 'transformers>=5.0'"
         ) from error
-    keep = HfQuantizer.get_modules_to_not_convert(model, None if skip is None else list(skip), model._keep_in_fp32_modules)
+    keep = HfQuantizer.get_modules_to_not_convert(
+        model, None if skip is None else list(skip), model._keep_in_fp32_modules
+    )
     try:
         should_convert_module("", keep)
     except re.error as error:
@@ -270,10 +289,12 @@ def split_companion(name: str) -> tuple[str, str]:
 
 
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
-    """``{name in the adapter: name in the checkpoint}`` for tensor names that an adapter implies (``<module path>.weight``) or brings.
+    """``{name in the adapter: name in the checkpoint}`` for tensor names that an adapter implies (``<module
+    path>.weight``) or brings.
 
-    A name is looked for as the checkpoint has it and as the model's class does, there also with transformers' ``base_model_prefix`` added or taken
-    away (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
+    A name is looked for as the checkpoint has it and as the model's class does, there also with transformers'
+    ``base_model_prefix`` added or taken away (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by
+    one rule for all of the names. What is not found is left out.
 
     Raises:
         MatchError: one name finds two tensors.
@@ -293,7 +314,11 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
         for name in wanted:
             here = set(by_model.get(rule(name), ()))
             here |= {rule(name)} if rule(name) in architecture.renamed else set()
-            here |= by_model[architecture.renamed[rule(name)]] - architecture.converted if rule(name) in architecture.renamed else set()
+            here |= (
+                by_model[architecture.renamed[rule(name)]] - architecture.converted
+                if rule(name) in architecture.renamed
+                else set()
+            )
             if not here and rule(name) in tied:
                 here = {tied[rule(name)]}
             if len(here) > 1:

@@ -1,6 +1,8 @@
-"""Plan a fold: match adapters to a model's layers and tensors by names and shapes, before anything is computed or changed.
+"""Plan a fold: match adapters to a model's layers and tensors by names and shapes, before anything is computed or
+changed.
 
-Pure: everything comes in as names, formats and shapes, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error here.
+Pure: everything comes in as names, formats and shapes, and a frozen :class:`FoldPlan` goes out; whatever does not fit
+is an error here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ __all__ = ["FoldPlan", "LayerInfo", "Target", "make_plan", "not_found"]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What the planner needs to know of a layer: its kind, its weight's format, and an identity that two paths to one module share."""
+    """What the planner needs to know of a layer: its kind, its weight's format, and an identity that two paths to one
+    module share.
+    """
 
     kind: Literal["linear", "embedding", "conv"]
     format: WeightFormat
@@ -61,12 +65,14 @@ def make_plan(
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
-        layers: ``{path: LayerInfo}`` of at least the modules that the adapters name and the model has, in the model's order.
+        layers: ``{path: LayerInfo}`` of at least the modules that the adapters name and the model has, in the model's
+            order.
         tensors: ``{name: shape}`` of all of the model's parameters and buffers.
         names: of all modules, for "did you mean".
 
     Raises:
-        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module does not take.
+        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
+        does not take.
         ShapeError: a rotation or tensor does not fit.
         StateError: one adapter twice.
     """
@@ -74,7 +80,10 @@ def make_plan(
         raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
     prints = [a.fingerprint for a in adapters]
     if len(set(prints)) < len(prints):
-        raise StateError("the same adapter is given twice", remedy="give each adapter once; compose or scale it to apply it more strongly")
+        raise StateError(
+            "the same adapter is given twice",
+            remedy="give each adapter once; compose or scale it to apply it more strongly",
+        )
     chains: dict[str, list[Rotation]] = {}
     saved: dict[str, Tensor] = {}
     for adapter in adapters:
@@ -103,13 +112,18 @@ def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) 
     path = lost[0]
     near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
-    hint = f"; nearest in the model: {', '.join(printable(n) for n in dict.fromkeys(tail[:2] + near))}" if near or tail else ""
+    hint = (
+        f"; nearest in the model: {', '.join(printable(n) for n in dict.fromkeys(tail[:2] + near))}"
+        if near or tail
+        else ""
+    )
     base = adapter.config.get("base_model_name_or_path")
     return MatchError(
         f"{len(lost)} of the adapter's {len(adapter.modules)} modules match nothing in the model{hint}",
         module=path,
         path=adapter.source,
-        remedy="use the model that the adapter was trained on, of the same class" + (f", from {printable(base)}" if base else ""),
+        remedy="use the model that the adapter was trained on, of the same class"
+        + (f", from {printable(base)}" if base else ""),
     )
 
 
@@ -130,7 +144,8 @@ def _check_saved(name: str, tensor: Tensor, tensors: Mapping[str, tuple[int, ...
     if name not in tensors:
         near = difflib.get_close_matches(name, tensors, n=3, cutoff=0.5)
         raise MatchError(
-            "the adapter brings a tensor that the model does not have" + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),
+            "the adapter brings a tensor that the model does not have"
+            + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),
             tensor=name,
             path=adapter.source,
             remedy="use a model of the same class and head as for training",

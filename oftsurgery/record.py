@@ -70,7 +70,8 @@ class ModuleRecord:
     """One module's fold.
 
     Attributes:
-        format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``, ``"bfloat16"`` …
+        format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
+            ``"bfloat16"`` …
         side: of the weight that the rotation is on.
         block_size: of each rotation of the chain.
         error: relative Frobenius error of storing the rotated weight, ``‖stored - exact‖ / ‖exact‖``.
@@ -101,10 +102,11 @@ class FoldRecord:
     Attributes:
         adapters: in the live order.
         modules: ``{module path: ModuleRecord}``.
-        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save`` replaced; None for a bias that was trained
-            in place, whose original nobody has.
+        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save``
+            replaced; None for a bias that was trained in place, whose original nobody has.
         rounding: how quantised weights were rounded.
-        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated (``fold_into``); empty in memory.
+        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
+            (``fold_into``); empty in memory.
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
     """
@@ -153,7 +155,9 @@ class FoldRecord:
         """Mirror of :meth:`to_dict`."""
         return cls(
             adapters=tuple(AdapterInfo(**a) for a in data["adapters"]),
-            modules={path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in data["modules"].items()},
+            modules={
+                path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in data["modules"].items()
+            },
             saved=data["saved"],
             rounding=data["rounding"],
             base=data["base"],

@@ -1,7 +1,7 @@
 r"""Block rotations: from a generator to ``R``, and applying, inverting and measuring it.
 
-The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer computes
-``x' = x · blockdiag(blocks)``, so the three sides on which peft puts a rotation are
+The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer
+computes ``x' = x · blockdiag(blocks)``, so the three sides on which peft puts a rotation are
 
 =============  ===========================  ==========================
 side           live                         fold
@@ -11,8 +11,9 @@ side           live                         fold
 ``embedding``  ``y = E[i] R``               ``E' = E R``
 =============  ===========================  ==========================
 
-with ``W: (out, in)`` and ``E: (tokens, features)``. A dense ``in × in`` matrix is never built. Block matrices are computed in float64; weights are
-rotated in float32 (float64 when they are float64), whatever the dtype, matmul precision or autocast state around the call.
+with ``W: (out, in)`` and ``E: (tokens, features)``. A dense ``in × in`` matrix is never built. Block matrices are
+computed in float64; weights are rotated in float32 (float64 when they are float64), whatever the dtype, matmul
+precision or autocast state around the call.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ __all__ = [
 
 Side = Literal["input", "output", "embedding"]
 
-# ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken batched one around 4e-2
+# ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken
+# batched one around 4e-2
 _SOLVE_TOLERANCE = 1e-10
 
 # blocks of this size and more are solved one by one on the CPU (batches were seen right up to 144 rows)
@@ -56,8 +58,8 @@ _LARGE = 128
 def full_precision(device_type: str) -> Iterator[None]:
     """Run the body without gradients, autocast or reduced-precision float32 products.
 
-    ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too) and autocast rewrites it
-    outright; a fold must not depend on either. Restores what it found.
+    ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too)
+    and autocast rewrites it outright; a fold must not depend on either. Restores what it found.
     """
     _Precision.enter()
     try:
@@ -68,7 +70,9 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 class _Precision:
-    """torch's precision of float32 products is one for the process: raised while any thread needs it, put back by the last one."""
+    """torch's precision of float32 products is one for the process: raised while any thread needs it, put back by the
+    last one.
+    """
 
     lock = threading.Lock()
     users = 0
@@ -109,7 +113,8 @@ def block_size_of(elements: int) -> int:
 
 
 def skew(v: Tensor) -> Tensor:
-    """Skew-symmetric ``Q: (n, b, b)`` from ``v: (n, b(b-1)/2)``: the upper triangle row by row, then ``Q - Qᵀ`` (as peft ≥ 0.16).
+    """Skew-symmetric ``Q: (n, b, b)`` from ``v: (n, b(b-1)/2)``: the upper triangle row by row, then ``Q - Qᵀ`` (as
+    peft ≥ 0.16).
 
     >>> skew(torch.tensor([[1.0, 2.0, 3.0]]))[0].tolist()
     [[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]]
@@ -131,8 +136,9 @@ def vector(q: Tensor) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """Exact Cayley map ``R = (I - Q)(I + Q)⁻¹`` of skew-symmetric ``q: (n, b, b)``.
 
-    Differentiable. Every solve is checked, and large blocks are solved one by one: torch 2.13's batched CPU solve of 160 rows and more reads
-    wrong pivots once ``torch.set_num_threads`` was called, and is then silently wrong, or raises.
+    Differentiable. Every solve is checked, and large blocks are solved one by one: torch 2.13's batched CPU solve of
+    160 rows and more reads wrong pivots once ``torch.set_num_threads`` was called, and is then silently wrong, or
+    raises.
 
     Raises:
         NonFiniteError: if ``q`` or the result is not finite.
@@ -142,7 +148,9 @@ def cayley(q: Tensor) -> Tensor:
 
 
 def inverse_blocks(blocks: Tensor) -> Tensor:
-    """``R⁻¹`` per block of ``blocks: (n, b, b)``, by a checked solve: a truncated Neumann ``R`` is not orthogonal, so never its transpose."""
+    """``R⁻¹`` per block of ``blocks: (n, b, b)``, by a checked solve: a truncated Neumann ``R`` is not orthogonal, so
+    never its transpose.
+    """
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
     return _solve_right(blocks, eye)
 
@@ -150,7 +158,9 @@ def inverse_blocks(blocks: Tensor) -> Tensor:
 def _solve_right(a: Tensor, c: Tensor) -> Tensor:
     """``X`` with ``X a = c``, per block, residual-checked."""
     if not bool(torch.isfinite(a.detach()).all()):
-        raise NonFiniteError("a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter")
+        raise NonFiniteError(
+            "a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter"
+        )
     each = a.device.type == "cpu" and a.shape[-1] >= _LARGE
     x = _solve(a, c, each=each)
     if not _solved(x, a, c):
@@ -166,7 +176,9 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
 def _solve(a: Tensor, c: Tensor, *, each: bool) -> Tensor:
     # solve_ex: a singular block gives NaN, which the residual finds, where solve raises torch's own error
     if each:
-        return torch.stack([torch.linalg.solve_ex(a_i, c_i, left=False).result for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
+        return torch.stack(
+            [torch.linalg.solve_ex(a_i, c_i, left=False).result for a_i, c_i in zip(a, c.expand_as(a), strict=True)]
+        )
     x: Tensor = torch.linalg.solve_ex(a, c, left=False).result
     return x
 
@@ -182,9 +194,9 @@ def _solved(x: Tensor, a: Tensor, c: Tensor) -> bool:
 def neumann(q: Tensor, terms: int, *, since_0_18: bool = True) -> Tensor:
     """Truncated Neumann series of ``(I + Q)(I - Q)⁻¹``, as peft computes it for ``q: (n, b, b)``.
 
-    Mind the sign: the series is of the *inverse* of the exact map :func:`cayley`. With ``N = terms``: ``N ≤ 1``: ``I``; ``N = 2``: ``I + 2Q``;
-    ``N ≥ 3``: peft ≥ 0.18 gives ``I + 2ΣQᵏ (k < m) + Qᵐ`` with ``m = max(N-1, 3)``, peft 0.16 and 0.17 ``I + 2ΣQᵏ (k < N)``.
-    The result is not orthogonal.
+    Mind the sign: the series is of the *inverse* of the exact map :func:`cayley`. With ``N = terms``: ``N ≤ 1``: ``I``;
+    ``N = 2``: ``I + 2Q``; ``N ≥ 3``: peft ≥ 0.18 gives ``I + 2ΣQᵏ (k < m) + Qᵐ`` with ``m = max(N-1, 3)``, peft 0.16
+    and 0.17 ``I + 2ΣQᵏ (k < N)``. The result is not orthogonal.
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms <= 1:
@@ -223,7 +235,8 @@ def rotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
 
     Args:
         weight: ``(out, in)``, floating point; read as float32 at least.
-        blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal matrix to ``(out, out)``.
+        blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal
+            matrix to ``(out, out)``.
 
     Returns:
         ``(out, in)`` float32, or float64 for a float64 weight.
@@ -247,7 +260,9 @@ def _on_side(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool) -> Te
         whole = out - out % r.shape[-1]
         needed = -(-out // r.shape[-1])
         if r.shape[0] != 1 and r.shape[0] < needed:
-            raise ShapeError("blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, *r.shape[1:]))
+            raise ShapeError(
+                "blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, *r.shape[1:])
+            )
         last = r if r.shape[0] == 1 else r[needed - 1 : needed]
         tail = last[:, : out - whole, : out - whole]  # the cropped last block; empty where out divides
         body = r if r.shape[0] == 1 else r[: whole // r.shape[-1]]
@@ -268,7 +283,8 @@ def _on_side(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool) -> Te
 def eigen_angles(q: Tensor) -> Tensor:
     """``θ ≥ 0`` with ``±iθ`` the eigenvalues of skew-symmetric ``q: (n, b, b)``: ``(n, b)``, each pair twice.
 
-    Every OFT map is a rational function of ``Q``, so its ``R`` is normal and has the map's values at ``±iθ`` as eigenvalues.
+    Every OFT map is a rational function of ``Q``, so its ``R`` is normal and has the map's values at ``±iθ`` as
+    eigenvalues.
     """
     q = q.to(torch.float64)
     squares: Tensor = torch.linalg.eigvalsh(-(q @ q))

@@ -1,7 +1,8 @@
 """safetensors checkpoints on disk: headers without data, one tensor at a time in, one tensor at a time out.
 
-The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a tensor's bytes are without
-reading them, and writing a file whose tensors never meet in memory. Together with :mod:`oftsurgery.files` the only code that touches the disk.
+The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a
+tensor's bytes are without reading them, and writing a file whose tensors never meet in memory. Together with
+:mod:`oftsurgery.files` the only code that touches the disk.
 """
 
 from __future__ import annotations
@@ -108,7 +109,11 @@ class Checkpoint:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise CheckpointError("the shard ended early: it changed while it was read", tensor=name, path=self.folder / entry.file)
+                    raise CheckpointError(
+                        "the shard ended early: it changed while it was read",
+                        tensor=name,
+                        path=self.folder / entry.file,
+                    )
                 view = view[count:]
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -123,13 +128,19 @@ class Checkpoint:
             while left:
                 chunk = file.read(min(left, _CHUNK))
                 if not chunk:
-                    raise CheckpointError("the shard ended early: it changed while it was read", tensor=name, path=self.folder / entry.file)
+                    raise CheckpointError(
+                        "the shard ended early: it changed while it was read",
+                        tensor=name,
+                        path=self.folder / entry.file,
+                    )
                 left -= len(chunk)
                 yield chunk
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files, and its config."""
+        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files,
+        and its config.
+        """
         stats = {name: (self.folder / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
@@ -138,10 +149,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of the checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the folder, a header that lies.
+        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the
+        folder, a header that lies.
     """
     if not folder.is_dir():
-        raise CheckpointError("no such folder", path=folder, remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'")
+        raise CheckpointError(
+            "no such folder",
+            path=folder,
+            remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
+        )
     weight_map: Mapping[str, str] | None = None
     if (folder / INDEX).exists():
         weight_map = _weight_map(folder)
@@ -165,7 +181,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for entry in found:
             if entry.name in entries:
                 raise CheckpointError(
-                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor", tensor=entry.name, path=folder
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor",
+                    tensor=entry.name,
+                    path=folder,
                 )
             entries[entry.name] = entry
     if weight_map is not None:
@@ -183,23 +201,36 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
             remedy="load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)",
         )
     if (folder / "adapter_config.json").exists():
-        return CheckpointError("the folder holds an adapter, not a model", path=folder, remedy="give the base model first, the adapter second")
-    return CheckpointError(f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote")
+        return CheckpointError(
+            "the folder holds an adapter, not a model",
+            path=folder,
+            remedy="give the base model first, the adapter second",
+        )
+    return CheckpointError(
+        f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote"
+    )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the Hub cache's blobs beside it).
+    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the
+    Hub cache's blobs beside it).
 
     Raises:
         CheckpointError: otherwise, or if there is no such file.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
-        raise CheckpointError("the index names a file outside its folder", path=name, remedy="do not use this checkpoint, or repair its index")
+        raise CheckpointError(
+            "the index names a file outside its folder",
+            path=name,
+            remedy="do not use this checkpoint, or repair its index",
+        )
     path = folder / name
     try:
         plain, there = path.is_file(), os.path.lexists(path)
     except OSError as error:
-        raise CheckpointError(f"no name of a file ({printable(error.strerror)})", path=name, remedy="download the checkpoint again") from error
+        raise CheckpointError(
+            f"no name of a file ({printable(error.strerror)})", path=name, remedy="download the checkpoint again"
+        ) from error
     if not plain:
         # a pipe or a device would be read for ever
         what = (
@@ -223,7 +254,9 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
     index = read_json(inside(folder, INDEX))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError("the index has no `weight_map` of file names", path=folder / INDEX, remedy="download the checkpoint again")
+        raise CheckpointError(
+            "the index has no `weight_map` of file names", path=folder / INDEX, remedy="download the checkpoint again"
+        )
     return weight_map
 
 
@@ -231,7 +264,10 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
     for name, file in weight_map.items():
         if name not in entries:
             raise CheckpointError(
-                "the index names a tensor that its shards lack", tensor=name, path=folder / INDEX, remedy="download the checkpoint again"
+                "the index names a tensor that its shards lack",
+                tensor=name,
+                path=folder / INDEX,
+                remedy="download the checkpoint again",
             )
         if entries[name].file != file:
             raise CheckpointError(
@@ -242,7 +278,12 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
             )
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
-        raise CheckpointError("a shard holds a tensor that the index lacks", tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")
+        raise CheckpointError(
+            "a shard holds a tensor that the index lacks",
+            tensor=unlisted[0],
+            path=folder / INDEX,
+            remedy="repair the index",
+        )
 
 
 def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
@@ -253,15 +294,27 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > limit:
-            raise CheckpointError(f"a JSON file of {path.stat().st_size} bytes is not read", path=path, remedy="download the checkpoint again")
+            raise CheckpointError(
+                f"a JSON file of {path.stat().st_size} bytes is not read",
+                path=path,
+                remedy="download the checkpoint again",
+            )
         data = path.read_bytes()
         if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
-            raise CheckpointError(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path=path, remedy="download the checkpoint again")
+            raise CheckpointError(
+                f"JSON of more than {_MAX_JSON_PARTS} parts is not read",
+                path=path,
+                remedy="download the checkpoint again",
+            )
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"no JSON that can be read ({printable(error)})", path=path, remedy="download the checkpoint again") from error
+        raise CheckpointError(
+            f"no JSON that can be read ({printable(error)})", path=path, remedy="download the checkpoint again"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"a JSON {type(value).__name__}, not an object", path=path, remedy="download the checkpoint again")
+        raise CheckpointError(
+            f"a JSON {type(value).__name__}, not an object", path=path, remedy="download the checkpoint again"
+        )
     return value
 
 
@@ -273,7 +326,9 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
         with safe_open(path, framework="pt") as checked:  # the library's checks of lengths, offsets and overlaps
             names = set(checked.keys())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"no safetensors file, or a damaged one ({printable(error)})", path=path, remedy="download it again") from error
+        raise CheckpointError(
+            f"no safetensors file, or a damaged one ({printable(error)})", path=path, remedy="download it again"
+        ) from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MAX_HEADER_BYTES:
@@ -284,7 +339,12 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
         raise CheckpointError("the header names tensors twice", path=path, remedy="do not use this file")
     entries = [
         TensorEntry(
-            name, path.name, str(h["dtype"]), tuple(h["shape"]), 8 + length + h["data_offsets"][0], h["data_offsets"][1] - h["data_offsets"][0]
+            name,
+            path.name,
+            str(h["dtype"]),
+            tuple(h["shape"]),
+            8 + length + h["data_offsets"][0],
+            h["data_offsets"][1] - h["data_offsets"][0],
         )
         for name, h in header.items()
     ]
@@ -312,19 +372,22 @@ def _no_duplicates(path: Path) -> Any:
 class ShardWriter:
     """Writes one safetensors file tensor by tensor, in any order, so that no two need to be in memory at once.
 
-    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first, so that all are aligned),
-    each at a place known beforehand; tensors of a size not known beforehand (small JSON blobs) come last, and the header, for which room was left,
-    at the very end.
+    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first,
+    so that all are aligned), each at a place known beforehand; tensors of a size not known beforehand (small JSON
+    blobs) come last, and the header, for which room was left, at the very end.
 
     Args:
         path: of the file; must not exist.
-        tensors: ``{name: (dtype, shape)}`` of all that will be written; shape None for a uint8 tensor of at most :data:`LATE_BYTES` bytes.
+        tensors: ``{name: (dtype, shape)}`` of all that will be written; shape None for a uint8 tensor of at most
+            :data:`LATE_BYTES` bytes.
         metadata: of the header.
     """
 
     LATE_BYTES = 1 << 12
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]
+    ) -> None:
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._late: dict[str, bytes | None] = {name: None for name in sorted(tensors) if tensors[name][1] is None}
         self._left: set[str] = set(tensors)
@@ -355,7 +418,9 @@ class ShardWriter:
             for piece in pieces:
                 self._file.write(piece)
             if self._file.tell() != 8 + self._room + end:
-                raise AssertionError(f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}")
+                raise AssertionError(
+                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}"
+                )
         self._left.discard(name)
 
     def close(self) -> None:

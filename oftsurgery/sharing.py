@@ -21,8 +21,9 @@ M = TypeVar("M", bound=nn.Module)
 def share_model(model: M) -> M:
     """A deep copy of ``model`` whose parameters and buffers share the storages of the original's.
 
-    Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the copy leaves the original as it is.
-    Writing into a shared tensor in place (training, BatchNorm statistics) is seen by both.
+    Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the
+    copy leaves the original as it is. Writing into a shared tensor in place (training, BatchNorm statistics) is seen by
+    both.
 
     Raises:
         StateError: the model holds something that cannot be copied.
@@ -34,7 +35,8 @@ def share_model(model: M) -> M:
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise StateError(
-            f"the model holds something that cannot be copied ({error})", remedy="fold with inplace=True, which copies nothing"
+            f"the model holds something that cannot be copied ({error})",
+            remedy="fold with inplace=True, which copies nothing",
         ) from error
     for old in model.modules():
         new = memo[id(old)]
@@ -47,7 +49,9 @@ def share_model(model: M) -> M:
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """``{id: what the copy uses instead}`` for what a module holds and a deep copy must not copy, unless ``memo`` has it."""
+    """``{id: what the copy uses instead}`` for what a module holds and a deep copy must not copy, unless ``memo`` has
+    it.
+    """
     uses: dict[int, Any] = {id(s): memo.get(id(s)) or copy_quant_state(s) for s in quant_states(module).values()}
     for parameter in module._parameters.values():
         if parameter is None or id(parameter) in memo:
@@ -66,7 +70,9 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def _compile_like(old: nn.Module, new: nn.Module) -> None:
-    """``new.compile(…)`` as ``old`` was: Module.compile() leaves a callable that is not copied, and keeps its arguments in the closure alone."""
+    """``new.compile(…)`` as ``old`` was: Module.compile() leaves a callable that is not copied, and keeps its arguments
+    in the closure alone.
+    """
     config = getattr(old._compiled_call_impl, "get_compiler_config", None)
     context = inspect.getclosurevars(config).nonlocals.get("self") if config is not None else None
     if context is None:

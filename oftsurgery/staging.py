@@ -29,14 +29,17 @@ class Staging:
         needed: bytes that will be written; checked against the free space first.
         resume: go on with unfinished work of the same key, if there is any.
         force: replace an existing destination (at the rename, not before) and unfinished work of another key.
-        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked at.
+        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked
+            at.
 
     Raises (on entering):
         StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
         DiskError: too little space, no permission, or another run at work.
     """
 
-    def __init__(self, destination: Path, key: str, *, needed: int, resume: bool, force: bool, resumable: bool = True) -> None:
+    def __init__(
+        self, destination: Path, key: str, *, needed: int, resume: bool, force: bool, resumable: bool = True
+    ) -> None:
         self.destination = destination
         self.folder = destination.parent / f".{destination.name}.oftsurgery"
         self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
@@ -54,9 +57,17 @@ class Staging:
         self._check_destination()
         with _disk_errors(self.folder):
             if not self.destination.parent.is_dir():
-                raise StateError("the destination's parent folder does not exist", path=self.destination.parent, remedy="make it first")
+                raise StateError(
+                    "the destination's parent folder does not exist",
+                    path=self.destination.parent,
+                    remedy="make it first",
+                )
             if self.folder.is_symlink():
-                raise StateError("a link is in the place of unfinished work", path=self.folder, remedy="remove it, or name another destination")
+                raise StateError(
+                    "a link is in the place of unfinished work",
+                    path=self.folder,
+                    remedy="remove it, or name another destination",
+                )
             self._acquire()
             try:
                 self._recover()
@@ -69,7 +80,9 @@ class Staging:
                 raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._leave()
 
     def _leave(self) -> None:
@@ -82,7 +95,11 @@ class Staging:
 
     def _check_destination(self) -> None:
         if not self.force and _exists(self.destination):
-            raise StateError("the destination exists", path=self.destination, remedy="name another, or replace it with force=True (--force)")
+            raise StateError(
+                "the destination exists",
+                path=self.destination,
+                remedy="name another, or replace it with force=True (--force)",
+            )
 
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
@@ -92,7 +109,9 @@ class Staging:
             lock.acquire(timeout=0)
         except Timeout:
             raise DiskError(
-                "another run is at work on this destination", path=self.destination, remedy="wait for it, or name another destination"
+                "another run is at work on this destination",
+                path=self.destination,
+                remedy="wait for it, or name another destination",
             ) from None
         self._lock = lock
 
@@ -235,7 +254,9 @@ def _remove(path: Path) -> None:
 
 
 def _sound(shards: object) -> bool:
-    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself, with hash and facts."""
+    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself,
+    with hash and facts.
+    """
     return isinstance(shards, dict) and all(
         Path(name).name == name
         and isinstance(entry, dict)
@@ -266,7 +287,10 @@ def _sync_folder(folder: Path) -> None:
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
     errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
-    errno.EFBIG: ("the file is larger than this system allows", "write smaller shards: max_shard_size (--max-shard-size)"),
+    errno.EFBIG: (
+        "the file is larger than this system allows",
+        "write smaller shards: max_shard_size (--max-shard-size)",
+    ),
     errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
     errno.EACCES: ("no permission to write", "name a destination elsewhere"),
     errno.EPERM: ("no permission to write", "name a destination elsewhere"),

@@ -1,4 +1,6 @@
-"""Shared by the tests of folds on disk: tiny models saved by transformers, and what a folder holds, read without oftsurgery."""
+"""Shared by the tests of folds on disk: tiny models saved by transformers, and what a folder holds, read without
+oftsurgery.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from transformers import BitsAndBytesConfig
 import oftsurgery
 
 TOKENS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 1, 6, 6]])
-SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "head_dim": 16}
 
@@ -31,11 +39,23 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llama": ("LlamaForCausalLM", SIZES | GROUPED, ["q_proj", "down_proj"]),
     "qwen3": ("Qwen3ForCausalLM", SIZES | GROUPED | {"head_dim": 16}, ["k_proj", "o_proj", "up_proj"]),
     "mistral": ("MistralForCausalLM", SIZES | GROUPED, ["v_proj", "gate_proj"]),
-    "gpt2": ("GPT2LMHeadModel", {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}, ["c_attn", "c_proj"]),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32},
+        ["c_attn", "c_proj"],
+    ),
     "bert": ("BertForSequenceClassification", SIZES | {"num_labels": 3}, ["query", "dense"]),
     "t5": (
         "T5ForConditionalGeneration",
-        {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        {
+            "vocab_size": 64,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 128,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
         ["q", "o", "wi"],
     ),
 }
@@ -56,7 +76,9 @@ def scaled_up(model: Any) -> Any:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                fan_in = parameter.shape[0] if any(n in path for n in ("c_attn", "c_proj", "c_fc")) else parameter.shape[-1]
+                fan_in = (
+                    parameter.shape[0] if any(n in path for n in ("c_attn", "c_proj", "c_fc")) else parameter.shape[-1]
+                )
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
             elif path.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
@@ -65,7 +87,9 @@ def scaled_up(model: Any) -> Any:
 
 def adapted(model: Any, targets: Any, *, seed: int = 0, **config: Any) -> Any:
     """A peft model whose rotations do something."""
-    wrapped = get_peft_model(model, OFTConfig(**{"oft_block_size": 16, "target_modules": targets, "use_cayley_neumann": True} | config)).eval()
+    wrapped = get_peft_model(
+        model, OFTConfig(**{"oft_block_size": 16, "target_modules": targets, "use_cayley_neumann": True} | config)
+    ).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -89,7 +113,11 @@ def bnb_config(codec: str, *, double: bool = False, **more: Any) -> BitsAndBytes
     if codec == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **more)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=codec, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32, **more
+        load_in_4bit=True,
+        bnb_4bit_quant_type=codec,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+        **more,
     )
 
 
@@ -123,7 +151,7 @@ def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) ->
         return oftsurgery.fold_checkpoint(source, adapter, destination, **options)
 
 
-# --- what a folder holds, without oftsurgery ------------------------------------------------------------------------------------------------------
+# --- what a folder holds, without oftsurgery --------------------------------------------------------------------------
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -139,7 +167,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors that are not the same in name, dtype, shape and bytes."""
     names = a.keys() ^ b.keys()
-    return sorted(names | {n for n in a.keys() & b.keys() if a[n].dtype != b[n].dtype or a[n].shape != b[n].shape or _raw(a[n]) != _raw(b[n])})
+    return sorted(
+        names
+        | {
+            n
+            for n in a.keys() & b.keys()
+            if a[n].dtype != b[n].dtype or a[n].shape != b[n].shape or _raw(a[n]) != _raw(b[n])
+        }
+    )
 
 
 def _raw(tensor: Tensor) -> bytes:
@@ -153,7 +188,9 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 def quant_state(found: Mapping[str, Tensor], name: str) -> Any:
     """bitsandbytes' state of a 4-bit weight, None for another."""
     stats = {n: t for n, t in found.items() if n.startswith(f"{name}.")}
-    return bnbf.QuantState.from_dict(stats, device=torch.device("cpu")) if any("quant_state" in n for n in stats) else None
+    return (
+        bnbf.QuantState.from_dict(stats, device=torch.device("cpu")) if any("quant_state" in n for n in stats) else None
+    )
 
 
 def decoded(found: Mapping[str, Tensor], name: str) -> Tensor:
@@ -170,7 +207,9 @@ def stored_as(exact: Tensor, found: Mapping[str, Tensor], name: str) -> Tensor:
     """float64: ``exact`` as bitsandbytes or torch itself stores it in the format that the weight ``name`` has."""
     state = quant_state(found, name)
     if state is not None:
-        packed, new = bnbf.quantize_4bit(exact.float(), blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type)
+        packed, new = bnbf.quantize_4bit(
+            exact.float(), blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type
+        )
         return decode_4bit(packed, new)
     if found[name].dtype == torch.int8:
         codes, scb, _ = bnbf.int8_vectorwise_quant(exact.float())
@@ -179,7 +218,9 @@ def stored_as(exact: Tensor, found: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def rotations_in(adapter: Path) -> dict[str, Tensor]:
-    """``{module path: float64 R (in, in)}`` of an adapter that peft 0.21 wrote: exact Cayley, or the Neumann series of 5 terms."""
+    """``{module path: float64 R (in, in)}`` of an adapter that peft 0.21 wrote: exact Cayley, or the Neumann series of
+    5 terms.
+    """
     config = json.loads((adapter / "adapter_config.json").read_text())
     found = {}
     for key, rows in load_file(adapter / "adapter_model.safetensors").items():

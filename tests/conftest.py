@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads cost the many tiny operations here more than they bring
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: threads cost the many tiny operations here more than they bring
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def golden() -> Path:
 
 @pytest.fixture
 def oft_config() -> Callable[..., dict[str, Any]]:
-    """``oft_config(**changes)``: an adapter_config.json as peft 0.21.2 writes it; a change to ``...`` leaves the field out."""
+    """``oft_config(**changes)``: an adapter_config.json as peft 0.21.2 writes it; a change to ``...`` leaves the field
+    out.
+    """
     return lambda **changes: {k: v for k, v in (CONFIG | changes).items() if v is not ...}
 
 
@@ -74,15 +78,26 @@ def snapshot_of(model: nn.Module) -> dict[str, Any]:
     """Bytes, object identities, hooks, quantisation states and attributes of every module of ``model``."""
     state: dict[str, Any] = {}
     for path, m in model.named_modules(remove_duplicate=False):
-        own = {k: v for k, v in m.__dict__.items() if not k.startswith("_") or k in ("_hf_hook", "_active_adapter", "_disable_adapters")}
+        own = {
+            k: v
+            for k, v in m.__dict__.items()
+            if not k.startswith("_") or k in ("_hf_hook", "_active_adapter", "_disable_adapters")
+        }
         state[path] = (
             id(m),
             type(m),
             {name: _tensor(p) for holder in (m._parameters, m._buffers) for name, p in holder.items()},
             {name: id(child) for name, child in m._modules.items()},
             [list(hooks) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._state_dict_hooks)],
-            {k: (id(v), repr(v) if isinstance(v, (bool, int, float, str, list, type(None))) else "") for k, v in own.items()},
-            {k: _tensor(v) for k, v in getattr(m.__dict__.get("state"), "__dict__", {}).items() if isinstance(v, Tensor)},
+            {
+                k: (id(v), repr(v) if isinstance(v, (bool, int, float, str, list, type(None))) else "")
+                for k, v in own.items()
+            },
+            {
+                k: _tensor(v)
+                for k, v in getattr(m.__dict__.get("state"), "__dict__", {}).items()
+                if isinstance(v, Tensor)
+            },
         )
     return state
 
@@ -95,6 +110,15 @@ def _tensor(t: Any) -> Any:
     q = getattr(t, "quant_state", None)
     if q is not None:
         nested = getattr(q, "state2", None)
-        statistics += [id(q), q.quant_type, q.dtype, tuple(q.shape), q.blocksize, _tensor(q.absmax), _tensor(q.code), _tensor(q.offset)]
+        statistics += [
+            id(q),
+            q.quant_type,
+            q.dtype,
+            tuple(q.shape),
+            q.blocksize,
+            _tensor(q.absmax),
+            _tensor(q.code),
+            _tensor(q.offset),
+        ]
         statistics += [_tensor(nested.absmax), _tensor(nested.code)] if nested is not None else []
     return (id(t), type(t), t.dtype, tuple(t.shape), t.requires_grad, data, statistics)

@@ -1,6 +1,8 @@
-"""What the tests hold oftsurgery against: bitsandbytes layers, and the live layer in float64 with a decoder, maps and dense matrices of our own.
+"""What the tests hold oftsurgery against: bitsandbytes layers, and the live layer in float64 with a decoder, maps and
+dense matrices of our own.
 
-Nothing here calls oftsurgery's arithmetic. `live_weight` is written from the formulas of formats.md, one line a dialect.
+Nothing here calls oftsurgery's arithmetic. `live_weight` is written from the formulas of formats.md, one line a
+dialect.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 import oftsurgery
 from oftsurgery.adapter import parse_adapter
 
-# --- stored weights -------------------------------------------------------------------------------------------------------------------------------
+# --- stored weights ---------------------------------------------------------------------------------------------------
 
 
 def seeded(*what: object) -> torch.Generator:
@@ -50,9 +52,17 @@ def make_layer(
         layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=bias, has_fp16_weights=False)
         layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
-        layer = bnb.nn.Linear4bit(in_features, out_features, bias=bias, compress_statistics=nested, quant_type=codec, quant_storage=storage)
+        layer = bnb.nn.Linear4bit(
+            in_features, out_features, bias=bias, compress_statistics=nested, quant_type=codec, quant_storage=storage
+        )
         layer.weight = bnb.nn.Params4bit(
-            weight, requires_grad=False, compress_statistics=nested, quant_type=codec, quant_storage=storage, blocksize=blocksize, module=layer
+            weight,
+            requires_grad=False,
+            compress_statistics=nested,
+            quant_type=codec,
+            quant_storage=storage,
+            blocksize=blocksize,
+            module=layer,
         )
     if bias:
         layer.bias = nn.Parameter(torch.randn(out_features, generator=g).to(dtype))
@@ -65,7 +75,9 @@ def decode_4bit(packed: Tensor, state: Any) -> Tensor:
     n = math.prod(state.shape)
     codes = torch.stack([byte // 16, byte % 16], dim=1).reshape(-1)[:n]
     absmax = decode_absmax(state)
-    return (bnbf.get_4bit_type(state.quant_type, device="cpu").double()[codes] * absmax[torch.arange(n) // state.blocksize]).reshape(state.shape)
+    return (
+        bnbf.get_4bit_type(state.quant_type, device="cpu").double()[codes] * absmax[torch.arange(n) // state.blocksize]
+    ).reshape(state.shape)
 
 
 def decode_absmax(state: Any) -> Tensor:
@@ -78,7 +90,8 @@ def decode_absmax(state: Any) -> Tensor:
 
 
 def stored_weight(layer: nn.Module, *, bfloat16_absmax: bool = False) -> Tensor:
-    """float64 ``(out, in)`` that a layer stands for; a CPU-packed one is not read, hence call before its first eval forward.
+    """float64 ``(out, in)`` that a layer stands for; a CPU-packed one is not read, hence call before its first eval
+    forward.
 
     With ``bfloat16_absmax``, what will be left of it after a CPU eval forward.
     """
@@ -103,12 +116,15 @@ def requantised(exact: Tensor, layer: nn.Module) -> Tensor:
         codes, scb, _ = bnbf.int8_vectorwise_quant(exact.float())
         return codes.double() * scb.double().unsqueeze(1) / 127
     packed, state = bnbf.quantize_4bit(
-        exact.float(), blocksize=weight.blocksize, compress_statistics=weight.compress_statistics, quant_type=weight.quant_type
+        exact.float(),
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
     )
     return decode_4bit(packed, state)
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------------------------------------
+# --- adapters ---------------------------------------------------------------------------------------------------------
 
 #: dialect and map → (which `parse_adapter` must detect, config beyond peft_type)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -116,7 +132,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "0.13 output side, cropped": ("peft-0.13", {"r": 6}),
     "0.15 with oft_s": ("peft-0.15", {"oft_block_size": 0, "r": 0}),
     "0.17 Neumann": ("peft-0.17", {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5}),
-    "0.21 Neumann": ("peft-0.21", {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "peft_version": "0.21.2"}),
+    "0.21 Neumann": (
+        "peft-0.21",
+        {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "peft_version": "0.21.2"},
+    ),
     "0.21 exact": ("peft-0.21", {"use_cayley_neumann": False, "peft_version": "0.21.2"}),
 }
 
@@ -155,7 +174,9 @@ def cayley(q: Tensor) -> Tensor:
 
 
 @cache
-def make_case(variant: str, in_features: int, out_features: int, *, path: str = "layer", size: float = 0.03, b: int | None = None) -> Case:
+def make_case(
+    variant: str, in_features: int, out_features: int, *, path: str = "layer", size: float = 0.03, b: int | None = None
+) -> Case:
     """A random adapter of a dialect for one linear, parsed from the keys and config that this dialect's peft writes."""
     dialect, config = VARIANTS[variant]
     b = b or {64: 16, 96: 16, 100: 20, 128: 16, 256: 32}[in_features]

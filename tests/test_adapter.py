@@ -25,17 +25,26 @@ from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteE
 Config = Callable[..., dict[str, Any]]
 
 
-# --- what the installed peft writes ---------------------------------------------------------------------------------------------------------------
+# --- what the installed peft writes -----------------------------------------------------------------------------------
 
 
 def bert() -> nn.Module:
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=40, num_labels=3)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=40, num_labels=3
+    )
     return BertForSequenceClassification(config)
 
 
 def llama() -> nn.Module:
     return LlamaForCausalLM(
-        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, vocab_size=40)
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=40,
+        )
     )
 
 
@@ -182,7 +191,9 @@ def test_adapters_of_the_installed_peft(name: str, tmp_path: Path) -> None:
     if not case.saved:
         models.append(oftsurgery.fold(trained.model.unload(), adapter))
     for folded in models:
-        torch.testing.assert_close(output(folded, trained.inputs), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            output(folded, trained.inputs), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.saved])
@@ -194,7 +205,9 @@ def test_saved_tensors_reach_a_fresh_base(name: str, tmp_path: Path) -> None:
     for key, tensor in adapter.saved.items():
         assert fresh.get_parameter(key).shape == tensor.shape
     folded = oftsurgery.fold(fresh, adapter)
-    torch.testing.assert_close(output(folded, trained.inputs), output(trained.model, trained.inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output(folded, trained.inputs), output(trained.model, trained.inputs), rtol=1e-4, atol=1e-5
+    )
     assert (output(fresh, trained.inputs) - output(trained.model, trained.inputs)).abs().max() > 1e-3
 
 
@@ -206,18 +219,22 @@ def test_what_peft_warns_of_in_these_cases(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_adapters_saved_in_another_dtype(dtype: torch.dtype, tmp_path: Path, write_adapter: Callable[..., Path], oft_config: Config) -> None:
+def test_adapters_saved_in_another_dtype(
+    dtype: torch.dtype, tmp_path: Path, write_adapter: Callable[..., Path], oft_config: Config
+) -> None:
     case = CASES["plain, 5 terms"]
     trained = train(case, tmp_path / "full")
     stored = {k: v.to(dtype) for k, v in load_file(tmp_path / "full" / "adapter_model.safetensors").items()}
     adapter = oftsurgery.load_adapter(write_adapter(stored, oft_config()))
     for path, layer in live_layers(trained.model).items():
         layer.oft_R["default"].weight.data = stored[f"base_model.model.{path}.oft_R.weight"].double()
-        torch.testing.assert_close(torch.block_diag(*adapter.modules[path].blocks), live_matrix(layer), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            torch.block_diag(*adapter.modules[path].blocks), live_matrix(layer), rtol=0, atol=1e-13
+        )
         assert adapter.modules[path].generator.dtype == dtype
 
 
-# --- dialects -------------------------------------------------------------------------------------------------------------------------------------
+# --- dialects ---------------------------------------------------------------------------------------------------------
 
 NEW = {"base_model.model.m.oft_R.weight": torch.full((2, 6), 0.1)}
 EMBEDDING = {"base_model.model.m.oft_embedding_R.weight": torch.full((2, 6), 0.1)}
@@ -236,11 +253,23 @@ DETECTED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str, oftsurgery.Cay
     "version null": (NEW, {"peft_version": None}, "peft-0.17", FIRST, "input"),
     "exact, 0.21.2": (NEW, {"use_cayley_neumann": False}, "peft-0.21", EXACT, "input"),
     "exact, no version": (NEW, {"use_cayley_neumann": False, "peft_version": ...}, "peft-0.17", EXACT, "input"),
-    "exact, a dev version": (NEW, {"use_cayley_neumann": False, "peft_version": "0.18.0.dev0"}, "peft-0.21", EXACT, "input"),
+    "exact, a dev version": (
+        NEW,
+        {"use_cayley_neumann": False, "peft_version": "0.18.0.dev0"},
+        "peft-0.21",
+        EXACT,
+        "input",
+    ),
     "embedding, 0.21.2": (EMBEDDING, {}, "peft-0.21", CURRENT, "embedding"),
     "embedding, version lost": (EMBEDDING, {"peft_version": ...}, "peft-0.21", CURRENT, "embedding"),
     "0.15": (SCALED, {"use_cayley_neumann": ..., "peft_version": ...}, "peft-0.15", EXACT, "input"),
-    "0.13": (OLD, {"use_cayley_neumann": ..., "peft_version": ..., "oft_block_size": ...}, "peft-0.13", EXACT, "output"),
+    "0.13": (
+        OLD,
+        {"use_cayley_neumann": ..., "peft_version": ..., "oft_block_size": ...},
+        "peft-0.13",
+        EXACT,
+        "output",
+    ),
 }
 
 
@@ -255,7 +284,9 @@ def test_dialects_are_told(name: str, oft_config: Config) -> None:
     assert parse_adapter(oft_config(**changes), tensors, dialect=dialect).fingerprint == adapter.fingerprint  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("version", ["0.18.0.dev0", "0.18.0.dev0@abc", "0.18.0dev1", "0.17.2.dev0", "0.17.1", "nonsense", ""])
+@pytest.mark.parametrize(
+    "version", ["0.18.0.dev0", "0.18.0.dev0@abc", "0.18.0dev1", "0.17.2.dev0", "0.17.1", "nonsense", ""]
+)
 def test_an_ambiguous_version_is_refused_until_named(version: str, oft_config: Config) -> None:
     config = oft_config(peft_version=version)
     with pytest.raises(DialectError) as caught:
@@ -283,12 +314,29 @@ def test_a_named_dialect_reaches_the_parser(write_adapter: Callable[..., Path], 
         (SCALED, {}, "peft-0.13", "named peft-0.13, but the files are of peft-0.15"),
         (NEW, {"peft_version": "0.17.1"}, "peft-0.13", "named peft-0.13, but the files are of peft-0.17 or peft-0.21"),
         (NEW, {}, "peft-9", "unknown dialect 'peft-9' Remedy: one of peft-0.13, peft-0.15, peft-0.17, peft-0.21"),
-        (NEW, {"use_cayley_neumann": ...}, None, "has no `use_cayley_neumann`, so the map cannot be told.*Remedy: restore the adapter_config.json"),
-        (SCALED, {"oft_block_size": ...}, None, "oft_s without `oft_block_size`.*neither peft ≤ 0.13 nor 0.14/0.15 writes that"),
-        (NEW | {"base_model.model.n.oft_r": torch.zeros(2, 4, 4)}, {}, None, "keys of peft ≤ 0.15 .* and of ≥ 0.16 .* in one adapter"),
+        (
+            NEW,
+            {"use_cayley_neumann": ...},
+            None,
+            "has no `use_cayley_neumann`, so the map cannot be told.*Remedy: restore the adapter_config.json",
+        ),
+        (
+            SCALED,
+            {"oft_block_size": ...},
+            None,
+            "oft_s without `oft_block_size`.*neither peft ≤ 0.13 nor 0.14/0.15 writes that",
+        ),
+        (
+            NEW | {"base_model.model.n.oft_r": torch.zeros(2, 4, 4)},
+            {},
+            None,
+            "keys of peft ≤ 0.15 .* and of ≥ 0.16 .* in one adapter",
+        ),
     ],
 )
-def test_dialects_that_are_refused(tensors: dict[str, Tensor], changes: dict[str, Any], named: Any, message: str, oft_config: Config) -> None:
+def test_dialects_that_are_refused(
+    tensors: dict[str, Tensor], changes: dict[str, Any], named: Any, message: str, oft_config: Config
+) -> None:
     with pytest.raises(DialectError, match=message) as caught:
         parse_adapter(oft_config(**changes), tensors, dialect=named)
     assert caught.value.remedy
@@ -296,11 +344,14 @@ def test_dialects_that_are_refused(tensors: dict[str, Tensor], changes: dict[str
 
 def test_the_dialects_differ_where_it_matters(oft_config: Config) -> None:
     """Naming the wrong series would be a silent error of this size."""
-    a, b = (parse_adapter(oft_config(peft_version="0.17.1"), NEW, dialect=d).modules["m"].blocks for d in ("peft-0.17", "peft-0.21"))  # type: ignore[arg-type]
+    a, b = (
+        parse_adapter(oft_config(peft_version="0.17.1"), NEW, dialect=d).modules["m"].blocks
+        for d in ("peft-0.17", "peft-0.21")
+    )  # type: ignore[arg-type]
     assert (a - b).abs().max() > 1e-4
 
 
-# --- COFT -----------------------------------------------------------------------------------------------------------------------------------------
+# --- COFT -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -324,7 +375,10 @@ def test_coft_of_old_releases_clamps_the_raw_matrix(dialect: str, shared: bool, 
     """peft ≤ 0.15: ‖A‖ ≤ eps · ⌈out/r⌉² / √rows, A being what is stored, with its symmetric part."""
     rows, b, out, eps = 1 if shared else 3, 4, 8, 2e-3
     a = torch.randn(rows, b, b)
-    tensors, changes = {"base_model.model.m.oft_r": a}, {"coft": True, "eps": eps, "block_share": shared, "use_cayley_neumann": ...}
+    tensors, changes = (
+        {"base_model.model.m.oft_r": a},
+        {"coft": True, "eps": eps, "block_share": shared, "use_cayley_neumann": ...},
+    )
     if dialect == "peft-0.13":
         config, width = oft_config(**changes, oft_block_size=...), b  # ⌈out/r⌉ is the block size
     else:
@@ -332,7 +386,8 @@ def test_coft_of_old_releases_clamps_the_raw_matrix(dialect: str, shared: bool, 
         config, width = oft_config(**changes), 3  # ⌈8/3⌉
     if shared and dialect == "peft-0.15":
         with pytest.raises(
-            DialectError, match=r"clamps by the number of blocks a row, which its files do not hold.*Remedy: run one forward in peft 0.15"
+            DialectError,
+            match=r"clamps by the number of blocks a row, which its files do not hold.*Remedy: run one forward in peft 0.15",
         ):
             parse_adapter(config, tensors)
         return
@@ -342,7 +397,9 @@ def test_coft_of_old_releases_clamps_the_raw_matrix(dialect: str, shared: bool, 
     torch.testing.assert_close(rotations.skew(got), (clamped - clamped.mT) / 2, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["peft-0.13.2/coft_clamped", "peft-0.15.2/coft_clamped", "peft-0.17.1/coft", "peft-0.21.2/coft"])
+@pytest.mark.parametrize(
+    "variant", ["peft-0.13.2/coft_clamped", "peft-0.15.2/coft_clamped", "peft-0.17.1/coft", "peft-0.21.2/coft"]
+)
 def test_coft_matters_in_the_goldens(variant: str, golden: Path) -> None:
     """These adapters were saved unclamped: without the clamp their generators differ."""
     config = json.loads((golden / variant / "adapter_config.json").read_text())
@@ -350,7 +407,7 @@ def test_coft_matters_in_the_goldens(variant: str, golden: Path) -> None:
     assert parse_adapter(config, tensors).fingerprint != parse_adapter(config | {"coft": False}, tensors).fingerprint
 
 
-# --- identity and immutability --------------------------------------------------------------------------------------------------------------------
+# --- identity and immutability ----------------------------------------------------------------------------------------
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, Tensor], **more: Any) -> str:
@@ -360,7 +417,9 @@ def fingerprint(config: dict[str, Any], tensors: dict[str, Tensor], **more: Any)
 def test_equal_adapters_have_equal_fingerprints(oft_config: Config, write_adapter: Callable[..., Path]) -> None:
     first = fingerprint(oft_config(), NEW)
     assert first.startswith("xxh3:")
-    assert first == fingerprint(oft_config(r=7, bias="all", extra=1), {k: v.clone() for k, v in NEW.items()}, source="elsewhere", sha256="0")
+    assert first == fingerprint(
+        oft_config(r=7, bias="all", extra=1), {k: v.clone() for k, v in NEW.items()}, source="elsewhere", sha256="0"
+    )
     assert first == oftsurgery.load_adapter(write_adapter(NEW, oft_config())).fingerprint
     two = {"base_model.model.a.oft_R.weight": torch.ones(1, 6), "base_model.model.b.oft_R.weight": torch.zeros(1, 6)}
     assert fingerprint(oft_config(), two) == fingerprint(oft_config(), dict(reversed(two.items())))
@@ -385,8 +444,13 @@ def test_equal_adapters_have_equal_fingerprints(oft_config: Config, write_adapte
     ],
     ids=["terms", "exact", "series", "clamp", "path", "value", "side", "bias", "old", "scale"],
 )
-def test_other_adapters_have_other_fingerprints(changes: dict[str, Any], tensors: dict[str, Tensor], oft_config: Config) -> None:
-    others = {fingerprint(oft_config(), NEW), fingerprint(oft_config(use_cayley_neumann=...), SCALED | {"base_model.model.m.bias": torch.ones(8)})}
+def test_other_adapters_have_other_fingerprints(
+    changes: dict[str, Any], tensors: dict[str, Tensor], oft_config: Config
+) -> None:
+    others = {
+        fingerprint(oft_config(), NEW),
+        fingerprint(oft_config(use_cayley_neumann=...), SCALED | {"base_model.model.m.bias": torch.ones(8)}),
+    }
     assert fingerprint(oft_config(**changes), tensors) not in others
 
 
@@ -410,28 +474,52 @@ def test_repr_is_short_and_printable(oft_config: Config) -> None:
     assert repr(adapter) == r"OFTAdapter(1 modules, block size 4, peft-0.21, source='a\\x1b[31mb')"
 
 
-# --- what no peft release writes ------------------------------------------------------------------------------------------------------------------
+# --- what no peft release writes --------------------------------------------------------------------------------------
 
 KEY = "base_model.model.m.oft_R.weight"
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], type[OFTSurgeryError], str]] = {
-    "no peft_type": ({"peft_type": ...}, AdapterError, "has no `peft_type` .*adapter_config.json.*Remedy: give a folder"),
-    "LoRA": ({"peft_type": "LORA"}, DialectError, "this is a LORA adapter, not an OFT one Remedy: .* merge others with peft's merge_and_unload"),
+    "no peft_type": (
+        {"peft_type": ...},
+        AdapterError,
+        "has no `peft_type` .*adapter_config.json.*Remedy: give a folder",
+    ),
+    "LoRA": (
+        {"peft_type": "LORA"},
+        DialectError,
+        "this is a LORA adapter, not an OFT one Remedy: .* merge others with peft's merge_and_unload",
+    ),
     "BOFT": ({"peft_type": "BOFT"}, DialectError, "this is a BOFT adapter, not an OFT one"),
     "a type that is a list": ({"peft_type": ["OFT"]}, DialectError, r"this is a \['OFT'\] adapter"),
     "eps a string": ({"eps": "small"}, AdapterError, "has eps = 'small', which is no int .*Remedy: restore the config"),
     "eps NaN": ({"coft": True, "eps": float("nan")}, AdapterError, "has eps = nan, which is no radius"),
     "eps negative": ({"coft": True, "eps": -1.0}, AdapterError, "has eps = -1.0, which is no radius"),
     "a flag that is a number": ({"block_share": 1}, AdapterError, "has block_share = '1', which is no bool"),
-    "terms a flag": ({"num_cayley_neumann_terms": True}, AdapterError, "has num_cayley_neumann_terms = 'True', which is no int"),
-    "terms without end": ({"num_cayley_neumann_terms": 10**9}, AdapterError, "num_cayley_neumann_terms = 1000000000, more than 1000"),
+    "terms a flag": (
+        {"num_cayley_neumann_terms": True},
+        AdapterError,
+        "has num_cayley_neumann_terms = 'True', which is no int",
+    ),
+    "terms without end": (
+        {"num_cayley_neumann_terms": 10**9},
+        AdapterError,
+        "num_cayley_neumann_terms = 1000000000, more than 1000",
+    ),
     "version a number": ({"peft_version": 0.18}, AdapterError, "has peft_version = '0.18', which is no str"),
-    "modules_to_save a string": ({"modules_to_save": "head"}, AdapterError, "has modules_to_save = 'head', which is no list"),
+    "modules_to_save a string": (
+        {"modules_to_save": "head"},
+        AdapterError,
+        "has modules_to_save = 'head', which is no list",
+    ),
     "modules_to_save of numbers": (
         {"modules_to_save": [1]},
         AdapterError,
         r"has modules_to_save = \[1\], which is no list of names .*Remedy: restore",
     ),
-    "replicated layers": ({"layer_replication": [[0, 2]]}, DialectError, "`layer_replication` is not supported Remedy: replicate the layers"),
+    "replicated layers": (
+        {"layer_replication": [[0, 2]]},
+        DialectError,
+        "`layer_replication` is not supported Remedy: replicate the layers",
+    ),
     "DoRA": ({"use_dora": True}, DialectError, "`use_dora` is no OFT setting"),
 }
 
@@ -487,12 +575,16 @@ def test_tensors_that_are_refused(name: str, oft_config: Config) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("other", [torch.zeros(3), torch.ones(3, dtype=torch.float64), torch.ones(4)], ids=["values", "dtype", "shape"])
+@pytest.mark.parametrize(
+    "other", [torch.zeros(3), torch.ones(3, dtype=torch.float64), torch.ones(4)], ids=["values", "dtype", "shape"]
+)
 def test_a_tensor_under_two_keys_is_one_if_equal(other: Tensor, oft_config: Config) -> None:
     """With bias="all", peft 0.21 saves the biases of `modules_to_save` under two keys."""
     first, second = "base_model.model.m.bias", "base_model.model.m.base_layer.bias"
     assert set(parse_adapter(oft_config(), NEW | {first: torch.ones(3), second: torch.ones(3)}).saved) == {"m.bias"}
-    with pytest.raises(MatchError, match=r"two keys name one tensor of the model \[tensor 'base_model.model.m.base_layer.bias'\]"):
+    with pytest.raises(
+        MatchError, match=r"two keys name one tensor of the model \[tensor 'base_model.model.m.base_layer.bias'\]"
+    ):
         parse_adapter(oft_config(), NEW | {first: torch.ones(3), second: other})
 
 

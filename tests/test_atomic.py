@@ -26,7 +26,9 @@ class Config:
 
 
 class Tiny(nn.Module):
-    """A little of everything: NF4 (double too), int8 (fresh and after a forward), dense with a bias, tied embeddings, a buffer."""
+    """A little of everything: NF4 (double too), int8 (fresh and after a forward), dense with a bias, tied embeddings, a
+    buffer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,9 +80,15 @@ def build() -> Tiny:
 @pytest.fixture(scope="module")
 def adapter() -> OFTAdapter:
     modules = {
-        path: Rotation(0.05 * torch.randn(4, 120, generator=seeded(path)), side="embedding" if path == "embed" else "input") for path in TARGETS
+        path: Rotation(
+            0.05 * torch.randn(4, 120, generator=seeded(path)), side="embedding" if path == "embed" else "input"
+        )
+        for path in TARGETS
     }
-    saved = {"dense.bias": torch.randn(64, generator=seeded("bias")), "shift": torch.randn(64, generator=seeded("shift"))}
+    saved = {
+        "dense.bias": torch.randn(64, generator=seeded("bias")),
+        "shift": torch.randn(64, generator=seeded("shift")),
+    }
     return OFTAdapter(modules, saved)
 
 
@@ -88,7 +96,10 @@ def whole(model: nn.Module) -> Any:
     """All that must stay, the outputs apart (an int8 layer's first forward moves its statistics)."""
     config = getattr(model, "config", None)
     tie = getattr(config, "tie_word_embeddings", None)
-    hooks = [(path, tuple(m._forward_hooks.values()), tuple(m._forward_pre_hooks.values())) for path, m in model.named_modules()]
+    hooks = [
+        (path, tuple(m._forward_hooks.values()), tuple(m._forward_pre_hooks.values()))
+        for path, m in model.named_modules()
+    ]
     return snapshot_of(model), id(config), tie, hooks, model.__dict__.get("oftsurgery"), list(model.state_dict())
 
 
@@ -108,7 +119,9 @@ STEPS: dict[str, tuple[Any, str]] = {
 }
 
 
-def break_at(monkeypatch: pytest.MonkeyPatch, step: str, call: int, error: BaseException, *, after: bool) -> Callable[[], int]:
+def break_at(
+    monkeypatch: pytest.MonkeyPatch, step: str, call: int, error: BaseException, *, after: bool
+) -> Callable[[], int]:
     """Raise ``error`` at the ``call``-th call of a step, before or after its work; returns what counts the calls."""
     owner, name = STEPS[step]
     real, calls = getattr(owner, name), 0
@@ -144,7 +157,9 @@ def fold_untied(model: nn.Module, adapter: OFTAdapter, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
-def test_a_hundred_errors_each_leave_the_model_as_it_was(inplace: bool, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_errors_each_leave_the_model_as_it_was(
+    inplace: bool, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = calls_of(monkeypatch, adapter)
     assert all(n >= len(TARGETS) for n in calls.values()), calls
     before = whole(tiny)
@@ -152,7 +167,12 @@ def test_a_hundred_errors_each_leave_the_model_as_it_was(inplace: bool, tiny: Ti
     for i in range(100):
         step = ("decode", "rotate", "encode", "swap")[i % 4]
         call = rng.randint(1, calls[step])
-        error = (RuntimeError("injected"), KeyboardInterrupt(), MemoryError("injected"), oftsurgery.FormatError("injected"))[rng.randrange(4)]
+        error = (
+            RuntimeError("injected"),
+            KeyboardInterrupt(),
+            MemoryError("injected"),
+            oftsurgery.FormatError("injected"),
+        )[rng.randrange(4)]
         after = step != "swap" and rng.random() < 0.5  # a swap that fails half way: test_layers
         with monkeypatch.context() as patch:
             break_at(patch, step, call, error, after=after)
@@ -185,7 +205,10 @@ def test_outputs_are_the_same_after_an_error_at_the_last_swap(
 def test_an_error_names_the_module_it_happened_in(inplace: bool, tiny: Tiny, adapter: OFTAdapter) -> None:
     tiny.dense.weight.data[3, 5] = torch.nan
     before = whole(tiny)
-    with pytest.raises(oftsurgery.NonFiniteError, match=r"NaN or infinity \[module 'dense', format float32\] Remedy: reload the base model"):
+    with pytest.raises(
+        oftsurgery.NonFiniteError,
+        match=r"NaN or infinity \[module 'dense', format float32\] Remedy: reload the base model",
+    ):
         fold_untied(tiny, adapter, inplace=inplace)
     assert whole(tiny) == before
 
@@ -205,7 +228,9 @@ def test_an_error_of_the_progress_callback(tiny: Tiny, adapter: OFTAdapter) -> N
 
 
 @pytest.mark.parametrize("category", [oftsurgery.RoundingWarning, oftsurgery.UntieWarning])
-def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(category: type[Warning], tiny: Tiny, adapter: OFTAdapter) -> None:
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(
+    category: type[Warning], tiny: Tiny, adapter: OFTAdapter
+) -> None:
     before = whole(tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -224,7 +249,9 @@ def test_the_unfold_warning_as_an_error_leaves_the_model_as_it_was(tiny: Tiny, a
 
 
 @pytest.mark.parametrize("step", ["decode", "encode", "swap"])
-def test_unfold_in_place_is_all_or_nothing(step: str, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfold_in_place_is_all_or_nothing(
+    step: str, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folded = fold_untied(tiny, adapter)
     before = whole(folded)
     with monkeypatch.context() as patch:
@@ -239,10 +266,14 @@ def test_unfold_in_place_is_all_or_nothing(step: str, tiny: Tiny, adapter: OFTAd
     assert whole(folded) == before
 
 
-@pytest.mark.parametrize("error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["RuntimeError", "KeyboardInterrupt"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("injected"), KeyboardInterrupt()], ids=["RuntimeError", "KeyboardInterrupt"]
+)
 @pytest.mark.parametrize("step", ["decode", "rotate", "encode", "swap"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
-def test_a_peft_model_stays_a_working_peft_model(inplace: bool, step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peft_model_stays_a_working_peft_model(
+    inplace: bool, step: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import OFTConfig, PeftModel, get_peft_model
 
     base = nn.ModuleDict({"a": make_layer("nf4", 64), "b": make_layer("int8", 64), "c": make_layer("dense", 64)})
@@ -275,7 +306,9 @@ def test_a_peft_model_stays_a_working_peft_model(inplace: bool, step: str, error
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), oftsurgery.NonFiniteError("injected")], ids=["Ctrl-C", "refusal"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), oftsurgery.NonFiniteError("injected")], ids=["Ctrl-C", "refusal"]
+)
 def test_the_fused_path_is_all_or_nothing_too(
     error: BaseException, inplace: bool, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

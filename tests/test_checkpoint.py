@@ -1,4 +1,6 @@
-"""Folds on disk, read by real clients: transformers loads every format; weights against the fold in memory and float64, logits against live peft."""
+"""Folds on disk, read by real clients: transformers loads every format; weights against the fold in memory and float64,
+logits against live peft.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,11 @@ class Sources:
     def model(self, name: str, kind: str) -> Any:
         """As the trainer had it."""
         codec, double = split(kind)
-        return load(self.plain(name)[0], MODELS[name][0], **({} if kind == "plain" else {"quantization_config": bnb_config(codec, double=double)}))
+        return load(
+            self.plain(name)[0],
+            MODELS[name][0],
+            **({} if kind == "plain" else {"quantization_config": bnb_config(codec, double=double)}),
+        )
 
     def _live(self, name: str, kind: str) -> torch.Tensor:
         return outputs(PeftModel.from_pretrained(linearised(self.model(name, kind)), self.plain(name)[1]).eval())
@@ -96,7 +102,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     return Sources(tmp_path_factory.mktemp("sources"))
 
 
-# --- every format, every model --------------------------------------------------------------------------------------------------------------------
+# --- every format, every model ----------------------------------------------------------------------------------------
 
 #: (what the source holds, how it is quantised first, what is written)
 WAYS: dict[str, tuple[str, str | None, str]] = {
@@ -113,7 +119,11 @@ MORE: dict[str, tuple[str, str | None, str]] = {
     "plain to nf4": ("plain", "nf4", "nf4"),
     "plain to fp4 double": ("plain", "fp4 double", "fp4"),
     **{f"plain by way of {kind} to {f}": ("plain", kind, f) for kind, f in (("nf4 double", "fp32"), ("int8", "bf16"))},
-    **{f"{kind} to {f}": (kind, None, f) for kind in ("nf4", "nf4 double", "fp4", "int8") for f in ("same", "fp32", "fp16", "bf16")},
+    **{
+        f"{kind} to {f}": (kind, None, f)
+        for kind in ("nf4", "nf4 double", "fp4", "int8")
+        for f in ("same", "fp32", "fp16", "bf16")
+    },
 }
 CASES = [
     pytest.param(name, way, id=f"{name}, {way}", marks=() if way in WAYS or name == "llama" else pytest.mark.slow)
@@ -121,16 +131,27 @@ CASES = [
     for way in WAYS | MORE
 ]
 
-#: relative distance of the logits from the live model's; int8 layers quantise the activations too, live and folded, which dense ones do not
+# : relative distance of the logits from the live model's; int8 layers quantise the activations too, live and folded,
+# which dense ones do not
 LOGITS = {"same": 1e-5, "fp32": 1e-5, "fp16": 4e-3, "bf16": 4e-2, "nf4": 0.6, "fp4": 0.8, "int8": 0.06}
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
-def test_every_format_loads_and_computes_what_the_live_model_does(sources: Sources, tmp_path: Path, name: str, way: str) -> None:
+def test_every_format_loads_and_computes_what_the_live_model_does(
+    sources: Sources, tmp_path: Path, name: str, way: str
+) -> None:
     kind, quantize, format_ = (WAYS | MORE)[way]
     adapter = sources.plain(name)[1]
     codec, double = split(quantize) if quantize else (None, False)
-    quiet_fold(sources.base(name, kind), adapter, tmp_path / "out", format=format_, quantize=codec, double_quant=double, max_shard_size="100KB")
+    quiet_fold(
+        sources.base(name, kind),
+        adapter,
+        tmp_path / "out",
+        format=format_,
+        quantize=codec,
+        double_quant=double,
+        max_shard_size="100KB",
+    )
     found = tensors(tmp_path / "out")
 
     reference = in_memory(linearised(sources.model(name, quantize or kind)), adapter, format_)
@@ -151,7 +172,9 @@ def test_every_format_loads_and_computes_what_the_live_model_does(sources: Sourc
     live = sources.live(name, quantize or kind)
     distance = float((outputs(model) - live).norm() / live.norm())
     storage = split(quantize or kind)[0] if format_ == "same" else format_
-    bound = max(LOGITS["same" if storage == "plain" else storage], LOGITS["int8"] if "int8" in (quantize or kind) else 0)
+    bound = max(
+        LOGITS["same" if storage == "plain" else storage], LOGITS["int8"] if "int8" in (quantize or kind) else 0
+    )
     assert 0 < distance < bound
     assert model.dtype == DENSE.get(format_, torch.float32)
 
@@ -160,7 +183,10 @@ def in_memory(model: Any, adapter: Path, format_: str) -> dict[str, torch.Tensor
     """The state dict of `oftsurgery.fold` of the same."""
     if format_ in DENSE:
         dequantise(model)
-        return {n: t.to(DENSE[format_]) if t.is_floating_point() else t for n, t in fold(model, adapter).state_dict().items()}
+        return {
+            n: t.to(DENSE[format_]) if t.is_floating_point() else t
+            for n, t in fold(model, adapter).state_dict().items()
+        }
     return dict(fold(model, adapter).state_dict())
 
 
@@ -185,11 +211,12 @@ def as_linear(name: str, found: dict[str, torch.Tensor], weight: str) -> torch.T
     return value.t() if name == "gpt2" and dense else value
 
 
-# --- quantised on the fly -------------------------------------------------------------------------------------------------------------------------
+# --- quantised on the fly ---------------------------------------------------------------------------------------------
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
-#: (model, dtype stored, codec, double quantisation, llm_int8_skip_modules, dtype in the config: None for the stored one)
+# : (model, dtype stored, codec, double quantisation, llm_int8_skip_modules, dtype in the config: None for the stored
+# one)
 LOADINGS: dict[str, tuple[str, torch.dtype, str, bool, list[str] | None, str | None]] = {
     **{
         f"{name} {str(dtype)[6:]} {codec}": (name, dtype, codec, codec == "nf4", None, None)
@@ -213,18 +240,29 @@ def test_a_plain_source_is_quantised_as_transformers_loading_does(tmp_path: Path
     name, stored, codec, double, skip, named = LOADINGS[case]
     build(name, stored).save_pretrained(tmp_path / "plain")
     if named is not None:
-        edit_json(tmp_path / "plain" / "config.json", lambda c: c | {"dtype": named} if named else {k: v for k, v in c.items() if k != "dtype"})
+        edit_json(
+            tmp_path / "plain" / "config.json",
+            lambda c: c | {"dtype": named} if named else {k: v for k, v in c.items() if k != "dtype"},
+        )
     expected = load(
         tmp_path / "plain",
         MODELS[name][0],
-        quantization_config=bnb_config(codec, double=double, **({} if skip is None else {"llm_int8_skip_modules": skip})),
+        quantization_config=bnb_config(
+            codec, double=double, **({} if skip is None else {"llm_int8_skip_modules": skip})
+        ),
     )
     quantization = Quantization(codec, double, skip=None if skip is None else tuple(skip))
-    run_plan(plan_checkpoint(open_checkpoint(tmp_path / "plain"), [], format=codec, quantization=quantization), tmp_path / "out")
+    run_plan(
+        plan_checkpoint(open_checkpoint(tmp_path / "plain"), [], format=codec, quantization=quantization),
+        tmp_path / "out",
+    )
     got = load(tmp_path / "out", MODELS[name][0])
     assert any(isinstance(m, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)) for m in got.modules())
     assert differing(dict(got.state_dict()), dict(expected.state_dict())) == []
-    assert got.config.quantization_config.to_dict().items() >= {"load_in_4bit": codec != "int8", "llm_int8_skip_modules": skip}.items()
+    assert (
+        got.config.quantization_config.to_dict().items()
+        >= {"load_in_4bit": codec != "int8", "llm_int8_skip_modules": skip}.items()
+    )
     assert got.dtype == expected.dtype
 
 
@@ -233,7 +271,10 @@ def test_the_dtype_of_loading_can_be_named(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "plain")
     expected = load(tmp_path / "plain", "LlamaForCausalLM", quantization_config=bnb_config("nf4"), dtype=BF16)
     quantization = Quantization("nf4", dtype=BF16)
-    run_plan(plan_checkpoint(open_checkpoint(tmp_path / "plain"), [], format="nf4", quantization=quantization), tmp_path / "out")
+    run_plan(
+        plan_checkpoint(open_checkpoint(tmp_path / "plain"), [], format="nf4", quantization=quantization),
+        tmp_path / "out",
+    )
     assert differing(dict(load(tmp_path / "out", "LlamaForCausalLM").state_dict()), dict(expected.state_dict())) == []
     default = load(tmp_path / "plain", "LlamaForCausalLM", quantization_config=bnb_config("nf4"))
     assert differing(dict(default.state_dict()), dict(expected.state_dict()))
@@ -256,10 +297,14 @@ def test_fold_into_the_original_weights(sources: Sources, tmp_path: Path, format
         exact = decoded(base, f"{path}.weight") @ rotation.T
         assert relative(decoded(found, f"{path}.weight"), stored_as(exact, found, f"{path}.weight")) < 1e-3
     other = "model.layers.0.self_attn.k_proj.weight"
-    assert relative(decoded(found, other), decoded(quantised, other)) < 1e-6 < relative(decoded(quantised, other), decoded(base, other))
+    assert (
+        relative(decoded(found, other), decoded(quantised, other))
+        < 1e-6
+        < relative(decoded(quantised, other), decoded(base, other))
+    )
 
 
-# --- sources --------------------------------------------------------------------------------------------------------------------------------------
+# --- sources ----------------------------------------------------------------------------------------------------------
 
 
 def scattered(folder: Path, out: Path, shards: int, seed: int = 0) -> Path:
@@ -269,11 +314,19 @@ def scattered(folder: Path, out: Path, shards: int, seed: int = 0) -> Path:
     where = torch.randint(shards, (len(names),), generator=torch.Generator().manual_seed(seed)).tolist()
     out.mkdir()
     for i in range(shards):
-        save_file({n: found[n] for n, w in zip(names, where, strict=True) if w == i}, out / f"part-{i}.safetensors", {"format": "pt"})
+        save_file(
+            {n: found[n] for n, w in zip(names, where, strict=True) if w == i},
+            out / f"part-{i}.safetensors",
+            {"format": "pt"},
+        )
     weight_map = {n: f"part-{w}.safetensors" for n, w in zip(names, where, strict=True)}
-    apart = [(n, n.removesuffix(".absmax").replace(".SCB", ".weight")) for n in names if n.endswith((".absmax", ".SCB"))]
+    apart = [
+        (n, n.removesuffix(".absmax").replace(".SCB", ".weight")) for n in names if n.endswith((".absmax", ".SCB"))
+    ]
     assert any(weight_map[companion] != weight_map[weight] for companion, weight in apart)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     for path in folder.glob("*.json"):
         if not path.name.endswith("index.json"):
             shutil.copy(path, out)
@@ -324,13 +377,19 @@ def test_shard_sizes_are_read_as_the_hubs_tools_read_them(sources: Sources, tmp_
     assert index["metadata"]["total_size"] == theirs.metadata["total_size"]
 
 
-# --- parts of a model that are special ------------------------------------------------------------------------------------------------------------
+# --- parts of a model that are special --------------------------------------------------------------------------------
 
 #: (model, its config, targets, settings of the adapter, tensors that the fold must add)
 PARTS: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any], set[str]]] = {
     "tied embedding": ("llama", {"tie_word_embeddings": True}, ["embed_tokens", "q_proj"], {}, {"lm_head.weight"}),
     "tied head": ("llama", {"tie_word_embeddings": True}, ["lm_head", "q_proj"], {}, {"lm_head.weight"}),
-    "tied embedding and head": ("llama", {"tie_word_embeddings": True}, ["lm_head", "embed_tokens"], {}, {"lm_head.weight"}),
+    "tied embedding and head": (
+        "llama",
+        {"tie_word_embeddings": True},
+        ["lm_head", "embed_tokens"],
+        {},
+        {"lm_head.weight"},
+    ),
     "tied, neither targeted": ("llama", {"tie_word_embeddings": True}, ["q_proj"], {}, set()),
     "an embedding that is not tied": ("bert", {}, ["word_embeddings", "query"], {}, set()),
     "every bias": ("bert", {}, ["query"], {"bias": "all"}, set()),
@@ -420,12 +479,14 @@ def test_an_adapter_of_the_bare_model_on_a_checkpoint_with_a_head(tmp_path: Path
     assert relative(got, outputs(live)) < 1e-5
 
 
-# --- older releases' adapters ---------------------------------------------------------------------------------------------------------------------
+# --- older releases' adapters -----------------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@pytest.mark.parametrize("variant", sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json")))
+@pytest.mark.parametrize(
+    "variant", sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json"))
+)
 def test_goldens_on_a_checkpoint_without_a_config(tmp_path: Path, variant: str) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -437,7 +498,7 @@ def test_goldens_on_a_checkpoint_without_a_config(tmp_path: Path, variant: str) 
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-# --- a real model ---------------------------------------------------------------------------------------------------------------------------------
+# --- a real model -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["plain to bf16", "plain to nf4 double", "int8 to same"])
@@ -466,10 +527,12 @@ def test_minilm(tmp_path: Path, way: str) -> None:
     assert 0 <= distance < {"bf16": 1e-4, "nf4": 0.05, "same": 5e-3}[format_]
 
 
-# --- the files beside the weights -----------------------------------------------------------------------------------------------------------------
+# --- the files beside the weights -------------------------------------------------------------------------------------
 
 
-def test_dense_outputs_need_no_quantisation_config_and_gpt2_is_transposed_back(sources: Sources, tmp_path: Path) -> None:
+def test_dense_outputs_need_no_quantisation_config_and_gpt2_is_transposed_back(
+    sources: Sources, tmp_path: Path
+) -> None:
     source, adapter = sources.quantised("gpt2", "nf4 double"), sources.plain("gpt2")[1]
     quiet_fold(source, adapter, tmp_path / "out", format="fp16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -498,14 +561,18 @@ FOLDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", FOLDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_unfolded_with_the_base_the_bytes_are_those_before_the_fold(sources: Sources, tmp_path: Path, name: str, way: str) -> None:
+def test_unfolded_with_the_base_the_bytes_are_those_before_the_fold(
+    sources: Sources, tmp_path: Path, name: str, way: str
+) -> None:
     model, adapter = sources.plain(name)
     quiet_fold(model, adapter, tmp_path / "folded", max_shard_size="60KB", **FOLDS[way])
     assert oftsurgery.unfold_checkpoint(tmp_path / "folded", tmp_path / "out", base=model) is None
     options = FOLDS[way]
     quantization = (
         Quantization(
-            options["format"], options.get("double_quant", False), skip=tuple(options["skip_modules"]) if "skip_modules" in options else None
+            options["format"],
+            options.get("double_quant", False),
+            skip=tuple(options["skip_modules"]) if "skip_modules" in options else None,
         )
         if options
         else None
@@ -534,7 +601,10 @@ def test_another_base_is_refused(sources: Sources, tmp_path: Path) -> None:
     changed["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1
     shutil.copytree(model, tmp_path / "other")
     save_file(changed, tmp_path / "other" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(oftsurgery.IntegrityError, match=r"the base checkpoint's weight is not the one that was folded.*layers\.1\.self_attn\.q_proj"):
+    with pytest.raises(
+        oftsurgery.IntegrityError,
+        match=r"the base checkpoint's weight is not the one that was folded.*layers\.1\.self_attn\.q_proj",
+    ):
         oftsurgery.unfold_checkpoint(tmp_path / "folded", tmp_path / "out", base=tmp_path / "other")
     assert not (tmp_path / "out").exists()
 
@@ -542,12 +612,20 @@ def test_another_base_is_refused(sources: Sources, tmp_path: Path) -> None:
 #: arguments that make no sense together → message
 NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "quantised again": ("nf4", {"format": "int8"}, "the checkpoint is quantised already"),
-    "quantised and the same": ("plain", {"quantize": "nf4"}, "a plain checkpoint is to be quantised, and to stay as it is"),
+    "quantised and the same": (
+        "plain",
+        {"quantize": "nf4"},
+        "a plain checkpoint is to be quantised, and to stay as it is",
+    ),
     "two codecs": ("plain", {"quantize": "nf4", "format": "int8"}, "quantised to nf4, but written as int8"),
     "no such format": ("plain", {"format": "q4_k"}, "unknown format 'q4_k'"),
     "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "unknown quantisation 'gptq'"),
     "no such place": ("plain", {"fold_into": "both"}, "unknown fold_into 'both'"),
-    "double quantisation of nothing": ("plain", {"double_quant": True}, "double quantisation of a checkpoint that is not to be quantised"),
+    "double quantisation of nothing": (
+        "plain",
+        {"double_quant": True},
+        "double quantisation of a checkpoint that is not to be quantised",
+    ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown compute dtype 'int8'"),
     "no size": ("plain", {"max_shard_size": "5 gigs"}, "no size: '5 gigs'"),
 }

@@ -89,7 +89,9 @@ def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place
     code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "loud"), "-v")
     assert "model.layers.0.self_attn.q_proj" in err
     code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "json"), "--json")
-    assert json.loads(out)["modules"].keys() == {f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")}
+    assert json.loads(out)["modules"].keys() == {
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")
+    }
     assert json.loads(out) == json.loads((tmp_path / "json" / "oftsurgery.json").read_text())
 
 
@@ -130,8 +132,16 @@ REFUSED = {
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
     "no parent": (["fold", "BASE", "ADAPTER", "no/such/x"], 2, "parent folder does not exist"),
     "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "no size: 'huge'"),
-    "quantised as it is": (["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"], 2, "to be quantised, and to stay as it is"),
-    "double quant of nothing": (["plan", "BASE", "ADAPTER", "--double-quant"], 2, "double quantisation of a checkpoint that is not to be quantised"),
+    "quantised as it is": (
+        ["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"],
+        2,
+        "to be quantised, and to stay as it is",
+    ),
+    "double quant of nothing": (
+        ["plan", "BASE", "ADAPTER", "--double-quant"],
+        2,
+        "double quantisation of a checkpoint that is not to be quantised",
+    ),
     "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),
     "unfold from the wrong base": (["unfold", "FOLDED", "x", "--base", "FOLDED"], 2, "not the one that was folded"),
@@ -216,7 +226,9 @@ def test_the_dtype_of_the_trainers_loading_decides_the_codes(place: Path, tmp_pa
     from transformers import BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    trained_on = AutoModelForCausalLM.from_pretrained(place / "BASE", quantization_config=quantization, dtype=torch.bfloat16)
+    trained_on = AutoModelForCausalLM.from_pretrained(
+        place / "BASE", quantization_config=quantization, dtype=torch.bfloat16
+    )
     words = ["fold", str(place / "BASE"), str(place / "ADAPTER"), "--format", "nf4", "-q"]
     assert cli.main([*words, str(tmp_path / "bf16"), "--load-dtype", "bfloat16"]) == 0
     assert cli.main([*words, str(tmp_path / "fp32")]) == 0

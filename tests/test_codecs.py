@@ -1,4 +1,6 @@
-"""Codecs: bit for bit against bitsandbytes' quantisers, decoded against an independent float64 decoder, and what they refuse."""
+"""Codecs: bit for bit against bitsandbytes' quantisers, decoded against an independent float64 decoder, and what they
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,22 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     a, b = a.contiguous(), b.contiguous()
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
 
 
 def bnb_tensors(packed: Tensor, state: Any) -> dict[str, Tensor]:
     """bitsandbytes' result under the codec's local names."""
     tensors = {"weight": packed, "absmax": state.absmax, "quant_map": state.code}
     if state.nested:
-        tensors |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code, "nested_offset": state.offset}
+        tensors |= {
+            "nested_absmax": state.state2.absmax,
+            "nested_quant_map": state.state2.code,
+            "nested_offset": state.offset,
+        }
     return tensors
 
 
@@ -76,7 +86,7 @@ def midpoints() -> Tensor:
     return torch.cat([both, -both, torch.zeros(3)])
 
 
-# --- encode ---------------------------------------------------------------------------------------------------------------------------------------
+# --- encode -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -92,9 +102,13 @@ def test_encode_4bit_is_bitsandbytes_bit_for_bit(codec: str, nested: bool, stora
             continue  # bitsandbytes raises, see below
         for blocksize in BLOCKSIZES:
             expected = bnb_tensors(
-                *bnbf.quantize_4bit(weight, blocksize=blocksize, compress_statistics=nested, quant_type=codec, quant_storage=storage)
+                *bnbf.quantize_4bit(
+                    weight, blocksize=blocksize, compress_statistics=nested, quant_type=codec, quant_storage=storage
+                )
             )
-            stored_as = WeightFormat(codec, tuple(weight.shape), torch.float32, blocksize, 256 if nested else 0, storage)
+            stored_as = WeightFormat(
+                codec, tuple(weight.shape), torch.float32, blocksize, 256 if nested else 0, storage
+            )
             got = codecs.encode(weight, stored_as).tensors
             assert set(got) == set(expected)
             for key, tensor in expected.items():
@@ -139,11 +153,14 @@ def test_encode_int8_of_rows_near_zero(name: str) -> None:
     got = codecs.encode(weight, WeightFormat("int8", tuple(weight.shape)))
     assert torch.equal(got.tensors["SCB"], weight.abs().amax(1))
     step = weight.abs().amax(1, keepdim=True).double() / 127
-    assert ((codecs.decode(got).double() - weight.double()).abs() <= 0.501 * step + 1e-43).all()  # and the resolution of denormal steps
+    assert (
+        (codecs.decode(got).double() - weight.double()).abs() <= 0.501 * step + 1e-43
+    ).all()  # and the resolution of denormal steps
 
 
 def test_exact_bytes_nf4() -> None:
-    # 1 is code 15, -1 is 0, 0 is 7; 0.5/2 = 0.25 is nearest to 0.2461 (10); first code in the high nibble; an odd rest is filled with 0's code
+    # 1 is code 15, -1 is 0, 0 is 7; 0.5/2 = 0.25 is nearest to 0.2461 (10); first code in the high nibble; an odd rest
+    # is filled with 0's code
     got = codecs.encode(torch.tensor([[2.0, -2.0, 0.0, 0.5, -0.7]]), WeightFormat("nf4", (1, 5), blocksize=32)).tensors
     assert got["weight"].tolist() == [[0xF0], [0x7A], [0x37]]
     assert got["absmax"].tolist() == [2.0]
@@ -152,13 +169,17 @@ def test_exact_bytes_nf4() -> None:
 
 def test_exact_bytes_fp4() -> None:
     # levels by code, over 12: 0, 0.0625, 8, 12, 4, 6, 2, 3, and their negatives from 8 on
-    got = codecs.encode(torch.tensor([[12.0, -12.0, 8.0, -4.0, 6.0, 3.0, -2.0, 0.06]]), WeightFormat("fp4", (1, 8), blocksize=32)).tensors
+    got = codecs.encode(
+        torch.tensor([[12.0, -12.0, 8.0, -4.0, 6.0, 3.0, -2.0, 0.06]]), WeightFormat("fp4", (1, 8), blocksize=32)
+    ).tensors
     assert got["weight"].tolist() == [[0x3B], [0x2C], [0x57], [0xE1]]
     assert got["absmax"].tolist() == [12.0]
 
 
 def test_exact_bytes_nf4_in_bfloat16_storage() -> None:
-    got = codecs.encode(torch.tensor([[1.0, -1.0, -1.0, 1.0]]), WeightFormat("nf4", (1, 4), blocksize=32, storage=torch.bfloat16)).tensors
+    got = codecs.encode(
+        torch.tensor([[1.0, -1.0, -1.0, 1.0]]), WeightFormat("nf4", (1, 4), blocksize=32, storage=torch.bfloat16)
+    ).tensors
     assert got["weight"].shape == (1, 1)
     assert got["weight"].view(torch.uint8).tolist() == [[0xF0, 0x0F]]
 
@@ -189,7 +210,7 @@ def test_exact_bytes_dense() -> None:
     assert got["weight"].view(torch.int16).tolist() == [[0x3F80, 0x3F80]]  # halfway: to even
 
 
-# --- decode ---------------------------------------------------------------------------------------------------------------------------------------
+# --- decode -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
@@ -260,7 +281,7 @@ def test_no_input_is_changed() -> None:
         assert encoded.fingerprint == fingerprint, codec
 
 
-# --- round trips ----------------------------------------------------------------------------------------------------------------------------------
+# --- round trips ------------------------------------------------------------------------------------------------------
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 70))
 
@@ -278,7 +299,9 @@ def test_what_was_decoded_encodes_to_the_same_codes(
     shape: tuple[int, int], seed: int, codec: str, blocksize: int, nested: bool, exponent: int
 ) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
-    stored_as = WeightFormat(codec, shape, blocksize=blocksize, nested_blocksize=256 if nested and codec != "int8" else 0)
+    stored_as = WeightFormat(
+        codec, shape, blocksize=blocksize, nested_blocksize=256 if nested and codec != "int8" else 0
+    )
     first = codecs.encode(weight, stored_as)
     decoded = codecs.decode(first)
     again = codecs.encode(decoded, stored_as)
@@ -288,7 +311,9 @@ def test_what_was_decoded_encodes_to_the_same_codes(
 
 
 def fp4_zeros(encoded: EncodedWeight) -> Tensor:
-    """The codes, FP4's two zeros (0 and 8) as one: a value below its smallest level decodes to zero, and zero encodes to the other."""
+    """The codes, FP4's two zeros (0 and 8) as one: a value below its smallest level decodes to zero, and zero encodes
+    to the other.
+    """
     packed = encoded.tensors["weight"]
     if encoded.format.codec != "fp4":
         return packed
@@ -313,15 +338,21 @@ def test_no_level_is_nearer_than_the_chosen_one(shape: tuple[int, int], seed: in
     assert (error <= best + 1e-6 * scale.squeeze(1)).all()
 
 
-# --- the layout of a CPU eval forward ---------------------------------------------------------------------------------------------------------------
+# --- the layout of a CPU eval forward ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "double"])
-@pytest.mark.parametrize(("shape", "blocksize"), [((32, 64), 64), ((64, 256), 64), ((96, 128), 32), ((160, 512), 256)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "blocksize"), [((32, 64), 64), ((64, 256), 64), ((96, 128), 32), ((160, 512), 256)], ids=str
+)
 @pytest.mark.parametrize("codec", ["nf4", "fp4"])
-def test_unpack_cpu_layout(codec: str, shape: tuple[int, int], blocksize: int, nested: bool, storage: torch.dtype) -> None:
-    packed, state = bnbf.quantize_4bit(normal(*shape), blocksize=blocksize, compress_statistics=nested, quant_type=codec, quant_storage=storage)
+def test_unpack_cpu_layout(
+    codec: str, shape: tuple[int, int], blocksize: int, nested: bool, storage: torch.dtype
+) -> None:
+    packed, state = bnbf.quantize_4bit(
+        normal(*shape), blocksize=blocksize, compress_statistics=nested, quant_type=codec, quant_storage=storage
+    )
     codes = packed.clone().reshape(-1).view(torch.uint8).unsqueeze(1)
     absmax = state.absmax.clone()
     if nested:
@@ -333,7 +364,7 @@ def test_unpack_cpu_layout(codec: str, shape: tuple[int, int], blocksize: int, n
     assert same_bytes(got_absmax, absmax.bfloat16().float())
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def stored(codec: str = "nf4", *, nested: bool = False, drop: str | None = None, **changes: Any) -> EncodedWeight:
@@ -350,7 +381,11 @@ def nan_at_one(shape: tuple[int, ...], value: float = math.nan) -> Tensor:
 
 
 DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str]] = {
-    "4-bit without absmax": (lambda: stored(drop="absmax"), FormatError, r"lacks absmax \[format nf4\] Remedy: reload the model"),
+    "4-bit without absmax": (
+        lambda: stored(drop="absmax"),
+        FormatError,
+        r"lacks absmax \[format nf4\] Remedy: reload the model",
+    ),
     "4-bit without weight": (lambda: stored(drop="weight"), FormatError, r"lacks weight"),
     "double without nested_absmax": (
         lambda: stored(nested=True, drop="nested_absmax"),
@@ -384,8 +419,16 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
         r"quant_map is not the format's own",
     ),
     "a short quant_map": (lambda: stored(quant_map=torch.zeros(8)), FormatError, r"quant_map is not the format's own"),
-    "NaN in quant_map": (lambda: stored(quant_map=nan_at_one((16,))), FormatError, r"quant_map is not the format's own"),
-    "NaN in absmax": (lambda: stored(absmax=nan_at_one((4,))), NonFiniteError, r"NaN or infinity \[format nf4\] Remedy: reload the base model"),
+    "NaN in quant_map": (
+        lambda: stored(quant_map=nan_at_one((16,))),
+        FormatError,
+        r"quant_map is not the format's own",
+    ),
+    "NaN in absmax": (
+        lambda: stored(absmax=nan_at_one((4,))),
+        NonFiniteError,
+        r"NaN or infinity \[format nf4\] Remedy: reload the base model",
+    ),
     "infinite nested_absmax": (
         lambda: stored(nested=True, nested_absmax=torch.tensor([math.inf])),
         NonFiniteError,
@@ -407,13 +450,21 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
         ShapeError,
         r"must be int8 of its format's shape, this is torch.float32",
     ),
-    "int8 of another shape": (lambda: stored("int8", weight=torch.zeros(64, 4, dtype=torch.int8)), ShapeError, r"shape 64×4, expected 4×64"),
+    "int8 of another shape": (
+        lambda: stored("int8", weight=torch.zeros(64, 4, dtype=torch.int8)),
+        ShapeError,
+        r"shape 64×4, expected 4×64",
+    ),
     "int8 with a short SCB": (
         lambda: stored("int8", SCB=torch.ones(3)),
         ShapeError,
         r"SCB must hold one value a row \[tensor 'SCB', format int8, shape 3, expected 4\]",
     ),
-    "int8 with NaN in SCB": (lambda: stored("int8", SCB=nan_at_one((4,))), NonFiniteError, r"NaN or infinity \[format int8\]"),
+    "int8 with NaN in SCB": (
+        lambda: stored("int8", SCB=nan_at_one((4,))),
+        NonFiniteError,
+        r"NaN or infinity \[format int8\]",
+    ),
     "dense integers": (
         lambda: codecs.dense(torch.ones(2, 2, dtype=torch.int32)),
         FormatError,
@@ -425,7 +476,11 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
         r"shape 4, expected 2×2",
     ),
     "dense NaN": (lambda: codecs.dense(nan_at_one((2, 2))), NonFiniteError, r"NaN or infinity \[format float32\]"),
-    "dense infinity": (lambda: codecs.dense(nan_at_one((2, 2), -math.inf).half()), NonFiniteError, r"NaN or infinity \[format float16\]"),
+    "dense infinity": (
+        lambda: codecs.dense(nan_at_one((2, 2), -math.inf).half()),
+        NonFiniteError,
+        r"NaN or infinity \[format float16\]",
+    ),
     "unknown codec": (
         lambda: EncodedWeight(WeightFormat("nf3", (2, 2)), {}),
         FormatError,
@@ -449,8 +504,18 @@ UNFIT: dict[str, tuple[Tensor, WeightFormat, type[OFTSurgeryError], str]] = {
         ShapeError,
         r"not have its format's shape \[format int8, shape 2×3, expected 3×2\]",
     ),
-    "NaN to nf4": (nan_at_one((2, 64)), WeightFormat("nf4", (2, 64), blocksize=64), NonFiniteError, r"to quantise is not finite \[format nf4\]"),
-    "infinity to fp4": (nan_at_one((2, 64), math.inf), WeightFormat("fp4", (2, 64), blocksize=64), NonFiniteError, r"\[format fp4\]"),
+    "NaN to nf4": (
+        nan_at_one((2, 64)),
+        WeightFormat("nf4", (2, 64), blocksize=64),
+        NonFiniteError,
+        r"to quantise is not finite \[format nf4\]",
+    ),
+    "infinity to fp4": (
+        nan_at_one((2, 64), math.inf),
+        WeightFormat("fp4", (2, 64), blocksize=64),
+        NonFiniteError,
+        r"\[format fp4\]",
+    ),
     "NaN to int8": (nan_at_one((2, 64)), WeightFormat("int8", (2, 64)), NonFiniteError, r"\[format int8\]"),
     "beyond float16": (
         torch.full((2, 2), 7e4),
@@ -476,7 +541,12 @@ UNFIT: dict[str, tuple[Tensor, WeightFormat, type[OFTSurgeryError], str]] = {
         FormatError,
         r"3 packed bytes are no whole number of torch.float32 \[format nf4\] Remedy: use quant_storage=torch.uint8",
     ),
-    "unknown codec": (torch.ones(2, 2), WeightFormat("awq", (2, 2)), FormatError, r"known are dense, nf4, fp4, int8 \[format awq\]"),
+    "unknown codec": (
+        torch.ones(2, 2),
+        WeightFormat("awq", (2, 2)),
+        FormatError,
+        r"known are dense, nf4, fp4, int8 \[format awq\]",
+    ),
 }
 
 
@@ -499,7 +569,9 @@ def test_encode_refuses(name: str) -> None:
 )
 def test_unpack_cpu_layout_refuses(weight: Tensor, shape: tuple[int, int], blocksize: int) -> None:
     with pytest.raises(FormatError, match=r"of a shape that bitsandbytes cannot pack \[tensor 'weight'"):
-        codecs.unpack_cpu_layout(weight, torch.zeros(shape[1] // blocksize, shape[0], dtype=torch.bfloat16), shape, blocksize)
+        codecs.unpack_cpu_layout(
+            weight, torch.zeros(shape[1] // blocksize, shape[0], dtype=torch.bfloat16), shape, blocksize
+        )
 
 
 def test_labels_and_fingerprints() -> None:

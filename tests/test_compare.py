@@ -48,7 +48,9 @@ def test_errors_are_those_worked_out_by_hand() -> None:
     assert out.cosine_distance == pytest.approx(0, abs=1e-7)  # the same direction
     assert report.worst is not None
     assert report.worst[0] == "second"
-    assert json.loads(json.dumps(report.to_dict()))["modules"]["second"]["relative"] == report.modules["second"].relative
+    assert (
+        json.loads(json.dumps(report.to_dict()))["modules"]["second"]["relative"] == report.modules["second"].relative
+    )
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["out", "second", "first"]
 
@@ -92,7 +94,9 @@ def test_modes_and_hooks_come_back_and_gradients_stay_off() -> None:
 
 
 def test_live_peft_model_is_a_reference(tmp_path: Path) -> None:
-    live = get_peft_model(Net(), OFTConfig(oft_block_size=4, target_modules=["first", "second"], init_weights=False)).eval()
+    live = get_peft_model(
+        Net(), OFTConfig(oft_block_size=4, target_modules=["first", "second"], init_weights=False)
+    ).eval()
     folded = oftsurgery.fold(live)
     report = verify(folded, live, X)
     assert set(report.modules) == {"first", "second"}

@@ -1,4 +1,6 @@
-"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs, what is carried."""
+"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs, what is
+carried.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", ROPE)
 def test_rope_settings_are_readable_by_both_generations(tmp_path: Path, case: str) -> None:
-    """transformers 5 writes ``rope_parameters`` alone; 4 reads ``rope_theta`` and ``rope_scaling`` alone, and ignores the others silently."""
+    """transformers 5 writes ``rope_parameters`` alone; 4 reads ``rope_theta`` and ``rope_scaling`` alone, and ignores
+    the others silently.
+    """
     rope, old = ROPE[case]
     build("llama", rope_parameters=rope).save_pretrained(tmp_path / "base")
     assert "rope_theta" not in json.loads((tmp_path / "base" / "config.json").read_text())
@@ -62,7 +66,9 @@ def test_rope_settings_are_readable_by_both_generations(tmp_path: Path, case: st
     with quiet_transformers():
         assert relative(outputs(load(tmp_path / "out", "LlamaForCausalLM")), outputs(live)) < 1e-5
         # as a release that knows no rope_parameters reads it
-        (tmp_path / "out" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}))
+        (tmp_path / "out" / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if k != "rope_parameters"})
+        )
         assert relative(outputs(load(tmp_path / "out", "LlamaForCausalLM")), outputs(live)) < 1e-5
 
 
@@ -86,7 +92,11 @@ def test_the_quantisation_config_is_transformers_own(codec: str, double: bool, s
         theirs = BitsAndBytesConfig(load_in_8bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **more)
     else:
         theirs = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=codec, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.bfloat16, **more
+            load_in_4bit=True,
+            bnb_4bit_quant_type=codec,
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            **more,
         )
     assert written == theirs.to_dict()
     assert BitsAndBytesConfig.from_dict(json.loads(json.dumps(written))).to_dict() == theirs.to_dict()
@@ -94,10 +104,20 @@ def test_the_quantisation_config_is_transformers_own(codec: str, double: bool, s
 
 @pytest.mark.parametrize("format_", ["fp32", "fp16", "bf16"])
 def test_dense_outputs_name_their_dtype_wherever_one_is_named(format_: str) -> None:
-    config = {"dtype": "float64", "quantization_config": {"load_in_4bit": True}, "text_config": {"torch_dtype": "float64"}, "vision_config": {}}
+    config = {
+        "dtype": "float64",
+        "quantization_config": {"load_in_4bit": True},
+        "text_config": {"torch_dtype": "float64"},
+        "vision_config": {},
+    }
     new = output_config(config, format_, None, untied=False)
     name = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[format_]
-    assert new == {"dtype": name, "torch_dtype": name, "text_config": {"dtype": name, "torch_dtype": name}, "vision_config": {}}
+    assert new == {
+        "dtype": name,
+        "torch_dtype": name,
+        "text_config": {"dtype": name, "torch_dtype": name},
+        "vision_config": {},
+    }
     assert config["dtype"] == "float64"
 
 
@@ -166,16 +186,32 @@ def test_a_real_tokenizer_and_generation_config_come_along(tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["{}", '{"adapters": 3}', '{"adapters": [], "modules": []}'])
 def test_a_damaged_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "oftsurgery.json").write_text(text)
-    with pytest.raises(oftsurgery.CheckpointError, match=r"the record of an earlier fold cannot be read.*remove it if nothing is folded in"):
+    with pytest.raises(
+        oftsurgery.CheckpointError,
+        match=r"the record of an earlier fold cannot be read.*remove it if nothing is folded in",
+    ):
         record_in(tmp_path)
 
 
 def test_the_record_in_the_folder_is_the_one_returned_and_names_no_local_path(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "base")
     adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
-    record = quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="nf4", double_quant=True, skip_modules=["lm_head"])
+    record = quiet_fold(
+        tmp_path / "base",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        format="nf4",
+        double_quant=True,
+        skip_modules=["lm_head"],
+    )
     read = record_in(tmp_path / "out")
     assert read is not None
     assert read.to_dict() == record.to_dict()
-    assert record.base == {"fold_into": "quantized", "quantize": "nf4", "double_quant": "true", "skip_modules": '["lm_head"]', "dtype": None}
+    assert record.base == {
+        "fold_into": "quantized",
+        "quantize": "nf4",
+        "double_quant": "true",
+        "skip_modules": '["lm_head"]',
+        "dtype": None,
+    }
     assert str(tmp_path) not in (tmp_path / "out" / "oftsurgery.json").read_text()

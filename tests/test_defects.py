@@ -73,7 +73,9 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_one_module_under_two_names_is_rotated_where_peft_puts_its_layer(quantised: bool, inplace: bool, tmp_path: Path) -> None:
+def test_one_module_under_two_names_is_rotated_where_peft_puts_its_layer(
+    quantised: bool, inplace: bool, tmp_path: Path
+) -> None:
     peft_model = oft(Twice(quantised), ["a"])
     with torch.no_grad():
         expected = peft_model(X)
@@ -129,7 +131,9 @@ def test_a_base_that_a_cpu_forward_repacked_is_named_as_such(tmp_path: Path) -> 
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = True
     logits(base)
-    with pytest.raises(IntegrityError, match=r"CPU forward has repacked the base's 4-bit weight.*Remedy: load the base again"):
+    with pytest.raises(
+        IntegrityError, match=r"CPU forward has repacked the base's 4-bit weight.*Remedy: load the base again"
+    ):
         oftsurgery.unfold(folded, base=base)
 
 
@@ -203,8 +207,14 @@ def test_weights_that_are_not_plain_parameters_are_refused_by_name(kind: str) ->
         (lambda: oftsurgery.fold(None, "x"), "this is a NoneType"),
         (lambda: oftsurgery.fold(net(nn.Linear(4, 4)), 3), "not a int"),
         (lambda: oftsurgery.fold(net(nn.Linear(4, 4)), net(nn.Linear(4, 4))), "not a Sequential"),
-        (lambda: oftsurgery.fold(oft(net(nn.Linear(16, 16)), ["0"]), "zz"), "no live adapter zz.*the model's adapters are default"),
-        (lambda: oftsurgery.fold(net(oft(net(nn.Linear(16, 16)), ["0"]))), r"in a part of this model.*fold that part.*get_submodule\('0"),
+        (
+            lambda: oftsurgery.fold(oft(net(nn.Linear(16, 16)), ["0"]), "zz"),
+            "no live adapter zz.*the model's adapters are default",
+        ),
+        (
+            lambda: oftsurgery.fold(net(oft(net(nn.Linear(16, 16)), ["0"]))),
+            r"in a part of this model.*fold that part.*get_submodule\('0",
+        ),
     ],
 )
 def test_wrong_arguments_get_an_answer(call: Callable[[], Any], text: str) -> None:

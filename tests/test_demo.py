@@ -12,7 +12,8 @@ from bitsandbytes.functional import has_avx512bf16
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "demo.py"
 
-# Both merges round the same weights to the same grid. What differs is the order of summation, which tips some ties, and after a forward the bfloat16
+# Both merges round the same weights to the same grid. What differs is the order of summation, which tips some ties, and
+# after a forward the bfloat16
 # rounding of absmax that bitsandbytes' repacking did to the base: less than 1 % of the distance in all runs so far.
 NOISE = 1.02
 
@@ -51,7 +52,9 @@ def _of(demo: ModuleType, rows: dict[str, float], by: str, *, after_forward: boo
 
 @pytest.mark.parametrize("quantisation", ["NF4", "int8"])
 @pytest.mark.parametrize("after_forward", [False, True], ids=["fresh", "after a forward"])
-def test_no_worse_than_pefts_fresh_merge(demo: ModuleType, distances: dict[str, dict[str, float]], quantisation: str, after_forward: bool) -> None:
+def test_no_worse_than_pefts_fresh_merge(
+    demo: ModuleType, distances: dict[str, dict[str, float]], quantisation: str, after_forward: bool
+) -> None:
     rows = distances[quantisation]
     ours = _of(demo, rows, "oftsurgery", after_forward=after_forward)
     assert ours <= NOISE * _of(demo, rows, "peft", after_forward=False)
@@ -59,7 +62,9 @@ def test_no_worse_than_pefts_fresh_merge(demo: ModuleType, distances: dict[str, 
     assert ours < 0.5 * rows[demo.BASE]
 
 
-def test_pefts_merge_after_a_forward_is_noise_where_the_cpu_repacks(demo: ModuleType, distances: dict[str, dict[str, float]]) -> None:
+def test_pefts_merge_after_a_forward_is_noise_where_the_cpu_repacks(
+    demo: ModuleType, distances: dict[str, dict[str, float]]
+) -> None:
     after = _of(demo, distances["NF4"], "peft", after_forward=True)
     fresh = _of(demo, distances["NF4"], "peft", after_forward=False)
     if has_avx512bf16():

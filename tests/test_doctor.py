@@ -1,4 +1,6 @@
-"""doctor(): each kind of damage made as it is made in the wild, found by its code, with numbers; and nothing found where nothing is wrong."""
+"""doctor(): each kind of damage made as it is made in the wild, found by its code, with numbers; and nothing found
+where nothing is wrong.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +38,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     adapted(model, ["q_proj", "down_proj"]).save_pretrained(root / "adapter")
     empty = {"adapter": root / "adapter"}
     for name, more in (("nf4", {}), ("double", {"double_quant": True}), ("int8", {})):
-        quiet_fold(root / "plain", root / "adapter", root / f"{name}-folded", format="nf4" if name == "double" else name, **more)
+        quiet_fold(
+            root / "plain",
+            root / "adapter",
+            root / f"{name}-folded",
+            format="nf4" if name == "double" else name,
+            **more,
+        )
         with quiet_transformers():
             quantised = load(
-                root / "plain", "LlamaForCausalLM", quantization_config=bnb_config("int8" if name == "int8" else "nf4", double=bool(more))
+                root / "plain",
+                "LlamaForCausalLM",
+                quantization_config=bnb_config("int8" if name == "int8" else "nf4", double=bool(more)),
             )
         folder = root / name
         folder.mkdir()
         config = json.loads((root / f"{name}-folded" / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config))
         state = quantised.state_dict()
-        save_file({k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)}, folder / "model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items() if isinstance(v, Tensor)},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         quiet_fold(folder, root / "adapter", root / f"{name}-refolded")
-        empty |= {name: folder, f"{name}-folded": root / f"{name}-refolded", f"{name}-on-the-fly": root / f"{name}-folded"}
+        empty |= {
+            name: folder,
+            f"{name}-folded": root / f"{name}-refolded",
+            f"{name}-on-the-fly": root / f"{name}-folded",
+        }
     quiet_fold(root / "plain", root / "adapter", root / "plain-folded")
     return empty | {"plain": root / "plain", "plain-folded": root / "plain-folded"}
 
@@ -79,10 +97,13 @@ def only(findings: list[Finding], code: str) -> Finding:
     return findings[0]
 
 
-# --- nothing wrong ----------------------------------------------------------------------------------------------------------------------------------
+# --- nothing wrong ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", "nf4", "double", "int8", "plain-folded", "nf4-folded", "double-folded", "int8-folded", "nf4-on-the-fly"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "nf4", "double", "int8", "plain-folded", "nf4-folded", "double-folded", "int8-folded", "nf4-on-the-fly"],
+)
 def test_nothing_is_found_in_a_sound_checkpoint(made: dict[str, Path], name: str) -> None:
     assert doctor(made[name]) == []
 
@@ -120,11 +141,13 @@ def test_nothing_is_found_in_an_adapter_that_fits(made: dict[str, Path]) -> None
     assert doctor(made["plain"], adapter=made["adapter"]) == []
 
 
-# --- peft's merge -----------------------------------------------------------------------------------------------------------------------------------
+# --- peft's merge -----------------------------------------------------------------------------------------------------
 
 
 def merge_of_018(layer: Any, oft_data: Tensor) -> None:
-    """What `Linear4bit.merge` and `Linear8bitLt.merge` of peft 0.16 to 0.20 do (peft/tuners/oft/bnb.py of 0.18.1), line by line."""
+    """What `Linear4bit.merge` and `Linear8bitLt.merge` of peft 0.16 to 0.20 do (peft/tuners/oft/bnb.py of 0.18.1), line
+    by line.
+    """
     weight = layer.weight
     if isinstance(weight, bnb.nn.Int8Params):
         state = layer.state
@@ -133,15 +156,17 @@ def merge_of_018(layer: Any, oft_data: Tensor) -> None:
         output = dequantize_bnb_weight(weight, state=state)
     else:
         kwargs = weight.__dict__
-        output = decode_4bit(weight, weight.quant_state).float()  # `dequantize_bnb_weight` of this bitsandbytes may be off on CPUs
+        output = decode_4bit(
+            weight, weight.quant_state
+        ).float()  # `dequantize_bnb_weight` of this bitsandbytes may be off on CPUs
     output = torch.transpose(output, 0, 1)
     w_data = torch.mm(oft_data, output.to(oft_data.dtype))
     w_data = torch.transpose(w_data, 0, 1)
     w_data = output.to(oft_data.dtype).to(oft_data.device)
     if isinstance(weight, bnb.nn.Int8Params):
-        layer.weight = bnb.nn.Int8Params(w_data.to("cpu").contiguous(), requires_grad=False, has_fp16_weights=weight.has_fp16_weights).to(
-            weight.device
-        )
+        layer.weight = bnb.nn.Int8Params(
+            w_data.to("cpu").contiguous(), requires_grad=False, has_fp16_weights=weight.has_fp16_weights
+        ).to(weight.device)
         state.reset_grads()
         return
     if "bnb_quantized" in kwargs:
@@ -153,7 +178,9 @@ def merge_of_018(layer: Any, oft_data: Tensor) -> None:
 
 
 @pytest.fixture(scope="module", params=["nf4", "double", "int8"])
-def damaged(request: pytest.FixtureRequest, made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def damaged(
+    request: pytest.FixtureRequest, made: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     """A checkpoint whose targets went through that merge."""
     kind = request.param
     folder = copied(made[kind], tmp_path_factory.mktemp("damaged") / kind)
@@ -162,11 +189,16 @@ def damaged(request: pytest.FixtureRequest, made: dict[str, Path], tmp_path_fact
         stats = {n.removeprefix(f"{path}."): t for n, t in tensors.items() if n.startswith(f"{path}.")}
         if kind == "int8":
             layer: Any = bnb.nn.Linear8bitLt(8, 8, bias=False, has_fp16_weights=False)
-            layer.weight = bnb.nn.Int8Params(stats["weight"], requires_grad=False, has_fp16_weights=False, CB=stats["weight"], SCB=stats["SCB"])
+            layer.weight = bnb.nn.Int8Params(
+                stats["weight"], requires_grad=False, has_fp16_weights=False, CB=stats["weight"], SCB=stats["SCB"]
+            )
         else:
             layer = bnb.nn.Linear4bit(8, 8, bias=False, quant_type="nf4", compress_statistics=kind == "double")
             layer.weight = bnb.nn.Params4bit.from_prequantized(
-                stats["weight"], {f"weight.{n}" if "." in n else n: t for n, t in stats.items() if n != "weight"}, device="cpu", module=layer
+                stats["weight"],
+                {f"weight.{n}" if "." in n else n: t for n, t in stats.items() if n != "weight"},
+                device="cpu",
+                module=layer,
             )
         merge_of_018(layer, r.float())
         tensors = {n: t for n, t in tensors.items() if not n.startswith(f"{path}.")}
@@ -188,7 +220,9 @@ def test_weights_that_peft_0_18_merged_are_found(made: dict[str, Path], damaged:
     assert finding.evidence["format"] == {"nf4": "nf4", "double": "nf4 (double quantisation)", "int8": "int8"}[kind]
 
 
-def test_numbers_of_a_square_weight_are_those_of_an_independent_computation(made: dict[str, Path], tmp_path: Path) -> None:
+def test_numbers_of_a_square_weight_are_those_of_an_independent_computation(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
     """Unrotated: what two of those merges leave (transposed twice)."""
     base = load_file(made["plain"] / "model.safetensors")
     folder = copied(made["plain-folded"], tmp_path / "unrotated")
@@ -212,7 +246,9 @@ def test_a_weight_folded_twice_is_found(made: dict[str, Path], tmp_path: Path, k
     quiet_fold(once, made["adapter"], tmp_path / "twice")
     (tmp_path / "twice" / "oftsurgery.json").unlink()
     finding = only(doctor(tmp_path / "twice", base=made[kind], adapter=made["adapter"]), "folded-twice")
-    assert finding.evidence["from_the_fold_twice"] <= 1.6 * finding.evidence["rounding"] + 1e-5  # stored twice: √2 of one rounding
+    assert (
+        finding.evidence["from_the_fold_twice"] <= 1.6 * finding.evidence["rounding"] + 1e-5
+    )  # stored twice: √2 of one rounding
     assert finding.evidence["from_the_right_fold"] > 0.2
 
 
@@ -228,7 +264,9 @@ def test_a_fold_that_was_rounded_more_coarsely_is_a_warning(made: dict[str, Path
     tensors = load_file(tmp_path / "first" / "model.safetensors")
     dense = load_file(made["plain"] / "model.safetensors")
     for path in rotations_in(made["adapter"]):
-        state = bnbf.QuantState.from_dict({n: t for n, t in tensors.items() if n.startswith(f"{path}.weight.")}, device=torch.device("cpu"))
+        state = bnbf.QuantState.from_dict(
+            {n: t for n, t in tensors.items() if n.startswith(f"{path}.weight.")}, device=torch.device("cpu")
+        )
         dense[f"{path}.weight"] = decode_4bit(tensors[f"{path}.weight"], state).half()
     folder = copied(made["plain"], tmp_path / "dense")
     save_file(dense, folder / "model.safetensors", {"format": "pt"})
@@ -253,7 +291,7 @@ def test_a_live_layer_that_peft_0_18_merged_is_found(made: dict[str, Path]) -> N
     assert found[1].evidence["from_the_base_transposed"] < 0.15
 
 
-# --- CPU packing ------------------------------------------------------------------------------------------------------------------------------------
+# --- CPU packing ------------------------------------------------------------------------------------------------------
 
 CAN_PACK = bnbf.has_avx512bf16()
 
@@ -278,7 +316,9 @@ def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, export: str, cod
         tensors = layer.state_dict()
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    (folder / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    )
     save_file({f"layer.{n}": t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
     finding = only(doctor(folder), code)
     assert finding.severity == "error"
@@ -287,8 +327,12 @@ def test_weights_saved_in_cpu_packing_are_found(tmp_path: Path, export: str, cod
     assert finding.evidence["absmax_dtype"] == "BF16"
     assert finding.evidence["weight_shape"] == ("64×64" if export == "raw" else "4096×1")
     # what a reader of checkpoints makes of it, by bitsandbytes' own decoding of these very tensors
-    wrong = bnbf.QuantState(tensors["weight.absmax"].reshape(-1).float(), shape=torch.Size((64, 128)), blocksize=64, quant_type="nf4")
-    assert finding.evidence["relative_error"] == pytest.approx(relative(decode_4bit(tensors["weight"], wrong), before), rel=0.02)
+    wrong = bnbf.QuantState(
+        tensors["weight.absmax"].reshape(-1).float(), shape=torch.Size((64, 128)), blocksize=64, quant_type="nf4"
+    )
+    assert finding.evidence["relative_error"] == pytest.approx(
+        relative(decode_4bit(tensors["weight"], wrong), before), rel=0.02
+    )
     assert finding.evidence["relative_error"] > 0.1
     # and no fold reads it
     rows = {"base_model.model.layer.oft_R.weight": torch.randn(8, 120) * 0.03}
@@ -317,7 +361,7 @@ def test_live_layers_spoilt_by_state_dict_are_found() -> None:
     assert finding.evidence["shape"] == "2×64"
 
 
-# --- config, companions, index, values --------------------------------------------------------------------------------------------------------------
+# --- config, companions, index, values --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,7 +374,9 @@ def test_live_layers_spoilt_by_state_dict_are_found() -> None:
         ("nf4", "int8", "int8", "another quantisation"),
     ],
 )
-def test_a_stale_quantization_config_is_found(made: dict[str, Path], tmp_path: Path, source: str, config_of: str, says: str, message: str) -> None:
+def test_a_stale_quantization_config_is_found(
+    made: dict[str, Path], tmp_path: Path, source: str, config_of: str, says: str, message: str
+) -> None:
     folder = copied(made[source], tmp_path / "stale")
     (folder / "config.json").write_bytes((made[config_of] / "config.json").read_bytes())
     finding = only(doctor(folder), "stale-config")
@@ -351,23 +397,34 @@ def test_a_stale_quantization_config_is_found(made: dict[str, Path], tmp_path: P
         ("int8", f"{DOWN}.SCB", f"{DOWN}.weight"),
     ],
 )
-def test_missing_companions_are_found(made: dict[str, Path], tmp_path: Path, kind: str, lost: str, subject: str) -> None:
+def test_missing_companions_are_found(
+    made: dict[str, Path], tmp_path: Path, kind: str, lost: str, subject: str
+) -> None:
     finding = only(doctor(changed(made[kind], tmp_path / "lost", lambda t: t.pop(lost))), "missing-companions")
     assert (finding.severity, finding.subject, finding.evidence["tensor"]) == ("error", subject, lost)
 
 
 def test_a_weight_that_is_missing_beside_its_companions_is_found(made: dict[str, Path], tmp_path: Path) -> None:
-    finding = only(doctor(changed(made["nf4"], tmp_path / "lost", lambda t: t.pop(f"{DOWN}.weight"))), "missing-companions")
+    finding = only(
+        doctor(changed(made["nf4"], tmp_path / "lost", lambda t: t.pop(f"{DOWN}.weight"))), "missing-companions"
+    )
     assert finding.subject == f"{DOWN}.weight"
     assert "a weight that is not there" in finding.message
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("plain", f"{Q_PROJ}.weight"), ("plain", "model.norm.weight"), ("nf4", f"{Q_PROJ}.weight.absmax"), ("int8", f"{DOWN}.SCB")],
+    [
+        ("plain", f"{Q_PROJ}.weight"),
+        ("plain", "model.norm.weight"),
+        ("nf4", f"{Q_PROJ}.weight.absmax"),
+        ("int8", f"{DOWN}.SCB"),
+    ],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_found(made: dict[str, Path], tmp_path: Path, kind: str, name: str, value: float) -> None:
+def test_values_that_are_not_finite_are_found(
+    made: dict[str, Path], tmp_path: Path, kind: str, name: str, value: float
+) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[name].view(-1)[3:5] = value
 
@@ -381,7 +438,9 @@ def test_a_nested_offset_that_is_no_number_is_found(made: dict[str, Path], tmp_p
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         fields = json.loads(bytes(tensors[name].numpy()))
-        tensors[name] = torch.tensor(list(json.dumps(fields | {"nested_offset": float("nan")}).encode()), dtype=torch.uint8)
+        tensors[name] = torch.tensor(
+            list(json.dumps(fields | {"nested_offset": float("nan")}).encode()), dtype=torch.uint8
+        )
 
     finding = only(doctor(changed(made["double"], tmp_path / "nan", spoil)), "non-finite")
     assert finding.subject == f"{Q_PROJ}.weight.nested_offset"
@@ -451,10 +510,15 @@ def test_a_stray_shard_and_a_wrong_size_are_notes(sharded: Path) -> None:
     ("rope", "add"),
     [
         ({"rope_type": "default", "rope_theta": 500000.0}, {"rope_theta": 500000.0}),
-        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        (
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
     ],
 )
-def test_rope_settings_that_transformers_4_ignores_are_found(tmp_path: Path, rope: dict[str, Any], add: dict[str, Any]) -> None:
+def test_rope_settings_that_transformers_4_ignores_are_found(
+    tmp_path: Path, rope: dict[str, Any], add: dict[str, Any]
+) -> None:
     build("llama", rope_parameters=rope).save_pretrained(tmp_path / "model")
     finding = only(doctor(tmp_path / "model"), "rope")
     assert (finding.severity, finding.subject) == ("warning", "config.json")
@@ -466,7 +530,7 @@ def test_rope_settings_that_transformers_4_ignores_are_found(tmp_path: Path, rop
     assert doctor(tmp_path / "model") == []
 
 
-# --- the record -------------------------------------------------------------------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
@@ -510,7 +574,7 @@ def test_an_adapter_that_the_record_names_twice_is_found(made: dict[str, Path], 
     assert finding.evidence == {"times": 2}
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------------------------------------
+# --- adapters ---------------------------------------------------------------------------------------------------------
 
 
 class Golden(nn.Module):
@@ -563,13 +627,18 @@ def test_an_adapter_that_newer_peft_refuses_is_found(golden: Path, variant: str)
     assert only(doctor(folder), "refused-by-newer-peft").severity == "warning"
 
 
-@pytest.mark.parametrize("variant", ["block16", "block16_exact", "block16_neumann2", "block16_neumann3", "block16_neumann8", "coft", "rank4"])
+@pytest.mark.parametrize(
+    "variant", ["block16", "block16_exact", "block16_neumann2", "block16_neumann3", "block16_neumann8", "coft", "rank4"]
+)
 def test_an_adapter_that_newer_peft_computes_by_another_series_is_found(golden: Path, variant: str) -> None:
     """Where, and only where, the installed peft's live layers differ from those of the release that wrote the adapter."""
     folder = golden / "peft-0.17.1" / variant
     model, _ = installed_peft(folder)
     effective = load_file(folder / "effective.safetensors")
-    apart = {n: relative(weight_of(getattr(model.layers[0], n)), effective[f"layers.0.{n}.weight"]) for n in ("q_proj", "up_proj", "down_proj")}
+    apart = {
+        n: relative(weight_of(getattr(model.layers[0], n)), effective[f"layers.0.{n}.weight"])
+        for n in ("q_proj", "up_proj", "down_proj")
+    }
     found = doctor(folder)
     if max(apart.values()) < 1e-6:
         assert found == []
@@ -644,13 +713,15 @@ def test_an_adapter_of_another_base_is_found(made: dict[str, Path], golden: Path
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x08"), "adapter-files"),
     ],
 )
-def test_an_adapter_that_cannot_be_read_is_found(golden: Path, tmp_path: Path, damage: Callable[[Path], object], code: str) -> None:
+def test_an_adapter_that_cannot_be_read_is_found(
+    golden: Path, tmp_path: Path, damage: Callable[[Path], object], code: str
+) -> None:
     folder = copied(golden / "peft-0.21.2" / "block16", tmp_path / "adapter")
     damage(folder)
     assert only(doctor(folder), code).severity == "error"
 
 
-# --- live models ------------------------------------------------------------------------------------------------------------------------------------
+# --- live models ------------------------------------------------------------------------------------------------------
 
 
 def test_a_layer_that_lost_its_state_is_found() -> None:
@@ -706,7 +777,7 @@ def test_a_live_fold_against_its_base(made: dict[str, Path]) -> None:
     folded(TOKENS)  # examining changes nothing
 
 
-# --- findings, and what is refused ------------------------------------------------------------------------------------------------------------------
+# --- findings, and what is refused ------------------------------------------------------------------------------------
 
 
 def test_a_finding_is_frozen_plain_data_and_readable(made: dict[str, Path], tmp_path: Path) -> None:

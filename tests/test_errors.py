@@ -26,7 +26,7 @@ FIELDS: dict[str, Any] = {
 
 
 def test_the_tree() -> None:
-    assert set(errors.__all__) == {c.__name__ for c in CLASSES + WARNINGS} | {"printable"}
+    assert set(errors.__all__) == {c.__name__ for c in CLASSES + WARNINGS} | {"printable", "warn_caller"}
     assert all(c.__doc__ for c in CLASSES + WARNINGS)
     assert issubclass(errors.DialectError, errors.AdapterError)
     assert issubclass(errors.MissingDependencyError, ImportError)
@@ -38,7 +38,9 @@ def test_fields_and_text(cls: type[OFTSurgeryError]) -> None:
     error = cls("it is wrong", **FIELDS)
     assert {name: getattr(error, name) for name in FIELDS} == FIELDS
     assert error.message == "it is wrong"
-    assert str(error) == ("it is wrong [module 'layers.0', tensor 't.weight', format nf4, shape 3×4, expected 4×4, at /some/where] Remedy: do that")
+    assert str(error) == (
+        "it is wrong [module 'layers.0', tensor 't.weight', format nf4, shape 3×4, expected 4×4, at /some/where] Remedy: do that"
+    )
     assert str(cls("it is wrong")) == "it is wrong"
     assert str(cls("it is wrong", remedy="do that")) == "it is wrong Remedy: do that"
 

@@ -1,4 +1,6 @@
-"""`export_safetensors`: live models saved so that the real transformers loads them, which transformers 5 cannot do by itself."""
+"""`export_safetensors`: live models saved so that the real transformers loads them, which transformers 5 cannot do by
+itself.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ def test_dequantised_models_reload_as_plain_ones(name: str, config: str, dtype: 
 
 
 def test_a_cpu_forward_before_saving_changes_no_code(tmp_path: Path) -> None:
-    """bitsandbytes' own state_dict unpacks in place; ours does not touch the model. What the forward did to absmax (bfloat16) stays done."""
+    """bitsandbytes' own state_dict unpacks in place; ours does not touch the model. What the forward did to absmax
+    (bfloat16) stays done.
+    """
     folded, auto = folded_model("llama", "nf4 double", tmp_path)
     oftsurgery.export_safetensors(folded, tmp_path / "before")
     for module in folded.modules():
@@ -120,7 +124,9 @@ def test_tied_offloaded_compiled_and_hand_made_models(tmp_path: Path) -> None:
     # layers replaced by hand: no quantization_config in the model, so one is written that fits
     by_hand = quantise(llama(), "nf4")
     oftsurgery.export_safetensors(by_hand, tmp_path / "hand")
-    assert json.loads((tmp_path / "hand" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert json.loads((tmp_path / "hand" / "config.json").read_text())["quantization_config"][
+        "llm_int8_skip_modules"
+    ] == ["lm_head"]
     assert torch.equal(logits(straight(AutoModelForCausalLM.from_pretrained(tmp_path / "hand"))), logits(by_hand))
 
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -130,7 +136,7 @@ def test_tied_offloaded_compiled_and_hand_made_models(tmp_path: Path) -> None:
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="live peft adapters.*Remedy: fold them first"):
+    with pytest.raises(StateError, match=r"live peft adapters.*Remedy: fold them first"):
         oftsurgery.export_safetensors(live(llama()), tmp_path / "out")
     with pytest.raises(StateError, match=r"unknown dtype torch.int8 Remedy: torch.float32"):
         oftsurgery.export_safetensors(llama(), tmp_path / "out", torch.int8)

@@ -86,8 +86,14 @@ UNREADABLE = r"the tensors cannot be read: truncated, or no safetensors file \(.
 PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load it with the peft that wrote it, and save"
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no config": (remove(files.CONFIG), r"the folder has no adapter_config.json \[at .*Remedy: give the folder that peft's save_pretrained wrote"),
-    "no tensors": (remove(files.TENSORS), r"the folder has no adapter_model.safetensors \[at .*Remedy: save the adapter again"),
+    "no config": (
+        remove(files.CONFIG),
+        r"the folder has no adapter_config.json \[at .*Remedy: give the folder that peft's save_pretrained wrote",
+    ),
+    "no tensors": (
+        remove(files.TENSORS),
+        r"the folder has no adapter_model.safetensors \[at .*Remedy: save the adapter again",
+    ),
     "a .bin": (pickled("adapter_model.bin"), "^adapter_model.bin " + PICKLE),
     "a .pt": (pickled("adapter_model.pt"), "^adapter_model.pt " + PICKLE),
     "config cut": (write(files.CONFIG, b'{"peft_type": "OF'), NO_JSON),
@@ -96,7 +102,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "config nested without end": (write(files.CONFIG, b"[" * 100_000), NO_JSON),
     "config a list": (write(files.CONFIG, b"[1]"), "the config is a JSON list, not an object .*Remedy: restore"),
     "config a string": (write(files.CONFIG, b'"OFT"'), "the config is a JSON str, not an object"),
-    "config huge": (write(files.CONFIG, b" " * (4 << 20) + b"{}"), r"a config of 4194306 bytes is no config .*Remedy: restore"),
+    "config huge": (
+        write(files.CONFIG, b" " * (4 << 20) + b"{}"),
+        r"a config of 4194306 bytes is no config .*Remedy: restore",
+    ),
     "tensors empty": (write(files.TENSORS, b""), UNREADABLE),
     "tensors of another kind": (write(files.TENSORS, b"PK\x03\x04" + b"zip" * 100), UNREADABLE),
     "tensors cut in the header": (lambda f: cut(f, 20), UNREADABLE),
@@ -137,7 +146,10 @@ def test_no_such_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(AdapterError, match="the folder is empty"):
             files.read_adapter(files.find_adapter(name))
         return
-    with pytest.raises(AdapterError, match=r"no such folder \[at .+\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id"):
+    with pytest.raises(
+        AdapterError,
+        match=r"no such folder \[at .+\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
+    ):
         files.find_adapter(name)
 
 
@@ -148,7 +160,10 @@ def test_a_path_object_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_instead_of_its_folder(folder: Path) -> None:
-    with pytest.raises(AdapterError, match=r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config.json"):
+    with pytest.raises(
+        AdapterError,
+        match=r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config.json",
+    ):
         files.find_adapter(folder / files.TENSORS)
 
 
@@ -156,7 +171,10 @@ def test_a_file_instead_of_its_folder(folder: Path) -> None:
 def test_a_hub_id_offline_with_an_empty_cache(repo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(AdapterError, match=r"neither a folder nor a Hub repository that can be read \(.+Remedy: check the name; .*HF_TOKEN.*cache"):
+    with pytest.raises(
+        AdapterError,
+        match=r"neither a folder nor a Hub repository that can be read \(.+Remedy: check the name; .*HF_TOKEN.*cache",
+    ):
         files.find_adapter(repo)
 
 

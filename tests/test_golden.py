@@ -17,7 +17,13 @@ GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json"))
 PATHS = ("layers.0.q_proj", "layers.0.up_proj", "layers.0.down_proj")
 
-DIALECT = {"0.13.2": "peft-0.13", "0.15.2": "peft-0.15", "0.17.1": "peft-0.17", "0.18.1": "peft-0.21", "0.21.2": "peft-0.21"}
+DIALECT = {
+    "0.13.2": "peft-0.13",
+    "0.15.2": "peft-0.15",
+    "0.17.1": "peft-0.17",
+    "0.18.1": "peft-0.21",
+    "0.21.2": "peft-0.21",
+}
 
 
 class Layer(nn.Module):
@@ -78,7 +84,9 @@ def test_fold_gives_what_the_release_computes(variant: str, inplace: bool) -> No
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_goldens_tell_their_rotation_from_none(variant: str) -> None:
-    """The effective weights differ from the base by far more than the tolerance, but for the one-term series, which is the identity."""
+    """The effective weights differ from the base by far more than the tolerance, but for the one-term series, which is
+    the identity.
+    """
     base, effective = base_of(variant), load_file(GOLDEN / variant / "effective.safetensors")
     for path in PATHS:
         distance = relative(base[f"{path}.weight"], effective[f"{path}.weight"])

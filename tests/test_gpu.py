@@ -1,4 +1,6 @@
-"""What differs on a GPU: arithmetic on the device, and replaced weights that wait in CPU memory. Needs CUDA; `make test` runs it where there is one."""
+"""What differs on a GPU: arithmetic on the device, and replaced weights that wait in CPU memory. Needs CUDA; `make
+test` runs it where there is one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def test_the_device_gives_the_codes_that_the_cpu_gives(kind: str, inplace: bool,
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
-def test_an_error_in_place_brings_back_what_waited_in_cpu_memory(kind: str, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_place_brings_back_what_waited_in_cpu_memory(
+    kind: str, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = (llama() if kind == "plain" else quantise(llama(), kind)).to("cuda")
     tokens = torch.tensor([[1, 5, 9, 2]], device="cuda")
     with torch.no_grad():

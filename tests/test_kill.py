@@ -1,4 +1,6 @@
-"""What a run leaves behind when it is killed, interrupted, or out of disk: nothing half-written, and work that can be resumed to the same bytes."""
+"""What a run leaves behind when it is killed, interrupted, or out of disk: nothing half-written, and work that can be
+resumed to the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def write_inputs(folder: Path) -> Path:
     weights = {f"layers.{i}.q_proj.weight": torch.randn(SIDE, SIDE, generator=generator) for i in range(LAYERS)}
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     (base / "tokenizer.json").write_text("{}")
-    rows = {f"base_model.model.layers.{i}.q_proj.oft_R.weight": 0.03 * torch.randn(SIDE // 16, 120, generator=generator) for i in range(LAYERS)}
+    rows = {
+        f"base_model.model.layers.{i}.q_proj.oft_R.weight": 0.03 * torch.randn(SIDE // 16, 120, generator=generator)
+        for i in range(LAYERS)
+    }
     save_file(rows, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
     return folder
@@ -84,7 +89,7 @@ class Stop(Exception):
     pass
 
 
-# --- SIGKILL ------------------------------------------------------------------------------------------------------------------------------------
+# --- SIGKILL ----------------------------------------------------------------------------------------------------------
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -141,7 +146,9 @@ test_kill.kill_many(Path({folder!r}), {count})
 
 
 def kill_many(folder: Path, count: int) -> None:
-    """Run in a process of its own that has imported everything and computed nothing, so that it can fork. Raises if anything is not as it must be."""
+    """Run in a process of its own that has imported everything and computed nothing, so that it can fork. Raises if
+    anything is not as it must be.
+    """
     write_inputs(folder / "reference")
     assert wait(forked(lambda: run(folder / "reference"))) == 0
     expected = file_bytes(folder / "reference" / "out")
@@ -163,7 +170,9 @@ def kill_many(folder: Path, count: int) -> None:
         if i % 2:
             # right before a step of the file system; the last ones are those that publish
             event = rng.choice([rng.randrange(1, steps + 1), rng.randrange(steps - 25, steps + 1)])
-            child = forked(lambda case=case, event=event, force=force: (kill_at_event(event, case), run(case, force=force)))  # type: ignore[misc]
+            child = forked(
+                lambda case=case, event=event, force=force: (kill_at_event(event, case), run(case, force=force))
+            )  # type: ignore[misc]
         else:
             child = forked(lambda case=case, force=force: run(case, force=force))  # type: ignore[misc]
             time.sleep(rng.uniform(0, whole))
@@ -173,7 +182,11 @@ def kill_many(folder: Path, count: int) -> None:
         assert ended in (0, -signal.SIGKILL), (i, ended)
         ends["killed" if ended else "finished"] += 1
         found = file_bytes(case / "out") if (case / "out").exists() else None
-        assert found in (None, expected, {"old": b"earlier content"} if force else None), (i, "half-written", sorted(found or ()))
+        assert found in (None, expected, {"old": b"earlier content"} if force else None), (
+            i,
+            "half-written",
+            sorted(found or ()),
+        )
         assert file_bytes(case / "base") == file_bytes(folder / "reference" / "base")
         state = case / ".out.oftsurgery" / ".state.json"
         if state.exists() and json.loads(state.read_text())["shards"]:
@@ -181,7 +194,9 @@ def kill_many(folder: Path, count: int) -> None:
         if found != expected:
             assert wait(forked(lambda case=case, force=force: run(case, resume=True, force=force))) == 0, i  # type: ignore[misc]
         else:
-            Staging(case / "out", "", needed=0, resume=False, force=True, resumable=False).__enter__().__exit__(None, None, None)
+            Staging(case / "out", "", needed=0, resume=False, force=True, resumable=False).__enter__().__exit__(
+                None, None, None
+            )
         assert file_bytes(case / "out") == expected, i
         assert beside(case) == {*INPUTS, "out"}, (i, beside(case))
         shutil.rmtree(case)
@@ -191,7 +206,9 @@ def kill_many(folder: Path, count: int) -> None:
 @pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_the_same_bytes(tmp_path: Path, count: int) -> None:
     script = HARNESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "kills"), count=count)
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=900, check=False
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)  # noqa: T201
     ends = eval(result.stdout.partition("}")[0] + "}")  # noqa: S307 - our own output
@@ -211,12 +228,14 @@ def test_a_run_killed_between_the_two_renames_of_a_replacement(inputs: Path, und
     assert beside(inputs) == {*INPUTS, "out"}
 
 
-# --- stopped in the middle ----------------------------------------------------------------------------------------------------------------------
+# --- stopped in the middle --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3, 5])
 @pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_finished_shards_are_kept_and_used(inputs: Path, undisturbed: dict[str, bytes], shards: int, error: BaseException) -> None:
+def test_finished_shards_are_kept_and_used(
+    inputs: Path, undisturbed: dict[str, bytes], shards: int, error: BaseException
+) -> None:
     with pytest.raises(type(error)):
         run(inputs, progress=stop_after(shards, error))
     assert beside(inputs) == {*INPUTS, ".out.oftsurgery"}
@@ -262,7 +281,9 @@ def change_config(folder: Path) -> dict[str, object]:
 
 
 def change_adapter(folder: Path) -> dict[str, object]:
-    rows = {f"base_model.model.layers.{i}.q_proj.oft_R.weight": torch.zeros(SIDE // 16, 120) + 0.01 for i in range(LAYERS)}
+    rows = {
+        f"base_model.model.layers.{i}.q_proj.oft_R.weight": torch.zeros(SIDE // 16, 120) + 0.01 for i in range(LAYERS)
+    }
     save_file(rows, folder / "adapter" / "adapter_model.safetensors")
     return {}
 
@@ -301,7 +322,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("tamper", [cut, flip, Path.unlink], ids=["shorter", "one bit", "gone"])
-def test_a_finished_shard_is_believed_by_its_hash_alone(inputs: Path, undisturbed: dict[str, bytes], tamper: Callable[[Path], None]) -> None:
+def test_a_finished_shard_is_believed_by_its_hash_alone(
+    inputs: Path, undisturbed: dict[str, bytes], tamper: Callable[[Path], None]
+) -> None:
     with pytest.raises(Stop):
         run(inputs, progress=stop_after(3, Stop()))
     path = inputs / ".out.oftsurgery" / "model-00002-of-00006.safetensors"
@@ -363,7 +386,10 @@ def test_sigint_leaves_work_to_resume(inputs: Path, undisturbed: dict[str, bytes
         test_kill.run(Path({str(inputs)!r}), progress=progress)
     """
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     while float(process.stdout.readline()) < 0.5:
@@ -377,7 +403,7 @@ def test_sigint_leaves_work_to_resume(inputs: Path, undisturbed: dict[str, bytes
     assert file_bytes(inputs / "out") == undisturbed
 
 
-# --- the disk -----------------------------------------------------------------------------------------------------------------------------------
+# --- the disk ---------------------------------------------------------------------------------------------------------
 
 
 def test_too_little_space_is_told_before_anything_is_written(inputs: Path) -> None:
@@ -414,7 +440,9 @@ NAMESPACE = ["unshare", "--mount", *(["--user", "--map-root-user"] if os.geteuid
 
 
 def in_namespace(folder: Path, commands: str, body: str) -> str:
-    """Run ``commands`` (a shell's, to mount) and then ``body`` (Python) where mounts are the process's own and end with it."""
+    """Run ``commands`` (a shell's, to mount) and then ``body`` (Python) where mounts are the process's own and end with
+    it.
+    """
     if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespaces here")
     script = (
@@ -423,7 +451,12 @@ def in_namespace(folder: Path, commands: str, body: str) -> str:
     )
     shell = f'set -e; cd {folder}; {commands}; exec {sys.executable} -W ignore -c "$SCRIPT"'
     result = subprocess.run(
-        [*NAMESPACE, "sh", "-c", shell], capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"SCRIPT": script}
+        [*NAMESPACE, "sh", "-c", shell],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"SCRIPT": script},
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

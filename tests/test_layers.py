@@ -1,4 +1,6 @@
-"""Layers of every kind: what a fold keeps of them, what their forward computes afterwards, and that nothing leaks between a model and its fold."""
+"""Layers of every kind: what a fold keeps of them, what their forward computes afterwards, and that nothing leaks
+between a model and its fold.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,26 @@ def whole(layer: Any) -> bytes:
     state = getattr(w, "quant_state", None)
     parts: list[Any] = [w.data, w.data.shape, getattr(w, "CB", None), getattr(w, "SCB", None), layer.bias]
     if state is not None:
-        parts += [state.absmax, state.dtype, state.nested, getattr(state, "packing_format_for_cpu", False), state.offset]
+        parts += [
+            state.absmax,
+            state.dtype,
+            state.nested,
+            getattr(state, "packing_format_for_cpu", False),
+            state.offset,
+        ]
         parts += [state.state2.absmax, state.state2.code] if state.nested else []
     if hasattr(layer, "state"):
         parts += [layer.state.CB, layer.state.SCB]
-    flat = [p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if isinstance(p, Tensor) else repr(p).encode() for p in parts]
+    flat = [
+        p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if isinstance(p, Tensor)
+        else repr(p).encode()
+        for p in parts
+    ]
     return b"|".join(flat)
 
 
-# --- what must survive ----------------------------------------------------------------------------------------------------------------------------
+# --- what must survive ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
@@ -153,7 +166,7 @@ def test_state_dict_loads_in_a_fresh_layer(name: str) -> None:
         assert torch.equal(fresh.train()(inputs()), folded.train()(inputs()))
 
 
-# --- ways in which a layer may hold its weight ----------------------------------------------------------------------------------------------------
+# --- ways in which a layer may hold its weight ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["Params4bit", "plain Parameter"])
@@ -191,7 +204,9 @@ def test_quant_state_on_the_weight_only() -> None:
 @pytest.mark.parametrize("mode", ["fresh", "train", "eval"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
 def test_8bit_with_float_weights(inplace: bool, mode: str) -> None:
-    """`has_fp16_weights`: the weight is plain, and its quantisation of the last forward is kept in the state; a fold must not leave a stale one."""
+    """`has_fp16_weights`: the weight is plain, and its quantisation of the last forward is kept in the state; a fold
+    must not leave a stale one.
+    """
     layer: Any = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)
     layer.weight.data = torch.randn(64, 64, generator=seeded("fp16 weights")) / 8
     layer.weight.requires_grad = mode == "fresh"  # bitsandbytes has no CPU forward for a trained one
@@ -224,7 +239,9 @@ def test_1x1_convolution() -> None:
     assert relative(folded.weight.reshape(32, 64), exact) <= 1e-6
     x = torch.randn(2, 64, 6, 6, generator=seeded("image"))
     rotated = (x.double().movedim(1, -1) @ c.dense).movedim(-1, 1)
-    expected = nn.functional.conv2d(rotated, conv.weight.double(), conv.bias.double() if conv.bias is not None else None, stride=2)
+    expected = nn.functional.conv2d(
+        rotated, conv.weight.double(), conv.bias.double() if conv.bias is not None else None, stride=2
+    )
     assert relative(folded(x), expected) <= 1e-6
 
 
@@ -250,7 +267,9 @@ def embedding(kind: str) -> Any:
         layer = nn.Embedding(50, 64, _weight=weight)
     else:
         layer = bnb.nn.Embedding4bit(50, 64, quant_type=kind)
-        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=None, quant_type=kind, module=layer)
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, compress_statistics=None, quant_type=kind, module=layer
+        )
     return layer.to("cpu")
 
 
@@ -273,7 +292,7 @@ def test_embeddings(kind: str) -> None:
         assert folded.quant_state is folded.weight.quant_state
 
 
-# --- the folded layer's own forward ---------------------------------------------------------------------------------------------------------------
+# --- the folded layer's own forward -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["fresh", "packed"])
@@ -290,7 +309,9 @@ def test_forward_computes_the_folded_weight(codec: str, nested: bool, packed: bo
     expected = x.double() @ weight.T + folded.bias.double()
     with torch.no_grad():
         assert relative(folded.train()(x), expected) <= 1e-6
-        for _ in range(2):  # the first repacks a 4-bit layer where the machine does; it computes in bfloat16, int8 rounds its inputs
+        for _ in range(
+            2
+        ):  # the first repacks a 4-bit layer where the machine does; it computes in bfloat16, int8 rounds its inputs
             assert relative(folded.eval()(x), expected) <= 2e-2
         assert relative(folded.train()(x), expected) <= 2e-2
     if codec != "int8" and folded.support_avx512bf16_for_cpu:
@@ -302,7 +323,7 @@ def test_forward_computes_the_folded_weight(codec: str, nested: bool, packed: bo
     assert relative(stored_weight(again), exact) <= 1.001 * relative(requantised(exact, folded), exact) + 2**-9
 
 
-# --- no leak between a model and its pure fold ----------------------------------------------------------------------------------------------------
+# --- no leak between a model and its pure fold ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("codec", "nested"), [("nf4", False), ("nf4", True), ("fp4", True), ("int8", False)])
@@ -344,7 +365,12 @@ def test_forwards_and_saving_of_one_leave_the_other(codec: str, nested: bool, wh
 
 def test_untouched_layers_share_their_storage() -> None:
     model = nn.ModuleDict(
-        {"layer": make_layer("nf4", 64), "a": make_layer("nf4", 64, nested=True), "b": make_layer("int8", 64), "c": nn.Linear(64, 64)}
+        {
+            "layer": make_layer("nf4", 64),
+            "a": make_layer("nf4", 64, nested=True),
+            "b": make_layer("int8", 64),
+            "c": nn.Linear(64, 64),
+        }
     )
     folded = fold(model, case().adapter)
     for name in "abc":
@@ -355,7 +381,7 @@ def test_untouched_layers_share_their_storage() -> None:
     assert folded["a"].quant_state is folded["a"].weight.quant_state
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def unquantised_4bit() -> nn.Module:
@@ -402,8 +428,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         StateError,
         r"8-bit layer is not quantised yet \[module 'layer'\]",
     ),
-    "lost quant_state": (lost_state, FormatError, r"4-bit layer has lost its quant_state \[module 'layer', format 4-bit\] Remedy: reload"),
-    "lost SCB": (lost_scb, FormatError, r"int8 layer has lost its SCB statistics \[module 'layer', tensor 'SCB', format int8\]"),
+    "lost quant_state": (
+        lost_state,
+        FormatError,
+        r"4-bit layer has lost its quant_state \[module 'layer', format 4-bit\] Remedy: reload",
+    ),
+    "lost SCB": (
+        lost_scb,
+        FormatError,
+        r"int8 layer has lost its SCB statistics \[module 'layer', tensor 'SCB', format int8\]",
+    ),
     "unknown 4-bit type": (other_type, FormatError, r"unknown 4-bit type \[module 'layer', format int4\]"),
     "saved after a CPU forward": (
         saved_after_packing,
@@ -411,12 +445,30 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         r"absmax transposed: bitsandbytes computes noise with it now \[module 'layer', tensor 'absmax', shape 2×64\] Remedy: load the base",
     ),
     "parametrised": (parametrised, StateError, r"weight is parametrised .* Remedy: remove_parametrizations"),
-    "meta": (lambda: nn.Linear(64, 64, device="meta"), StateError, r"weight is on the meta device: it has no values \[module 'layer'\]"),
-    "3×3 convolution": (lambda: nn.Conv2d(64, 64, 3), FormatError, r"a 3×3 convolution cannot be folded: .* Remedy: train the adapter without"),
-    "grouped convolution": (lambda: nn.Conv2d(64, 64, 1, groups=2), FormatError, r"a grouped convolution cannot be folded \[module 'layer'\]"),
-    "another module": (lambda: nn.Bilinear(64, 64, 2), FormatError, r"a Bilinear has no weight that OFT rotates and oftsurgery knows"),
+    "meta": (
+        lambda: nn.Linear(64, 64, device="meta"),
+        StateError,
+        r"weight is on the meta device: it has no values \[module 'layer'\]",
+    ),
+    "3×3 convolution": (
+        lambda: nn.Conv2d(64, 64, 3),
+        FormatError,
+        r"a 3×3 convolution cannot be folded: .* Remedy: train the adapter without",
+    ),
+    "grouped convolution": (
+        lambda: nn.Conv2d(64, 64, 1, groups=2),
+        FormatError,
+        r"a grouped convolution cannot be folded \[module 'layer'\]",
+    ),
+    "another module": (
+        lambda: nn.Bilinear(64, 64, 2),
+        FormatError,
+        r"a Bilinear has no weight that OFT rotates and oftsurgery knows",
+    ),
     "integers": (
-        lambda: setattr_weight(nn.Linear(64, 64), nn.Parameter(torch.ones(64, 64, dtype=torch.int32), requires_grad=False)),
+        lambda: setattr_weight(
+            nn.Linear(64, 64), nn.Parameter(torch.ones(64, 64, dtype=torch.int32), requires_grad=False)
+        ),
         FormatError,
         r"a Linear with a weight of torch.int32 is stored in a way that oftsurgery does not know \[module 'layer', shape 64×64\]",
     ),

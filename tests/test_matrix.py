@@ -1,7 +1,9 @@
-"""Issue 2's matrix: stored format × history × width × bias × quant-state dtype × dialect, each a folded layer held against float64.
+"""Issue 2's matrix: stored format × history × width × bias × quant-state dtype × dialect, each a folded layer held
+against float64.
 
-The measure: a fold is as good as plain requantisation (bitsandbytes' own quantiser) of the exact rotated weight. After a CPU eval forward,
-bitsandbytes has rounded absmax to bfloat16 (2⁻⁹ relative) before any fold, which is all that may be added.
+The measure: a fold is as good as plain requantisation (bitsandbytes' own quantiser) of the exact rotated weight. After
+a CPU eval forward, bitsandbytes has rounded absmax to bfloat16 (2⁻⁹ relative) before any fold, which is all that may be
+added.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import torch
 from independent import VARIANTS, fold, make_case, make_layer, requantised, seeded, stored_weight
 from torch import nn
 
-# Here a 4-bit block straddles rows. bitsandbytes cannot pack such a weight for its CPU eval forward on AVX512-BF16 machines (RuntimeError: "shape
-# '[32, 1]' is invalid"); a train forward at in = 96 computes noise (its CPU kernel misreads such blocks where in % 16 == 0), but changes no weight.
+# Here a 4-bit block straddles rows. bitsandbytes cannot pack such a weight for its CPU eval forward on AVX512-BF16
+# machines (RuntimeError: "shape
+# '[32, 1]' is invalid"); a train forward at in = 96 computes noise (its CPU kernel misreads such blocks where in % 16
+# == 0), but changes no weight.
 # So "after eval forwards" is after one that failed, which has undone the double quantisation by then.
 STRADDLING = (96, 100)
 OUT = 32  # what a CPU eval forward packs must be a multiple
@@ -58,7 +62,9 @@ def test_no_worse_than_requantisation(name: str, history: str, width: int) -> No
     codec, nested = FORMATS[name]
     for bias, dtype, variant in product((True, False), (torch.float32, torch.bfloat16, torch.float16), VARIANTS):
         case = make_case(variant, width, OUT)
-        layer = make_layer(codec, width, OUT, nested=nested, bias=bias, dtype=dtype, generator=seeded(name, width, bias, dtype))
+        layer = make_layer(
+            codec, width, OUT, nested=nested, bias=bias, dtype=dtype, generator=seeded(name, width, bias, dtype)
+        )
         shape = layer.weight.shape
         exact = case.live_weight(stored_weight(layer))
         plain = (requantised(exact, layer) - exact).norm()
@@ -71,8 +77,11 @@ def test_no_worse_than_requantisation(name: str, history: str, width: int) -> No
         got = stored_weight(folded)
         what = f"{name}, {history}, in={width}, bias={bias}, {dtype}, {variant}"
         if packs:
-            # the rounding of absmax is at most 2⁻⁹ of each weight, and the rotation (a truncated series too) may stretch it by its norm
-            gain = float(torch.linalg.matrix_norm(case.dense, 2)) * (1.0 if case.scale is None else float(case.scale.abs().max()))
+            # the rounding of absmax is at most 2⁻⁹ of each weight, and the rotation (a truncated series too) may
+            # stretch it by its norm
+            gain = float(torch.linalg.matrix_norm(case.dense, 2)) * (
+                1.0 if case.scale is None else float(case.scale.abs().max())
+            )
             assert (got - exact).norm() <= plain * (1 + 1e-3) + 2**-9 * gain * base.norm(), what
             rounded = case.live_weight(base)  # and against what the layer stands for now, nothing is allowed for
             assert (got - rounded).norm() <= (requantised(rounded, layer) - rounded).norm() * (1 + 1e-3), what

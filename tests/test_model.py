@@ -1,4 +1,6 @@
-"""Folding whole live models: transformers, peft, compile, accelerate, tied and trained parts; each against the live model itself."""
+"""Folding whole live models: transformers, peft, compile, accelerate, tied and trained parts; each against the live
+model itself.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,22 @@ TOKENS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 1, 0, 6]])
 def llama(**kw: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **kw
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **kw,
     )
     return LlamaForCausalLM(config).eval()
 
 
 def bert() -> BertForSequenceClassification:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+    config = BertConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+    )
     return BertForSequenceClassification(config).eval()
 
 
@@ -61,8 +71,12 @@ def quantise(model: nn.Module, kind: str) -> nn.Module:
                 new = bnb.nn.Linear8bitLt(child.in_features, child.out_features, bias=bias, has_fp16_weights=False)
                 new.weight = bnb.nn.Int8Params(child.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
             else:
-                new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=bias, quant_type=kind, compute_dtype=torch.float32)
-                new.weight = bnb.nn.Params4bit(child.weight.data.clone(), requires_grad=False, quant_type=kind, module=new)
+                new = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=bias, quant_type=kind, compute_dtype=torch.float32
+                )
+                new.weight = bnb.nn.Params4bit(
+                    child.weight.data.clone(), requires_grad=False, quant_type=kind, module=new
+                )
                 new.support_avx512bf16_for_cpu = False  # the repacking forward has tests of its own
             if bias:
                 new.bias = nn.Parameter(child.bias.data.clone())
@@ -96,10 +110,13 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def state_bytes(model: nn.Module) -> dict[str, bytes]:
-    return {k: v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for k, v in model.state_dict().items()}
+    return {
+        k: v.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for k, v in model.state_dict().items()
+    }
 
 
-# --- the fold is what the live model computes ------------------------------------------------------------------------------------------------------
+# --- the fold is what the live model computes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("from_disk", [False, True])
@@ -125,7 +142,10 @@ def test_plain_model_computes_what_the_live_one_does(tmp_path: Path, from_disk: 
 def test_quantised_model_is_as_close_as_its_rounding(kind: str) -> None:
     peft_model = live(quantise(llama(), kind))
     expected = logits(peft_model)
-    with pytest.warns(RoundingWarning, match=rf"rounded 4 weights to {kind}.*relative error .* in the median, .* at worst \(model\.layers"):
+    with pytest.warns(
+        RoundingWarning,
+        match=rf"rounded 4 weights to {kind}.*relative error .* in the median, .* at worst \(model\.layers",
+    ):
         folded = oftsurgery.fold(peft_model)
     record = folded.oftsurgery
     limit = {"nf4": 0.11, "fp4": 0.15, "int8": 0.02}[kind]
@@ -181,7 +201,7 @@ def test_trained_biases_and_saved_modules_come_along(tmp_path: Path) -> None:
         oftsurgery.unfold(folded, tmp_path)
 
 
-# --- pure means pure -------------------------------------------------------------------------------------------------------------------------------
+# --- pure means pure --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
@@ -239,7 +259,7 @@ def test_cpu_forwards_of_input_and_result_do_not_meet(kind: str, tmp_path: Path)
     assert distance(logits(after_forward), first) < (0.05 if kind == "nf4" else 1e-9)
 
 
-# --- kinds of model --------------------------------------------------------------------------------------------------------------------------------
+# --- kinds of model ---------------------------------------------------------------------------------------------------
 
 
 def test_tied_embedding_is_untied_and_the_head_stays(tmp_path: Path) -> None:
@@ -274,7 +294,9 @@ def test_tied_head_is_untied_and_the_embedding_stays() -> None:
 
 
 def test_gpt2_conv1d_is_rotated_on_its_input_side(tmp_path: Path) -> None:
-    """peft's OFT layers take no Conv1D; adapters for GPT-2 are trained on its bitsandbytes linears, whose weight is transposed."""
+    """peft's OFT layers take no Conv1D; adapters for GPT-2 are trained on its bitsandbytes linears, whose weight is
+    transposed.
+    """
     torch.manual_seed(0)
     model = gpt2()
     linear = {n: m for n, m in model.named_modules() if type(m).__name__ == "Conv1D" and n.endswith("c_attn")}
@@ -328,7 +350,9 @@ def test_compiled_models_fold_and_stay_compiled(how: str, inplace: bool, tmp_pat
         assert folded._compiled_call_impl._torchdynamo_orig_callable.__self__ is folded
     if not inplace:
         assert distance(logits(model), base) < 1e-5
-    assert folded.oftsurgery.modules.keys() == {f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")}
+    assert folded.oftsurgery.modules.keys() == {
+        f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")
+    }
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -365,12 +389,13 @@ def test_offloaded_4bit_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="meta tensor"):
         logits(model)
     with pytest.raises(
-        oftsurgery.StateError, match=r"4-bit layer offloaded .*'model.layers.0.self_attn.q_proj'.*Remedy: keep 4-bit layers on a device"
+        oftsurgery.StateError,
+        match=r"4-bit layer offloaded .*'model.layers.0.self_attn.q_proj'.*Remedy: keep 4-bit layers on a device",
     ):
         oftsurgery.fold(model, tmp_path)
 
 
-# --- out again, and the record ---------------------------------------------------------------------------------------------------------------------
+# --- out again, and the record ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4", "int8"])
@@ -426,7 +451,9 @@ def test_record_says_what_was_folded_and_survives_json_and_copies(tmp_path: Path
     assert oftsurgery.FoldRecord.from_dict(json.loads(record.to_json())) == record
     assert copy.deepcopy(twice).oftsurgery == record
     # out again in order, and in that order alone
-    with pytest.raises(oftsurgery.StateError, match=r"last fold is of .*two, not of .*one.*Remedy: unfold the last fold first"):
+    with pytest.raises(
+        oftsurgery.StateError, match=r"last fold is of .*two, not of .*one.*Remedy: unfold the last fold first"
+    ):
         oftsurgery.unfold(twice, tmp_path / "one")
     with pytest.warns(UnfoldWarning):
         assert oftsurgery.unfold(twice, tmp_path / "two").oftsurgery == once.oftsurgery

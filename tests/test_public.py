@@ -15,7 +15,9 @@ import oftsurgery
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,14 +47,21 @@ def test_a_hub_id_without_huggingface_hub_says_what_to_install(tmp_path: Path) -
         "try: oftsurgery.load_adapter('owner/name')\n"
         "except oftsurgery.MissingDependencyError as error: print(isinstance(error, ImportError), error)"
     )
-    assert out.strip() == "True huggingface-hub is not installed Remedy: pip install huggingface-hub, or give a local folder"
+    assert (
+        out.strip()
+        == "True huggingface-hub is not installed Remedy: pip install huggingface-hub, or give a local folder"
+    )
 
 
 def test_all_names_what_is_there() -> None:
     assert sorted(set(oftsurgery.__all__)) == sorted(oftsurgery.__all__)
     missing = [name for name in oftsurgery.__all__ if not hasattr(oftsurgery, name)]
     assert not missing
-    public = {name for name, value in vars(oftsurgery).items() if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"}
+    public = {
+        name
+        for name, value in vars(oftsurgery).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and name != "annotations"
+    }
     assert public <= set(oftsurgery.__all__)
 
 
@@ -85,7 +94,11 @@ def test_the_package_is_typed() -> None:
 @pytest.mark.parametrize("name", ["fold", "unfold", "load_adapter", "fold_weight", "unfold_weight"])
 def test_options_are_keywords(name: str) -> None:
     """Beyond the natural positional arguments of each function, so that options can be added."""
-    positional = [p.name for p in inspect.signature(getattr(oftsurgery, name)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    positional = [
+        p.name
+        for p in inspect.signature(getattr(oftsurgery, name)).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
     assert positional == {
         "fold": ["model", "adapter"],
         "unfold": ["folded", "adapter"],

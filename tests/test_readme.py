@@ -25,7 +25,9 @@ def test_the_two_commands_come_first() -> None:
 @pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".ci/run"])
 def test_every_make_target_named_exists(text: str) -> None:
     targets = set(re.findall(r"^([\w-]+):", MAKEFILE, flags=re.MULTILINE))
-    found = re.finditer(r"(?:`|\$ )make ([\w-]+)|^make ([\w-]+)$", (ROOT / text).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = re.finditer(
+        r"(?:`|\$ )make ([\w-]+)|^make ([\w-]+)$", (ROOT / text).read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     named = {m[1] or m[2] for m in found}
     assert named
     assert named <= targets

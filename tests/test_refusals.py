@@ -1,4 +1,5 @@
-"""Bad input: for each cause a typed error that says what is wrong, where, and what to do; and a model that is as it was.
+"""Bad input: for each cause a typed error that says what is wrong, where, and what to do; and a model that is as it
+was.
 
 One table. Each case builds a model and does one thing wrong; what must hold for all of them is asserted in one place.
 """
@@ -75,7 +76,10 @@ class Bench:
         folder.mkdir()
         fields = {k: v for k, v in (CONFIG | config).items() if v is not ...}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
-        save_file(tensors if tensors is not None else {KEY.format("layers.0.q_proj"): rows()}, folder / "adapter_model.safetensors")
+        save_file(
+            tensors if tensors is not None else {KEY.format("layers.0.q_proj"): rows()},
+            folder / "adapter_model.safetensors",
+        )
         return folder
 
     def fold(self, adapter: Any = None, **options: Any) -> Callable[[], object]:
@@ -99,15 +103,23 @@ def case(name: str, error: type[e.OFTSurgeryError], message: str) -> Callable[[C
     return add
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-@case("no such folder", e.AdapterError, r"no such folder \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id")
+@case(
+    "no such folder",
+    e.AdapterError,
+    r"no such folder \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.tmp / "nowhere")
 
 
-@case("a file instead of its folder", e.AdapterError, r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config")
+@case(
+    "a file instead of its folder",
+    e.AdapterError,
+    r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter() / "adapter_model.safetensors")
 
@@ -118,7 +130,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.tmp / "empty")
 
 
-@case("a Hub id, offline", e.AdapterError, r"neither a folder nor a Hub repository that can be read .*at nobody/nothing.*Remedy: check the name")
+@case(
+    "a Hub id, offline",
+    e.AdapterError,
+    r"neither a folder nor a Hub repository that can be read .*at nobody/nothing.*Remedy: check the name",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold("nobody/nothing-of-that-name")
 
@@ -154,31 +170,45 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(coft="yes"))
 
 
-@case("a pickle only", e.AdapterError, r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load it with the peft that wrote it")
+@case(
+    "a pickle only",
+    e.AdapterError,
+    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load it with the peft that wrote it",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     return t.fold(folder)
 
 
-@case("tensors missing", e.AdapterError, r"the folder has no adapter_model\.safetensors .*Remedy: save the adapter again")
+@case(
+    "tensors missing", e.AdapterError, r"the folder has no adapter_model\.safetensors .*Remedy: save the adapter again"
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_model.safetensors").unlink()
     return t.fold(folder)
 
 
-@case("tensors truncated", e.AdapterError, r"the tensors cannot be read: truncated, or no safetensors file .*Remedy: copy or download the file again")
+@case(
+    "tensors truncated",
+    e.AdapterError,
+    r"the tensors cannot be read: truncated, or no safetensors file .*Remedy: copy or download the file again",
+)
 def _(t: Bench) -> Callable[[], object]:
     path = t.adapter() / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     return t.fold(path.parent)
 
 
-# --- another kind of adapter ----------------------------------------------------------------------------------------------------------------------
+# --- another kind of adapter ------------------------------------------------------------------------------------------
 
 
-@case("a LoRA adapter", e.DialectError, r"this is a LORA adapter, not an OFT one Remedy: .*merge others with peft's merge_and_unload")
+@case(
+    "a LoRA adapter",
+    e.DialectError,
+    r"this is a LORA adapter, not an OFT one Remedy: .*merge others with peft's merge_and_unload",
+)
 def _(t: Bench) -> Callable[[], object]:
     get_peft_model(Net(), LoraConfig(target_modules=["q_proj"])).save_pretrained(t.tmp / "lora")
     return t.fold(t.tmp / "lora")
@@ -189,12 +219,24 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.boft_R": torch.ones(1, 2, 4, 4)}, peft_type="BOFT"))
 
 
-@case("LoRA keys under an OFT config", e.DialectError, r"the adapter holds 'lora_A', which is no part of an OFT adapter .*q_proj\.lora_A")
+@case(
+    "LoRA keys under an OFT config",
+    e.DialectError,
+    r"the adapter holds 'lora_A', which is no part of an OFT adapter .*q_proj\.lora_A",
+)
 def _(t: Bench) -> Callable[[], object]:
-    return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 64)}))
+    return t.fold(
+        t.adapter(
+            {KEY.format("layers.0.q_proj"): rows(), "base_model.model.layers.0.q_proj.lora_A.weight": torch.ones(2, 64)}
+        )
+    )
 
 
-@case("a dialect that cannot be told", e.DialectError, r"the files do not tell the dialect: peft-0.17 or peft-0.21 .*Remedy: name it: load_adapter\(")
+@case(
+    "a dialect that cannot be told",
+    e.DialectError,
+    r"the files do not tell the dialect: peft-0.17 or peft-0.21 .*Remedy: name it: load_adapter\(",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(peft_version="0.18.0.dev0"))
 
@@ -205,13 +247,17 @@ def _(t: Bench) -> Callable[[], object]:
     return lambda: oftsurgery.load_adapter(folder, dialect="peft-1")  # type: ignore[arg-type]
 
 
-@case("the wrong dialect named", e.DialectError, r"named peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out")
+@case(
+    "the wrong dialect named",
+    e.DialectError,
+    r"named peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return lambda: oftsurgery.load_adapter(folder, dialect="peft-0.13")
 
 
-# --- tensors that no adapter has ------------------------------------------------------------------------------------------------------------------
+# --- tensors that no adapter has --------------------------------------------------------------------------------------
 
 
 @case("no tensor", e.AdapterError, r"the adapter holds no tensor .*Remedy: save it again")
@@ -219,47 +265,83 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({}))
 
 
-@case("no rotation", e.AdapterError, r"has 1 tensors, but none is a rotation .*Remedy: check that the adapter was saved after training")
+@case(
+    "no rotation",
+    e.AdapterError,
+    r"has 1 tensors, but none is a rotation .*Remedy: check that the adapter was saved after training",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.head.bias": torch.ones(5)}))
 
 
-@case("oft_s missing", e.AdapterError, r"save oft_r and oft_s; oft_s is missing .*module 'layers\.0\.q_proj'.*Remedy: restore the whole file")
+@case(
+    "oft_s missing",
+    e.AdapterError,
+    r"save oft_r and oft_s; oft_s is missing .*module 'layers\.0\.q_proj'.*Remedy: restore the whole file",
+)
 def _(t: Bench) -> Callable[[], object]:
-    return t.fold(t.adapter({"base_model.model.layers.0.q_proj.oft_r": torch.zeros(4, 16, 16)}, peft_version=..., use_cayley_neumann=...))
+    return t.fold(
+        t.adapter(
+            {"base_model.model.layers.0.q_proj.oft_r": torch.zeros(4, 16, 16)}, peft_version=..., use_cayley_neumann=...
+        )
+    )
 
 
-@case("an unknown key", e.AdapterError, r"unknown key: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy")
+@case(
+    "an unknown key",
+    e.AdapterError,
+    r"unknown key: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"layers.0.q_proj.oft_R.weight": rows()}))
 
 
-@case("an integer tensor", e.AdapterError, r"must be float32, float16, .* this is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore")
+@case(
+    "an integer tensor",
+    e.AdapterError,
+    r"must be float32, float16, .* this is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows().int()}))
 
 
-@case("NaN in the adapter", e.NonFiniteError, r"the adapter's tensor holds NaN or infinity .*layers\.1\.q_proj\.oft_R\.weight.*Remedy: retrain")
+@case(
+    "NaN in the adapter",
+    e.NonFiniteError,
+    r"the adapter's tensor holds NaN or infinity .*layers\.1\.q_proj\.oft_R\.weight.*Remedy: retrain",
+)
 def _(t: Bench) -> Callable[[], object]:
-    return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows(), KEY.format("layers.1.q_proj"): rows(value=float("nan"))}))
+    return t.fold(
+        t.adapter({KEY.format("layers.0.q_proj"): rows(), KEY.format("layers.1.q_proj"): rows(value=float("nan"))})
+    )
 
 
 @case("infinity in a saved bias", e.NonFiniteError, r"the adapter's tensor holds NaN or infinity .*head\.bias")
 def _(t: Bench) -> Callable[[], object]:
-    return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.full((5,), float("inf"))}))
+    return t.fold(
+        t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.full((5,), float("inf"))})
+    )
 
 
-@case("a row that is no triangle", e.ShapeError, r"5 elements is no upper triangle .*module 'layers\.0\.q_proj'.*shape 4×5.*Remedy: restore the file")
+@case(
+    "a row that is no triangle",
+    e.ShapeError,
+    r"5 elements is no upper triangle .*module 'layers\.0\.q_proj'.*shape 4×5.*Remedy: restore the file",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): torch.zeros(4, 5)}))
 
 
-@case("block_share with several rows", e.ShapeError, r"`block_share` is set, but the generator has more than one row .*shape 4×120.*Remedy")
+@case(
+    "block_share with several rows",
+    e.ShapeError,
+    r"`block_share` is set, but the generator has more than one row .*shape 4×120.*Remedy",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(block_share=True))
 
 
-# --- an adapter that does not fit the model -------------------------------------------------------------------------------------------------------
+# --- an adapter that does not fit the model ---------------------------------------------------------------------------
 
 
 @case(
@@ -281,7 +363,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj", 3)
 
 
-@case("blocks that do not divide the inputs", e.ShapeError, r"4 blocks of size 12 do not cover the 64 input features .*Remedy: use the base model")
+@case(
+    "blocks that do not divide the inputs",
+    e.ShapeError,
+    r"4 blocks of size 12 do not cover the 64 input features .*Remedy: use the base model",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj", 4, 12)
 
@@ -291,7 +377,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj", 1)
 
 
-@case("blocks that do not cover the outputs", e.ShapeError, r"4 blocks of size 16 do not cover the 48 output features .*module 'layers\.0\.out_proj'")
+@case(
+    "blocks that do not cover the outputs",
+    e.ShapeError,
+    r"4 blocks of size 16 do not cover the 48 output features .*module 'layers\.0\.out_proj'",
+)
 def _(t: Bench) -> Callable[[], object]:
     old = {"base_model.model.layers.0.out_proj.oft_r": torch.zeros(4, 16, 16)}
     return t.fold(t.adapter(old, peft_version=..., use_cayley_neumann=..., oft_block_size=...))
@@ -303,30 +393,45 @@ def _(t: Bench) -> Callable[[], object]:
     r"oft_s does not fit the output features \[module 'layers\.0\.out_proj', tensor 'oft_s', shape 64, expected 48\]",
 )
 def _(t: Bench) -> Callable[[], object]:
-    old = {"base_model.model.layers.0.out_proj.oft_r": torch.zeros(4, 16, 16), "base_model.model.layers.0.out_proj.oft_s": torch.ones(64, 1)}
+    old = {
+        "base_model.model.layers.0.out_proj.oft_r": torch.zeros(4, 16, 16),
+        "base_model.model.layers.0.out_proj.oft_s": torch.ones(64, 1),
+    }
     return t.fold(t.adapter(old, peft_version=..., use_cayley_neumann=...))
 
 
 @case(
-    "an embedding's rotation on a linear", e.MatchError, r"a rotation on the embedding side, but the module is of kind linear .*'layers\.0\.q_proj'"
+    "an embedding's rotation on a linear",
+    e.MatchError,
+    r"a rotation on the embedding side, but the module is of kind linear .*'layers\.0\.q_proj'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.oft_embedding_R.weight": rows()}))
 
 
-@case("a linear's rotation on an embedding", e.MatchError, r"a rotation on the input side, but the module is of kind embedding \[module 'embed'\]")
+@case(
+    "a linear's rotation on an embedding",
+    e.MatchError,
+    r"a rotation on the input side, but the module is of kind embedding \[module 'embed'\]",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.on("embed")
 
 
-@case("two keys for one shared module", e.MatchError, r"'layers\.0\.q_proj' and this one, are one module of the model \[module 'layers\.1\.q_proj'\]")
+@case(
+    "two keys for one shared module",
+    e.MatchError,
+    r"'layers\.0\.q_proj' and this one, are one module of the model \[module 'layers\.1\.q_proj'\]",
+)
 def _(t: Bench) -> Callable[[], object]:
     t.model.layers[1].q_proj = t.model.layers[0].q_proj  # type: ignore[index,union-attr]
     return t.on("layers.1.q_proj")
 
 
 @case(
-    "a saved tensor that the model lacks", e.MatchError, r"brings a tensor that the model does not have; nearest: head\.bias.*'heads\.bias'.*Remedy"
+    "a saved tensor that the model lacks",
+    e.MatchError,
+    r"brings a tensor that the model does not have; nearest: head\.bias.*'heads\.bias'.*Remedy",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.heads.bias": torch.ones(5)}))
@@ -341,20 +446,32 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.weight": torch.ones(7, 48)}))
 
 
-# --- layers that cannot be folded -----------------------------------------------------------------------------------------------------------------
+# --- layers that cannot be folded -------------------------------------------------------------------------------------
 
 
-@case("a 3×3 convolution", e.FormatError, r"a 3×3 convolution cannot be folded: .*live layer overlaps its patches.*module 'wide'.*`exclude_modules`")
+@case(
+    "a 3×3 convolution",
+    e.FormatError,
+    r"a 3×3 convolution cannot be folded: .*live layer overlaps its patches.*module 'wide'.*`exclude_modules`",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.on("wide", 9)
 
 
-@case("a grouped convolution", e.FormatError, r"a grouped convolution cannot be folded \[module 'grouped'\] Remedy: .*`exclude_modules`")
+@case(
+    "a grouped convolution",
+    e.FormatError,
+    r"a grouped convolution cannot be folded \[module 'grouped'\] Remedy: .*`exclude_modules`",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.on("grouped", 1)
 
 
-@case("a LayerNorm", e.FormatError, r"a LayerNorm has no weight that OFT rotates .*module 'norm'.*Remedy: known are torch's Linear")
+@case(
+    "a LayerNorm",
+    e.FormatError,
+    r"a LayerNorm has no weight that OFT rotates .*module 'norm'.*Remedy: known are torch's Linear",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.on("norm")
 
@@ -369,19 +486,31 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("lstm")
 
 
-@case("a weight of integers", e.FormatError, r"a Linear with a weight of torch\.int8 is stored in a way .*module 'layers\.1\.q_proj', shape 64×64")
+@case(
+    "a weight of integers",
+    e.FormatError,
+    r"a Linear with a weight of torch\.int8 is stored in a way .*module 'layers\.1\.q_proj', shape 64×64",
+)
 def _(t: Bench) -> Callable[[], object]:
     t.model.layers[1].q_proj.weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)  # type: ignore[index,union-attr]
     return t.on("layers.1.q_proj")
 
 
-@case("a parametrised weight", e.StateError, r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: remove_parametrizations")
+@case(
+    "a parametrised weight",
+    e.StateError,
+    r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: remove_parametrizations",
+)
 def _(t: Bench) -> Callable[[], object]:
     nn.utils.parametrizations.weight_norm(t.model.layers[1].q_proj)  # type: ignore[index,union-attr]
     return t.on("layers.1.q_proj")
 
 
-@case("a model on the meta device", e.StateError, r"the weight is on the meta device: it has no values \[module 'layers\.0\.q_proj'\] Remedy: load")
+@case(
+    "a model on the meta device",
+    e.StateError,
+    r"the weight is on the meta device: it has no values \[module 'layers\.0\.q_proj'\] Remedy: load",
+)
 def _(t: Bench) -> Callable[[], object]:
     t.model.to("meta")
     return t.fold(t.adapter())
@@ -399,19 +528,31 @@ def quantised(t: Bench, kind: str) -> Any:
     return layer
 
 
-@case("a 4-bit layer not quantised yet", e.StateError, r"the 4-bit layer is not quantised yet \[module 'layers\.1\.q_proj'\] Remedy: move the model")
+@case(
+    "a 4-bit layer not quantised yet",
+    e.StateError,
+    r"the 4-bit layer is not quantised yet \[module 'layers\.1\.q_proj'\] Remedy: move the model",
+)
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "nf4")
     return t.on("layers.1.q_proj")
 
 
-@case("an 8-bit layer not quantised yet", e.StateError, r"the 8-bit layer is not quantised yet \[module 'layers\.1\.q_proj'\] Remedy: move the model")
+@case(
+    "an 8-bit layer not quantised yet",
+    e.StateError,
+    r"the 8-bit layer is not quantised yet \[module 'layers\.1\.q_proj'\] Remedy: move the model",
+)
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "int8")
     return t.on("layers.1.q_proj")
 
 
-@case("a lost quant_state", e.FormatError, r"the 4-bit layer has lost its quant_state \[module 'layers\.1\.q_proj', format 4-bit\] Remedy: reload")
+@case(
+    "a lost quant_state",
+    e.FormatError,
+    r"the 4-bit layer has lost its quant_state \[module 'layers\.1\.q_proj', format 4-bit\] Remedy: reload",
+)
 def _(t: Bench) -> Callable[[], object]:
     layer = quantised(t, "nf4").to("cpu")
     layer.weight.quant_state = layer.quant_state = None
@@ -439,20 +580,28 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj")
 
 
-@case("an unknown 4-bit type", e.FormatError, r"unknown 4-bit type \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4")
+@case(
+    "an unknown 4-bit type",
+    e.FormatError,
+    r"unknown 4-bit type \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4",
+)
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "nf4").to("cpu").weight.quant_state.quant_type = "int4"
     return t.on("layers.1.q_proj")
 
 
-@case("packed codes cut short", e.ShapeError, r"the packed codes do not hold the weight's elements .*'layers\.1\.q_proj'.*shape 2000, expected 2048")
+@case(
+    "packed codes cut short",
+    e.ShapeError,
+    r"the packed codes do not hold the weight's elements .*'layers\.1\.q_proj'.*shape 2000, expected 2048",
+)
 def _(t: Bench) -> Callable[[], object]:
     layer = quantised(t, "nf4").to("cpu")
     layer.weight.data = layer.weight.data[:2000]
     return t.on("layers.1.q_proj")
 
 
-# --- values ---------------------------------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @case(
@@ -465,7 +614,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj")
 
 
-@case("NaN in a quantised base", e.NonFiniteError, r"the stored weight holds NaN or infinity \[module 'layers\.1\.q_proj', format nf4 \(double")
+@case(
+    "NaN in a quantised base",
+    e.NonFiniteError,
+    r"the stored weight holds NaN or infinity \[module 'layers\.1\.q_proj', format nf4 \(double",
+)
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "nf4").to("cpu").weight.quant_state.offset.fill_(float("nan"))
     return t.on("layers.1.q_proj")
@@ -481,10 +634,14 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers.1.q_proj")
 
 
-# --- what the model carries -----------------------------------------------------------------------------------------------------------------------
+# --- what the model carries -------------------------------------------------------------------------------------------
 
 
-@case("folded already", e.StateError, r"this adapter is folded into the model already \[at .*adapter\] Remedy: unfold it first")
+@case(
+    "folded already",
+    e.StateError,
+    r"this adapter is folded into the model already \[at .*adapter\] Remedy: unfold it first",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     oftsurgery.fold(t.model, folder, inplace=True)
@@ -503,7 +660,10 @@ def _(t: Bench) -> Callable[[], object]:
     r"two adapters bring their own values for one tensor \[tensor 'head\.bias'\] Remedy: fold one of them alone",
 )
 def _(t: Bench) -> Callable[[], object]:
-    both = [t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.ones(5)}, name) for name in "ab"]
+    both = [
+        t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.ones(5)}, name)
+        for name in "ab"
+    ]
     return t.fold(both)
 
 
@@ -522,7 +682,9 @@ def _(t: Bench) -> Callable[[], object]:
 
 
 def live(t: Bench, **config: Any) -> PeftModel:
-    t.model = get_peft_model(t.model, OFTConfig(target_modules=["q_proj"], oft_block_size=16, init_weights=False, **config))
+    t.model = get_peft_model(
+        t.model, OFTConfig(target_modules=["q_proj"], oft_block_size=16, init_weights=False, **config)
+    )
     return t.model
 
 
@@ -546,19 +708,31 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold()
 
 
-@case("adapters disabled", e.StateError, r"the adapters are disabled: the model computes the base .*Remedy: enable_adapter_layers\(\)")
+@case(
+    "adapters disabled",
+    e.StateError,
+    r"the adapters are disabled: the model computes the base .*Remedy: enable_adapter_layers\(\)",
+)
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.disable_adapter_layers()
     return t.fold()
 
 
-@case("no active adapter", e.StateError, r"the model has no active adapter Remedy: the model's adapters are default; set_adapter\(\) one")
+@case(
+    "no active adapter",
+    e.StateError,
+    r"the model has no active adapter Remedy: the model's adapters are default; set_adapter\(\) one",
+)
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.set_adapter([])
     return t.fold()
 
 
-@case("layers with different active adapters", e.StateError, r"the model's layers have different active adapters Remedy: name the adapters to fold")
+@case(
+    "layers with different active adapters",
+    e.StateError,
+    r"the model's layers have different active adapters Remedy: name the adapters to fold",
+)
 def _(t: Bench) -> Callable[[], object]:
     model = live(t)
     model.add_adapter("other", OFTConfig(target_modules=["q_proj"], oft_block_size=8))
@@ -581,12 +755,15 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(), rounding="up")
 
 
-# --- unfolding ------------------------------------------------------------------------------------------------------------------------------------
+# --- unfolding --------------------------------------------------------------------------------------------------------
 
 
 def folded(t: Bench) -> tuple[nn.Module, Path]:
     """The base, and its adapter; ``t.model`` is the folded one."""
-    base, folder = t.model, t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.ones(5)}, "folded")
+    base, folder = (
+        t.model,
+        t.adapter({KEY.format("layers.0.q_proj"): rows(), "base_model.model.head.bias": torch.ones(5)}, "folded"),
+    )
     t.model = oftsurgery.fold(base, folder)
     t.watched.append(base)
     return base, folder
@@ -608,14 +785,20 @@ def _(t: Bench) -> Callable[[], object]:
     return lambda: oftsurgery.unfold(t.model, folder, base=base)
 
 
-@case("unfold with another adapter", e.StateError, r"the model's last fold is of .*folded, not of .*adapter Remedy: unfold the last fold first")
+@case(
+    "unfold with another adapter",
+    e.StateError,
+    r"the model's last fold is of .*folded, not of .*adapter Remedy: unfold the last fold first",
+)
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
     other = t.adapter()
     return lambda: oftsurgery.unfold(t.model, other)
 
 
-@case("unfold without a record", e.StateError, r"the model carries no record of a fold Remedy: give the adapter instead")
+@case(
+    "unfold without a record", e.StateError, r"the model carries no record of a fold Remedy: give the adapter instead"
+)
 def _(t: Bench) -> Callable[[], object]:
     base = copy.deepcopy(t.model)
     t.watched.append(base)
@@ -633,7 +816,11 @@ def _(t: Bench) -> Callable[[], object]:
     return lambda: oftsurgery.unfold(t.model, base=base)
 
 
-@case("restore from a base with another bias", e.IntegrityError, r"the base's tensor is not the one that was replaced \[tensor 'head\.bias'\]")
+@case(
+    "restore from a base with another bias",
+    e.IntegrityError,
+    r"the base's tensor is not the one that was replaced \[tensor 'head\.bias'\]",
+)
 def _(t: Bench) -> Callable[[], object]:
     base, _ = folded(t)
     base.head.bias.data[0] += 1  # type: ignore[index,union-attr,operator]
@@ -650,14 +837,18 @@ def _(t: Bench) -> Callable[[], object]:
     return lambda: oftsurgery.unfold(t.model, base=nn.Linear(3, 3))
 
 
-@case("unfold by a singular rotation", e.NonFiniteError, r"singular or too ill-conditioned to solve \[module 'layers\.0\.q_proj'\]")
+@case(
+    "unfold by a singular rotation",
+    e.NonFiniteError,
+    r"singular or too ill-conditioned to solve \[module 'layers\.0\.q_proj'\]",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter({KEY.format("layers.0.q_proj"): rows(32, 2, value=1.0)})  # five terms at θ = 1: R = 0
     t.model = oftsurgery.fold(t.model, folder)
     return lambda: oftsurgery.unfold(t.model, folder)
 
 
-# --- what holds for all ---------------------------------------------------------------------------------------------------------------------------
+# --- what holds for all -----------------------------------------------------------------------------------------------
 
 
 def test_there_are_enough_causes() -> None:
@@ -666,7 +857,9 @@ def test_there_are_enough_causes() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_and_nothing_changed(name: str, tmp_path: Path, snapshot: Callable[[nn.Module], dict[str, Any]]) -> None:
+def test_refused_and_nothing_changed(
+    name: str, tmp_path: Path, snapshot: Callable[[nn.Module], dict[str, Any]]
+) -> None:
     error, message, build = CASES[name]
     bench = Bench(tmp_path)
     with warnings.catch_warnings():
@@ -691,7 +884,11 @@ def test_refused_in_place_and_nothing_changed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Callable[..., dict[str, Any]]
 ) -> None:
     error, message, build = CASES[name]
-    monkeypatch.setattr(Bench, "fold", lambda self, adapter=None, **options: lambda: oftsurgery.fold(self.model, adapter, inplace=True, **options))
+    monkeypatch.setattr(
+        Bench,
+        "fold",
+        lambda self, adapter=None, **options: lambda: oftsurgery.fold(self.model, adapter, inplace=True, **options),
+    )
     bench = Bench(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

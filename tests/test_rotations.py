@@ -30,7 +30,7 @@ def dense(blocks: Tensor, repeat: int = 1) -> Tensor:
     return torch.block_diag(*([*blocks] * repeat))
 
 
-# --- generators -----------------------------------------------------------------------------------------------------------------------------------
+# --- generators -------------------------------------------------------------------------------------------------------
 
 
 @given(n=st.integers(1, 5), b=st.integers(2, 40), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
@@ -52,12 +52,14 @@ def test_skew_fills_the_upper_triangle_row_by_row() -> None:
 
 @pytest.mark.parametrize("elements", [0, 2, 4, 5, 7, 497, 10**18])
 def test_rows_that_are_no_triangle_are_refused(elements: int) -> None:
-    with pytest.raises(ShapeError, match=rf"a generator row of {elements} elements is no upper triangle .* b\(b-1\)/2") as caught:
+    with pytest.raises(
+        ShapeError, match=rf"a generator row of {elements} elements is no upper triangle .* b\(b-1\)/2"
+    ) as caught:
         rotations.block_size_of(elements)
     assert caught.value.shape == (elements,)
 
 
-# --- maps -----------------------------------------------------------------------------------------------------------------------------------------
+# --- maps -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "b"), [(1, 2), (3, 16), (2, 33), (2, 144), (2, 160), (1, 256)])
@@ -95,7 +97,9 @@ print("right")
 
 
 def test_solves_stay_right_after_set_num_threads() -> None:
-    """torch 2.13: batched CPU solves of 160 rows and more can be silently wrong, or raise, once the thread count was set."""
+    """torch 2.13: batched CPU solves of 160 rows and more can be silently wrong, or raise, once the thread count was
+    set.
+    """
     done = subprocess.run([sys.executable, "-c", SUBPROCESS], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "right"), done.stderr
 
@@ -198,7 +202,7 @@ def test_defect_and_angle_of_a_rotation(terms: int | None, since_0_18: bool, b: 
     assert 0 <= rotation.angle <= torch.pi
 
 
-# --- on a weight ----------------------------------------------------------------------------------------------------------------------------------
+# --- on a weight ------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -212,7 +216,9 @@ def test_defect_and_angle_of_a_rotation(terms: int | None, since_0_18: bool, b: 
 def test_apply_blocks_is_the_dense_product(rows: int, n: int, b: int, shared: bool, batch: tuple[int, ...]) -> None:
     x = torch.randn(*batch, rows, n * b, dtype=torch.float64)
     blocks = torch.randn(1 if shared else n, b, b, dtype=torch.float64)
-    torch.testing.assert_close(rotations.apply_blocks(x, blocks), x @ dense(blocks, n if shared else 1), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        rotations.apply_blocks(x, blocks), x @ dense(blocks, n if shared else 1), rtol=1e-13, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize(("features", "n", "b"), [(12, 2, 4), (12, 4, 4), (10, 1, 4), (10, 2, 4), (3, 1, 4)])
@@ -244,7 +250,9 @@ def expected_fold(w: Tensor, blocks: Tensor, side: str) -> Tensor:
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
 )
 @settings(max_examples=120, deadline=None)
-def test_rotate_weight_is_the_dense_product(side: str, other: int, n: int, b: int, shared: bool, exact: bool, dtype: torch.dtype) -> None:
+def test_rotate_weight_is_the_dense_product(
+    side: str, other: int, n: int, b: int, shared: bool, exact: bool, dtype: torch.dtype
+) -> None:
     q = rotations.skew(generator(1 if shared else n, b, size=0.6, seed=n + b))
     blocks = rotations.cayley(q) if exact else rotations.neumann(q, 5)
     w = torch.randn(*((n * b, other) if side == "output" else (other, n * b)), dtype=torch.float64).to(dtype)
@@ -263,7 +271,9 @@ def test_rotate_weight_is_the_dense_product(side: str, other: int, n: int, b: in
 )
 @pytest.mark.parametrize("shared", [False, True], ids=["own blocks", "shared"])
 def test_output_side_is_cropped(out: int, r: int, shared: bool) -> None:
-    """peft ≤ 0.13: r blocks of ⌈out/r⌉, cut to (out, out); the last ones may be cut to nothing (9 features, 7 blocks of 2)."""
+    """peft ≤ 0.13: r blocks of ⌈out/r⌉, cut to (out, out); the last ones may be cut to nothing (9 features, 7 blocks of
+    2).
+    """
     b = -(-out // r)
     blocks = rotations.cayley(rotations.skew(generator(1 if shared else r, b, size=1.0)))
     w = torch.randn(out, 6, dtype=torch.float64)
@@ -303,7 +313,9 @@ def test_check_fits(side: str, n: int, b: int, shared: bool, shape: tuple[int, i
     if fits:
         rotation.check_fits(shape, "m.q")
         return
-    with pytest.raises(ShapeError, match=rf"{n} blocks of size {b} do not cover the \d+ .*features.*Remedy: use the base model") as caught:
+    with pytest.raises(
+        ShapeError, match=rf"{n} blocks of size {b} do not cover the \d+ .*features.*Remedy: use the base model"
+    ) as caught:
         rotation.check_fits(shape, "m.q")
     assert caught.value.module == "m.q"
     assert caught.value.shape == shape
@@ -328,11 +340,13 @@ def test_a_singular_rotation_has_no_inverse() -> None:
 def test_a_zero_scale_has_no_inverse() -> None:
     rotation = oftsurgery.Rotation(generator(2, 2), scale=torch.tensor([1.0, 0.0, 2.0]))
     assert torch.equal(rotation.fold_into(torch.ones(3, 4))[1], torch.zeros(4))
-    with pytest.raises(NonFiniteError, match=r"oft_s holds a zero, which no inverse undoes.*Remedy: restore from the base model"):
+    with pytest.raises(
+        NonFiniteError, match=r"oft_s holds a zero, which no inverse undoes.*Remedy: restore from the base model"
+    ):
         rotation.unfold_from(torch.ones(3, 4))
 
 
-# --- whatever is around the call ------------------------------------------------------------------------------------------------------------------
+# --- whatever is around the call --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -376,10 +390,22 @@ AROUND: dict[str, Callable[[], AbstractContextManager[object]]] = {
 def test_the_same_whatever_is_around(around: str, terms: int | None, side: str) -> None:
     w = torch.randn(48, 48)
     rotation = oftsurgery.Rotation(generator(3, 16).float(), oftsurgery.Cayley(terms), side)  # type: ignore[arg-type]
-    before = (oftsurgery.fold_weight(w, rotation), oftsurgery.unfold_weight(w, rotation), rotation.blocks, rotation.defect, rotation.angle)
+    before = (
+        oftsurgery.fold_weight(w, rotation),
+        oftsurgery.unfold_weight(w, rotation),
+        rotation.blocks,
+        rotation.defect,
+        rotation.angle,
+    )
     torch.testing.assert_close(before[0].double(), expected_fold(w, rotation.blocks, side), rtol=0, atol=3e-6)
     with AROUND[around]():
-        after = (oftsurgery.fold_weight(w, rotation), oftsurgery.unfold_weight(w, rotation), rotation.blocks, rotation.defect, rotation.angle)
+        after = (
+            oftsurgery.fold_weight(w, rotation),
+            oftsurgery.unfold_weight(w, rotation),
+            rotation.blocks,
+            rotation.defect,
+            rotation.angle,
+        )
     again = oftsurgery.Rotation(rotation.generator, rotation.cayley, rotation.side)
     with AROUND[around]():
         assert (again.defect, again.angle) == before[3:]
@@ -392,7 +418,9 @@ def test_the_same_whatever_is_around(around: str, terms: int | None, side: str) 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_storage_not_arithmetic(dtype: torch.dtype) -> None:
-    """A half-precision adapter is rotated with as its float64 values; a half-precision weight is rounded once, at the end."""
+    """A half-precision adapter is rotated with as its float64 values; a half-precision weight is rounded once, at the
+    end.
+    """
     v, w = generator(3, 16).to(dtype), torch.randn(48, 48).to(dtype)
     half, double = oftsurgery.Rotation(v, oftsurgery.Cayley(5)), oftsurgery.Rotation(v.double(), oftsurgery.Cayley(5))
     assert torch.equal(half.blocks, double.blocks)

@@ -32,7 +32,9 @@ def some_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str], late: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    writer = ShardWriter(path, {n: (t.dtype, None if n in late else tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"})
+    writer = ShardWriter(
+        path, {n: (t.dtype, None if n in late else tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"}
+    )
     for name in order:
         writer.write(name, tensors[name])
     writer.close()
@@ -40,8 +42,13 @@ def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str], late: 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000))
-def test_the_library_reads_what_the_writer_wrote_in_any_order(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    tensors = some_tensors(seed) | {"late.b": torch.randint(256, (seed % 4096,), dtype=torch.uint8), "late.a": torch.zeros(0, dtype=torch.uint8)}
+def test_the_library_reads_what_the_writer_wrote_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    tensors = some_tensors(seed) | {
+        "late.b": torch.randint(256, (seed % 4096,), dtype=torch.uint8),
+        "late.a": torch.zeros(0, dtype=torch.uint8),
+    }
     order = sorted(tensors)
     random.Random(seed).shuffle(order)
     path = tmp_path_factory.mktemp("w") / "model.safetensors"
@@ -51,7 +58,9 @@ def test_the_library_reads_what_the_writer_wrote_in_any_order(tmp_path_factory: 
         assert file.metadata() == {"format": "pt"}
     source = open_checkpoint(path.parent)
     assert differing({n: source.read(n) for n in source.entries}, tensors) == []
-    assert {n: b"".join(source.chunks(n)) for n in tensors} == {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in tensors.items()}
+    assert {n: b"".join(source.chunks(n)) for n in tensors} == {
+        n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in tensors.items()
+    }
     for entry in source.entries.values():
         assert entry.start % max(1, DTYPES[entry.dtype].itemsize) == 0  # every tensor is aligned
 
@@ -65,11 +74,11 @@ def test_the_bytes_do_not_depend_on_the_order_of_writing(tmp_path: Path) -> None
 
 def test_the_exact_bytes_of_a_small_file(tmp_path: Path) -> None:
     write(tmp_path / "a", {"x": torch.tensor([1, 2], dtype=torch.uint8), "y": torch.tensor([1.0])}, ["x", "y"])
-    header = (
-        b'{"__metadata__":{"format":"pt"},"y":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}}'
-    )
+    header = b'{"__metadata__":{"format":"pt"},"y":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"U8","shape":[2],"data_offsets":[4,6]}}'
     room = len(header) + -len(header) % 8
-    assert (tmp_path / "a").read_bytes() == room.to_bytes(8, "little") + header.ljust(room) + b"\x00\x00\x80\x3f\x01\x02"
+    assert (tmp_path / "a").read_bytes() == room.to_bytes(8, "little") + header.ljust(
+        room
+    ) + b"\x00\x00\x80\x3f\x01\x02"
 
 
 def test_reading_what_the_library_wrote(tmp_path: Path) -> None:
@@ -106,7 +115,7 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
             read()
 
 
-# --- an index that disagrees ---------------------------------------------------------------------------------------------------------------------
+# --- an index that disagrees ------------------------------------------------------------------------------------------
 
 
 def sharded(folder: Path) -> dict[str, str]:
@@ -117,9 +126,18 @@ def sharded(folder: Path) -> dict[str, str]:
 
 #: change to the index → message
 INDEXES = {
-    "a tensor that its shard lacks": (lambda m: m | {"d": "two.safetensors"}, "the index names a tensor that its shards lack"),
-    "the wrong shard": (lambda m: m | {"c": "one.safetensors", "a": "two.safetensors"}, "the index says .*, but the tensor is in"),
-    "a tensor left out": (lambda m: {k: v for k, v in m.items() if k != "b"}, "a shard holds a tensor that the index lacks"),
+    "a tensor that its shard lacks": (
+        lambda m: m | {"d": "two.safetensors"},
+        "the index names a tensor that its shards lack",
+    ),
+    "the wrong shard": (
+        lambda m: m | {"c": "one.safetensors", "a": "two.safetensors"},
+        "the index says .*, but the tensor is in",
+    ),
+    "a tensor left out": (
+        lambda m: {k: v for k, v in m.items() if k != "b"},
+        "a shard holds a tensor that the index lacks",
+    ),
     "a missing shard": (lambda m: m | {"c": "three.safetensors"}, r"is missing \[at .*three\.safetensors"),
     "nothing": (lambda m: {}, "the index has no `weight_map`"),
     "numbers": (lambda m: m | {"c": 3}, "the index has no `weight_map`"),

