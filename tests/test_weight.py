@@ -14,10 +14,11 @@ from independent import cayley, relative, seeded, skew
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery import codecs
+from oftsurgery import codecs, kernels
 from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
+from oftsurgery.kernels import fold_cpu
 from oftsurgery.weight import fold_encoded, fold_weight, relative_error, unfold_encoded, unfold_weight
 
 NEUMANN = Cayley(terms=5)
@@ -227,23 +228,36 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 @pytest.mark.parametrize("codec", ["dense", "nf4", "fp4", "int8"])
-def test_surroundings_do_not_matter(codec: str, surrounding: str) -> None:
-    base = stored(codec, normal(64, 96), nested=codec in ("nf4", "fp4"))
+@pytest.mark.parametrize("backend", ["numba", "tiled", "reference"])
+def test_surroundings_do_not_matter(backend: str, codec: str, surrounding: str) -> None:
+    # the tiled path leaves a weight of one tile to the reference
+    base = stored(codec, normal(2752 if backend == "tiled" else 64, 96), nested=codec in ("nf4", "fp4"))
     rotations = [Rotation(generator(96, 16, size=0.1)), Rotation(generator(96, 8, size=0.1), NEUMANN)]
+    with oftsurgery.use_backend(backend):
+        _check_surroundings(SURROUNDINGS[surrounding], base, rotations, backend)
+    measured = [kernels.measure(r) for r in rotations]
+    with SURROUNDINGS[surrounding]():
+        assert [kernels.measure(r) for r in rotations] == measured
+
+
+def _check_surroundings(surrounding: Callable[[], AbstractContextManager[Any]], base: EncodedWeight, rotations: list[Rotation], backend: str) -> None:
     expected, back = fold_encoded(base, rotations), unfold_encoded(base, rotations)
+    assert (expected.backend, back.backend) == (backend, backend)
     cleared = ("_levels", "_bounds", "_byte_table")
     for name in cleared:  # tables are kept: none may be made in these surroundings and be wrong for later
         getattr(codecs, name).cache_clear()
-    if "meta" not in surrounding:  # bitsandbytes cannot make its own table there
+    fold_cpu._tables.cache_clear()
+    fold_cpu._cells.cache_clear()
+    if surrounding is not SURROUNDINGS["default device meta"]:  # bitsandbytes cannot make its own table there
         bnbf.name2qmap.clear()
     before = torch.get_float32_matmul_precision()
-    with SURROUNDINGS[surrounding]():
+    with surrounding():
         within = torch.get_float32_matmul_precision()
         got, undone = fold_encoded(base, rotations), unfold_encoded(base, rotations)
         assert torch.get_float32_matmul_precision() == within
     assert torch.get_float32_matmul_precision() == before
     assert got.encoded.fingerprint == expected.encoded.fingerprint
-    assert got.error == expected.error
+    assert (got.error, got.backend, undone.backend) == (expected.error, backend, backend)
     assert undone.encoded.fingerprint == back.encoded.fingerprint
     assert fold_encoded(base, rotations).encoded.fingerprint == expected.encoded.fingerprint
     assert not got.encoded.tensors["weight"].requires_grad

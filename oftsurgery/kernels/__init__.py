@@ -180,7 +180,7 @@ def measure(rotation: Rotation) -> tuple[float, float]:
     if rotation.cayley.exact:
         return 0.0, 2 * math.atan(theta)
     # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue matters
-    grid = torch.linspace(0, theta, 129, dtype=torch.float64)
+    grid = torch.linspace(0, theta, 129, dtype=torch.float64, device="cpu")
     values = rotation.cayley((1j * grid).reshape(-1, 1, 1)).reshape(-1)
     defects, angles = (values.abs() ** 2 - 1).abs(), values.angle().abs()
     if theta < 1 and bool((defects <= defects[-1]).all()) and bool((angles <= angles[-1]).all()):

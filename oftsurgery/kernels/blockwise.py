@@ -39,13 +39,17 @@ def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
 def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Room for the new codes, their scales, and with double quantisation two moments a block."""
     n = math.prod(into.shape)
+
+    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)  # both named: the caller may have set defaults of their own
+
     if into.codec == "int8":
-        return torch.empty(into.shape, dtype=torch.int8, device=device), torch.empty(into.shape[0], device=device), None
+        return room(*into.shape, dtype=torch.int8), room(into.shape[0]), None
     if into.codec == "dense":
-        return torch.empty(into.shape, dtype=into.dtype, device=device), torch.empty(0, device=device), None
+        return room(*into.shape, dtype=into.dtype), room(0), None
     blocks = -(-n // into.blocksize)
-    moments = torch.empty(blocks, 2, device=device) if into.nested_blocksize else None
-    return torch.empty(n // 2, 1, dtype=torch.uint8, device=device), torch.empty(blocks, device=device), moments
+    moments = room(blocks, 2) if into.nested_blocksize else None
+    return room(n // 2, 1, dtype=torch.uint8), room(blocks), moments
 
 
 def _tensors(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None) -> tuple[dict[str, Tensor], float]:

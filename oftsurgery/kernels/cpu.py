@@ -549,10 +549,12 @@ def _encode_int8(x, count, first, codes, scb, sums):
                 miss = sub(c, s)
                 squares, misses = fma(s, s, squares), fma(miss, miss, misses)
             norm, error = weigh(squares, weight, norm), weigh(misses, weight, error)
-    else:  # a row of zeros or denormals
+    else:  # a row of zeros or denormals; where 127/scb overflows, divide first
+        overflows = as_bits(factor) >= 0x7F800000
+        divisor, limit = fill(scale), fill(float32(127.0))
         for i in range(0, count, LANES):
             v = load(x + 4 * i)
-            c = to_int8(mul(v, many))
+            c = to_int8(mul(div(v, divisor), limit) if overflows else mul(v, many))
             store_i8(codes + first + i, c)
             miss = sub(mul(c, fill(step)), v)
             norm, error = _add_square(v, norm), _add_square(miss, error)

@@ -97,10 +97,10 @@ def _side(f: WeightFormat) -> _Side | None:
 @cache
 def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Levels by code, sorted levels, bounds between them, codes of the sorted levels: (16,) each."""
-    if codec not in ("nf4", "fp4"):
-        unused = torch.zeros(16)
-        return unused, unused, unused, unused.to(torch.int32)
     device = torch.device("cpu")
+    if codec not in ("nf4", "fp4"):
+        unused = torch.zeros(16, dtype=torch.float32, device=device)
+        return unused, unused, unused, unused.to(torch.int32)
     levels = codecs._levels(codec, device)
     bounds, order = codecs._bounds(codec, device)
     return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)

@@ -30,7 +30,7 @@ def _kind(f: WeightFormat) -> int | None:
 def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Levels by code, sorted levels, bounds between them, codes of the sorted levels."""
     if codec not in ("nf4", "fp4"):
-        unused = torch.zeros(16, device=device)
+        unused = torch.zeros(16, dtype=torch.float32, device=device)
         return unused, unused, unused, unused.to(torch.int32)
     levels = codecs._levels(codec, device)
     bounds, order = codecs._bounds(codec, device)

@@ -94,7 +94,9 @@ def fold_tile(
         else:
             scb = tl.load(new_scales + row, mask=inside, other=0).to(tl.float32, bitcast=True)
             factor = tl.where(scb > 0, tl.div_rn(tl.full((ROWS,), 127.0, tl.float32), tl.where(scb > 0, scb, 1.0)), 0.0)
-            s = y * factor[:, None]
+            divisor = tl.broadcast_to(tl.where(scb > 0, scb, 1.0)[:, None], (ROWS, B))
+            # where 127/scb overflows, divide first
+            s = tl.where((factor < float("inf"))[:, None], y * factor[:, None], tl.div_rn(y, divisor) * 127.0)
             # rounds to even: there are no bits left for a fraction
             whole = tl.where(tl.abs(s) < 127.5, (s + 12582912.0) - 12582912.0, tl.where(s > 0, 127.0, tl.where(s < 0, -127.0, 0.0)))
             whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
