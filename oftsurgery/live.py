@@ -17,20 +17,22 @@ Keys of a wrapped model's ``state_dict``, for a layer at ``<path>``:
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import peft_live, rotations
+from . import codecs, peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation
-from .codecs import WeightFormat
+from .codecs import EncodedWeight
 from .errors import AdapterError, FormatError, MatchError, OFTSurgeryError, StateError, printable
 from .layers import Layer
 from .model import _covers, _plan, _replace_tensor, _Tied, _transaction, inner_model, modules_of
+from .plan import FoldPlan
 from .sharing import share_model
 from .weight import fold_encoded
 
@@ -48,6 +50,7 @@ __all__ = [
     "enable_adapters",
     "live_layers",
     "merge",
+    "original_hashes",
     "read_live",
     "set_adapter",
     "strip",
@@ -74,11 +77,22 @@ class LiveRotation(nn.Module):
             ignored it since 0.16).
     """
 
-    def __init__(self, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        rotation: Rotation,
+        *,
+        radius: float | None = None,
+        dropout: float = 0.0,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(rotation.generator.detach().to(device=device, dtype=torch.float32, copy=True))
-        scale = rotation.scale
-        self.scale = None if scale is None else nn.Parameter(scale.detach().to(device=device, dtype=torch.float32, copy=True))
+
+        def own(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.detach().to(device=device, dtype=torch.float32, copy=True))
+
+        with torch.inference_mode(False):  # what is made in inference mode never trains
+            self.weight = own(rotation.generator)
+            self.scale = None if rotation.scale is None else own(rotation.scale)
         self.cayley, self.side, self.radius, self.dropout = rotation.cayley, rotation.side, radius, dropout
 
     def _generator(self) -> Tensor:
@@ -87,7 +101,8 @@ class LiveRotation(nn.Module):
         if self.radius is None:
             return v
         with torch.no_grad():
-            norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)  # each element of v stands in Q twice
+            # each element of v stands in Q twice
+            norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)
             clamped = torch.where(norm <= self.radius, v, v * (self.radius / norm))
             if self.training:
                 self.weight.copy_(clamped)
@@ -139,7 +154,9 @@ class _Held:
             return cls(None, None, False, None)
         state = getattr(base, "state", None)
         scb = getattr(state, "SCB", None)
-        return cls(base._parameters["weight"], base.__dict__.get("quant_state"), getattr(state, "CB", None) is not None, scb)
+        return cls(
+            base._parameters["weight"], base.__dict__.get("quant_state"), getattr(state, "CB", None) is not None, scb
+        )
 
     def move(self, device: torch.device) -> None:
         if self.weight is None or self.weight.device == device:
@@ -148,7 +165,9 @@ class _Held:
         if getattr(self.weight, "CB", None) is not None:
             self.weight.CB = self.weight.data  # the same bytes, under another name
             self.weight.SCB = self.weight.SCB.to(device)
-        for state in {id(s): s for s in (getattr(self.weight, "quant_state", None), self.quant_state) if s is not None}.values():
+        for state in {
+            id(s): s for s in (getattr(self.weight, "quant_state", None), self.quant_state) if s is not None
+        }.values():
             state.to(device)
         self.scb = None if self.scb is None else self.scb.to(device)
 
@@ -167,6 +186,10 @@ class _Held:
         if getattr(base, "state", None) is not None:
             base.state.CB = self.weight.data if self.in_state else None
             base.state.SCB = self.scb
+
+
+def _of_base(name: str) -> Any:
+    return property(lambda live: getattr(live.base_layer, name), doc=f"The base layer's ``{name}``.")
 
 
 class LiveLayer(nn.Module):
@@ -213,7 +236,8 @@ class LiveLayer(nn.Module):
         self._active: list[str] = []
         self._disabled = False
         self._held: _Held | None = None
-        self._home: WeightFormat | None = None
+        # the module of other places, which the base layer stands for in this one
+        self._twin: tuple[nn.Module] | None = None
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
         self.oft_R = nn.ModuleDict().train(self.training)
@@ -238,8 +262,14 @@ class LiveLayer(nn.Module):
     def _stay_differentiable(self, layer: Layer) -> None:
         base: Any = layer.module
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-            encoded, self._home = layer.read()
-            layer.write(encoded, park=False)
+            encoded, home = layer.read()
+            now = replace(encoded.format, storage=home.storage)
+            layer.write(EncodedWeight(now, codecs.restate(encoded, now)), park=False)
+            # bitsandbytes' own marks of what has been packed and is not any more: Layer.read knows by them that it was
+            # doubly quantised
+            state: Any = base.weight.quant_state
+            state.packing_format_for_cpu, state.original_nested = False, bool(home.nested_blocksize)
+            base.weight.compress_statistics = state.original_nested
         if self._packed_before is not None:
             base.support_avx512bf16_for_cpu = False
 
@@ -261,11 +291,13 @@ class LiveLayer(nn.Module):
             return base.out_features, base.in_features
         return base.weight.shape[1], base.weight.shape[0]  # GPT-2's Conv1D
 
-    def add_adapter(self, adapter_name: str, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0) -> None:
+    def add_adapter(
+        self, adapter_name: str, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0
+    ) -> None:
         """One more adapter, which becomes active after those that are: live, ``x · Ra · Rb``. A merged layer is unmerged first.
 
         Raises:
-            StateError: the name is taken, empty or holds a dot.
+            StateError: the name is taken, or no name for an ``nn.ModuleDict``'s entry (empty, with a dot, ``"keys"`` …).
             MatchError, ShapeError: the rotation does not fit.
         """
         _check_name(adapter_name)
@@ -289,7 +321,9 @@ class LiveLayer(nn.Module):
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
         device = torch.device("cpu") if weight.is_meta else weight.device
-        self.oft_R[adapter_name] = LiveRotation(rotation, radius=radius, dropout=dropout, device=device).train(self.training)
+        self.oft_R[adapter_name] = LiveRotation(rotation, radius=radius, dropout=dropout, device=device).train(
+            self.training
+        )
         self._active.append(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -365,6 +399,13 @@ class LiveLayer(nn.Module):
     def bias(self) -> Tensor | None:
         return cast("Tensor | None", self.base_layer.bias)
 
+    # and its sizes, where it has them: not by __getattr__, which would hide what is missing
+    in_features, out_features = _of_base("in_features"), _of_base("out_features")
+    num_embeddings, embedding_dim = _of_base("num_embeddings"), _of_base("embedding_dim")
+    padding_idx = _of_base("padding_idx")
+    in_channels, out_channels = _of_base("in_channels"), _of_base("out_channels")
+    kernel_size, stride = _of_base("kernel_size"), _of_base("stride")
+
     # --- forward ---
 
     def _chain(self) -> list[LiveRotation]:
@@ -439,7 +480,9 @@ class LiveLayer(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
         if self._disabled:
-            raise StateError("the layer's adapters are disabled", module=self._name, remedy="enable_adapters(True) first")
+            raise StateError(
+                "the layer's adapters are disabled", module=self._name, remedy="enable_adapters(True) first"
+            )
         if not names or names == self.merged_adapters:
             return 0.0
         if self.merged:
@@ -451,7 +494,7 @@ class LiveLayer(nn.Module):
         layer = Layer(self._name, self.base_layer)
         try:
             encoded, home = layer.read()
-            folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], self._home or home)
+            folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home)
         except OFTSurgeryError as error:
             raise error.within(self._name) from error.__cause__
         held = _Held.of(layer)
@@ -476,7 +519,9 @@ class LiveLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
-            raise StateError("a state_dict does not load into a merged layer", module=self._name, remedy="unmerge() first")
+            raise StateError(
+                "a state_dict does not load into a merged layer", module=self._name, remedy="unmerge() first"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -528,10 +573,20 @@ def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
     return rotations.apply_blocks(padded, blocks[:needed])[..., :features]
 
 
-def _check_name(adapter_name: str) -> None:
+def _check_name(adapter_name: object) -> None:
+    if not isinstance(adapter_name, str):
+        raise StateError(
+            f"an adapter's name is a string, not a {type(adapter_name).__name__}", remedy="adapter_name='default'"
+        )
     if not adapter_name or "." in adapter_name:
         raise StateError(
-            f"an adapter cannot be named {printable(adapter_name)!r}", remedy="a name without dots, as it becomes part of a state_dict's keys"
+            f"an adapter cannot be named {printable(adapter_name)!r}",
+            remedy="a name without dots, as it becomes part of a state_dict's keys",
+        )
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise StateError(
+            f"an adapter cannot be named {printable(adapter_name)!r}, an attribute of torch.nn.ModuleDict, which holds it",
+            remedy="choose another name",
         )
 
 
@@ -546,11 +601,19 @@ class _Origin:
 
     config: dict[str, Any]
     dialect: str
-    saved: tuple[str, ...]
+    saved: Mapping[str, str]  # {name of a tensor that it brought: content hash of what was there before}
 
 
 def _origins(model: nn.Module) -> dict[str, _Origin]:
     return dict(inner_model(model).__dict__.get(_ATTRIBUTE, {}))
+
+
+def original_hashes(model: nn.Module) -> dict[str, str]:
+    """``{tensor name: content hash of the base model's values}`` of all tensors that wrapped adapters brought themselves.
+
+    To be asked before :func:`strip` or :func:`unwrap`; empty where the model is not wrapped.
+    """
+    return {name: before for origin in _origins(model).values() for name, before in origin.saved.items()}
 
 
 def live_layers(model: nn.Module) -> dict[str, LiveLayer]:
@@ -563,7 +626,11 @@ def live_layers(model: nn.Module) -> dict[str, LiveLayer]:
 
 
 def wrap_model(
-    model: nn.Module, adapters: OFTAdapter | Mapping[str, OFTAdapter], *, adapter_name: str = "default", inplace: bool = False
+    model: nn.Module,
+    adapters: OFTAdapter | Mapping[str, OFTAdapter],
+    *,
+    adapter_name: str = "default",
+    inplace: bool = False,
 ) -> nn.Module:
     """Put live, trainable layers in place of those that an adapter targets; all or nothing.
 
@@ -585,22 +652,31 @@ def wrap_model(
     for name in named:
         _check_name(name)
     if peft_live.has_live_layers(inner_model(model)):
-        raise StateError("the model carries live peft layers already", remedy="wrap the plain base model, or use the peft model as it is")
-    with _transaction() as journal:
+        raise StateError(
+            "the model carries live peft layers already",
+            remedy="wrap the plain base model, or use the peft model as it is",
+        )
+    # tensors made in inference mode would fail at the first training step
+    with torch.inference_mode(False), _transaction() as journal:
         work = model if inplace else share_model(model)
         before = live_layers(work)
         origins = _origins(work)
         taken = [name for name in named if any(name in layer.oft_R for layer in before.values())]
         if taken:
-            raise StateError(f"the model has a live adapter {printable(taken[0])!r} already", remedy="choose another adapter_name")
+            raise StateError(
+                f"the model has a live adapter {printable(taken[0])!r} already", remedy="choose another adapter_name"
+            )
         _refuse_merged(before)
         _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         plan = _plan(work, list(named.values()))
         for name in plan.saved:
             if any(name in origin.saved for origin in origins.values()):
-                raise MatchError("two adapters bring their own values for one tensor", tensor=name, remedy="wrap one of them alone")
-        modules, tied = modules_of(work), _Tied(work)
+                raise MatchError(
+                    "two adapters bring their own values for one tensor", tensor=name, remedy="wrap one of them alone"
+                )
         layers = {layer.base_layer: layer for layer in before.values()}
+        twins = _separate(work, [target.path for target in plan.targets], layers, journal)
+        modules, tied = modules_of(work), _Tied(work)
         for name, adapter in named.items():
             for path, rotation in adapter.modules.items():
                 base = modules[path]
@@ -610,22 +686,37 @@ def wrap_model(
                     journal.append(lambda layer=layers[base], name=name: layer.delete_adapter(name))  # type: ignore[misc]
                 else:
                     journal.append(_restore_4bit(base))
-                    layers[base] = _class_for(Layer(path, base))(base, name, rotation, radius=radius, path=path, shared=tied.shared(base))
-            origins[name] = _Origin(dict(adapter.config), adapter.dialect, tuple(adapter.saved))
-        for name, tensor in plan.saved.items():
-            own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
-            _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
+                    layers[base] = _class_for(Layer(path, base))(
+                        base, name, rotation, radius=radius, path=path, shared=tied.shared(base)
+                    )
+                    layers[base]._twin = twins.get(base)
+        hashes = _bring(plan, modules, tied, journal)
+        for name, adapter in named.items():
+            saved = {key: hashes[key] for key in adapter.saved}
+            origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
         _swap(work, {id(base): layer for base, layer in layers.items()}, journal)
+        _leave_fast_paths(work, journal)
         inner_model(work).__dict__[_ATTRIBUTE] = origins
     return work
+
+
+def _bring(plan: FoldPlan, modules: Mapping[str, nn.Module], tied: _Tied, journal: list[Undo]) -> dict[str, str]:
+    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    hashes: dict[str, str] = {}
+    for name, tensor in plan.saved.items():
+        own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
+        hashes[name] = _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
+    return hashes
 
 
 def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
     for path, layer in layers.items():
         if layer.merged:
             raise StateError(
-                f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer", module=path, remedy="live.unmerge(model) first"
+                f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer",
+                module=path,
+                remedy="live.unmerge(model) first",
             )
 
 
@@ -638,9 +729,68 @@ def _swap(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo])
                 journal.append(lambda parent=parent, name=name, child=child: parent._modules.update({name: child}))  # type: ignore[misc]
 
 
+def _separate(
+    model: nn.Module, paths: Sequence[str], live: Mapping[nn.Module, LiveLayer], journal: list[Undo]
+) -> dict[nn.Module, tuple[nn.Module]]:
+    """Give each path's layer, where it stands under several names, a module of its own over the same tensors.
+
+    For peft makes the named place alone live. Shared parents stay shared.
+
+    Returns:
+        ``{new module: (the one that it stands for,)}``
+    """
+    modules, tied, twins = modules_of(model), _Tied(model), {}
+    for path in paths:
+        base = modules[path]
+        if tied.places_of(base) < 2 or base in live:
+            continue
+        own = share_model(base)
+        for key, parameter in base._parameters.items():
+            if type(parameter) is nn.Parameter:  # one Parameter for both; bitsandbytes changes its own in place
+                own._parameters[key] = parameter
+        above, _, name = path.rpartition(".")
+        slots = inner_model(modules[above])._modules
+        journal.append(lambda slots=slots, name=name, base=base: slots.update({name: base}))  # type: ignore[misc]
+        slots[name] = own
+        twins[own] = (base,)
+    return twins
+
+
+#: what says that torch's fused kernels may be taken, which read the layers' weights and never call them; its value for no
+_FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),  # its layers take nested tensors on the fast path alone
+}
+_FAST = "_oftsurgery_fast_path"
+
+
+def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
+    """Have torch's transformer encoders call their layers where one of these is live."""
+    for module in model.modules():
+        for cls, (name, slow) in _FAST_PATHS.items():
+            if not isinstance(module, cls) or _FAST in module.__dict__ or not hasattr(module, name):
+                continue
+            if any(isinstance(m, LiveLayer) for m in module.modules()):
+                journal.append(lambda module=module, name=name: _take_fast_path(module, name))  # type: ignore[misc]
+                _leave_fast_path(module, name, slow)
+
+
+def _leave_fast_path(module: nn.Module, name: str, slow: Any) -> None:
+    module.__dict__[_FAST], module.__dict__[name] = module.__dict__[name], slow
+
+
+def _take_fast_path(module: nn.Module, name: str) -> None:
+    if _FAST in module.__dict__:
+        module.__dict__[name] = module.__dict__.pop(_FAST)
+
+
 def _restore_4bit(base: Any) -> Undo:
     """What undoes :meth:`LiveLayer._stay_differentiable`."""
-    weight, flag, state = base._parameters.get("weight"), base.__dict__.get("support_avx512bf16_for_cpu"), base.__dict__.get("quant_state")
+    weight, flag, state = (
+        base._parameters.get("weight"),
+        base.__dict__.get("support_avx512bf16_for_cpu"),
+        base.__dict__.get("quant_state"),
+    )
 
     def undo() -> None:
         base._parameters["weight"] = weight
@@ -686,7 +836,11 @@ def active_adapters(model: nn.Module) -> list[str]:
     names = list(dict.fromkeys(name for layer in layers.values() for name in layer.active_adapters))
     for path, layer in layers.items():
         if layer.active_adapters != [name for name in names if name in layer.oft_R]:
-            raise StateError("the model's layers have different active adapters", module=path, remedy="live.set_adapter(model, ['a', 'b'])")
+            raise StateError(
+                "the model's layers have different active adapters",
+                module=path,
+                remedy="live.set_adapter(model, ['a', 'b'])",
+            )
     return names
 
 
@@ -728,7 +882,9 @@ def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[st
         for path, layer in layers.items():
             if not layer.merged:
                 journal.append(layer.unmerge)
-            errors[path] = layer.merge(safe_merge, None if adapter_names is None else [name for name in adapter_names if name in layer.oft_R])
+            errors[path] = layer.merge(
+                safe_merge, None if adapter_names is None else [name for name in adapter_names if name in layer.oft_R]
+            )
     return errors
 
 
@@ -739,7 +895,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
-    """A live adapter as it is now, trained or not: to fold it into the base model, or to save it.
+    """A live adapter as it is now, trained or not: to fold it into the base model.
 
     Args:
         model: wrapped.
@@ -752,10 +908,12 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
     names = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
     if adapter_name is None:
         if len(names) != 1:
-            raise StateError("the model has several live adapters", remedy=f"name one: {', '.join(map(printable, names))}")
+            raise StateError(
+                "the model has several live adapters", remedy=f"name one: {', '.join(map(printable, names))}"
+            )
         adapter_name = names[0]
     _check_names(layers, [adapter_name])
-    origin = _origins(model).get(adapter_name, _Origin({}, "peft-0.21", ()))
+    origin = _origins(model).get(adapter_name, _Origin({}, "peft-0.21", {}))
     modules = modules_of(model)
     saved: dict[str, Tensor] = {}
     for name in origin.saved:
@@ -763,8 +921,14 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
         module = modules[path]
         holder = module.base_layer if isinstance(module, LiveLayer) else module
         saved[name] = getattr(holder, local).detach().clone()
-    rotations_ = {path: cast(LiveRotation, layer.oft_R[adapter_name]).rotation() for path, layer in layers.items() if adapter_name in layer.oft_R}
-    return OFTAdapter(rotations_, saved, dialect=origin.dialect, config=origin.config, source=f"live adapter {adapter_name!r}")
+    rotations_ = {
+        path: cast(LiveRotation, layer.oft_R[adapter_name]).rotation()
+        for path, layer in layers.items()
+        if adapter_name in layer.oft_R
+    }
+    return OFTAdapter(
+        rotations_, saved, dialect=origin.dialect, config=origin.config, source=f"live adapter {adapter_name!r}"
+    )
 
 
 def read_live(model: nn.Module) -> list[OFTAdapter]:
@@ -775,7 +939,11 @@ def read_live(model: nn.Module) -> list[OFTAdapter]:
     """
     for path, layer in _wrapped(model).items():
         if layer.disable_adapters:
-            raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="live.enable_adapters(model, True) first")
+            raise StateError(
+                "the adapters are disabled: the model computes the base",
+                module=path,
+                remedy="live.enable_adapters(model, True) first",
+            )
     names = active_adapters(model)
     if not names:
         raise StateError("the model has no active adapter", remedy="live.set_adapter(model, 'name') first")
@@ -794,7 +962,12 @@ def strip(model: nn.Module) -> list[Undo]:
     layers, inner = _wrapped(model), inner_model(model)
     _refuse_merged(layers)
     journal: list[Undo] = []
-    _swap(inner, {id(layer): layer.base_layer for layer in layers.values()}, journal)
+    _swap(inner, {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}, journal)
+    for module in inner.modules():
+        for cls, (name, slow) in _FAST_PATHS.items():
+            if isinstance(module, cls) and _FAST in module.__dict__:
+                _take_fast_path(module, name)
+                journal.append(lambda module=module, name=name, slow=slow: _leave_fast_path(module, name, slow))  # type: ignore[misc]
     for layer in layers.values():
         base: Any = layer.base_layer
         if layer._packed_before is not None:
@@ -819,7 +992,9 @@ def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
     layers = live_layers(model)
     if not layers:
-        raise StateError("the model carries no live layer of oftsurgery", remedy="oftsurgery.wrap(model, adapter) first")
+        raise StateError(
+            "the model carries no live layer of oftsurgery", remedy="oftsurgery.wrap(model, adapter) first"
+        )
     return layers
 
 
@@ -827,7 +1002,10 @@ def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
     known = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise StateError(f"the model has no live adapter {', '.join(map(printable, unknown))}", remedy=f"it has {', '.join(map(printable, known))}")
+        raise StateError(
+            f"the model has no live adapter {', '.join(map(printable, unknown))}",
+            remedy=f"it has {', '.join(map(printable, known))}",
+        )
 
 
 # --- dispatchers ----------------------------------------------------------------------------------------------------------------------------------
@@ -845,7 +1023,14 @@ _SETTINGS: Mapping[str, Any] = {
     "num_cayley_neumann_terms": 5,
 }
 #: what peft passes to every dispatcher and bitsandbytes layers have no use for
-_IGNORED = {"loaded_in_4bit", "loaded_in_8bit", "fan_in_fan_out", "is_target_conv_1d_layer", "device_map", "get_apply_tensor_subclass"}
+_IGNORED = {
+    "loaded_in_4bit",
+    "loaded_in_8bit",
+    "fan_in_fan_out",
+    "is_target_conv_1d_layer",
+    "device_map",
+    "get_apply_tensor_subclass",
+}
 _IGNORED |= {f"{method}_quantization_config" for method in ("gptq", "aqlm", "awq")}
 
 
@@ -872,7 +1057,9 @@ def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear
     return cast("Linear4bit | None", _dispatch(Linear4bit, "loaded_in_4bit", target, adapter_name, kw))
 
 
-def _dispatch(cls: type[LiveLayer], loaded: str, target: nn.Module, adapter_name: str, kw: Mapping[str, Any]) -> LiveLayer | None:
+def _dispatch(
+    cls: type[LiveLayer], loaded: str, target: nn.Module, adapter_name: str, kw: Mapping[str, Any]
+) -> LiveLayer | None:
     base = target.base_layer if isinstance(target, LiveLayer) else target
     layer = Layer(type(base).__name__, base)
     if not isinstance(base, nn.Linear) or not kw.get(loaded, True) or not cls._takes(layer):
@@ -893,29 +1080,57 @@ def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, floa
     rotation = own.pop("rotation", None)
     unknown = sorted(set(own) - set(_SETTINGS))
     if unknown:
-        raise AdapterError(f"unknown settings {', '.join(map(printable, unknown))}", remedy=f"rotation, config, or some of {', '.join(_SETTINGS)}")
+        raise AdapterError(
+            f"unknown settings {', '.join(map(printable, unknown))}",
+            remedy=f"rotation, config, or some of {', '.join(_SETTINGS)}",
+        )
     if rotation is not None:
         if own or config is not None:
             raise AdapterError("a rotation and the settings of a new one were given", remedy="give rotation=… alone")
+        if not isinstance(rotation, Rotation):
+            raise AdapterError(f"rotation is a {type(rotation).__name__}", remedy="give an oftsurgery.Rotation")
         return rotation, None, 0.0
     given = config if isinstance(config, Mapping) else {k: getattr(config, k) for k in _SETTINGS if hasattr(config, k)}
     s = {**_SETTINGS, **{k: v for k, v in given.items() if k in _SETTINGS}, **own}
     if "r" not in own and "r" not in given and s["oft_block_size"]:
         s["r"] = 0
-    b = _block_size(int(s["r"]), int(s["oft_block_size"]), features)
+    for name in ("coft", "block_share", "init_weights", "use_cayley_neumann"):
+        if not isinstance(s[name], bool):
+            remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
+            raise AdapterError(f"{name} = {printable(s[name])!r} is neither True nor False", remedy=remedy)
+    b = _block_size(_number(s, "r", numbers.Integral), _number(s, "oft_block_size", numbers.Integral), features)
     rows, elements = 1 if s["block_share"] else features // b, b * (b - 1) // 2
-    if s["init_weights"] is not True and s["init_weights"] is not False:
-        raise AdapterError(f"init_weights = {printable(s['init_weights'])!r} is neither True nor False", remedy="True starts at the identity")
     generator = torch.zeros(rows, elements) if s["init_weights"] else 0.1 * torch.randn(rows, elements)
-    cayley = Cayley(int(s["num_cayley_neumann_terms"])) if s["use_cayley_neumann"] else Cayley()
-    radius = float(s["eps"]) / math.sqrt(rows) if s["coft"] else None
-    return Rotation(generator, cayley), radius, float(s["module_dropout"])
+    cayley = Cayley()
+    if s["use_cayley_neumann"]:
+        cayley = Cayley(_number(s, "num_cayley_neumann_terms", numbers.Integral, 0, 1000))
+    radius = _number(s, "eps", numbers.Real, 0) / math.sqrt(rows) if s["coft"] else None
+    return Rotation(generator, cayley), radius, float(_number(s, "module_dropout", numbers.Real, 0, 1))
+
+
+def _number(
+    settings: Mapping[str, Any], name: str, kind: type[Any], least: float = -math.inf, most: float = math.inf
+) -> Any:
+    """A setting that is a finite number of this kind between the two, or AdapterError."""
+    value: Any = settings[name]
+    if isinstance(value, bool) or not isinstance(value, kind) or not (least <= value <= most and math.isfinite(value)):
+        what = "whole number" if kind is numbers.Integral else "number"
+        bounds = (
+            "" if math.isinf(least) else f" of at least {least}" if math.isinf(most) else f" from {least} to {most}"
+        )
+        raise AdapterError(
+            f"{name} = {printable(value)!r} is no {what}{bounds}", remedy=f"peft's default is {_SETTINGS[name]}"
+        )
+    return value
 
 
 def _block_size(r: int, oft_block_size: int, features: int) -> int:
     """Of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``; what does not divide is adjusted to the nearest that does, as peft does."""
     if (r > 0) == (oft_block_size > 0) or min(r, oft_block_size) < 0:
-        raise AdapterError(f"r = {r} and oft_block_size = {oft_block_size}: one must be positive, the other 0", remedy="give oft_block_size alone")
+        raise AdapterError(
+            f"r = {r} and oft_block_size = {oft_block_size}: one must be positive, the other 0",
+            remedy="give oft_block_size alone",
+        )
     wanted, name = (r, "r") if r else (oft_block_size, "oft_block_size")
     fitting = [n for n in range(1, features + 1) if features % n == 0]
     nearest = min(fitting, key=lambda n: (abs(n - wanted), n))
@@ -923,5 +1138,8 @@ def _block_size(r: int, oft_block_size: int, features: int) -> int:
         warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning, stacklevel=5)
     b = features // nearest if r else nearest
     if b < 2:
-        raise AdapterError(f"blocks of size 1 rotate nothing ({name} = {wanted}, {features} features)", remedy="give a larger oft_block_size")
+        raise AdapterError(
+            f"blocks of size 1 rotate nothing ({name} = {wanted}, {features} features)",
+            remedy="give a larger oft_block_size",
+        )
     return b

@@ -11,6 +11,7 @@ from typing import Any
 
 import accelerate
 import bitsandbytes as bnb
+import bitsandbytes.functional as bnbf
 import peft
 import pytest
 import torch
@@ -23,6 +24,8 @@ from transformers.pytorch_utils import Conv1D
 import oftsurgery
 from oftsurgery import live
 from oftsurgery.adapter import Cayley, Rotation, parse_adapter
+from oftsurgery.hashing import hash_tensors
+from oftsurgery.layers import Layer
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDENS = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json"))
@@ -54,8 +57,12 @@ def unpackable(model: nn.Module) -> nn.Module:
     return model
 
 
-def one(variant: str = "0.21 Neumann", codec: str = "dense", in_features: int = 64, out_features: int = 96, **options: Any) -> tuple[Single, Case]:
-    return Single(make_layer(codec, in_features, out_features, **options)), make_case(variant, in_features, out_features)
+def one(
+    variant: str = "0.21 Neumann", codec: str = "dense", in_features: int = 64, out_features: int = 96, **options: Any
+) -> tuple[Single, Case]:
+    return Single(make_layer(codec, in_features, out_features, **options)), make_case(
+        variant, in_features, out_features
+    )
 
 
 def wrap(model: nn.Module, adapter: Any, **options: Any) -> Any:
@@ -94,7 +101,9 @@ def test_the_identity_gives_the_weight_that_each_release_computes(variant: str, 
             bias = layer(torch.zeros(1, layer.base_layer.in_features))[0]
             weight = (layer(torch.eye(layer.base_layer.in_features)) - bias).T
         assert relative(weight, effective[f"layers.0.{name}.weight"]) < 1e-5
-        torch.testing.assert_close(bias, effective.get(f"layers.0.{name}.bias", torch.zeros_like(bias)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            bias, effective.get(f"layers.0.{name}.bias", torch.zeros_like(bias)), rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -121,7 +130,9 @@ def test_an_eval_forward_is_the_base_layer_of_the_rotated_input(stored: str, dty
         expected = model.layer((x.double() @ case.dense).to(dtype))
         y = wrap(model, case.adapter)(x)
     assert y.dtype == expected.dtype == dtype
-    torch.testing.assert_close(y, expected, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 0.03) * float(expected.abs().max()))
+    torch.testing.assert_close(
+        y, expected, rtol=0, atol={torch.float32: 1e-5}.get(dtype, 0.03) * float(expected.abs().max())
+    )
 
 
 @pytest.mark.parametrize("stored", ["dense", *QUANTISED])
@@ -215,7 +226,9 @@ def test_gpt2s_layers_are_rotated_on_their_own_sides(variant: str) -> None:
     model, case = Single(Conv1D(96, 64)), make_case(variant, 64, 96)
     nn.init.normal_(model.layer.bias)
     x = torch.randn(2, 7, 64)
-    expected = x.double() @ case.live_weight(model.layer.weight.detach().T.double()).T + model.layer.bias.detach().double()
+    expected = (
+        x.double() @ case.live_weight(model.layer.weight.detach().T.double()).T + model.layer.bias.detach().double()
+    )
     wrapped = wrap(model, case.adapter)
     assert type(wrapped.layer) is live.Linear
     assert relative(wrapped(x).detach(), expected) < 1e-6
@@ -289,7 +302,9 @@ def test_gradients_in_float64(variant: str) -> None:
         tensors = {"oft_r": 0.3 * torch.randn(2, 4, 4), "oft_s": 1 + 0.1 * torch.randn(10, 1)}
     else:
         tensors = {"oft_R.weight": 0.3 * torch.randn(2, 6)}
-    adapter = parse_adapter({"peft_type": "OFT", **config}, {f"base_model.model.layer.{k}": v for k, v in tensors.items()})
+    adapter = parse_adapter(
+        {"peft_type": "OFT", **config}, {f"base_model.model.layer.{k}": v for k, v in tensors.items()}
+    )
     wrapped = wrap(model, adapter).double()
     parts = dict(wrapped.layer.oft_R.named_parameters())
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
@@ -307,7 +322,9 @@ def test_gradients_in_float64(variant: str) -> None:
 def test_training_over_quantised_layers_learns(stored: str, before: str) -> None:
     codec, nested = QUANTISED[stored]
     # two layers, so that a gradient has to pass one of them
-    model = nn.Sequential(make_layer(codec, 64, 64, nested=nested), nn.Tanh(), make_layer(codec, 64, 64, nested=nested)).eval()
+    model = nn.Sequential(
+        make_layer(codec, 64, 64, nested=nested), nn.Tanh(), make_layer(codec, 64, 64, nested=nested)
+    ).eval()
     x = torch.randn(32, 64)
     if before != "fresh":
         with torch.no_grad():
@@ -384,7 +401,9 @@ def test_coft_keeps_a_trained_generator_in_its_ball(dialect: str) -> None:
 
 
 def test_module_dropout_replaces_blocks_in_training_only() -> None:
-    layer = live.dispatch_bnb_4bit(make_layer("nf4", 64, 64), "default", oft_block_size=8, module_dropout=0.5, init_weights=False)
+    layer = live.dispatch_bnb_4bit(
+        make_layer("nf4", 64, 64), "default", oft_block_size=8, module_dropout=0.5, init_weights=False
+    )
     assert layer is not None
     rotation_ = layer.oft_R["default"]
     eye = torch.eye(8)
@@ -398,15 +417,21 @@ def test_module_dropout_replaces_blocks_in_training_only() -> None:
 
 
 def merge_cases() -> Iterator[Any]:
-    for (stored, (codec, nested)), dtype in itertools.product(QUANTISED.items(), (torch.float32, torch.bfloat16, torch.float16)):
+    for (stored, (codec, nested)), dtype in itertools.product(
+        QUANTISED.items(), (torch.float32, torch.bfloat16, torch.float16)
+    ):
         yield pytest.param(codec, nested, dtype, id=f"{stored}-{str(dtype).removeprefix('torch.')}")
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         yield pytest.param("dense", False, dtype, id=str(dtype).removeprefix("torch."))
 
 
-@pytest.mark.parametrize("when", ["fresh", "after eval forwards", "after training forwards", "base after eval forwards"])
+@pytest.mark.parametrize(
+    "when", ["fresh", "after eval forwards", "after training forwards", "base after eval forwards"]
+)
 @pytest.mark.parametrize(("codec", "nested", "dtype"), list(merge_cases()))
-def test_merge_computes_the_fold_and_unmerge_restores_every_bit(codec: str, nested: bool, dtype: torch.dtype, when: str) -> None:
+def test_merge_computes_the_fold_and_unmerge_restores_every_bit(
+    codec: str, nested: bool, dtype: torch.dtype, when: str
+) -> None:
     model, case = one("0.15 with oft_s", codec, nested=nested, dtype=dtype)
     x = torch.randn(6, 64).to(dtype)
     if when == "base after eval forwards":
@@ -423,7 +448,10 @@ def test_merge_computes_the_fold_and_unmerge_restores_every_bit(codec: str, nest
         error = layer.merge()
         assert layer.merged_adapters == ["default"]
         assert (error == 0) == (dtype in (torch.float32, torch.float64) and codec == "dense")
-        merged, plain = oftsurgery.layers.Layer("", layer.base_layer).read()[0], oftsurgery.layers.Layer("", folded.layer).read()[0]
+        merged, plain = (
+            oftsurgery.layers.Layer("", layer.base_layer).read()[0],
+            oftsurgery.layers.Layer("", folded.layer).read()[0],
+        )
         assert merged.format == plain.format
         assert merged.fingerprint == plain.fingerprint
         assert layer.merge() == 0.0  # merged already
@@ -485,7 +513,9 @@ def test_a_merge_of_a_model_is_all_or_nothing() -> None:
         live.merge(wrapped)
     assert not wrapped[0].merged
     # `merged_adapters` is a new empty list; all else is the very same
-    assert {path: state[2:5] for path, state in snapshot_of(wrapped).items()} == {path: state[2:5] for path, state in before.items()}
+    assert {path: state[2:5] for path, state in snapshot_of(wrapped).items()} == {
+        path: state[2:5] for path, state in before.items()
+    }
 
 
 # --- wrapping a model -----------------------------------------------------------------------------------------------------------------------------
@@ -517,7 +547,14 @@ def net_adapter(**config: Any) -> oftsurgery.OFTAdapter:
         "score.weight": torch.randn(3, 64, generator=g),
         "score.bias": torch.randn(3, generator=g),
     }
-    settings = {"peft_type": "OFT", "peft_version": "0.21.2", "use_cayley_neumann": True, "bias": "oft_only", "modules_to_save": ["score"], **config}
+    settings = {
+        "peft_type": "OFT",
+        "peft_version": "0.21.2",
+        "use_cayley_neumann": True,
+        "bias": "oft_only",
+        "modules_to_save": ["score"],
+        **config,
+    }
     return parse_adapter(settings, {f"base_model.model.{k}": v for k, v in tensors.items()})
 
 
@@ -528,7 +565,13 @@ def test_a_wrap_is_pure_and_trains_the_adapter_alone() -> None:
     wrapped = wrap(model, net_adapter())
     assert [type(m).__name__ for m in live.live_layers(wrapped).values()] == ["Embedding", "Linear4bit"]
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
-    assert trained == {"embed.oft_R.default.weight", "middle.oft_R.default.weight", "middle.base_layer.bias", "score.weight", "score.bias"}
+    assert trained == {
+        "embed.oft_R.default.weight",
+        "middle.oft_R.default.weight",
+        "middle.base_layer.bias",
+        "score.weight",
+        "score.bias",
+    }
     optimiser = torch.optim.Adam([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
     head, score = wrapped.train()(ids)
     (head.square().sum() + score.square().sum()).backward()
@@ -536,7 +579,9 @@ def test_a_wrap_is_pure_and_trains_the_adapter_alone() -> None:
     optimiser.step()
     assert snapshot_of(model) == before
     assert all(torch.equal(a, b) for a, b in zip(model(ids), outputs, strict=True))
-    assert wrapped.embed.base_layer.weight is wrapped.head.weight  # the head stays tied to the embedding that is rotated live alone
+    assert (
+        wrapped.embed.base_layer.weight is wrapped.head.weight
+    )  # the head stays tied to the embedding that is rotated live alone
 
 
 def test_trained_biases_heads_and_embeddings_are_the_folded_models() -> None:
@@ -556,10 +601,15 @@ def test_trained_biases_heads_and_embeddings_are_the_folded_models() -> None:
     x = plain.embed.weight.detach().double()[ids] @ dense("embed")
     x = x @ dense("middle") @ stored_weight(plain.middle).T + adapter.saved["middle.bias"].double()
     x = nn.functional.layer_norm(x, (64,))
-    expected = (x @ plain.embed.weight.detach().double().T, x @ adapter.saved["score.weight"].double().T + adapter.saved["score.bias"].double())
+    expected = (
+        x @ plain.embed.weight.detach().double().T,
+        x @ adapter.saved["score.weight"].double().T + adapter.saved["score.bias"].double(),
+    )
     for y, e in zip(wrapped(ids), expected, strict=True):
         assert relative(y.detach(), e) < 1e-5
-    assert {k: v.tolist() for k, v in live.adapter_of(wrapped).saved.items()} == {k: v.tolist() for k, v in adapter.saved.items()}
+    assert {k: v.tolist() for k, v in live.adapter_of(wrapped).saved.items()} == {
+        k: v.tolist() for k, v in adapter.saved.items()
+    }
     with torch.no_grad():
         wrapped.middle.base_layer.bias.add_(1)
     assert torch.equal(live.adapter_of(wrapped).saved["middle.bias"], adapter.saved["middle.bias"] + 1)
@@ -574,7 +624,10 @@ def test_inplace_wraps_the_model_itself_and_unwrap_takes_it_out() -> None:
     assert wrap(model, case.adapter, inplace=True) is model
     assert model.layer.base_layer is base
     assert base.support_avx512bf16_for_cpu is False
-    with pytest.raises(oftsurgery.StateError, match=r"the model has a live adapter 'default' already.*Remedy: choose another adapter_name"):
+    with pytest.raises(
+        oftsurgery.StateError,
+        match=r"the model has a live adapter 'default' already.*Remedy: choose another adapter_name",
+    ):
         wrap(model, case.adapter)
     assert live.unwrap(model, inplace=True) is model
     assert model.layer is base
@@ -615,7 +668,8 @@ def test_disabled_adapters_leave_the_base() -> None:
         assert wrapped.layer.disable_adapters
         assert torch.equal(wrapped(x), base)
         with pytest.raises(
-            oftsurgery.StateError, match=r"the layer's adapters are disabled \[module 'layer'\] Remedy: enable_adapters\(True\) first"
+            oftsurgery.StateError,
+            match=r"the layer's adapters are disabled \[module 'layer'\] Remedy: enable_adapters\(True\) first",
         ):
             wrapped.layer.merge()
         with pytest.raises(oftsurgery.StateError, match="the adapters are disabled: the model computes the base"):
@@ -638,14 +692,236 @@ def test_a_tied_embedding_merges_alone_and_is_tied_again() -> None:
     assert torch.equal(wrapped(ids)[0], logits)
 
 
-def test_a_layer_in_two_places_is_live_in_both() -> None:
+PLACES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(64, 64),
+    "nf4": lambda: make_layer("nf4", 64, 64, nested=True),
+    "int8": lambda: make_layer("int8", 64, 64),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_layer_in_two_places_is_live_in_the_one_that_the_adapter_names(kind: str, tmp_path: Path) -> None:
+    shared = PLACES[kind]()
+    model, x = unpackable(nn.Sequential(shared, nn.Tanh(), shared)), torch.randn(2, 64)
+    config = peft.OFTConfig(oft_block_size=16, target_modules=["0"], init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    assert isinstance(theirs.base_model.model[2], type(shared))  # bare
+    nn.init.normal_(theirs.base_model.model[0].oft_R["default"].weight, std=0.05)
+    theirs.save_pretrained(tmp_path)
+    expected, plain = theirs.train()(x).detach(), copy.deepcopy(model).train()(x).detach()
+    before = snapshot_of(model)
+    wrapped = wrap(model, oftsurgery.load_adapter(tmp_path)).train()
+    assert snapshot_of(model) == before
+    assert isinstance(wrapped[0], live.LiveLayer)
+    assert wrapped[2] is not wrapped[0].base_layer
+    assert type(wrapped[2]) is type(shared)
+    assert list(live.live_layers(wrapped)) == ["0"]
+    for model_ in (wrapped, copy.deepcopy(wrapped)):
+        assert relative(model_(x).detach(), expected) < 2e-6
+        live.merge(model_)
+        assert relative(model_(x).detach(), expected) < (2e-6 if kind == "linear" else 0.2)
+        assert relative(model_(x).detach(), plain) > 0.05
+        live.unmerge(model_)
+        assert relative(model_(x).detach(), expected) < 2e-6
+        bare = live.unwrap(model_)
+        assert bare[0] is bare[2]
+        assert torch.equal(bare.train()(x), plain)
+
+
+def test_each_place_of_a_layer_takes_an_adapter_of_its_own() -> None:
     shared = nn.Linear(64, 64)
     model, x = nn.Sequential(shared, nn.Tanh(), shared), torch.randn(2, 64)
-    case = make_case("0.21 exact", 64, 64, path="2")
+    a, b = make_case("0.21 exact", 64, 64, path="0"), make_case("0.21 Neumann", 64, 64, path="2", size=0.05)
+    config = {"peft_type": "OFT", "bias": "oft_only"}
+    adapter = oftsurgery.OFTAdapter(a.adapter.modules, {"0.bias": torch.randn(64)}, config=config)
+    both = wrap(wrap(model, adapter, adapter_name="a"), b.adapter, adapter_name="b")
+    w, bias = stored_weight(shared), adapter.saved["0.bias"].double()
+    middle = torch.tanh(x.double() @ a.dense @ w.T + bias)  # peft trains the one bias, in both places
+    assert relative(both(x).detach(), middle @ b.dense @ w.T + bias) < 1e-6
+    assert both[0].base_layer.bias is both[2].base_layer.bias
+    assert both[0].base_layer.weight is both[2].base_layer.weight
+    live.merge(both)
+    assert relative(both(x).detach(), middle @ b.dense @ w.T + bias) < 1e-6
+    live.unmerge(both)
+    assert live.unwrap(both, inplace=True)[0] is both[2]
+
+
+def test_a_shared_parent_is_live_in_all_of_its_places() -> None:
+    block = nn.Sequential(nn.Linear(64, 64), nn.Tanh())  # as ALBERT's
+    model, x = nn.Sequential(block, block), torch.randn(2, 64)
+    case = make_case("0.21 exact", 64, 64, path="0.0")
     wrapped = wrap(model, case.adapter)
-    assert wrapped[0] is wrapped[2]
-    assert list(live.adapter_of(wrapped).modules) == ["2"]
-    assert relative(wrapped(x).detach(), fold(model, case.adapter)(x).detach()) < 1e-6
+    assert wrapped[0] is wrapped[1]
+    w, bias = stored_weight(block[0]), block[0].bias.detach().double()
+    expected = x.double()
+    for _ in range(2):
+        expected = torch.tanh(expected @ case.dense @ w.T + bias)
+    assert relative(wrapped(x).detach(), expected) < 1e-6
+
+
+def test_an_error_leaves_a_layer_in_two_places() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(64, 64, device="meta"))
+    adapter = oftsurgery.OFTAdapter({"0": rotation(4, 120)}, {"3.bias": torch.zeros(64)})
+    with pytest.raises(oftsurgery.StateError, match="offloaded or not loaded"):
+        wrap(model, adapter, inplace=True)
+    assert model[0] is shared
+    assert model[2] is shared
+
+
+class Padded(nn.Module):
+    """An encoder of two layers, called with a padding mask, which makes torch's fast path take nested tensors."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        mask[0, -2:] = True
+        return self.encoder(x, src_key_padding_mask=mask)[~mask]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # once a process, on the base's fast path
+@pytest.mark.parametrize("layer", [0, 1])
+def test_torchs_encoders_call_live_layers_in_eval_too(layer: int) -> None:
+    model, x = Padded().eval(), torch.randn(2, 5, 16)
+    names = [f"encoder.layers.{layer}.linear{i}" for i in (1, 2)]
+    shapes = {names[0]: (4, 6), names[1]: (8, 6)}
+    adapter = oftsurgery.OFTAdapter({name: rotation(*shapes[name], size=0.3) for name in names})
+    wrapped = wrap(model, adapter)
+    trained, plain = wrapped.train()(x).detach(), model.train()(x).detach()
+    assert relative(trained, plain) > 0.05
+    with torch.no_grad():
+        fast = model.eval()(x)  # the base keeps its fast path
+        assert relative(wrapped.eval()(x), trained) < 1e-6
+        assert relative(copy.deepcopy(wrapped)(x), trained) < 1e-6
+        live.merge(wrapped)
+        assert relative(wrapped(x), trained) < 1e-6
+        live.unmerge(wrapped)
+        second = wrap(wrapped, oftsurgery.OFTAdapter({names[0]: rotation(4, 6, seed=1)}), adapter_name="second")
+        live.set_adapter(second, "default")
+        assert relative(second(x), trained) < 1e-6
+    for model_ in (wrapped, second):
+        encoder = live.unwrap(model_).encoder
+        assert encoder.use_nested_tensor is True
+        assert [m.activation_relu_or_gelu for m in encoder.layers] == [1, 1]
+        with torch.no_grad():
+            assert torch.equal(live.unwrap(model_).eval()(x), fast)
+
+
+def test_a_failed_fold_leaves_encoders_as_they_were() -> None:
+    wrapped = wrap(Padded(), oftsurgery.OFTAdapter({"encoder.layers.0.linear1": rotation(4, 6)}))
+    undo = live.strip(wrapped)
+    assert wrapped.encoder.use_nested_tensor is True
+    for step in reversed(undo):
+        step()
+    assert wrapped.encoder.use_nested_tensor is False
+    assert [m.activation_relu_or_gelu for m in wrapped.encoder.layers] == [0, 1]
+    assert live.unwrap(wrapped).encoder.layers[0].activation_relu_or_gelu == 1
+
+
+def test_an_attentions_out_proj_is_refused() -> None:
+    # nn.MultiheadAttention reads its weight and never calls it
+    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    before = snapshot_of(model)
+    with pytest.raises(oftsurgery.FormatError, match=r"MultiheadAttention.* \[module 'self_attn.out_proj'\]"):
+        wrap(model, oftsurgery.OFTAdapter({"self_attn.out_proj": rotation(2, 28)}), inplace=True)
+    assert snapshot_of(model) == before
+
+
+def test_originals_of_replaced_tensors_are_known_by_their_hashes() -> None:
+    model = Net()
+    wrapped = wrap(model, net_adapter())
+    # in the order in which the tensors were replaced, of the base's own values
+    names = ("middle.bias", "score.weight", "score.bias")
+    expected = {name: hash_tensors({name: model.get_parameter(name)}) for name in names}
+    assert live.original_hashes(wrapped) == expected
+    with torch.no_grad():
+        wrapped.score.weight.add_(1)
+    second = oftsurgery.OFTAdapter({"embed": rotation(4, 120, side="embedding")}, {"norm.weight": torch.randn(64)})
+    expected["norm.weight"] = hash_tensors({"norm.weight": model.norm.weight})
+    assert live.original_hashes(wrap(wrapped, second, adapter_name="second")) == expected
+    assert live.original_hashes(copy.deepcopy(wrapped)) == {name: expected[name] for name in names}
+    assert live.original_hashes(live.unwrap(wrapped)) == {}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_unfolding_a_folded_wrap_restores_what_the_adapter_replaced(inplace: bool) -> None:
+    model = Net()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    wrapped = wrap(model, net_adapter())
+    with torch.no_grad():
+        wrapped.score.bias.add_(1)
+    with pytest.warns(oftsurgery.RoundingWarning), pytest.warns(oftsurgery.UntieWarning):
+        folded = oftsurgery.fold(wrapped, inplace=inplace)
+    assert torch.equal(folded.score.bias, net_adapter().saved["score.bias"] + 1)
+    restored = oftsurgery.unfold(folded, base=model)
+    state = restored.state_dict()
+    assert {name: t.tolist() for name, t in state.items()} == {name: t.tolist() for name, t in before.items()}
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["single", "double quantisation"])
+def test_a_repacked_base_keeps_its_format_through_wrap_and_fold(nested: bool, storage: torch.dtype) -> None:
+    base = bnb.nn.Linear4bit(
+        64, 96, quant_type="nf4", compress_statistics=nested, compute_dtype=torch.float32, quant_storage=storage
+    )
+    model = Single(base.to("cpu")).eval()
+    case = make_case("0.21 exact", 64, 96)
+    expected = fold(model, case.adapter)
+    expected_format = Layer("layer", expected.layer).read()[1]
+    assert bool(expected_format.nested_blocksize) is nested
+    assert expected_format.storage == storage
+    weight, state = stored_weight(base), base.weight.quant_state
+    base.weight.data, _ = bnbf._convert_weight_packed_for_cpu(base.weight.data, state)  # as a CPU eval forward does
+    wrapped = wrap(model, case.adapter)
+    x = torch.randn(3, 64)
+    y = x.double() @ case.live_weight(weight).T + base.bias.detach()
+    assert relative(wrapped.train()(x).detach(), y) < 4e-3  # packing has rounded absmax to bfloat16
+    bare = live.unwrap(wrapped)
+    assert Layer("layer", bare.layer).read()[1] == expected_format
+    assert Layer("layer", bare.layer).repacked
+    for result in (fold(wrapped, None), fold(bare, case.adapter), fold(copy.deepcopy(wrapped), None)):
+        encoded, home = Layer("layer", result.layer).read()
+        assert encoded.format == home == expected_format
+        assert result.layer.weight.compress_statistics is nested
+        assert result.layer.weight.quant_state.nested is nested
+    wrapped.layer.merge()
+    assert wrapped.layer.base_layer.weight.quant_state.nested is nested
+    assert base.weight.quant_state.packing_format_for_cpu  # the model's own, untouched
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("stored", ["dense", *QUANTISED])
+def test_what_is_wrapped_in_inference_mode_trains(stored: str, mode: Any) -> None:
+    codec, nested = QUANTISED.get(stored, (stored, False))
+    model, case = one(codec=codec, nested=nested)
+    x, adapter = torch.randn(3, 64), oftsurgery.OFTAdapter(case.adapter.modules, {"layer.bias": torch.randn(96)})
+    expected = wrap(model, adapter).train()(x)
+    with mode():
+        wrapped = wrap(model, adapter)
+        wrapped.layer.add_adapter("more", rotation(4, 120, size=0.0))
+    assert not any(p.is_inference() for p in wrapped.parameters())
+    y = wrapped.train()(x)
+    assert torch.equal(y, expected)
+    y.square().mean().backward()
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert set(trained) == {"layer.base_layer.bias", "layer.oft_R.default.weight", "layer.oft_R.more.weight"}
+    assert all(float(p.grad.abs().max()) > 0 for p in trained.values())
+
+
+def test_live_layers_have_their_base_layers_sizes() -> None:
+    linear = live.Linear(nn.Linear(64, 96), "a", rotation(4, 120))
+    assert (linear.in_features, linear.out_features) == (64, 96)
+    embedding = live.Embedding(nn.Embedding(11, 64, padding_idx=3), "a", rotation(4, 120, side="embedding"))
+    assert (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx) == (11, 64, 3)
+    convolution = live.Linear(nn.Conv2d(64, 96, 1, stride=2), "a", rotation(4, 120))
+    assert (convolution.in_channels, convolution.out_channels) == (64, 96)
+    assert (convolution.kernel_size, convolution.stride) == ((1, 1), (2, 2))
+    assert not hasattr(linear, "num_embeddings")
+    assert not hasattr(embedding, "in_features")
 
 
 def test_layers_that_accelerate_offloads() -> None:
@@ -696,7 +972,9 @@ def test_a_state_dict_round_trips(variant: str, stored: str, tmp_path: Path) -> 
     model, case = one(variant, stored)
     wrapped = wrap(model, case.adapter).train()
     state = wrapped.state_dict()
-    assert {k for k in state if "oft_R" in k} == {"layer.oft_R.default.weight"} | ({"layer.oft_R.default.scale"} if case.scale is not None else set())
+    assert {k for k in state if "oft_R" in k} == {"layer.oft_R.default.weight"} | (
+        {"layer.oft_R.default.scale"} if case.scale is not None else set()
+    )
     assert {"layer.base_layer.weight", "layer.base_layer.bias"} < set(state)
     if stored == "dense":
         save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
@@ -726,7 +1004,10 @@ def test_a_merged_state_dict_does_not_load_where_it_would_rotate_twice() -> None
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "layer.merged"'):
         other.load_state_dict(wrapped.state_dict())
     before = bits(wrapped.layer.base_layer)
-    with pytest.raises(oftsurgery.StateError, match=r"a state_dict does not load into a merged layer \[module 'layer'\] Remedy: unmerge\(\) first"):
+    with pytest.raises(
+        oftsurgery.StateError,
+        match=r"a state_dict does not load into a merged layer \[module 'layer'\] Remedy: unmerge\(\) first",
+    ):
         wrapped.load_state_dict(plain)
     assert bits(wrapped.layer.base_layer) == before
 
@@ -774,7 +1055,8 @@ def test_two_adapters_with_own_tensors_are_refused() -> None:
     before = snapshot_of(wrapped)
     other = oftsurgery.OFTAdapter({"middle": rotation(4, 120, seed=1)}, {"score.bias": torch.zeros(3)})
     with pytest.raises(
-        oftsurgery.MatchError, match=r"two adapters bring their own values for one tensor \[tensor 'score.bias'\] Remedy: wrap one of them"
+        oftsurgery.MatchError,
+        match=r"two adapters bring their own values for one tensor \[tensor 'score.bias'\] Remedy: wrap one of them",
     ):
         wrap(wrapped, other, adapter_name="b", inplace=True)
     after = snapshot_of(wrapped)
@@ -785,21 +1067,58 @@ def test_a_folded_adapter_and_peft_models_are_refused(tmp_path: Path) -> None:
     model, case = one("0.21 exact")
     with pytest.raises(oftsurgery.StateError, match="this adapter is folded into the model already"):
         wrap(fold(model, case.adapter), case.adapter)
-    with pytest.raises(oftsurgery.StateError, match=r"carries live peft layers already Remedy: wrap the plain base model"):
+    with pytest.raises(
+        oftsurgery.StateError, match=r"carries live peft layers already Remedy: wrap the plain base model"
+    ):
         wrap(peft_model(model, tmp_path, "default"), case.adapter)
 
 
 Call = Callable[[Any], Any]
 REFUSED: dict[str, tuple[Call, str]] = {
-    "unknown adapter, layer": (lambda m: m.layer.set_adapter("x"), r"the layer has no adapter x \[module 'layer'\] Remedy: it has a, b"),
-    "unknown adapter, model": (lambda m: live.set_adapter(m, "x"), r"the model has no live adapter x Remedy: it has a, b"),
+    "unknown adapter, layer": (
+        lambda m: m.layer.set_adapter("x"),
+        r"the layer has no adapter x \[module 'layer'\] Remedy: it has a, b",
+    ),
+    "unknown adapter, model": (
+        lambda m: live.set_adapter(m, "x"),
+        r"the model has no live adapter x Remedy: it has a, b",
+    ),
     "twice, layer": (lambda m: m.layer.set_adapter(["a", "a"]), r"an adapter is named twice \[module 'layer'\]"),
     "twice, model": (lambda m: live.set_adapter(m, ["a", "a"]), r"an adapter is named twice Remedy"),
     "delete unknown": (lambda m: m.layer.delete_adapter("x"), r"the layer has no adapter x"),
     "merge unknown": (lambda m: m.layer.merge(adapter_names=["x"]), r"the layer has no adapter x"),
     "merge unknown, model": (lambda m: live.merge(m, adapter_names=["x"]), r"the model has no live adapter x"),
-    "taken": (lambda m: m.layer.add_adapter("a", rotation(4, 120)), r"has an adapter 'a' already .* Remedy: choose another name"),
-    "dot": (lambda m: m.layer.add_adapter("a.b", rotation(4, 120)), r"an adapter cannot be named 'a.b' Remedy: a name without dots"),
+    "taken": (
+        lambda m: m.layer.add_adapter("a", rotation(4, 120)),
+        r"has an adapter 'a' already .* Remedy: choose another name",
+    ),
+    "dot": (
+        lambda m: m.layer.add_adapter("a.b", rotation(4, 120)),
+        r"an adapter cannot be named 'a.b' Remedy: a name without dots",
+    ),
+    "empty": (
+        lambda m: m.layer.add_adapter("", rotation(4, 120)),
+        r"an adapter cannot be named '' Remedy: a name without dots",
+    ),
+    **{
+        name: (
+            lambda m, name=name: m.layer.add_adapter(name, rotation(4, 120)),
+            rf"an adapter cannot be named '{name}', an attribute of torch.nn.ModuleDict, which holds it Remedy: choose another name",
+        )
+        for name in ("training", "keys", "pop", "forward", "_modules")
+    },
+    "reserved, model": (
+        lambda m: wrap(m, make_case("0.21 exact", 64, 96).adapter, adapter_name="items"),
+        r"an adapter cannot be named 'items', an attribute of torch.nn.ModuleDict",
+    ),
+    "number": (
+        lambda m: m.layer.add_adapter(3, rotation(4, 120)),
+        r"an adapter's name is a string, not a int Remedy: adapter_name='default'",
+    ),
+    "number, model": (
+        lambda m: wrap(m, {3: make_case("0.21 exact", 64, 96).adapter}),
+        r"an adapter's name is a string, not a int",
+    ),
     "which": (lambda m: live.adapter_of(m), r"the model has several live adapters Remedy: name one: a, b"),
     "adapter_of unknown": (lambda m: live.adapter_of(m, "x"), r"the model has no live adapter x"),
 }
@@ -820,10 +1139,16 @@ def test_a_merged_layer_takes_no_other_merge_and_no_wrap() -> None:
     second = make_case("0.21 Neumann", 64, 96)
     wrapped = wrap(model, {"a": case.adapter, "b": second.adapter})
     wrapped.layer.merge(adapter_names=["a"])
-    with pytest.raises(oftsurgery.StateError, match=r"a is merged already, and a, b was asked for \[module 'layer'\] Remedy: unmerge\(\) first"):
+    with pytest.raises(
+        oftsurgery.StateError,
+        match=r"a is merged already, and a, b was asked for \[module 'layer'\] Remedy: unmerge\(\) first",
+    ):
         wrapped.layer.merge()
     for call in (live.strip, lambda m: wrap(m, case.adapter, adapter_name="c")):
-        with pytest.raises(oftsurgery.StateError, match=r"a is merged into this layer \[module 'layer'\] Remedy: live.unmerge\(model\) first"):
+        with pytest.raises(
+            oftsurgery.StateError,
+            match=r"a is merged into this layer \[module 'layer'\] Remedy: live.unmerge\(model\) first",
+        ):
             call(wrapped)
     live.set_adapter(wrapped, [])
     assert not wrapped.layer.merged
@@ -832,16 +1157,25 @@ def test_a_merged_layer_takes_no_other_merge_and_no_wrap() -> None:
 
 
 def test_layers_that_disagree_are_told() -> None:
-    wrapped = wrap(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), oftsurgery.OFTAdapter({"0": rotation(4, 120), "1": rotation(4, 120)}))
+    wrapped = wrap(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)),
+        oftsurgery.OFTAdapter({"0": rotation(4, 120), "1": rotation(4, 120)}),
+    )
     wrapped[1].set_adapter([])
-    with pytest.raises(oftsurgery.StateError, match=r"the model's layers have different active adapters \[module '1'\]"):
+    with pytest.raises(
+        oftsurgery.StateError, match=r"the model's layers have different active adapters \[module '1'\]"
+    ):
         live.active_adapters(wrapped)
 
 
 @pytest.mark.parametrize(
     ("cls", "base", "text"),
     [
-        (live.Linear4bit, "dense", r"live.Linear4bit does not take a Linear .* Remedy: for this one there is live.Linear"),
+        (
+            live.Linear4bit,
+            "dense",
+            r"live.Linear4bit does not take a Linear .* Remedy: for this one there is live.Linear",
+        ),
         (live.Linear8bitLt, "nf4", r"live.Linear8bitLt does not take a Linear4bit .* there is live.Linear4bit"),
         (live.Linear, "int8", r"live.Linear does not take a Linear8bitLt .* there is live.Linear8bitLt"),
         (live.Embedding, "dense", r"live.Embedding does not take a Linear"),
@@ -890,7 +1224,10 @@ def test_dispatched_layers_compute_what_peft_computes(settings: str, codec: str,
     theirs = peft_model(model, tmp_path, "default", **SETTINGS[settings])
     config = theirs.peft_config["default"]
     # as OFTModel of peft 0.18 called its dispatchers, and as that of 0.20 did
-    flat = {k: getattr(config, k) for k in ("r", "oft_block_size", "module_dropout", "coft", "eps", "block_share", "use_cayley_neumann")}
+    flat = {
+        k: getattr(config, k)
+        for k in ("r", "oft_block_size", "module_dropout", "coft", "eps", "block_share", "use_cayley_neumann")
+    }
     flat |= {
         "num_cayley_neumann_terms": 5,
         "init_weights": True,
@@ -946,7 +1283,9 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("settings", "features", "b", "text"), BLOCKS, ids=str)
-def test_block_sizes_are_adjusted_as_peft_adjusts_them(settings: dict[str, Any], features: int, b: int, text: str) -> None:
+def test_block_sizes_are_adjusted_as_peft_adjusts_them(
+    settings: dict[str, Any], features: int, b: int, text: str
+) -> None:
     theirs = peft.tuners.oft.layer.OFTLayer.adjust_oft_parameters
     wanted = settings.get("oft_block_size") or settings.get("r", 8)
     assert theirs(None, features, wanted) == (b if settings.get("oft_block_size") else features // b)
@@ -957,14 +1296,72 @@ def test_block_sizes_are_adjusted_as_peft_adjusts_them(settings: dict[str, Any],
 
 
 WRONG_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "typo": ({"oft_blok_size": 8}, oftsurgery.AdapterError, "unknown settings oft_blok_size Remedy: rotation, config, or some of r, oft_block_size"),
-    "both": ({"r": 4, "oft_block_size": 16}, oftsurgery.AdapterError, "r = 4 and oft_block_size = 16: one must be positive, the other 0"),
+    "typo": (
+        {"oft_blok_size": 8},
+        oftsurgery.AdapterError,
+        "unknown settings oft_blok_size Remedy: rotation, config, or some of r, oft_block_size",
+    ),
+    "both": (
+        {"r": 4, "oft_block_size": 16},
+        oftsurgery.AdapterError,
+        "r = 4 and oft_block_size = 16: one must be positive, the other 0",
+    ),
     "neither": ({"r": 0, "oft_block_size": 0}, oftsurgery.AdapterError, "r = 0 and oft_block_size = 0"),
     "negative": ({"r": -4, "oft_block_size": 16}, oftsurgery.AdapterError, "r = -4 and oft_block_size = 16"),
     "one by one": ({"r": 64}, oftsurgery.AdapterError, r"blocks of size 1 rotate nothing \(r = 64, 64 features\)"),
     "init": ({"init_weights": "random"}, oftsurgery.AdapterError, "init_weights = 'random' is neither True nor False"),
-    "rotation and more": ({"rotation": Rotation(torch.zeros(4, 120)), "r": 4}, oftsurgery.AdapterError, "a rotation and the settings of a new one"),
-    "too wide": ({"rotation": Rotation(torch.zeros(5, 120))}, oftsurgery.ShapeError, "5 blocks of size 16 do not cover the 64 input features"),
+    "r, a fraction": ({"r": 2.5}, oftsurgery.AdapterError, "r = '2.5' is no whole number Remedy: peft's default is 8"),
+    "r, text": ({"r": "x"}, oftsurgery.AdapterError, "r = 'x' is no whole number"),
+    "r, a flag": ({"r": True}, oftsurgery.AdapterError, "r = 'True' is no whole number"),
+    "block size, None": (
+        {"oft_block_size": None},
+        oftsurgery.AdapterError,
+        "oft_block_size = 'None' is no whole number",
+    ),
+    "terms, negative": (
+        {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": -1},
+        oftsurgery.AdapterError,
+        "num_cayley_neumann_terms = '-1' is no whole number from 0 to 1000 Remedy: peft's default is 5",
+    ),
+    "dropout": (
+        {"r": 4, "module_dropout": 3},
+        oftsurgery.AdapterError,
+        "module_dropout = '3' is no number from 0 to 1",
+    ),
+    "dropout, text": (
+        {"r": 4, "module_dropout": "x"},
+        oftsurgery.AdapterError,
+        "module_dropout = 'x' is no number from 0 to 1",
+    ),
+    **{
+        f"eps {eps}": (
+            {"r": 4, "coft": True, "eps": eps},
+            oftsurgery.AdapterError,
+            f"eps = '{eps}' is no number of at least 0 Remedy: peft's default is 6e-05",
+        )
+        for eps in (-1, None, float("nan"), float("inf"))
+    },
+    "coft": (
+        {"r": 4, "coft": "x"},
+        oftsurgery.AdapterError,
+        "coft = 'x' is neither True nor False Remedy: peft's default is False",
+    ),
+    "config": ({"config": {"r": "x"}}, oftsurgery.AdapterError, "r = 'x' is no whole number"),
+    "rotation, text": (
+        {"rotation": "x"},
+        oftsurgery.AdapterError,
+        "rotation is a str Remedy: give an oftsurgery.Rotation",
+    ),
+    "rotation and more": (
+        {"rotation": Rotation(torch.zeros(4, 120)), "r": 4},
+        oftsurgery.AdapterError,
+        "a rotation and the settings of a new one",
+    ),
+    "too wide": (
+        {"rotation": Rotation(torch.zeros(5, 120))},
+        oftsurgery.ShapeError,
+        "5 blocks of size 16 do not cover the 64 input features",
+    ),
     "embedding": (
         {"rotation": Rotation(torch.zeros(4, 120), Cayley(), "embedding")},
         oftsurgery.MatchError,
