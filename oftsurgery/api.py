@@ -122,12 +122,12 @@ def _fold_wrapped(model: M, adapter: object, *, inplace: bool, progress: bool) -
             "the model carries live adapters, and an adapter to fold was given too",
             remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
         )
-    adapters = live.read_live(model)
+    adapters, already = live.read_live(model), live.original_hashes(model)
     base = model if inplace else live.unwrap(model)
     undo = live.strip(live_model.inner_model(model)) if inplace else []
     try:
         with _bar(progress, "fold") as step:
-            return live_model.fold_model(base, adapters, inplace=True, progress=step)  # type: ignore[return-value]
+            return live_model.fold_model(base, adapters, already=already, inplace=True, progress=step)  # type: ignore[return-value]
     except BaseException:
         for step_back in reversed(undo):
             step_back()

@@ -939,14 +939,12 @@ class _Run:
             return {}
         if job.kind == "cast":
             (name,) = job.outputs
-            dtype, _ = job.outputs[name]
+            into = replace(loaded.format, dtype=_torch_dtype(job.outputs[name][0]))
             if job.base is not None:
                 loaded = codecs.encode(loaded.tensors["weight"], job.base)
-            return {
-                name: codecs.encode(loaded.tensors["weight"], replace(loaded.format, dtype=dtype)).tensors["weight"]
-            }  # type: ignore[arg-type]
+            return {name: codecs.encode(loaded.tensors["weight"], into).tensors["weight"]}
+        assert job.into is not None  # noqa: S101 - by construction
         into = job.into
-        assert into is not None  # noqa: S101 - by construction
         encoded = EncodedWeight(loaded.format, {k: t.to(self.device) for k, t in loaded.tensors.items()})
         if job.base is not None:
             encoded = quantise(encoded, job.base)

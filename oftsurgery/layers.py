@@ -236,7 +236,7 @@ class Layer:
             now = WeightFormat(state.quant_type, shape, state.original_dtype, state.blocksize)
             home = replace(
                 now,
-                nested_blocksize=256 if state.original_nested else 0,
+                nested_blocksize=256 if state.original_nested or getattr(weight, "compress_statistics", False) else 0,
                 storage=getattr(state, "original_storage_type", torch.uint8),
             )
             return EncodedWeight(now, {"weight": packed, "absmax": absmax, "quant_map": state.code}), home

@@ -110,12 +110,20 @@ def fold_model(
         record = FoldRecord(
             adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
             modules=modules,
-            saved={**(already or {}), **saved},
+            saved=_saved(saved, already or {}),
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
         warn_of_rounding(record)  # an error to whoever filters it so: then nothing has happened
         _set_record(inner_model(work), record)
     return work
+
+
+def _saved(replaced: Mapping[str, str], already: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Hashes of what the base held: of what was replaced now, unless it had been replaced before."""
+    return {
+        **replaced,
+        **{name: before for name, before in already.items() if before is not None or name not in replaced},
+    }
 
 
 @contextmanager
@@ -236,7 +244,7 @@ def _separate(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> 
         if isinstance(value, dict) or name == "state":  # parameters, buffers, hooks; bitsandbytes' int8 state
             new.__dict__[name] = copy.copy(value)
     parent, _, name = path.rpartition(".")
-    slots = modules[parent]._modules
+    slots = inner_model(modules[parent])._modules
     journal.append(partial(slots.__setitem__, name, old))
     slots[name] = modules[path] = new
 
@@ -440,7 +448,8 @@ def restore_model(folded: nn.Module, base: BaseSource, *, inplace: bool = False)
             source = base.weight(path, home)
             if source is None:
                 raise MatchError("the base lacks a folded module", module=path, remedy="give the model that was folded")
-            if source.fingerprint != module_record.before:
+            # a weight that the adapter brought itself was rotated from that; the record has the base's own among the saved
+            if f"{path}.weight" not in record.saved and source.fingerprint != module_record.before:
                 raise _not_the_base(path, home, base.repacked(path))
             own = EncodedWeight(
                 source.format, {k: t.to(current.tensors["weight"].device, copy=True) for k, t in source.tensors.items()}

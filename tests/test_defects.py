@@ -264,3 +264,29 @@ def test_the_product_precision_is_raised_until_the_last_thread_is_done() -> None
     finally:
         leave.set()
         torch.set_float32_matmul_precision(before)
+
+
+def test_one_module_under_two_names_inside_a_compiled_one(tmp_path: Path) -> None:
+    peft_model = oft(net(Twice(False)), ["0.a"])
+    with torch.no_grad():
+        expected = peft_model(X)
+    peft_model.save_pretrained(tmp_path)
+    torch._dynamo.reset()
+    compiled = nn.Sequential(torch.compile(Twice(False), backend="eager"))
+    with pytest.warns(UntieWarning):
+        folded = oftsurgery.fold(compiled, tmp_path)
+    with torch.no_grad():
+        assert distance(folded(X), expected) < 1e-6
+
+
+def test_an_embedding_that_the_adapter_both_saved_and_rotates_goes_back(tmp_path: Path) -> None:
+    peft_model = live(llama(), target_modules=["embed_tokens"])
+    with torch.no_grad():
+        peft_model.base_model.model.model.embed_tokens.base_layer.weight.add_(0.1)  # a resized or retrained embedding
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        peft_model.save_pretrained(tmp_path)
+    base = llama()
+    folded = oftsurgery.fold(base, tmp_path)
+    assert distance(logits(folded), logits(peft_model)) < 1e-6
+    assert "model.embed_tokens.weight" in folded.oftsurgery.saved
+    assert state_bytes(oftsurgery.unfold(folded, base=base)) == state_bytes(base)
