@@ -626,7 +626,7 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"double_quant": True},
         "double quantisation of a checkpoint that is not to be quantised",
     ),
-    "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown compute dtype 'int8'"),
+    "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
     "no size": ("plain", {"max_shard_size": "5 gigs"}, "no size: '5 gigs'"),
 }
 
