@@ -81,7 +81,9 @@ def quantised(codec: str, rows: int, features: int) -> nn.Module:
         return layer
     kind, nested = codec.removesuffix(" nested"), codec.endswith(" nested")
     layer = bnb.nn.Linear4bit(features, rows, bias=False, quant_type=kind, compress_statistics=nested, device="meta")
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=nested, module=layer).to("cpu")
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type=kind, compress_statistics=nested, module=layer
+    ).to("cpu")
     return layer
 
 
@@ -107,7 +109,9 @@ def library_fold(layer: nn.Module, rotation: oftsurgery.Rotation) -> Any:
     if isinstance(weight, bnb.nn.Int8Params):
         return bnb.functional.int8_vectorwise_quant(rotated.half())
     state = weight.quant_state
-    return bnb.functional.quantize_4bit(rotated, blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type)
+    return bnb.functional.quantize_4bit(
+        rotated, blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type
+    )
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -119,7 +123,12 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 def spread(times: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-    return {"median_ms": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3), "min_ms": round(min(times), 3)}
+    return {
+        "median_ms": round(middle, 3),
+        "quartile_1": round(low, 3),
+        "quartile_3": round(high, 3),
+        "min_ms": round(min(times), 3),
+    }
 
 
 def layer_case(codec: str, rows: int, features: int, b: int, pairs: int) -> dict[str, Any]:
@@ -174,16 +183,31 @@ def ceilings() -> dict[str, float]:
     b = a.clone()
     copy = min(timed(lambda: b.copy_(a))[0] for _ in range(10))
     product = min(timed(lambda: m @ m)[0] for _ in range(10))
-    return {"copy_gigabytes_per_second": round(2 * a.nbytes / copy / 1e6, 1), "product_gigaflops": round(2 * 2048**3 / product / 1e6, 1)}
+    return {
+        "copy_gigabytes_per_second": round(2 * a.nbytes / copy / 1e6, 1),
+        "product_gigaflops": round(2 * 2048**3 / product / 1e6, 1),
+    }
 
 
 def machine() -> dict[str, Any]:
     from oftsurgery.record import versions
 
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor()
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
     )
-    return {"cpu": cpu, "processors": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], **versions(), **ceilings()}
+    return {
+        "cpu": cpu,
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        **versions(),
+        **ceilings(),
+    }
 
 
 def layers(cases: str, pairs: int) -> dict[str, Any]:
@@ -211,7 +235,9 @@ def model(blocks: int) -> dict[str, Any]:
         "down": (2048, 5632),
     }
     torch.manual_seed(0)
-    whole = nn.ModuleDict({f"{i}_{name}": quantised("nf4 nested", *shape) for i in range(blocks) for name, shape in shapes.items()})
+    whole = nn.ModuleDict(
+        {f"{i}_{name}": quantised("nf4 nested", *shape) for i in range(blocks) for name, shape in shapes.items()}
+    )
     live = with_adapter(Model(whole), [rf"layer.{name}" for name in whole], 32)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
@@ -232,7 +258,11 @@ def model(blocks: int) -> dict[str, Any]:
 
 def _peak() -> int:
     return next(
-        (int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")),
+        (
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("VmHWM")
+        ),
         resource.getrusage(0).ru_maxrss,
     )
 
@@ -246,7 +276,11 @@ def plot(results: Path, out: Path) -> None:
     runs = json.loads(results.read_text())["runs"]
     cases = [c for c in runs[-1]["layers"] if c["codec"] == "nf4" and c["b"] == 32 and c["out"] == c["in"]]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, label in (("peft", "peft's merge"), ("bitsandbytes", "bitsandbytes + torch"), ("oftsurgery", "oftsurgery.fold")):
+    for name, label in (
+        ("peft", "peft's merge"),
+        ("bitsandbytes", "bitsandbytes + torch"),
+        ("oftsurgery", "oftsurgery.fold"),
+    ):
         axes.plot([c["in"] for c in cases], [c[name]["median_ms"] for c in cases], marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="width of a square NF4 layer, b = 32", ylabel="milliseconds")
     axes.set_xticks([c["in"] for c in cases], [str(c["in"]) for c in cases], minor=False)

@@ -14,7 +14,15 @@ from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
 
-__all__ = ["FoldedWeight", "fold_encoded", "fold_weight", "relative_error", "rotate_chain", "unfold_encoded", "unfold_weight"]
+__all__ = [
+    "FoldedWeight",
+    "fold_encoded",
+    "fold_weight",
+    "relative_error",
+    "rotate_chain",
+    "unfold_encoded",
+    "unfold_weight",
+]
 
 W = TypeVar("W", Tensor, EncodedWeight)
 
@@ -89,7 +97,11 @@ def unfold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: Weig
 def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, *, inverse: bool) -> FoldedWeight:
     f = encoded.format
     if len(f.shape) != 2:
-        raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy="reshape a 1×1 convolution to (out, in)")
+        raise ShapeError(
+            "a rotation needs a weight of two dimensions",
+            shape=f.shape,
+            remedy="reshape a 1×1 convolution to (out, in)",
+        )
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
@@ -100,7 +112,9 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
         exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
             raise NonFiniteError(
-                "the rotated weight holds NaN or infinity", format=f.label, remedy="check the adapter: its rotation or scale is not finite"
+                "the rotated weight holds NaN or infinity",
+                format=f.label,
+                remedy="check the adapter: its rotation or scale is not finite",
             )
         new = codecs.encode(exact, into)
         lossless = into.codec == "dense" and into.dtype == exact.dtype

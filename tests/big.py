@@ -19,10 +19,16 @@ from oftsurgery.shards import ShardWriter
 
 def linears(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
     square = {f"self_attn.{n}_proj": (hidden, hidden) for n in "qkvo"}
-    return square | {"mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden), "mlp.down_proj": (hidden, intermediate)}
+    return square | {
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
 
 
-def write_checkpoint(folder: Path, *, layers: int, shards: int, hidden: int = 4096, intermediate: int = 11008, vocab: int = 512) -> int:
+def write_checkpoint(
+    folder: Path, *, layers: int, shards: int, hidden: int = 4096, intermediate: int = 11008, vocab: int = 512
+) -> int:
     """A llama in NF4 of that many layers, spread evenly over shards; returns its bytes."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -56,14 +62,25 @@ def write_checkpoint(folder: Path, *, layers: int, shards: int, hidden: int = 40
         }
         plain = {f"model.layers.{i}.{n}_layernorm.weight": (hidden,) for i in mine for n in ("input", "post_attention")}
         if shard == 0:
-            plain |= {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+            plain |= {
+                "model.embed_tokens.weight": (vocab, hidden),
+                "lm_head.weight": (vocab, hidden),
+                "model.norm.weight": (hidden,),
+            }
         planned = {n: v for weight, f in formats.items() for n, v in spread_shapes(weight, f).items()}
-        writer = ShardWriter(folder / name, planned | {n: (torch.bfloat16, s) for n, s in plain.items()}, {"format": "pt"})
-        for tensor_name, tensor in (*_quantised(formats, generator), *((n, torch.ones(s, dtype=torch.bfloat16)) for n, s in plain.items())):
+        writer = ShardWriter(
+            folder / name, planned | {n: (torch.bfloat16, s) for n, s in plain.items()}, {"format": "pt"}
+        )
+        for tensor_name, tensor in (
+            *_quantised(formats, generator),
+            *((n, torch.ones(s, dtype=torch.bfloat16)) for n, s in plain.items()),
+        ):
             writer.write(tensor_name, tensor)
             weight_map[tensor_name] = name
         writer.close()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
@@ -83,9 +100,12 @@ def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32) -> No
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     rows = {
-        f"base_model.model.{path}.oft_R.weight": 0.01 * torch.randn(n // block, block * (block - 1) // 2, generator=generator)
+        f"base_model.model.{path}.oft_R.weight": 0.01
+        * torch.randn(n // block, block * (block - 1) // 2, generator=generator)
         for path, n in paths.items()
     }
     save_file(rows, folder / "adapter_model.safetensors")
     targets = sorted({path.rpartition(".")[2] for path in paths})
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"oft_block_size": block, "target_modules": targets}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(CONFIG | {"oft_block_size": block, "target_modules": targets})
+    )

@@ -43,7 +43,9 @@ def normal(*shape: int) -> Tensor:
 
 
 def stored(codec: str, weight: Tensor, *, nested: bool = False, dtype: torch.dtype = torch.float32) -> EncodedWeight:
-    form = WeightFormat(codec, tuple(weight.shape), dtype, 0 if codec in ("dense", "int8") else 64, 256 if nested else 0)
+    form = WeightFormat(
+        codec, tuple(weight.shape), dtype, 0 if codec in ("dense", "int8") else 64, 256 if nested else 0
+    )
     return codecs.encode(weight, form)
 
 
@@ -61,8 +63,12 @@ def codes_of(encoded: EncodedWeight) -> Tensor:
 
 @pytest.mark.parametrize("cayley_map", [Cayley(), NEUMANN], ids=["exact", "Neumann"])
 @pytest.mark.parametrize("width", [512, 480, 500], ids=["in 512", "in 480", "in 500"])
-@pytest.mark.parametrize(("codec", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)])
-def test_fold_is_bitsandbytes_quantiser_on_the_exact_rotation(codec: str, nested: bool, width: int, cayley_map: Cayley) -> None:
+@pytest.mark.parametrize(
+    ("codec", "nested"), [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]
+)
+def test_fold_is_bitsandbytes_quantiser_on_the_exact_rotation(
+    codec: str, nested: bool, width: int, cayley_map: Cayley
+) -> None:
     base = stored(codec, normal(512, width), nested=nested)
     rotation = Rotation(generator(width, 20 if width == 500 else 32), cayley_map)
     exact = codecs.decode(base).double() @ dense_of(rotation, width).T
@@ -219,7 +225,9 @@ SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
-    "medium matmul precision": lambda: setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
+    "medium matmul precision": lambda: setting(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
     "default dtype float64": lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "default dtype bfloat16": lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "default device meta": lambda: torch.device("meta"),
@@ -240,7 +248,9 @@ def test_surroundings_do_not_matter(backend: str, codec: str, surrounding: str) 
         assert [kernels.measure(r) for r in rotations] == measured
 
 
-def _check_surroundings(surrounding: Callable[[], AbstractContextManager[Any]], base: EncodedWeight, rotations: list[Rotation], backend: str) -> None:
+def _check_surroundings(
+    surrounding: Callable[[], AbstractContextManager[Any]], base: EncodedWeight, rotations: list[Rotation], backend: str
+) -> None:
     expected, back = fold_encoded(base, rotations), unfold_encoded(base, rotations)
     assert (expected.backend, back.backend) == (backend, backend)
     cleared = ("_levels", "_bounds", "_byte_table")
@@ -326,18 +336,27 @@ def test_result_is_of_the_argument_s_type_and_the_argument_stays() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(
-        ShapeError, match=r"4 blocks of size 16 do not cover the 60 input features \[module 'weight', shape 8×60\] Remedy: use the base"
+        ShapeError,
+        match=r"4 blocks of size 16 do not cover the 60 input features \[module 'weight', shape 8×60\] Remedy: use the base",
     ):
         fold_weight(normal(8, 60), Rotation(generator(64, 16)))
-    with pytest.raises(ShapeError, match=r"a rotation needs a weight of two dimensions \[shape 8×64×1×1\] Remedy: reshape a 1×1 convolution"):
+    with pytest.raises(
+        ShapeError,
+        match=r"a rotation needs a weight of two dimensions \[shape 8×64×1×1\] Remedy: reshape a 1×1 convolution",
+    ):
         fold_weight(normal(8, 64, 1, 1), Rotation(generator(64, 16)))
-    with pytest.raises(ShapeError, match=r"oft_s does not fit the output features \[module 'weight', tensor 'oft_s', shape 9, expected 8\]"):
+    with pytest.raises(
+        ShapeError,
+        match=r"oft_s does not fit the output features \[module 'weight', tensor 'oft_s', shape 9, expected 8\]",
+    ):
         fold_weight(normal(8, 64), Rotation(generator(64, 16), scale=torch.ones(9)))
     with pytest.raises(NonFiniteError, match=r"the stored weight holds NaN or infinity \[format float32\]"):
         fold_weight(torch.full((8, 64), torch.nan), Rotation(generator(64, 16)))
     with pytest.raises(NonFiniteError, match="generator holds NaN or infinity"):
         fold_weight(normal(8, 64), Rotation(torch.full((4, 120), torch.nan)))
-    with pytest.raises(NonFiniteError, match=r"the rotated weight holds NaN or infinity \[format float32\] Remedy: check the adapter"):
+    with pytest.raises(
+        NonFiniteError, match=r"the rotated weight holds NaN or infinity \[format float32\] Remedy: check the adapter"
+    ):
         fold_weight(torch.full((8, 64), 3e38), Rotation(generator(64, 16), scale=torch.full((8,), 100.0)))
     with pytest.raises(NonFiniteError, match=r"oft_s holds a zero, which no inverse undoes \[tensor 'oft_s'\]"):
         unfold_weight(normal(8, 64), Rotation(generator(64, 16), scale=torch.zeros(8)))

@@ -88,7 +88,9 @@ def _choice() -> str | None:
         raise StateError(f"unknown backend {printable(name)!r}", remedy=f"{_VARIABLE}: auto, {', '.join(_NAMES)}")
     problem = _missing(name)
     if problem:
-        raise MissingDependencyError(f"the backend {name} is forced, and cannot serve: {problem}", remedy=f"unset {_VARIABLE}")
+        raise MissingDependencyError(
+            f"the backend {name} is forced, and cannot serve: {problem}", remedy=f"unset {_VARIABLE}"
+        )
     return name
 
 
@@ -160,7 +162,9 @@ def _give_up(name: str, problem: str) -> None:
     """Not again in this process, and said once."""
     _broken[name] = problem
     warnings.warn(
-        f"the fast path {name} cannot serve ({problem}); folds go on without it, slower, with the same result", BackendWarning, stacklevel=2
+        f"the fast path {name} cannot serve ({problem}); folds go on without it, slower, with the same result",
+        BackendWarning,
+        stacklevel=2,
     )
 
 
@@ -248,4 +252,5 @@ def _single(matrices: Tensor) -> Tensor:
     """As contiguous float32. By numpy on the CPU: torch would wake all its threads for this little, and wait for them where others compute."""
     if matrices.device.type != "cpu":
         return matrices.to(torch.float32).contiguous()
-    return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused with the weight
+        return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))

@@ -25,11 +25,21 @@ def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
     weight = weight.detach()
     if f.codec == "int8":
         scb = t.get("SCB")
-        if scb is None or weight.dtype != torch.int8 or tuple(weight.shape) != f.shape or scb.numel() != f.shape[0] or not weight.is_contiguous():
+        if (
+            scb is None
+            or weight.dtype != torch.int8
+            or tuple(weight.shape) != f.shape
+            or scb.numel() != f.shape[0]
+            or not weight.is_contiguous()
+        ):
             return None
         return weight, scb.detach().reshape(-1).to(torch.float32) / 127.0
     if f.codec == "dense":
-        return (weight, weight) if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous() else None
+        return (
+            (weight, weight)
+            if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous()
+            else None
+        )
     packed = weight.contiguous().reshape(-1).view(torch.uint8)
     absmax = codecs._decode_absmax(encoded)
     codecs._check_4bit(encoded, packed, absmax)
@@ -41,7 +51,9 @@ def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, 
     n = math.prod(into.shape)
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)  # both named: the caller may have set defaults of their own
+        return torch.empty(
+            shape, dtype=dtype, device=device
+        )  # both named: the caller may have set defaults of their own
 
     if into.codec == "int8":
         return room(*into.shape, dtype=torch.int8), room(into.shape[0]), None
@@ -52,13 +64,18 @@ def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, 
     return room(n // 2, 1, dtype=torch.uint8), room(blocks), moments
 
 
-def _tensors(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None) -> tuple[dict[str, Tensor], float]:
+def _tensors(
+    into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
     """The new weight's tensors, and what double quantisation of the absmax adds to the squared error."""
     if into.codec == "dense":
         return {"weight": result}, 0.0
     if into.codec == "int8":
         return {"weight": result, "SCB": scales}, 0.0
-    tensors = {"weight": codecs._as_storage(result, into), "quant_map": codecs._levels(into.codec, scales.device).clone()}
+    tensors = {
+        "weight": codecs._as_storage(result, into),
+        "quant_map": codecs._levels(into.codec, scales.device).clone(),
+    }
     tensors |= codecs._encode_absmax(scales, into)
     if moments is None:
         return tensors, 0.0
@@ -68,7 +85,9 @@ def _tensors(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor
     return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
 
 
-def finish(into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float) -> tuple[EncodedWeight, float]:
+def finish(
+    into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float
+) -> tuple[EncodedWeight, float]:
     """The new weight and its relative error, from the sums of squares of the exact weight and of what storing it changed."""
     tensors, more = _tensors(into, result, scales, moments)
     error = math.sqrt(max(0.0, error + more) / (norm or 1.0))

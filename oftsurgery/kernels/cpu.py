@@ -23,7 +23,20 @@ from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = ["BF16", "CELLS", "F16", "F32", "FOUR_BIT", "HAS_F16", "INT8", "LANES", "ROWS", "fold_tile", "largest_angle", "rotation_blocks"]
+__all__ = [
+    "BF16",
+    "CELLS",
+    "F16",
+    "F32",
+    "FOUR_BIT",
+    "HAS_F16",
+    "INT8",
+    "LANES",
+    "ROWS",
+    "fold_tile",
+    "largest_angle",
+    "rotation_blocks",
+]
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
@@ -264,7 +277,9 @@ def store_codes(b, address, codes):
     """Mirror of :func:`load_codes`."""
     octets, pairs = ir.VectorType(_BYTE, 8), ir.VectorType(ir.IntType(64), 8)
     pair = b.bitcast(codes, pairs)  # the first code in the low half
-    return _store(b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets))
+    return _store(
+        b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets)
+    )
 
 
 @_operation(i32x, int64)
@@ -322,7 +337,9 @@ def store_i8(b, address, whole):
 
 @_operation(f32x, int64)
 def load_f16(b, address):
-    return b.fpext(b.bitcast(_load(b, address, ir.VectorType(_WORD, LANES), 2), ir.VectorType(ir.HalfType(), LANES)), f32x.vector)
+    return b.fpext(
+        b.bitcast(_load(b, address, ir.VectorType(_WORD, LANES), 2), ir.VectorType(ir.HalfType(), LANES)), f32x.vector
+    )
 
 
 @_operation(f32x, int64, f32x)
@@ -347,7 +364,10 @@ def store_bf16(b, address, x):
     """Stores x rounded to even; returns what was stored. Not for NaN."""
     bits = b.bitcast(x, i32x.vector)
     odd = b.and_(b.lshr(bits, _constant(16, i32x.vector)), _constant(1, i32x.vector))
-    words = b.trunc(b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), _constant(16, i32x.vector)), ir.VectorType(_WORD, LANES))
+    words = b.trunc(
+        b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), _constant(16, i32x.vector)),
+        ir.VectorType(_WORD, LANES),
+    )
     _store(b, address, words, 2)
     return _wide(b, words)
 
@@ -356,7 +376,18 @@ def store_bf16(b, address, x):
 _BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
 
 
-def _emit_product(b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any, m: Any, m_stride: Any, y: Any, y_stride: Any, depth: Any) -> Any:
+def _emit_product(
+    b: Any,
+    element: ir.Type,
+    vectors: int,
+    x: Any,
+    x_stride: Any,
+    m: Any,
+    m_stride: Any,
+    y: Any,
+    y_stride: Any,
+    depth: Any,
+) -> Any:
     """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
     bits = 32 if element == _F else 64
     lanes = _BLOCK_LANES * 32 // bits
@@ -378,7 +409,9 @@ def _emit_product(b: Any, element: ir.Type, vectors: int, x: Any, x_stride: Any,
     for row, own in zip(rows, sums, strict=True):
         one = _load(b, b.add(row, offset), element, 4)
         undefined = ir.Constant(lane, ir.Undefined)
-        many = b.shuffle_vector(b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, lanes)))
+        many = b.shuffle_vector(
+            b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, lanes))
+        )
         for v in range(vectors):
             new = _call(b, f"llvm.fmuladd.v{lanes}f{bits}", lane, many, m_lanes[v], own[v])
             own[v].add_incoming(_constant(0.0, lane), start)
@@ -461,7 +494,9 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
 
 
 @_inline
-def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums):
+def _encode_4bit(
+    x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
+):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in all.
 
     ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax
@@ -483,7 +518,12 @@ def _encode_4bit(x, first, count, length, codes, scales, blocksize, levels, boun
         # in a short last block bitsandbytes bounds the absmax itself
         store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
         done += size
-    base_low, base_high, bounds_low, bounds_high = load_ints(cells), load_ints(cells + 64), load(cells + 128), load(cells + 192)
+    base_low, base_high, bounds_low, bounds_high = (
+        load_ints(cells),
+        load_ints(cells + 64),
+        load(cells + 128),
+        load(cells + 192),
+    )
     norm, error = fill64(0.0), fill64(0.0)
     done = 0
     while done < count:
@@ -630,9 +670,28 @@ def fold_tile(
             else:
                 for r in range(rows):
                     at = scales + 4 * (row + r) if kind == INT8 else scales
-                    _decode(kind, codes, at, blocksize, old, (row + r) * features + first_column + start, width, x + r * x_stride)
+                    _decode(
+                        kind,
+                        codes,
+                        at,
+                        blocksize,
+                        old,
+                        (row + r) * features + first_column + start,
+                        width,
+                        x + r * x_stride,
+                    )
             for r in range(0, rows, ROWS):
-                _rotate(x + r * x_stride, x_stride, y + r * y_stride + 4 * start, y_stride, width, (first_column + start) // b, matrices, b, step)
+                _rotate(
+                    x + r * x_stride,
+                    x_stride,
+                    y + r * y_stride + 4 * start,
+                    y_stride,
+                    width,
+                    (first_column + start) // b,
+                    matrices,
+                    b,
+                    step,
+                )
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))
@@ -641,13 +700,41 @@ def fold_tile(
                     store(at, mul(load(at), scale))
         if new_flat:
             _encode_4bit(
-                y, row * features, rows * features, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums
+                y,
+                row * features,
+                rows * features,
+                length,
+                new_codes,
+                new_scales,
+                new_blocksize,
+                new,
+                bounds,
+                order,
+                by_cell,
+                cells,
+                moments,
+                sums,
             )
         else:
             for r in range(rows):
                 at, first = y + r * y_stride, (row + r) * features + first_column
                 if new_kind == FOUR_BIT:
-                    _encode_4bit(at, first, columns, length, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells, moments, sums)
+                    _encode_4bit(
+                        at,
+                        first,
+                        columns,
+                        length,
+                        new_codes,
+                        new_scales,
+                        new_blocksize,
+                        new,
+                        bounds,
+                        order,
+                        by_cell,
+                        cells,
+                        moments,
+                        sums,
+                    )
                 elif new_kind == INT8:
                     _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
                 else:
@@ -680,7 +767,15 @@ def _multiply(x, y, out):
     columns = _BLOCK_LANES  # two registers of float64
     for r in range(0, wide, _BLOCK_ROWS):
         for c in range(0, wide, columns):
-            product64(x.ctypes.data + r * stride, stride, y.ctypes.data + 8 * c, stride, out.ctypes.data + r * stride + 8 * c, stride, wide)
+            product64(
+                x.ctypes.data + r * stride,
+                stride,
+                y.ctypes.data + 8 * c,
+                stride,
+                out.ctypes.data + r * stride + 8 * c,
+                stride,
+                wide,
+            )
 
 
 @_inline

@@ -157,7 +157,9 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     return _Tiles(group, panel, row_step, columns, x_stride, y_stride)
 
 
-def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None) -> tuple[EncodedWeight, float] | None:
+def fold(
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None
+) -> tuple[EncodedWeight, float] | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and the relative error of that.
 
     Args:

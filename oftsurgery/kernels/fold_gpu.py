@@ -37,7 +37,9 @@ def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, T
     return levels, levels[order].contiguous(), bounds, order.to(torch.int32)
 
 
-def fold(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None) -> tuple[EncodedWeight, float] | None:
+def fold(
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None
+) -> tuple[EncodedWeight, float] | None:
     """As :func:`oftsurgery.kernels.fold_cpu.fold`, on the weight's own device."""
     f = encoded.format
     kind, new_kind = _kind(f), _kind(into)

@@ -32,7 +32,10 @@ def _rotated(
             code = tl.where(flat % 2 == 0, octet >> 4, octet & 15)
             x = tl.load(levels + code) * tl.load(scales + flat // SIZE, mask=inside[:, None], other=0.0)
         elif KIND == 1:
-            x = tl.load(codes + flat, mask=inside[:, None], other=0).to(tl.float32) * tl.load(scales + row, mask=inside, other=0.0)[:, None]
+            x = (
+                tl.load(codes + flat, mask=inside[:, None], other=0).to(tl.float32)
+                * tl.load(scales + row, mask=inside, other=0.0)[:, None]
+            )
         else:
             x = tl.load(codes + flat, mask=inside[:, None], other=0.0).to(tl.float32)
         m = tl.load(at + steps[:, None] * B + lanes[None, :])
@@ -98,11 +101,16 @@ def fold_tile(
             # where 127/scb overflows, divide first
             s = tl.where((factor < float("inf"))[:, None], y * factor[:, None], tl.div_rn(y, divisor) * 127.0)
             # rounds to even: there are no bits left for a fraction
-            whole = tl.where(tl.abs(s) < 127.5, (s + 12582912.0) - 12582912.0, tl.where(s > 0, 127.0, tl.where(s < 0, -127.0, 0.0)))
+            whole = tl.where(
+                tl.abs(s) < 127.5, (s + 12582912.0) - 12582912.0, tl.where(s > 0, 127.0, tl.where(s < 0, -127.0, 0.0))
+            )
             whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
             tl.store(new_codes + flat, whole.to(tl.int8), mask=inside[:, None])
             exact = tl.where(inside[:, None], y, 0.0).to(tl.float64)
-            miss = whole.to(tl.float64) * tl.div_rn(scb, tl.full((ROWS,), 127.0, tl.float32)).to(tl.float64)[:, None] - exact
+            miss = (
+                whole.to(tl.float64) * tl.div_rn(scb, tl.full((ROWS,), 127.0, tl.float32)).to(tl.float64)[:, None]
+                - exact
+            )
             norm, error = tl.sum(exact * exact), tl.sum(tl.where(inside[:, None], miss * miss, 0.0))
     else:
         stored = y.to(new_codes.dtype.element_ty)
