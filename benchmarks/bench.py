@@ -1,4 +1,5 @@
-"""Time folds against peft's merge and against bitsandbytes' own kernels with torch's products: pair by pair, in one run.
+"""Time folds against peft's merge and against bitsandbytes' own kernels with torch's products: pair by pair, in one
+run.
 
     python benchmarks/bench.py layers [--full] [--out FILE]      sizes, formats, block sizes; threads 1 (fewer) and 2
     python benchmarks/bench.py model [--out FILE]                a 1.1 B-shaped NF4 model in memory
@@ -6,8 +7,8 @@
 
 `make bench` runs the first, in about five minutes on two cores; ``--full`` takes every case at each number of threads.
 
-Every figure of ours is a whole ``oftsurgery.fold`` call with its record; peft's is its layer's ``merge()``. Before each timing the previous result is
-dropped and collected, for all alike.
+Every figure of ours is a whole ``oftsurgery.fold`` call with its record; peft's is its layer's ``merge()``. Before each
+timing the previous result is dropped and collected, for all alike.
 """
 
 from __future__ import annotations
@@ -224,7 +225,9 @@ def layers(cases: str, pairs: int) -> dict[str, Any]:
 
 
 def model(blocks: int) -> dict[str, Any]:
-    """22 blocks of TinyLlama's shapes, NF4 with double quantisation, in memory: our fold, then peft's merge of the same model."""
+    """22 blocks of TinyLlama's shapes, NF4 with double quantisation, in memory: our fold, then peft's merge of the same
+    model.
+    """
     shapes = {
         "q": (2048, 2048),
         "k": (256, 2048),

@@ -1,10 +1,12 @@
-"""How long a fold on disk takes, beside copying the files and beside peft: ``make bench``, about three minutes on two cores.
+"""How long a fold on disk takes, beside copying the files and beside peft: ``make bench``, about three minutes on two
+cores.
 
-A llama in NF4 of random bytes is written to a temporary folder, with an adapter on every linear. Then in turn, ``--repeats`` rounds:
+A llama in NF4 of random bytes is written to a temporary folder, with an adapter on every linear. Then in turn,
+``--repeats`` rounds:
 
-* ``cp -r`` of the checkpoint, which does not wait for the disk;
-* ``oftsurgery.fold_checkpoint``, which does (fsync) and leaves a whole checkpoint;
-* transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory: nothing is saved, since transformers cannot.
+* ``cp -r`` of the checkpoint, which does not wait for the disk; * ``oftsurgery.fold_checkpoint``, which does (fsync)
+and leaves a whole checkpoint; * transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in
+memory: nothing is saved, since transformers cannot.
 
 The files are in the page cache for all three; one fold and one copy before the first round do not count. Medians and
 ranges go to the terminal, all times to ``benchmarks/results/fold_checkpoint.json``.

@@ -1,14 +1,16 @@
 """Live OFT layers: the rotation stays beside the weight, trains, merges and comes out again bit-exactly.
 
-:func:`wrap_model` puts a :class:`LiveLayer` in place of each layer that an adapter targets. Its forward computes ``y = (x R) Wᵀ + bias`` by
-blocks (legacy dialects: ``((x Wᵀ) R) ⊙ s + bias``; embeddings: ``E[i] R``), in float32 or better whatever the dtype or autocast state around it, and
-returns the dtype that the base layer returns. Gradients reach the generators, through bitsandbytes layers too.
+:func:`wrap_model` puts a :class:`LiveLayer` in place of each layer that an adapter targets. Its forward computes ``y =
+(x R) Wᵀ + bias`` by blocks (legacy dialects: ``((x Wᵀ) R) ⊙ s + bias``; embeddings: ``E[i] R``), in float32 or better
+whatever the dtype or autocast state around it, and returns the dtype that the base layer returns. Gradients reach the
+generators, through bitsandbytes layers too.
 
 Keys of a wrapped model's ``state_dict``, for a layer at ``<path>``:
 
 =============================  =====================================================================================================================
 ``<path>.base_layer.*``        the base layer's own
-``<path>.oft_R.<name>.weight`` generator of adapter ``<name>``, ``(n, b(b-1)/2)`` float32, trainable (peft's key, but for embeddings)
+``<path>.oft_R.<name>.weight`` generator of adapter ``<name>``, ``(n, b(b-1)/2)`` float32, trainable (peft's key, but
+for embeddings)
 ``<path>.oft_R.<name>.scale``  ``(out,)`` float32, trainable; the ``oft_s`` of peft 0.14 and 0.15 alone
 ``<path>.merged``              only while merged, so that such a state does not load into a layer that would rotate once more
 =============================  =====================================================================================================================
@@ -62,7 +64,7 @@ __all__ = [
 Undo = Callable[[], None]
 
 
-# --- one adapter's rotation of one layer ----------------------------------------------------------------------------------------------------------
+# --- one adapter's rotation of one layer ------------------------------------------------------------------------------
 
 
 class LiveRotation(nn.Module):
@@ -72,9 +74,10 @@ class LiveRotation(nn.Module):
         weight: the generator, ``(n, b(b-1)/2)`` float32.
         scale: ``(out,)`` float32, or None.
         cayley, side: as in :class:`~oftsurgery.Rotation`.
-        radius: COFT's bound of each block's ``‖Q‖_F``, or None. Every forward keeps to it, and a training one writes the clamped generator back.
-        dropout: share of the blocks that a training forward replaces by the identity, at random: what peft's ``module_dropout`` says (its layers have
-            ignored it since 0.16).
+        radius: COFT's bound of each block's ``‖Q‖_F``, or None. Every forward keeps to it, and a training one writes
+            the clamped generator back.
+        dropout: share of the blocks that a training forward replaces by the identity, at random: what peft's
+            ``module_dropout`` says (its layers have ignored it since 0.16).
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class LiveRotation(nn.Module):
         return f"{n} blocks of {rotations.block_size_of(elements)}, {self.side} side"
 
 
-# --- layers ---------------------------------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -193,7 +196,8 @@ def _of_base(name: str) -> Any:
 
 
 class LiveLayer(nn.Module):
-    """A base layer and the rotations of one or more named adapters; the named subclasses below differ in the base that they take.
+    """A base layer and the rotations of one or more named adapters; the named subclasses below differ in the base that
+    they take.
 
     Attributes:
         base_layer: the layer that was wrapped, its weight untouched until :meth:`merge`.
@@ -202,8 +206,9 @@ class LiveLayer(nn.Module):
         path: of the layer in its model, for messages.
 
     Args:
-        base_layer: what the subclass takes. On a bitsandbytes 4-bit layer, ``support_avx512bf16_for_cpu`` is switched off and a weight that a CPU
-            forward has repacked is laid out as before: bitsandbytes computes no gradients through the repacked one.
+        base_layer: what the subclass takes. On a bitsandbytes 4-bit layer, ``support_avx512bf16_for_cpu`` is switched
+            off and a weight that a CPU forward has repacked is laid out as before: bitsandbytes computes no gradients
+            through the repacked one.
         adapter_name: of the first adapter; it becomes active.
         rotation: of the first adapter.
         radius, dropout: see :class:`LiveRotation`.
@@ -294,10 +299,12 @@ class LiveLayer(nn.Module):
     def add_adapter(
         self, adapter_name: str, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0
     ) -> None:
-        """One more adapter, which becomes active after those that are: live, ``x · Ra · Rb``. A merged layer is unmerged first.
+        """One more adapter, which becomes active after those that are: live, ``x · Ra · Rb``. A merged layer is
+        unmerged first.
 
         Raises:
-            StateError: the name is taken, or no name for an ``nn.ModuleDict``'s entry (empty, with a dot, ``"keys"`` …).
+            StateError: the name is taken, or no name for an ``nn.ModuleDict``'s entry (empty, with a dot, ``"keys"``
+            …).
             MatchError, ShapeError: the rotation does not fit.
         """
         _check_name(adapter_name)
@@ -464,10 +471,12 @@ class LiveLayer(nn.Module):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> float:  # noqa: ARG002
         """Fold adapters into the base layer's weight, in its own format; forward then rotates nothing more.
 
-        The weight that was there waits in CPU memory, whole, for :meth:`unmerge`. Merging what is merged already changes nothing.
+        The weight that was there waits in CPU memory, whole, for :meth:`unmerge`. Merging what is merged already
+        changes nothing.
 
         Args:
-            safe_merge: as in peft, refuse NaN and infinity and leave the layer as it was. Every merge does, whatever is given here.
+            safe_merge: as in peft, refuse NaN and infinity and leave the layer as it was. Every merge does, whatever is
+                given here.
             adapter_names: in the live order; None for the active ones.
 
         Returns:
@@ -546,7 +555,9 @@ class Linear8bitLt(LiveLayer):
 
 
 class Linear(LiveLayer):
-    """Live layer over an unquantised one: :class:`torch.nn.Linear`, transformers' ``Conv1D``, a 1×1 :class:`torch.nn.Conv2d`."""
+    """Live layer over an unquantised one: :class:`torch.nn.Linear`, transformers' ``Conv1D``, a 1×1
+    :class:`torch.nn.Conv2d`.
+    """
 
     @classmethod
     def _takes(cls, layer: Layer) -> bool:
@@ -554,7 +565,9 @@ class Linear(LiveLayer):
 
 
 class Embedding(LiveLayer):
-    """Live layer over :class:`torch.nn.Embedding` and bitsandbytes' quantised ones: rotates the embeddings that it looks up."""
+    """Live layer over :class:`torch.nn.Embedding` and bitsandbytes' quantised ones: rotates the embeddings that it
+    looks up.
+    """
 
     @classmethod
     def _takes(cls, layer: Layer) -> bool:
@@ -590,7 +603,7 @@ def _check_name(adapter_name: object) -> None:
         )
 
 
-# --- models ---------------------------------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = "_oftsurgery_live"
 
@@ -609,7 +622,8 @@ def _origins(model: nn.Module) -> dict[str, _Origin]:
 
 
 def original_hashes(model: nn.Module) -> dict[str, str]:
-    """``{tensor name: content hash of the base model's values}`` of all tensors that wrapped adapters brought themselves.
+    """``{tensor name: content hash of the base model's values}`` of all tensors that wrapped adapters brought
+    themselves.
 
     To be asked before :func:`strip` or :func:`unwrap`; empty where the model is not wrapped.
     """
@@ -634,14 +648,16 @@ def wrap_model(
 ) -> nn.Module:
     """Put live, trainable layers in place of those that an adapter targets; all or nothing.
 
-    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases, ``modules_to_save``), which
-    replace the model's own, whichever adapters are active. Everything else is frozen, since a pure wrap shares it with ``model``.
+    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases,
+    ``modules_to_save``), which replace the model's own, whichever adapters are active. Everything else is frozen, since
+    a pure wrap shares it with ``model``.
 
     Args:
         model: plain, or wrapped already: the adapter then joins those that are there, active after them.
         adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
         adapter_name: of a single one.
-        inplace: change ``model`` itself. Otherwise the result is a new model that shares every tensor that it does not train.
+        inplace: change ``model`` itself. Otherwise the result is a new model that shares every tensor that it does not
+            train.
 
     Raises:
         MatchError, ShapeError, FormatError, StateError: as :func:`oftsurgery.fold` raises them.
@@ -756,7 +772,8 @@ def _separate(
     return twins
 
 
-#: what says that torch's fused kernels may be taken, which read the layers' weights and never call them; its value for no
+# : what says that torch's fused kernels may be taken, which read the layers' weights and never call them; its value for
+# no
 _FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),  # its layers take nested tensors on the fast path alone
@@ -845,7 +862,8 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    """Make these the active adapters of all of a wrapped model's layers, in this order; merged layers are unmerged first.
+    """Make these the active adapters of all of a wrapped model's layers, in this order; merged layers are unmerged
+    first.
 
     Raises:
         StateError: the model has no such adapter, or a name is given twice.
@@ -932,7 +950,8 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
 
 
 def read_live(model: nn.Module) -> list[OFTAdapter]:
-    """The active adapters as they are now, in the live order: ``fold(base, read_live(live))`` computes what the wrapped model does.
+    """The active adapters as they are now, in the live order: ``fold(base, read_live(live))`` computes what the wrapped
+    model does.
 
     Raises:
         StateError: the model is not wrapped, its adapters are disabled, or none is active.
@@ -951,7 +970,8 @@ def read_live(model: nn.Module) -> list[OFTAdapter]:
 
 
 def strip(model: nn.Module) -> list[Undo]:
-    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself stay.
+    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself
+    stay.
 
     Returns:
         what undoes it, to be called in reverse order.
@@ -979,7 +999,8 @@ def strip(model: nn.Module) -> list[Undo]:
 
 
 def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as :func:`wrap_model` left it.
+    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as
+    :func:`wrap_model` left it.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.
@@ -1008,7 +1029,7 @@ def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
         )
 
 
-# --- dispatchers ----------------------------------------------------------------------------------------------------------------------------------
+# --- dispatchers ------------------------------------------------------------------------------------------------------
 
 #: an adapter's settings, with the defaults that peft 0.16 to 0.20 gave its bitsandbytes layers
 _SETTINGS: Mapping[str, Any] = {
@@ -1040,10 +1061,10 @@ def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear
     Args:
         target: the layer to wrap; or a live one over such a layer, which gets the adapter and is returned.
         adapter_name: of the adapter.
-        **kw: ``rotation=Rotation``; or the settings of a new adapter as peft 0.16 to 0.20 passed them: ``config`` (or ``oft_config``; an
-            ``OFTConfig`` or a dict), ``r``, ``oft_block_size``, ``coft``, ``eps``, ``block_share``, ``use_cayley_neumann``,
-            ``num_cayley_neumann_terms``, ``init_weights`` and ``module_dropout``; what is given by itself goes before the config's.
-            ``loaded_in_8bit=False`` gives None.
+        **kw: ``rotation=Rotation``; or the settings of a new adapter as peft 0.16 to 0.20 passed them: ``config`` (or
+            ``oft_config``; an ``OFTConfig`` or a dict), ``r``, ``oft_block_size``, ``coft``, ``eps``, ``block_share``,
+            ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``init_weights`` and ``module_dropout``; what is given
+            by itself goes before the config's. ``loaded_in_8bit=False`` gives None.
 
     Raises:
         AdapterError: unknown or contradicting settings.
@@ -1125,7 +1146,9 @@ def _number(
 
 
 def _block_size(r: int, oft_block_size: int, features: int) -> int:
-    """Of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``; what does not divide is adjusted to the nearest that does, as peft does."""
+    """Of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``; what does not divide is adjusted to the
+    nearest that does, as peft does.
+    """
     if (r > 0) == (oft_block_size > 0) or min(r, oft_block_size) < 0:
         raise AdapterError(
             f"r = {r} and oft_block_size = {oft_block_size}: one must be positive, the other 0",

@@ -58,7 +58,9 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     for path, layer in layers:
         if not type(layer).__module__.startswith("peft.tuners.oft."):
             raise StateError(
-                f"the model carries a live {type(layer).__name__} of {type(layer).__module__}", module=path, remedy="merge or unload it first"
+                f"the model carries a live {type(layer).__name__} of {type(layer).__module__}",
+                module=path,
+                remedy="merge or unload it first",
             )
         if layer.merged_adapters:
             raise StateError(
@@ -67,7 +69,11 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
                 remedy="reload the base model and the adapter: peft's unmerge does not restore quantised weights",
             )
         if layer.disable_adapters:
-            raise StateError("the adapters are disabled: the model computes the base", module=path, remedy="enable_adapter_layers() first")
+            raise StateError(
+                "the adapters are disabled: the model computes the base",
+                module=path,
+                remedy="enable_adapter_layers() first",
+            )
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not configs:
         holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
@@ -93,7 +99,11 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
     inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
-    found = {n.replace(".base_layer.", ".") for n, _ in base.named_parameters() if n.endswith(".bias") and not any(f".{w}." in n for w in inside)}
+    found = {
+        n.replace(".base_layer.", ".")
+        for n, _ in base.named_parameters()
+        if n.endswith(".bias") and not any(f".{w}." in n for w in inside)
+    }
     if "all" in kinds:
         return sorted(found)
     return sorted(found & {f"{path}.bias" for path, _ in layers}) if "oft_only" in kinds else []
@@ -102,7 +112,10 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
     found = {tuple(layer.active_adapters) for _, layer in layers}
     if len(found) > 1:
-        raise StateError("the model's layers have different active adapters", remedy="name the adapters to fold: fold(model, ['a', 'b'])")
+        raise StateError(
+            "the model's layers have different active adapters",
+            remedy="name the adapters to fold: fold(model, ['a', 'b'])",
+        )
     return list(found.pop()) if found else []
 
 

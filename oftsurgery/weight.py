@@ -33,7 +33,8 @@ class FoldedWeight:
 
     Attributes:
         encoded: the new weight, in the format of the old one.
-        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for float32.
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
+            float32.
         backend: what computed it, a key of :func:`oftsurgery.backends`.
     """
 
@@ -47,7 +48,8 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
 
     Args:
         weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
-        rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``.
+        rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
+            ``[a, b]``.
 
     Returns:
         of the same type, format and dtype as ``weight``.
@@ -85,7 +87,9 @@ def _apply(weight, rotation, way):  # type: ignore[no-untyped-def]
 
 
 def fold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None) -> FoldedWeight:
-    """:func:`fold_weight` with the error of storing it. ``chain`` is in the live order; ``into`` defaults to the format of ``encoded``."""
+    """:func:`fold_weight` with the error of storing it. ``chain`` is in the live order; ``into`` defaults to the format
+    of ``encoded``.
+    """
     return _recode(encoded, chain, into or encoded.format, inverse=False)
 
 
@@ -131,8 +135,9 @@ def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = F
 def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
     """The chain in the order in which its members touch the weight.
 
-    Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding sides (``(x Wᵀ)·Ra·Rb``,
-    ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of its own.
+    Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
+    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
+    its own.
     """
     right = [r for r in chain if r.side == "input"]
     left = [r for r in chain if r.side != "input"]

@@ -71,7 +71,9 @@ def codes_of(e: EncodedWeight) -> torch.Tensor:
 
 
 def assert_same(got: FoldedWeight, want: FoldedWeight, truth: torch.Tensor) -> int:
-    """Equal but for ties: codes one apart where the exact value lies on the midpoint between them, to float32's rounding. Returns their number."""
+    """Equal but for ties: codes one apart where the exact value lies on the midpoint between them, to float32's
+    rounding. Returns their number.
+    """
     f = want.encoded.format
     assert got.encoded.format == f
     assert {k: (t.shape, t.dtype) for k, t in got.encoded.tensors.items()} == {
@@ -278,7 +280,7 @@ def test_a_transposed_weight_and_float64_take_the_tiled_path():
         assert torch.allclose(got.encoded.tensors["weight"], want.encoded.tensors["weight"], rtol=0, atol=2e-6)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_nan_and_infinity_are_refused_as_by_the_reference():
@@ -307,7 +309,7 @@ def test_a_zero_scale_has_no_inverse():
         folded("numba", codecs.dense(torch.randn(16, 64)), (rotation,), inverse=True)
 
 
-# --- rotations ------------------------------------------------------------------------------------------------------------------------------------
+# --- rotations --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cayley", MAPS.values(), ids=MAPS)
@@ -340,7 +342,7 @@ def test_equal_angles_are_found():
     assert kernels.measure(quarter_turns(64, 32)) == (pytest.approx(0, abs=1e-12), pytest.approx(torch.pi / 2))
 
 
-# --- which one serves -----------------------------------------------------------------------------------------------------------------------------
+# --- which one serves -------------------------------------------------------------------------------------------------
 
 
 def test_backends_are_visible_and_can_be_forced():

@@ -50,7 +50,9 @@ class Single(nn.Module):
 
 
 def unpackable(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights at eval forwards, as the live layers do: for the models that they are held against."""
+    """Keep bitsandbytes from repacking 4-bit weights at eval forwards, as the live layers do: for the models that they
+    are held against.
+    """
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit):
             m.support_avx512bf16_for_cpu = False
@@ -78,7 +80,7 @@ def rotation(*shape: int, size: float = 0.05, seed: object = 0, **options: Any) 
     return Rotation(size * torch.randn(*shape, generator=seeded(shape, seed)), **options)
 
 
-# --- what it computes -----------------------------------------------------------------------------------------------------------------------------
+# --- what it computes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -162,7 +164,7 @@ def test_reduced_matmul_precision_around_a_training_step_keeps_the_dtypes() -> N
     assert wrapped.layer.oft_R["default"].weight.grad.dtype == torch.float32
 
 
-# --- against peft ---------------------------------------------------------------------------------------------------------------------------------
+# --- against peft -----------------------------------------------------------------------------------------------------
 
 
 def conv(in_features: int, out_features: int) -> nn.Module:
@@ -289,7 +291,7 @@ def test_sides_that_do_not_commute_are_refused_as_fold_refuses_them() -> None:
     assert wrapped.layer.active_adapters == ["b"]
 
 
-# --- gradients and training -----------------------------------------------------------------------------------------------------------------------
+# --- gradients and training -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -413,7 +415,7 @@ def test_module_dropout_replaces_blocks_in_training_only() -> None:
     assert torch.equal(rotation_.train().rotation().generator, rotation_.weight)
 
 
-# --- merge and unmerge ----------------------------------------------------------------------------------------------------------------------------
+# --- merge and unmerge ------------------------------------------------------------------------------------------------
 
 
 def merge_cases() -> Iterator[Any]:
@@ -518,7 +520,7 @@ def test_a_merge_of_a_model_is_all_or_nothing() -> None:
     }
 
 
-# --- wrapping a model -----------------------------------------------------------------------------------------------------------------------------
+# --- wrapping a model -------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -963,7 +965,7 @@ def test_an_adapter_that_joins_takes_on_the_layers_mode() -> None:
     assert not any(m.training for m in wrapped.modules())
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------------------------------------
+# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", ["dense", "int8"])
@@ -1012,7 +1014,7 @@ def test_a_merged_state_dict_does_not_load_where_it_would_rotate_twice() -> None
     assert bits(wrapped.layer.base_layer) == before
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_errors_are_those_of_fold_and_leave_the_model_as_it_was() -> None:
@@ -1191,7 +1193,7 @@ def test_a_convolution_with_a_kernel_is_refused_by_name() -> None:
         wrap(Single(nn.Conv2d(64, 64, 3)), oftsurgery.OFTAdapter({"layer": rotation(4, 120)}))
 
 
-# --- dispatchers ----------------------------------------------------------------------------------------------------------------------------------
+# --- dispatchers ------------------------------------------------------------------------------------------------------
 
 DISPATCH = {"nf4": live.dispatch_bnb_4bit, "fp4": live.dispatch_bnb_4bit, "int8": live.dispatch_bnb_8bit}
 

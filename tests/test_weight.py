@@ -1,4 +1,6 @@
-"""Folding one weight: against bitsandbytes' quantiser on the exact rotation; chains, inverses, dtypes, and surroundings that must not matter."""
+"""Folding one weight: against bitsandbytes' quantiser on the exact rotation; chains, inverses, dtypes, and surroundings
+that must not matter.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def stored(codec: str, weight: Tensor, *, nested: bool = False, dtype: torch.dty
     return codecs.encode(weight, form)
 
 
-# --- against bitsandbytes ---------------------------------------------------------------------------------------------------------------------------
+# --- against bitsandbytes ---------------------------------------------------------------------------------------------
 
 
 def codes_of(encoded: EncodedWeight) -> Tensor:
@@ -105,7 +107,7 @@ def test_fold_is_bitsandbytes_quantiser_on_the_exact_rotation(
     assert ((x - tie)[different].abs() <= 1e-6).all(), "not at a tie"
 
 
-# --- chains, sides, inverses ------------------------------------------------------------------------------------------------------------------------
+# --- chains, sides, inverses ------------------------------------------------------------------------------------------
 
 
 def chain_case(side: str) -> tuple[Tensor, list[Rotation], Tensor]:
@@ -189,7 +191,7 @@ def test_one_shared_block_and_a_cropped_output_side() -> None:
     assert relative(unfold_weight(folded, cropped), weight) <= 1e-12
 
 
-# --- dtypes -----------------------------------------------------------------------------------------------------------------------------------------
+# --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -208,7 +210,7 @@ def test_half_precision_is_storage_not_arithmetic(dtype: torch.dtype, adapter_dt
         assert relative(got, exact) <= relative(wanted, exact) * (1 + 1e-3)
 
 
-# --- what must not matter ---------------------------------------------------------------------------------------------------------------------------
+# --- what must not matter ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -280,7 +282,7 @@ def test_a_generator_and_weight_that_require_gradients_fold() -> None:
     assert torch.equal(got, fold_weight(weight.detach(), Rotation(generator(32, 8))))
 
 
-# --- the reported error -----------------------------------------------------------------------------------------------------------------------------
+# --- the reported error -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ["nf4", "fp4", "int8", "dense"])
@@ -318,7 +320,7 @@ def test_relative_error_of_zeros() -> None:
     assert relative_error(zero + 1, zero) == 2  # no relative one: the absolute
 
 
-# --- refusals and types -----------------------------------------------------------------------------------------------------------------------------
+# --- refusals and types -----------------------------------------------------------------------------------------------
 
 
 def test_result_is_of_the_argument_s_type_and_the_argument_stays() -> None:

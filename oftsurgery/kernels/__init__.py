@@ -7,9 +7,9 @@
 ``reference``  the readable one: decode, rotate, encode
 =============  ==================================================================================================================
 
-The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what it does not take goes to
-those below it. All give the reference's result; where the rotation's sums, taken in another order, round to the other side of a midpoint, a code may
-differ by one.
+The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what
+it does not take goes to those below it. All give the reference's result; where the rotation's sums, taken in another
+order, round to the other side of a midpoint, a code may differ by one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ Result = tuple[EncodedWeight, float, str]
 
 
 def backends() -> dict[str, str]:
-    """``{name: "ready", or why it does not serve}`` of all backends, the fastest first; ``"forced"`` where ``OFTSURGERY_BACKEND`` or
+    """``{name: "ready", or why it does not serve}`` of all backends, the fastest first; ``"forced"`` where
+    ``OFTSURGERY_BACKEND`` or
     :func:`use_backend` names it.
 
     >>> import oftsurgery
@@ -168,7 +169,7 @@ def _give_up(name: str, problem: str) -> None:
     )
 
 
-# --- rotations ----------------------------------------------------------------------------------------------------------------------------------
+# --- rotations --------------------------------------------------------------------------------------------------------
 
 
 def measure(rotation: Rotation) -> tuple[float, float]:
@@ -183,7 +184,8 @@ def measure(rotation: Rotation) -> tuple[float, float]:
         return rotation.defect, rotation.angle
     if rotation.cayley.exact:
         return 0.0, 2 * math.atan(theta)
-    # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue matters
+    # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue
+    # matters
     grid = torch.linspace(0, theta, 129, dtype=torch.float64, device="cpu")
     values = rotation.cayley((1j * grid).reshape(-1, 1, 1)).reshape(-1)
     defects, angles = (values.abs() ** 2 - 1).abs(), values.angle().abs()
@@ -193,7 +195,9 @@ def measure(rotation: Rotation) -> tuple[float, float]:
 
 
 def _series(cayley: Cayley) -> tuple[int, float] | None:
-    """(0, 0) for the exact map, else (power, weight) of ``I + 2ΣQᵏ (k < power) + weight · Q^power``; None for a series of one term or very many."""
+    """(0, 0) for the exact map, else (power, weight) of ``I + 2ΣQᵏ (k < power) + weight · Q^power``; None for a series
+    of one term or very many.
+    """
     if cayley.terms is None:
         return 0, 0.0
     if not 2 <= cayley.terms <= 32:
@@ -204,7 +208,9 @@ def _series(cayley: Cayley) -> tuple[int, float] | None:
 
 
 def _wide(b: int, n: int) -> int:
-    """The size of the blocks that the kernels work on: a multiple of b and 16 that n blocks make up; 0 where there is none of reasonable size."""
+    """The size of the blocks that the kernels work on: a multiple of b and 16 that n blocks make up; 0 where there is
+    none of reasonable size.
+    """
     wide = math.lcm(b, 16)
     return wide if wide <= _MAX_BLOCK and (n == 1 or n * b % wide == 0) else 0
 
@@ -221,7 +227,8 @@ def _blocks(rotation: Rotation, wide: int) -> Tensor:
 
 
 def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tuple[Tensor, Tensor | None] | None:
-    """``M: (n, b, b)`` float32 and ``s: (out,)`` or None, such that ``s · (W · blockdiag(M))`` is the folded weight; b a multiple of 16.
+    """``M: (n, b, b)`` float32 and ``s: (out,)`` or None, such that ``s · (W · blockdiag(M))`` is the folded weight; b
+    a multiple of 16.
 
     None where a rotation is of the rows themselves, or its blocks do not come together in reasonable ones.
     """
@@ -249,7 +256,9 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
 
 
 def _single(matrices: Tensor) -> Tensor:
-    """As contiguous float32. By numpy on the CPU: torch would wake all its threads for this little, and wait for them where others compute."""
+    """As contiguous float32. By numpy on the CPU: torch would wake all its threads for this little, and wait for them
+    where others compute.
+    """
     if matrices.device.type != "cpu":
         return matrices.to(torch.float32).contiguous()
     with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused with the weight

@@ -1,4 +1,6 @@
-"""What the drivers of the fused kernels share: a weight's codes and scales, room for the new ones, and the end of double quantisation."""
+"""What the drivers of the fused kernels share: a weight's codes and scales, room for the new ones, and the end of
+double quantisation.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NOT_FINITE = 0x7F800000
 
 
 def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
-    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says what)."""
+    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says
+    what).
+    """
     f, t = encoded.format, encoded.tensors
     weight = t.get("weight")
     if weight is None:
@@ -88,15 +92,20 @@ def _tensors(
 def finish(
     into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float
 ) -> tuple[EncodedWeight, float]:
-    """The new weight and its relative error, from the sums of squares of the exact weight and of what storing it changed."""
+    """The new weight and its relative error, from the sums of squares of the exact weight and of what storing it
+    changed.
+    """
     tensors, more = _tensors(into, result, scales, moments)
     error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
-    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak of
+    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak
+    # of
     return EncodedWeight(into, tensors), 0.0 if into.quantised and error < 2**-22 else error
 
 
 def widen(m: Tensor, b: int) -> Tensor:
-    """Blocks ``(n, a, a)`` as blocks ``(n·a/b, b, b)`` that hold b/a of them on the diagonal (``(1, b, b)`` for a single, shared one)."""
+    """Blocks ``(n, a, a)`` as blocks ``(n·a/b, b, b)`` that hold b/a of them on the diagonal (``(1, b, b)`` for a
+    single, shared one).
+    """
     n, a, _ = m.shape
     if a == b:
         return m

@@ -2,12 +2,13 @@
 
 Kept in one file, because numba's cache between processes watches the file of the compiled function alone. Two layers:
 
-* *vector operations*: numba functions over 16 lanes (``<16 x float>`` …), each a few lines of LLVM. LLVM fits them to the machine: one register with
-  AVX-512, two with AVX2, four with NEON or SSE.
-* *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of threads may run it on tiles of
-  their own.
+* *vector operations*: numba functions over 16 lanes (``<16 x float>`` …), each a few lines of LLVM. LLVM fits them to
+  the machine: one register with AVX-512, two with AVX2, four with NEON or SSE.
+* *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of
+  threads may run it on tiles of their own.
 
-Arithmetic that decides codes is that of :mod:`oftsurgery.codecs`, operation by operation; only the order of the rotation's sums is its own.
+Arithmetic that decides codes is that of :mod:`oftsurgery.codecs`, operation by operation; only the order of the
+rotation's sums is its own.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _AVX512 = "+avx512f" in _FEATURES
 #: without it LLVM would call a conversion routine that is not linked in
 HAS_F16 = _AVX512 or "+f16c" in _FEATURES or llvm.get_default_triple().startswith(("aarch64", "arm64"))
 
-# --- vector operations ----------------------------------------------------------------------------------------------------------------------------
+# --- vector operations ------------------------------------------------------------------------------------------------
 
 
 class _Vector(types.Type):
@@ -289,7 +290,9 @@ def load_ints(b, address):
 
 @_operation(i32x, f32x, f32x)
 def rank(b, x, bounds):
-    """How many of 15 ascending ``bounds`` (the 16th lane is not read) are below x: ``torch.bucketize``, ties to the lower side."""
+    """How many of 15 ascending ``bounds`` (the 16th lane is not read) are below x: ``torch.bucketize``, ties to the
+    lower side.
+    """
     index = _constant(0, i32x.vector)
     for step in (8, 4, 2, 1):
         bound = _pick(b, bounds, b.add(index, _constant(step - 1, i32x.vector)))
@@ -304,7 +307,9 @@ CELLS = 32 if _AVX512 else 0
 
 @_operation(i32x, f32x, i32x, i32x, f32x, f32x)
 def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
-    """:func:`rank`, where each of 32 cells of [-1, 1] holds at most one bound: how many are in cells below, and whether the cell's own is below x."""
+    """:func:`rank`, where each of 32 cells of [-1, 1] holds at most one bound: how many are in cells below, and whether
+    the cell's own is below x.
+    """
     if not CELLS:
         return _constant(0, i32x.vector)  # never called
     position = b.fadd(b.fmul(x, _constant(16.0, f32x.vector)), _constant(16.0, f32x.vector))
@@ -444,7 +449,7 @@ def product64(b, *args):
     return _emit_product(b, _D, 2, *args)
 
 
-# --- the kernel -----------------------------------------------------------------------------------------------------------------------------------
+# --- the kernel -------------------------------------------------------------------------------------------------------
 
 _inline = njit(inline="never", nogil=True, error_model="numpy", boundscheck=False)
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
@@ -452,7 +457,9 @@ _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
 @_inline
 def _decode(kind, codes, scales, blocksize, levels, first, count, out):
-    """``count`` weights from flat index ``first`` on (4-bit: a block's first) to float32 at ``out``. Int8's scale is one value, at ``scales``."""
+    """``count`` weights from flat index ``first`` on (4-bit: a block's first) to float32 at ``out``. Int8's scale is
+    one value, at ``scales``.
+    """
     if kind == FOUR_BIT:
         done = 0
         while done < count:
@@ -497,13 +504,15 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
 def _encode_4bit(
     x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
 ):
-    """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in all.
+    """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in
+    all.
 
-    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the error with any other absmax
-    follows.
+    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the
+    error with any other absmax follows.
     Adds to ``sums``: Σ exact², Σ (stored - exact)².
     """
-    # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the one before
+    # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the
+    # one before
     top = int32(0)
     done = 0
     while done < count:
@@ -648,13 +657,16 @@ def fold_tile(
 ):  # fmt: skip
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
 
-    Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x`` and ``y``, float32; ``panel``
-    columns of them are decoded and rotated together. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the new), the columns
-    are all of the row, the strides are the row's, and groups begin with a block.
+    Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x``
+    and ``y``, float32; ``panel`` columns of them are decoded and rotated together. Where 4-bit blocks straddle rows
+    (``flat``: the old ones, ``new_flat``: the new), the columns are all of the row, the strides are the row's, and
+    groups begin with a block.
 
-    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for :func:`rank_by_cell` then.
+    ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for
+    :func:`rank_by_cell` then.
 
-    ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from 0x7F800000 on not finite.
+    ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from
+    0x7F800000 on not finite.
     """
     length = out_features * features
     old = load(levels)
@@ -741,12 +753,14 @@ def fold_tile(
                     _encode_dense(new_kind, at, columns, first, new_codes, sums)
 
 
-# --- block rotations, in float64 ----------------------------------------------------------------------------------------------------------------
+# --- block rotations, in float64 --------------------------------------------------------------------------------------
 
 
 @_inline
 def _skew(v, index, b, wide, q):
-    """``wide/b`` skew-symmetric blocks from the rows of v, from ``index`` blocks of ``wide`` on, on the diagonal of q: (wide, wide)."""
+    """``wide/b`` skew-symmetric blocks from the rows of v, from ``index`` blocks of ``wide`` on, on the diagonal of q:
+    (wide, wide).
+    """
     q[:, :] = 0.0
     each = wide // b
     for e in range(each):
@@ -806,12 +820,14 @@ def _invert(a):
     boundscheck=False,
 )
 def rotation_blocks(v, b, first, last, power, weight, scratch, out):
-    """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16 and b.
+    """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16
+    and b.
 
     ``power`` 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``. ``scratch``: (3, wide, wide).
 
     Returns:
-        the largest residual ``‖R(I+Q) - (I-Q)‖`` relative to the operands, element-wise (NaN where that is not finite); 0 for a series.
+        the largest residual ``‖R(I+Q) - (I-Q)‖`` relative to the operands, element-wise (NaN where that is not finite);
+        0 for a series.
     """
     wide = out.shape[1]
     q, p, t = scratch[0], scratch[1], scratch[2]
@@ -858,7 +874,9 @@ def rotation_blocks(v, b, first, last, power, weight, scratch, out):
 
 @_inline
 def _above(beta, count, x):
-    """Whether the symmetric tridiagonal matrix with a zero diagonal and ``count`` off-diagonals has an eigenvalue above x > 0 (a Sturm sequence)."""
+    """Whether the symmetric tridiagonal matrix with a zero diagonal and ``count`` off-diagonals has an eigenvalue above
+    x > 0 (a Sturm sequence).
+    """
     d = -x
     for i in range(count):
         if d >= 0.0:
@@ -875,10 +893,12 @@ def _above(beta, count, x):
     boundscheck=False,
 )
 def largest_angle(v, b, wide, first, last, floor, q, basis):
-    """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor`` if none is above it.
+    """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor``
+    if none is above it.
 
-    Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the spectrum is there much before),
-    then bisection. ``q``: (wide, wide), ``basis``: (steps + 2, wide) scratch; steps ≥ 2.
+    Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the
+    spectrum is there much before), then bisection. ``q``: (wide, wide), ``basis``: (steps + 2, wide) scratch; steps ≥
+    2.
     """
     steps = min(basis.shape[0] - 2, wide)
     beta = np.empty(steps)

@@ -108,10 +108,13 @@ def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @cache
 def _cells(codec: str) -> tuple[bool, np.ndarray]:
-    """Whether :func:`oftsurgery.kernels.cpu.rank_by_cell` serves the codec's levels, and its table: 32 int32, 32 float32."""
+    """Whether :func:`oftsurgery.kernels.cpu.rank_by_cell` serves the codec's levels, and its table: 32 int32, 32
+    float32.
+    """
     _, _, bounds, order = (t.numpy() for t in _tables(codec))
     bounds = bounds[:15]
-    # as the kernel finds a value's cell, in float32: it grows with the value, so one in a higher cell than a bound is above it
+    # as the kernel finds a value's cell, in float32: it grows with the value, so one in a higher cell than a bound is
+    # above it
     own = np.minimum(bounds * np.float32(16) + np.float32(16), np.float32(31)).astype(np.int32)
     table = np.zeros((2, 32), dtype=np.int32)
     if not cpu.CELLS or len(set(own)) < 15 or (order != np.arange(16)).any():
@@ -152,7 +155,8 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     y_stride = 4 * (columns if new.flat else columns + pad)
     if group * (x_stride + y_stride) > _MAX_SCRATCH:
         return None
-    # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number of them
+    # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number
+    # of them
     row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // 8)) // group) * group
     return _Tiles(group, panel, row_step, columns, x_stride, y_stride)
 
@@ -168,7 +172,8 @@ def fold(
         scale: ``(out,)`` or None.
 
     Returns:
-        None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the answer, or the error.
+        None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
+        answer, or the error.
     """
     f = encoded.format
     old, new = _side(f), _side(into)
@@ -213,7 +218,7 @@ def fold(
     return blockwise.finish(into, result, new_scales, moments, norm, error)
 
 
-# --- block rotations ------------------------------------------------------------------------------------------------------------------------------
+# --- block rotations --------------------------------------------------------------------------------------------------
 
 _SOLVE_TOLERANCE = 1e-10
 _LANCZOS_STEPS = 160
@@ -222,7 +227,8 @@ _TASK_PRODUCTS = 1 << 19
 
 
 def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> Tensor | None:
-    """``(n·b/wide, wide, wide)`` float64: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal (one for a single, shared one).
+    """``(n·b/wide, wide, wide)`` float64: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal
+    (one for a single, shared one).
 
     Args:
         power: 0 for the exact Cayley map, else of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.

@@ -1,7 +1,8 @@
 """The fused kernel for CUDA, in Triton: decode → rotate → scale → absmax → encode → pack for one tile.
 
-A program takes some rows of one block of columns that holds whole rotations and whole 4-bit blocks, so only codes and statistics touch memory.
-Int8 needs a row's absmax first, hence two passes. On the CPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``), which tests it.
+A program takes some rows of one block of columns that holds whole rotations and whole 4-bit blocks, so only codes and
+statistics touch memory. Int8 needs a row's absmax first, hence two passes. On the CPU it runs in Triton's interpreter
+(``TRITON_INTERPRET=1``), which tests it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def fold_tile(
     KIND: tl.constexpr, SIZE: tl.constexpr, NEW_KIND: tl.constexpr, NEW_SIZE: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SHARED: tl.constexpr, SCALED: tl.constexpr, NESTED: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """``sums``: (programs, 2) float64, Σ exact² and Σ (stored - exact)²; ``top``: integer bits of the largest \\|value\\|.
+    """``sums``: (programs, 2) float64, Σ exact² and Σ (stored - exact)²; ``top``: integer bits of the largest
+    \\|value\\|.
 
     Int8: with MEASURE the rows' absmax goes to ``new_scales`` as integer bits; without, they are there.
     """

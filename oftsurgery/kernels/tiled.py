@@ -1,4 +1,6 @@
-"""The tiled path: the reference's own functions on a few rows at a time, on any device, for what the fused kernels do not take."""
+"""The tiled path: the reference's own functions on a few rows at a time, on any device, for what the fused kernels do
+not take.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def fold(
         ordered: rotations and their blocks, in the order in which they touch the weight.
 
     Returns:
-        None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up: the reference has the answer, or
-        the error.
+        None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up:
+        the reference has the answer, or the error.
     """
     rows, features = encoded.format.shape
     step = _step(encoded.format, into, [r for r, _ in ordered])
@@ -70,7 +72,9 @@ def fold(
 
 
 def _step(old: WeightFormat, new: WeightFormat, chain: Sequence[Rotation]) -> int:
-    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows themselves, whole rotations."""
+    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows themselves, whole
+    rotations.
+    """
     features = old.shape[1]
     sizes = [f.blocksize for f in (old, new) if f.blocksize]
     step = math.lcm(*(size // math.gcd(features, size) for size in sizes), 2 if sizes and features % 2 else 1)
