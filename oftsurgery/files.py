@@ -1,4 +1,8 @@
-"""The only module that touches the disk."""
+"""Finding and reading adapters and checkpoints: local folders, or the Hub's cache.
+
+The disk is touched here, in :mod:`~oftsurgery.shards` (tensors), :mod:`~oftsurgery.staging` (output folders) and
+:mod:`~oftsurgery.configs` (the files beside the weights), and by nothing that computes.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """safetensors checkpoints on disk: headers without data, one tensor at a time in, one tensor at a time out.
 
 The safetensors library checks every header (lengths, offsets, overlaps); what it has no call for is done here: where a
-tensor's bytes are without reading them, and writing a file whose tensors never meet in memory. Together with
-:mod:`oftsurgery.files` the only code that touches the disk.
+tensor's bytes are without reading them, and writing a file whose tensors never meet in memory.
 """
 
 from __future__ import annotations
