@@ -12,7 +12,7 @@ import typing as _typing
 from ._version import __version__
 
 if _typing.TYPE_CHECKING:
-    from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation
+    from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
     from .api import (
         export_safetensors,
         fold,
@@ -31,6 +31,7 @@ if _typing.TYPE_CHECKING:
         AdapterError,
         BackendWarning,
         CheckpointError,
+        ConversionWarning,
         DialectError,
         DiskError,
         FormatError,
@@ -58,6 +59,7 @@ __all__ = [
     "Cayley",
     "CheckpointError",
     "CheckpointReport",
+    "ConversionWarning",
     "DialectError",
     "DiskError",
     "EncodedWeight",
@@ -83,6 +85,7 @@ __all__ = [
     "WeightFormat",
     "__version__",
     "backends",
+    "blend",
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "doctor",
@@ -108,6 +111,7 @@ _EXPORTS = {
         "Cayley",
         "OFTAdapter",
         "Rotation",
+        "blend",
     ),
     "api": (
         "export_safetensors",
@@ -140,6 +144,7 @@ _EXPORTS = {
         "AdapterError",
         "BackendWarning",
         "CheckpointError",
+        "ConversionWarning",
         "DialectError",
         "DiskError",
         "FormatError",

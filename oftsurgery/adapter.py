@@ -7,21 +7,36 @@ releases is told apart once, here, as a *dialect*; from then on an adapter is a 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import rotations
-from .errors import AdapterError, DialectError, MatchError, NonFiniteError, ShapeError, printable
+from .errors import (
+    AdapterError,
+    ConversionWarning,
+    DialectError,
+    MatchError,
+    NonFiniteError,
+    OFTSurgeryError,
+    ShapeError,
+    printable,
+    warn_caller,
+)
 from .hashing import hash_tensors
 
-__all__ = ["DIALECTS", "Cayley", "Dialect", "OFTAdapter", "Rotation", "parse_adapter"]
+__all__ = ["DIALECTS", "Cayley", "Dialect", "OFTAdapter", "Rotation", "blend", "parse_adapter", "spread_adapter"]
+
+if TYPE_CHECKING:
+    from os import PathLike
 
 Dialect = Literal["peft-0.13", "peft-0.15", "peft-0.17", "peft-0.21"]
 
@@ -74,6 +89,8 @@ class Rotation:
         scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
         shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the
             features alone.
+        whole: on the output side, whether a last block that reaches beyond the outputs is refused. peft ≤ 0.13 crops
+            it, to something that is no rotation, and of which no product or power is a cropped block again.
     """
 
     generator: Tensor
@@ -81,6 +98,7 @@ class Rotation:
     side: rotations.Side = "input"
     scale: Tensor | None = None
     shared: bool = True
+    whole: bool = False
 
     @property
     def block_size(self) -> int:
@@ -123,6 +141,13 @@ class Rotation:
         if self.side == "output":
             r = -(-out // b) if shared else n
             fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
+            if fits and self.whole and r * b != out:
+                raise ShapeError(
+                    f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers",
+                    module=module,
+                    shape=shape,
+                    remedy="fold the adapters themselves, one after the other, instead of what was computed from them",
+                )
             rotated, width = "output features", out
         else:
             fits = features % b == 0 and (shared or n == features // b)
@@ -168,6 +193,132 @@ class Rotation:
             weight = weight / self.scale.to(weight).unsqueeze(-1)
         return rotations.unrotate_weight(weight, self.blocks.to(weight.device), self.side)
 
+    # --- algebra, in float64 ---
+
+    def exact(self) -> tuple[Rotation, float]:
+        """The nearest rotation under the exact Cayley map, and how far it is: ``‖R - nearest‖₂``, the largest over the
+        blocks.
+
+        An exact one is its own nearest, at 0. A truncated series ``R = f(Q)`` is not orthogonal: its nearest rotation
+        (the polar factor) keeps the angles of its eigenvalues ``f(±iθ)``, and the distance is that of their moduli
+        from 1.
+
+        Raises:
+            AdapterError: no rotation is nearest (a singular ``R``), or it is by more than an exact generator holds.
+        """
+        if self.cayley.exact:
+            return self, 0.0
+        blocks = self.blocks
+        nearest, values = rotations.nearest_rotation(blocks)
+        if float(values.min()) < _SINGULAR:
+            raise AdapterError(
+                "the truncated series is singular: no rotation is nearest to it",
+                remedy="its generator's norm is far above what the series is made for; retrain with a smaller learning rate",
+            )
+        residual = float(torch.linalg.matrix_norm(blocks - nearest, ord=2).max())
+        return replace(self, generator=_generator(nearest), cayley=Cayley()), residual
+
+    @property
+    def _one_for_all(self) -> bool:
+        return self.shared and self.generator.shape[0] == 1
+
+    def _generators(self, size: int) -> Tensor:
+        """Of an exact rotation, ``(n, size, size)`` float64, in larger blocks."""
+        q = rotations.skew(self.generator.detach().to("cpu", torch.float64))
+        return rotations.block_diagonal(q, size, shared=self._one_for_all)
+
+
+# smallest singular value of a truncated series that still points at a rotation
+_SINGULAR = 1e-6
+
+
+def _generator(r: Tensor) -> Tensor:
+    """``(n, b(b-1)/2)`` of rotations ``r: (n, b, b)``, bounded."""
+    norm = float(rotations.generator_norm(r).max())
+    if not norm <= rotations.MAX_NORM:
+        raise AdapterError(
+            f"a rotation by {2 * math.atan(norm):.4f} rad, too close to π: its exact Cayley generator has a norm of {norm:.3g}, "
+            f"more than {rotations.MAX_NORM:.0f}",
+            remedy="scale the adapters down first (scaled), or fold them one after the other",
+        )
+    return rotations.vector(rotations.generator_of(r))
+
+
+def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
+    """Block size in which all of ``parts``, rotations of one module, are block-diagonal, and whether one block still
+    serves all.
+    """
+    if len({r.side for r in parts}) > 1:
+        raise MatchError(
+            f"rotations on different sides of one weight: {', '.join(r.side for r in parts)}",
+            remedy="fold the adapters one after the other",
+        )
+    widths = {r.generator.shape[0] * r.block_size for r in parts if not r._one_for_all}
+    if len(widths) > 1:
+        raise ShapeError(
+            f"rotations of {' and of '.join(map(str, sorted(widths)))} features",
+            remedy="compose adapters of the same base model",
+        )
+    size = math.lcm(*(r.block_size for r in parts))
+    if any(width % size for width in widths):
+        raise ShapeError(
+            f"block sizes {', '.join(str(r.block_size) for r in parts)} have no common multiple that divides the {widths.pop()} features",
+            remedy="fold the adapters one after the other",
+        )
+    return size, not widths
+
+
+def _combined(parts: Sequence[Rotation], generator: Tensor, scale: Tensor | None, *, shared: bool) -> Rotation:
+    side = parts[0].side
+    return Rotation(generator=generator, side=side, scale=scale, shared=shared, whole=side == "output")
+
+
+def _product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
+    """The live chain ``x · Ra · Rb`` as one exact rotation, and how far it is from that."""
+    size, shared = _common((a, b))
+    wide = [rotations.block_diagonal(r.blocks.cpu(), size, shared=r._one_for_all) for r in (a, b)]
+    product = wide[0] @ wide[1]
+    residual = 0.0
+    if not (a.cayley.exact and b.cayley.exact):
+        nearest, values = rotations.nearest_rotation(product)
+        if float(values.min()) < _SINGULAR:
+            raise AdapterError(
+                "the product of truncated series is singular: no rotation is nearest to it",
+                remedy="fold the adapters one after the other",
+            )
+        residual = float(torch.linalg.matrix_norm(product - nearest, ord=2).max())
+        product = nearest
+    scale = a.scale if b.scale is None else b.scale if a.scale is None else a.scale.double() * b.scale.double()
+    return _combined((a, b), _generator(product), scale, shared=shared), residual
+
+
+def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
+    """``exp(Σ wᵢ log Rᵢ)`` of exact rotations; the scales' weighted geometric mean."""
+    members = [r for r, _ in parts]
+    size, shared = _common(members)
+    # log R has the eigenvalues -2i·atan λ where Q has iλ; half of it keeps the sign of Q
+    logs = [w * rotations.map_eigenvalues(r._generators(size), torch.atan) for r, w in parts]
+    half = logs[0]
+    for other in logs[1:]:  # a shared one is added to every block
+        half = half + other
+    angle = 2 * float(torch.linalg.matrix_norm(half, ord=2).max())
+    if angle > 2 * math.atan(rotations.MAX_NORM):
+        raise AdapterError(
+            f"a rotation by {angle:.4f} rad: at π and beyond there is no exact Cayley generator, and another rotation would come out",
+            remedy="use smaller weights",
+        )
+    generator = rotations.vector(rotations.map_eigenvalues(half, torch.tan))
+    scale = None
+    if any(r.scale is not None for r in members):
+        if any(r.scale is not None and bool((r.scale <= 0).any()) for r in members):
+            raise AdapterError(
+                "oft_s holds values that are not positive, which have no powers",
+                tensor="oft_s",
+                remedy="fold the adapter as it is",
+            )
+        scale = sum(w * r.scale.double().log() for r, w in parts if r.scale is not None).exp()  # type: ignore[union-attr]
+    return _combined(members, generator, scale, shared=shared)
+
 
 @dataclass(frozen=True, eq=False)
 class OFTAdapter:
@@ -204,9 +355,207 @@ class OFTAdapter:
                 parts[f"{path}\0scale"] = r.scale
         object.__setattr__(self, "fingerprint", hash_tensors(parts))
 
+    # --- algebra, in float64 ---
+
+    def scaled(self, alpha: float) -> OFTAdapter:
+        """The adapter ``alpha`` times as strong: each rotation by ``alpha`` times its angles, in the same planes.
+
+        The geodesic ``R^α = exp(α log R)`` of the rotation group, so ``tan(α·atan θ)`` on the eigenvalues ``±iθ`` of the
+        generators, not ``α·Q``. ``scaled(a)`` and ``scaled(b)`` compose to ``scaled(a + b)``. A scale ``oft_s`` becomes
+        ``oft_s^α``.
+
+        Raises:
+            AdapterError: an angle of π or beyond, a scale that is not positive, or biases and other tensors of its own,
+                which cannot be scaled without the base's.
+        Warns:
+            ConversionWarning: truncated Neumann series were taken as their nearest rotations.
+        """
+        return self if alpha == 1 else self._mixed([(self, alpha)], f"scaled({self.source}, {alpha:g})")
+
+    def inverse(self) -> OFTAdapter:
+        """The adapter that undoes this one: ``a.compose(a.inverse())`` is the identity. Errors as :meth:`scaled`, but any
+        scale ``oft_s`` without zeros has an inverse.
+        """
+        _check_no_saved([self])
+        residuals: dict[str, float] = {}
+        modules = {}
+        for path, r in self.modules.items():
+            with _told_of(path):
+                turned, residuals[path] = r.exact()
+                if turned.scale is not None and bool((turned.scale == 0).any()):
+                    raise AdapterError(
+                        "oft_s holds a zero, which no inverse undoes",
+                        tensor="oft_s",
+                        remedy="fold the adapter as it is",
+                    )
+                modules[path] = replace(
+                    turned,
+                    generator=-turned.generator,
+                    scale=None if turned.scale is None else 1 / turned.scale.double(),
+                    whole=turned.side == "output",
+                )
+        _warn_converted(residuals)
+        return self._derived(modules, f"inverse({self.source})", (self,))
+
+    def compose(self, other: OFTAdapter) -> OFTAdapter:
+        """One adapter for the live chain ``x · Ra · Rb`` of this one (a) and then ``other`` (b), peft's active adapters
+        ``[a, b]``.
+
+        ``fold(m, a.compose(b))`` is ``fold(m, [a, b])``. With rotations on the input side that is
+        ``fold(fold(m, b), a)``; on the output side (peft ≤ 0.13) and of embeddings ``fold(fold(m, a), b)``. Block sizes
+        that differ are brought to their least common multiple. Modules of one adapter alone stay as they are.
+
+        Raises:
+            AdapterError: a product by nearly π (a generator norm over 100).
+            MatchError: both bring values for one tensor, or rotate different sides of one weight.
+            ShapeError: adapters of different base models.
+        Warns:
+            ConversionWarning: products of truncated Neumann series were taken as their nearest rotations.
+        """
+        twice = sorted(set(self.saved) & set(other.saved))
+        if twice:
+            raise MatchError(
+                "two adapters bring their own values for one tensor",
+                tensor=twice[0],
+                remedy="compose them without one's: dataclasses.replace(adapter, saved={})",
+            )
+        residuals: dict[str, float] = {}
+        modules = {}
+        for path in dict.fromkeys((*self.modules, *other.modules)):
+            chain = [a.modules[path] for a in (self, other) if path in a.modules]
+            modules[path] = chain[0]
+            if len(chain) == 2:
+                with _told_of(path):
+                    modules[path], residuals[path] = _product(chain[0], chain[1])
+        _warn_converted(residuals)
+        composed = self._derived(modules, f"compose({self.source}, {other.source})", (self, other))
+        return replace(composed, saved={**self.saved, **other.saved})
+
+    @staticmethod
+    def _mixed(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
+        adapters = [a for a, _ in parts]
+        if not all(math.isfinite(w) for _, w in parts):
+            raise AdapterError("a weight is not finite", remedy="give finite numbers")
+        _check_no_saved(adapters)
+        residuals: dict[str, float] = {}
+        modules = {}
+        for path in dict.fromkeys(p for a in adapters for p in a.modules):
+            with _told_of(path):
+                exact = [(a.modules[path].exact(), w) for a, w in parts if path in a.modules]
+                residuals[path] = max(residual for (_, residual), _ in exact)
+                modules[path] = _weighted([(r, w) for (r, _), w in exact])
+        _warn_converted(residuals)
+        return adapters[0]._derived(modules, source, adapters)
+
+    def _derived(self, modules: Mapping[str, Rotation], source: str, origins: Sequence[OFTAdapter]) -> OFTAdapter:
+        config: dict[str, Any] = {"peft_type": "OFT"}
+        for name in _CARRIED:
+            values = [a.config[name] for a in origins if a.config.get(name) is not None]
+            if values and all(v == values[0] for v in values):
+                config[name] = values[0]
+        saved = [name for a in origins for name in a.config.get("modules_to_save") or ()]
+        config["modules_to_save"] = list(dict.fromkeys(saved)) or None
+        config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
+        sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}
+        if all(sizes == {(p, r.block_size, r._one_for_all) for p, r in a.modules.items()} for a in origins):
+            config |= {n: self.config[n] for n in ("r", "oft_block_size") if n in self.config}
+        dialect = (
+            "peft-0.13"
+            if any(r.side == "output" for r in modules.values())
+            else "peft-0.15"
+            if any(r.scale is not None for r in modules.values())
+            else "peft-0.21"
+        )
+        return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
+
+    def save(self, folder: str | PathLike[str], *, force: bool = False) -> Mapping[str, float]:
+        """Write the adapter as peft 0.21 does: ``adapter_config.json`` and ``adapter_model.safetensors``, with the exact
+        Cayley map and generators in float32. Of an older release's adapter this makes one that peft 0.21 loads.
+
+        Args:
+            folder: appears whole, by one rename; must not exist.
+            force: replace it, at the rename and not before.
+
+        Returns:
+            ``{module path: ‖R - written R‖₂}``: 0 for the exact map; a truncated Neumann series is no rotation, and
+            becomes the nearest one.
+
+        Raises:
+            AdapterError: what peft 0.21 has no form for: a rotation on the output side, an ``oft_s``, block sizes that
+                one config does not describe.
+            StateError: the folder exists.
+            DiskError: the disk did not take it; nothing is left behind.
+        Warns:
+            ConversionWarning: states the largest of what is returned.
+        """
+        from . import saving
+
+        config, tensors, residuals = spread_adapter(self)
+        saving.write_adapter(folder, config, tensors, force=force)
+        _warn_converted(residuals)
+        return MappingProxyType(residuals)
+
     def __repr__(self) -> str:
         sizes = sorted({r.block_size for r in self.modules.values()})
         return f"OFTAdapter({len(self.modules)} modules, block size {', '.join(map(str, sizes))}, {self.dialect}, source={printable(self.source)!r})"
+
+
+def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
+    """The weighted mean of adapters' rotations: ``exp(Σ wᵢ log Rᵢ)`` for each module.
+
+    The log-Euclidean mean: taken in the Lie algebra, it does not depend on the order, and is again a rotation.
+    ``blend([(a, w)])`` is ``a.scaled(w)``; for rotations that commute it is their composition. Weights need not sum
+    to 1: ``[(a, 1), (b, 1)]`` adds two tasks, ``[(a, 0.5), (b, 0.5)]`` averages them. An adapter that lacks a module
+    counts there as the identity.
+
+    Args:
+        parts: ``(adapter, weight)``, at least one.
+
+    Raises, warns: as :meth:`OFTAdapter.scaled` and :meth:`OFTAdapter.compose`.
+    """
+    given = list(parts)
+    if not given:
+        raise AdapterError("nothing to blend", remedy="give (adapter, weight) pairs")
+    return OFTAdapter._mixed(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
+
+
+# what a derived adapter keeps of its origins' configs, where they agree
+_CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+
+# below this, a nearest rotation is the rounding of float64
+_RESIDUAL = 1e-12
+
+
+def _warn_converted(residuals: Mapping[str, float]) -> None:
+    """One :class:`ConversionWarning` for all modules."""
+    changed = {path: r for path, r in residuals.items() if r > _RESIDUAL}
+    if changed:
+        worst = max(changed, key=lambda path: changed[path])
+        warn_caller(
+            f"{len(changed)} truncated Neumann series became the nearest rotations, which the exact Cayley map gives: "
+            f"‖R - nearest‖₂ is {changed[worst]:.2e} at worst ({printable(worst)})",
+            ConversionWarning,
+        )
+
+
+@contextmanager
+def _told_of(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OFTSurgeryError as error:
+        raise error.within(path) from error.__cause__
+
+
+def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
+    for adapter in adapters:
+        if adapter.saved:
+            raise AdapterError(
+                "the adapter brings values of its own for a tensor (a trained bias, `modules_to_save`), "
+                "which cannot be scaled, blended or inverted without the base's",
+                tensor=next(iter(adapter.saved)),
+                path=adapter.source,
+                remedy="leave them out knowingly: dataclasses.replace(adapter, saved={})",
+            )
 
 
 def parse_adapter(
@@ -240,6 +589,116 @@ def parse_adapter(
     name = _detect_dialect(config, raw, dialect, source)
     modules = {path: _rotation(path, parts, config, name) for path, parts in sorted(raw.items())}
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+# the release whose format spread_adapter writes; readers go by it
+_WRITTEN_AS = "0.21.2"
+
+
+def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as peft 0.21 would save the adapter, with the
+    exact Cayley map; see :meth:`OFTAdapter.save`.
+    """
+    residuals: dict[str, float] = {}
+    exact: dict[str, Rotation] = {}
+    for path, r in adapter.modules.items():
+        with _told_of(path):
+            _check_expressible(r)
+            exact[path], residuals[path] = r.exact()
+    sizes = _block_settings(exact, adapter.config)
+    tensors: dict[str, Tensor] = {}
+    for path, r in exact.items():
+        part = "oft_embedding_R" if r.side == "embedding" else "oft_R"
+        size = sizes["oft_block_size"] if sizes["expand"] else r.block_size
+        q = rotations.vector(r._generators(size)).to(torch.float32)
+        tensors[f"{_PREFIX}{path}.{part}.weight"] = q.contiguous()
+    for name, value in adapter.saved.items():
+        owner, _, local = name.rpartition(".")
+        inside = f"{owner}.base_layer.{local}" if owner in exact else name
+        tensors[_PREFIX + inside] = value.detach().cpu().contiguous().clone()
+    config = {
+        "auto_mapping": adapter.config.get("auto_mapping"),
+        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        "bias": adapter.config.get("bias") or "none",
+        "block_share": bool(sizes["block_share"]),
+        "coft": False,  # the clamp is in the generators
+        "eps": 6e-05,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,  # means nothing to a rotation of the inputs; peft warns of it on nn.Linear
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "module_dropout": 0.0,
+        "modules_to_save": adapter.config.get("modules_to_save"),
+        "num_cayley_neumann_terms": 5,
+        "oft_block_size": sizes["oft_block_size"],
+        "peft_type": "OFT",
+        "peft_version": _WRITTEN_AS,
+        "r": sizes["r"],
+        "revision": adapter.config.get("revision"),
+        # one pattern that matches these paths and no other: a list would match every path that ends in one
+        "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
+        "task_type": adapter.config.get("task_type"),
+        "use_cayley_neumann": False,
+    }
+    return config, tensors, residuals
+
+
+def _check_expressible(r: Rotation) -> None:
+    if r.side == "output":
+        raise AdapterError(
+            "a rotation of the outputs (peft ≤ 0.13): peft 0.21 rotates inputs and embeddings, and has no form for it",
+            remedy="fold it; or fold it into a copy of the base and train anew",
+        )
+    if r.scale is not None and bool((r.scale != 1).any()):
+        raise AdapterError(
+            "a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 has no form for it",
+            tensor="oft_s",
+            remedy="fold it; or give up the scale knowingly: dataclasses.replace(rotation, scale=None)",
+        )
+
+
+def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
+    """How one config describes the block sizes of all modules: ``r``, ``oft_block_size``, ``block_share``, and whether
+    blocks must be written larger than they are.
+    """
+    shared = {r._one_for_all for r in modules.values()}
+    sizes = {r.block_size for r in modules.values()}
+    counts = {r.generator.shape[0] for r in modules.values()}
+    if len(shared) == 2:
+        whole = next(path for path, r in modules.items() if r._one_for_all)
+        raise AdapterError(
+            "some modules share one block (`block_share`) and others do not, which one config of peft's cannot say",
+            module=whole,
+            remedy="save them as two adapters",
+        )
+    settings = {"r": 0, "oft_block_size": max(sizes), "block_share": shared.pop(), "expand": False}
+    if len(sizes) == 1:
+        return settings
+    if settings["block_share"]:
+        r = config.get("r")
+        if not (isinstance(r, int) and r > 0 and not config.get("oft_block_size")):
+            raise AdapterError(
+                f"shared blocks of sizes {', '.join(map(str, sorted(sizes)))}, which one config of peft's cannot say",
+                remedy="save modules of one size each as an adapter",
+            )
+        return settings | {"r": r, "oft_block_size": 0}
+    if len(counts) == 1:
+        return settings | {"r": counts.pop(), "oft_block_size": 0}
+    size = math.lcm(*sizes)
+    for path, r in modules.items():
+        features = r.generator.shape[0] * r.block_size
+        if features % size:
+            raise AdapterError(
+                f"blocks of sizes {', '.join(map(str, sorted(sizes)))}: one config of peft's gives all modules one size, "
+                f"and their common one, {size}, does not divide the {features} features",
+                module=path,
+                remedy="save modules of one size each as an adapter",
+            )
+    return settings | {"oft_block_size": size, "expand": True}
 
 
 # --- config -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ __all__ = [
     "AdapterError",
     "BackendWarning",
     "CheckpointError",
+    "ConversionWarning",
     "DialectError",
     "DiskError",
     "FormatError",
@@ -194,3 +195,7 @@ class UntieWarning(UserWarning):
 
 class BackendWarning(UserWarning):
     """A fast path is missing or failed; what it would have done is done by a slower one, with the same result."""
+
+
+class ConversionWarning(UserWarning):
+    """States, once an operation, how far adapters' rotations are from what their truncated series compute."""

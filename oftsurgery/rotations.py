@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -30,13 +30,19 @@ from torch import Tensor
 from .errors import NonFiniteError, ShapeError
 
 __all__ = [
+    "MAX_NORM",
     "Side",
     "apply_blocks",
+    "block_diagonal",
     "block_size_of",
     "cayley",
     "eigen_angles",
     "full_precision",
+    "generator_norm",
+    "generator_of",
     "inverse_blocks",
+    "map_eigenvalues",
+    "nearest_rotation",
     "neumann",
     "rotate_weight",
     "skew",
@@ -45,6 +51,10 @@ __all__ = [
 ]
 
 Side = Literal["input", "output", "embedding"]
+
+#: Largest ‖Q‖₂ of a generator that is computed here: a rotation by 3.1216 rad. At π itself an exact Cayley generator is
+#: infinite.
+MAX_NORM = 100.0
 
 # ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken
 # batched one around 4e-2
@@ -289,3 +299,80 @@ def eigen_angles(q: Tensor) -> Tensor:
     q = q.to(torch.float64)
     squares: Tensor = torch.linalg.eigvalsh(-(q @ q))
     return squares.clamp(min=0).sqrt()
+
+
+# --- the algebra of rotations -----------------------------------------------------------------------------------------
+
+
+def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotations ``R`` nearest to ``m: (n, b, b)``: those that maximise ``tr(R mᵀ)``, det +1.
+
+    ``R = U diag(1, …, 1, det(U Vᵀ)) Vᵀ`` of ``m = U S Vᵀ`` (Schönemann 1966, "A generalized solution of the orthogonal
+    Procrustes problem"; the sign from Kabsch 1976). For a nonsingular ``m`` of positive determinant it is the factor of
+    ``m``'s polar decomposition.
+
+    Returns:
+        ``R: (n, b, b)`` and the singular values ``(n, b)``, the last one negative where the sign was needed.
+    """
+    if not bool(torch.isfinite(m).all()):
+        raise NonFiniteError("a product of blocks holds NaN or infinity", remedy="check the weights and adapters")
+    u, s, vh = torch.linalg.svd(m)
+    # one by one: torch 2.13's batched factorisation of large matrices reads wrong pivots, see cayley
+    sign = torch.stack([torch.sign(torch.linalg.det(x)) for x in u @ vh])
+    s = torch.cat([s[:, :-1], s[:, -1:] * sign.unsqueeze(-1)], dim=-1)
+    u = torch.cat([u[..., :-1], u[..., -1:] * sign.reshape(-1, 1, 1)], dim=-1)
+    return u @ vh, s
+
+
+def generator_norm(r: Tensor) -> Tensor:
+    """``‖Q‖₂ = tan(angle/2)`` of the generators that rotations ``r: (n, b, b)`` have, ``(n,)``; infinite at π."""
+    c = torch.linalg.eigvalsh((r + r.transpose(-2, -1)) / 2)[:, 0].clamp(-1, 1)
+    norm: Tensor = ((1 - c) / (1 + c)).clamp(min=0).sqrt()
+    return norm
+
+
+def generator_of(r: Tensor) -> Tensor:
+    """Skew-symmetric ``Q: (n, b, b)`` with ``cayley(Q) = r``, for rotations ``r: (n, b, b)`` by less than π.
+
+    ``Q = (I - R)(I + R)⁻¹`` (Cayley 1846): the map is its own inverse.
+    """
+    q = cayley(r)
+    return (q - q.transpose(-2, -1)) / 2
+
+
+def map_eigenvalues(q: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """``f(Q)`` in the sense of ``iλ → i·f(λ)`` on the eigenvalues of skew-symmetric ``q: (n, b, b)``; ``f`` is odd, and
+    the result skew-symmetric again.
+
+    >>> quarter = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]], dtype=torch.float64)
+    >>> map_eigenvalues(quarter, lambda x: 3 * x)[0].round(decimals=12).tolist()
+    [[0.0, 3.0], [-3.0, 0.0]]
+    """
+    # i·Q is Hermitian: real eigenvalues λ of i·Q = V λ Vᴴ, so Q = V (-iλ) Vᴴ
+    values, v = torch.linalg.eigh(1j * q)
+    mapped: Tensor = ((v * f(values).unsqueeze(-2)) @ v.mH).imag
+    return (mapped - mapped.transpose(-2, -1)) / 2
+
+
+def block_diagonal(blocks: Tensor, size: int, *, shared: bool) -> Tensor:
+    """The same block-diagonal matrix in blocks of a multiple of their size.
+
+    Args:
+        blocks: ``(n, b, b)``.
+        size: of the new blocks, a multiple of ``b`` that divides ``n·b``.
+        shared: the one block stands for a whole row of them, and so will the result.
+
+    Returns:
+        ``(n·b/size, size, size)``.
+    """
+    n, b, _ = blocks.shape
+    if size == b:
+        return blocks
+    k = size // b
+    if shared:
+        blocks = blocks.expand(k, b, b)
+        n = k
+    out = blocks.new_zeros(n // k, k, b, k, b)
+    for i in range(k):
+        out[:, i, :, i, :] = blocks[i::k]
+    return out.reshape(n // k, size, size)
