@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from torch import nn
 
-from . import files, shards
+from . import codecs, files, shards
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import AdapterError, StateError, printable
@@ -21,6 +21,7 @@ from .record import FoldRecord
 if TYPE_CHECKING:
     from .checkpoint import CheckpointPlan, Format, Progress
     from .checks import CheckpointReport
+    from .codecs import Rounding
 
 __all__ = [
     "export_safetensors",
@@ -64,7 +65,7 @@ def fold(
     model: M,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
-    rounding: Literal["nearest"] = "nearest",
+    rounding: Rounding = "nearest",
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -81,7 +82,9 @@ def fold(
         adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes; several are the live chain ``x ·
             Ra · Rb``, as peft's active adapters ``[a, b]``. For a model with live adapters: None for the active ones,
             or names.
-        rounding: ``"nearest"``, as bitsandbytes rounds.
+        rounding: of quantised weights. ``"nearest"``: as bitsandbytes rounds, bit for bit. ``"mse"``: each 4-bit block
+            is scaled by what makes its squared error least, in place of its absmax; the format stays as it is. Int8 is
+            rounded to nearest in both.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every tensor that it did not change, and
             ``model`` stays as it is.
@@ -99,19 +102,20 @@ def fold(
         NonFiniteError: NaN or infinity, in the adapter, the base or the result.
         After any error the model is as it was.
     """
-    if rounding != "nearest":
-        raise StateError(f"unknown rounding {printable(rounding)!r}", remedy="'nearest'")
+    codecs.check_rounding(rounding)
     from . import live
 
     _check_model(model)
     if live.live_layers(model):
-        return _fold_wrapped(model, adapter, inplace=inplace, progress=progress)
+        return _fold_wrapped(model, adapter, rounding, inplace=inplace, progress=progress)
     names, adapters = _resolve(model, adapter)
     with _bar(progress, "fold") as step:
-        return live_model.fold_model(model, adapters, names=names, inplace=inplace, progress=step)  # type: ignore[return-value]
+        return live_model.fold_model(  # type: ignore[return-value]
+            model, adapters, names=names, rounding=rounding, inplace=inplace, progress=step
+        )
 
 
-def _fold_wrapped(model: M, adapter: object, *, inplace: bool, progress: bool) -> M:
+def _fold_wrapped(model: M, adapter: object, rounding: str, *, inplace: bool, progress: bool) -> M:
     """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain
     model.
     """
@@ -127,7 +131,9 @@ def _fold_wrapped(model: M, adapter: object, *, inplace: bool, progress: bool) -
     undo = live.strip(live_model.inner_model(model)) if inplace else []
     try:
         with _bar(progress, "fold") as step:
-            return live_model.fold_model(base, adapters, already=already, inplace=True, progress=step)  # type: ignore[return-value]
+            return live_model.fold_model(  # type: ignore[return-value]
+                base, adapters, already=already, rounding=rounding, inplace=True, progress=step
+            )
     except BaseException:
         for step_back in reversed(undo):
             step_back()
@@ -139,6 +145,7 @@ def unfold(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     base: nn.Module | str | PathLike[str] | None = None,
+    rounding: Rounding = "nearest",
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -150,6 +157,7 @@ def unfold(
             inexactly; an :class:`~oftsurgery.UnfoldWarning` states the error.
         base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against
             the record's hashes.
+        rounding: of quantised weights that are rotated back, as for :func:`fold`.
         inplace: change ``folded`` itself.
         progress: show a bar.
 
@@ -158,6 +166,7 @@ def unfold(
         IntegrityError: ``base`` is not the model that was folded.
         and those of :func:`fold`. After any error the model is as it was.
     """
+    codecs.check_rounding(rounding)
     _check_model(folded)
     if (adapter is None) == (base is None):
         raise StateError(
@@ -169,7 +178,9 @@ def unfold(
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with _bar(progress, "unfold") as step:
-        return live_model.unfold_model(folded, adapters or [], inplace=inplace, progress=step)  # type: ignore[return-value]
+        return live_model.unfold_model(  # type: ignore[return-value]
+            folded, adapters or [], rounding=rounding, inplace=inplace, progress=step
+        )
 
 
 def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inplace: bool = False) -> M:
@@ -204,6 +215,7 @@ def plan_fold(
     load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
+    rounding: Rounding = "nearest",
     max_shard_size: int | str = "5GB",
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing
@@ -232,6 +244,7 @@ def plan_fold(
         format=format,
         quantization=quantization,
         fold_into=fold_into,
+        rounding=rounding,
         max_shard_bytes=parse_size(max_shard_size),
     )
 
@@ -248,6 +261,7 @@ def fold_checkpoint(
     load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
+    rounding: Rounding = "nearest",
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,
@@ -268,6 +282,7 @@ def fold_checkpoint(
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the
             config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
+        rounding: of the quantised weights that are rotated, as for :func:`fold`.
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without any, simply start.
@@ -294,6 +309,7 @@ def fold_checkpoint(
         load_dtype=load_dtype,
         skip_modules=skip_modules,
         fold_into=fold_into,
+        rounding=rounding,
         max_shard_size=max_shard_size,
     )
     with _byte_bar(progress, "fold") as step:
@@ -311,6 +327,7 @@ def unfold_checkpoint(
     *,
     base: str | PathLike[str] | None = None,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
+    rounding: Rounding = "nearest",
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,
@@ -325,6 +342,7 @@ def unfold_checkpoint(
         base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
         adapter: what was folded: rotated back by the true inverse, rounded once more, with an
             :class:`~oftsurgery.UnfoldWarning` that states the error.
+        rounding: of quantised weights that are rotated back, as for :func:`fold`.
         max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
@@ -349,7 +367,7 @@ def unfold_checkpoint(
         )
     else:
         assert adapter is not None  # noqa: S101 - checked above
-        plan = checkpoint.plan_unfold(source, _loaded(adapter), max_shard_bytes=size)
+        plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
     with _byte_bar(progress, "unfold") as step:
         result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
     if base is None:

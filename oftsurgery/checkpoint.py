@@ -31,7 +31,7 @@ from .plan import LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging
-from .weight import fold_encoded, unfold_encoded
+from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
 __all__ = [
     "CheckpointPlan",
@@ -140,6 +140,7 @@ class CheckpointPlan:
         carried: other files that are copied.
         nbytes: that will be written.
         unfolds: the last fold is taken out instead of another one put in.
+        rounding: of the quantised weights that are rotated.
     """
 
     source: Checkpoint
@@ -153,6 +154,7 @@ class CheckpointPlan:
     carried: tuple[str, ...]
     nbytes: int
     unfolds: bool = False
+    rounding: str = "nearest"
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -173,6 +175,7 @@ class CheckpointPlan:
             if self.quantization is None
             else {**asdict(self.quantization), "compute_dtype": str(self.quantization.compute_dtype)},
             "fold_into": self.fold_into,
+            "rounding": self.rounding,
             "class": self.architecture.name,
             "folds": [
                 {
@@ -209,6 +212,7 @@ def plan_checkpoint(
     format: Format = "same",
     quantization: Quantization | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
+    rounding: str = "nearest",
     max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
@@ -219,6 +223,7 @@ def plan_checkpoint(
         StateError: formats that make no sense together, or the adapter is folded in already.
         CheckpointError: the checkpoint cannot be used.
     """
+    codecs.check_rounding(rounding)
     if quantization is None and format in QUANTISED:
         quantization = Quantization(format)
     architecture = _architecture(source, quantization)
@@ -241,11 +246,16 @@ def plan_checkpoint(
         config=config,
         carried=carried,
         nbytes=sum(map(_job_bytes, jobs)) + sum((source.folder / name).stat().st_size for name in carried),
+        rounding=rounding,
     )
 
 
 def plan_unfold(
-    folded: Checkpoint, adapters: Sequence[OFTAdapter], *, max_shard_bytes: int = 5_000_000_000
+    folded: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    *,
+    rounding: str = "nearest",
+    max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
     """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or
     half-precision weights.
@@ -254,6 +264,7 @@ def plan_unfold(
         StateError: the checkpoint's record names other adapters than these.
         and those of :func:`plan_checkpoint`.
     """
+    codecs.check_rounding(rounding)
     record = configs.record_in(folded.folder)
     if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
         raise StateError(
@@ -265,7 +276,8 @@ def plan_unfold(
     builder = _Builder(folded, architecture, "same", None, "quantized")
     chains, _ = builder.match(adapters, again=True)
     jobs = [replace(job, inverse=True) if job.chain else job for job in builder.jobs(chains, {})]
-    return _finish(folded, adapters, "same", architecture, jobs, dict(folded.config), max_shard_bytes)
+    plan = _finish(folded, adapters, "same", architecture, jobs, dict(folded.config), max_shard_bytes)
+    return replace(plan, rounding=rounding)
 
 
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
@@ -843,6 +855,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "shards": [[s.file, [j.name for j in s.jobs]] for s in plan.shards],
         "config": dict(plan.config),
         "unfolds": plan.unfolds,
+        "rounding": plan.rounding,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -955,10 +968,12 @@ class _Run:
                 remedy="give the very checkpoint that was folded",
             )
         recode = unfold_encoded if job.inverse else fold_encoded
-        folded = recode(encoded, job.chain, into) if job.chain or encoded.format != into else None
+        # what is not rotated is stored as loading it would have stored it
+        rounding = self.plan.rounding if job.chain else "nearest"
+        folded = recode(encoded, job.chain, into, rounding) if job.chain or encoded.format != into else None
         new = folded.encoded if folded is not None else encoded
         if job.chain and folded is not None:
-            self.modules[job.path] = asdict(_module_record(job, encoded, new, folded.error))
+            self.modules[job.path] = asdict(_module_record(job, encoded, folded))
         if job.transpose_out or len(next(iter(job.outputs.values()))[1] or ()) == 4:
             weight = new.tensors["weight"]
             return {next(iter(job.outputs)): (weight.t() if job.transpose_out else weight.reshape(*weight.shape, 1, 1))}
@@ -981,6 +996,7 @@ class _Run:
                 path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()
             },
             saved=self.saved,
+            rounding=self.plan.rounding,
             base={"fold_into": self.plan.fold_into, **_recorded(self.plan.quantization)},
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
@@ -1029,16 +1045,19 @@ def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     return codecs.encode(weight, into)
 
 
-def _module_record(job: Job, before: EncodedWeight, after: EncodedWeight, error: float) -> ModuleRecord:
+def _module_record(job: Job, before: EncodedWeight, folded: FoldedWeight) -> ModuleRecord:
     return ModuleRecord(
-        format=after.format.label,
+        format=folded.encoded.format.label,
         side="+".join(dict.fromkeys(r.side for r in job.chain)),
         block_size=tuple(r.block_size for r in job.chain),
-        error=error,
+        error=folded.error,
         defect=max(r.defect for r in job.chain),
         angle=max(r.angle for r in job.chain),
         before=before.fingerprint,
-        after=after.fingerprint,
+        after=folded.encoded.fingerprint,
+        rounding=folded.rounding,
+        nearest=folded.nearest,
+        rho=folded.rho,
     )
 
 

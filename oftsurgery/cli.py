@@ -26,6 +26,7 @@ __all__ = ["export_main", "main"]
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
+ROUNDINGS = ("nearest", "mse")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16")
 
 
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="adapter that was folded: rotates back, and states the error; several in the live order",
     )
+    _rounding(unfold)
     unfold.add_argument(
         "--max-shard-size",
         default="5GB",
@@ -174,11 +176,22 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
         default="quantized",
         help="rotate the quantised base, which the adapter was trained on, or the original weights (default: %(default)s)",
     )
+    _rounding(parser)
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
         metavar="SIZE",
         help="largest file, as the Hub's tools write it (default: %(default)s)",
+    )
+
+
+def _rounding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="nearest",
+        help="of quantised weights: as bitsandbytes rounds, or with the scale of each 4-bit block that errs least "
+        "(default: %(default)s)",
     )
 
 
@@ -275,6 +288,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "load_dtype": args.load_dtype,
         "skip_modules": args.skip_modules,
         "fold_into": args.fold_into,
+        "rounding": args.rounding,
         "max_shard_size": args.max_shard_size,
     }
 
@@ -349,6 +363,7 @@ def _unfold(args: argparse.Namespace) -> int:
             args.output,
             base=args.base,
             adapter=args.adapter,
+            rounding=args.rounding,
             max_shard_size=args.max_shard_size,
             device=args.device,
             resume=args.resume,

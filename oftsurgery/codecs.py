@@ -2,8 +2,9 @@
 
 Each codec is a pair of mirrored functions in :data:`CODECS`: ``decode`` gives the exact float32 weight that the stored
 tensors stand for (not rounded to a compute dtype), ``encode`` gives what bitsandbytes' own quantiser gives for the same
-float32 weight. Tensor names are local, as behind a checkpoint's ``<module>.``/``<module>.weight.`` prefix; only the
-planner knows module paths. These are the readable reference: correctness first.
+float32 weight, or with ``rounding="mse"`` what errs least of all that the 4-bit format can hold. Tensor names are
+local, as behind a checkpoint's ``<module>.``/``<module>.weight.`` prefix; only the planner knows module paths. These
+are the readable reference: correctness first.
 
 4-bit (Dettmers et al. 2023, "QLoRA"): flat blocks of ``blocksize`` over the row-major weight, so that a block straddles
 rows where ``in`` is no multiple; two codes a byte, the first in the high nibble; each block scaled by its absmax.
@@ -18,25 +19,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .errors import FormatError, NonFiniteError, ShapeError
+from .errors import FormatError, NonFiniteError, ShapeError, StateError, printable
 from .hashing import hash_tensors
 
 __all__ = [
     "CODECS",
+    "ROUNDINGS",
     "Codec",
     "EncodedWeight",
+    "Rounding",
     "WeightFormat",
+    "check_rounding",
     "decode",
     "dense",
     "encode",
     "restate",
+    "rounding_of",
     "unpack_cpu_layout",
 ]
 
+
+#: how quantised weights are rounded: as bitsandbytes does, or with the scale of each 4-bit block that errs least
+Rounding = Literal["nearest", "mse"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 _RELOAD = "reload the model: part of its quantisation state is damaged"
 
@@ -106,7 +116,7 @@ class Codec:
     """A storage format's two directions and the names of its tensors."""
 
     decode: Callable[[EncodedWeight], Tensor]
-    encode: Callable[[Tensor, WeightFormat], dict[str, Tensor]]
+    encode: Callable[[Tensor, WeightFormat, str], dict[str, Tensor]]
 
 
 def dense(weight: Tensor) -> EncodedWeight:
@@ -134,14 +144,30 @@ def decode(encoded: EncodedWeight) -> Tensor:
     return weight
 
 
-def encode(weight: Tensor, format: WeightFormat) -> EncodedWeight:
-    """``weight`` stored in ``format``; for quantised formats with the codes and statistics of bitsandbytes' own
-    quantiser (rounding to nearest).
+def check_rounding(rounding: str) -> None:
+    """
+    Raises:
+        StateError: ``rounding`` is none of :data:`ROUNDINGS`.
+    """
+    if rounding not in ROUNDINGS:
+        raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=" or ".join(map(repr, ROUNDINGS)))
+
+
+def rounding_of(format: WeightFormat, rounding: str) -> str:
+    """``rounding``, or ``"nearest"`` where it has no part in ``format``: ``"mse"`` is of the 4-bit formats alone."""
+    return rounding if format.codec in _LEVELS else "nearest"
+
+
+def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> EncodedWeight:
+    """``weight`` stored in ``format``.
 
     Args:
         weight: of ``format.shape``, floating point; read as float32 (dense: as it is).
+        rounding: ``"nearest"``: the codes and statistics of bitsandbytes' own quantiser. ``"mse"``: each 4-bit block is
+            scaled by what makes its squared error least, in place of its absmax; the other formats round to nearest.
 
     Raises:
+        StateError: an unknown rounding.
         ShapeError: ``weight`` is not of ``format.shape``.
         NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
     """
@@ -153,7 +179,8 @@ def encode(weight: Tensor, format: WeightFormat) -> EncodedWeight:
             format=format.label,
             remedy="reshape it, or give the format of this weight",
         )
-    tensors = _codec(format).encode(weight, format)
+    check_rounding(rounding)
+    tensors = _codec(format).encode(weight, format, rounding)
     return EncodedWeight(format, tensors)
 
 
@@ -199,7 +226,7 @@ def _decode_dense(encoded: EncodedWeight) -> Tensor:
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def _encode_dense(weight: Tensor, format: WeightFormat) -> dict[str, Tensor]:
+def _encode_dense(weight: Tensor, format: WeightFormat, _rounding: str) -> dict[str, Tensor]:
     stored = weight.to(format.dtype)
     _finite(stored, f"the weight is not finite in {format.label}", format)
     return {"weight": stored}
@@ -229,6 +256,10 @@ _LEVELS: Mapping[str, tuple[float, ...]] = {
     ),
     "fp4": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
 }
+
+
+#: bitsandbytes' bound under absmax
+_TINY = 1e-38
 
 
 @cache
@@ -338,29 +369,96 @@ def _decode_4bit(encoded: EncodedWeight) -> Tensor:
     return (_blocks(values, f.blocksize) * _decode_absmax(encoded).reshape(-1, 1)).reshape(-1)[:n].reshape(f.shape)
 
 
-def _encode_4bit(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+def _encode_4bit(weight: Tensor, f: WeightFormat, rounding: str) -> dict[str, Tensor]:
     flat = weight.detach().to(torch.float32).reshape(-1)
     _finite(flat, "the weight to quantise is not finite", f)
+    if rounding == "mse":
+        scales = best_scales(flat, f)
+        statistics = _encode_absmax(scales, f)
+        if f.nested_blocksize:  # codes for what the reader will see
+            scales = _decode_absmax(EncodedWeight(f, statistics))
+        return {
+            "weight": _as_storage(scaled_codes(flat, scales, f), f),
+            "quant_map": _levels(f.codec, flat.device).clone(),
+            **statistics,
+        }
     n = flat.numel()
     whole = n - n % f.blocksize
     rows = flat[:whole].reshape(-1, f.blocksize)
     absmax = rows.abs().amax(-1)
-    scaled = (rows * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).reshape(-1)
+    scaled = (rows * (1.0 / absmax.clamp(min=_TINY)).unsqueeze(-1)).reshape(-1)
     if whole < n:
         # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
-        last = flat[whole:].abs().max().clamp(min=1e-38)
+        last = flat[whole:].abs().max().clamp(min=_TINY)
         absmax = torch.cat([absmax, last.reshape(1)])
         scaled = torch.cat([scaled, flat[whole:] / last])
-    bounds, order = _bounds(f.codec, flat.device)
-    codes = order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8)
-    if n % 2:
-        codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
-    packed = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
     return {
-        "weight": _as_storage(packed, f),
+        "weight": _as_storage(_packed(scaled, f.codec), f),
         "quant_map": _levels(f.codec, flat.device).clone(),
         **_encode_absmax(absmax, f),
     }
+
+
+def _packed(scaled: Tensor, codec: str) -> Tensor:
+    """The nearest codes of ``(n,)`` values in units of their scale, packed ``(⌈n/2⌉, 1)``."""
+    bounds, order = _bounds(codec, scaled.device)
+    codes = order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8)
+    if scaled.numel() % 2:
+        codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
+
+
+def scaled_codes(flat: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+    """Packed codes ``(⌈n/2⌉, 1)`` of float32 weights ``(n,)``: the levels nearest to them when block k is scaled by
+    ``scales[k]``, whatever that is.
+    """
+    rows, s = _blocks(flat, f.blocksize), scales.unsqueeze(-1)
+    scaled = torch.where(s.abs() >= _TINY, rows * (1.0 / s), rows / s)  # where 1/s overflows, divide
+    return _packed(torch.where(s != 0, scaled, 0.0).reshape(-1)[: flat.numel()], f.codec)
+
+
+_SCAN_WEIGHTS = 1 << 16
+
+
+def best_scales(flat: Tensor, f: WeightFormat) -> Tensor:
+    """The positive scale of each 4-bit block that makes its squared error least, exactly: ``(n,)`` weights to
+    ``(⌈n/blocksize⌉,)``, float32. 0 for a block of zeros.
+
+    With the codes fixed, the best scale is S/Q and takes S²/Q off Σw², where S = Σwc and Q = Σc² over the levels c. The
+    nearest codes change only where a weight crosses a threshold t between two levels, at s = w/t: the best of all
+    scales is the S/Q of one of the states between these breakpoints, and all of them are looked at, in order.
+    """
+    blocks = _blocks(flat, f.blocksize)
+    step = max(1, _SCAN_WEIGHTS // f.blocksize)
+    return torch.cat([_scan(part, f.codec) for part in torch.split(blocks, step)])
+
+
+def _scan(blocks: Tensor, codec: str) -> Tensor:
+    """``(k, blocksize)`` to ``(k,)``: see :func:`best_scales`."""
+    w = blocks.to(torch.float64)
+    bounds, order = _bounds(codec, w.device)
+    levels = _levels(codec, w.device)[order].to(torch.float64)
+    # a bound below zero is crossed by negative weights alone, and the level farther from zero is the one before it; FP4
+    # has two zeros, with none between them
+    real = bounds != 0
+    t, low, high = bounds[real].to(torch.float64), levels[:-1][real], levels[1:][real]
+    outer, inner = torch.where(t > 0, high, low), torch.where(t > 0, low, high)
+    crossing = (w.unsqueeze(-1) / t).flatten(1)
+    crossing[crossing <= 0] = torch.inf
+    crossing, at = crossing.sort(-1)
+    # from the smallest scales, where each weight has its outermost level, on
+    first = torch.where(w > 0, levels[-1], torch.where(w < 0, levels[0], 0.0))
+    never = crossing == torch.inf
+    s_change = (w.unsqueeze(-1) * (inner - outer)).flatten(1).gather(-1, at).masked_fill(never, 0.0)
+    q_change = (inner.square() - outer.square()).expand(*w.shape, -1).flatten(1).gather(-1, at).masked_fill(never, 0.0)
+    s = torch.cat([(w * first).sum(-1, keepdim=True), s_change], -1).cumsum(-1)
+    q = torch.cat([first.square().sum(-1, keepdim=True), q_change], -1).cumsum(-1)
+    # past the last crossing all codes are zero: what is left there is what the sums were rounded by
+    scale = s / q
+    usable = (q > levels.abs()[levels != 0].min() ** 2 / 2) & (scale <= torch.finfo(torch.float32).max)
+    gain = torch.where(usable, s * scale, 0.0)
+    best = gain.argmax(-1, keepdim=True)
+    return torch.where(gain.gather(-1, best) > 0, scale.gather(-1, best), 0.0).squeeze(-1).to(torch.float32)
 
 
 def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
@@ -461,7 +559,7 @@ def _decode_int8(encoded: EncodedWeight) -> Tensor:
     return weight.detach().to(torch.float32) * (scb.detach().reshape(-1, 1).to(torch.float32) / 127.0)
 
 
-def _encode_int8(weight: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+def _encode_int8(weight: Tensor, f: WeightFormat, _rounding: str) -> dict[str, Tensor]:
     weight = weight.detach().to(torch.float32)
     _finite(weight, "the weight to quantise is not finite", f)
     scb = weight.abs().amax(-1)

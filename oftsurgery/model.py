@@ -70,6 +70,7 @@ def fold_model(
     *,
     names: Sequence[str] | None = None,
     already: Mapping[str, str | None] | None = None,
+    rounding: str = "nearest",
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -80,6 +81,7 @@ def fold_model(
         adapters: in the live order; None for the model's live ones.
         names: of live adapters, where ``adapters`` is None.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
+        rounding: of quantised weights.
         inplace: change ``model`` itself.
         progress: called after each module.
     """
@@ -105,12 +107,13 @@ def fold_model(
             work = peft_live.base_of(inner_model(work))
             peft_live.strip(work, journal)
         plan = plan or _plan(work, adapters)
-        modules, saved = _apply(work, plan, journal, progress)
+        modules, saved = _apply(work, plan, journal, progress, rounding)
         before = record_of(work)
         record = FoldRecord(
             adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
             modules=modules,
             saved=_saved(saved, already or {}),
+            rounding=rounding,
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
         warn_of_rounding(record)  # an error to whoever filters it so: then nothing has happened
@@ -180,7 +183,13 @@ def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _apply(
-    model: nn.Module, plan: FoldPlan, journal: list[Undo], progress: Progress | None, *, inverse: bool = False
+    model: nn.Module,
+    plan: FoldPlan,
+    journal: list[Undo],
+    progress: Progress | None,
+    rounding: str,
+    *,
+    inverse: bool = False,
 ) -> tuple[dict[str, ModuleRecord], dict[str, str]]:
     modules = modules_of(model)
     tied = _Tied(model)
@@ -198,7 +207,7 @@ def _apply(
         layer = Layer(target.path, modules[target.path])
         try:
             encoded, home = layer.read()
-            folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home)
+            folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home, rounding)
             journal.append(layer.write(folded.encoded, park=not untied))
         except OFTSurgeryError as error:
             raise error.within(target.path) from error.__cause__
@@ -231,6 +240,9 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
         after=folded.encoded.fingerprint,
         untied=untied,
         backend=folded.backend,
+        rounding=folded.rounding,
+        nearest=folded.nearest,
+        rho=folded.rho,
     )
 
 
@@ -342,7 +354,12 @@ def warn_of_rounding(record: FoldRecord) -> None:
 
 
 def unfold_model(
-    folded: nn.Module, adapters: Sequence[OFTAdapter], *, inplace: bool = False, progress: Progress | None = None
+    folded: nn.Module,
+    adapters: Sequence[OFTAdapter],
+    *,
+    rounding: str = "nearest",
+    inplace: bool = False,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """:func:`oftsurgery.unfold` by rotating back."""
     record = record_of(folded)
@@ -357,7 +374,7 @@ def unfold_model(
         wanted = {path for a in adapters for path in a.modules}
         layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
-        records, _ = _apply(work, plan, journal, progress, inverse=True)
+        records, _ = _apply(work, plan, journal, progress, rounding, inverse=True)
         warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved))
         _set_record(inner_model(work), _earlier(record))
     return work

@@ -81,6 +81,12 @@ class ModuleRecord:
         after: and after it.
         untied: the weight was shared with another module, and is no more.
         backend: what computed the fold, a key of :func:`oftsurgery.backends`.
+        rounding: how this weight was rounded; ``"nearest"`` where the mode that was asked for has no part in its format.
+        nearest: what ``error`` would have been with plain rounding; None where it was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside what the adapter changed; None where that is
+            nothing, or it was not measured.
+        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
+        output_nearest: what ``output_error`` would have been with plain rounding.
     """
 
     format: str
@@ -93,6 +99,11 @@ class ModuleRecord:
     after: str
     untied: bool = False
     backend: str = "reference"
+    rounding: str = "nearest"
+    nearest: float | None = None
+    rho: float | None = None
+    output_error: float | None = None
+    output_nearest: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ class FoldRecord:
         modules: ``{module path: ModuleRecord}``.
         saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save``
             replaced; None for a bias that was trained in place, whose original nobody has.
-        rounding: how quantised weights were rounded.
+        rounding: how quantised weights were to be rounded; each module's record says how it was.
         base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
             (``fold_into``); empty in memory.
         versions: of the libraries that took part.

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import codecs, kernels, rotations
 from .adapter import Rotation
-from .codecs import EncodedWeight, WeightFormat
+from .codecs import EncodedWeight, Rounding, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
 
 __all__ = [
     "FoldedWeight",
     "fold_encoded",
     "fold_weight",
+    "nearest_error",
     "relative_error",
     "rotate_chain",
     "unfold_encoded",
@@ -36,25 +37,34 @@ class FoldedWeight:
         error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
             float32.
         backend: what computed it, a key of :func:`oftsurgery.backends`.
+        rounding: how it was rounded: ``"nearest"`` where another one has no part in the format.
+        nearest: what ``error`` is with plain rounding; None where that was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
+            changed nothing.
     """
 
     encoded: EncodedWeight
     error: float
     backend: str = "reference"
+    rounding: str = "nearest"
+    nearest: float | None = None
+    rho: float | None = None
 
 
-def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
+def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "nearest") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
     Args:
         weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
         rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
             ``[a, b]``.
+        rounding: of a quantised weight, as for :func:`oftsurgery.fold`.
 
     Returns:
         of the same type, format and dtype as ``weight``.
 
     Raises:
+        StateError: an unknown rounding.
         ShapeError: the rotation does not fit.
         MatchError: the chain mixes an ``oft_s`` with a rotation on the output side.
         NonFiniteError: NaN or infinity in the weight or the result.
@@ -64,41 +74,51 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
     >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
     [[4.0, -3.0]]
     """
-    return _apply(weight, rotation, fold_encoded)
+    return _apply(weight, rotation, rounding, fold_encoded)
 
 
-def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation]) -> W:
+def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "nearest") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
     Same arguments, result and errors as :func:`fold_weight`.
     """
-    return _apply(weight, rotation, unfold_encoded)
+    return _apply(weight, rotation, rounding, unfold_encoded)
 
 
 @overload
-def _apply(weight: Tensor, rotation: Rotation | Sequence[Rotation], way: object) -> Tensor: ...
+def _apply(weight: Tensor, rotation: Rotation | Sequence[Rotation], rounding: str, way: object) -> Tensor: ...
 @overload
-def _apply(weight: EncodedWeight, rotation: Rotation | Sequence[Rotation], way: object) -> EncodedWeight: ...
-def _apply(weight, rotation, way):  # type: ignore[no-untyped-def]
+def _apply(
+    weight: EncodedWeight, rotation: Rotation | Sequence[Rotation], rounding: str, way: object
+) -> EncodedWeight: ...
+def _apply(weight, rotation, rounding, way):  # type: ignore[no-untyped-def]
     chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
     if isinstance(weight, EncodedWeight):
-        return way(weight, chain).encoded
-    return way(codecs.dense(weight), chain).encoded.tensors["weight"]
+        return way(weight, chain, rounding=rounding).encoded
+    return way(codecs.dense(weight), chain, rounding=rounding).encoded.tensors["weight"]
 
 
-def fold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None) -> FoldedWeight:
-    """:func:`fold_weight` with the error of storing it. ``chain`` is in the live order; ``into`` defaults to the format
-    of ``encoded``.
+def fold_encoded(
+    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
+) -> FoldedWeight:
+    """:func:`fold_weight` with what storing it cost. ``chain`` is in the live order; ``into`` defaults to the format of
+    ``encoded``.
     """
-    return _recode(encoded, chain, into or encoded.format, inverse=False)
+    return _recode(encoded, chain, into or encoded.format, rounding, inverse=False)
 
 
-def unfold_encoded(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None) -> FoldedWeight:
-    """:func:`unfold_weight` with the error of storing it. ``chain`` is in the live order, as it was folded."""
-    return _recode(encoded, chain, into or encoded.format, inverse=True)
+def unfold_encoded(
+    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
+) -> FoldedWeight:
+    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded."""
+    return _recode(encoded, chain, into or encoded.format, rounding, inverse=True)
 
 
-def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, *, inverse: bool) -> FoldedWeight:
+def _recode(
+    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, rounding: str, *, inverse: bool
+) -> FoldedWeight:
+    codecs.check_rounding(rounding)
+    used = codecs.rounding_of(into, rounding)
     f = encoded.format
     if len(f.shape) != 2:
         raise ShapeError(
@@ -110,19 +130,29 @@ def _recode(encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightForma
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = _in_weight_order(chain, inverse=inverse)
-        fast = kernels.fold(encoded, order, into, inverse=inverse)
+        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
         if fast is not None:
-            return FoldedWeight(*fast)
-        exact = rotate_chain(codecs.decode(encoded), chain, inverse=inverse)
+            stored, cost, backend = fast
+            return FoldedWeight(stored, cost.error, backend, used, cost.nearest, cost.rho)
+        base = codecs.decode(encoded)
+        exact = rotate_chain(base, chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
             raise NonFiniteError(
                 "the rotated weight holds NaN or infinity",
                 format=f.label,
                 remedy="check the adapter: its rotation or scale is not finite",
             )
-        new = codecs.encode(exact, into)
-        lossless = into.codec == "dense" and into.dtype == exact.dtype
-        return FoldedWeight(new, 0.0 if lossless else relative_error(codecs.decode(new), exact))
+        new = codecs.encode(exact, into, used)
+        error = nearest = relative_error(codecs.decode(new), exact)
+        if used != "nearest":
+            nearest = nearest_error(exact, into)
+        norm, change = _norm(exact), _norm(exact - base)
+        return FoldedWeight(new, error, "reference", used, nearest, error * norm / change if change else None)
+
+
+def nearest_error(exact: Tensor, into: WeightFormat) -> float:
+    """The relative error of storing ``exact`` as ``into`` with plain rounding."""
+    return relative_error(codecs.decode(codecs.encode(exact, into)), exact)
 
 
 def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
@@ -152,6 +182,9 @@ def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotati
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:
     """``‖stored - exact‖ / ‖exact‖`` (Frobenius, accumulated in float64); 0 for two zeros."""
-    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
-    difference = float(torch.linalg.vector_norm(stored.to(exact.dtype) - exact, dtype=torch.float64))
+    norm, difference = _norm(exact), _norm(stored.to(exact.dtype) - exact)
     return difference / norm if norm else difference
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

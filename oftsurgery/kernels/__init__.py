@@ -33,9 +33,9 @@ from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
-from .blockwise import widen
+from .blockwise import Cost, widen
 
-__all__ = ["backends", "fold", "measure", "use_backend"]
+__all__ = ["Cost", "backends", "fold", "measure", "use_backend"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
 #: why a fast path is not to be used (again) in this process
 _broken: dict[str, str] = {}
 
-Result = tuple[EncodedWeight, float, str]
+Result = tuple[EncodedWeight, Cost, str]
 
 
 def backends() -> dict[str, str]:
@@ -107,13 +107,16 @@ def _missing(name: str) -> str | None:
     return None
 
 
-def fold(encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool) -> Result | None:
-    """The folded weight, its relative error and the backend that computed it; None where the reference is to.
+def fold(
+    encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
+) -> Result | None:
+    """The folded weight, what storing it cost and the backend that computed it; None where the reference is to.
 
     Args:
         order: the rotations in the order in which they touch the weight.
         into: the format to store it in.
         inverse: unfold.
+        rounding: as for :func:`oftsurgery.codecs.encode`.
 
     Raises:
         OFTSurgeryError: as the reference does.
@@ -123,13 +126,13 @@ def fold(encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, 
         return None
     if forced != "tiled":
         name = forced or ("numba" if encoded.tensors["weight"].device.type == "cpu" else "triton")
-        result = _serve(name, lambda driver: _fused(driver, encoded, order, into, inverse=inverse))
+        result = _serve(name, lambda driver: _fused(driver, encoded, order, into, rounding, inverse=inverse))
         if result is not None:
             return (*result, name)
     from . import tiled
 
     device = encoded.tensors["weight"].device
-    tiles = tiled.fold(encoded, into, [(r, r.blocks.to(device)) for r in order], inverse=inverse)
+    tiles = tiled.fold(encoded, into, [(r, r.blocks.to(device)) for r in order], rounding, inverse=inverse)
     return None if tiles is None else (*tiles, "tiled")
 
 
@@ -150,13 +153,20 @@ def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
 
 
 def _fused(
-    driver: ModuleType, encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool
-) -> tuple[EncodedWeight, float] | None:
+    driver: ModuleType,
+    encoded: EncodedWeight,
+    order: Sequence[Rotation],
+    into: WeightFormat,
+    rounding: str,
+    *,
+    inverse: bool,
+) -> tuple[EncodedWeight, Cost] | None:
     matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
     if matrices is None:
         return None
     device = encoded.tensors["weight"].device
-    return driver.fold(encoded, into, *(None if m is None else m.to(device) for m in matrices))  # type: ignore[no-any-return]
+    placed = (None if m is None else m.to(device) for m in matrices)
+    return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
 
 
 def _give_up(name: str, problem: str) -> None:

@@ -5,6 +5,7 @@ double quantisation.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,24 @@ from torch import Tensor
 from oftsurgery import codecs
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-__all__ = ["NOT_FINITE", "allocate", "finish", "source", "widen"]
+__all__ = ["NOT_FINITE", "Cost", "allocate", "finish", "source", "widen"]
 
 #: bits of infinity: of |value| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
+
+
+class Cost(NamedTuple):
+    """What storing a rotated weight cost.
+
+    Attributes:
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius).
+        nearest: the same with plain rounding.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``; None where the rotation changed nothing.
+    """
+
+    error: float
+    nearest: float | None = None
+    rho: float | None = None
 
 
 def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
@@ -91,15 +106,16 @@ def _tensors(
 
 def finish(
     into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float
-) -> tuple[EncodedWeight, float]:
-    """The new weight and its relative error, from the sums of squares of the exact weight and of what storing it
+) -> tuple[EncodedWeight, Cost]:
+    """The new weight and its cost, from the sums of squares of the exact weight and of what storing it
     changed.
     """
     tensors, more = _tensors(into, result, scales, moments)
     error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
     # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak
     # of
-    return EncodedWeight(into, tensors), 0.0 if into.quantised and error < 2**-22 else error
+    error = 0.0 if into.quantised and error < 2**-22 else error
+    return EncodedWeight(into, tensors), Cost(error, error)
 
 
 def widen(m: Tensor, b: int) -> Tensor:

@@ -162,9 +162,9 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
 
 
 def fold(
-    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None
-) -> tuple[EncodedWeight, float] | None:
-    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and the relative error of that.
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
+) -> tuple[EncodedWeight, blockwise.Cost] | None:
+    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
     Args:
         encoded: on the CPU.
@@ -175,6 +175,8 @@ def fold(
         None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
         answer, or the error.
     """
+    if codecs.rounding_of(into, rounding) != "nearest":
+        return None
     f = encoded.format
     old, new = _side(f), _side(into)
     b = matrices.shape[-1]

@@ -38,9 +38,11 @@ def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def fold(
-    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None
-) -> tuple[EncodedWeight, float] | None:
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
+) -> tuple[EncodedWeight, blockwise.Cost] | None:
     """As :func:`oftsurgery.kernels.fold_cpu.fold`, on the weight's own device."""
+    if codecs.rounding_of(into, rounding) != "nearest":
+        return None
     f = encoded.format
     kind, new_kind = _kind(f), _kind(into)
     rows, features = f.shape

@@ -15,6 +15,8 @@ from oftsurgery import codecs, rotations
 from oftsurgery.adapter import Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
+from .blockwise import Cost
+
 __all__ = ["fold"]
 
 _TILE_WEIGHTS = 1 << 18
@@ -22,12 +24,18 @@ _MOST_WEIGHTS = 1 << 22
 
 
 def fold(
-    encoded: EncodedWeight, into: WeightFormat, ordered: Sequence[tuple[Rotation, Tensor]], *, inverse: bool
-) -> tuple[EncodedWeight, float] | None:
-    """The reference's result and relative error, with temporaries of a tile's size.
+    encoded: EncodedWeight,
+    into: WeightFormat,
+    ordered: Sequence[tuple[Rotation, Tensor]],
+    rounding: str,
+    *,
+    inverse: bool,
+) -> tuple[EncodedWeight, Cost] | None:
+    """The reference's result and its cost, with temporaries of a tile's size.
 
     Args:
         ordered: rotations and their blocks, in the order in which they touch the weight.
+        rounding: as for :func:`oftsurgery.codecs.encode`.
 
     Returns:
         None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up:
@@ -41,34 +49,69 @@ def fold(
     old = _single(encoded)
     starts = range(0, rows, step)
 
-    def exact(start: int) -> Tensor:
-        weight = codecs.decode(_rows(old, start, min(start + step, rows)))
+    def exact(start: int) -> tuple[Tensor, Tensor]:
+        base = weight = codecs.decode(_rows(old, start, min(start + step, rows)))
         for rotation, blocks in ordered:
             weight = _rotate(weight, rotation, blocks, start, inverse=inverse)
-        return weight
+        return base, weight
 
     new: dict[str, Tensor] = {}
-    norm = error = 0.0
+    plain_absmax: list[Tensor] = []
+    norm = change = error = nearest = 0.0
+    best = rounding != "nearest"
     single = replace(into, nested_blocksize=0, storage=torch.uint8)
     for start in starts:
-        weight = exact(start)
+        base, weight = exact(start)
         norm += _square(weight)
+        change += _square(weight - base)
         if not math.isfinite(norm):
             return None
-        part = codecs.encode(weight, replace(single, shape=tuple(weight.shape)))
+        part = codecs.encode(weight, replace(single, shape=tuple(weight.shape)), rounding)
         if not into.nested_blocksize:
             error += _square(codecs.decode(part).to(weight.dtype) - weight)
+            if best:
+                plain = codecs.encode(weight, part.format)
+                nearest += _square(codecs.decode(plain) - weight)
+        elif best:
+            plain_absmax.append(codecs.encode(weight, part.format).tensors["absmax"])
         _place(new, part, start, rows, features)
     if into.quantised and into.codec != "int8":
         absmax = new.pop("absmax")
-        new["weight"] = codecs._as_storage(new["weight"], into)
         new |= codecs._encode_absmax(absmax, into)
-    result = EncodedWeight(into, new)
     if into.nested_blocksize:
-        stored = _single(result)
+        # for the statistics that the reader will see: the error, and with the best scales the codes
+        seen = codecs._decode_absmax(EncodedWeight(into, new))
+        plain_seen = (
+            codecs._decode_absmax(EncodedWeight(into, codecs._encode_absmax(torch.cat(plain_absmax), into)))
+            if best
+            else None
+        )
         for start in starts:
-            error += _square(codecs.decode(_rows(stored, start, min(start + step, rows))) - exact(start))
-    return result, math.sqrt(error / norm) if norm else math.sqrt(error)
+            stop = min(start + step, rows)
+            weight = exact(start)[1]
+            form = replace(single, shape=tuple(weight.shape))
+            own = seen[_slice(start, stop, features, into.blocksize)]
+            here = _slice(start, stop, features, 2)
+            if plain_seen is not None:
+                packed = codecs.scaled_codes(weight.to(torch.float32).reshape(-1), own, form)
+                new["weight"][here] = packed
+                other = plain_seen[_slice(start, stop, features, into.blocksize)]
+                plain_codes = codecs.encode(weight, form).tensors["weight"]
+                plain = EncodedWeight(form, {"weight": plain_codes, "absmax": other})
+                nearest += _square(codecs.decode(plain) - weight)
+            stored = EncodedWeight(form, {"weight": new["weight"][here], "absmax": own})
+            error += _square(codecs.decode(stored) - weight)
+    if into.codec not in ("dense", "int8"):
+        new["weight"] = codecs._as_storage(new["weight"], into)
+    error, nearest, norm, change = (math.sqrt(x) for x in (error, nearest if best else error, norm, change))
+    return EncodedWeight(into, new), Cost(
+        error / (norm or 1.0), nearest / (norm or 1.0), error / change if change else None
+    )
+
+
+def _slice(start: int, stop: int, features: int, size: int) -> slice:
+    """Of rows ``start`` to ``stop``, where one entry is of ``size`` weights."""
+    return slice(start * features // size, -(-stop * features // size))
 
 
 def _step(old: WeightFormat, new: WeightFormat, chain: Sequence[Rotation]) -> int:
@@ -98,8 +141,8 @@ def _rows(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
     part = replace(f, shape=(stop - start, features))
     if "absmax" not in t:
         return EncodedWeight(part, {name: tensor[start:stop] for name, tensor in t.items()})
-    packed = t["weight"][start * features // 2 : -(-stop * features // 2)]
-    absmax = t["absmax"][start * features // f.blocksize : -(-stop * features // f.blocksize)]
+    packed = t["weight"][_slice(start, stop, features, 2)]
+    absmax = t["absmax"][_slice(start, stop, features, f.blocksize)]
     return EncodedWeight(part, {"weight": packed, "absmax": absmax})
 
 
