@@ -378,30 +378,40 @@ def unfold_checkpoint(
 
 def verify_checkpoint(
     folded: str | PathLike[str],
-    base: str | PathLike[str],
-    adapter: AdapterLike | Sequence[AdapterLike],
+    base: str | PathLike[str] | None = None,
+    adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     tolerance: float | None = None,
 ) -> CheckpointReport:
-    """Check a folded checkpoint on disk against its base and adapter, one weight at a time.
+    """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
+    are given, each weight against those.
 
     Args:
         folded: in any format.
-        base: the checkpoint that was folded.
+        base: the checkpoint that was folded, or None to check the hashes alone.
         adapter: that was folded; several in the live order.
         tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format
             costs.
 
     Returns:
-        a report with an error for each weight; ``report.ok`` says whether all pass.
+        a report with the state of each file and an error for each weight; ``report.ok`` says whether all pass.
 
     Raises:
-        as :func:`fold_checkpoint` does for inputs that do not belong together.
+        StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.
+        and those of :func:`fold_checkpoint` for inputs that do not belong together.
     """
     from . import checks
 
+    if (base is None) != (adapter is None):
+        raise StateError(
+            "a base without an adapter, or an adapter without its base",
+            remedy="give both, or neither to check the files' hashes alone",
+        )
+    folder = files.find_checkpoint(folded, whole=True)
+    if base is None or adapter is None:
+        return checks.check_files(folder)
     return checks.check_checkpoint(
-        shards.open_checkpoint(files.find_checkpoint(folded)),
+        shards.open_checkpoint(folder),
         shards.open_checkpoint(files.find_checkpoint(base)),
         _loaded(adapter),
         tolerance=tolerance,

@@ -28,7 +28,7 @@ from .errors import FormatError, IntegrityError, MatchError, OFTSurgeryError, St
 from .hashing import hash_tensors
 from .naming import Architecture, architecture_of, locate
 from .plan import LayerInfo, Target, make_plan
-from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
@@ -169,7 +169,7 @@ class CheckpointPlan:
         """Plain values: what ``oftsurgery plan --json`` prints."""
         return {
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
-            "adapters": [asdict(AdapterInfo.of(a)) for a in self.adapters],
+            "adapters": [AdapterInfo.of(a).to_dict() for a in self.adapters],
             "format": self.format,
             "quantize": None
             if self.quantization is None
@@ -812,7 +812,7 @@ def run_plan(
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
-        _write_rest(plan, record, staging)
+        record = _write_rest(plan, record, staging)
         staging.publish()
     return RunResult(record, {path: float(m["error"]) for path, m in run.modules.items()})
 
@@ -856,6 +856,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "config": dict(plan.config),
         "unfolds": plan.unfolds,
         "rounding": plan.rounding,
+        "versions": versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -925,13 +926,8 @@ class _Run:
             behind.result()
 
     def _metadata(self) -> dict[str, str]:
-        facts = {
-            "adapters": [
-                {"fingerprint": a.fingerprint, "dialect": a.dialect, "sha256": a.sha256} for a in self.plan.adapters
-            ],
-            "format": self.plan.format,
-        }
-        return {"format": "pt", "oftsurgery": json.dumps(facts, sort_keys=True)}
+        record = self.record()
+        return {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
 
     # --- one job, in three threads ---
 
@@ -973,7 +969,7 @@ class _Run:
         folded = recode(encoded, job.chain, into, rounding) if job.chain or encoded.format != into else None
         new = folded.encoded if folded is not None else encoded
         if job.chain and folded is not None:
-            self.modules[job.path] = asdict(_module_record(job, encoded, folded))
+            self.modules[job.path] = _module_record(job, encoded, folded).to_dict()
         if job.transpose_out or len(next(iter(job.outputs.values()))[1] or ()) == 4:
             weight = new.tensors["weight"]
             return {next(iter(job.outputs)): (weight.t() if job.transpose_out else weight.reshape(*weight.shape, 1, 1))}
@@ -992,9 +988,7 @@ class _Run:
             return replace(before.earlier[-1], earlier=before.earlier[:-1]) if before and before.earlier else None
         return FoldRecord(
             adapters=tuple(configs.public_info(AdapterInfo.of(a)) for a in self.plan.adapters),
-            modules={
-                path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in self.modules.items()
-            },
+            modules={path: ModuleRecord.from_dict(m) for path, m in self.modules.items()},
             saved=self.saved,
             rounding=self.plan.rounding,
             base={"fold_into": self.plan.fold_into, **_recorded(self.plan.quantization)},
@@ -1061,7 +1055,8 @@ def _module_record(job: Job, before: EncodedWeight, folded: FoldedWeight) -> Mod
     )
 
 
-def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> None:
+def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> FoldRecord | None:
+    """Write the files beside the weights; gives the record with all their hashes."""
     if len(plan.shards) > 1:
         weight_map = {name: shard.file for shard in plan.shards for job in shard.jobs for name in job.outputs}
         # what was written, not what was planned: the JSON of a 4-bit state is of a size known only now
@@ -1072,4 +1067,6 @@ def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Stagin
     if plan.config:
         staging.put_json("config.json", plan.config)
     if record is not None:
+        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
         staging.put_json(RECORD, record.to_dict())
+    return record

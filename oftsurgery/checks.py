@@ -1,11 +1,13 @@
-"""Check a folded checkpoint on disk against its base and adapter, weight by weight."""
+"""Check a folded checkpoint on disk: its files against the hashes in its record, its weights against base and adapter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from . import codecs, configs, rotations
 from .adapter import OFTAdapter
@@ -13,10 +15,14 @@ from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_qu
 from .codecs import WeightFormat
 from .errors import MatchError, StateError, printable
 from .naming import Architecture, architecture_of, locate
-from .shards import Checkpoint
+from .record import FoldRecord
+from .shards import Checkpoint, inside, sha256_of
 from .weight import relative_error, rotate_chain
 
-__all__ = ["CheckpointReport", "WeightCheck", "check_checkpoint"]
+__all__ = ["CheckpointReport", "FileCheck", "WeightCheck", "check_checkpoint", "check_files"]
+
+#: what became of a recorded file
+FileCheck = Literal["ok", "changed", "missing"]
 
 # what storing the right weight once more may differ by: rounding ties, and the last bits of float32 products
 _SLACK = 1.05
@@ -49,10 +55,12 @@ class CheckpointReport:
     Attributes:
         modules: ``{path: WeightCheck}``.
         tolerance: the largest error that passes; None: plain rounding and no more.
+        files: ``{file name: FileCheck}`` of the files that the record has hashes of; empty without a record.
     """
 
     modules: Mapping[str, WeightCheck]
     tolerance: float | None
+    files: Mapping[str, FileCheck] = field(default_factory=dict)
 
     def passes(self, check: WeightCheck) -> bool:
         """Whether one weight is within the tolerance and as recorded."""
@@ -61,8 +69,8 @@ class CheckpointReport:
 
     @property
     def ok(self) -> bool:
-        """Whether all are."""
-        return all(map(self.passes, self.modules.values()))
+        """Whether all are, and every file is as recorded."""
+        return all(map(self.passes, self.modules.values())) and all(c == "ok" for c in self.files.values())
 
     @property
     def worst_first(self) -> list[tuple[str, WeightCheck]]:
@@ -71,7 +79,35 @@ class CheckpointReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, worst first."""
         rows = {path: {**asdict(c), "passes": self.passes(c)} for path, c in self.worst_first}
-        return {"ok": self.ok, "tolerance": self.tolerance, "modules": rows}
+        return {"ok": self.ok, "tolerance": self.tolerance, "files": dict(self.files), "modules": rows}
+
+
+def check_files(folder: Path) -> CheckpointReport:
+    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, and nothing else.
+
+    Raises:
+        StateError: it has no record, or one without hashes.
+        CheckpointError: the record cannot be read.
+    """
+    record = configs.record_in(folder)
+    if record is None or not record.files:
+        raise StateError(
+            f"the folder has no {configs.RECORD}" if record is None else "the record has no hashes of files",
+            path=folder,
+            remedy="give the base and the adapter too: the weights are then compared with them",
+        )
+    return CheckpointReport(MappingProxyType({}), None, _file_checks(folder, record))
+
+
+def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
+    return MappingProxyType({name: _file_check(folder, name, record.files[name]) for name in sorted(record.files)})
+
+
+def _file_check(folder: Path, name: str, sha256: str) -> FileCheck:
+    if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
+        return "missing"
+    # a record's names may lead anywhere, and links too: those are refused
+    return "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
 
 
 def check_checkpoint(
@@ -112,7 +148,8 @@ def check_checkpoint(
         raise StateError(
             "the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together"
         )
-    return CheckpointReport(MappingProxyType(checks), tolerance)
+    files = _file_checks(folded.folder, record) if record is not None else {}
+    return CheckpointReport(MappingProxyType(checks), tolerance, files)
 
 
 def _codec(folded: Checkpoint, base: Checkpoint, recorded: Mapping[str, str | None]) -> str | None:

@@ -93,11 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(
         commands,
         "verify",
-        "check a folded checkpoint against base and adapter, weight by weight",
+        "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter",
         "oftsurgery verify FOLDED BASE ADAPTER",
     )
-    verify.add_argument("folded", metavar="FOLDED")
-    _sources(verify)
+    verify.add_argument("folded", metavar="FOLDED", help="checkpoint; without BASE and ADAPTER its hashes alone")
+    verify.add_argument("base", metavar="BASE", nargs="?", help="folder or Hub id of the model that was folded")
+    verify.add_argument("adapter", metavar="ADAPTER", nargs="*", help="and of the adapter; several in the live order")
     verify.add_argument(
         "--tolerance",
         type=float,
@@ -377,10 +378,12 @@ def _unfold(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> Any:
     from . import api
 
-    return api.verify_checkpoint(args.folded, args.base, args.adapter, tolerance=args.tolerance)
+    return api.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from .errors import printable
+
     report = _checked(args)
     if args.json:
         _print_json(report.to_dict())
@@ -395,7 +398,13 @@ def _verify(args: argparse.Namespace) -> int:
             )
             for path, c in report.worst_first
         ]
-        _table(("module", "error", "plain rounding", "as recorded", ""), rows)
+        if rows:
+            _table(("module", "error", "plain rounding", "as recorded", ""), rows)
+        wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
+        for name, state in wrong:
+            print(f"{printable(name)}: {state.upper()} since it was recorded")
+        if report.files and not wrong:
+            print(f"{len(report.files)} files are as recorded")
     return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
@@ -414,7 +423,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from . import api
-    from .errors import printable
 
     record = api.read_record(args.folder)
     if args.json:
@@ -422,15 +430,55 @@ def _show(args: argparse.Namespace) -> int:
     elif record is None:
         print("nothing is folded in")
     elif not args.quiet:
-        for i, fold in enumerate((*record.earlier, record), start=1):
-            for adapter in fold.adapters:
-                print(f"fold {i}: {printable(adapter.source)} ({adapter.dialect}, {adapter.fingerprint})")
-            rows = [
-                (path, m.format, f"{m.error:.3e}", f"{m.defect:.1e}", f"{m.angle:.3f}")
-                for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
-            ]
-            _table(("module", "format", "error", "defect", "angle"), rows)
+        folds = (*record.earlier, record)
+        for i, fold in enumerate(folds, start=1):
+            print(f"fold {i} of {len(folds)}")
+            _show_fold(fold)
+            print()
+        print(
+            f"files with a recorded hash: {len(record.files)}"
+            + (" (oftsurgery verify checks them)" * bool(record.files))
+        )
     return EXIT_OK
+
+
+def _show_fold(fold: FoldRecord) -> None:
+    from .errors import printable
+
+    for a in fold.adapters:
+        rows = {
+            "adapter": a.source,
+            "  dialect": a.dialect + (f", written by peft {a.peft_version}" if a.peft_version else ""),
+            "  fingerprint": a.fingerprint,
+            "  sha256": a.sha256,
+            "  trained on": a.base_model,
+        }
+        for label, value in rows.items():
+            if value:
+                print(f"{label}: {printable(value)}")
+    base = ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)
+    for label, text in (
+        ("base", base),
+        ("rounding", fold.rounding),
+        ("replaced by the adapter's own", ", ".join(fold.saved)),
+        ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
+        ("written by a newer version, not understood", ", ".join(fold.extra)),
+    ):
+        if text:
+            print(f"{label}: {printable(text, 400)}")
+    modules = [
+        (
+            path,
+            m.format,
+            m.side,
+            "+".join(map(str, m.block_size)),
+            f"{m.error:.3e}",
+            f"{m.defect:.1e}",
+            f"{m.angle:.3f}",
+        )
+        for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
+    ]
+    _table(("module", "format", "side", "block size", "error", "defect", "angle"), modules)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

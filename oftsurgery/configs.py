@@ -9,14 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .record import AdapterInfo, FoldRecord
 from .shards import inside, read_json
 
 if TYPE_CHECKING:
     from .checkpoint import Quantization
 
-__all__ = ["carried_files", "output_config", "public_info", "readable_rope", "record_in", "restored_config"]
+__all__ = [
+    "carried_files",
+    "output_config",
+    "public_info",
+    "public_record",
+    "readable_rope",
+    "record_in",
+    "restored_config",
+]
 
 RECORD = "oftsurgery.json"
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -38,6 +46,9 @@ _NOT_CARRIED = (
     ".py",
 )
 _WRITTEN_ANEW = ("config.json", RECORD)
+
+#: what the record has no hash of: itself, and the card, which people edit
+NOT_HASHED = (RECORD, "README.md")
 
 
 def output_config(
@@ -145,15 +156,32 @@ def record_in(folder: Path) -> FoldRecord | None:
         return None
     try:
         return FoldRecord.from_dict(read_json(inside(folder, RECORD)))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"the record of an earlier fold cannot be read ({error})",
+            f"the record of an earlier fold cannot be read ({printable(error)})",
             path=path,
             remedy="restore it, or remove it if nothing is folded in",
         ) from error
 
 
 def public_info(info: AdapterInfo) -> AdapterInfo:
-    """``info`` without the path of this machine: a local folder's name alone."""
-    local = info.source is not None and Path(info.source).exists()
-    return replace(info, source=Path(info.source).name) if local and info.source is not None else info
+    """``info`` without paths of this machine: of local folders, the names alone."""
+    return replace(info, source=_public(info.source), base_model=_public(info.base_model))
+
+
+def public_record(record: FoldRecord) -> FoldRecord:
+    """``record`` and its earlier ones without paths of this machine."""
+    return replace(
+        record,
+        adapters=tuple(map(public_info, record.adapters)),
+        earlier=tuple(map(public_record, record.earlier)),
+    )
+
+
+def _public(place: str | None) -> str | None:
+    """A Hub id or an adapter's name as it is, the last part of a path."""
+    if place is None:
+        return None
+    path = Path(place)
+    hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
+    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - which takes any name

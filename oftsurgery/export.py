@@ -56,11 +56,12 @@ def save_model(
     groups = _groups(items, max_shard_bytes)
     record = record_of(model)
     if record is not None:
-        record = replace(record, adapters=tuple(configs.public_info(a) for a in record.adapters))
+        record = configs.public_record(record)
+    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(item.nbytes for item in items)
     with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
         for file, group in groups.items():
-            _write(staging, file, group)
+            _write(staging, file, group, metadata)
         if len(groups) > 1:
             weight_map = {name: file for file, group in groups.items() for item in group for name in item.outputs}
             staging.put_json(
@@ -69,14 +70,15 @@ def save_model(
         for name, value in _configs(model, dtype).items():
             staging.put_json(name, value)
         if record is not None:
+            record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
             staging.put_json(RECORD, record.to_dict())
         staging.publish()
     return record
 
 
-def _write(staging: Staging, file: str, group: list[_Item]) -> None:
+def _write(staging: Staging, file: str, group: list[_Item], metadata: dict[str, str]) -> None:
     with staging.writing(file) as path:
-        writer = ShardWriter(path, {name: o for item in group for name, o in item.outputs.items()}, {"format": "pt"})
+        writer = ShardWriter(path, {name: o for item in group for name, o in item.outputs.items()}, metadata)
         try:
             for item in group:
                 for name, tensor in item.read().items():
@@ -85,6 +87,10 @@ def _write(staging: Staging, file: str, group: list[_Item]) -> None:
         except BaseException:
             writer.abort()
             raise
+
+
+def _format(dtype: torch.dtype | None) -> str:
+    return _FORMAT_OF[dtype] if dtype is not None else "same"
 
 
 def _groups(items: list[_Item], limit: int) -> dict[str, list[_Item]]:
@@ -217,10 +223,9 @@ def _configs(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str,
     quantization = None
     if dtype is None and found is not None and not plain.get("quantization_config"):
         quantization = _quantization_of(model, found)
-    format_ = _FORMAT_OF[dtype] if dtype is not None else "same"
     if dtype is None and found is None:
         plain.pop("quantization_config", None)
-    files = {"config.json": configs.output_config(plain, format_, quantization, untied=False)}
+    files = {"config.json": configs.output_config(plain, _format(dtype), quantization, untied=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = json.loads(generation.to_json_string())

@@ -56,9 +56,9 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
     return _download(str(path_or_repo), revision)
 
 
-def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
+def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None, whole: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
-    needs.
+    needs, or the ``whole`` of it.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.
@@ -79,13 +79,15 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None =
         return _download(
             str(path_or_repo),
             revision,
-            ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"],
+            None
+            if whole
+            else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"],
         )
     except AdapterError as error:
         raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
 
 
-def _download(repo: str, revision: str | None, patterns: Sequence[str] = (CONFIG, TENSORS)) -> Path:
+def _download(repo: str, revision: str | None, patterns: Sequence[str] | None = (CONFIG, TENSORS)) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -94,7 +96,9 @@ def _download(repo: str, revision: str | None, patterns: Sequence[str] = (CONFIG
             "huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder"
         ) from error
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise AdapterError(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from importlib import metadata
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .adapter import OFTAdapter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["AdapterInfo", "FoldRecord", "ModuleRecord", "versions"]
 
@@ -32,8 +35,93 @@ def _versions() -> dict[str, str]:  # reading packages' metadata takes longer th
     return found
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+# annotation of a field → whether a value read from JSON is of it; fields of other types are checked where they are read
+_CHECKS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
+    {
+        "str": _text,
+        "str | None": _text_or_none,
+        "bool": lambda v: isinstance(v, bool),
+        "int": lambda v: type(v) is int,
+        "float": _number,
+        "float | None": lambda v: v is None or _number(v),
+        "tuple[int, ...]": lambda v: isinstance(v, (list, tuple)) and all(type(n) is int for n in v),
+        "Mapping[str, str]": lambda v: isinstance(v, Mapping) and all(map(_text, v.values())),
+        "Mapping[str, str | None]": lambda v: isinstance(v, Mapping) and all(map(_text_or_none, v.values())),
+    }
+)
+
+
+class _Stored:
+    """Dataclasses that are written as JSON and read again, by this version or another.
+
+    Fields that only a newer version knows wait in ``extra`` and are written again; those that an older version did not
+    write yet have defaults.
+    """
+
+    extra: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
+        return {name: _plain(value) for name, value in own.items()} | dict(self.extra)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Mirror of :meth:`to_dict`.
+
+        Raises:
+            TypeError: a field is missing or of another type.
+        """
+        return cls(**cls._arguments(data))
+
+    @classmethod
+    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
+        known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
+        for name, f in known.items():
+            if name not in data:
+                if f.default is MISSING and f.default_factory is MISSING:
+                    raise TypeError(f"{cls.__name__} without {name!r}")
+            elif not _CHECKS.get(str(f.type), lambda _: True)(data[name]):
+                raise TypeError(f"{cls.__name__}.{name} is {str(data[name])[:40]!r}")
+        given = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in known}
+        return given | {"extra": {n: v for n, v in data.items() if n not in known}}
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # frozen; a mapping proxy cannot be copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self).from_dict, (self.to_dict(),))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Stored):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
 @dataclass(frozen=True)
-class AdapterInfo:
+class AdapterInfo(_Stored):
     """An adapter that was folded.
 
     Attributes:
@@ -43,6 +131,7 @@ class AdapterInfo:
         sha256: of its file of tensors, where it came from a file.
         base_model: the base that its config names.
         peft_version: the release that its config names.
+        extra: fields of a newer version.
     """
 
     source: str | None
@@ -51,6 +140,7 @@ class AdapterInfo:
     sha256: str | None
     base_model: str | None
     peft_version: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @classmethod
     def of(cls, adapter: OFTAdapter) -> AdapterInfo:
@@ -60,13 +150,17 @@ class AdapterInfo:
             dialect=adapter.dialect,
             fingerprint=adapter.fingerprint,
             sha256=adapter.sha256,
-            base_model=config.get("base_model_name_or_path"),
-            peft_version=config.get("peft_version"),
+            base_model=_named(config.get("base_model_name_or_path")),
+            peft_version=_named(config.get("peft_version")),
         )
 
 
+def _named(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 @dataclass(frozen=True)
-class ModuleRecord:
+class ModuleRecord(_Stored):
     """One module's fold.
 
     Attributes:
@@ -87,6 +181,7 @@ class ModuleRecord:
             nothing, or it was not measured.
         output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
         output_nearest: what ``output_error`` would have been with plain rounding.
+        extra: fields of a newer version.
     """
 
     format: str
@@ -104,10 +199,11 @@ class ModuleRecord:
     rho: float | None = None
     output_error: float | None = None
     output_nearest: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
 @dataclass(frozen=True)
-class FoldRecord:
+class FoldRecord(_Stored):
     """What was folded into what, and what it cost.
 
     Attributes:
@@ -120,6 +216,8 @@ class FoldRecord:
             (``fold_into``); empty in memory.
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
+        files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
+        extra: fields of a newer version.
     """
 
     adapters: tuple[AdapterInfo, ...]
@@ -129,12 +227,8 @@ class FoldRecord:
     base: Mapping[str, str | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
     earlier: tuple[FoldRecord, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "saved", MappingProxyType(dict(self.saved)))
-        object.__setattr__(self, "base", MappingProxyType(dict(self.base)))
-        object.__setattr__(self, "versions", MappingProxyType(dict(self.versions)))
+    files: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def worst(self) -> tuple[str, ModuleRecord] | None:
@@ -146,38 +240,24 @@ class FoldRecord:
         mine = {a.fingerprint for a in self.adapters}
         return mine.union(*(r.fingerprints() for r in self.earlier)) if self.earlier else mine
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        return {
-            "adapters": [asdict(a) for a in self.adapters],
-            "modules": {path: {**asdict(m), "block_size": list(m.block_size)} for path, m in self.modules.items()},
-            "saved": dict(self.saved),
-            "rounding": self.rounding,
-            "base": dict(self.base),
-            "versions": dict(self.versions),
-            "earlier": [r.to_dict() for r in self.earlier],
-        }
+    def header(self, **more: Any) -> str:
+        """JSON for the metadata of safetensors files: what is known before the first of them is written."""
+        folds = [
+            [{"dialect": a.dialect, "fingerprint": a.fingerprint, "sha256": a.sha256} for a in r.adapters]
+            for r in (*self.earlier, self)
+        ]
+        facts = {"adapters": folds[-1], "earlier": folds[:-1], "rounding": self.rounding, "versions": self.versions}
+        return json.dumps(_plain(facts) | more, sort_keys=True, ensure_ascii=False)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FoldRecord:
-        """Mirror of :meth:`to_dict`."""
-        return cls(
-            adapters=tuple(AdapterInfo(**a) for a in data["adapters"]),
-            modules={
-                path: ModuleRecord(**{**m, "block_size": tuple(m["block_size"])}) for path, m in data["modules"].items()
-            },
-            saved=data["saved"],
-            rounding=data["rounding"],
-            base=data["base"],
-            versions=data["versions"],
-            earlier=tuple(cls.from_dict(r) for r in data["earlier"]),
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldRecord:
-        return self  # frozen; a mapping proxy cannot be copied
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (FoldRecord.from_dict, (self.to_dict(),))
+    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        found = super()._arguments(data)
+        if not isinstance(found["modules"], Mapping):
+            raise TypeError(f"{cls.__name__}.modules is {str(found['modules'])[:40]!r}")
+        found["adapters"] = tuple(AdapterInfo.from_dict(a) for a in found["adapters"])
+        found["modules"] = {path: ModuleRecord.from_dict(m) for path, m in found["modules"].items()}
+        found["earlier"] = tuple(cls.from_dict(r) for r in found.get("earlier", ()))
+        return found

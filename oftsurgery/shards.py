@@ -219,7 +219,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
         raise CheckpointError(
-            "the index names a file outside its folder",
+            "the index or record names a file outside its folder",
             path=name,
             remedy="do not use this checkpoint, or repair its index",
         )

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -229,6 +229,12 @@ class Staging:
             shutil.copyfileobj(reader, writer, 1 << 20)
             writer.flush()
             os.fsync(writer.fileno())
+
+    def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
+        """``{name: SHA-256}`` of all files written, but some."""
+        known = {_STATE: "", **{name: shard["sha256"] for name, shard in self.state["shards"].items()}}
+        there = sorted(p for p in self.folder.iterdir() if p.name not in (_STATE, *but))
+        return {p.name: known.get(p.name) or sha256_of(p) for p in there}
 
     # --- the rename ---
 

@@ -141,7 +141,7 @@ INDEXES = {
     "a missing shard": (lambda m: m | {"c": "three.safetensors"}, r"is missing \[at .*three\.safetensors"),
     "nothing": (lambda m: {}, "the index has no `weight_map`"),
     "numbers": (lambda m: m | {"c": 3}, "the index has no `weight_map`"),
-    "a path": (lambda m: m | {"c": "../two.safetensors"}, "the index names a file outside its folder"),
+    "a path": (lambda m: m | {"c": "../two.safetensors"}, "the index or record names a file outside its folder"),
 }
 
 
