@@ -809,7 +809,7 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 path=source,
                 remedy="restore the file",
             )
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
             raise NonFiniteError(
                 "the adapter's tensor holds NaN or infinity",
                 tensor=key,
@@ -842,6 +842,11 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
             remedy="check that the adapter was saved after training, from the rank that holds the weights",
         )
     return raw, saved
+
+
+def _finite(tensor: Tensor) -> bool:
+    # one pass and no mask: on the CPU torch.isfinite takes five times as long
+    return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

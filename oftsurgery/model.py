@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -102,9 +102,10 @@ def fold_model(
     # taken out
     plan = None if live else _plan(model, adapters)
     with _transaction() as journal:
-        work = model if inplace else share_model(model)
+        work = peft_live.base_of(inner_model(model)) if live else model
+        if not inplace:
+            work = share_model(work, peft_live.inner_modules(work) if live else {})
         if live:
-            work = peft_live.base_of(inner_model(work))
             peft_live.strip(work, journal)
         plan = plan or _plan(work, adapters)
         modules, saved = _apply(work, plan, journal, progress, rounding)
@@ -135,12 +136,17 @@ def _transaction() -> Iterator[list[Undo]]:
     journal: list[Undo] = []
     try:
         # what is made inside must be trainable, and on the devices of what is there, whatever the caller's surroundings
-        with torch.inference_mode(False), torch.device("cpu"):
+        with torch.inference_mode(False), _on_cpu():
             yield journal
     except BaseException:
         for undo in reversed(journal):
             undo()
         raise
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    # as a context, torch.device() takes part in every call of torch: only where what is made would be elsewhere
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -228,7 +234,11 @@ def _covers(entry: str, name: str) -> bool:
 
 
 def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied: bool) -> ModuleRecord:
-    defects, angles = zip(*(kernels.measure(r) for r in target.chain), strict=True)
+    hashes: list[str] = []
+    defects, angles = kernels.beside(
+        lambda: zip(*[kernels.measure(r) for r in target.chain], strict=True),
+        *(lambda e=e: hashes.append(e.fingerprint) for e in (encoded, folded.encoded)),
+    )
     return ModuleRecord(
         format=folded.encoded.format.label,
         side="+".join(dict.fromkeys(r.side for r in target.chain)),
@@ -236,8 +246,8 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
         error=folded.error,
         defect=max(defects),
         angle=max(angles),
-        before=encoded.fingerprint,
-        after=folded.encoded.fingerprint,
+        before=hashes[0],
+        after=hashes[1],
         untied=untied,
         backend=folded.backend,
         rounding=folded.rounding,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .adapter import OFTAdapter, parse_adapter
 from .errors import StateError, printable
 
-__all__ = ["base_of", "has_live_layers", "read_adapters", "strip", "trained_biases"]
+__all__ = ["base_of", "has_live_layers", "inner_modules", "read_adapters", "strip", "trained_biases"]
 
 Undo = Callable[[], None]
 
@@ -145,15 +145,24 @@ def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str)
                 yield f"base_model.model.{path}.{key}", tensor.detach().clone()
 
 
+def _inside(module: nn.Module | None) -> Any:
+    """The base layer in one of peft's wrappers; None for any other module."""
+    if _peft_class(module, "BaseTunerLayer"):
+        return module.get_base_layer()  # type: ignore[union-attr,operator]
+    return module.original_module if _peft_class(module, "ModulesToSaveWrapper") else None  # type: ignore[union-attr]
+
+
+def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
+    """``{id of each of peft's wrappers: the base layer in it}``."""
+    return {id(m): inside for m in base.modules() if (inside := _inside(m)) is not None}
+
+
 def strip(base: nn.Module, journal: list[Undo]) -> None:
     """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
     for parent in list(base.modules()):
         for name, child in list(parent._modules.items()):
-            if _peft_class(child, "BaseTunerLayer"):
-                inside: Any = child.get_base_layer()  # type: ignore[union-attr,operator]
-            elif _peft_class(child, "ModulesToSaveWrapper"):
-                inside = child.original_module  # type: ignore[union-attr]
-            else:
+            inside = _inside(child)
+            if inside is None:
                 continue
             journal.append(partial(parent._modules.__setitem__, name, child))
             parent._modules[name] = inside

@@ -18,27 +18,34 @@ __all__ = ["share_model"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def share_model(model: M) -> M:
+def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     """A deep copy of ``model`` whose parameters and buffers share the storages of the original's.
 
     Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the
     copy leaves the original as it is. Writing into a shared tensor in place (training, BatchNorm statistics) is seen by
     both.
 
+    Args:
+        instead: ``{id of a module inside: the module inside that one which takes its place in the copy}``.
+
     Raises:
         StateError: the model holds something that cannot be copied.
     """
+    instead = instead or {}
     memo: dict[int, Any] = {}
+    modules = _modules(model, instead)
     try:
-        for module in model.modules():
+        for module in modules:
             memo.update(_shared_by(module, memo))
+        for wrapper, inside in instead.items():
+            memo[wrapper] = copy.deepcopy(inside, memo)
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         raise StateError(
             f"the model holds something that cannot be copied ({error})",
             remedy="fold with inplace=True, which copies nothing",
         ) from error
-    for old in model.modules():
+    for old in modules:
         new = memo[id(old)]
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
@@ -46,6 +53,19 @@ def share_model(model: M) -> M:
         if old._compiled_call_impl is not None:
             _compile_like(old, new)
     return shared
+
+
+def _modules(model: nn.Module, instead: Mapping[int, nn.Module]) -> list[nn.Module]:
+    """The modules that are copied, each once."""
+    found: dict[int, nn.Module] = {}
+    left = [model]
+    while left:
+        module = left.pop()
+        module = instead.get(id(module), module)
+        if id(module) not in found:
+            found[id(module)] = module
+            left.extend(child for child in module._modules.values() if child is not None)
+    return list(found.values())
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:

@@ -478,6 +478,35 @@ def test_any_number_of_threads_gives_the_same_bytes():
     assert (one[0], one[3], two[3]) == ("numba", "1", "2")
 
 
+BESIDE = """
+    import threading
+    from oftsurgery.kernels import pool
+    done, threads = [], set()
+    def note(name):
+        done.append(name)
+        threads.add(threading.get_ident())
+    # the work runs tasks of its own while the other thread is busy
+    def work():
+        pool.run(lambda i: note(i), 20)
+        return "result"
+    assert pool.beside(work, lambda: note("a"), lambda: note("b")) == "result"
+    assert sorted(map(str, done)) == sorted(map(str, [*range(20), "a", "b"])) and done.index("a") < done.index("b")
+    def fail():
+        raise ValueError("told")
+    for arguments in ((work, fail), (fail, lambda: note("c"))):
+        try:
+            pool.beside(*arguments)
+        except ValueError as error:
+            print(error, end=" ")
+    print(pool.threads(), len(threads) <= pool.threads(), done[-1])
+"""
+
+
+@pytest.mark.parametrize("threads", "12")
+def test_work_beside_other_work(threads):
+    assert in_process(BESIDE, OMP_NUM_THREADS=threads) == f"told told {threads} True c"
+
+
 def test_importing_the_package_imports_neither_torch_nor_a_compiler():
     heavy = ["torch", "numba", "triton", "bitsandbytes", "peft", "transformers"]
     assert in_process(f"import sys, oftsurgery; print([m for m in {heavy} if m in sys.modules])") == "[]"

@@ -43,7 +43,7 @@ __all__ = [
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
 LANES = 16
 #: rows that are rotated together
-ROWS = 8
+ROWS = 16
 
 _HOST = numba_config.CPU_FEATURES if numba_config.CPU_FEATURES is not None else llvm.get_host_cpu_features().flatten()
 _FEATURES = set(_HOST.split(",")) if numba_config.CPU_NAME != "generic" else set()

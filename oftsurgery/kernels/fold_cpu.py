@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,8 +15,9 @@ from oftsurgery import codecs
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
 from . import blockwise, cpu
+from .pool import run
 
-__all__ = ["blocks", "fold", "largest_angle", "run", "threads"]
+__all__ = ["blocks", "fold", "largest_angle"]
 
 #: of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
@@ -30,40 +27,6 @@ _MAX_BLOCK = 512
 
 _DENSE = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
 _local = threading.local()
-
-
-def threads() -> int:
-    """Threads that a fold uses: torch's own number, at most one a processor that this process may run on."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.get_num_threads(), processors))
-
-
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="oftsurgery")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
-
-
-def run(task: Callable[[int], None], count: int) -> None:
-    """``task(0) … task(count - 1)``, on :func:`threads` threads with this one; the first error is raised."""
-    workers = min(threads(), count)
-    left = itertools.count()
-
-    def work() -> None:
-        while (i := next(left)) < count:
-            task(i)
-
-    others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)] if workers > 1 else []
-    try:
-        work()
-    finally:
-        for _ in range(count if others else 0):  # after an error: nothing more is begun
-            next(left)
-        for other in others:
-            other.result()
 
 
 def _scratch(count: int) -> int:

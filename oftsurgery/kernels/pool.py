@@ -1,0 +1,67 @@
+"""The CPU's threads: a few tasks side by side, on as many threads as torch uses."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+__all__ = ["beside", "run", "threads"]
+
+T = TypeVar("T")
+
+
+def threads() -> int:
+    """Threads that a fold uses: torch's own number, at most one a processor that this process may run on."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), processors))
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="oftsurgery")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+def run(task: Callable[[int], None], count: int) -> None:
+    """``task(0) … task(count - 1)``, on :func:`threads` threads with this one; the first error is raised."""
+    workers = min(threads(), count)
+    left = itertools.count()
+
+    def work() -> None:
+        while (i := next(left)) < count:
+            task(i)
+
+    others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)] if workers > 1 else []
+    try:
+        work()
+    finally:
+        for _ in range(count if others else 0):  # after an error: nothing more is begun
+            next(left)
+        for other in others:
+            other.result()
+
+
+def beside(work: Callable[[], T], *others: Callable[[], object]) -> T:
+    """What ``work`` returns, called on this thread while another one, if there is one, calls ``others`` in turn."""
+
+    def rest() -> None:
+        for other in others:
+            other()
+
+    if threads() == 1:
+        rest()
+        return work()
+    waiting = _pool(threads() - 1).submit(rest)
+    try:
+        return work()
+    finally:
+        waiting.result()
