@@ -146,12 +146,12 @@ def layer_case(codec: str, rows: int, features: int, b: int, pairs: int) -> dict
             base.state.CB, base.state.SCB = state
 
     times: dict[str, list[float]] = {"oftsurgery": [], "peft": [], "bitsandbytes": []}
-    first, folded = timed(lambda: oftsurgery.fold(live))
+    first, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
     record = folded.oftsurgery.modules["layer"]
     rotation = _rotation(live)
     for i in range(pairs + 1):  # the first pair warms up
         for _ in range(3):  # ours is short: three to each of the others
-            ms, folded = timed(lambda: oftsurgery.fold(live))
+            ms, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
             times["oftsurgery"].extend([ms] if i else [])
             del folded
         ms, _ = timed(lambda: library_fold(base, rotation))
@@ -245,11 +245,11 @@ def model(blocks: int) -> dict[str, Any]:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak()
-    ours, folded = timed(lambda: oftsurgery.fold(live))
+    ours, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
     peak = _peak() - before
     size = sum(m.before != "" for m in folded.oftsurgery.modules.values())
     new = sum(p.nbytes for p in folded.parameters())
-    again, folded = timed(lambda: oftsurgery.fold(live))
+    again, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
     del folded
     peft, _ = timed(live.merge_and_unload)
     return {
