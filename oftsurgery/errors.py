@@ -27,6 +27,7 @@ __all__ = [
     "RoundingWarning",
     "ShapeError",
     "StateError",
+    "UndoError",
     "UnfoldWarning",
     "UntieWarning",
     "printable",
@@ -164,6 +165,10 @@ class StateError(OFTSurgeryError):
 
 class IntegrityError(OFTSurgeryError):
     """Contents differ from the hashes recorded for them."""
+
+
+class UndoError(OFTSurgeryError):
+    """A file is no undo record, or a damaged one."""
 
 
 class MissingDependencyError(OFTSurgeryError, ImportError):
