@@ -43,6 +43,7 @@ if _typing.TYPE_CHECKING:
         RoundingWarning,
         ShapeError,
         StateError,
+        UndoError,
         UnfoldWarning,
         UntieWarning,
     )
@@ -78,6 +79,7 @@ __all__ = [
     "RoundingWarning",
     "ShapeError",
     "StateError",
+    "UndoError",
     "UnfoldWarning",
     "UntieWarning",
     "VerifyReport",
@@ -156,6 +158,7 @@ _EXPORTS = {
         "RoundingWarning",
         "ShapeError",
         "StateError",
+        "UndoError",
         "UnfoldWarning",
         "UntieWarning",
     ),

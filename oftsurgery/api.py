@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 from torch import nn
 
-from . import codecs, files, shards
+from . import codecs, files, shards, undo_file
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import AdapterError, StateError, printable
@@ -66,6 +66,7 @@ def fold(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     rounding: Rounding = "nearest",
+    undo: str | PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -85,6 +86,8 @@ def fold(
         rounding: of quantised weights. ``"nearest"``: as bitsandbytes rounds, bit for bit. ``"mse"``: each 4-bit block
             is scaled by what makes its squared error least, in place of its absmax; the format stays as it is. Int8 is
             rounded to nearest in both.
+        undo: a file to write, from which :func:`unfold` gives every byte back that the fold changes, some tenths of a
+            bit a weight. It appears when the fold is done, and is not written over.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every tensor that it did not change, and
             ``model`` stays as it is.
@@ -107,15 +110,21 @@ def fold(
 
     _check_model(model)
     if live.live_layers(model):
-        return _fold_wrapped(model, adapter, rounding, inplace=inplace, progress=progress)
+        return _fold_wrapped(model, adapter, rounding, undo, inplace=inplace, progress=progress)
     names, adapters = _resolve(model, adapter)
-    with _bar(progress, "fold") as step:
+    with _undo_writer(undo) as writer, _bar(progress, "fold") as step:
         return live_model.fold_model(  # type: ignore[return-value]
-            model, adapters, names=names, rounding=rounding, inplace=inplace, progress=step
+            model, adapters, names=names, rounding=rounding, undo=writer, inplace=inplace, progress=step
         )
 
 
-def _fold_wrapped(model: M, adapter: object, rounding: str, *, inplace: bool, progress: bool) -> M:
+def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_file.UndoWriter | None]:
+    return nullcontext() if path is None else undo_file.UndoWriter(Path(path).expanduser())
+
+
+def _fold_wrapped(
+    model: M, adapter: object, rounding: str, undo: str | PathLike[str] | None, *, inplace: bool, progress: bool
+) -> M:
     """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain
     model.
     """
@@ -128,14 +137,14 @@ def _fold_wrapped(model: M, adapter: object, rounding: str, *, inplace: bool, pr
         )
     adapters, already = live.read_live(model), live.original_hashes(model)
     base = model if inplace else live.unwrap(model)
-    undo = live.strip(live_model.inner_model(model)) if inplace else []
+    stripped = live.strip(live_model.inner_model(model)) if inplace else []
     try:
-        with _bar(progress, "fold") as step:
+        with _undo_writer(undo) as writer, _bar(progress, "fold") as step:
             return live_model.fold_model(  # type: ignore[return-value]
-                base, adapters, already=already, rounding=rounding, inplace=True, progress=step
+                base, adapters, already=already, rounding=rounding, undo=writer, inplace=True, progress=step
             )
     except BaseException:
-        for step_back in reversed(undo):
+        for step_back in reversed(stripped):
             step_back()
         raise
 
@@ -145,6 +154,7 @@ def unfold(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     base: nn.Module | str | PathLike[str] | None = None,
+    undo: str | PathLike[str] | None = None,
     rounding: Rounding = "nearest",
     inplace: bool = False,
     progress: bool = False,
@@ -157,22 +167,28 @@ def unfold(
             inexactly; an :class:`~oftsurgery.UnfoldWarning` states the error.
         base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against
             the record's hashes.
+        undo: the file that ``fold(…, undo=…)`` wrote: restores exactly what that fold changed, checked against the
+            hashes in it. Works on a model that was saved and loaded again too.
         rounding: of quantised weights that are rotated back, as for :func:`fold`.
         inplace: change ``folded`` itself.
         progress: show a bar.
 
     Raises:
-        StateError: neither or both given, or another adapter than the last one folded.
-        IntegrityError: ``base`` is not the model that was folded.
+        StateError: none or several given, or another fold than the last one.
+        IntegrityError: ``base`` is not the model that was folded, or ``folded`` not what the fold left.
+        UndoError: ``undo`` is no undo record, or a damaged one.
         and those of :func:`fold`. After any error the model is as it was.
     """
     codecs.check_rounding(rounding)
     _check_model(folded)
-    if (adapter is None) == (base is None):
+    if sum(given is not None for given in (adapter, base, undo)) != 1:
         raise StateError(
-            "unfold needs the adapter or the base",
-            remedy="unfold(model, adapter) rotates back, unfold(model, base=…) restores exactly",
+            "unfold needs one of the adapter, the base and an undo record",
+            remedy="unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
         )
+    if undo is not None:
+        record = undo_file.open_undo(Path(undo).expanduser())
+        return live_model.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
         source = live_model.source_of(base) if isinstance(base, nn.Module) else _source_on_disk(base)
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]

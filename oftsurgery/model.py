@@ -31,6 +31,7 @@ from .layers import Layer, Undo
 from .plan import FoldPlan, LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
+from .undo_file import UndoParts, UndoRecord, UndoWriter
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "record_of",
     "restore_model",
     "source_of",
+    "undo_model",
     "unfold_model",
 ]
 
@@ -71,6 +73,7 @@ def fold_model(
     names: Sequence[str] | None = None,
     already: Mapping[str, str | None] | None = None,
     rounding: str = "nearest",
+    undo: UndoWriter | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -82,6 +85,7 @@ def fold_model(
         names: of live adapters, where ``adapters`` is None.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         rounding: of quantised weights.
+        undo: takes what the fold changes, and is finished when all is done.
         inplace: change ``model`` itself.
         progress: called after each module.
     """
@@ -108,7 +112,9 @@ def fold_model(
         if live:
             peft_live.strip(work, journal)
         plan = plan or _plan(work, adapters)
-        modules, saved = _apply(work, plan, journal, progress, rounding)
+        origin = source_of(work)
+        keep = None if undo is None else _Keeper(undo, plan, origin, already or {})
+        modules, saved = _apply(work, plan, journal, progress, rounding, keep=keep)
         before = record_of(work)
         record = FoldRecord(
             adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
@@ -118,6 +124,8 @@ def fold_model(
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
         warn_of_rounding(record)  # an error to whoever filters it so: then nothing has happened
+        if undo is not None:
+            undo.finish(record, ties=keep.ties if keep else (), tie_word_embeddings=origin.tie_word_embeddings)
         _set_record(inner_model(work), record)
     return work
 
@@ -196,6 +204,7 @@ def _apply(
     rounding: str,
     *,
     inverse: bool = False,
+    keep: _Keeper | None = None,
 ) -> tuple[dict[str, ModuleRecord], dict[str, str]]:
     modules = modules_of(model)
     tied = _Tied(model)
@@ -203,7 +212,10 @@ def _apply(
     if not inverse:
         for name, tensor in plan.saved.items():
             own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
+            before = _tensors(modules)[name]
             saved[name] = _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
+            if keep is not None:
+                keep.tensor(name, before, _tensors(modules)[name])
     records: dict[str, ModuleRecord] = {}
     for done, target in enumerate(plan.targets, start=1):
         untied = tied.shared(modules[target.path])
@@ -214,6 +226,8 @@ def _apply(
         try:
             encoded, home = layer.read()
             folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home, rounding)
+            if keep is not None:
+                keep.weight(target, encoded, folded)
             journal.append(layer.write(folded.encoded, park=not untied))
         except OFTSurgeryError as error:
             raise error.within(target.path) from error.__cause__
@@ -223,6 +237,33 @@ def _apply(
     if any(r.untied for r in records.values()) or tied.broken:
         _untie_config(inner_model(model), journal)
     return records, saved
+
+
+class _Keeper:
+    """Gives an undo record what a fold changes.
+
+    Attributes:
+        ties: names of tensors that are one and the same, of which the fold changes one.
+    """
+
+    def __init__(self, undo: UndoParts, plan: FoldPlan, origin: BaseSource, already: Mapping[str, object]) -> None:
+        self._undo = undo
+        self._already = already
+        self._changed = {f"{t.path}.weight" for t in plan.targets} | set(plan.saved)
+        self.ties = tuple(group for group in origin.groups if self._changed.intersection(group))
+
+    def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
+        if name not in self._already:  # else the fold changes nothing: the adapter's own values were there before
+            self._undo.tensor(name, before, after)
+
+    def weight(self, target: Target, before: EncodedWeight, folded: FoldedWeight) -> None:
+        name = f"{target.path}.weight"
+        others = [n for group in self.ties if name in group for n in group if n not in self._changed]
+        same = next((n for n in others if n.endswith(".weight")), None)
+        if same is not None:
+            self._undo.shared(target.path, same, before, folded.encoded)
+        else:
+            self._undo.weight(target.path, before, folded.encoded, target.chain, folded.error)
 
 
 def _covers(entry: str, name: str) -> bool:
@@ -498,8 +539,58 @@ def restore_model(folded: nn.Module, base: BaseSource, *, inplace: bool = False)
                 )
             _replace_tensor(modules, name, values, tied, journal, only_here=False)
         _check_rest(modules, base, {f"{path}.weight" for path in record.modules} | set(record.saved))
-        _tie_again(work, base, journal)
+        _tie_again(work, base.groups, base.tie_word_embeddings, journal)
         _set_record(inner_model(work), _earlier(record))
+    return work
+
+
+def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) -> nn.Module:
+    """:func:`oftsurgery.unfold` by an undo record: bit-exact, checked against its hashes; parameters that the fold
+    untied are tied again.
+
+    Raises:
+        StateError: the record's fold is not the model's last one.
+        MatchError: the model lacks what the record restores.
+        IntegrityError: a weight is not what the fold left.
+        UndoError: the record is damaged.
+    """
+    undo.check_last(record_of(folded))
+    with _transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        modules = modules_of(work)
+        tied = _Tied(work)
+        for path in undo.weights:
+            same = undo.shared_with(path)
+            for name in (path, same.rpartition(".")[0]) if same else (path,):
+                if name not in modules:
+                    raise MatchError(
+                        "the model lacks a module that the undo record restores",
+                        module=name,
+                        path=undo.path,
+                        remedy="give the model that was folded",
+                    )
+            layer = Layer(path, modules[path])
+            current, _ = layer.read()
+            if same is None:
+                before = undo.weight(path, current)
+            else:
+                before = Layer(same, modules[same.rpartition(".")[0]]).read()[0]
+                undo.check_shared(path, current, before)
+            device = current.tensors["weight"].device
+            own = EncodedWeight(before.format, {k: t.to(device, copy=True) for k, t in before.tensors.items()})
+            layer.write(own, park=not tied.shared(modules[path]), journal=journal)
+        for name in undo.tensors:
+            now = _tensors(modules).get(name)
+            if now is None:
+                raise MatchError(
+                    "the model lacks a tensor that the undo record restores",
+                    tensor=name,
+                    path=undo.path,
+                    remedy="give the model that was folded",
+                )
+            _replace_tensor(modules, name, undo.tensor(name, now), tied, journal, only_here=False)
+        _tie_again(work, undo.ties, undo.tie_word_embeddings, journal)
+        _set_record(inner_model(work), _earlier(undo.fold))
     return work
 
 
@@ -546,9 +637,11 @@ def _check_rest(modules: Mapping[str, nn.Module], base: BaseSource, restored: se
             )
 
 
-def _tie_again(model: nn.Module, base: BaseSource, journal: list[Undo]) -> None:
+def _tie_again(
+    model: nn.Module, groups: Sequence[Sequence[str]], tie_word_embeddings: bool | None, journal: list[Undo]
+) -> None:
     modules = modules_of(model)
-    for names in base.groups:
+    for names in groups:
         places = [
             (modules[n.rpartition(".")[0]], n.rpartition(".")[2]) for n in names if n.rpartition(".")[0] in modules
         ]
@@ -557,8 +650,8 @@ def _tie_again(model: nn.Module, base: BaseSource, journal: list[Undo]) -> None:
             journal.append(partial(parameters.__setitem__, key, parameters[key]))
             parameters[key] = slots[0][0][slots[0][1]]
     config = getattr(inner_model(model), "config", None)
-    if base.tie_word_embeddings is not None and config is not None:
+    if tie_word_embeddings is not None and config is not None:
         for part in (config, getattr(config, "text_config", None)):
             if part is not None and hasattr(part, "tie_word_embeddings"):
                 journal.append(partial(setattr, part, "tie_word_embeddings", part.tie_word_embeddings))
-                part.tie_word_embeddings = base.tie_word_embeddings
+                part.tie_word_embeddings = tie_word_embeddings

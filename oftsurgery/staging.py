@@ -15,7 +15,7 @@ from typing import Any
 from .errors import CheckpointError, DiskError, StateError, printable
 from .shards import read_json, sha256_of
 
-__all__ = ["Staging"]
+__all__ = ["Staging", "disk_errors"]
 
 _STATE = ".state.json"
 
@@ -55,7 +55,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self._check_destination()
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 raise StateError(
                     "the destination's parent folder does not exist",
@@ -199,7 +199,7 @@ class Staging:
     def writing(self, name: str) -> Iterator[Path]:
         """The path under which to write the file ``name``; it is removed if the body fails."""
         path = self.folder / name
-        with _disk_errors(path):
+        with disk_errors(path):
             try:
                 yield path
             except BaseException:
@@ -208,7 +208,7 @@ class Staging:
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
         """Note that the shard ``name`` is whole and on the disk."""
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self.state["shards"][name] = {"sha256": sha256_of(self.folder / name), "facts": dict(facts)}
             self._save_state()
 
@@ -240,7 +240,7 @@ class Staging:
 
     def publish(self) -> None:
         """Make the folder the destination."""
-        with _disk_errors(self.destination):
+        with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
             _sync_folder(self.folder)
             if _exists(self.destination):
@@ -304,7 +304,7 @@ _REASONS = {
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """The system's errors as :class:`DiskError`, with what to do."""
     try:
         yield

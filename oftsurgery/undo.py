@@ -193,7 +193,8 @@ class _Streams:
             folded = ((d << 1) ^ (d >> (8 * d.itemsize - 1))).view(unsigned)
         folded = self.words(folded, predicted.size, unsigned)
         d = ((folded >> 1) ^ (0 - (folded & 1))).view(predicted.dtype)
-        return predicted + d
+        whole: Array = predicted + d
+        return whole
 
 
 # --- exact rotations --------------------------------------------------------------------------------------------------
@@ -450,7 +451,8 @@ def _ranks(io: _Streams, true: Array | None, near: Tensor, up: Tensor, margin: T
         d = (true - centre) * sign
         symbols = np.where(d > 0, 2 * d - 1, -2 * d)
     symbols = _sorted(io, symbols, key)
-    return centre + sign * np.where(symbols & 1, (symbols + 1) >> 1, -(symbols >> 1))
+    found: Array = centre + sign * np.where(symbols & 1, (symbols + 1) >> 1, -(symbols >> 1))
+    return found
 
 
 def _statistics(io: _Streams, true: Array | None, predicted: Tensor) -> Array:
@@ -576,7 +578,8 @@ def _patterns(values: Tensor) -> Array:
 def _monotone(patterns: Array) -> Array:
     """Sign-and-magnitude bit patterns of floats ↔ integers in the order of their values; its own inverse."""
     width = 8 * patterns.itemsize
-    return patterns ^ ((patterns >> (width - 1)) & patterns.dtype.type((1 << (width - 1)) - 1))
+    turned: Array = patterns ^ ((patterns >> (width - 1)) & patterns.dtype.type((1 << (width - 1)) - 1))
+    return turned
 
 
 # --- one weight -------------------------------------------------------------------------------------------------------
@@ -827,7 +830,7 @@ def _described(t: Tensor) -> dict[str, Any]:
 
 
 def _nbytes(described: Mapping[str, Any]) -> int:
-    return math.prod(described["shape"]) * DTYPES[described["dtype"]].itemsize
+    return DTYPES[described["dtype"]].itemsize * int(math.prod(described["shape"]))
 
 
 def _tensor(raw: bytes, described: Mapping[str, Any]) -> Tensor:

@@ -772,14 +772,14 @@ def folded(t: Bench) -> tuple[nn.Module, Path]:
 @case(
     "unfold with neither",
     e.StateError,
-    r"unfold needs the adapter or the base Remedy: unfold\(model, adapter\) rotates back, unfold\(model, base=…\)",
+    r"unfold needs one of the adapter, the base and an undo record Remedy: unfold\(model, adapter\) rotates back, ",
 )
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
     return lambda: oftsurgery.unfold(t.model)
 
 
-@case("unfold with both", e.StateError, r"unfold needs the adapter or the base")
+@case("unfold with both", e.StateError, r"unfold needs one of the adapter, the base and an undo")
 def _(t: Bench) -> Callable[[], object]:
     base, folder = folded(t)
     return lambda: oftsurgery.unfold(t.model, folder, base=base)

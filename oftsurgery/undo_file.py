@@ -1,0 +1,438 @@
+"""Undo records on disk: one safetensors file of compressed bytes and a manifest, written whole or not at all.
+
+``docs/undo.md`` describes the format. Nothing in a record executes, and nobody vouches for one: every size is checked
+against the file and the model before anything is allocated, every part against its hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import lzma
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .adapter import Rotation
+from .codecs import EncodedWeight
+from .errors import CheckpointError, IntegrityError, StateError, UndoError, printable
+from .hashing import hash_tensors
+from .record import FoldRecord
+from .shards import read_header
+from .staging import disk_errors
+from .undo import DTYPES, UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence
+
+__all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
+
+FORMAT = "oftsurgery-undo"
+VERSION = 1
+
+_ROOM = 504  # of the header, which is written last: metadata and two tensors
+_MAX_MANIFEST = 256 << 20
+_CHUNK = 8 << 20
+
+
+def check_free(path: Path, *, force: bool = False) -> None:
+    """Refuse a place where a record cannot be written, before anything is computed.
+
+    Raises:
+        StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
+    """
+    if os.path.lexists(path) and (not force or not path.is_file()):
+        raise StateError(
+            "something is there already, and undo records are not overwritten",
+            path=path,
+            remedy="name another file; a record belongs to one fold",
+        )
+    if not path.absolute().parent.is_dir():
+        raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class UndoParts:
+    """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
+
+    Attributes:
+        weights: ``{module path: facts}``.
+        tensors: ``{tensor name: facts}`` of plain tensors that the adapters' own values replaced.
+        tables: ``{content hash: [start, bytes]}``.
+        nbytes: written so far.
+    """
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+        self.weights: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.tables: dict[str, list[int]] = {}
+        self.nbytes = 0
+
+    def weight(
+        self,
+        path: str,
+        before: EncodedWeight,
+        after: EncodedWeight,
+        chain: Sequence[Rotation],
+        noise: float,
+        files: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A rotated weight.
+
+        Args:
+            path: of its module.
+            before, after: as stored.
+            chain: that was folded, in the live order.
+            noise: relative error of storing ``after``.
+            files: :func:`described` tensors of the checkpoint that do not follow from ``before``.
+        """
+        entry = encode_weight(before, after, chain, noise=noise)
+        self.weights[path] = {**entry.facts, "data": self._put(entry.data)}
+        if files:
+            self.weights[path]["files"] = dict(files)
+        for name, table in entry.tables.items():
+            if name not in self.tables:
+                self.tables[name] = self._put(table)[:2]
+
+    def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
+        """A rotated weight that was one with the tensor ``other``, which is as it was."""
+        self.weights[path] = {"same_as": other, "before": before.fingerprint, "after": evidence(after)}
+
+    def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A plain tensor that the adapter's own values replaced."""
+        entry = encode_tensor(before, after)
+        self.tensors[name] = {**entry.facts, "data": self._put(entry.data)}
+
+    def _put(self, data: bytes) -> list[Any]:
+        self._sink.write(data)
+        self.nbytes += len(data)
+        return [self.nbytes - len(data), len(data), _hash(data)]
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """Plain values: what :meth:`append` takes."""
+        return {"weights": self.weights, "tensors": self.tensors, "tables": dict(self.tables)}
+
+    def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
+        """Take over what other parts collected."""
+        shift = self.nbytes
+        for chunk in data:
+            self._sink.write(chunk)
+            self.nbytes += len(chunk)
+        for mine, kind in ((self.weights, "weights"), (self.tensors, "tensors")):
+            for name, f in facts[kind].items():
+                start, *rest = f.get("data", [0])
+                mine[name] = {**f, "data": [start + shift, *rest]} if "data" in f else dict(f)
+        for name, (start, nbytes) in facts["tables"].items():
+            self.tables.setdefault(name, [start + shift, nbytes])
+
+
+class UndoWriter(UndoParts):
+    """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
+
+    As a context manager it removes what is unfinished.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        check_free(path, force=force)
+        self.path = path
+        self._force = force
+        self._temporary = path.parent / f".{path.name}.oftsurgery"
+        with disk_errors(self._temporary):
+            self._file: BinaryIO = self._temporary.open("wb")
+            self._file.write(bytes(8 + _ROOM))
+        super().__init__(self._file)
+
+    def __enter__(self) -> UndoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def finish(
+        self,
+        fold: FoldRecord,
+        *,
+        ties: Iterable[Sequence[str]] = (),
+        tie_word_embeddings: bool | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the rest and put the file in its place.
+
+        Args:
+            fold: that the record undoes.
+            ties: names of tensors that were one and the same, that which a checkpoint holds first.
+            tie_word_embeddings: of the base's config, or None.
+            config: the checkpoint's ``config.json`` without the fold, or None.
+        """
+        manifest = {
+            "fold": replace(fold, files={}).to_dict(),
+            **self.facts(),
+            "ties": [list(group) for group in ties],
+            "tie_word_embeddings": tie_word_embeddings,
+            "config": None if config is None else dict(config),
+        }
+        packed = lzma.compress(json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode())
+        with disk_errors(self._temporary):
+            data = self.nbytes
+            self._file.write(packed)
+            self._file.seek(0)
+            self._file.write(_header(data, packed))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            check_free(self.path, force=self._force)
+            self._temporary.replace(self.path)
+
+
+def _header(data: int, manifest: bytes) -> bytes:
+    entries = {
+        "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": _hash(manifest)},
+        "data": {"dtype": "U8", "shape": [data], "data_offsets": [0, data]},
+        "manifest": {"dtype": "U8", "shape": [len(manifest)], "data_offsets": [data, data + len(manifest)]},
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return struct.pack("<Q", _ROOM) + text + b" " * (_ROOM - len(text))
+
+
+def _hash(content: bytes) -> str:
+    return hash_tensors({"": torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)})
+
+
+def described(tensor: Tensor | None) -> dict[str, Any] | None:
+    """A small tensor as JSON; None for one that there was not."""
+    if tensor is None:
+        return None
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "hex": raw.hex()}
+
+
+def _tensor(described: Mapping[str, Any] | None) -> Tensor | None:
+    """Mirror of :func:`described`."""
+    if described is None:
+        return None
+    raw = bytearray.fromhex(described["hex"])
+    return torch.frombuffer(raw, dtype=DTYPES[described["dtype"]]).reshape(described["shape"])
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class UndoRecord:
+    """A record that was read: the manifest; data is read when it is asked for.
+
+    Attributes:
+        path: of the file.
+        fold: that it undoes.
+        weights: ``{module path: facts}``.
+        tensors: ``{tensor name: facts}``.
+        ties: names of tensors that were one and the same before the fold.
+        tie_word_embeddings: of the base's config, or None.
+        config: the checkpoint's ``config.json`` without the fold, or None.
+        identity: content hash of the manifest, which holds those of all data.
+    """
+
+    path: Path
+    fold: FoldRecord
+    weights: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Mapping[str, Any]]
+    ties: tuple[tuple[str, ...], ...]
+    tie_word_embeddings: bool | None
+    config: Mapping[str, Any] | None
+    identity: str
+    _tables: Mapping[str, Any]
+    _start: int
+    _nbytes: int
+
+    def shared_with(self, path: str) -> str | None:
+        """The tensor that holds the original of the module's weight still, or None."""
+        return self.weights[path].get("same_as")
+
+    def weight(self, path: str, current: EncodedWeight) -> EncodedWeight:
+        """The stored weight of the module at ``path`` as it was, from the folded one; proved by its hash.
+
+        Raises:
+            UndoError: the record is damaged.
+            IntegrityError: ``current`` is not what the fold left.
+        """
+        with self._told_of(path):
+            tables = {name: self._read(place, name) for name, place in self._tables.items()}
+            return decode_weight(UndoEntry(self.weights[path], self._data(self.weights[path]), tables), current)
+
+    def check_shared(self, path: str, current: EncodedWeight, other: EncodedWeight) -> None:
+        """Raise IntegrityError unless ``current`` is what the fold left of the weight at ``path``, and ``other`` what it
+        was.
+        """
+        facts = self.weights[path]
+        if evidence(current) != facts["after"] or other.fingerprint != facts["before"]:
+            raise IntegrityError(
+                "the weight, or the one that it was tied to, was changed since the fold",
+                module=path,
+                path=self.path,
+                remedy="take out later folds first, the last one first; or unfold with base=…",
+            )
+
+    def tensor(self, name: str, current: Tensor) -> Tensor:
+        """The plain tensor ``name`` as it was."""
+        facts = self.tensors[name]
+        with self._told_of(name):
+            return decode_tensor(UndoEntry(facts, self._data(facts), {}), current)
+
+    def files(self, path: str) -> Mapping[str, Tensor | None]:
+        """Tensors of the checkpoint beside the weight of ``path`` that do not follow from it; None for one that there
+        was not.
+        """
+        try:
+            return {name: _tensor(f) for name, f in self.weights[path].get("files", {}).items()}
+        except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise self._damaged() from error
+
+    def _data(self, facts: Mapping[str, Any]) -> bytes:
+        data = facts.get("data")
+        if not isinstance(data, list) or len(data) != 3:
+            raise self._damaged()
+        return self._read(data[:2], data[2])
+
+    def _read(self, place: Any, expected: str) -> bytes:
+        good = isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)
+        if not good or place[0] + place[1] > self._nbytes:
+            raise self._damaged()
+        with disk_errors(self.path), self.path.open("rb") as file:
+            file.seek(self._start + place[0])
+            content = file.read(place[1])
+        if _hash(content) != expected:
+            raise self._damaged()
+        return content
+
+    @contextlib.contextmanager
+    def _told_of(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (UndoError, IntegrityError) as error:
+            raise type(error)(
+                error.message, module=name, format=error.format, path=self.path, remedy=error.remedy
+            ) from error
+
+    def _damaged(self) -> UndoError:
+        return UndoError("the undo record is damaged", path=self.path, remedy="restore the file, or unfold with base=…")
+
+    def check_last(self, record: FoldRecord | None) -> None:
+        """Refuse a model or checkpoint whose ``record`` says that its last fold is another one.
+
+        Raises:
+            StateError: with the reason.
+        """
+        if record is None or _same_fold(record, self.fold):
+            return
+        mine = ", ".join(printable(a.source) for a in self.fold.adapters)
+        later = [*record.earlier, record]
+        places = [i for i, fold in enumerate(later) if _same_fold(fold, self.fold)]
+        if places:
+            over = later[places[-1] + 1 :]
+            names = "; ".join(", ".join(printable(a.source) for a in fold.adapters) for fold in over)
+            raise StateError(
+                f"the record's fold (of {mine}) is not the last one: {len(over)} later ones lie on top of it (of {names})",
+                path=self.path,
+                remedy="take those out first, the last one first, each with its own record",
+            )
+        last = ", ".join(printable(a.source) for a in record.adapters)
+        raise StateError(
+            f"the undo record is of another fold: it is of {mine}, the last fold of {last}",
+            path=self.path,
+            remedy="give the record that was written with this fold",
+        )
+
+
+def _same_fold(a: FoldRecord, b: FoldRecord) -> bool:
+    def facts(fold: FoldRecord) -> object:
+        after = {path: m.after for path, m in fold.modules.items()}
+        return [adapter.fingerprint for adapter in fold.adapters], after
+
+    return facts(a) == facts(b)
+
+
+def open_undo(path: Path) -> UndoRecord:
+    """Read an undo record's manifest.
+
+    Raises:
+        UndoError: no undo record, one of a newer version, or a damaged one.
+    """
+    if not path.is_file():
+        raise UndoError(
+            "no such file" if not os.path.lexists(path) else "an undo record is a plain file",
+            path=path,
+            remedy="give the file that fold(…, undo=…) wrote",
+        )
+    try:
+        entries, metadata = read_header(path)
+    except (CheckpointError, ValueError) as error:
+        raise UndoError(
+            "no undo record, or a truncated or damaged one",
+            path=path,
+            remedy="give the file that fold(…, undo=…) wrote",
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise UndoError(
+            "a safetensors file, but no undo record", path=path, remedy="give the file that fold(…, undo=…) wrote"
+        )
+    if metadata.get("version") != str(VERSION):
+        raise UndoError(
+            f"an undo record of version {printable(metadata.get('version'))}; this oftsurgery reads {VERSION}",
+            path=path,
+            remedy="use the oftsurgery that wrote it, or a newer one",
+        )
+    damaged = UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
+    found = {e.name: e for e in entries}
+    if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
+        raise damaged
+    with disk_errors(path), path.open("rb") as file:
+        file.seek(found["manifest"].start)
+        packed = file.read(found["manifest"].nbytes)
+    if _hash(packed) != metadata.get("manifest"):
+        raise damaged
+    try:
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=256 << 20)
+        text = decoder.decompress(packed, max_length=_MAX_MANIFEST)
+        if not decoder.eof:
+            raise damaged
+        m = json.loads(text)
+        fold = FoldRecord.from_dict(m["fold"])
+        weights, tensors = _mappings(m["weights"]), _mappings(m["tensors"])
+        ties = tuple(tuple(map(str, group)) for group in m["ties"])
+        tables, config, tie = _mapping(m["tables"]), m["config"], m["tie_word_embeddings"]
+        if tie not in (None, True, False) or not (config is None or isinstance(config, dict)):
+            raise damaged
+    except (lzma.LZMAError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged from error
+    return UndoRecord(
+        path,
+        fold,
+        weights,
+        tensors,
+        ties,
+        tie,
+        config,
+        metadata["manifest"],
+        tables,
+        found["data"].start,
+        found["data"].nbytes,
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("no object")
+    return MappingProxyType(value)
+
+
+def _mappings(value: Any) -> Mapping[str, Mapping[str, Any]]:
+    return MappingProxyType({name: _mapping(v) for name, v in _mapping(value).items()})
