@@ -402,8 +402,13 @@ def _encode_4bit(weight: Tensor, f: WeightFormat, rounding: str) -> dict[str, Te
 def _packed(scaled: Tensor, codec: str) -> Tensor:
     """The nearest codes of ``(n,)`` values in units of their scale, packed ``(⌈n/2⌉, 1)``."""
     bounds, order = _bounds(codec, scaled.device)
-    codes = order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8)
-    if scaled.numel() % 2:
+    return _pack(order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8), codec)
+
+
+def _pack(codes: Tensor, codec: str) -> Tensor:
+    """``(n,)`` codes two a byte, ``(⌈n/2⌉, 1)``; an odd last one beside that of zero."""
+    if codes.numel() % 2:
+        bounds, order = _bounds(codec, codes.device)
         codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
 
@@ -502,6 +507,55 @@ def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
     if into.codec in _LEVELS and encoded.format.storage != into.storage:
         t["weight"] = t["weight"].contiguous().reshape(-1).view(into.storage).unsqueeze(1)
     return t
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that each element of a quantised weight can take, its statistics given.
+
+    Attributes:
+        levels: ascending, ``(16,)`` or ``(255,)`` float32 in [-1, 1].
+        bounds: between neighbouring levels.
+        codes: that stand for the levels as stored, uint8 or int8.
+        scales: what the levels are multiplied by: one a block of the flat weight, float32.
+        blocksize: elements a block.
+    """
+
+    levels: Tensor
+    bounds: Tensor
+    codes: Tensor
+    scales: Tensor
+    blocksize: int
+
+    def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Numbers of the levels that are nearest to ``values``, each with its scale, as uint8."""
+        scaled = torch.where(scale != 0, values / scale, 0.0)
+        return torch.bucketize(scaled, self.bounds, out_int32=True).to(torch.uint8)
+
+
+def grid_of(encoded: EncodedWeight) -> Grid:
+    """The :class:`Grid` of a quantised weight, scales as its reader sees them (double quantisation included)."""
+    f = encoded.format
+    device = encoded.tensors["weight"].device
+    if f.codec == "int8":
+        codes = torch.arange(-127, 128, device=device, dtype=torch.int8)
+        bounds = (torch.arange(-127, 127, device=device) + 0.5) / 127
+        return Grid(codes.to(torch.float32) / 127, bounds, codes, encoded.tensors["SCB"].to(torch.float32), f.shape[1])
+    bounds, order = _bounds(f.codec, device)
+    return Grid(_levels(f.codec, device)[order], bounds, order.to(torch.uint8), _decode_absmax(encoded), f.blocksize)
+
+
+def with_levels(encoded: EncodedWeight, levels: Tensor) -> EncodedWeight:
+    """``encoded`` with other codes and the same statistics.
+
+    Args:
+        encoded: quantised.
+        levels: of its shape, numbers of the levels of :func:`grid_of`.
+    """
+    f = encoded.format
+    codes = grid_of(encoded).codes[levels.to(torch.int64)]
+    weight = codes if f.codec == "int8" else _as_storage(_pack(codes.reshape(-1), f.codec), f)
+    return EncodedWeight(f, {**encoded.tensors, "weight": weight})
 
 
 def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:

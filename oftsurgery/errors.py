@@ -14,6 +14,8 @@ from typing import Any
 __all__ = [
     "AdapterError",
     "BackendWarning",
+    "CalibrationError",
+    "CalibrationWarning",
     "CheckpointError",
     "ConversionWarning",
     "DialectError",
@@ -135,6 +137,12 @@ class DialectError(AdapterError):
     """The adapter is of a kind that is not supported, or that cannot be told from its files."""
 
 
+class CalibrationError(OFTSurgeryError):
+    """What a fold is to be calibrated on cannot be used: no batches, text without a tokenizer, or not what the model
+    takes.
+    """
+
+
 class CheckpointError(OFTSurgeryError):
     """A checkpoint's files cannot be used."""
 
@@ -196,6 +204,10 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
+
+
+class CalibrationWarning(UserWarning):
+    """Names, once a calibrated fold, the layers that were not calibrated, and says why."""
 
 
 class BackendWarning(UserWarning):

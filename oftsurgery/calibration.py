@@ -1,0 +1,173 @@
+"""Rounding that compensates: codes chosen so that a layer's outputs err least, rather than its weight.
+
+On inputs X, a stored weight's outputs err by ``‖X Δᵀ‖² = tr(Δ H Δᵀ)``, with Δ = stored - exact and H = XᵀX. So an
+error made in one input's column can be made up for in the columns that are still to be rounded: by the second-order
+step of Optimal Brain Surgeon (Hassibi & Stork 1993), one column at a time in one order for all rows, with all steps
+read off one Cholesky factor of H⁻¹ (GPTQ: Frantar et al. 2023). The columns with the strongest inputs come first; H is
+damped by a part of its mean diagonal.
+
+A 4-bit block lies along the flat weight, its columns far apart in that order and, where ``in`` is no multiple of the
+block, on two rows. So the scales are fixed before the first column, and only codes are chosen here: the format, its
+layout and its statistics are those of the weight that the sweep starts from.
+
+Pure functions of tensors, without a random number: the same inputs give the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import codecs, rotations
+from .adapter import Rotation
+from .codecs import EncodedWeight, WeightFormat
+from .errors import ShapeError
+from .weight import FoldedWeight, fold_encoded, relative_error, rotate_chain
+
+__all__ = ["LayerInputs", "compensate", "fold_calibrated", "output_error"]
+
+#: of the mean diagonal of H; more where there are few tokens to know H by
+DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
+
+#: columns whose errors are carried to the rest at once, by one matrix product
+_GROUP = 128
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What a layer was given over the calibration.
+
+    Attributes:
+        hessian: ``XᵀX`` of its inputs, ``(in, in)`` float32.
+        tokens: rows of X.
+        held_out: other inputs, ``(n, in)`` float32, which H has not seen.
+    """
+
+    hessian: Tensor
+    tokens: int
+    held_out: Tensor
+
+    @property
+    def damping(self) -> float:
+        return DAMPING if self.tokens >= FEW_TOKENS else DAMPING_OF_FEW
+
+
+def fold_calibrated(
+    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, inputs: LayerInputs | None
+) -> tuple[FoldedWeight, str | None]:
+    """:func:`~oftsurgery.weight.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
+
+    They are kept only if the layer's outputs on the held-out inputs are nearer to the exact ones than with
+    ``rounding="mse"``.
+
+    Args:
+        encoded: the weight to rotate.
+        chain: in the live order.
+        into: format of the result. A dense one is stored as ever.
+        inputs: of this layer, without the rotation; None where it had none.
+
+    Returns:
+        the fold, with its output errors on the held-out inputs, and why it is not calibrated, or None where it is.
+    """
+    plain = fold_encoded(encoded, chain, into, "mse")
+    if not into.quantised:
+        return plain, None
+    if inputs is None:
+        return plain, "the calibration never reached it"
+    device = encoded.tensors["weight"].device
+    with rotations.full_precision(device.type):
+        exact = rotate_chain(codecs.decode(encoded), chain).to(torch.float32)
+        held_out = inputs.held_out.to(device)
+        if not held_out.shape[0]:
+            return plain, "no inputs were left to judge it by"
+        reference = held_out @ exact.t()
+
+        def judge(candidate: EncodedWeight) -> float:
+            return relative_error(held_out @ codecs.decode(candidate).t(), reference)
+
+        before = judge(plain.encoded)
+        nearest = before if plain.rounding == "nearest" else judge(codecs.encode(exact, into))
+        plain = replace(plain, output_error=before, output_nearest=nearest)
+        new = compensate(exact, plain.encoded, inputs.hessian.to(device), damping=inputs.damping)
+        if new is None:
+            return plain, "its inputs' Hessian cannot be factorised"
+        after = judge(new)
+        if not after < before:
+            return plain, f"it is not better on held-out inputs ({after:.2e} and {before:.2e})"
+        error = relative_error(codecs.decode(new), exact)
+    rho = None if plain.rho is None else plain.rho * error / plain.error if plain.error else plain.rho
+    return replace(plain, encoded=new, error=error, rounding="calibrated", rho=rho, output_error=after), None
+
+
+def output_error(stored: Tensor, exact: Tensor, inputs: Tensor) -> float:
+    """``‖X storedᵀ - X exactᵀ‖ / ‖X exactᵀ‖`` for weights ``(out, in)`` and inputs X ``(n, in)``."""
+    return relative_error(inputs @ stored.t(), inputs @ exact.t())
+
+
+def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:
+    """``start`` with the codes that GPTQ's sweep gives for ``exact``; its scales stay.
+
+    Args:
+        exact: ``(out, in)`` float32.
+        start: ``exact`` as it is stored: a quantised format and its statistics.
+        hessian: ``XᵀX`` of the layer's inputs, ``(in, in)``.
+        damping: what is added to its diagonal, as a part of the diagonal's mean.
+
+    Returns:
+        None where the damped Hessian is not positive definite, in float64 either (inputs that are all zero …).
+
+    Raises:
+        ShapeError: the three do not belong together.
+    """
+    rows, features = exact.shape
+    if tuple(hessian.shape) != (features, features) or start.format.shape != (rows, features):
+        raise ShapeError(
+            "the Hessian or the stored weight does not fit the weight",
+            shape=tuple(hessian.shape),
+            expected=(features, features),
+            remedy="give XᵀX of this very layer's inputs",
+        )
+    grid = codecs.grid_of(start)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor = _inverse_factor(hessian, order, damping)
+    if factor is None:
+        return None
+    first_of_row = torch.arange(rows, device=exact.device) * features
+    left = exact[:, order].t().contiguous()  # (in, out), what is still to be rounded, errors made up for
+    chosen = torch.empty(left.shape, dtype=torch.uint8, device=left.device)  # level numbers
+    for begin in range(0, features, _GROUP):
+        end = min(begin + _GROUP, features)
+        errors = torch.empty_like(left[begin:end])
+        for i in range(begin, end):
+            scale = grid.scales[(first_of_row + order[i]) // grid.blocksize]
+            level = grid.nearest(left[i], scale)
+            chosen[i] = level
+            errors[i - begin] = (left[i] - grid.levels[level] * scale) / factor[i, i]
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
+        left[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+    levels = torch.empty((rows, features), dtype=torch.uint8, device=exact.device)
+    levels[:, order] = chosen.t()
+    return codecs.with_levels(start, levels)
+
+
+def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """Upper triangular U with ``UᵀU = (H + damping · mean(diag H) · I)⁻¹``, rows and columns in ``order``; float32.
+
+    In float32, in float64 where that fails, None where that fails too.
+    """
+    back = order.flip(0)  # H = R Rᵀ with R upper is Cholesky's H = L Lᵀ from the other end; then U = R⁻¹
+    for dtype in (torch.float32, torch.float64):
+        h = hessian[back][:, back].to(dtype)
+        h.diagonal().add_(damping * h.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(h)
+        del h
+        if int(failed):
+            continue
+        eye = torch.eye(len(back), dtype=dtype, device=hessian.device)
+        factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(torch.float32)
+        if bool(torch.isfinite(factor).all() and (factor.diagonal() > 0).all()):
+            return factor
+    return None

@@ -1,0 +1,326 @@
+"""What the layers of a model are given while it computes with its adapters live: the inputs that a calibration is of.
+
+A layer's exact output is that of the live model, so its inputs are taken there too, for all layers, whatever has been
+rounded by then; the order in which layers are folded does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import live, rotations
+from .adapter import OFTAdapter
+from .calibration import LayerInputs
+from .compare import _batches, _eval_mode
+from .errors import CalibrationError, OFTSurgeryError, printable
+from .hashing import hash_tensors
+from .layers import Layer
+from .model import inner_model, modules_of
+
+__all__ = ["Batch", "Calibration", "fingerprint", "read_batches"]
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: called with (batches done, batches in all, what)
+Progress = Callable[[int, int, str], None]
+
+#: one sequence in this many is held out, and so many of their tokens are kept for each layer
+HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
+
+#: of the Hessians that are gathered in one pass over the batches; more layers take more passes
+PASS_BYTES = 2 << 30
+
+
+def read_batches(calibration: Any) -> list[Batch]:
+    """The batches of a calibration as ``(args, kwargs)`` of the model's forward: of a tensor, a tuple of arguments or a
+    mapping of keyword arguments, or of an iterable of them, which is read once.
+
+    Raises:
+        CalibrationError: there are none, or they are text.
+    """
+    if isinstance(calibration, (str, bytes)):
+        raise _text()
+    batches = list(_batches(calibration))
+    if not batches:
+        raise CalibrationError("the calibration holds no batches", remedy="give at least one, better some hundred texts")
+    for i, (args, kwargs) in enumerate(batches):
+        if any(isinstance(v, (str, bytes)) or _is_texts(v) for v in (*args, *kwargs.values())):
+            raise _text()
+        if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
+            raise CalibrationError(
+                f"calibration batch {i} holds no tensor",
+                remedy="give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments",
+            )
+    return batches
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(v, (str, bytes)) for v in value)
+
+
+def _text() -> CalibrationError:
+    return CalibrationError(
+        "the calibration is text, and a model in memory comes without its tokenizer",
+        remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
+        "range(0, len(texts), 16)]",
+    )
+
+
+class Calibration:
+    """The inputs of a model's layers over a calibration's batches, gathered pass by pass as they are asked for.
+
+    Args:
+        model: that is to be folded, without the adapters; what is run is a copy over the same tensors, with them live.
+        adapters: in the live order.
+        paths: of the layers whose inputs will be asked for, in about this order.
+        batches: from :func:`read_batches`.
+        progress: called after each batch.
+        pass_bytes: of the Hessians in memory at once, unless one alone takes more.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[OFTAdapter],
+        paths: Sequence[str],
+        batches: Sequence[Batch],
+        *,
+        progress: Progress | None = None,
+        pass_bytes: int = PASS_BYTES,
+    ) -> None:
+        named = {f"calibration_{i}": adapter for i, adapter in enumerate(adapters)}
+        self._live = inner_model(live.wrap_model(model, named))
+        self._modules = modules_of(self._live)
+        self._waiting = list(paths)
+        self._batches = batches
+        self._progress = progress
+        self._ready: dict[str, LayerInputs | None] = {}
+        self._done = 0
+        self._passes = _passes({path: self._features(path) for path in paths}, pass_bytes)
+        sizes = [_length(batch) for batch in batches]
+        self._held_out = torch.split(_split(sum(sizes)), sizes)
+        for module in self._live.modules():
+            # a CPU forward would round the statistics of 4-bit weights to bfloat16
+            if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+    def _features(self, path: str) -> int:
+        module: Any = self._modules[path]
+        return int(module._shape[1])
+
+    def __call__(self, path: str) -> LayerInputs | None:
+        """The inputs of the layer at ``path``, which are forgotten with this; None where the batches never reached it.
+
+        Raises:
+            CalibrationError: the model does not take a batch, or computes NaN or infinity from it.
+        """
+        if path not in self._ready:
+            paths = next(p for p in self._passes if path in p)
+            self._ready = self._gather([p for p in paths if p in self._waiting])
+        self._waiting.remove(path)
+        return self._ready.pop(path)
+
+    def _gather(self, paths: Sequence[str]) -> dict[str, LayerInputs | None]:
+        gathered = self._run(paths, share=True)
+        # layers that were given one tensor at first, and another one later
+        return self._run(paths, share=False) if gathered is None else gathered
+
+    def _run(self, paths: Sequence[str], *, share: bool) -> dict[str, LayerInputs | None] | None:
+        ears = _Ears(self._held_out, share=share)
+        hooks = [
+            self._modules[path].register_forward_pre_hook(ears.at(path, self._modules[path]), with_kwargs=True)
+            for path in paths
+        ]
+        try:
+            with _eval_mode(self._live), torch.no_grad(), _eager():
+                for i, batch in enumerate(self._batches):
+                    ears.listen(i, batch)
+                    self._forward(i, batch)
+                    self._step()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return None if ears.apart else {path: ears.heard(path) for path in paths}
+
+    def _forward(self, number: int, batch: Batch) -> None:
+        args, kwargs = batch
+        try:
+            self._live(*args, **kwargs)
+        except OFTSurgeryError:
+            raise
+        except Exception as error:  # whatever a model raises at a batch that is not for it
+            raise CalibrationError(
+                f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}",
+                remedy="give batches as its forward takes them, on its device",
+            ) from error
+
+    def _step(self) -> None:
+        self._done += 1
+        total = max(len(self._passes) * len(self._batches), self._done)
+        if self._progress is not None:
+            self._progress(self._done, total, "calibration")
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """What is compiled runs as it is written: hooks are heard, and nothing is compiled anew for them."""
+    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    if stance is None:
+        yield
+        return
+    with stance("force_eager"):
+        yield
+
+
+def fingerprint(batches: Sequence[Batch]) -> str:
+    """Content hash of the batches' tensors."""
+    return hash_tensors(
+        {
+            f"{i}.{name}": value
+            for i, (args, kwargs) in enumerate(batches)
+            for name, value in (*enumerate(args), *kwargs.items())
+            if isinstance(value, Tensor)
+        }
+    )
+
+
+def _passes(features: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Paths in groups whose Hessians and held-out inputs take at most ``limit`` bytes."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for path, n in features.items():
+        nbytes = 4 * n * (n + HELD_OUT_TOKENS)
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += nbytes
+    return groups
+
+
+def _length(batch: Batch) -> int:
+    """Sequences in a batch: the first dimension of its first tensor."""
+    first = next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))
+    return first.shape[0] if first.ndim else 1
+
+
+def _split(count: int) -> Tensor:
+    """Which of ``count`` sequences are held out, ``(count,)`` bool: at random, the same ones each time. Of a single one
+    none is; its tokens are divided.
+    """
+    held_out = torch.zeros(count, dtype=torch.bool)
+    if count > 1:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        held_out[order[: max(1, count // HOLD_OUT)]] = True
+    return held_out
+
+
+class _Sum:
+    """The inputs of one layer, or of several that are given the same."""
+
+    def __init__(self) -> None:
+        self.hessian: Tensor | None = None
+        self.tokens = 0
+        self.held_out: list[Tensor] = []
+
+    def add(self, kept: Tensor, held_out: Tensor) -> None:
+        """Rows of inputs, ``(n, in)`` both."""
+        if self.hessian is None:
+            self.hessian = torch.zeros((kept.shape[1],) * 2, dtype=torch.float32, device=kept.device)
+        kept = kept.to(torch.float32)
+        with rotations.full_precision(kept.device.type):
+            self.hessian.addmm_(kept.t(), kept)
+        self.tokens += kept.shape[0]
+        self.held_out.append(held_out.to(torch.float32, copy=True))
+
+    def result(self) -> LayerInputs | None:
+        if self.hessian is None:
+            return None
+        return LayerInputs(self.hessian, self.tokens, torch.cat(self.held_out)[:HELD_OUT_TOKENS])
+
+
+class _Ears:
+    """Hooks that add up what layers are given. Layers given one tensor one after the other (queries, keys and values)
+    share a sum.
+
+    Args:
+        held_out: of each batch, which of its sequences are held out.
+        share: look for such layers.
+    """
+
+    def __init__(self, held_out: Sequence[Tensor], *, share: bool) -> None:
+        self._held_out = held_out
+        self._share = share
+        self._by_sequence = any(bool(which.any()) for which in held_out)
+        parts = sum(bool(which.any()) for which in held_out) if self._by_sequence else len(held_out)
+        self._room = max(1, HELD_OUT_TOKENS // parts)  # of each batch
+        self._sums: dict[str, _Sum] = {}
+        self._leader: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+        #: layers that were given one tensor once were given different ones later
+        self.apart = False
+
+    def listen(self, number: int, batch: Batch) -> None:
+        """What is heard from now on is of this batch."""
+        mask = batch[1].get("attention_mask")
+        self._mask = mask.reshape(-1).to(torch.bool) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._which = self._held_out[number]
+        self._last = None
+
+    def at(self, path: str, module: Any) -> Any:
+        """A forward hook, before the layer at ``path``."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            same = self._share and self._last is not None and self._last[1] is x
+            leader = self._last[0] if same and self._last is not None else path
+            self.apart |= self._leader.setdefault(path, leader) != leader
+            if leader == path:
+                self._last = (path, x)
+                self._add(self._sums.setdefault(path, _Sum()), module._features_last(x.detach()))
+
+        return hook
+
+    def heard(self, path: str) -> LayerInputs | None:
+        """What the layer at ``path`` was given.
+
+        Raises:
+            CalibrationError: NaN or infinity among it.
+        """
+        found = self._sums.get(self._leader.get(path, path))
+        inputs = None if found is None else found.result()
+        if inputs is not None and not bool(
+            torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()
+        ):
+            raise CalibrationError(
+                "on the calibration the live model gives this layer NaN, infinity or what overflows",
+                module=path,
+                remedy="check the batches (a row that is all padding?) and the model's dtype",
+            )
+        return inputs
+
+    def _add(self, into: _Sum, x: Tensor) -> None:
+        """``x: (…, in)``; padding is left out where the batch's mask names it."""
+        rows = x.reshape(-1, x.shape[-1])
+        count, sequences = rows.shape[0], len(self._which)
+        whole = x.shape[0] in (sequences, count) and count % max(sequences, 1) == 0  # sequences one after the other
+        if self._by_sequence and whole:
+            held_out = self._which.to(x.device).repeat_interleave(count // sequences)
+        else:
+            held_out = torch.arange(count, device=x.device) % HOLD_OUT == HOLD_OUT - 1
+        if self._mask is not None and whole and self._mask.numel() == count:
+            mask = self._mask.to(x.device)
+            rows, held_out = rows[mask], held_out[mask]
+        into.add(rows[~held_out], _evenly(rows[held_out], self._room))
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    """At most ``count`` of the rows, evenly spread over them."""
+    if rows.shape[0] <= count:
+        return rows
+    return rows[torch.linspace(0, rows.shape[0] - 1, count, device=rows.device).to(torch.int64)]
