@@ -30,6 +30,8 @@ if _typing.TYPE_CHECKING:
     from .errors import (
         AdapterError,
         BackendWarning,
+        CalibrationError,
+        CalibrationWarning,
         CheckpointError,
         ConversionWarning,
         DialectError,
@@ -57,6 +59,8 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "BackendWarning",
+    "CalibrationError",
+    "CalibrationWarning",
     "Cayley",
     "CheckpointError",
     "CheckpointReport",
@@ -145,6 +149,8 @@ _EXPORTS = {
     "errors": (
         "AdapterError",
         "BackendWarning",
+        "CalibrationError",
+        "CalibrationWarning",
         "CheckpointError",
         "ConversionWarning",
         "DialectError",

@@ -27,7 +27,7 @@ from .codecs import EncodedWeight, WeightFormat
 from .errors import ShapeError
 from .weight import FoldedWeight, fold_encoded, relative_error, rotate_chain
 
-__all__ = ["LayerInputs", "compensate", "fold_calibrated", "output_error"]
+__all__ = ["LayerInputs", "compensate", "fold_calibrated"]
 
 #: of the mean diagonal of H; more where there are few tokens to know H by
 DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
@@ -57,33 +57,28 @@ class LayerInputs:
 
 def fold_calibrated(
     encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, inputs: LayerInputs | None
-) -> tuple[FoldedWeight, str | None]:
-    """:func:`~oftsurgery.weight.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
+) -> FoldedWeight:
+    """:func:`~oftsurgery.weight.fold_encoded` with codes that make up for each other's errors on ``inputs``.
 
     They are kept only if the layer's outputs on the held-out inputs are nearer to the exact ones than with
-    ``rounding="mse"``.
+    ``rounding="mse"``, which the result has otherwise, and says why.
 
     Args:
-        encoded: the weight to rotate.
+        encoded: the weight to rotate, ``(out, in)``.
         chain: in the live order.
-        into: format of the result. A dense one is stored as ever.
+        into: quantised format of the result.
         inputs: of this layer, without the rotation; None where it had none.
-
-    Returns:
-        the fold, with its output errors on the held-out inputs, and why it is not calibrated, or None where it is.
     """
     plain = fold_encoded(encoded, chain, into, "mse")
-    if not into.quantised:
-        return plain, None
     if inputs is None:
-        return plain, "the calibration never reached it"
+        return replace(plain, uncalibrated="the calibration gives it no inputs to multiply")
     device = encoded.tensors["weight"].device
     with rotations.full_precision(device.type):
         exact = rotate_chain(codecs.decode(encoded), chain).to(torch.float32)
         held_out = inputs.held_out.to(device)
-        if not held_out.shape[0]:
-            return plain, "no inputs were left to judge it by"
         reference = held_out @ exact.t()
+        if not bool(reference.any()):
+            return replace(plain, uncalibrated="there are no held-out inputs to judge it by, or they give zeros alone")
 
         def judge(candidate: EncodedWeight) -> float:
             return relative_error(held_out @ codecs.decode(candidate).t(), reference)
@@ -93,18 +88,13 @@ def fold_calibrated(
         plain = replace(plain, output_error=before, output_nearest=nearest)
         new = compensate(exact, plain.encoded, inputs.hessian.to(device), damping=inputs.damping)
         if new is None:
-            return plain, "its inputs' Hessian cannot be factorised"
+            return replace(plain, uncalibrated="the Hessian of its inputs cannot be factorised")
         after = judge(new)
         if not after < before:
-            return plain, f"it is not better on held-out inputs ({after:.2e} and {before:.2e})"
+            return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
         error = relative_error(codecs.decode(new), exact)
-    rho = None if plain.rho is None else plain.rho * error / plain.error if plain.error else plain.rho
-    return replace(plain, encoded=new, error=error, rounding="calibrated", rho=rho, output_error=after), None
-
-
-def output_error(stored: Tensor, exact: Tensor, inputs: Tensor) -> float:
-    """``‖X storedᵀ - X exactᵀ‖ / ‖X exactᵀ‖`` for weights ``(out, in)`` and inputs X ``(n, in)``."""
-    return relative_error(inputs @ stored.t(), inputs @ exact.t())
+    rho = plain.rho * error / plain.error if plain.rho is not None and plain.error else plain.rho
+    return replace(plain, encoded=new, error=error, rounding="calibrated", rho=rho, output_error=after)
 
 
 def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:
@@ -167,7 +157,7 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | 
         if int(failed):
             continue
         eye = torch.eye(len(back), dtype=dtype, device=hessian.device)
-        factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(torch.float32)
+        factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(torch.float32)
         if bool(torch.isfinite(factor).all() and (factor.diagonal() > 0).all()):
             return factor
     return None

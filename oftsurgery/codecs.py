@@ -528,9 +528,8 @@ class Grid:
     blocksize: int
 
     def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Numbers of the levels that are nearest to ``values``, each with its scale, as uint8."""
-        scaled = torch.where(scale != 0, values / scale, 0.0)
-        return torch.bucketize(scaled, self.bounds, out_int32=True).to(torch.uint8)
+        """Numbers of the levels that are nearest to ``values``, each with its scale, as int32."""
+        return torch.bucketize(torch.where(scale != 0, values / scale, 0.0), self.bounds, out_int32=True)
 
 
 def grid_of(encoded: EncodedWeight) -> Grid:

@@ -47,7 +47,9 @@ def read_batches(calibration: Any) -> list[Batch]:
         raise _text()
     batches = list(_batches(calibration))
     if not batches:
-        raise CalibrationError("the calibration holds no batches", remedy="give at least one, better some hundred texts")
+        raise CalibrationError(
+            "the calibration holds no batches", remedy="give at least one, better some hundred texts"
+        )
     for i, (args, kwargs) in enumerate(batches):
         if any(isinstance(v, (str, bytes)) or _is_texts(v) for v in (*args, *kwargs.values())):
             raise _text()
@@ -126,11 +128,12 @@ class Calibration:
         return self._ready.pop(path)
 
     def _gather(self, paths: Sequence[str]) -> dict[str, LayerInputs | None]:
-        gathered = self._run(paths, share=True)
-        # layers that were given one tensor at first, and another one later
-        return self._run(paths, share=False) if gathered is None else gathered
+        ears = self._run(paths, share=True)
+        if ears.apart:
+            ears = self._run(paths, share=False)
+        return {path: ears.heard(path) for path in paths}
 
-    def _run(self, paths: Sequence[str], *, share: bool) -> dict[str, LayerInputs | None] | None:
+    def _run(self, paths: Sequence[str], *, share: bool) -> _Ears:
         ears = _Ears(self._held_out, share=share)
         hooks = [
             self._modules[path].register_forward_pre_hook(ears.at(path, self._modules[path]), with_kwargs=True)
@@ -145,7 +148,7 @@ class Calibration:
         finally:
             for hook in hooks:
                 hook.remove()
-        return None if ears.apart else {path: ears.heard(path) for path in paths}
+        return ears
 
     def _forward(self, number: int, batch: Batch) -> None:
         args, kwargs = batch

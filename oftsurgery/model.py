@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from . import kernels, peft_live
 from .adapter import OFTAdapter
+from .calibration import LayerInputs, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
 from .errors import (
+    CalibrationWarning,
     IntegrityError,
     MatchError,
     OFTSurgeryError,
@@ -52,6 +54,9 @@ M = TypeVar("M", bound=nn.Module)
 #: called after each module with (modules done, modules in all, module path)
 Progress = Callable[[int, int, str], None]
 
+#: the inputs of the layer at a path over a calibration, or None where it had none
+InputsOf = Callable[[str], LayerInputs | None]
+
 _ATTRIBUTE = "oftsurgery"
 
 
@@ -73,6 +78,7 @@ def fold_model(
     names: Sequence[str] | None = None,
     already: Mapping[str, str | None] | None = None,
     rounding: str = "nearest",
+    calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
     undo: UndoWriter | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
@@ -84,7 +90,8 @@ def fold_model(
         adapters: in the live order; None for the model's live ones.
         names: of live adapters, where ``adapters`` is None.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
-        rounding: of quantised weights.
+        rounding: of quantised weights; ``"calibrated"`` needs ``calibrate``.
+        calibrate: gives the inputs of the layers of a model that is about to be folded.
         undo: takes what the fold changes, and is finished when all is done.
         inplace: change ``model`` itself.
         progress: called after each module.
@@ -114,7 +121,8 @@ def fold_model(
         plan = plan or _plan(work, adapters)
         origin = source_of(work)
         keep = None if undo is None else _Keeper(undo, plan, origin, already or {})
-        modules, saved = _apply(work, plan, journal, progress, rounding, keep=keep)
+        inputs_of = calibrate(work, plan) if calibrate is not None else None
+        modules, saved = _apply(work, plan, journal, progress, _folding(rounding, inputs_of), keep=keep)
         before = record_of(work)
         record = FoldRecord(
             adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
@@ -123,6 +131,7 @@ def fold_model(
             rounding=rounding,
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
+        warn_of_calibration(record)
         warn_of_rounding(record)  # an error to whoever filters it so: then nothing has happened
         if undo is not None:
             undo.finish(record, ties=keep.ties if keep else (), tie_word_embeddings=origin.tie_word_embeddings)
@@ -201,7 +210,7 @@ def _apply(
     plan: FoldPlan,
     journal: list[Undo],
     progress: Progress | None,
-    rounding: str,
+    recode: Recode,
     *,
     inverse: bool = False,
     keep: _Keeper | None = None,
@@ -225,7 +234,7 @@ def _apply(
         layer = Layer(target.path, modules[target.path])
         try:
             encoded, home = layer.read()
-            folded = (unfold_encoded if inverse else fold_encoded)(encoded, target.chain, home, rounding)
+            folded = recode(layer.kind, encoded, target, home)
             if keep is not None:
                 keep.weight(target, encoded, folded)
             journal.append(layer.write(folded.encoded, park=not untied))
@@ -237,6 +246,21 @@ def _apply(
     if any(r.untied for r in records.values()) or tied.broken:
         _untie_config(inner_model(model), journal)
     return records, saved
+
+
+Recode = Callable[[str, EncodedWeight, Target, WeightFormat], FoldedWeight]
+
+
+def _folding(rounding: str, inputs_of: InputsOf | None) -> Recode:
+    """How a layer of a kind is folded: its weight, target and format to what replaces it."""
+
+    def recode(kind: str, encoded: EncodedWeight, target: Target, home: WeightFormat) -> FoldedWeight:
+        if inputs_of is None:
+            return fold_encoded(encoded, target.chain, home, rounding)
+        multiplies = home.quantised and kind != "embedding"
+        return fold_calibrated(encoded, target.chain, home, inputs_of(target.path) if multiplies else None)
+
+    return recode
 
 
 class _Keeper:
@@ -294,6 +318,9 @@ def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied
         rounding=folded.rounding,
         nearest=folded.nearest,
         rho=folded.rho,
+        output_error=folded.output_error,
+        output_nearest=folded.output_nearest,
+        uncalibrated=folded.uncalibrated,
     )
 
 
@@ -401,6 +428,23 @@ def warn_of_rounding(record: FoldRecord) -> None:
     )
 
 
+def warn_of_calibration(record: FoldRecord) -> None:
+    """One :class:`CalibrationWarning` that names what was to be calibrated and is not, if anything."""
+    left = {path: m.uncalibrated for path, m in record.modules.items() if m.uncalibrated is not None}
+    if not left:
+        return
+    named = "; ".join(f"{printable(path)}: {why}" for path, why in list(left.items())[:_NAMED])
+    more = f"; and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+    warn_caller(
+        f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({named}{more}); "
+        "all are in the fold's record",
+        CalibrationWarning,
+    )
+
+
+_NAMED = 5
+
+
 # --- taking it out again ----------------------------------------------------------------------------------------------
 
 
@@ -425,7 +469,14 @@ def unfold_model(
         wanted = {path for a in adapters for path in a.modules}
         layers = {path: _info(Layer(path, m)) for path, m in modules.items() if path in wanted}
         plan = make_plan(adapters, layers, {name: tuple(t.shape) for name, t in _tensors(modules).items()}, modules)
-        records, _ = _apply(work, plan, journal, progress, rounding, inverse=True)
+        records, _ = _apply(
+            work,
+            plan,
+            journal,
+            progress,
+            lambda _, e, t, home: unfold_encoded(e, t.chain, home, rounding),
+            inverse=True,
+        )
         warn_of_unfold({path: m.error for path, m in records.items()}, record, len(plan.saved))
         _set_record(inner_model(work), _earlier(record))
     return work

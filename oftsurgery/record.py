@@ -181,6 +181,7 @@ class ModuleRecord(_Stored):
             nothing, or it was not measured.
         output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
         output_nearest: what ``output_error`` would have been with plain rounding.
+        uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """
 
@@ -199,6 +200,7 @@ class ModuleRecord(_Stored):
     rho: float | None = None
     output_error: float | None = None
     output_nearest: float | None = None
+    uncalibrated: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 

@@ -41,6 +41,7 @@ class FoldedWeight:
         nearest: what ``error`` is with plain rounding; None where that was not measured.
         rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
             changed nothing.
+        output_error, output_nearest, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
     """
 
     encoded: EncodedWeight
@@ -49,6 +50,9 @@ class FoldedWeight:
     rounding: str = "nearest"
     nearest: float | None = None
     rho: float | None = None
+    output_error: float | None = None
+    output_nearest: float | None = None
+    uncalibrated: str | None = None
 
 
 def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "nearest") -> W:
