@@ -25,7 +25,7 @@ from . import codecs, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import ShapeError
-from .weight import FoldedWeight, fold_encoded, relative_error, rotate_chain
+from .weight import FoldedWeight, fold_encoded, nearest_error, relative_error, rotate_chain
 
 __all__ = ["LayerInputs", "compensate", "fold_calibrated"]
 
@@ -66,15 +66,18 @@ def fold_calibrated(
     Args:
         encoded: the weight to rotate, ``(out, in)``.
         chain: in the live order.
-        into: quantised format of the result.
+        into: format of the result; in a dense one there is nothing to choose.
         inputs: of this layer, without the rotation; None where it had none.
     """
     plain = fold_encoded(encoded, chain, into, "mse")
+    if not into.quantised:
+        return plain
     if inputs is None:
         return replace(plain, uncalibrated="the calibration gives it no inputs to multiply")
     device = encoded.tensors["weight"].device
     with rotations.full_precision(device.type):
-        exact = rotate_chain(codecs.decode(encoded), chain).to(torch.float32)
+        base = codecs.decode(encoded)
+        exact = rotate_chain(base, chain).to(torch.float32)
         held_out = inputs.held_out.to(device)
         reference = held_out @ exact.t()
         if not bool(reference.any()):
@@ -92,9 +95,18 @@ def fold_calibrated(
         after = judge(new)
         if not after < before:
             return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
-        error = relative_error(codecs.decode(new), exact)
-    rho = plain.rho * error / plain.error if plain.rho is not None and plain.error else plain.rho
-    return replace(plain, encoded=new, error=error, rounding="calibrated", rho=rho, output_error=after)
+        stored = codecs.decode(new)
+        change = torch.linalg.vector_norm(exact - base, dtype=torch.float64)
+        rho = float(torch.linalg.vector_norm(stored - exact, dtype=torch.float64) / change) if change else None
+    return replace(
+        plain,
+        encoded=new,
+        error=relative_error(stored, exact),
+        nearest=nearest_error(exact, into) if plain.nearest is None else plain.nearest,
+        rho=rho,
+        rounding="calibrated",
+        output_error=after,
+    )
 
 
 def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:
