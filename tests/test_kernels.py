@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -448,14 +449,7 @@ for codec, blocksize, nested in [("nf4", 64, 256), ("fp4", 128, 0), ("int8", 0, 
 """
 
 
-def test_numba_is_not_needed_for_the_same_codes():
-    """In processes of their own: as installed, without numba, and each slower path forced."""
-    ways = {
-        "numba": in_process(SAME_CODES.format(before="")),
-        "tiled": in_process(SAME_CODES.format(before="sys.modules['numba'] = None")),
-        "tiled, forced": in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="tiled"),
-        "reference": in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="reference"),
-    }
+def check_same_codes(ways: dict[str, str]) -> None:
     found = {name: [line.split() for line in out.splitlines()] for name, out in ways.items()}
     for name, lines in found.items():
         for (backend, exact, codes, error), (_, wanted, wanted_codes, wanted_error) in zip(
@@ -467,6 +461,32 @@ def test_numba_is_not_needed_for_the_same_codes():
             pairs = zip(bytes.fromhex(codes), bytes.fromhex(wanted_codes), strict=True)
             differ = sum(a != b for a, b in pairs)
             assert differ <= len(codes) // 2 * (1e-2 if lines.index([backend, exact, codes, error]) == 3 else 1e-5)
+
+
+def test_numba_is_not_needed_for_the_same_codes():
+    """In processes of their own: as installed, without numba, and each slower path forced."""
+    check_same_codes(
+        {
+            "numba": in_process(SAME_CODES.format(before="")),
+            "tiled": in_process(SAME_CODES.format(before="sys.modules['numba'] = None")),
+            "tiled, forced": in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="tiled"),
+            "reference": in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="reference"),
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86_64")
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("x86-64", "+sse2"), ("generic", ""), ("haswell", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2")],
+)
+def test_a_processor_without_avx512_gives_the_same_codes(name, features, tmp_path):
+    """The kernel compiled for older processors, which this one runs as well."""
+    older = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    ways = {"numba": in_process(SAME_CODES.format(before=""), **older)}
+    reference = in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="reference")
+    check_same_codes({**ways, "reference": reference})
 
 
 def test_any_number_of_threads_gives_the_same_bytes():
