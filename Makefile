@@ -32,6 +32,8 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py layers
+	$(BIN)/python benchmarks/bench.py plot
+	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
 # once, and again when what is to be installed changes; an install that fails leaves no stamp

@@ -14,6 +14,7 @@ timing the previous result is dropped and collected, for all alike.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -242,19 +243,28 @@ def model(blocks: int) -> dict[str, Any]:
         {f"{i}_{name}": quantised("nf4 nested", *shape) for i in range(blocks) for name, shape in shapes.items()}
     )
     live = with_adapter(Model(whole), [rf"layer.{name}" for name in whole], 32)
+    small = with_adapter(Model(quantised("nf4 nested", 256, 256)), ["layer"], 32)
+    first, _ = timed(lambda: oftsurgery.fold(small, rounding="nearest"))  # loads the kernels
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what the fold takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak()
     ours, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
     peak = _peak() - before
     size = sum(m.before != "" for m in folded.oftsurgery.modules.values())
     new = sum(p.nbytes for p in folded.parameters())
-    again, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
+    folds = [ours]
+    for _ in range(4):
+        del folded
+        ms, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
+        folds.append(ms)
+    again = statistics.median(folds)
     del folded
     peft, _ = timed(live.merge_and_unload)
     return {
         "machine": machine(), "layers": size, "weights": blocks * sum(a * b for a, b in shapes.values()),
-        "first_fold_s": round(ours / 1e3, 3), "fold_s": round(again / 1e3, 3), "peft_s": round(peft / 1e3, 3), "times_faster": round(peft / again, 1),
+        "kernels_loaded_in_s": round(first / 1e3, 3), "fold_s": round(again / 1e3, 3), "folds_s": [round(t / 1e3, 3) for t in folds],
+        "peft_s": round(peft / 1e3, 3), "times_faster": round(peft / again, 1),
         "peak_above_start_mb": round(peak / 2**20, 1), "new_weights_mb": round(new / 2**20, 1),
     }  # fmt: skip
 
