@@ -9,8 +9,8 @@ Then in turn, ``--repeats`` rounds:
 * transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory: nothing is saved, since
   transformers cannot.
 
-The last two run in processes of their own, which tell their time, imports and the kernels' loading apart, and their peak of memory above
-these. The files are in the page cache for all three; one fold and one copy before the first round do not count.
+The last two run in processes of their own, which tell their time, imports and the kernels' loading apart, and their
+peak of memory above these. The files are in the page cache for all three; one fold and one copy before the first round do not count.
 Medians and ranges go to the terminal, everything to ``benchmarks/results/fold_checkpoint.json``.
 """
 
@@ -122,7 +122,7 @@ def main() -> None:
     print(
         f"{nbytes / 1e9:.2f} GB in NF4, {len(paths)} weights, {torch.get_num_threads()} threads; {args.repeats} rounds"
     )
-    for name, runs in found.items():
+    for name, runs in ((name, runs) for name, runs in found.items() if runs):
         times = [run["seconds"] for run in runs]
         ratio = statistics.median(o["seconds"] / t for o, t in zip(ours, times, strict=False))
         peak = f"; peak {statistics.median(run['peak_mb'] for run in runs):.0f} MB" if "peak_mb" in runs[0] else ""
