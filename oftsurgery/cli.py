@@ -1,4 +1,4 @@
-"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|show``.
+"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|report|show``.
 
 Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes:
 0 done; 1 a check failed (verify, doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission);
@@ -119,6 +119,26 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--adapter", help="adapter that was folded")
     _output(doctor)
     doctor.set_defaults(run=_doctor)
+
+    report = _command(
+        commands,
+        "report",
+        "draw what a fold cost, and what the fine-tune moved, as one HTML page",
+        "oftsurgery report FOLDER --html report.html",
+    )
+    report.add_argument("source", metavar="FOLDER|RECORD", help="folder that carries a fold, or its oftsurgery.json")
+    report.add_argument("--html", metavar="FILE", help="page to write (default, without --png: report.html)")
+    report.add_argument("--png", metavar="DIR", help="folder to write errors.png and angles.png to, for a model card")
+    report.add_argument(
+        "--verified",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, to show too",
+    )
+    report.add_argument("--force", action="store_true", help="replace files that exist")
+    _output(report)
+    report.set_defaults(run=_report)
 
     show = _command(
         commands, "show", "print what is folded into a checkpoint, from its oftsurgery.json", "oftsurgery show FOLDER"
@@ -419,6 +439,20 @@ def _doctor(args: argparse.Namespace) -> int:
             print(f"{finding}\n")
         print("nothing found" if not findings else f"{len(findings)} findings")
     return EXIT_CHECK_FAILED if any(f.severity == "error" for f in findings) else EXIT_OK
+
+
+def _report(args: argparse.Namespace) -> int:
+    from . import api
+    from .page import headline
+
+    html = args.html or (None if args.png else "report.html")
+    record, _ = api.record_of(args.source)
+    api.report(args.source, html, png=args.png, verified=args.verified, force=args.force)
+    if args.json:
+        _print_json({"html": html, "png": args.png, **headline(record)})
+    elif not args.quiet:
+        print("wrote " + " and ".join(filter(None, (html, args.png))))
+    return EXIT_OK
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "public_info",
     "public_record",
     "readable_rope",
+    "record_at",
     "record_in",
     "restored_config",
 ]
@@ -152,10 +153,17 @@ def record_in(folder: Path) -> FoldRecord | None:
         CheckpointError: there is one that cannot be read.
     """
     path = folder / RECORD
-    if not os.path.lexists(path):
-        return None
+    return record_at(inside(folder, RECORD)) if os.path.lexists(path) else None
+
+
+def record_at(path: Path) -> FoldRecord:
+    """The record in a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
-        return FoldRecord.from_dict(read_json(inside(folder, RECORD)))
+        return FoldRecord.from_dict(read_json(path))
     except (TypeError, RecursionError) as error:
         raise CheckpointError(
             f"the record of an earlier fold cannot be read ({printable(error)})",

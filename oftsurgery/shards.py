@@ -285,6 +285,17 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
         )
 
 
+def sizes_in(folder: Path) -> dict[str, int]:
+    """``{what: bytes}`` of the plain files in a folder: ``weights`` (safetensors), ``ONNX``, ``other files``."""
+    sizes = {"weights": 0, "ONNX": 0, "other files": 0}
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            onnx = ".onnx" in path.name
+            what = "weights" if path.suffix == ".safetensors" else "ONNX" if onnx else "other files"
+            sizes[what] += path.stat().st_size
+    return sizes
+
+
 def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file that nobody vouches for, of at most ``limit`` bytes.
 

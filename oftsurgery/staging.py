@@ -15,7 +15,7 @@ from typing import Any
 from .errors import CheckpointError, DiskError, StateError, printable
 from .shards import read_json, sha256_of
 
-__all__ = ["Staging", "disk_errors"]
+__all__ = ["Staging", "disk_errors", "write_files"]
 
 _STATE = ".state.json"
 
@@ -249,6 +249,44 @@ class Staging:
             self._ours = False
             _sync_folder(self.destination.parent)
             self._recover()
+
+
+def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
+    """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
+
+    Args:
+        files: ``{path: contents}``; the folders must exist.
+        force: replace existing files.
+        make: a folder to make where it is not there.
+
+    Raises:
+        StateError: a file exists, or a folder does not; nothing is written.
+        DiskError: the disk did not take a file.
+    """
+    for path in files:
+        if path.parent != make and not path.parent.is_dir():
+            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
+        if path.is_dir():
+            raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
+        if not force and _exists(path):
+            raise StateError(
+                "the file exists", path=path, remedy="name another, or replace it with force=True (--force)"
+            )
+    if make is not None:
+        with disk_errors(make):
+            make.mkdir(exist_ok=True)
+    waiting = {path: path.parent / f".{path.name}.{os.getpid()}.new" for path in files}
+    try:
+        for path, data in files.items():
+            with disk_errors(path):
+                _write_synced(waiting[path], data)
+        for path, new in waiting.items():
+            with disk_errors(path):
+                new.replace(path)
+                _sync_folder(path.parent)
+    finally:
+        for new in waiting.values():
+            new.unlink(missing_ok=True)
 
 
 def _exists(path: Path) -> bool:
