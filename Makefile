@@ -12,18 +12,18 @@ INSTALLED := .venv/.installed
 # torch's threads wait asleep: spinning, they take several times as long on cores that others use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check bench
+.PHONY: demo test slow check bench browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-slow: $(INSTALLED)
+slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(INSTALLED)
+check: $(INSTALLED) browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -35,6 +35,15 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py plot
 	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
+
+# what tests of the report open it in; where there is none, those tests skip and say so
+browser:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing Debian's chromium and chromium-driver, in which tests open the report"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+			|| echo "that failed: tests that need a browser will skip"; \
+	else echo "no chromium and chromedriver on PATH: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
 
 # once, and again when what is to be installed changes; an install that fails leaves no stamp
 $(INSTALLED): pyproject.toml constraints.txt

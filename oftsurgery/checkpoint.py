@@ -1057,16 +1057,18 @@ def _module_record(job: Job, before: EncodedWeight, folded: FoldedWeight) -> Mod
 
 def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> FoldRecord | None:
     """Write the files beside the weights; gives the record with all their hashes."""
+    # what was written, not what was planned: the JSON of a 4-bit state is of a size known only now
+    total = sum(e.nbytes for shard in plan.shards for e in read_header(staging.folder / shard.file)[0])
     if len(plan.shards) > 1:
         weight_map = {name: shard.file for shard in plan.shards for job in shard.jobs for name in job.outputs}
-        # what was written, not what was planned: the JSON of a 4-bit state is of a size known only now
-        total = sum(e.nbytes for shard in plan.shards for e in read_header(staging.folder / shard.file)[0])
         staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     for name in plan.carried:
         staging.copy(plan.source.folder / name, name)
     if plan.config:
         staging.put_json("config.json", plan.config)
     if record is not None:
-        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
+        before = sum(e.nbytes for e in plan.source.entries.values())
+        sizes = record.sizes if plan.unfolds else {"before": before, "after": total}  # unfolded: the earlier fold's
+        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED), sizes=sizes)
         staging.put_json(RECORD, record.to_dict())
     return record

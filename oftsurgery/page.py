@@ -36,7 +36,7 @@ from .summary import (
 __all__ = ["headline", "render"]
 
 # what a page shows at most, so that no record makes it larger than a browser likes: far above any dense model's
-_ROWS, _LOOSE, _KINDS, _LAYERS = 1000, 100, 40, 400
+_ROWS, _LOOSE, _STACKS, _KINDS, _CELLS = 1000, 100, 12, 24, 1200
 
 # below this a rotation is orthogonal as far as float32 can tell
 _ORTHOGONAL = 1e-5
@@ -177,7 +177,7 @@ def render(
     ranked = sorted(record.modules, key=lambda path: (-record.modules[path].error, natural(path)))
     shown = ranked[:_ROWS]
     rows = {path: f"m{i}" for i, path in enumerate(shown)}
-    place = layout(record.modules)
+    place = _limited(layout(record.modules))
     maps = [_map(metric, record, place, rows) for metric in _METRICS if _values(metric, record)]
     facts: dict[str, Any] = {
         "title": f"{_adapters(record)} · fold report",
@@ -193,7 +193,7 @@ def render(
         "fold": _fold(record),
         "sizes": _sizes(record, files or {}),
         "earlier": _earlier(record),
-        "onnx": _flat(getattr(record, "extra", {}).get("onnx")),
+        "onnx": _flat(record.extra.get("onnx")),
         "words": _WORDS,
         "levels": range(LEVELS),
         "version": __version__,
@@ -297,7 +297,7 @@ def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
         }
     if not modules:
         return {"tone": "plain", "word": "Nothing was rotated.", "text": "The record names no module."}
-    rho = {path: r for path, m in modules.items() if (r := getattr(m, "rho", None)) is not None}
+    rho = {path: r for path, m in modules.items() if (r := m.rho) is not None}
     if rho:
         worst = max(rho, key=lambda path: rho[path])
         weak = sum(value > WEAK for value in rho.values())
@@ -360,10 +360,17 @@ def _card(what: str, figure: str, note: str = "", path: str = "") -> dict[str, s
 
 
 def _plain_median(metric: _Metric, record: FoldRecord) -> float | None:
-    """Median of what plain rounding would have cost, where it was measured."""
+    """Median of what plain rounding would have cost, where it was measured and something else was done."""
+    if not _compared(record):
+        return None
     name = {"error": "nearest", "output_error": "output_nearest"}.get(metric.id, "")
     values = [v for m in record.modules.values() if (v := getattr(m, name, None)) is not None]
     return statistics.median(values) if values else None
+
+
+def _compared(record: FoldRecord) -> bool:
+    """Whether any weight was rounded otherwise than plainly."""
+    return any(m.rounding != "nearest" for m in record.modules.values())
 
 
 def _values(metric: _Metric, record: FoldRecord) -> dict[str, float]:
@@ -382,7 +389,7 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
         if not known:
             return None
         worst = max(known, key=lambda path: values[path])
-        title = f"{printable(worst)}: {metric.show(values[worst])}"
+        title = f"{printable(worst, 100)}: {metric.show(values[worst])}"
         if len(known) > 1:
             middle = metric.show(statistics.median(values[path] for path in known))
             title += f", the largest of {len(known)}; median {middle}"
@@ -407,14 +414,22 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
         "low": metric.show(scale.low),
         "high": metric.show(scale.high),
         "scale": " (steps of equal ratio)" if scale.ratios else "",
-        "stacks": [_stack(stack, cell) for stack in place.stacks],
+        "stacks": [_stack(stack, len(place.stacks), cell) for stack in place.stacks],
         "loose": [cell([path]) for path in drawn],
         "loose_note": f"; the {len(drawn)} largest of {len(loose)}" if len(drawn) < len(loose) else "",
     }
 
 
-def _stack(stack: Stack, cell: Callable[[Sequence[str]], dict[str, Any] | None]) -> dict[str, Any]:
-    kinds, layers = stack.kinds[:_KINDS], stack.layers[:_LAYERS]
+def _limited(place: Layout) -> Layout:
+    """The largest stacks; what is in others is loose."""
+    kept = sorted(place.stacks, key=lambda s: -len(s.cells))[:_STACKS]
+    rest = [path for s in place.stacks if s not in kept for cell in s.cells.values() for path in cell]
+    return Layout(tuple(s for s in place.stacks if s in kept), (*place.loose, *rest))
+
+
+def _stack(stack: Stack, stacks: int, cell: Callable[[Sequence[str]], dict[str, Any] | None]) -> dict[str, Any]:
+    kinds = stack.kinds[:_KINDS]
+    layers = stack.layers[: max(2, _CELLS // len(kinds) // stacks)]
     notes = []
     if any("*" in kind.split(".") for kind in kinds):
         notes.append("* stands for all members of a list, of which the largest is shown")
@@ -480,8 +495,10 @@ def _layers_moved(values: Mapping[str, float], place: Layout) -> str:
             if found:
                 label = f"{stack.name}.{layer}" if len(place.stacks) > 1 else layer
                 medians.append((statistics.median(found), printable(label)))
-    medians = sorted(medians, key=lambda entry: -entry[0])[:3]
-    return ", ".join(f"{label} ({degrees(value)})" for value, label in medians)
+    medians.sort(key=lambda entry: -entry[0])
+    if not medians or medians[0][0] < 1.05 * medians[-1][0]:  # all alike
+        return ""
+    return ", ".join(f"{label} ({degrees(value)})" for value, label in medians[:3])
 
 
 # --- the histogram ----------------------------------------------------------------------------------------------------
@@ -491,7 +508,7 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
     errors = [m.error for m in record.modules.values()]
     if len(errors) < 2:
         return None
-    nearest = [v for m in record.modules.values() if (v := getattr(m, "nearest", None)) is not None]
+    nearest = [v for m in record.modules.values() if (v := m.nearest) is not None] if _compared(record) else []
     borders, counts = histogram([*errors, *nearest], 12)
     _, mine = histogram(errors, borders=borders)
     _, plain = histogram(nearest, borders=borders) if nearest else ([], [0] * len(counts))
@@ -502,11 +519,11 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
         "plain": bool(nearest),
         "rows": [
             {
-                "range": f"{percent(a)} to {percent(b)}",
+                "range": f"{percent(a)} to {percent(b)}" if i or min(errors) >= a else f"up to {percent(b)}",
                 "mine": {"count": n, "width": round(100 * n / top, 2)},
                 "plain": {"count": p, "width": round(100 * p / top, 2)},
             }
-            for a, b, n, p in zip(borders[:-1], borders[1:], mine, plain, strict=True)
+            for i, (a, b, n, p) in enumerate(zip(borders[:-1], borders[1:], mine, plain, strict=True))
         ],
     }
 
@@ -655,15 +672,15 @@ def _modules(
 
     for metric in _METRICS:
         number(metric.column, metric.title, of(metric.id), metric.show)
-        if metric.id == "error":
+        if metric.id == "error" and _compared(record):
             number("plain rounding", "what the error would have been with plain rounding", of("nearest"), percent)
-        if metric.id == "output_error":
+        if metric.id == "output_error" and _compared(record):
             number("plain, output", "the output error with plain rounding", of("output_nearest"), percent)
     for name, title, values in (check.column for check in checks):
         number(name, title, values.get, percent)
     texts: list[tuple[str, str, Callable[[ModuleRecord], str]]] = [
         ("format", "how the weight is stored", lambda m: m.format),
-        ("rounding", "how this weight was rounded", lambda m: getattr(m, "rounding", record.rounding)),
+        ("rounding", "how this weight was rounded", lambda m: m.rounding),
         ("side", "of the weight that the rotation is on", lambda m: m.side),
         (
             "block",
@@ -746,13 +763,13 @@ def _fold(record: FoldRecord) -> list[_Fact]:
 
 
 def _before_after(record: FoldRecord, files: Mapping[str, int]) -> tuple[int | None, int] | None:
-    sizes = getattr(record, "sizes", {})
+    sizes = record.sizes
     before, after = sizes.get("before"), sizes.get("after", files.get("weights"))
     return (before or None, after) if after else None
 
 
 def _sizes(record: FoldRecord, files: Mapping[str, int]) -> dict[str, Any] | None:
-    sizes = getattr(record, "sizes", {})
+    sizes = record.sizes
     rows = [
         [label, size(sizes[key]), f"{sizes[key]:,}"]
         for key, label in (("before", "tensors before the fold"), ("after", "tensors after it"))
@@ -780,7 +797,7 @@ def _earlier(record: FoldRecord) -> dict[str, Any] | None:
     if not rows:
         return None
     head = ["fold", "adapter", "dialect", "fingerprint", "weights", "median error", "worst error"]
-    return {"caption": "What the model carried before this fold", "head": head, "rows": rows}
+    return {"caption": "What the model carried before this fold", "words": 4, "head": head, "rows": rows}
 
 
 def _flat(value: object, name: str = "") -> list[_Fact]:

@@ -58,6 +58,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "float | None": lambda v: v is None or _number(v),
         "tuple[int, ...]": lambda v: isinstance(v, (list, tuple)) and all(type(n) is int for n in v),
         "Mapping[str, str]": lambda v: isinstance(v, Mapping) and all(map(_text, v.values())),
+        "Mapping[str, int]": lambda v: isinstance(v, Mapping) and all(type(n) is int for n in v.values()),
         "Mapping[str, str | None]": lambda v: isinstance(v, Mapping) and all(map(_text_or_none, v.values())),
     }
 )
@@ -219,6 +220,7 @@ class FoldRecord(_Stored):
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
+        sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         extra: fields of a newer version.
     """
 
@@ -230,6 +232,7 @@ class FoldRecord(_Stored):
     versions: Mapping[str, str] = field(default_factory=versions)
     earlier: tuple[FoldRecord, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -38,6 +38,9 @@ WEAK = 0.7
 # such as a mixture's experts, holds parts of one layer
 _INNER_LAYERS = ("blocks", "layers", "resblocks", "attentions", "resnets", "transformer_blocks")
 
+# in which order people name the linears of a layer; files hold them in that of the alphabet
+_ORDER = ("q", "query", "k", "key", "v", "value", "o", "gate", "up", "down")
+
 # a list of at most as many parts is told apart in the layout, of more (experts) drawn as one
 _FEW = 4
 
@@ -49,7 +52,7 @@ class Stack:
     Attributes:
         name: path of the list, such as ``"model.layers"``.
         layers: their indices in it, ascending.
-        kinds: paths inside a layer, in the record's order; ``*`` stands for the index of an expert and the like.
+        kinds: paths inside a layer, attention first; ``*`` stands for the index of an expert and the like.
         cells: ``{(layer, kind): module paths}``.
     """
 
@@ -119,9 +122,16 @@ def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
     return Stack(
         name,
         tuple(sorted({layer for layer, _ in cells}, key=natural)),
-        tuple(dict.fromkeys(kind for _, kind in cells)),
+        tuple(sorted(dict.fromkeys(kind for _, kind in cells), key=_rank)),
         {place: tuple(paths) for place, paths in cells.items()},
     )
+
+
+def _rank(kind: str) -> tuple[bool, int]:
+    """Attention first, and :data:`_ORDER` in it and outside of it; the rest stays as it is."""
+    group, _, leaf = kind.rpartition(".")
+    leaf = leaf.removesuffix("_proj")
+    return "att" not in group.lower(), _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER)
 
 
 def _template(parts: Sequence[str]) -> tuple[str, ...]:
@@ -187,14 +197,14 @@ def histogram(
     values: Sequence[float], bins: int = 12, *, borders: Sequence[float] | None = None
 ) -> tuple[list[float], list[int]]:
     """``(bins + 1 borders, bins counts)`` of a few values, in equal steps, or equal ratios where they span more than
-    tenfold; within ``borders`` where these are given.
+    tenfold; within ``borders`` where these are given. What is below or above them counts in the first or last bin.
     """
     if borders is None:
         low, high = min(values), max(values)
         if high <= low * 1.001:  # all alike: one bar in the middle
             low, high = low * 0.9, high * 1.1 or 1.0
-        scale = Scale(low, high, ratios=0 < 10 * low < high)
-        borders = scale.borders(bins)
+        ratios = high > 10 * low > 0
+        borders = Scale(max(low, high * 1e-4) if ratios else low, high, ratios).borders(bins)
     counts = [0] * (len(borders) - 1)
     for value in values:
         counts[min(len(counts) - 1, max(0, bisect_right(borders, value) - 1))] += 1
@@ -258,7 +268,7 @@ def degrees(radians: float) -> str:
     ('17.2°', '0.017°', '0°')
     """
     angle = math.degrees(radians)
-    return "0°" if angle == 0 else f"{angle:.1f}°" if angle >= 0.1 else f"{angle:.2g}°"
+    return "0°" if angle == 0 else f"{angle:.1f}°" if angle >= 1 else f"{angle:.2g}°"
 
 
 def size(nbytes: float) -> str:

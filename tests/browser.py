@@ -57,6 +57,8 @@ def show(driver: Any, page: Path, *, scheme: str = "light", width: int = 1280, h
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for log in ("browser", "performance"):
+        driver.get_log(log)  # what was said of the page before this one
     driver.get(page.resolve().as_uri())
 
 
@@ -64,6 +66,12 @@ def requests(driver: Any) -> list[str]:
     """URLs that pages have asked for since the last call."""
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+def blocked(driver: Any) -> list[str]:
+    """Why requests since the last call were not made."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"].get("blockedReason", "") for m in messages if m["method"] == "Network.loadingFailed"]
 
 
 def photograph(driver: Any, path: Path, *, height: int | None = None) -> None:
