@@ -65,6 +65,8 @@ def resident(what: str) -> int:
 
 def alone(way: str, base: Path, adapter: Path, out: Path, shard_size: str) -> None:
     """One fold or merge in this process; prints its figures."""
+    import bitsandbytes  # noqa: F401 - seconds, for both
+
     if way == "peft":
         from peft import PeftModel
         from transformers import LlamaForCausalLM
