@@ -65,11 +65,12 @@ def resident(what: str) -> int:
 
 def alone(way: str, base: Path, adapter: Path, out: Path, shard_size: str) -> None:
     """One fold or merge in this process; prints its figures."""
-    import bitsandbytes  # noqa: F401 - seconds, for both
+    # seconds, for both: a fold on disk asks transformers how the model's tensors are named
+    import bitsandbytes  # noqa: F401
+    from transformers import LlamaForCausalLM
 
     if way == "peft":
         from peft import PeftModel
-        from transformers import LlamaForCausalLM
     else:
         small = oftsurgery.Rotation(generator=torch.zeros(1, 496))
         oftsurgery.fold_weight(torch.eye(32), small)  # loads the kernels
