@@ -15,6 +15,8 @@ if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
     from .api import (
         export_safetensors,
+        extract,
+        extract_checkpoint,
         fold,
         fold_checkpoint,
         load_adapter,
@@ -37,6 +39,8 @@ if _typing.TYPE_CHECKING:
         ConversionWarning,
         DialectError,
         DiskError,
+        ExtractionError,
+        ExtractionWarning,
         FormatError,
         IntegrityError,
         MatchError,
@@ -50,6 +54,8 @@ if _typing.TYPE_CHECKING:
         UnfoldWarning,
         UntieWarning,
     )
+    from .extraction import ExtractedRotation, extract_rotation
+    from .extractors import ExtractedAdapter
     from .kernels import backends, use_backend
     from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
     from .record import AdapterInfo, FoldRecord, ModuleRecord
@@ -69,6 +75,10 @@ __all__ = [
     "DialectError",
     "DiskError",
     "EncodedWeight",
+    "ExtractedAdapter",
+    "ExtractedRotation",
+    "ExtractionError",
+    "ExtractionWarning",
     "Finding",
     "FoldRecord",
     "FormatError",
@@ -97,6 +107,9 @@ __all__ = [
     "dispatch_bnb_8bit",
     "doctor",
     "export_safetensors",
+    "extract",
+    "extract_checkpoint",
+    "extract_rotation",
     "fold",
     "fold_checkpoint",
     "fold_weight",
@@ -123,6 +136,8 @@ _EXPORTS = {
     ),
     "api": (
         "export_safetensors",
+        "extract",
+        "extract_checkpoint",
         "fold",
         "fold_checkpoint",
         "load_adapter",
@@ -158,6 +173,8 @@ _EXPORTS = {
         "ConversionWarning",
         "DialectError",
         "DiskError",
+        "ExtractionError",
+        "ExtractionWarning",
         "FormatError",
         "IntegrityError",
         "MatchError",
@@ -171,6 +188,11 @@ _EXPORTS = {
         "UnfoldWarning",
         "UntieWarning",
     ),
+    "extraction": (
+        "ExtractedRotation",
+        "extract_rotation",
+    ),
+    "extractors": ("ExtractedAdapter",),
     "kernels": (
         "backends",
         "use_backend",

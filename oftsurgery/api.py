@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .checks import CheckpointReport
     from .codecs import Rounding
     from .compare import VerifyReport
+    from .extractors import ExtractedAdapter
     from .inputs import Batch
     from .plan import FoldPlan
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "export_safetensors",
+    "extract",
+    "extract_checkpoint",
     "fold",
     "fold_checkpoint",
     "load_adapter",
@@ -469,6 +472,67 @@ def unfold_checkpoint(
         kept = sum(len(a.saved) for a in plan.adapters)
         live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept)
     return result.record
+
+
+def extract(
+    base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: bool = False
+) -> ExtractedAdapter:
+    """Get an OFT adapter back out of a model that it was merged into.
+
+    Args:
+        base: the model that it was merged into, plain or over bitsandbytes layers.
+        merged: the same with the adapter in its weights, in any format.
+        block_size: of the rotations; None to detect it, one for each width of layer. Named, it gives the best rotations
+            of that size, of whatever the difference is (a full fine-tune, a LoRA merge).
+        progress: show a bar.
+
+    Returns:
+        an :class:`~oftsurgery.OFTAdapter` with the exact Cayley map, whose ``report`` has each module's residual, explained
+        fraction and estimated error. Weights without a rotation are left out.
+
+    Raises:
+        ExtractionError: nothing is rotated, or the block size cannot be told.
+        MatchError: the models have different layers.
+        ShapeError: ``block_size`` does not divide a layer's features.
+        StateError, FormatError, NonFiniteError: as :func:`fold`.
+    Warns:
+        ExtractionWarning: rotations do not explain all of the difference.
+    """
+    from . import extractors
+
+    for model in (base, merged):
+        _check_model(model)
+    with _bar(progress, "extract") as step:
+        return extractors.extract_from_models(base, merged, block_size, progress=step)
+
+
+def extract_checkpoint(
+    base: str | PathLike[str],
+    merged: str | PathLike[str],
+    block_size: int | None = None,
+    *,
+    progress: bool | live_model.Progress = False,
+) -> ExtractedAdapter:
+    """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
+
+    Args:
+        base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
+        block_size: as for :func:`extract`.
+        progress: show a bar, or a function of (weights done, weights in all, module path).
+
+    Raises, warns: as :func:`extract`; CheckpointError for files that cannot be used.
+    """
+    from . import extractors
+
+    pair = [shards.open_checkpoint(files.find_checkpoint(source)) for source in (base, merged)]
+    with _bar(progress is True, "extract") as step:
+        return extractors.extract_from_checkpoints(
+            pair[0],
+            pair[1],
+            block_size,
+            base_name=str(base),
+            progress=step if isinstance(progress, bool) else progress,
+        )
 
 
 def verify_checkpoint(

@@ -20,6 +20,8 @@ __all__ = [
     "ConversionWarning",
     "DialectError",
     "DiskError",
+    "ExtractionError",
+    "ExtractionWarning",
     "FormatError",
     "IntegrityError",
     "MatchError",
@@ -159,6 +161,10 @@ class ShapeError(OFTSurgeryError):
     """A tensor's shape does not fit what it is applied to."""
 
 
+class ExtractionError(OFTSurgeryError):
+    """The difference of two models does not say what rotation it is, or is none."""
+
+
 class NonFiniteError(OFTSurgeryError):
     """NaN or infinity in an input or a result."""
 
@@ -216,3 +222,7 @@ class BackendWarning(UserWarning):
 
 class ConversionWarning(UserWarning):
     """States, once an operation, how far adapters' rotations are from what their truncated series compute."""
+
+
+class ExtractionWarning(UserWarning):
+    """States, once an extraction, what of the two models' difference the extracted rotations do not explain."""

@@ -1,0 +1,341 @@
+"""Extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import companions, peft_live
+from .adapter import OFTAdapter, common_paths
+from .checkpoint import load_weight
+from .codecs import EncodedWeight
+from .errors import (
+    ExtractionError,
+    ExtractionWarning,
+    FormatError,
+    MatchError,
+    OFTSurgeryError,
+    StateError,
+    printable,
+    warn_caller,
+)
+from .extraction import BlockSizeCurve, ExtractedRotation, choose_block_size, extract_encoded, unrotated
+from .layers import Layer
+from .model import Progress, inner_model, modules_of
+from .naming import Architecture, architecture_of, locate, split_companion
+from .shards import Checkpoint
+
+__all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
+
+# weights of one width whose curves are pooled: more would cost time and change nothing
+_SAMPLE = 4
+# a smaller explained fraction is said
+_GOOD = 0.9
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExtractedAdapter(OFTAdapter):
+    """The :class:`~oftsurgery.OFTAdapter` that :func:`~oftsurgery.extract` found, with what it is worth.
+
+    Attributes:
+        report: ``{module path: ExtractedRotation}``, the figures of each module.
+        unexplained: names of modules and tensors that differ by no rotation (biases, norms, a new head …): not in the
+            adapter.
+    """
+
+    report: Mapping[str, ExtractedRotation] = field(default_factory=lambda: MappingProxyType({}))
+    unexplained: tuple[str, ...] = ()
+
+    @property
+    def explained(self) -> float:
+        """The fraction of the squared difference of all rotated weights, beyond the rounding of how they are stored, that
+        the rotations explain; each weight counts by its relative change.
+        """
+        parts = [(max(r.change**2 - r.rounding**2, 0.0), r.explained) for r in self.report.values()]
+        whole = sum(beyond for beyond, _ in parts)
+        return sum(beyond * explained for beyond, explained in parts) / whole if whole else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, as plain values."""
+        return {
+            "explained": self.explained,
+            "fingerprint": self.fingerprint,
+            "modules": {path: r.to_dict() for path, r in self.report.items()},
+            "unexplained": list(self.unexplained),
+        }
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One weight in both models: ``read`` gives the two."""
+
+    path: str
+    embedding: bool
+    read: Callable[[], tuple[EncodedWeight, EncodedWeight]]
+
+
+# --- the extraction ---------------------------------------------------------------------------------------------------
+
+
+def _extract(
+    pairs: Sequence[_Pair],
+    differing: Iterator[str],
+    block_size: int | None,
+    base_name: str | None,
+    progress: Progress | None,
+) -> ExtractedAdapter:
+    """One adapter from pairs of weights, of which two are in memory at a time.
+
+    Args:
+        pairs: of all weights that a rotation may be on.
+        differing: names of other tensors that are not the same.
+        block_size: of all, or None to detect one for each width.
+        base_name: for the config.
+        progress: called after each weight that is compared, and again after each that is fitted.
+    """
+    changed: dict[str, tuple[int, int]] = {}
+    unexplained: list[str] = []
+    for pair in pairs:
+        with _within(pair.path):
+            base, merged = pair.read()
+            if base.format.shape != merged.format.shape:
+                unexplained.append(pair.path)
+            elif not unrotated(base, merged):
+                changed[pair.path] = (base.format.shape[0], base.format.shape[1])
+    unexplained += differing
+    turned = [pair for pair in pairs if pair.path in changed]
+    if not turned:
+        raise ExtractionError(
+            "no weight is rotated"
+            + (f"; {len(unexplained)} tensors differ otherwise: {common_paths(unexplained)}" if unexplained else ""),
+            remedy="give the base and the model that an adapter was merged into",
+        )
+    sizes = dict.fromkeys((f for _, f in changed.values()), block_size or 0)
+    if block_size is None:
+        sizes = _detect(turned, changed)
+    report: dict[str, ExtractedRotation] = {}
+    for done, pair in enumerate(turned, start=1):
+        with _within(pair.path):
+            found = extract_encoded(*pair.read(), sizes[changed[pair.path][1]], embedding=pair.embedding)
+        if found.explained > 0 or block_size is not None:
+            report[pair.path] = found
+        else:
+            unexplained.append(pair.path)
+        if progress is not None:
+            progress(done, len(turned), pair.path)
+    adapter = ExtractedAdapter(
+        modules={path: r.rotation for path, r in report.items()},
+        config={"peft_type": "OFT", "base_model_name_or_path": base_name, "bias": "none"},
+        source=f"extracted, base {base_name}",
+        report=MappingProxyType(report),
+        unexplained=tuple(unexplained),
+    )
+    _say(adapter)
+    return adapter
+
+
+class _within:  # noqa: N801 - reads as a function
+    """Errors inside are told of this module."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OFTSurgeryError):
+            raise error.within(self.path) from error.__cause__
+
+
+def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
+    """``{input features: block size}``: peft gives all layers of one width the same."""
+    found: dict[int, int] = {}
+    unsure: dict[int, ExtractionError] = {}
+    for width in sorted({features for _, features in shapes.values()}):
+        # the more rows, the clearer
+        group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
+        try:
+            found[width] = choose_block_size([BlockSizeCurve.of(*pair.read()) for pair in group])
+        except ExtractionError as error:
+            unsure[width] = error
+    others = set(found.values())
+    for width, why in unsure.items():
+        if len(others) != 1 or width % min(others):
+            raise why
+    return {**dict.fromkeys(unsure, min(others, default=0)), **found}
+
+
+def _say(adapter: ExtractedAdapter) -> None:
+    said = []
+    if adapter.explained < _GOOD:
+        worst = min(adapter.report, key=lambda path: adapter.report[path].explained)
+        said.append(
+            f"rotations explain {adapter.explained:.1%} of the difference of {len(adapter.report)} weights "
+            f"({adapter.report[worst].explained:.1%} at worst, {printable(worst)}): the best rotations of these block sizes, "
+            "not what was done"
+        )
+    bounded = [path for path, r in adapter.report.items() if r.bounded]
+    if bounded:
+        said.append(
+            f"{len(bounded)} turn by nearly π, more than a generator holds, and were bounded: {common_paths(bounded)}"
+        )
+    if adapter.unexplained:
+        said.append(
+            f"{len(adapter.unexplained)} tensors differ by no rotation, and are not in the adapter: {common_paths(adapter.unexplained)}"
+        )
+    if said:
+        warn_caller("; ".join(said), ExtractionWarning)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, up to the narrower's dtype."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    if a.shape != b.shape:
+        return False
+    if a.is_floating_point() != b.is_floating_point():
+        return False
+    narrow = min((a.dtype, b.dtype), key=lambda d: (d.itemsize, d != a.dtype))
+    return torch.equal(a.to(narrow), b.to(narrow))
+
+
+# --- live models ------------------------------------------------------------------------------------------------------
+
+
+def extract_from_models(
+    base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: Progress | None = None
+) -> ExtractedAdapter:
+    """:func:`oftsurgery.extract`."""
+    for name, model in (("base", base), ("merged model", merged)):
+        live = [m for m in model.modules() if type(m).__module__ == "oftsurgery.live"]
+        if live or peft_live.has_live_layers(inner_model(model)):
+            raise StateError(
+                f"the {name} carries live adapters",
+                remedy="fold them first (oftsurgery.fold), or give the plain model",
+            )
+    here, there = modules_of(base), modules_of(merged)
+    pairs, seen = [], set()
+    for path, module in here.items():
+        other = there.get(path)
+        if (id(module), id(other)) in seen or module._parameters.get("weight") is None:
+            continue
+        seen.add((id(module), id(other)))
+        layer = Layer(path, module)
+        try:
+            kind = layer.kind
+        except FormatError:
+            continue  # a norm, a large kernel …: compared as a plain tensor
+        if other is None:
+            raise MatchError(
+                "the merged model lacks a layer of the base", module=path, remedy="give two models of one class"
+            )
+        pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
+    name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
+    covered = {f"{pair.path}.weight" for pair in pairs}
+    return _extract(pairs, _differing(_tensors(base), _tensors(merged), covered), block_size, name_or_path, progress)
+
+
+def _reader(base: Layer, merged: Layer) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
+    return lambda: (base.read()[0], merged.read()[0])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    inner = inner_model(model)
+    named = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
+
+
+def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered: Collection[str]) -> Iterator[str]:
+    for name in dict.fromkeys((*here, *there)):
+        if name not in covered and (name not in here or name not in there or not _same(here[name], there[name])):
+            yield name
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def extract_from_checkpoints(
+    base: Checkpoint,
+    merged: Checkpoint,
+    block_size: int | None = None,
+    *,
+    base_name: str | None = None,
+    progress: Progress | None = None,
+) -> ExtractedAdapter:
+    """:func:`oftsurgery.extract_checkpoint`."""
+    here, there = (architecture_of(c.config, {n: e.shape for n, e in c.entries.items()}) for c in (base, merged))
+    names = {_path(name, here): name for name in base.entries if _is_weight(name, base)}
+    tied = {path: name for path, name in here.tied.items() if path not in names}
+    wanted = [f"{path}.weight" for path in names]
+    found = locate(wanted, there)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise MatchError(
+            "the merged checkpoint lacks a weight of the base",
+            tensor=missing[0],
+            path=merged.folder,
+            remedy="give two checkpoints of one model",
+        )
+    pairs = [
+        _Pair(path, name in here.embeddings, _disk_reader(base, name, here, merged, found[f"{path}.weight"], there))
+        for path, name in names.items()
+    ]
+    for path, name in tied.items():
+        own = locate([f"{path}.weight"], there).get(f"{path}.weight")
+        if own is not None and own not in found.values():  # a head that a fold untied
+            pairs.append(_Pair(path, False, _disk_reader(base, name, here, merged, own, there)))
+            found[f"{path}.weight"] = own
+    return _extract(pairs, _differing_on_disk(base, here, merged, there, found), block_size, base_name, progress)
+
+
+def _path(name: str, architecture: Architecture) -> str:
+    return (name if name in architecture.converted else architecture.renamed[name]).removesuffix(".weight")
+
+
+def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the tensor is a weight that a rotation may be on, stored in any format."""
+    if not name.endswith(".weight"):
+        return False
+    if companions.state_name(name, checkpoint.entries) is not None:
+        return True
+    entry = checkpoint.entries[name]
+    if entry.dtype == "I8":
+        return name.removesuffix("weight") + "SCB" in checkpoint.entries
+    matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
+    return matrix and entry.dtype in ("F64", "F32", "F16", "BF16")
+
+
+def _disk_reader(
+    base: Checkpoint, name: str, here: Architecture, merged: Checkpoint, other: str, there: Architecture
+) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
+    return lambda: (
+        load_weight(base, name, transposed=name in here.transposed),
+        load_weight(merged, other, transposed=other in there.transposed),
+    )
+
+
+def _differing_on_disk(
+    base: Checkpoint, here: Architecture, merged: Checkpoint, there: Architecture, weights: Mapping[str, str]
+) -> Iterator[str]:
+    plain = [n for n in base.entries if not _is_weight(n, base) and not _is_companion(n, base)]
+    found = locate([here.renamed[n] for n in plain], there)
+    for name in plain:
+        other = found.get(here.renamed[name])
+        if other is None or not _same(base.read(name), merged.read(other)):
+            yield here.renamed[name]
+    known = {*weights.values(), *found.values()}
+    for name in merged.entries:
+        if name not in known and not _is_companion(name, merged):
+            yield there.renamed[name]
+
+
+def _is_companion(name: str, checkpoint: Checkpoint) -> bool:
+    weight, suffix = split_companion(name)
+    if not suffix and name.rpartition(".")[2] in ("SCB", "weight_format"):
+        weight, suffix = name.rpartition(".")[0] + ".weight", "."
+    return bool(suffix) and weight in checkpoint.entries
