@@ -317,8 +317,10 @@ def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(m).all()):
         raise NonFiniteError("a product of blocks holds NaN or infinity", remedy="check the weights and adapters")
     u, s, vh = torch.linalg.svd(m)
-    # one by one: torch 2.13's batched factorisation of large matrices reads wrong pivots, see cayley
-    sign = torch.stack([torch.sign(torch.linalg.det(x)) for x in u @ vh])
+    r = u @ vh
+    # large ones one by one: torch 2.13's batched factorisation of them reads wrong pivots, see cayley
+    sign = torch.linalg.det(r) if m.shape[-1] < _LARGE else torch.stack([torch.linalg.det(x) for x in r])
+    sign = torch.sign(sign)
     s = torch.cat([s[:, :-1], s[:, -1:] * sign.unsqueeze(-1)], dim=-1)
     u = torch.cat([u[..., :-1], u[..., -1:] * sign.reshape(-1, 1, 1)], dim=-1)
     return u @ vh, s

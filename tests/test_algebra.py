@@ -332,6 +332,8 @@ def test_what_is_derived_keeps_the_origins_facts_where_they_agree() -> None:
 def live_peft(model: nn.Module, folder: Path, name: str = "default") -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # transformers' own, of peft's constructor, with any adapter
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
 
 
