@@ -14,6 +14,7 @@ from ._version import __version__
 if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
     from .api import (
+        export_onnx,
         export_safetensors,
         extract,
         extract_checkpoint,
@@ -39,6 +40,7 @@ if _typing.TYPE_CHECKING:
         ConversionWarning,
         DialectError,
         DiskError,
+        ExportError,
         ExtractionError,
         ExtractionWarning,
         FormatError,
@@ -58,6 +60,7 @@ if _typing.TYPE_CHECKING:
     from .extractors import ExtractedAdapter
     from .kernels import backends, use_backend
     from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
+    from .onnx_export import OnnxCheck, OnnxReport
     from .record import AdapterInfo, FoldRecord, ModuleRecord
     from .weight import fold_weight, unfold_weight
 
@@ -75,6 +78,7 @@ __all__ = [
     "DialectError",
     "DiskError",
     "EncodedWeight",
+    "ExportError",
     "ExtractedAdapter",
     "ExtractedRotation",
     "ExtractionError",
@@ -89,6 +93,8 @@ __all__ = [
     "NonFiniteError",
     "OFTAdapter",
     "OFTSurgeryError",
+    "OnnxCheck",
+    "OnnxReport",
     "OutputError",
     "Rotation",
     "RoundingWarning",
@@ -106,6 +112,7 @@ __all__ = [
     "dispatch_bnb_4bit",
     "dispatch_bnb_8bit",
     "doctor",
+    "export_onnx",
     "export_safetensors",
     "extract",
     "extract_checkpoint",
@@ -135,6 +142,7 @@ _EXPORTS = {
         "blend",
     ),
     "api": (
+        "export_onnx",
         "export_safetensors",
         "extract",
         "extract_checkpoint",
@@ -173,6 +181,7 @@ _EXPORTS = {
         "ConversionWarning",
         "DialectError",
         "DiskError",
+        "ExportError",
         "ExtractionError",
         "ExtractionWarning",
         "FormatError",
@@ -200,6 +209,10 @@ _EXPORTS = {
     "live": (
         "dispatch_bnb_4bit",
         "dispatch_bnb_8bit",
+    ),
+    "onnx_export": (
+        "OnnxCheck",
+        "OnnxReport",
     ),
     "record": (
         "AdapterInfo",

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from .compare import VerifyReport
     from .extractors import ExtractedAdapter
     from .inputs import Batch
+    from .onnx_export import OnnxReport
     from .plan import FoldPlan
 
     Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
 
 __all__ = [
+    "export_onnx",
     "export_safetensors",
     "extract",
     "extract_checkpoint",
@@ -689,6 +691,85 @@ def export_safetensors(
     )
 
 
+def export_onnx(
+    model: nn.Module | str | PathLike[str],
+    destination: str | PathLike[str],
+    dtype: Literal["float16", "float32"] = "float16",
+    quantized: bool = False,
+    with_past: bool = False,
+    *,
+    example_inputs: object = None,
+    tokenizer: object = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: bool | live_model.Progress = False,
+) -> OnnxReport:
+    """Export a model as ``destination/model.onnx``, opset 20, and prove the graph against torch.
+
+    Weights are read, dequantised and written one at a time, over 1 GiB in all to ``model.onnx.data``. The model stays
+    as it is. Beside the graph are ``config.json``, the tokenizer's files and ``oftsurgery.json``, which holds the
+    report.
+
+    Args:
+        model: folded or not, plain or over bitsandbytes layers; or the folder of a checkpoint that transformers loads.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        dtype: of the graph's weights and activations.
+        quantized: keep the codes of bitsandbytes' layers, unchanged: 4-bit ones as ``com.microsoft::MatMulBnb4`` with
+            float32 scales (double quantisation undone), int8 ones as ``DequantizeLinear``. Layers that the operator
+            cannot hold are dequantised, and named in the report. Otherwise every layer is dequantised.
+        with_past: of a decoder, one graph for prompt and generation: inputs ``input_ids``, ``attention_mask (batch,
+            past + sequence)``, ``position_ids`` where the model takes them and ``past_key_values.{i}.key``, ``.value
+            (batch, heads, past, size)``; outputs ``logits`` and ``present.{i}.key``, ``.value``; with a
+            ``genai_config.json`` for onnxruntime-genai. Otherwise the inputs are ``input_ids``, ``attention_mask`` and
+            for encoder-decoders ``decoder_input_ids``, the outputs as the model names them. Batch and lengths are
+            dynamic.
+        example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors; axes
+            that torch.export finds to be dynamic are so.
+        tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the local folder that
+            transformers loaded the model from.
+        verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
+            largest difference may be 1e-5 (float32) or 5e-3 (float16) of the output's largest value.
+        force: replace what is at ``destination``.
+        progress: show a bar of the stages, or a function of (stages done, stages in all, what comes).
+
+    Returns:
+        names, formats and the measured differences.
+
+    Raises:
+        ExportError: torch cannot capture the model, or the graph computes something else. Nothing is written.
+        StateError: bfloat16, live adapters, no known inputs or no cache, values not loaded, or the destination exists.
+        NonFiniteError: a weight is too large for float16.
+        FormatError: a weight is stored in a way that is not known.
+        MissingDependencyError: the packages of the ``onnx`` extra are not installed.
+        DiskError: the disk did not take it; nothing is left behind.
+    """
+    from . import onnx_export
+
+    record = None
+    if isinstance(model, (str, PathLike)):
+        from . import configs
+
+        folder = files.find_checkpoint(model)
+        record = configs.record_in(folder)
+        tokenizer = folder if tokenizer is None else tokenizer
+        model = onnx_export.load_model(folder)
+    _check_model(model)
+    with _stage_bar(progress) as step:
+        return onnx_export.export_model(
+            model,
+            Path(destination),
+            dtype=dtype,
+            quantized=quantized,
+            with_past=with_past,
+            example_inputs=example_inputs,
+            tokenizer=tokenizer,
+            record=record,
+            verify=verify,
+            force=force,
+            progress=step,
+        )
+
+
 def _float_dtype(name: str) -> torch.dtype:
     if name not in ("float32", "float16", "bfloat16"):
         raise StateError(f"unknown dtype {printable(name)!r}", remedy="float32, float16 or bfloat16")
@@ -803,6 +884,26 @@ def _byte_bar(progress: bool | Progress, verb: str) -> Iterator[Progress | None]
         def step(done: int, total: int, what: str) -> None:
             bar.total = total
             bar.set_postfix_str(printable(what, 40), refresh=False)
+            bar.update(done - bar.n)
+
+        yield step
+
+
+@contextmanager
+def _stage_bar(progress: bool | live_model.Progress) -> Iterator[live_model.Progress | None]:
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="export", unit="stage") as bar:
+
+        def step(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(what, refresh=False)
             bar.update(done - bar.n)
 
         yield step

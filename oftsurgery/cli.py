@@ -27,7 +27,8 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("nearest", "mse")
-EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16")
+ONNX_FORMATS = ("onnx", "onnx-quantized")
+EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -234,7 +235,9 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="folder or Hub id of the model")
     parser.add_argument(
-        "--adapter", required=True, nargs="+", help="folder or Hub id of the adapter; several in the live order"
+        "--adapter",
+        nargs="+",
+        help="folder or Hub id of the adapter; several in the live order. The ONNX formats do without, and export the base as it is",
     )
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     _fold_settings(parser, EXPORT_FORMATS, "bnb")
@@ -243,8 +246,20 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="check every weight of the output against base and adapter"
     )
+    onnx = parser.add_argument_group("--format onnx, onnx-quantized")
+    onnx.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        help="of the graph (default: float16)",
+    )
+    onnx.add_argument(
+        "--with-past", action="store_true", help="with the key-value cache, for generation (onnxruntime-genai)"
+    )
+    onnx.add_argument(
+        "--no-verify", action="store_true", help="do not compare the graph with torch; the record says so"
+    )
     _output(parser)
-    parser.set_defaults(run=_export)
+    parser.set_defaults(run=_export, usage_error=parser.error)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -299,8 +314,10 @@ def _print_warning(args: argparse.Namespace) -> Callable[..., None]:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     format_ = args.format
-    if format_ == "bnb":
+    if format_ in ("bnb", "onnx-quantized"):
         format_ = args.quantize or "same"
+    elif format_ == "onnx":  # rotated weights that are not quantised once more
+        format_ = "fp32" if args.dtype == "float32" else "fp16"
     return {
         "format": format_,
         "quantize": args.quantize,
@@ -364,6 +381,13 @@ def _fold(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    onnx = args.format in ONNX_FORMATS
+    if not onnx and (args.dtype or args.with_past or args.no_verify):
+        args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
+    if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
+        args.usage_error("the following arguments are required: --adapter")
+    if onnx and not args.dry_run:
+        return _export_onnx(args)
     if args.dry_run:
         return _plan(args)
     code = _fold(args)
@@ -373,6 +397,85 @@ def _export(args: argparse.Namespace) -> int:
             return _verify(args)
         return EXIT_OK if _checked(args).ok else EXIT_CHECK_FAILED
     return code
+
+
+def _export_onnx(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from . import api
+    from .staging import scratch
+
+    def export(source: str | Path) -> Any:
+        return api.export_onnx(
+            source,
+            args.output,
+            args.dtype or "float16",
+            args.format == "onnx-quantized",
+            args.with_past,
+            verify=not args.no_verify,
+            force=args.force,
+            progress=False if args.quiet or args.json else _say_stage,
+        )
+
+    code = EXIT_OK
+    if not args.adapter:
+        report = export(args.base)
+    else:
+        with scratch(Path(args.output), force=args.force) as folded:
+            with _Progress(args) as progress:
+                api.fold_checkpoint(
+                    args.base,
+                    args.adapter,
+                    folded,
+                    **_settings(args),
+                    device=args.device,
+                    resume=args.resume,
+                    force=True,
+                    progress=progress,
+                )
+            if args.verify:
+                args.folded, args.tolerance = folded, None
+                checked = _checked(args)
+                code = EXIT_OK if checked.ok else EXIT_CHECK_FAILED
+                if not args.json:
+                    _say_checked(args, checked)
+            report = export(folded)
+    if args.json:
+        _print_json(report.to_dict())
+    elif not args.quiet:
+        print(
+            f"wrote {args.output}: {_size(report.nbytes)} of weights in {report.dtype}{_what_stays_quantised(report)}"
+        )
+        if report.verified:
+            print(
+                f"largest difference from torch: {report.worst:.1e} of the largest value, in {len(report.checks)} comparisons"
+            )
+        if report.repacked:
+            print(
+                f"{len(report.repacked)} weights had been repacked by a CPU forward, their scales rounded to bfloat16"
+            )
+        if args.verbose:
+            _table(
+                ("inputs", "output", "difference"),
+                [(c.inputs, n, f"{e:.1e}") for c in report.checks for n, e in c.errors.items()],
+            )
+    return code
+
+
+def _what_stays_quantised(report: Any) -> str:
+    if not report.quantized and not report.dequantized:
+        return ""
+    from .errors import printable
+
+    text = f", {len(report.quantized)} layers quantised"
+    return text + "".join(
+        f"\n{printable(path)} is dequantised: {reason}" for path, reason in report.dequantized.items()
+    )
+
+
+def _say_stage(done: int, total: int, what: str) -> None:
+    if done < total:
+        print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
 
 
 def _unfold(args: argparse.Namespace) -> int:
@@ -402,12 +505,18 @@ def _checked(args: argparse.Namespace) -> Any:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .errors import printable
-
     report = _checked(args)
     if args.json:
         _print_json(report.to_dict())
-    elif not args.quiet:
+    else:
+        _say_checked(args, report)
+    return EXIT_OK if report.ok else EXIT_CHECK_FAILED
+
+
+def _say_checked(args: argparse.Namespace, report: Any) -> None:
+    from .errors import printable
+
+    if not args.quiet:
         rows = [
             (
                 path,
@@ -425,7 +534,6 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{printable(name)}: {state.upper()} since it was recorded")
         if report.files and not wrong:
             print(f"{len(report.files)} files are as recorded")
-    return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
 def _doctor(args: argparse.Namespace) -> int:

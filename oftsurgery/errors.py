@@ -20,6 +20,7 @@ __all__ = [
     "ConversionWarning",
     "DialectError",
     "DiskError",
+    "ExportError",
     "ExtractionError",
     "ExtractionWarning",
     "FormatError",
@@ -151,6 +152,10 @@ class CheckpointError(OFTSurgeryError):
 
 class DiskError(OFTSurgeryError, OSError):
     """The disk did not take what was written: full, read-only, or in use by another run."""
+
+
+class ExportError(OFTSurgeryError):
+    """A model cannot be exported: torch cannot capture it, or the result does not compute what the model does."""
 
 
 class MatchError(OFTSurgeryError):

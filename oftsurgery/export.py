@@ -23,7 +23,7 @@ from .record import FoldRecord
 from .shards import INDEX, SINGLE, ShardWriter
 from .staging import Staging
 
-__all__ = ["save_model"]
+__all__ = ["config_files", "save_model"]
 
 _FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
 
@@ -67,7 +67,7 @@ def save_model(
             staging.put_json(
                 INDEX, {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
             )
-        for name, value in _configs(model, dtype).items():
+        for name, value in config_files(model, dtype).items():
             staging.put_json(name, value)
         if record is not None:
             record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
@@ -213,7 +213,8 @@ def _file_names(model: nn.Module) -> Callable[[str], str]:
 # --- the files beside the weights -------------------------------------------------------------------------------------
 
 
-def _configs(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
+def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``, none for what has no config."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return {}

@@ -96,7 +96,7 @@ def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -163,7 +163,7 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> 
         )
     plain = _without_code(config)
     try:
-        with _quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
+        with quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
             parsed = transformers.AutoConfig.for_model(**plain)
             architectures = config.get("architectures") or []
             cls = getattr(transformers, str(architectures[0]), None) if architectures else None

@@ -15,7 +15,7 @@ from typing import Any
 from .errors import CheckpointError, DiskError, StateError, printable
 from .shards import read_json, sha256_of
 
-__all__ = ["Staging", "disk_errors", "write_files"]
+__all__ = ["Staging", "disk_errors", "scratch", "write_files"]
 
 _STATE = ".state.json"
 
@@ -95,11 +95,7 @@ class Staging:
 
     def _check_destination(self) -> None:
         if not self.force and _exists(self.destination):
-            raise StateError(
-                "the destination exists",
-                path=self.destination,
-                remedy="name another, or replace it with force=True (--force)",
-            )
+            raise _destination_exists(self.destination)
 
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
@@ -287,6 +283,30 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
     finally:
         for new in waiting.values():
             new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A folder's path beside ``destination``, for what a later step reads; nothing stays there.
+
+    Raises:
+        StateError: the destination exists: said before the work that it would be for.
+    """
+    if _exists(destination) and not force:
+        raise _destination_exists(destination)
+    path = destination.parent / f".{destination.name}.folded"
+    try:
+        yield path
+    finally:
+        with disk_errors(path):
+            if _exists(path):
+                _remove(path)
+
+
+def _destination_exists(path: Path) -> StateError:
+    return StateError(
+        "the destination exists", path=path, remedy="name another, or replace it with force=True (--force)"
+    )
 
 
 def _exists(path: Path) -> bool:

@@ -1,0 +1,418 @@
+"""Export models as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import configs, export, live, naming, onnx_graph, peft_live
+from .errors import CheckpointError, ExportError, MissingDependencyError, StateError, printable
+from .model import inner_model, record_of
+from .onnx_tasks import CacheTask, Task, task_of
+from .record import FoldRecord
+from .shards import inside, read_json
+from .staging import Staging
+
+__all__ = ["OnnxCheck", "OnnxReport", "Progress", "export_model", "load_model"]
+
+GRAPH = "model.onnx"
+
+#: called before each stage with (stages done, stages in all, what comes)
+Progress = Callable[[int, int, str], None]
+
+_STAGES = 7
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+#: largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
+_TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
+
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """One comparison of onnxruntime with torch.
+
+    Attributes:
+        inputs: what was run: batch size and lengths.
+        errors: ``{output: largest absolute difference / largest absolute value of torch's}``.
+    """
+
+    inputs: str
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What :func:`oftsurgery.export_onnx` wrote, and how far it is from torch.
+
+    Attributes:
+        dtype: of the graph, ``"float32"`` or ``"float16"``.
+        opset: of ONNX's own operators.
+        inputs: names, in order.
+        outputs: names, in order.
+        nbytes: of the graph's weights.
+        quantized: ``{module path: format}`` of the layers whose codes the graph holds.
+        dequantized: ``{module path: reason}`` of the quantised layers whose codes a quantised graph does not hold.
+        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded their
+            scales to bfloat16, which the graph holds as they are now.
+        tolerance: that ``checks`` had to keep.
+        checks: the comparisons; empty where ``verified`` is False.
+        verified: whether the checker and the comparisons were run.
+        versions: of the packages that took part.
+        generation: whether the folder has a ``genai_config.json`` for onnxruntime-genai.
+    """
+
+    dtype: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nbytes: int
+    quantized: Mapping[str, str]
+    dequantized: Mapping[str, str]
+    repacked: tuple[str, ...]
+    tolerance: float
+    checks: tuple[OnnxCheck, ...]
+    verified: bool
+    versions: Mapping[str, str]
+    generation: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", MappingProxyType(dict(self.versions)))
+        object.__setattr__(self, "quantized", MappingProxyType(dict(self.quantized)))
+        object.__setattr__(self, "dequantized", MappingProxyType(dict(self.dequantized)))
+
+    @property
+    def worst(self) -> float | None:
+        """The largest error of all checks, or None where there are none."""
+        return max((e for check in self.checks for e in check.errors.values()), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain |= {name: dict(plain[name]) for name in ("quantized", "dequantized", "versions")}
+        plain |= {name: list(plain[name]) for name in ("inputs", "outputs", "repacked")}
+        plain["checks"] = [asdict(c) for c in self.checks]
+        return plain
+
+
+def export_model(
+    model: nn.Module,
+    destination: Path,
+    *,
+    dtype: str,
+    quantized: bool,
+    with_past: bool,
+    example_inputs: Any,
+    tokenizer: Any,
+    record: FoldRecord | None,
+    verify: bool,
+    force: bool,
+    progress: Progress | None,
+) -> OnnxReport:
+    """:func:`oftsurgery.export_onnx`."""
+    dtype_ = _checked_dtype(dtype)
+    model = inner_model(model)
+    if peft_live.has_live_layers(model) or live.live_layers(model):
+        raise StateError(
+            "the model carries live adapters",
+            remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
+        )
+    onnx_graph.require_onnx()
+    stages = iter(range(_STAGES))
+
+    def step(what: str) -> None:
+        if progress is not None:
+            progress(next(stages), _STAGES, what)
+
+    with torch.no_grad():
+        step("read the model")
+        task = task_of(model, example_inputs, with_past=with_past)
+        reference = onnx_graph.reference(model)
+        outputs = task.outputs(reference)
+        inputs = task.inputs(dtype_)
+        prepared = onnx_graph.prepare(model, dtype_, quantized=quantized)
+        graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
+        with Staging(
+            destination, "onnx", needed=onnx_graph.size_of(graph), resume=False, force=force, resumable=False
+        ) as staging:
+            step("write the graph")
+            with staging.writing(GRAPH) as path:
+                nbytes = onnx_graph.write(graph, path)
+            for written in staging.folder.glob(f"{GRAPH}*"):
+                _sync(written)
+            report = OnnxReport(
+                dtype=dtype,
+                opset=onnx_graph.OPSET,
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                nbytes=nbytes,
+                quantized=prepared.kept,
+                dequantized=prepared.dequantised,
+                repacked=prepared.repacked,
+                tolerance=_TOLERANCE[dtype],
+                checks=(),
+                verified=verify,
+                versions={n: metadata.version(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime")},
+            )
+            if verify:
+                step("check the graph")
+                checks = _prove(task, reference, path, step)
+                report = replace(report, checks=checks)
+                _within_tolerance(report)
+            report = _write_rest(staging, model, dtype_, task, tokenizer, record or record_of(model), report)
+            staging.publish()
+    if progress is not None:
+        progress(_STAGES, _STAGES, "done")
+    return report
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of a checkpoint's folder as transformers loads it, in the dtype and the quantisation of its files.
+
+    Raises:
+        CheckpointError: transformers has no such model, or its weights are not all there.
+        MissingDependencyError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "transformers is not installed", remedy="pip install 'oftsurgery[peft]'"
+        ) from error
+    config = read_json(inside(folder, "config.json"))
+    names = config.get("architectures") or ["AutoModel"]
+    cls: Any = getattr(transformers, str(names[0]), None)
+    if not hasattr(cls, "from_pretrained"):
+        raise CheckpointError(
+            f"transformers has no {printable(names[0])}",
+            path=folder,
+            remedy="load the model yourself and give it to oftsurgery.export_onnx",
+        )
+    with naming.quiet():
+        try:
+            model, found = cls.from_pretrained(
+                folder,
+                dtype="auto",
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"transformers cannot load the checkpoint: {printable(error, 400)}",
+                path=folder,
+                remedy="oftsurgery doctor says what is wrong with it",
+            ) from error
+    missing = sorted(found["missing_keys"]) + sorted(str(k) for k in found.get("mismatched_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the model's tensors, or has them in another shape",
+            tensor=missing[0],
+            path=folder,
+            remedy="oftsurgery doctor says what is wrong with it",
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _checked_dtype(dtype: str) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name in ("bfloat16", "bf16"):
+        raise StateError(
+            "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there",
+            format="bfloat16",
+            remedy="dtype='float16', or 'float32' where float16 overflows",
+        )
+    if name not in _DTYPES:
+        raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
+    return _DTYPES[name]
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], None]) -> tuple[OnnxCheck, ...]:
+    import onnx
+    import onnxruntime
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
+        ) from error
+    step("compare with torch")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    floats = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
+    types = {i.name: floats.get(i.type) for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+    axes = {v.name: list(v.shape) for v in (*session.get_inputs(), *session.get_outputs())}
+
+    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        arrays = {n: (t if types[n] is None else t.to(types[n])).numpy() for n, t in feeds.items() if n in types}
+        return {n: torch.from_numpy(v) for n, v in zip(names, session.run(names, arrays), strict=True)}
+
+    return tuple(
+        OnnxCheck(case.label, {n: _error(got, expected) for n, (got, expected) in case.pairs.items()})
+        for case in task.cases(reference, run, axes)
+    )
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    difference = (got.double() - expected.double()).abs().max()
+    largest = expected.double().abs().max()
+    error = float(difference / largest) if largest > 0 else float(difference)
+    return error if error == error else float("inf")  # NaN
+
+
+def _within_tolerance(report: OnnxReport) -> None:
+    bad = [(check, n, e) for check in report.checks for n, e in check.errors.items() if not e <= report.tolerance]
+    if not bad:
+        return
+    check, name, error = max(bad, key=lambda b: b[2])
+    raise ExportError(
+        f"onnxruntime does not compute what torch computes: the largest difference is {error:.1e} of the largest value, allowed are "
+        f"{report.tolerance:.0e}, at {check.inputs} (and in {len({c.inputs for c, _, _ in bad}) - 1} more of {len(report.checks)} comparisons)",
+        tensor=name,
+        format=report.dtype,
+        remedy="dtype='float32' (--dtype float32)"
+        if report.dtype == "float16"
+        else "report it, with the model's config; verify=False (--no-verify) writes it all the same",
+    )
+
+
+# --- the files beside the graph ---------------------------------------------------------------------------------------
+
+
+def _write_rest(
+    staging: Staging,
+    model: Any,
+    dtype: torch.dtype,
+    task: Task,
+    tokenizer: Any,
+    record: FoldRecord | None,
+    report: OnnxReport,
+) -> OnnxReport:
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(staging.folder)
+    else:
+        folder = Path(tokenizer) if tokenizer is not None else _home_of(model)
+        if folder is not None:
+            for name in configs.carried_files(folder):
+                if name in _TOKENIZER:
+                    staging.copy(folder / name, name)
+    for name, value in export.config_files(model, dtype).items():
+        staging.put_json(name, value)
+    if isinstance(task, CacheTask):
+        genai = _genai_config(model, task)
+        if genai is not None:
+            staging.put_json("genai_config.json", genai)
+            report = replace(report, generation=True)
+    record = FoldRecord((), {}) if record is None else configs.public_record(record)
+    record = replace(
+        record, extra={**record.extra, "onnx": report.to_dict()}, files=staging.hashes(but=configs.NOT_HASHED)
+    )
+    staging.put_json(configs.RECORD, record.to_dict())
+    return report
+
+
+def _home_of(model: Any) -> Path | None:
+    """The local folder that transformers loaded the model from, or None."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
+    """``genai_config.json`` for onnxruntime-genai, or None where layers differ in a way that it cannot say."""
+    shapes = {part for layer in task.layers for part in layer}
+    if len(shapes) != 1:
+        return None
+    ((heads, size),) = shapes
+    config = model.config.get_text_config()
+    generation = getattr(model, "generation_config", None)
+
+    def token(name: str) -> Any:
+        found = getattr(generation, name, None)
+        return getattr(config, name, None) if found is None else found
+
+    eos = token("eos_token_id")
+    first_eos = eos[0] if isinstance(eos, (list, tuple)) and eos else eos
+    pad = token("pad_token_id")
+    length = int(getattr(config, "max_position_embeddings", None) or 4096)
+    inputs = {n: n for n in task.names}
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": token("bos_token_id") or 0,
+            "eos_token_id": eos if eos is not None else [],
+            "pad_token_id": pad if pad is not None else (first_eos or 0),
+            "context_length": length,
+            "vocab_size": int(config.vocab_size),
+            "decoder": {
+                "filename": GRAPH,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": size,
+                "hidden_size": int(config.hidden_size),
+                "num_attention_heads": int(config.num_attention_heads),
+                "num_hidden_layers": len(task.layers),
+                "num_key_value_heads": heads,
+                "inputs": {
+                    **inputs,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

@@ -1,0 +1,499 @@
+"""Exported graphs, run by onnxruntime itself, against the same models with weights decoded by the tests' own decoder.
+
+The default tests are a sample; ``-m slow`` runs every model in every way, the 2.3 GB model, and real sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from checkpoints import MODELS, adapted, bnb_config, build, unpacked
+from independent import decode_4bit
+from test_model import quantise, state_bytes
+from torch import Tensor, nn
+
+import oftsurgery
+from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError, cli
+
+BLOCK = 64
+
+
+def folded(name: str, codec: str | None, folder: Path, *, double: bool = False, **changes: Any) -> Any:
+    """A tiny model as transformers loads it over bitsandbytes, with a peft adapter folded into it."""
+    plain = build(name, **changes)
+    plain.generation_config.eos_token_id = plain.config.eos_token_id = 62
+    plain.generation_config.pad_token_id = plain.config.pad_token_id = 0
+    plain.generation_config.bos_token_id = plain.config.bos_token_id = 1
+    cls, _, targets = MODELS[name]
+    if codec is not None:
+        plain.save_pretrained(folder)
+        plain = unpacked(
+            getattr(transformers, cls).from_pretrained(folder, quantization_config=bnb_config(codec, double=double))
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        return oftsurgery.fold(adapted(plain, targets))
+
+
+def dequantised(model: Any) -> Any:
+    """A float32 copy with plain linears, whose weights the tests' own decoder gives."""
+    new = type(model)(
+        type(model.config)(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    )
+    for path, module in list(new.named_modules()):
+        old = model.get_submodule(path)
+        if isinstance(old, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+            linear.weight = nn.Parameter(decoded(old).float())
+            linear.bias = old.bias
+            new.set_submodule(path, linear)
+        else:
+            for local in module._parameters:
+                setattr(module, local, old._parameters[local])
+    return new.float().eval()
+
+
+def decoded(layer: Any) -> Tensor:
+    """float64 (out, in)."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return decode_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer.weight.data.double() * layer.weight.SCB.double().unsqueeze(1) / 127
+
+
+def session(folder: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def run(runner: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> dict[str, Tensor]:
+    names = [o.name for o in runner.get_outputs()]
+    arrays = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in feeds.items()}
+    return {n: torch.from_numpy(v) for n, v in zip(names, runner.run(names, arrays), strict=True)}
+
+
+def batch(size: int, length: int, *, vocabulary: int = 64, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """Tokens and mask; each row is padded on its left more than the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary - 2, (size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(size):
+        pad = row * (length - 1) // max(size, 2)
+        ids[row, :pad] = mask[row, :pad] = 0
+    return ids, mask
+
+
+def feeds_of(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    more = (
+        {"decoder_input_ids": ids.flip(0)[:, : max(1, ids.shape[1] // 2)].clamp(min=1)}
+        if model.config.is_encoder_decoder
+        else {}
+    )
+    return {"input_ids": ids, "attention_mask": mask, **more}
+
+
+def difference(folder: Path, model: Any, shapes: Sequence[tuple[int, int]]) -> float:
+    """Largest |onnxruntime - torch| over the largest |torch|, of the first output, at real positions."""
+    runner, worst = session(folder), 0.0
+    for size, length in shapes:
+        ids, mask = batch(size, length)
+        feeds = feeds_of(model, ids, mask)
+        with torch.no_grad():
+            expected = model(**feeds)[0].double()
+        got = next(iter(run(runner, feeds).values())).double()
+        assert got.shape == expected.shape
+        if expected.shape[:2] == mask.shape and "decoder_input_ids" not in feeds:
+            got, expected = got[mask.bool()], expected[mask.bool()]
+        assert float(expected.abs().max()) > 0.1
+        worst = max(worst, float((got - expected).abs().max() / expected.abs().max()))
+    return worst
+
+
+SHAPES = ((1, 1), (1, 32), (3, 2), (3, 17))
+
+
+def initializers(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    model = onnx.load(folder / "model.onnx")
+    return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+# --- a sample of the whole --------------------------------------------------------------------------------------------
+
+
+def test_a_folded_model_exports_dequantised_and_its_folder_is_usable(tmp_path: Path) -> None:
+    model = folded("llama", "nf4", tmp_path / "base", double=True)
+    before = state_bytes(model)
+    settings = model.config.to_dict()
+    stages: list[tuple[int, int, str]] = []
+    report = oftsurgery.export_onnx(
+        model, tmp_path / "out", dtype="float32", progress=lambda *stage: stages.append(stage)
+    )
+    assert state_bytes(model) == before
+    assert model.config.to_dict() == settings
+    assert difference(tmp_path / "out", dequantised(model), SHAPES) <= 1e-5
+
+    assert report.verified
+    assert 0 < report.worst <= report.tolerance == 1e-5  # type: ignore[operator]
+    assert [c.inputs for c in report.checks] == [
+        "batch 1, length 1",
+        "batch 1, length 64",
+        "batch 3, length 2",
+        "batch 3, length 17",
+        "batch 3, length 64",
+    ]
+    graph = session(tmp_path / "out")
+    assert [(i.name, i.shape) for i in graph.get_inputs()] == [
+        ("input_ids", ["batch", "sequence"]),
+        ("attention_mask", ["batch", "sequence"]),
+    ]
+    assert [(o.name, o.shape) for o in graph.get_outputs()] == [("logits", ["batch", "sequence", 64])]
+    proto = onnx.load(tmp_path / "out" / "model.onnx")
+    assert {o.domain: o.version for o in proto.opset_import}[""] == report.opset == 20
+    # weights as MatMul takes them, and no path of this machine
+    assert not [n for n in proto.graph.node if n.op_type == "Transpose" and n.input[0].endswith("weight")]
+    assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "out" / "model.onnx").read_bytes()
+
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.dtype == torch.float32
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    record = json.loads((tmp_path / "out" / "oftsurgery.json").read_text())
+    assert record["onnx"] == json.loads(json.dumps(report.to_dict()))
+    assert record["modules"].keys() == model.oftsurgery.modules.keys()
+    assert [s[0] for s in stages] == list(range(8))
+    assert {s[1] for s in stages} == {7}
+
+
+class Mixed(nn.Module):
+    """A model without transformers, over every kind of layer that an export treats in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Linear(64, 96)
+        self.fp4 = nn.Linear(96, 64)
+        self.int8 = nn.Linear(64, 32)
+        self.large_blocks = nn.Linear(32, 64)
+        self.odd = nn.Linear(64, 48, bias=False)
+        self.straddling = nn.Linear(48, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.int8(self.fp4(torch.relu(self.kept(x)))))
+        return {
+            "last_hidden_state": self.norm(self.straddling(self.odd(self.large_blocks(hidden)))),
+            "scaled": hidden * scale,
+        }
+
+
+def mixed() -> Mixed:
+    model = Mixed()
+    for name, kind, size, double in (
+        ("kept", "nf4", 64, True),
+        ("fp4", "fp4", 32, False),
+        ("int8", "int8", 0, False),
+        ("large_blocks", "nf4", 512, False),
+        ("straddling", "nf4", 32, False),
+    ):
+        old = model.get_submodule(name)
+        new = quantise(nn.Sequential(old), kind)[0]  # type: ignore[index]
+        if kind != "int8":
+            new.weight = bnb.nn.Params4bit(
+                old.weight.data.clone(),
+                quant_type=kind,
+                blocksize=size,
+                compress_statistics=double,
+                module=new,  # type: ignore[operator,union-attr]
+            ).to("cpu")
+        model.set_submodule(name, new)
+    return model.eval()
+
+
+def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: Path) -> None:
+    model = mixed()
+    x, scale = torch.randn(2, 5, 64), torch.rand(2, 1, 32)
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32", True, example_inputs={"x": x, "scale": scale})
+    assert dict(report.quantized) == {"kept": "nf4 (double quantisation)", "fp4": "fp4", "int8": "int8"}
+    assert dict(report.dequantized) == {
+        "large_blocks": "MatMulBnb4 has no block size of 512, only 16, 32, 64, 128, 256",
+        "straddling": "48 input features are no multiple of the block size 32",
+    }
+    assert report.outputs == ("last_hidden_state", "scaled")
+    held = initializers(tmp_path / "out")
+    for name in ("kept", "fp4"):
+        weight: Any = model.get_submodule(name).weight
+        assert held[f"{name}.qweight"].tobytes() == weight.data.numpy().tobytes()
+        state = weight.quant_state
+        absmax = (
+            bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            if state.nested
+            else state.absmax
+        )
+        assert held[f"{name}.absmax"].tobytes() == absmax.numpy().tobytes()
+    int8: Any = model.int8.weight
+    assert held["int8.qweight"].tobytes() == int8.data.numpy().tobytes()
+    assert held["int8.scale"].tobytes() == (int8.SCB / 127).numpy().tobytes()
+
+    plain = Mixed()
+    plain.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if n in plain.state_dict()}
+        | {
+            f"{n}.weight": decoded(m).float()
+            for n, m in model.named_children()
+            if hasattr(m, "quant_state") or n == "int8"
+        }
+    )
+    runner = session(tmp_path / "out")
+    for size, length in ((1, 1), (4, 9)):
+        feeds = {"x": torch.randn(size, length, 64), "scale": torch.rand(size, 1, 32)}
+        with torch.no_grad():
+            expected = plain.eval()(**feeds)
+        for name, got in run(runner, feeds).items():
+            assert float((got - expected[name]).abs().max() / expected[name].abs().max()) <= 1e-5
+
+
+def generated(folder: Path, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    """Greedy tokens from the graph with a cache, by onnxruntime alone."""
+    runner = session(folder)
+    shapes = {i.name: i.shape for i in runner.get_inputs()}
+    past: dict[str, Any] = {
+        n: torch.zeros(ids.shape[0], s[1], 0, s[3]) for n, s in shapes.items() if n.startswith("past_key_values.")
+    }
+    step, found = ids, []
+    for _ in range(new):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -step.shape[1] :]
+        feeds = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
+        out = run(runner, {n: v for n, v in (feeds | past).items() if n in shapes})
+        past = {n: out[n.replace("past_key_values", "present")] for n in past}
+        step = out["logits"][:, -1:].argmax(-1)
+        found.append(step)
+        mask = torch.cat([mask, torch.ones_like(step)], dim=-1)
+    return torch.cat(found, dim=-1)
+
+
+def by_genai(folder: Path, rows: Sequence[Tensor], new: int) -> list[list[int]]:
+    """Greedy tokens from the folder alone, by onnxruntime-genai, which takes batches padded on their right."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(folder))
+    length = max(len(r) for r in rows)
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=length + new, batch_size=len(rows))
+    generator = genai.Generator(model, options)
+    generator.append_tokens(np.stack([np.pad(r.numpy().astype(np.int32), (0, length - len(r))) for r in rows]))
+    for _ in range(new):
+        generator.generate_next_token()
+    return [np.asarray(generator.get_sequence(i))[length:].tolist() for i in range(len(rows))]
+
+
+def by_transformers(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    """Greedy tokens, and a check that they are decided by more than rounding."""
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.stack(out.scores).topk(2, dim=-1).values
+    assert float((best[..., 0] - best[..., 1]).min()) > 1e-4
+    tokens: Tensor = out.sequences[:, ids.shape[1] :]
+    assert len(set(tokens.flatten().tolist())) > 8
+    return tokens
+
+
+def generates_the_same(
+    name: str, codec: str, tmp_path: Path, *, quantized: bool, **changes: Any
+) -> oftsurgery.OnnxReport:
+    new = 32
+    model = folded(name, codec, tmp_path / "base", **changes)
+    plain = dequantised(model)
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32", quantized, with_past=True)
+    assert report.generation
+    ids, mask = batch(3, 9)
+    expected = by_transformers(plain, ids, mask, new)
+    assert torch.equal(generated(tmp_path / "out", ids, mask, new), expected)
+    rows = [row[m.bool()] for row, m in zip(ids, mask, strict=True)]
+    expected_rows = [tokens[: (tokens == 62).nonzero()[0, 0] if 62 in tokens else new].tolist() for tokens in expected]
+    batches = [rows] if changes.get("sliding_window") is None else [[row] for row in rows]
+    got = [tokens for part in batches for tokens in by_genai(tmp_path / "out", part, new)]
+    assert [g[: len(e)] for g, e in zip(got, expected_rows, strict=True)] == expected_rows
+    return report
+
+
+def test_generation_with_a_cache_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
+    """GPT-2: learned positions, which left padding must not shift."""
+    report = generates_the_same("gpt2", "nf4", tmp_path, quantized=False, n_positions=64)
+    assert report.inputs[:5] == (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    )
+    assert report.outputs[:3] == ("logits", "present.0.key", "present.0.value")
+    graph = session(tmp_path / "out")
+    assert {i.name: i.shape for i in graph.get_inputs()}["past_key_values.1.value"] == ["batch", 4, "past_sequence", 16]
+    assert {i.name: i.shape for i in graph.get_inputs()}["attention_mask"] == ["batch", "total_sequence"]
+
+
+def test_the_command_folds_exports_and_says_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BASE and ADAPTER in, one folder out; the tokenizer goes along, and nothing else stays."""
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    build("bert").save_pretrained(base)
+    (base / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n")
+    adapted(build("bert"), ["query"]).save_pretrained(adapter)
+    words = [
+        "export",
+        "--base",
+        str(base),
+        "--adapter",
+        str(adapter),
+        "--output",
+        str(out),
+        "--format",
+        "onnx-quantized",
+    ]
+    words += ["--quantize", "nf4", "--dtype", "float32"]
+    assert cli.main([*words, "--verify"]) == 0
+    said = capsys.readouterr()
+    assert "largest difference from torch: " in said.out
+    assert "layers quantised" in said.out
+    assert "ok" in said.out
+    assert "[1/7] read the model" in said.err
+    assert "Traceback" not in said.err
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.onnx", "oftsurgery.json", "vocab.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    record = oftsurgery.api.read_record(out)
+    assert record is not None
+    assert record.adapters[0].source == "adapter"
+    assert record.extra["onnx"]["verified"] is True
+    assert record.files.keys() == {"config.json", "model.onnx", "vocab.txt"}
+    assert cli.main(words) == 2
+    assert "the destination exists" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+# --- refused, and nothing left behind ---------------------------------------------------------------------------------
+
+
+class Unexportable(nn.Module):
+    """``inner`` branches on a value, which no graph can hold."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum().item() > 0 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))
+
+
+class Untranslatable(nn.Module):
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvalsh(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_what_torch_cannot_export_is_told_with_the_module(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot capture the model.*module 'inner'.*Remedy: ") as caught:
+        oftsurgery.export_onnx(Unexportable(), tmp_path / "out", "float32", example_inputs=torch.randn(2, 4))
+    assert caught.value.__cause__ is not None
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match=r"no ONNX operator.*eigh.*module 'inner'.*Remedy: replace") as caught:
+        oftsurgery.export_onnx(Untranslatable(), tmp_path / "out", "float32", example_inputs=torch.eye(3))
+    assert caught.value.__cause__ is not None
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    with pytest.raises(StateError, match=r"no bfloat16 kernels.*Remedy: dtype='float16'"):
+        oftsurgery.export_onnx(net, tmp_path / "out", "bfloat16", example_inputs=x)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=r"unknown dtype 'int8' Remedy: 'float32' or 'float16'"):
+        oftsurgery.export_onnx(net, tmp_path / "out", "int8", example_inputs=x)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match=r"what a Sequential takes is not known Remedy: give example inputs"):
+        oftsurgery.export_onnx(net, tmp_path / "out")
+    with pytest.raises(StateError, match=r"example inputs are a tensor.*not tuple of int"):
+        oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=(3,))
+    with pytest.raises(StateError, match=r"live adapters Remedy: fold them first"):
+        oftsurgery.export_onnx(adapted(build("llama"), ["q_proj"]), tmp_path / "out")
+    with pytest.raises(StateError, match=r"encoder-decoder.*Remedy: export it without with_past=True"):
+        oftsurgery.export_onnx(build("t5"), tmp_path / "out", with_past=True)
+    with pytest.raises(StateError, match=r"BertForSequenceClassification keeps no cache"):
+        oftsurgery.export_onnx(build("bert"), tmp_path / "out", with_past=True)
+    with pytest.raises(StateError, match=r"cache takes its own inputs"):
+        oftsurgery.export_onnx(build("llama"), tmp_path / "out", with_past=True, example_inputs=x)
+    with torch.device("meta"):
+        empty = nn.Linear(4, 4)
+    with pytest.raises(StateError, match="meta device"):
+        oftsurgery.export_onnx(empty, tmp_path / "out", example_inputs=x)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"onnxscript is not installed Remedy: pip install 'oftsurgery\[onnx\]'"
+    ):
+        oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x)
+
+
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs near zero in float16, where a large part of their inputs has cancelled; a weight that float16 has not."""
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data = torch.tensor([[1.0, -1.0]])
+    x = torch.tensor([[1.0003, 1.0], [1.0009, 1.0]])
+
+    class Cancelling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(2, 2, bias=False)
+            self.up.weight.data = torch.tensor([[1.0003, 0.0], [0.0, 1.0]])
+            self.down = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x))
+
+    with pytest.raises(
+        ExportError,
+        match=r"does not compute what torch computes: the largest difference is .* allowed are 5e-03.*Remedy: dtype='float32'",
+    ):
+        oftsurgery.export_onnx(Cancelling(), tmp_path / "out", "float16", example_inputs=x.half().float())
+    assert not list(tmp_path.iterdir())
+    report = oftsurgery.export_onnx(
+        Cancelling(), tmp_path / "out", "float16", example_inputs=x.half().float(), verify=False
+    )
+    assert not report.verified
+    assert report.checks == ()
+    assert json.loads((tmp_path / "out" / "oftsurgery.json").read_text())["onnx"]["verified"] is False
+    net.weight.data = torch.tensor([[1e5, 1.0]])
+    with pytest.raises(
+        NonFiniteError, match=r"not finite in float16 .*tensor 'down.weight'.*Remedy: export it as dtype='float32'"
+    ):
+        oftsurgery.export_onnx(Cancelling(), tmp_path / "large", "float16", example_inputs=x)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
