@@ -4,6 +4,7 @@
 #   make slow     the slow ones
 #   make check    changes nothing: format, lint, types, the import contract, then the tests
 #   make bench    how fast a fold is, beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
+#   make bench-quality   what rounding costs, mode by mode: about fifteen minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ INSTALLED := .venv/.installed
 # torch's threads wait asleep: spinning, they take several times as long on cores that others use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check bench browser
+.PHONY: demo test slow check bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -35,6 +36,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py plot
 	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
+
+bench-quality: $(INSTALLED)
+	$(BIN)/python benchmarks/quality.py
 
 # what tests of the report open it in; where there is none, those tests skip and say so
 browser:

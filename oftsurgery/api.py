@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -19,6 +20,7 @@ from .errors import AdapterError, StateError, printable
 from .record import FoldRecord
 
 if TYPE_CHECKING:
+    from .calibration import InputsOf
     from .checkpoint import CheckpointPlan, Format, Progress
     from .checks import CheckpointReport
     from .codecs import Rounding
@@ -153,7 +155,9 @@ def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[und
     return nullcontext() if path is None else undo_file.UndoWriter(Path(path).expanduser())
 
 
-def _rounding(rounding: str | None, calibration: object) -> str:
+def _rounding(
+    rounding: Rounding | Literal["calibrated"] | None, calibration: object
+) -> Rounding | Literal["calibrated"]:
     """The mode of a fold.
 
     Raises:
@@ -161,8 +165,9 @@ def _rounding(rounding: str | None, calibration: object) -> str:
     """
     if rounding is None:
         return "nearest" if calibration is None else "calibrated"
-    if rounding != "calibrated":
-        codecs.check_rounding(rounding)
+    if rounding not in (*codecs.ROUNDINGS, "calibrated"):
+        known = ", ".join(map(repr, codecs.ROUNDINGS))
+        raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=f"{known} or 'calibrated'")
     if (rounding == "calibrated") != (calibration is not None):
         raise StateError(
             f"rounding={rounding!r} {'with nothing to calibrate on' if calibration is None else 'with a calibration'}",
@@ -176,7 +181,7 @@ def _rounding(rounding: str | None, calibration: object) -> str:
 @contextmanager
 def _calibrated(
     batches: Sequence[Batch] | None, progress: bool
-) -> Iterator[Callable[[nn.Module, FoldPlan], live_model.InputsOf] | None]:
+) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
     """What gathers the inputs of a model's layers over ``batches``, with a bar of its own."""
     if batches is None:
         yield None
@@ -185,7 +190,7 @@ def _calibrated(
 
     with _bar(progress, "calibrate", "batch") as step:
 
-        def calibrate(model: nn.Module, plan: FoldPlan) -> live_model.InputsOf:
+        def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             paths = [t.path for t in plan.targets if t.format.quantised and t.chain[0].side != "embedding"]
             return inputs.Calibration(model, plan.adapters, paths, batches, progress=step)
 
@@ -315,13 +320,15 @@ def plan_fold(
     load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
-    rounding: Rounding = "nearest",
+    rounding: Rounding | Literal["calibrated"] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing
     written.
     """
     from . import checkpoint
+
+    mode: Rounding | Literal["calibrated"] = rounding or "nearest"
 
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
     quantization = None
@@ -338,15 +345,16 @@ def plan_fold(
             "double quantisation of a checkpoint that is not to be quantised",
             remedy="name the 4-bit type too: quantize='nf4'",
         )
-    return checkpoint.plan_checkpoint(
+    plan = checkpoint.plan_checkpoint(
         shards.open_checkpoint(files.find_checkpoint(source)),
         _loaded(adapter),
         format=format,
         quantization=quantization,
         fold_into=fold_into,
-        rounding=rounding,
+        rounding="mse" if mode == "calibrated" else mode,
         max_shard_bytes=parse_size(max_shard_size),
     )
+    return replace(plan, rounding=mode)
 
 
 def fold_checkpoint(
@@ -361,7 +369,8 @@ def fold_checkpoint(
     load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
-    rounding: Rounding = "nearest",
+    rounding: Rounding | Literal["calibrated"] | None = None,
+    calibration: Any = None,
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,
@@ -383,6 +392,9 @@ def fold_checkpoint(
             config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         rounding: of the quantised weights that are rotated, as for :func:`fold`.
+        calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
+            texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, each cut after 512
+            tokens. A calibration loads the model through transformers and runs it; nothing else here does.
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without any, simply start.
@@ -395,10 +407,12 @@ def fold_checkpoint(
     Raises:
         CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input;
         nothing was written.
+        CalibrationError: no texts, no tokenizer, or a model that transformers does not know.
         DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
     """
     from . import checkpoint
 
+    mode = _rounding(rounding, calibration)
     plan = plan_fold(
         source,
         adapter,
@@ -409,16 +423,60 @@ def fold_checkpoint(
         load_dtype=load_dtype,
         skip_modules=skip_modules,
         fold_into=fold_into,
-        rounding=rounding,
+        rounding=mode,
         max_shard_size=max_shard_size,
     )
+    batches = None
+    if mode == "calibrated":
+        from . import inputs
+
+        batches = _tokenised(calibration, plan)
+        plan = replace(plan, calibration=inputs.fingerprint(batches))
     with _byte_bar(progress, "fold") as step:
+        beside = _Beside(step)
+        inputs_of = (
+            inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch) if batches is not None else None
+        )
         record = checkpoint.run_plan(
-            plan, Path(destination), device=device, resume=resume, force=force, progress=step
+            plan,
+            Path(destination),
+            device=device,
+            resume=resume,
+            force=force,
+            progress=beside.bytes,
+            inputs_of=inputs_of,
         ).record
     assert record is not None  # noqa: S101 - a fold has one
+    live_model.warn_of_calibration(record)
     live_model.warn_of_rounding(record)
     return record
+
+
+def _tokenised(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
+    from . import inputs, texts
+
+    if isinstance(calibration, (str, PathLike)):
+        calibration = texts.read_texts(Path(calibration).expanduser())
+    if isinstance(calibration, (list, tuple)) and calibration and all(isinstance(t, str) for t in calibration):
+        return inputs.tokenise(calibration, plan.source.folder)
+    return inputs.read_batches(calibration)
+
+
+class _Beside:
+    """Tells of a calibration's batches within the progress in bytes, which stands still meanwhile."""
+
+    def __init__(self, step: Progress | None) -> None:
+        self._step = step
+        self._at = (0, 0)
+
+    def bytes(self, done: int, total: int, what: str) -> None:
+        self._at = (done, total)
+        if self._step is not None:
+            self._step(done, total, what)
+
+    def batch(self, done: int, total: int, _: str) -> None:
+        if self._step is not None:
+            self._step(*self._at, f"calibration: batch {done} of {total}")
 
 
 def unfold_checkpoint(

@@ -15,7 +15,7 @@ Pure functions of tensors, without a random number: the same inputs give the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ from .codecs import EncodedWeight, WeightFormat
 from .errors import ShapeError
 from .weight import FoldedWeight, fold_encoded, nearest_error, relative_error, rotate_chain
 
-__all__ = ["LayerInputs", "compensate", "fold_calibrated"]
+__all__ = ["InputsOf", "LayerInputs", "compensate", "fold_calibrated"]
 
 #: of the mean diagonal of H; more where there are few tokens to know H by
 DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
@@ -53,6 +53,10 @@ class LayerInputs:
     @property
     def damping(self) -> float:
         return DAMPING if self.tokens >= FEW_TOKENS else DAMPING_OF_FEW
+
+
+#: the inputs of the layer at a path, or None where it had none
+InputsOf = Callable[[str], LayerInputs | None]
 
 
 def fold_calibrated(

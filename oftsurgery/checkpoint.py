@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import codecs, companions, configs
 from .adapter import OFTAdapter, Rotation
+from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, IntegrityError, MatchError, OFTSurgeryError, StateError, printable
 from .hashing import hash_tensors
@@ -141,6 +142,7 @@ class CheckpointPlan:
         nbytes: that will be written.
         unfolds: the last fold is taken out instead of another one put in.
         rounding: of the quantised weights that are rotated.
+        calibration: content hash of what they are calibrated on, or None.
     """
 
     source: Checkpoint
@@ -155,6 +157,7 @@ class CheckpointPlan:
     nbytes: int
     unfolds: bool = False
     rounding: str = "nearest"
+    calibration: str | None = None
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -794,8 +797,9 @@ def run_plan(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    inputs_of: InputsOf | None = None,
 ) -> RunResult:
-    """Do what ``plan`` says.
+    """Do what ``plan`` says, calibrated where ``inputs_of`` gives the inputs of the layer at a path.
 
     Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename. After an error
     or a kill that folder stays, and ``resume=True`` goes on from the last whole shard in it, checked by hash.
@@ -808,7 +812,7 @@ def run_plan(
     _check_apart(plan, destination)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress)
+        run = _Run(plan, torch.device(device), progress, inputs_of)
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
@@ -864,8 +868,11 @@ def _fingerprint(plan: CheckpointPlan) -> str:
 class _Run:
     """The state of one run: progress, and the records of what was folded."""
 
-    def __init__(self, plan: CheckpointPlan, device: torch.device, progress: Progress | None) -> None:
+    def __init__(
+        self, plan: CheckpointPlan, device: torch.device, progress: Progress | None, inputs_of: InputsOf | None
+    ) -> None:
         self.plan = plan
+        self.inputs_of = inputs_of
         self.device = device
         self.progress = progress
         self.done = 0
@@ -963,10 +970,7 @@ class _Run:
                 tensor=job.name,
                 remedy="give the very checkpoint that was folded",
             )
-        recode = unfold_encoded if job.inverse else fold_encoded
-        # what is not rotated is stored as loading it would have stored it
-        rounding = self.plan.rounding if job.chain else "nearest"
-        folded = recode(encoded, job.chain, into, rounding) if job.chain or encoded.format != into else None
+        folded = self._recode(job, encoded, into) if job.chain or encoded.format != into else None
         new = folded.encoded if folded is not None else encoded
         if job.chain and folded is not None:
             self.modules[job.path] = _module_record(job, encoded, folded).to_dict()
@@ -974,6 +978,14 @@ class _Run:
             weight = new.tensors["weight"]
             return {next(iter(job.outputs)): (weight.t() if job.transpose_out else weight.reshape(*weight.shape, 1, 1))}
         return companions.spread(next(iter(job.outputs)), new)
+
+    def _recode(self, job: Job, encoded: EncodedWeight, into: WeightFormat) -> FoldedWeight:
+        if self.inputs_of is not None and job.chain:
+            multiplies = into.quantised and job.chain[0].side != "embedding"
+            return fold_calibrated(encoded, job.chain, into, self.inputs_of(job.path) if multiplies else None)
+        # what is not rotated is stored as loading it would have stored it
+        rounding = self.plan.rounding if job.chain else "nearest"
+        return (unfold_encoded if job.inverse else fold_encoded)(encoded, job.chain, into, rounding)
 
     def _put(self, writer: ShardWriter, job: Job, outputs: Mapping[str, Tensor]) -> None:
         if job.kind == "copy":

@@ -15,7 +15,7 @@ from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_qu
 from .codecs import WeightFormat
 from .errors import MatchError, StateError, printable
 from .naming import Architecture, architecture_of, locate
-from .record import FoldRecord
+from .record import FoldRecord, ModuleRecord
 from .shards import Checkpoint, inside, sha256_of
 from .weight import relative_error, rotate_chain
 
@@ -36,16 +36,19 @@ class WeightCheck:
         error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius), exact being base and rotation in float32.
         rounding: what storing the exact weight in the folded format costs by itself.
         recorded: content hash as the record has it: True, False, or None where there is no record.
+        calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
+            errs more than a plainly rounded one, so that its layer's outputs err less.
     """
 
     error: float
     rounding: float
     recorded: bool | None
+    calibrated: float | None = None
 
     @property
     def excess(self) -> float:
-        """How far the error is beyond plain rounding."""
-        return max(0.0, self.error - self.rounding * _SLACK)
+        """How far the error is beyond plain rounding, or beyond what calibration made of it."""
+        return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0) * _SLACK)
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ def check_checkpoint(
             raise MatchError(
                 "the folded checkpoint lacks a weight that the adapter targets", module=job.path, path=folded.folder
             )
-        hashes = record.modules[job.path].after if record is not None and job.path in record.modules else None
-        checks[job.path] = _check(job, base, folded, name, architecture, hashes)
+        module = record.modules.get(job.path) if record is not None else None
+        checks[job.path] = _check(job, base, folded, name, architecture, module)
     if not checks:
         raise StateError(
             "the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together"
@@ -163,7 +166,7 @@ def _codec(folded: Checkpoint, base: Checkpoint, recorded: Mapping[str, str | No
 
 
 def _check(
-    job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: str | None
+    job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: ModuleRecord | None
 ) -> WeightCheck:
     encoded = load_weight(base, job.name, transposed=job.transposed)
     if job.base is not None:
@@ -176,4 +179,7 @@ def _check(
             raise MatchError(f"the folded weight {printable(name)} has another shape than the base's", module=job.path)
         error = relative_error(codecs.decode(stored), exact)
         rounding = relative_error(codecs.decode(codecs.encode(exact, into)), exact)
-    return WeightCheck(error, rounding, None if recorded is None else stored.fingerprint == recorded)
+    if recorded is None:
+        return WeightCheck(error, rounding, None)
+    calibrated = recorded.error if recorded.rounding == "calibrated" else None
+    return WeightCheck(error, rounding, stored.fingerprint == recorded.after, calibrated)

@@ -198,7 +198,13 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
         default="quantized",
         help="rotate the quantised base, which the adapter was trained on, or the original weights (default: %(default)s)",
     )
-    _rounding(parser)
+    _rounding(parser, calibrated=True)
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="texts to choose the rounding on, some hundred of the kind that the model is for: .txt (one a line), .jsonl "
+        "or .parquet ('text'); loads the model and runs it",
+    )
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
@@ -207,13 +213,14 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
     )
 
 
-def _rounding(parser: argparse.ArgumentParser) -> None:
+def _rounding(parser: argparse.ArgumentParser, *, calibrated: bool = False) -> None:
+    data = ", or by what the layers compute on the texts of --calibration, which implies it" if calibrated else ""
     parser.add_argument(
         "--rounding",
-        choices=ROUNDINGS,
-        default="nearest",
-        help="of quantised weights: as bitsandbytes rounds, or with the scale of each 4-bit block that errs least "
-        "(default: %(default)s)",
+        choices=(*ROUNDINGS, "calibrated") if calibrated else ROUNDINGS,
+        default=None if calibrated else "nearest",
+        help="of quantised weights: as bitsandbytes rounds, or with the scale of each 4-bit block that errs least"
+        f"{data} (default: nearest)",
     )
 
 
@@ -282,7 +289,14 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .errors import DiskError, MissingDependencyError, OFTSurgeryError, RoundingWarning, UnfoldWarning
+    from .errors import (
+        CalibrationWarning,
+        DiskError,
+        MissingDependencyError,
+        OFTSurgeryError,
+        RoundingWarning,
+        UnfoldWarning,
+    )
 
     # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -290,7 +304,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning(args)
-            for category in (RoundingWarning, UnfoldWarning):
+            for category in (CalibrationWarning, RoundingWarning, UnfoldWarning):
                 warnings.simplefilter("always", category)
             return run(args)
     except KeyboardInterrupt:
@@ -326,7 +340,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "load_dtype": args.load_dtype,
         "skip_modules": args.skip_modules,
         "fold_into": args.fold_into,
-        "rounding": args.rounding,
+        "rounding": args.rounding or ("calibrated" if args.calibration else None),
         "max_shard_size": args.max_shard_size,
     }
 
@@ -371,6 +385,7 @@ def _fold(args: argparse.Namespace) -> int:
             args.adapter,
             args.output,
             **_settings(args),
+            calibration=args.calibration,
             device=args.device,
             resume=args.resume,
             force=args.force,

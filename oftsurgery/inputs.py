@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +17,16 @@ from torch import Tensor, nn
 
 from . import live, rotations
 from .adapter import OFTAdapter
-from .calibration import LayerInputs
+from .calibration import InputsOf, LayerInputs
+from .checkpoint import CheckpointPlan, Job, Quantization
 from .compare import _batches, _eval_mode
-from .errors import CalibrationError, OFTSurgeryError, printable
+from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
 from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
+from .naming import locate, quiet, without_code
 
-__all__ = ["Batch", "Calibration", "fingerprint", "read_batches"]
+__all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -31,6 +35,9 @@ Progress = Callable[[int, int, str], None]
 
 #: one sequence in this many is held out, and so many of their tokens are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
+
+#: tokens of a text from a file, and texts a batch
+TEXT_TOKENS, TEXTS = 512, 16
 
 #: of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
@@ -71,6 +78,147 @@ def _text() -> CalibrationError:
         remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
         "range(0, len(texts), 16)]",
     )
+
+
+def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
+    """Texts as a checkpoint's own tokenizer has them, each cut after :data:`TEXT_TOKENS`.
+
+    Raises:
+        CalibrationError: the checkpoint has no tokenizer that transformers reads without the checkpoint's own code.
+        MissingDependencyError: transformers is not installed.
+    """
+    transformers = _transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a tokenizer is data of any kind, and its class raises what it likes
+        raise CalibrationError(
+            f"the checkpoint's tokenizer cannot be loaded ({type(error).__name__}: {printable(error)})",
+            path=folder,
+            remedy="put its files beside the weights, or load the model and fold it in memory, with tokenised batches",
+        ) from error
+    length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
+    size = TEXTS
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        size = TEXTS if tokenizer.pad_token is not None else 1
+    batches = []
+    for i in range(0, len(texts), size):
+        batch = tokenizer(
+            list(texts[i : i + size]), padding=size > 1, truncation=True, max_length=length, return_tensors="pt"
+        )
+        if batch["input_ids"].numel():
+            batches.append(((), dict(batch)))
+    return batches
+
+
+def of_checkpoint(
+    plan: CheckpointPlan, batches: Sequence[Batch], *, device: str, progress: Progress | None = None
+) -> InputsOf:
+    """The inputs of the layers of a checkpoint that is to be folded, by their modules' paths as the adapter names them.
+
+    The model is loaded through transformers when the first layer is asked for, as the trainer loaded it, with the
+    adapters live. Nothing but transformers' own classes is built.
+
+    Raises:
+        CalibrationError: transformers does not know the class, or cannot load it.
+        MissingDependencyError: transformers is not installed.
+    """
+    wanted = {j.path: _model_path(plan, j) for j in plan.jobs if _calibrates(j)}
+    found: list[Calibration] = []
+
+    def inputs_of(path: str) -> LayerInputs | None:
+        if not found:
+            adapters = [_renamed(adapter, plan) for adapter in plan.adapters]
+            paths = list(wanted.values())
+            found.append(Calibration(_load(plan, device), adapters, paths, _to(batches, device), progress=progress))
+        return found[0](wanted[path])
+
+    return inputs_of
+
+
+def _calibrates(job: Job) -> bool:
+    return bool(job.chain) and job.into is not None and job.into.quantised and job.chain[0].side != "embedding"
+
+
+def _model_path(plan: CheckpointPlan, job: Job) -> str:
+    """The model's own path of a job's module, which the adapter may name without the base model's prefix, or with one."""
+    return plan.architecture.renamed[job.name].removesuffix(".weight")
+
+
+def _renamed(adapter: OFTAdapter, plan: CheckpointPlan) -> OFTAdapter:
+    paths = {j.path: _model_path(plan, j) for j in plan.jobs if j.chain and next(iter(j.outputs)).startswith(j.name)}
+    own = locate(adapter.saved, plan.architecture)
+    return replace(
+        adapter,
+        modules={paths.get(path, path): rotation for path, rotation in adapter.modules.items()},
+        saved={plan.architecture.renamed[own[name]]: tensor for name, tensor in adapter.saved.items()},
+    )
+
+
+def _load(plan: CheckpointPlan, device: str) -> nn.Module:
+    transformers = _transformers()
+    cls = getattr(transformers, plan.architecture.name or "", None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise CalibrationError(
+            "transformers does not know the model's class, and a calibration must run the model",
+            path=plan.source.folder,
+            remedy="load the model yourself and fold it in memory; code from a checkpoint is never run",
+        )
+    config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
+    stored = plan.source.config.get("quantization_config")
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if stored is not None:
+        config.quantization_config = dict(stored)
+    q = plan.quantization
+    if q is not None:
+        settings["dtype"] = q.dtype or "auto"
+        if plan.fold_into == "quantized":
+            settings["quantization_config"] = _bnb_config(transformers, q)
+    if device != "cpu":
+        settings["device_map"] = {"": device}
+    try:
+        with quiet():
+            model: nn.Module = cls.from_pretrained(
+                plan.source.folder, config=config, local_files_only=True, use_safetensors=True, **settings
+            )
+    except Exception as error:  # whatever transformers raises at files that it cannot use
+        raise CalibrationError(
+            f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})",
+            path=plan.source.folder,
+            remedy="load the model yourself and fold it in memory",
+        ) from error
+    return model
+
+
+def _bnb_config(transformers: Any, q: Quantization) -> Any:
+    skip = None if q.skip is None else list(q.skip)
+    if q.codec == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=q.codec,
+        bnb_4bit_use_double_quant=q.double_quant,
+        bnb_4bit_compute_dtype=q.compute_dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _to(batches: Sequence[Batch], device: str) -> list[Batch]:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in batches]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            "transformers is not installed, and a calibration must run the model",
+            remedy="pip install 'oftsurgery[peft]'",
+        ) from error
+    return transformers
 
 
 class Calibration:

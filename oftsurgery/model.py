@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels, peft_live
 from .adapter import OFTAdapter
-from .calibration import LayerInputs, fold_calibrated
+from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
 from .errors import (
     CalibrationWarning,
@@ -53,9 +53,6 @@ M = TypeVar("M", bound=nn.Module)
 
 #: called after each module with (modules done, modules in all, module path)
 Progress = Callable[[int, int, str], None]
-
-#: the inputs of the layer at a path over a calibration, or None where it had none
-InputsOf = Callable[[str], LayerInputs | None]
 
 _ATTRIBUTE = "oftsurgery"
 

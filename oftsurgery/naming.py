@@ -112,12 +112,12 @@ _NOT_FOR_NAMES = ("quantization_config", "auto_map", "attn_implementation", "exp
 _MODULES, _MODULES_PER_TENSOR = 10_000, 10
 
 
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` without fields that lead to code, here and in its parts."""
     found = {}
     for key, value in config.items():
         if not key.lstrip("_").removesuffix("_internal").startswith(_NOT_FOR_NAMES):
-            found[key] = _without_code(value) if isinstance(value, Mapping) else value
+            found[key] = without_code(value) if isinstance(value, Mapping) else value
     return found
 
 
@@ -161,7 +161,7 @@ def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> 
             tensor="config.json",
             remedy="restore the config.json that belongs to the checkpoint",
         )
-    plain = _without_code(config)
+    plain = without_code(config)
     try:
         with quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
             parsed = transformers.AutoConfig.for_model(**plain)
