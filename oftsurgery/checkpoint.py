@@ -860,6 +860,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "config": dict(plan.config),
         "unfolds": plan.unfolds,
         "rounding": plan.rounding,
+        "calibration": plan.calibration,
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
@@ -1064,6 +1065,9 @@ def _module_record(job: Job, before: EncodedWeight, folded: FoldedWeight) -> Mod
         rounding=folded.rounding,
         nearest=folded.nearest,
         rho=folded.rho,
+        output_error=folded.output_error,
+        output_nearest=folded.output_nearest,
+        uncalibrated=folded.uncalibrated,
     )
 
 

@@ -108,6 +108,14 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
         )
         if batch["input_ids"].numel():
             batches.append(((), dict(batch)))
+    special = torch.tensor(tokenizer.all_special_ids)
+    if all(bool(torch.isin(kwargs["input_ids"], special).all()) for _, kwargs in batches):
+        # transformers makes up a tokenizer without words where the files have none
+        raise CalibrationError(
+            "the checkpoint's tokenizer makes nothing of the texts but special tokens",
+            path=folder,
+            remedy="put the tokenizer's files beside the weights",
+        )
     return batches
 
 

