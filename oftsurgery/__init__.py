@@ -44,6 +44,7 @@ if _typing.TYPE_CHECKING:
         ExtractionError,
         ExtractionWarning,
         FormatError,
+        HubError,
         IntegrityError,
         MatchError,
         MissingDependencyError,
@@ -58,6 +59,7 @@ if _typing.TYPE_CHECKING:
     )
     from .extraction import ExtractedRotation, extract_rotation
     from .extractors import ExtractedAdapter
+    from .hub import PushReport, push_to_hub
     from .kernels import backends, use_backend
     from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
     from .onnx_export import OnnxCheck, OnnxReport
@@ -86,6 +88,7 @@ __all__ = [
     "Finding",
     "FoldRecord",
     "FormatError",
+    "HubError",
     "IntegrityError",
     "MatchError",
     "MissingDependencyError",
@@ -96,6 +99,7 @@ __all__ = [
     "OnnxCheck",
     "OnnxReport",
     "OutputError",
+    "PushReport",
     "Rotation",
     "RoundingWarning",
     "ShapeError",
@@ -121,6 +125,7 @@ __all__ = [
     "fold_checkpoint",
     "fold_weight",
     "load_adapter",
+    "push_to_hub",
     "report",
     "unfold",
     "unfold_checkpoint",
@@ -185,6 +190,7 @@ _EXPORTS = {
         "ExtractionError",
         "ExtractionWarning",
         "FormatError",
+        "HubError",
         "IntegrityError",
         "MatchError",
         "MissingDependencyError",
@@ -202,6 +208,10 @@ _EXPORTS = {
         "extract_rotation",
     ),
     "extractors": ("ExtractedAdapter",),
+    "hub": (
+        "PushReport",
+        "push_to_hub",
+    ),
     "kernels": (
         "backends",
         "use_backend",

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import codecs, companions, configs
+from . import card, codecs, companions, configs
 from .adapter import OFTAdapter, Rotation
 from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
@@ -1082,6 +1082,15 @@ def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Stagin
         staging.copy(plan.source.folder / name, name)
     if plan.config:
         staging.put_json("config.json", plan.config)
+    text = card.written_card(
+        plan.source.folder,
+        record,
+        plan.config,
+        staging.names(),
+        exact=plan.format in ("same", *QUANTISED),
+    )
+    if text is not None:
+        staging.put_text(card.CARD, text)
     if record is not None:
         before = sum(e.nbytes for e in plan.source.entries.values())
         sizes = record.sizes if plan.unfolds else {"before": before, "after": total}  # unfolded: the earlier fold's

@@ -1,4 +1,4 @@
-"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|report|show``.
+"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|report|show|push``.
 
 Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes:
 0 done; 1 a check failed (verify, doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission);
@@ -13,12 +13,14 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .hub import PushReport
     from .record import FoldRecord
 
 __all__ = ["export_main", "main"]
@@ -34,8 +36,15 @@ EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from .errors import without_tokens
+
+        super().error(without_tokens(message))  # an argument in the wrong place may be one
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="oftsurgery",
         description="Fold orthogonal fine-tuning (OFT, OFTv2, QOFT) adapters into checkpoints on disk, and take them out again.",
         epilog="exit codes: 0 done; 1 a check failed; 2 bad usage or refused input; 3 disk, network or permission; 130 interrupted",
@@ -147,9 +156,25 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("folder", metavar="FOLDER")
     _output(show)
     show.set_defaults(run=_show)
+
+    push = _command(
+        commands,
+        "push",
+        "push an exported folder to a Hub repository, its files and no others",
+        "oftsurgery push FOLDER owner/name --dry-run",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
+    push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO_ID)
+    push.add_argument("--dry-run", action="store_true", help="list files, sizes and the target, and send nothing")
+    _push_settings(push)
+    _output(push)
+    push.set_defaults(run=_push)
     return parser
 
 
+_REPO_ID = (
+    "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
+)
 _EXPORT_EXAMPLE = "{prog} --base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
 
 
@@ -232,6 +257,19 @@ def _run_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _push_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if there is none")
+    parser.add_argument("--commit-message", metavar="TEXT", help="of the commit")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument(
+        "--token",
+        help="'-' reads it from the standard input (default: HF_TOKEN, or what `hf auth login` stored); one that stands "
+        "here is seen in the list of processes",
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask about a derived name")
+
+
 def _output(parser: argparse.ArgumentParser) -> None:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="print errors only")
@@ -265,6 +303,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     onnx.add_argument(
         "--no-verify", action="store_true", help="do not compare the graph with torch; the record says so"
     )
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO_ID}")
+    _push_settings(parser)
     _output(parser)
     parser.set_defaults(run=_export, usage_error=parser.error)
 
@@ -279,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """``python tools/export.py``: ``oftsurgery export`` under another name."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tools/export.py",
         description="Fold an OFT adapter into a checkpoint and export it.",
         epilog=f"example: {_EXPORT_EXAMPLE.format(prog='python tools/export.py')}",
@@ -292,6 +332,7 @@ def _run(args: argparse.Namespace) -> int:
     from .errors import (
         CalibrationWarning,
         DiskError,
+        HubError,
         MissingDependencyError,
         OFTSurgeryError,
         RoundingWarning,
@@ -308,11 +349,14 @@ def _run(args: argparse.Namespace) -> int:
                 warnings.simplefilter("always", category)
             return run(args)
     except KeyboardInterrupt:
-        print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)
+        if run is _push or getattr(args, "pushing", False):
+            print("interrupted: what is uploaded is kept, and not yet seen; push again to go on", file=sys.stderr)
+        else:
+            print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OFTSurgeryError as error:
         print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_ENVIRONMENT if isinstance(error, (DiskError, MissingDependencyError)) else EXIT_REFUSED
+        return EXIT_ENVIRONMENT if isinstance(error, (DiskError, HubError, MissingDependencyError)) else EXIT_REFUSED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nobody to tell
         return EXIT_ENVIRONMENT
@@ -401,16 +445,30 @@ def _export(args: argparse.Namespace) -> int:
         args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
-    if onnx and not args.dry_run:
-        return _export_onnx(args)
     if args.dry_run:
-        return _plan(args)
+        code = _plan(args)
+        if args.push_to_hub is not None and not args.json and not args.quiet:
+            print(f"pushed to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
+        return code
+    if args.push_to_hub is not None:
+        _check_push(args)
+    both = args.json and args.push_to_hub is not None  # one JSON document for the two
+    if both:
+        args.json, args.quiet = False, True
+    code = _export_onnx(args) if onnx else _export_checkpoint(args)
+    if code == EXIT_OK and args.push_to_hub is not None:
+        args.folder, args.repo_id, args.pushing = args.output, args.push_to_hub or None, True
+        args.json = both
+        code = _push(args)
+    return code
+
+
+def _export_checkpoint(args: argparse.Namespace) -> int:
     code = _fold(args)
     if code == EXIT_OK and args.verify:
         args.folded, args.tolerance = args.output, None
-        if not args.json:
-            return _verify(args)
-        return EXIT_OK if _checked(args).ok else EXIT_CHECK_FAILED
+        quiet = args.json or args.quiet
+        code = (EXIT_OK if _checked(args).ok else EXIT_CHECK_FAILED) if quiet else _verify(args)
     return code
 
 
@@ -491,6 +549,117 @@ def _what_stays_quantised(report: Any) -> str:
 def _say_stage(done: int, total: int, what: str) -> None:
     if done < total:
         print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
+
+
+def _check_push(args: argparse.Namespace) -> None:
+    """Find out before the fold, which may take hours, whether the push can begin at all."""
+    from . import hub
+
+    if not args.push_to_hub:
+        _check_can_ask(args)
+    args.token = _read_token(args)
+    hub.login(args.token)
+
+
+def _check_can_ask(args: argparse.Namespace) -> None:
+    from .errors import StateError
+
+    if not args.yes and not sys.stdin.isatty():
+        raise StateError(
+            "a repository's name that is derived needs your consent, and there is no terminal to ask on",
+            remedy="name the repository, or consent with --yes",
+        )
+
+
+def _read_token(args: argparse.Namespace) -> str | None:
+    if args.token == "-":  # noqa: S105 - no token
+        return sys.stdin.readline().strip()
+    if args.token and not args.quiet:
+        print("oftsurgery: --token shows in the list of processes: use HF_TOKEN or --token -", file=sys.stderr)
+    token: str | None = args.token
+    return token
+
+
+def _push(args: argparse.Namespace) -> int:
+    from . import hub
+
+    token = args.token if getattr(args, "pushing", False) else _read_token(args)
+    if args.repo_id is None and not args.dry_run:
+        _check_can_ask(args)
+    report = hub.plan_push(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        token=token,
+    )
+    if not args.quiet and not args.json:
+        _say_push(report)
+    if args.dry_run:
+        if args.json:
+            _print_json(report.to_dict())
+        return EXIT_OK
+    if report.derived and not args.yes:
+        print(f"push {len(report.files)} files to {report.repo_id}? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was pushed", file=sys.stderr)
+            return EXIT_REFUSED
+    with _Progress(args) as progress, _hub_bars(args):
+        report = hub.send(report, commit_message=args.commit_message, token=token, progress=progress)
+    if args.json:
+        _print_json(_pushed(args, report))
+    elif not args.quiet:
+        print(f"pushed: {report.pull_request or report.url}")
+    return EXIT_OK
+
+
+def _pushed(args: argparse.Namespace, report: PushReport) -> dict[str, Any]:
+    if not getattr(args, "pushing", False):
+        return report.to_dict()
+    from . import api
+
+    record = api.read_record(args.folder)
+    return {"record": record.to_dict() if record is not None else None, "push": report.to_dict()}
+
+
+def _say_push(report: PushReport) -> None:
+    from .errors import printable
+
+    _table(
+        ("file", "size", ""),
+        [
+            (name, _size(size), "CHANGED since the export" * (name in report.changed))
+            for name, size in report.files.items()
+        ],
+    )
+    print()
+    for label, value in (
+        ("to", report.repo_id),
+        ("branch", report.revision),
+        ("as", "a pull request" if report.create_pr else None),
+        ("visibility", "private" if report.private else None),
+        ("in all", f"{len(report.files)} files, {_size(report.nbytes)}"),
+        ("no part of the export, not sent", ", ".join(report.left_out)),
+    ):
+        if value:
+            print(f"{label}: {printable(value, 400)}")
+
+
+@contextmanager
+def _hub_bars(args: argparse.Namespace) -> Iterator[None]:
+    """The client's own bars on a terminal, for nothing else shows how far a large file is."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet = args.quiet or args.json or not sys.stderr.isatty()
+    if not quiet or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _unfold(args: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ _NOT_CARRIED = (
     ".pkl",
     ".py",
 )
-_WRITTEN_ANEW = ("config.json", RECORD)
+_WRITTEN_ANEW = ("config.json", RECORD, "README.md")
 
 #: what the record has no hash of: itself, and the card, which people edit
 NOT_HASHED = (RECORD, "README.md")
@@ -128,8 +128,8 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
 
 
 def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence, card …;
-    plain files of the top folder.
+    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence …; plain
+    files of the top folder. The card is written anew.
     """
     names = []
     for path in sorted(folder.iterdir()):

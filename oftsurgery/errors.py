@@ -6,6 +6,7 @@ its text (for people) and in its attributes (for programs). Nothing here imports
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,7 @@ __all__ = [
     "ExtractionError",
     "ExtractionWarning",
     "FormatError",
+    "HubError",
     "IntegrityError",
     "MatchError",
     "MissingDependencyError",
@@ -37,14 +39,27 @@ __all__ = [
     "UntieWarning",
     "printable",
     "warn_caller",
+    "without_tokens",
 ]
+
+
+# the Hub's tokens, wherever they come from
+_TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
+
+
+def without_tokens(text: str, *known: str) -> str:
+    """``text`` with stars in place of access tokens: those that are ``known``, and what looks like one."""
+    for token in known:
+        text = text.replace(token, "***")
+    return _TOKEN.sub("hf_***", text)
 
 
 def printable(text: object, limit: int = 200) -> str:
     """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit``
-    characters.
+    characters. Access tokens become stars.
     """
-    out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in str(text))
+    text = without_tokens(str(text))
+    out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
@@ -156,6 +171,10 @@ class DiskError(OFTSurgeryError, OSError):
 
 class ExportError(OFTSurgeryError):
     """A model cannot be exported: torch cannot capture it, or the result does not compute what the model does."""
+
+
+class HubError(OFTSurgeryError, OSError):
+    """The Hub did not do what was asked: network, permission, or a conflict."""
 
 
 class MatchError(OFTSurgeryError):

@@ -5,6 +5,7 @@ itself raises on folded bitsandbytes models.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions, configs, peft_live
+from . import card, codecs, companions, configs, peft_live
 from .checkpoint import DENSE, RECORD, Quantization
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
@@ -59,6 +60,7 @@ def save_model(
         record = configs.public_record(record)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(item.nbytes for item in items)
+    plain = config_files(model, dtype)
     with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
         for file, group in groups.items():
             _write(staging, file, group, metadata)
@@ -67,8 +69,13 @@ def save_model(
             staging.put_json(
                 INDEX, {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
             )
-        for name, value in config_files(model, dtype).items():
+        for name, value in plain.items():
             staging.put_json(name, value)
+        text = card.written_card(
+            _source(model), record, plain.get("config.json", {}), staging.names(), exact=dtype is None
+        )
+        if text is not None:
+            staging.put_text(card.CARD, text)
         if record is not None:
             record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
             staging.put_json(RECORD, record.to_dict())
@@ -208,6 +215,12 @@ def _file_names(model: nn.Module) -> Callable[[str], str]:
         return str(renamed)
 
     return name_of
+
+
+def _source(model: nn.Module) -> Path | None:
+    """The folder that transformers loaded the model from, if it was one."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and os.path.isdir(name) else None  # noqa: PTH112 - any name
 
 
 # --- the files beside the weights -------------------------------------------------------------------------------------

@@ -219,6 +219,11 @@ class Staging:
         with self.writing(name) as path:
             _write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
+    def put_text(self, name: str, text: str) -> None:
+        """Write ``text`` as the file ``name``."""
+        with self.writing(name) as path:
+            _write_synced(path, text.encode())
+
     def copy(self, source: Path, name: str) -> None:
         """Copy a file's contents to the file ``name``."""
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
@@ -228,9 +233,12 @@ class Staging:
 
     def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
         """``{name: SHA-256}`` of all files written, but some."""
-        known = {_STATE: "", **{name: shard["sha256"] for name, shard in self.state["shards"].items()}}
-        there = sorted(p for p in self.folder.iterdir() if p.name not in (_STATE, *but))
-        return {p.name: known.get(p.name) or sha256_of(p) for p in there}
+        known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}
+        return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
+
+    def names(self) -> list[str]:
+        """Of all files written."""
+        return sorted(p.name for p in self.folder.iterdir() if p.name != _STATE)
 
     # --- the rename ---
 

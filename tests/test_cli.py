@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from oftsurgery import cli
 
-COMMANDS = ["plan", "fold", "unfold", "export", "verify", "doctor", "report", "show"]
+COMMANDS = ["plan", "fold", "unfold", "export", "verify", "doctor", "report", "show", "push"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,407 @@
+"""The model card: what was folded into what, what it cost, how to load it and how to undo it.
+
+What oftsurgery writes stands between two marks, which are HTML comments; around them people write what they like, and a
+card that exists is amended between the marks alone. Its metadata are amended likewise: what is there stays, but for what
+oftsurgery wrote there itself. The text is a function of the record and the files beside it: no dates, no places.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, StateError, printable
+from .record import FoldRecord, ModuleRecord
+from .shards import inside
+
+__all__ = ["CARD", "amended", "base_metadata", "merged", "named", "read", "removed", "section", "written_card"]
+
+CARD = "README.md"
+BEGIN = "<!-- oftsurgery: what follows is written anew by each export; write above or below it -->"
+END = "<!-- oftsurgery: end -->"
+
+_MAX_BYTES = 4 << 20
+_SHOWN = 10  # modules in the table of errors
+
+# metadata that go from a base's card to those of what is made from it
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# tags that tell of the format, which another export may change
+_FORMAT_TAGS = frozenset({"bitsandbytes", "nf4", "fp4", "int8", "4-bit", "8-bit", "onnx"})
+_PIPELINES: Mapping[str, str] = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForImageClassification": "image-classification",
+}
+_AUTO: Mapping[str, str] = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
+_GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
+def written_card(
+    source: Path | None, record: FoldRecord | None, config: Mapping[str, Any], files: Collection[str], *, exact: bool
+) -> str | None:
+    """The card of an export.
+
+    Args:
+        source: folder of the checkpoint that was folded: the card of one that oftsurgery wrote is amended; another's,
+            which is the base's own, only passes on its licence, languages and task. None where there is no folder.
+        record: of what the export carries; None: nothing any more.
+        config: its ``config.json``.
+        files: names of its files.
+        exact: the fold can be undone exactly with the base.
+
+    Returns:
+        the text, or None where there is nothing to say.
+
+    Raises:
+        CheckpointError: the card to amend cannot be read.
+    """
+    there = read(source) if source is not None and (source / CARD).is_file() else None
+    ours = there is not None and BEGIN in there
+    if record is None or not record.adapters:
+        return removed(there) if ours and there is not None else None
+    facts = metadata(record, config, files) | (base_metadata(source) if not ours else {})
+    return amended(there if ours else None, section(record, config, files, exact=exact), facts, _title(record))
+
+
+def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """What the card's YAML block says of itself."""
+    oldest = (*record.earlier, record)[0]
+    bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
+    formats = _formats(record)
+    quantised = formats & {"nf4", "fp4", "int8"}
+    architecture = _architecture(config)
+    onnx = any(name.endswith(".onnx") for name in files)
+    found = {
+        "base_model": next(iter(bases), None),
+        "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
+        "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
+        "pipeline_tag": next((task for end, task in _PIPELINES.items() if architecture.endswith(end)), None),
+        "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
+        + [width for width, of in (("4-bit", {"nf4", "fp4"}), ("8-bit", {"int8"})) if quantised & of]
+        + (["onnx"] if onnx else []),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def base_metadata(folder: Path | None) -> dict[str, Any]:
+    """Licence, languages and task from the card in a base's folder, as far as it says them; nothing from one that cannot
+    be read.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return {}
+    try:
+        data = _parse(read(folder)).data.to_dict()
+    except CheckpointError:
+        return {}
+
+    def plain(value: object) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+    return {key: data[key] for key in _INHERITED if plain(data.get(key))}
+
+
+# --- joining texts ----------------------------------------------------------------------------------------------------
+
+
+def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) -> str:
+    """``text`` with ``new`` between its marks (at its end, where it has none), and ``facts`` in its metadata; a card of
+    its own for None.
+    """
+    if text is None:
+        card = _parse("")
+        card.text = f"\n# {title}\n\n{new}\n"
+        known = False
+    else:
+        card = _parse(text)
+        parts = _split(card.text)
+        known = parts is not None
+        before, after = parts if parts is not None else (card.text.rstrip() + "\n\n", "\n")
+        card.text = before + new + after
+    for key, value in facts.items():
+        if key == "tags":
+            there = card.data.get("tags") or []
+            kept = [t for t in there if not (known and t in _FORMAT_TAGS)] if isinstance(there, list) else [there]
+            card.data["tags"] = list(dict.fromkeys([*kept, *value]))
+        elif key not in card.data or card.data[key] is None or (known and key == "base_model_relation"):
+            card.data[key] = value
+    return str(card)
+
+
+def removed(text: str) -> str | None:
+    """``text`` without what stands between the marks, or None if nobody wrote anything else."""
+    card = _parse(text)
+    parts = _split(card.text)
+    if parts is None:
+        return text
+    if not _own("".join(parts)):
+        return None
+    card.text = "".join(parts)
+    card.data["tags"] = [
+        t for t in card.data.get("tags") or [] if t not in _FORMAT_TAGS | {"oft", "oftsurgery"}
+    ] or None
+    card.data["base_model_relation"] = None
+    return str(card)
+
+
+def merged(mine: str, theirs: str) -> str:
+    """The card to push, from the folder's and the repository's: what oftsurgery wrote from the first, what people wrote
+    from whichever has some.
+
+    Raises:
+        StateError: both have, and not the same.
+        CheckpointError: one cannot be read.
+    """
+    card, there = _parse(mine), _parse(theirs)
+    parts, others = _split(card.text), _split(there.text)
+    if parts is None:
+        return mine
+    own, foreign = _own("".join(parts)), _own(there.text if others is None else "".join(others))
+    if own and foreign and own != foreign:
+        raise StateError(
+            "people wrote into the card in the folder, and into the one in the repository, and not the same",
+            remedy=f"bring both texts together in the folder's {CARD}, around the marked section, and in the repository's",
+        )
+    new = card.text[len(parts[0]) : len(card.text) - len(parts[1])]
+    if own or not foreign:
+        return amended(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
+    return amended(theirs, new, card.data.to_dict(), "")
+
+
+def named(text: str, repo_id: str, revision: str | None = None) -> str:
+    """``text`` with a repository's name in the place of the folder that a reader of the local card stands in."""
+    card = _parse(text)
+    parts = _split(card.text)
+    if parts is None:
+        return text
+    new = card.text[len(parts[0]) : len(card.text) - len(parts[1])]
+    where = f'"{repo_id}"' + (f', revision="{revision}"' if revision is not None else "")
+    new = new.replace(
+        'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
+    )
+    new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
+    card.text = parts[0] + new + parts[1]
+    return str(card)
+
+
+def read(folder: Path) -> str:
+    """The text of the card in ``folder``."""
+    path = inside(folder, CARD)
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"a card of {path.stat().st_size} bytes is not read", path=path, remedy="shorten it")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError("the card is no UTF-8", path=path, remedy="save it as UTF-8") from error
+
+
+def _parse(text: str) -> Any:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        return ModelCard(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the card's metadata cannot be read ({printable(error)})", remedy=f"correct the YAML at the top of {CARD}"
+        ) from error
+
+
+def _split(text: str) -> tuple[str, str] | None:
+    """What stands before and after the marked section, or None without one."""
+    start, end = text.find(BEGIN), text.rfind(END)
+    return None if start < 0 or end < start else (text[:start], text[end + len(END) :])
+
+
+def _own(text: str) -> str:
+    """What people wrote: all but a single heading."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "" if len(lines) <= 1 and all(line.startswith("# ") for line in lines) else "\n".join(lines)
+
+
+# --- the section ------------------------------------------------------------------------------------------------------
+
+
+def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str], *, exact: bool) -> str:
+    """The marked section, marks included."""
+    parts = [
+        BEGIN,
+        "## How this model was made",
+        *(_fold(fold, i if record.earlier else 0) for i, fold in enumerate((*record.earlier, record), start=1)),
+        "## How to load it",
+        _loading(config, files),
+        "## How to undo it",
+        _undoing(files, exact=exact),
+        END,
+    ]
+    return "\n\n".join(parts)
+
+
+def _title(record: FoldRecord) -> str:
+    oldest = (*record.earlier, record)[0]
+    base = next((a.base_model for a in oldest.adapters if a.base_model), None)
+    names = [a.source for fold in (*record.earlier, record) for a in fold.adapters]
+    parts = [str(n).rstrip("/").rpartition("/")[2] for n in (base, *names) if n]
+    return " + ".join(map(_escaped, parts)) or "Folded model"
+
+
+def _fold(fold: FoldRecord, number: int) -> str:
+    rows: list[tuple[str, str]] = []
+    for a in fold.adapters:
+        writer = f", written by peft {a.peft_version}" if a.peft_version else ""
+        rows += [
+            ("adapter", _code(a.source)),
+            ("its dialect", _code(a.dialect) + _escaped(writer)),
+            ("its SHA-256", _code(a.sha256)),
+            ("its fingerprint", _code(a.fingerprint)),
+            ("trained on", _code(a.base_model)),
+        ]
+    rows += [
+        ("base", _base(fold)),
+        ("stored as", ", ".join(_code(label) for label in sorted({m.format for m in fold.modules.values()}))),
+        ("rounding", _code(fold.rounding)),
+        ("replaced by the adapter's own", ", ".join(_code(name) for name in _few(sorted(fold.saved)))),
+        ("versions", _escaped(", ".join(f"{name} {version}" for name, version in fold.versions.items()))),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
+    heading = f"### Fold {number}\n\n" if number else ""
+    text = "An orthogonal fine-tuning (OFT) adapter was folded into the weights themselves: it is no longer needed."
+    return f"{heading}{text}\n\n" + "\n".join(table) + "\n\n" + _errors(fold.modules)
+
+
+def _base(fold: FoldRecord) -> str:
+    if not fold.base:
+        return "as it was in memory"
+    if fold.base.get("quantize") is None:
+        return "as it was stored"
+    double = " with double quantisation" if fold.base.get("double_quant") == "true" else ""
+    if fold.base.get("fold_into") == "original":
+        return f"the original weights were rotated, then stored as {_code(fold.base['quantize'])}{double}"
+    return f"quantised to {_code(fold.base['quantize'])}{double} first, as in the adapter's training, then rotated"
+
+
+def _errors(modules: Mapping[str, ModuleRecord]) -> str:
+    if not modules:
+        return "No weight was rotated."
+    worst = sorted(modules.items(), key=lambda item: (-item[1].error, item[0]))
+    median = statistics.median(m.error for m in modules.values())
+    lines = [
+        "What it cost: the relative error of storing each rotated weight, ‖stored − exact‖ / ‖exact‖ (Frobenius).",
+        f"The median over {len(modules)} modules is {median:.2e}. The largest first:",
+        "",
+        "| module | stored as | error | largest angle (rad) | orthogonality defect |",
+        "|---|---|---:|---:|---:|",
+        *(
+            f"| {_code(path)} | {_code(m.format)} | {m.error:.2e} | {m.angle:.3f} | {m.defect:.1e} |"
+            for path, m in worst[:_SHOWN]
+        ),
+    ]
+    if len(worst) > _SHOWN:
+        lines += ["", f"And {len(worst) - _SHOWN} more, all in `oftsurgery.json`."]
+    return "\n".join(lines)
+
+
+def _loading(config: Mapping[str, Any], files: Collection[str]) -> str:
+    graphs = sorted(name for name in files if name.endswith(".onnx"))
+    tokenizer = "tokenizer_config.json" in files
+    if graphs:
+        lines = [
+            "import onnxruntime",
+            "",
+            'folder = "."',
+            f'session = onnxruntime.InferenceSession(f"{{folder}}/{graphs[0]}")',
+        ]
+        lines += ["print([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])"]
+        return _python(lines)
+    architecture = _architecture(config)
+    if "model_type" not in config or not architecture:
+        lines = [
+            "from pathlib import Path",
+            "",
+            "from safetensors.torch import load_file",
+            "",
+            'folder = "."',
+            "tensors = {}",
+        ]
+        lines += ['for path in sorted(Path(folder).glob("*.safetensors")):', "    tensors.update(load_file(path))"]
+        return _python(lines)
+    auto = next((auto for end, auto in _AUTO.items() if architecture.endswith(end)), architecture)
+    lines = [f"from transformers import {', '.join(sorted([auto, *['AutoTokenizer'] * tokenizer]))}", ""]
+    lines += [f'model = {auto}.from_pretrained(".")']
+    if tokenizer:
+        lines += ['tokenizer = AutoTokenizer.from_pretrained(".")']
+        lines += ['inputs = tokenizer("The quick brown fox", return_tensors="pt")']
+        lines += [
+            "outputs = model.generate(**inputs, max_new_tokens=20)"
+            if auto in _GENERATES
+            else "outputs = model(**inputs)"
+        ]
+    needs = "transformers and bitsandbytes" if config.get("quantization_config") else "transformers"
+    return f"With {needs}:\n\n" + _python(lines)
+
+
+def _undoing(files: Collection[str], *, exact: bool) -> str:
+    if any(name.endswith(".onnx") for name in files):
+        return "Nothing is folded back out of an ONNX graph: export the base instead."
+    rotated = "$ oftsurgery unfold . RESTORED --adapter ADAPTER   # rotated back; states the error that rounding leaves"
+    if not exact:
+        return "RESTORED is the folder to write, ADAPTER the adapter that was folded.\n\n" + _fenced(
+            "console", [rotated]
+        )
+    restored = (
+        "$ oftsurgery unfold . RESTORED --base BASE         # exact, checked against the hashes in oftsurgery.json"
+    )
+    return (
+        "RESTORED is the folder to write, BASE the checkpoint that was folded, ADAPTER the adapter. Either:\n\n"
+        + _fenced("console", [restored, rotated])
+    )
+
+
+def _formats(record: FoldRecord) -> set[str]:
+    return {m.format.partition(" ")[0] for m in record.modules.values()}
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) and first.isidentifier() and first.isascii() else ""
+
+
+def _few(names: Sequence[str]) -> Iterable[str]:
+    return names if len(names) <= _SHOWN else [*names[:_SHOWN], "…"]
+
+
+def _python(lines: Sequence[str]) -> str:
+    return _fenced("python", lines)
+
+
+def _fenced(language: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _code(text: object) -> str:
+    """``text`` from an untrusted file, as code in a table; nothing for None."""
+    if text is None:
+        return ""
+    shown = printable(text)
+    plain = all(ch.isalnum() or ch in " ._-/+:=,()×…" for ch in shown)
+    return f"`{shown}`" if plain and shown.strip() else f"<code>{_escaped(shown)}</code>"
+
+
+def _escaped(text: object) -> str:
+    """``text`` from an untrusted file, which Markdown and HTML leave as it is."""
+    return "".join(ch if ch.isalnum() or ch in " .-/+:,()" else f"&#{ord(ch)};" for ch in printable(text))

@@ -1,0 +1,462 @@
+"""Push an exported folder to a Hub repository, through huggingface_hub: its files and no others, in one commit.
+
+Large files are uploaded first, one by one, and are not sent again by a later attempt; the repository shows nothing of
+them before the commit, which is the last step.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from . import card, checks, configs
+from ._version import __version__
+from .card import CARD
+from .errors import (
+    CheckpointError,
+    HubError,
+    IntegrityError,
+    MissingDependencyError,
+    OFTSurgeryError,
+    StateError,
+    printable,
+    without_tokens,
+)
+from .record import FoldRecord
+from .shards import inside
+
+__all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
+
+#: called with (bytes done, bytes in all, what)
+Progress = Callable[[int, int, str], None]
+
+_TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data")
+_LARGE = 10_000_000  # bytes from which a file is uploaded by itself, before the commit
+_CONFLICTS = 3  # commits that are tried where others commit at the same time
+_MAX_NAME = 96  # of a repository, as the Hub allows
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What is pushed, and where to.
+
+    Attributes:
+        folder: that is pushed.
+        repo_id: ``owner/name``.
+        derived: the repository's name was derived from the record.
+        revision: branch, or None for the main one.
+        private: whether the repository is to be private, if it has to be made; None for the owner's default.
+        create_pr: as a pull request.
+        files: ``{file name: bytes}`` of all that is sent.
+        changed: files among them that are no longer as the record has them (no weights: those are refused).
+        left_out: names in the folder that are no part of the export.
+        url: of the commit; None before the push, and in a dry run.
+        commit: its hash.
+        pull_request: its address.
+    """
+
+    folder: str
+    repo_id: str
+    derived: bool
+    revision: str | None
+    private: bool | None
+    create_pr: bool
+    files: Mapping[str, int]
+    changed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    url: str | None = None
+    commit: str | None = None
+    pull_request: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files."""
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**vars(self), "files": dict(self.files), "bytes": self.nbytes} | {
+            "changed": list(self.changed),
+            "left_out": list(self.left_out),
+        }
+
+
+def push_to_hub(
+    folder: str | PathLike[str],
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PushReport:
+    """Push an exported folder to a Hub repository, as one commit.
+
+    Sent are the files that ``oftsurgery.json`` names, itself, and the model card; nothing else that lies in the folder.
+    A card that the repository has already is amended in the section between oftsurgery's marks. Files of an earlier
+    export in the repository that this one has not are deleted there.
+
+    Args:
+        folder: that an export wrote.
+        repo_id: ``owner/name``; a name alone is one of the user's own; None: named after base, adapter and format.
+        private: make the repository a private one. None: as the owner's settings say. One that exists stays as it is;
+            with True, a public one is refused.
+        revision: branch to commit to, made if there is none; None: the main one.
+        commit_message: its first line.
+        create_pr: open a pull request instead of committing to the branch.
+        token: of the Hub; None: ``HF_TOKEN``, or what ``hf auth login`` stored.
+        dry_run: report what would be sent where, and send nothing. Only a name without an owner needs the network.
+        progress: called with (bytes done, bytes in all, file name) after each file.
+
+    Raises:
+        CheckpointError, StateError: no folder that an export wrote, a repository that does not fit, two cards that
+            contradict each other.
+        IntegrityError: weights are missing, or are not those that were exported.
+        HubError: network, permission or a conflict; what was uploaded is not sent again by the next attempt.
+    """
+    report = plan_push(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
+    return report if dry_run else send(report, commit_message=commit_message, token=token, progress=progress)
+
+
+def plan_push(
+    folder: str | PathLike[str],
+    repo_id: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+) -> PushReport:
+    """What :func:`push_to_hub` would send where; same errors as far as the folder goes."""
+    path = Path(folder).expanduser()
+    record, files, changed = _manifest(path)
+    sent = {*files}
+    return PushReport(
+        folder=str(path),
+        repo_id=_target(repo_id, record, path, token),
+        derived=repo_id is None,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        files=MappingProxyType(files),
+        changed=changed,
+        left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in sent)),
+    )
+
+
+# --- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]]:
+    """(record, ``{name: bytes}`` of what an export wrote into ``folder``, which of it was changed since)."""
+    if not folder.is_dir():
+        raise CheckpointError("no such folder", path=folder, remedy="give a folder that oftsurgery wrote")
+    record = configs.record_in(folder)
+    if record is None or not record.files:
+        raise StateError(
+            f"the folder has no {configs.RECORD} with its files' hashes, so it is not known what belongs to the export",
+            path=folder,
+            remedy="export it with this version of oftsurgery, or send the folder as it is with `hf upload`",
+        )
+    state = checks.check_files(folder).files
+    for wrong, verb in (("missing", "are missing"), ("changed", "are not those that were exported")):
+        names = [n for n, s in state.items() if s == wrong and (wrong == "missing" or n.endswith(_TENSORS))]
+        if names:
+            raise IntegrityError(
+                f"{len(names)} files of the export {verb}: {', '.join(map(printable, names[:3]))}{' …' * (len(names) > 3)}",
+                path=folder,
+                remedy="export it again",
+            )
+    own = [CARD] if (folder / CARD).exists() else []
+    names = sorted({*record.files, configs.RECORD, *own})
+    files = {name: inside(folder, name).stat().st_size for name in names}
+    return record, files, tuple(n for n, s in state.items() if s == "changed")
+
+
+def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | None) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    wanted = repo_id if repo_id is not None else _derived(record, folder)
+    try:
+        validate_repo_id(wanted)
+    except HFValidationError as error:
+        raise StateError(
+            f"no name of a repository: {printable(wanted)!r} ({printable(error)})",
+            remedy="owner/name, of letters, digits, '-', '_' and '.'",
+        ) from None
+    return wanted if "/" in wanted else f"{login(token)}/{wanted}"
+
+
+def _derived(record: FoldRecord, folder: Path) -> str:
+    """A repository's name from base, adapters and format: ``Llama-3-8B-my-adapter-nf4``; from the folder where those are
+    not known.
+    """
+    base = record.adapters[0].base_model if record.adapters else None
+    parts = [base, *(a.source for a in record.adapters)]
+    formats = {m.format.partition(" ")[0] for m in record.modules.values()}
+    if None in parts or len(parts) < 2:
+        parts = [folder.resolve().name]
+    elif len(formats) == 1:
+        parts += formats
+    name = "-".join(str(part).rstrip("/").rpartition("/")[2] for part in parts)
+    name = re.sub(r"[^A-Za-z0-9._]+|-{2,}|\.{2,}", "-", name)[:_MAX_NAME].strip("-.").removesuffix(".git")
+    return name or "oftsurgery-export"
+
+
+# --- sending ----------------------------------------------------------------------------------------------------------
+
+
+def login(token: str | None = None) -> str:
+    """The user that the token belongs to.
+
+    Raises:
+        HubError: there is none, or the Hub does not accept it.
+    """
+    token = _token(token)
+    with _talking("asking who the token belongs to", token, ""):
+        return str(_api(token).whoami()["name"])
+
+
+def send(
+    report: PushReport, *, commit_message: str | None = None, token: str | None = None, progress: Progress | None = None
+) -> PushReport:
+    """Do what a report of :func:`plan_push` says; see :func:`push_to_hub`."""
+    token = _token(token)
+    sending = _Sending(report, _api(token), progress)
+    message = commit_message or f"Upload {Path(report.folder).resolve().name} with oftsurgery {__version__}"
+    with _talking(f"pushing to {report.repo_id}", token, sending.left):
+        return sending.run(message)
+
+
+class _Sending:
+    """One push: what it has done so far."""
+
+    def __init__(self, report: PushReport, api: Any, progress: Progress | None) -> None:
+        self.report = report
+        self.api = api
+        self.progress = progress
+        self.uploaded: dict[str, int] = {}
+
+    def left(self) -> str:
+        """What an error says about the state of things."""
+        files, done = self.report.files, self.uploaded
+        large = {n for n, size in files.items() if size >= _LARGE}
+        told = f"{len(done)} of {len(large)} large files are uploaded" if large else "nothing is uploaded"
+        return f"{told}, and the repository shows nothing of this push"
+
+    def run(self, message: str) -> PushReport:
+        from huggingface_hub.errors import HfHubHTTPError
+
+        self._prepare()
+        for attempt in range(1, _CONFLICTS + 1):
+            head = self.api.model_info(self.report.repo_id, revision=self.report.revision)
+            try:
+                commit = self._commit(head, message)
+            except HfHubHTTPError as error:
+                # somebody else has committed in between: look again at what is there now
+                if error.response.status_code not in (409, 412) or attempt == _CONFLICTS:
+                    raise
+            else:
+                break
+        self._check(commit)
+        return replace(self.report, url=commit.commit_url, commit=commit.oid, pull_request=commit.pr_url)
+
+    def _prepare(self) -> None:
+        """See to it that there is a repository, and the branch."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        report = self.report
+        try:
+            info = self.api.model_info(report.repo_id)
+        except RepositoryNotFoundError:
+            self.api.create_repo(report.repo_id, private=report.private, exist_ok=True)
+        else:
+            if report.private and not info.private:
+                raise StateError(
+                    f"the repository {report.repo_id} exists, and is public",
+                    remedy="make it private in its settings, name another one, or push without --private (private=True)",
+                )
+        if report.revision is not None and not report.revision.startswith("refs/"):
+            self.api.create_branch(report.repo_id, branch=report.revision, exist_ok=True)
+
+    def _commit(self, head: Any, message: str) -> Any:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        report, folder = self.report, Path(self.report.folder)
+        with tempfile.TemporaryDirectory() as place:
+            there = {s.rfilename for s in head.siblings or ()}
+
+            def fetched(name: str) -> Path | None:
+                """A small text file of the repository as it is now."""
+                if name not in there:
+                    return None
+                return Path(self.api.hf_hub_download(report.repo_id, name, revision=head.sha, local_dir=place))
+
+            stale = _stale(there, fetched(configs.RECORD), report)
+            readme = _card(folder, fetched(CARD), report) if CARD in report.files else None
+        additions = []
+        for name in report.files:
+            content = readme.encode() if name == CARD and readme is not None else str(inside(folder, name))
+            additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
+        for addition in additions:
+            name = addition.path_in_repo
+            if report.files[name] < _LARGE:
+                continue
+            self.api.preupload_lfs_files(
+                report.repo_id, [addition], revision=report.revision, create_pr=report.create_pr, free_memory=False
+            )
+            self._step(name)
+        commit = self.api.create_commit(
+            report.repo_id,
+            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale))],
+            commit_message=message,
+            revision=report.revision,
+            create_pr=report.create_pr,
+            parent_commit=head.sha,
+        )
+        for name in report.files:
+            self._step(name)
+        return commit
+
+    def _step(self, name: str) -> None:
+        if name not in self.uploaded:
+            self.uploaded[name] = self.report.files[name]
+            if self.progress is not None:
+                self.progress(sum(self.uploaded.values()), self.report.nbytes, name)
+
+    def _check(self, commit: Any) -> None:
+        """A repository's ``.gitignore`` makes the client leave files out without a word."""
+        info = self.api.model_info(self.report.repo_id, revision=commit.oid)
+        there = {s.rfilename for s in info.siblings or ()}
+        missing = sorted(n for n in self.report.files if n not in there)
+        if missing:
+            raise HubError(
+                f"the repository left out {len(missing)} of the files: {', '.join(map(printable, missing[:3]))}",
+                path=self.report.repo_id,
+                remedy="remove its .gitignore, or name another repository, and push again",
+            )
+
+
+def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]:
+    """What an earlier export left in the repository and this one has not: two checkpoints in one place would be read as
+    one.
+    """
+    earlier: set[str] = set()
+    if record is not None:
+        found = configs.record_in(record.parent)
+        earlier = set(found.files) if found is not None else set()
+    others = there - set(report.files)
+    foreign = {n for n in others - earlier if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}
+    if foreign and any(n.endswith(".safetensors") for n in report.files):
+        raise StateError(
+            f"the repository {report.repo_id} holds another checkpoint: {printable(min(foreign))}, which oftsurgery did not put there",
+            remedy="name another repository or revision, or delete that file there",
+        )
+    return others & earlier
+
+
+def _card(folder: Path, there: Path | None, report: PushReport) -> str:
+    mine = card.named(card.read(folder), report.repo_id, report.revision)
+    return mine if there is None else card.merged(mine, card.read(there.parent))
+
+
+# --- talking to the Hub -----------------------------------------------------------------------------------------------
+
+
+def _token(token: str | None) -> str:
+    try:
+        from huggingface_hub import get_token
+    except ImportError as error:
+        raise MissingDependencyError(
+            "huggingface-hub is not installed", remedy="pip install huggingface-hub"
+        ) from error
+    found = token or get_token()
+    if not found:
+        raise HubError("no token of the Hub", remedy=_LOGIN)
+    return found
+
+
+def _api(token: str) -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="oftsurgery", library_version=__version__)
+
+
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+_AGAIN = "the same push goes on where this one ended: what is uploaded is not sent again"
+_REASONS: Mapping[int, tuple[str, str]] = MappingProxyType(
+    {
+        401: ("the Hub does not accept the token", _LOGIN),
+        403: (
+            "the token does not allow this",
+            "use a token that may write to this repository (create one, for a new one)",
+        ),
+        404: (
+            "the Hub has no such repository, revision or file, or hides it from this token",
+            "check the names, and what the token may see",
+        ),
+        409: ("the repository is being changed by another request", f"wait for that; {_AGAIN}"),
+        412: ("the branch was committed to again and again meanwhile", _AGAIN),
+        429: ("the Hub was asked too often", _AGAIN),
+    }
+)
+
+
+@contextmanager
+def _talking(doing: str, token: str, left: Callable[[], str] | str) -> Iterator[None]:
+    """The client's errors as :class:`HubError`, with what to do, and without the token or signed addresses."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except OFTSurgeryError:
+        raise
+    except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
+        reason, remedy = _explained(error)
+        state = left if isinstance(left, str) else left()
+        text = f"{doing}: {reason}" + (f"; {state}" if state else "")
+        # `from None`: a traceback would print the client's own message, and what the server put in it
+        raise HubError(without_tokens(text, token), remedy=remedy) from None
+
+
+def _explained(error: BaseException) -> tuple[str, str]:
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    answered = next((e for e in chain if getattr(e, "response", None) is not None), None)
+    if answered is None:
+        name = type(chain[-1]).__name__
+        if any(type(e).__name__ == "OfflineModeIsEnabled" for e in chain):
+            return "the Hub's client is in offline mode", "unset HF_HUB_OFFLINE"
+        if isinstance(error, ValueError) and "metadata in README.md" in str(error):
+            return _short(error), "correct the metadata of the model card, README.md"
+        return f"{name}: {_short(chain[-1])}", f"check the network; {_AGAIN}"
+    response: Any = answered.response  # type: ignore[attr-defined]
+    status = response.status_code
+    reason, remedy = _REASONS.get(
+        status,
+        ("the Hub failed", f"try again later; {_AGAIN}") if status >= 500 else ("the Hub refused", "see what it says"),
+    )
+    said = getattr(answered, "server_message", None) or response.headers.get("X-Error-Message") or ""
+    reason += f" (HTTP {status}{': ' + _short(said) if said else ''})"
+    wait = response.headers.get("Retry-After")
+    if status == 429 and wait:
+        remedy = f"wait {printable(wait, 20)} seconds; {_AGAIN}"
+    return reason, remedy
+
+
+def _short(text: object) -> str:
+    """The lines of a message as one, without the parameters of addresses, which may be signatures."""
+    lines = " ".join(str(text).split())
+    return printable(re.sub(r"(https?://[^\s?'\"]+)\?\S*", r"\1", lines), 300)
