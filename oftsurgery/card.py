@@ -16,7 +16,18 @@ from .errors import CheckpointError, StateError, printable
 from .record import FoldRecord, ModuleRecord
 from .shards import inside
 
-__all__ = ["CARD", "amended", "base_metadata", "merged", "named", "read", "removed", "section", "written_card"]
+__all__ = [
+    "CARD",
+    "amended",
+    "base_metadata",
+    "merged",
+    "named",
+    "own_card",
+    "read",
+    "removed",
+    "section",
+    "written_card",
+]
 
 CARD = "README.md"
 BEGIN = "<!-- oftsurgery: what follows is written anew by each export; write above or below it -->"
@@ -69,12 +80,27 @@ def written_card(
     Raises:
         CheckpointError: the card to amend cannot be read.
     """
-    there = read(source) if source is not None and (source / CARD).is_file() else None
-    ours = there is not None and BEGIN in there
+    there = own_card(source)
     if record is None or not record.adapters:
-        return removed(there) if ours and there is not None else None
-    facts = metadata(record, config, files) | (base_metadata(source) if not ours else {})
-    return amended(there if ours else None, section(record, config, files, exact=exact), facts, _title(record))
+        return removed(there) if there is not None else None
+    facts = metadata(record, config, files) | (base_metadata(source) if there is None else {})
+    return amended(there, section(record, config, files, exact=exact), facts, _title(record))
+
+
+def own_card(folder: Path | None) -> str | None:
+    """The card in ``folder``, where it is one that oftsurgery wrote into.
+
+    Raises:
+        CheckpointError: it is, and cannot be read.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return None
+    path = inside(folder, CARD)
+    if path.stat().st_size > _MAX_BYTES or BEGIN.encode() not in path.read_bytes():
+        return None
+    text = read(folder)
+    _parse(text)
+    return text
 
 
 def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
@@ -135,7 +161,7 @@ def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) ->
         if key == "tags":
             there = card.data.get("tags") or []
             kept = [t for t in there if not (known and t in _FORMAT_TAGS)] if isinstance(there, list) else [there]
-            card.data["tags"] = list(dict.fromkeys([*kept, *value]))
+            card.data["tags"] = list(dict.fromkeys([*kept, *value])) or None
         elif key not in card.data or card.data[key] is None or (known and key == "base_model_relation"):
             card.data[key] = value
     return str(card)
@@ -210,11 +236,16 @@ def read(folder: Path) -> str:
 
 def _parse(text: str) -> Any:
     from huggingface_hub import ModelCard
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
     from yaml import YAMLError  # type: ignore[import-untyped]
 
+    text = text.replace(
+        "\r\n", "\n"
+    )  # one kind of line ends, or those of the metadata would change with each amendment
+    # ModelCard rewrites results that it finds; of what others wrote, RepoCard keeps all
+    kind = RepoCard if text else ModelCard
     try:
-        return ModelCard(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
+        return kind(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
     except (YAMLError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"the card's metadata cannot be read ({printable(error)})", remedy=f"correct the YAML at the top of {CARD}"

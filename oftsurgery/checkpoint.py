@@ -238,6 +238,7 @@ def plan_checkpoint(
     untied = bool(builder.untied)
     config = configs.output_config(source.config, format, quantization, untied=untied)
     carried = configs.carried_files(source.folder)
+    card.own_card(source.folder)  # is refused now where it cannot be read
     return CheckpointPlan(
         source=source,
         adapters=tuple(adapters),
@@ -412,6 +413,7 @@ def _finish(
     max_shard_bytes: int,
 ) -> CheckpointPlan:
     carried = configs.carried_files(source.folder)
+    card.own_card(source.folder)  # is refused now where it cannot be read
     return CheckpointPlan(
         source=source,
         adapters=tuple(adapters),

@@ -136,7 +136,7 @@ FILES = {
     "tokenizer.json": True,
     "chat_template.jinja": True,
     "LICENSE": True,
-    "README.md": True,
+    "README.md": False,
     "vocab.txt": True,
     "tokenizer.model": True,
     "model.safetensors": False,
