@@ -38,8 +38,11 @@ _SHOWN = 10  # modules in the table of errors
 
 # metadata that go from a base's card to those of what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# what a tokenizer gives
+_TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
 # tags that tell of the format, which another export may change
 _FORMAT_TAGS = frozenset({"bitsandbytes", "nf4", "fp4", "int8", "4-bit", "8-bit", "onnx"})
+_OURS = ("base_model_relation", "library_name")
 _PIPELINES: Mapping[str, str] = {
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
@@ -81,7 +84,7 @@ def written_card(
         CheckpointError: the card to amend cannot be read.
     """
     there = own_card(source)
-    if record is None or not record.adapters:
+    if record is None:
         return removed(there) if there is not None else None
     facts = metadata(record, config, files) | (base_metadata(source) if there is None else {})
     return amended(there, section(record, config, files, exact=exact), facts, _title(record))
@@ -107,10 +110,12 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
     """What the card's YAML block says of itself."""
     oldest = (*record.earlier, record)[0]
     bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
-    formats = _formats(record)
+    onnx = any(name.endswith(".onnx") for name in files)
+    formats = (
+        {str(f).partition(" ")[0] for f in _onnx_facts(record, "quantized", {}).values()} if onnx else _formats(record)
+    )
     quantised = formats & {"nf4", "fp4", "int8"}
     architecture = _architecture(config)
-    onnx = any(name.endswith(".onnx") for name in files)
     found = {
         "base_model": next(iter(bases), None),
         "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
@@ -162,7 +167,7 @@ def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) ->
             there = card.data.get("tags") or []
             kept = [t for t in there if not (known and t in _FORMAT_TAGS)] if isinstance(there, list) else [there]
             card.data["tags"] = list(dict.fromkeys([*kept, *value])) or None
-        elif key not in card.data or card.data[key] is None or (known and key == "base_model_relation"):
+        elif key not in card.data or card.data[key] is None or (known and key in _OURS):
             card.data[key] = value
     return str(card)
 
@@ -274,7 +279,7 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         "## How this model was made",
         *(_fold(fold, i if record.earlier else 0) for i, fold in enumerate((*record.earlier, record), start=1)),
         "## How to load it",
-        _loading(config, files),
+        _loading(record, config, files),
         "## How to undo it",
         _undoing(files, exact=exact),
         END,
@@ -291,6 +296,8 @@ def _title(record: FoldRecord) -> str:
 
 
 def _fold(fold: FoldRecord, number: int) -> str:
+    if not fold.adapters:
+        return f"Exported by oftsurgery {_escaped(fold.versions.get('oftsurgery', ''))}, with nothing folded in."
     rows: list[tuple[str, str]] = []
     for a in fold.adapters:
         writer = f", written by peft {a.peft_version}" if a.peft_version else ""
@@ -346,18 +353,11 @@ def _errors(modules: Mapping[str, ModuleRecord]) -> str:
     return "\n".join(lines)
 
 
-def _loading(config: Mapping[str, Any], files: Collection[str]) -> str:
+def _loading(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> str:
     graphs = sorted(name for name in files if name.endswith(".onnx"))
     tokenizer = "tokenizer_config.json" in files
     if graphs:
-        lines = [
-            "import onnxruntime",
-            "",
-            'folder = "."',
-            f'session = onnxruntime.InferenceSession(f"{{folder}}/{graphs[0]}")',
-        ]
-        lines += ["print([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])"]
-        return _python(lines)
+        return _python(_onnx(graphs[0], record, files))
     architecture = _architecture(config)
     if "model_type" not in config or not architecture:
         lines = [
@@ -383,6 +383,25 @@ def _loading(config: Mapping[str, Any], files: Collection[str]) -> str:
         ]
     needs = "transformers and bitsandbytes" if config.get("quantization_config") else "transformers"
     return f"With {needs}:\n\n" + _python(lines)
+
+
+def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
+    """A field of the record's section on an ONNX graph."""
+    facts = record.extra.get("onnx")
+    found = facts.get(name) if isinstance(facts, Mapping) else None
+    return found if isinstance(found, type(default)) else default
+
+
+def _onnx(graph: str, record: FoldRecord, files: Collection[str]) -> list[str]:
+    words = {"input_ids"} <= {*map(str, _onnx_facts(record, "inputs", []))} <= _TOKENIZED
+    runs = words and "tokenizer_config.json" in files
+    lines = ["import onnxruntime", *["from transformers import AutoTokenizer"] * runs, "", 'folder = "."']
+    lines += [f'session = onnxruntime.InferenceSession(f"{{folder}}/{graph}")']
+    if not runs:
+        return [*lines, "print([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    lines += ['inputs = tokenizer("The quick brown fox", return_tensors="np")']
+    return [*lines, "outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})"]
 
 
 def _undoing(files: Collection[str], *, exact: bool) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import configs, export, live, naming, onnx_graph, peft_live
+from . import card, configs, export, live, naming, onnx_graph, peft_live
 from .errors import CheckpointError, ExportError, MissingDependencyError, StateError, printable
 from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
@@ -344,9 +344,12 @@ def _write_rest(
             staging.put_json("genai_config.json", genai)
             report = replace(report, generation=True)
     record = FoldRecord((), {}) if record is None else configs.public_record(record)
-    record = replace(
-        record, extra={**record.extra, "onnx": report.to_dict()}, files=staging.hashes(but=configs.NOT_HASHED)
-    )
+    record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
+    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    text = card.written_card(_home_of(model), record, config, staging.names(), exact=False)
+    if text is not None:
+        staging.put_text(card.CARD, text)
+    record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
     staging.put_json(configs.RECORD, record.to_dict())
     return report
 

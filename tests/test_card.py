@@ -11,7 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from checkpoints import adapted, build, quiet_fold
+from checkpoints import adapted, build, load, quiet_fold
 from hub_server import RELATIONS, problems
 from huggingface_hub import ModelCard
 from torch import nn
@@ -177,14 +177,20 @@ def test_loading_and_undoing_as_the_card_says(
         assert not (place_of / "README.md").exists()  # nothing is folded into it any more
 
 
-def test_the_snippet_with_a_tokenizer_generates(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def with_tokenizer(source: Path, folder: Path) -> Path:
+    """A copy of ``source`` that knows five words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "The": 1, "quick": 2, "brown": 3, "fox": 4}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    base = shutil.copytree(place / "PLAIN", tmp_path / "base")
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(base)  # noqa: S106
+    shutil.copytree(source, folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)  # noqa: S106
+    return folder
+
+
+def test_the_snippet_with_a_tokenizer_generates(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_tokenizer(place / "PLAIN", tmp_path / "base")
     quiet_fold(base, place / "ADAPTER", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
     (code,) = snippets(text_of(tmp_path / "out"), "python")
@@ -192,6 +198,32 @@ def test_the_snippet_with_a_tokenizer_generates(place: Path, tmp_path: Path, mon
     outputs = run_python(code, tmp_path / "out")["outputs"]
     assert outputs[0, :4].tolist() == [1, 2, 3, 4]
     assert outputs.shape[1] > 4
+
+
+def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_tokenizer(place / "PLAIN", tmp_path / "base")
+    folded = tmp_path / "folded"
+    quiet_fold(base, place / "ADAPTER", folded)
+    (folded / "README.md").write_text(text_of(folded) + "\nWords of mine.\n")
+    oftsurgery.export_onnx(folded, tmp_path / "out", "float32")
+    text = text_of(tmp_path / "out")
+    assert problems(text) == []
+    assert "Words of mine." in text
+    data = ModelCard(text).data.to_dict()
+    assert (data["library_name"], data["base_model_relation"]) == ("onnx", "merge")
+    assert data["tags"] == ["oft", "oftsurgery", "onnx"]
+    assert "Nothing is folded back out of an ONNX graph" in text
+    monkeypatch.chdir(tmp_path / "out")
+    (code,) = snippets(text, "python")
+    model = load(folded, "LlamaForCausalLM")
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3, 4]])).logits
+    assert (torch.from_numpy(run_python(code, tmp_path)["outputs"][0]) - logits).abs().max() < 1e-4
+    # neither a tokenizer nor an adapter: the card says what there is to say
+    bare = card.section(FoldRecord((), {}), {}, ["model.onnx"], exact=False)
+    assert "with nothing folded in" in bare
+    assert "session" in run_python(snippets(bare, "python")[0], tmp_path)
+    assert oftsurgery.push_to_hub(tmp_path / "out", "a/b", dry_run=True).files.keys() >= {"model.onnx", "README.md"}
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
