@@ -340,7 +340,10 @@ def _cards(record: FoldRecord, checks: Sequence[_Check], files: Mapping[str, int
         worst = max(values, key=lambda path: values[path])
         if metric.id in ("error", "output_error"):
             plain = _plain_median(metric, record)
-            note = f"worst {metric.show(values[worst])}" if plain is None else f"plain rounding: {metric.show(plain)}"
+            spread = [metric.show(_quantile(list(values.values()), share)) for share in (0.25, 0.75)]
+            note = (
+                f"plain rounding: {metric.show(plain)}" if plain is not None else f"half within {' to '.join(spread)}"
+            )
             cards.append(_card(f"{metric.column}, median", metric.show(statistics.median(values.values())), note))
         if metric.id != "output_error":
             what = {"error": "error, worst", "rho": "ρ, worst", "angle": "angle, largest", "defect": "defect, largest"}

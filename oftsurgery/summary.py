@@ -172,10 +172,10 @@ class Scale:
     @classmethod
     def of_errors(cls, values: Sequence[float]) -> Scale:
         """From the least to the largest. A spread of less than a tenth is not drawn as a large one; one of more than
-        tenfold (formats of 4 and 8 bits side by side) is drawn in ratios.
+        a hundredfold (quantised weights beside float32 ones) is drawn in ratios.
         """
         low, high = min(values), max(values)
-        if high > 10 * low:
+        if high > 100 * low:
             low = max(low, high * 1e-4)
             return cls(low, high, ratios=True) if high > 0 else cls(0.0, 0.0)
         middle, half = (low + high) / 2, max((high - low) / 2, high * 0.05)

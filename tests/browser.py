@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import tempfile
@@ -74,11 +75,9 @@ def blocked(driver: Any) -> list[str]:
     return [m["params"].get("blockedReason", "") for m in messages if m["method"] == "Network.loadingFailed"]
 
 
-def photograph(driver: Any, path: Path, *, height: int | None = None) -> None:
+def photograph(driver: Any, *, height: int | None = None) -> bytes:
     """The page as a PNG: all of it, or from its top down to ``height``."""
-    import base64
-
     size = driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
     clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
-    path.write_bytes(base64.b64decode(shot["data"]))
+    return base64.b64decode(shot["data"])
