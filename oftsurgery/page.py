@@ -95,7 +95,7 @@ _METRICS = (
         "ρ",
         f"The error beside what the adapter changed, ‖stored − exact‖ / ‖exact − base‖. Near 0 the adapter is whole; above "
         f"{WEAK} (marked !) most of it is lost in the rounding; at 1 leaving the adapter out would be as near.",
-        Scale.from_zero,
+        Scale.to_one,
         lambda v: f"{v:.2f}",
         "a ratio",
         lambda v: f"{v:.2f}",
@@ -181,7 +181,9 @@ def render(
     maps = [_map(metric, record, place, rows) for metric in _METRICS if _values(metric, record)]
     facts: dict[str, Any] = {
         "title": f"{_adapters(record)} · fold report",
-        "headline": f"{_adapters(record)}, folded into {_count(len(record.modules), 'weight')}",
+        "headline": f"{_adapters(record)}, folded into {_count(len(record.modules), 'weight')}"
+        if record.adapters
+        else "Nothing folded in",
         "subtitle": _subtitle(record, name),
         "verdict": _verdict(record, checks),
         "cards": _cards(record, checks, files or {}),
@@ -193,7 +195,7 @@ def render(
         "fold": _fold(record),
         "sizes": _sizes(record, files or {}),
         "earlier": _earlier(record),
-        "onnx": _flat(record.extra.get("onnx")),
+        "onnx": _onnx(record.extra.get("onnx")),
         "words": _WORDS,
         "levels": range(LEVELS),
         "version": __version__,
@@ -296,7 +298,7 @@ def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
             "text": f"{_count(len(failed), 'weight')} failed the comparison with base and adapter, the worst {printable(failed[0])}.",
         }
     if not modules:
-        return {"tone": "plain", "word": "Nothing was rotated.", "text": "The record names no module."}
+        return {"tone": "plain", "word": "Nothing was rotated.", "text": "The record names no weight."}
     rho = {path: r for path, m in modules.items() if (r := m.rho) is not None}
     if rho:
         worst = max(rho, key=lambda path: rho[path])
@@ -767,7 +769,7 @@ def _fold(record: FoldRecord) -> list[_Fact]:
 
 def _before_after(record: FoldRecord, files: Mapping[str, int]) -> tuple[int | None, int] | None:
     sizes = record.sizes
-    before, after = sizes.get("before"), sizes.get("after", files.get("weights"))
+    before, after = sizes.get("before"), sizes.get("after") or files.get("weights") or files.get("ONNX")
     return (before or None, after) if after else None
 
 
@@ -803,16 +805,52 @@ def _earlier(record: FoldRecord) -> dict[str, Any] | None:
     return {"caption": "What the model carried before this fold", "words": 4, "head": head, "rows": rows}
 
 
-def _flat(value: object, name: str = "") -> list[_Fact]:
+def _onnx(value: object) -> dict[str, Any] | None:
+    """What the export of a graph recorded, in any shape: another version's may differ."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    facts: list[_Fact] = []
+    tables = []
+    for key, item in value.items():
+        name = printable(key).replace("_", " ")
+        if key == "nbytes" and is_figure(item):
+            facts.append(("weights of the graph", size(item), False))
+        elif key == "checks" and isinstance(item, (list, tuple)) and all(map(_is_check, item)):
+            if item:
+                tables.append(_comparisons(item))
+        elif isinstance(item, Mapping) and len(item) > 6 and all(isinstance(v, str) for v in item.values()):
+            counts = Counter(item.values()).most_common(10)
+            facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts), False))
+        else:
+            facts += _flat(item, name)
+    return {"facts": facts, "tables": tables}
+
+
+def _is_check(value: object) -> bool:
+    errors = value.get("errors") if isinstance(value, Mapping) else None
+    return isinstance(errors, Mapping) and all(map(is_figure, errors.values()))
+
+
+def _comparisons(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    outputs = list(dict.fromkeys(name for check in checks for name in check["errors"]))[:_KINDS]
+    rows = [
+        [printable(c.get("inputs", "")), *(scientific(c["errors"][n]) if n in c["errors"] else "–" for n in outputs)]
+        for c in checks[:_LOOSE]
+    ]
+    caption = "onnxruntime beside torch: largest difference, relative to the largest value"
+    return {"caption": caption, "head": ["inputs", *map(printable, outputs)], "rows": rows}
+
+
+def _flat(value: object, name: str) -> list[_Fact]:
     """Facts of a JSON value, named by their place in it."""
     if isinstance(value, Mapping):
-        return [fact for key, item in value.items() for fact in _flat(item, f"{name} {printable(key)}".strip())][:200]
+        return [fact for key, item in value.items() for fact in _flat(item, f"{name} {printable(key)}")][:200]
     if isinstance(value, (list, tuple)):
         return [(name, ", ".join(printable(v) for v in value[:50]) or "none", False)]
     if value is None:
         return []
-    shown = f"{value:.4g}" if isinstance(value, float) else printable(value)
-    return [(name.replace("_", " "), shown, False)]
+    shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else printable(value)
+    return [(name, f"{value:.4g}" if isinstance(value, float) else shown, False)]
 
 
 def _count(n: int, one: str, many: str | None = None) -> str:

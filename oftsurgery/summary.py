@@ -187,6 +187,11 @@ class Scale:
         return cls(0.0, max(values))
 
     @classmethod
+    def to_one(cls, values: Sequence[float]) -> Scale:
+        """From zero to one, or to the largest where that is more: the same colour for the same ratio everywhere."""
+        return cls(0.0, max(1.0, *values))
+
+    @classmethod
     def of_defects(cls, values: Sequence[float]) -> Scale:
         """In ratios of at least tenfold, and from float32's own rounding up where that is all there is."""
         high = max(1e-4, *values)

@@ -24,6 +24,7 @@ from peft import OFTConfig, get_peft_model
 import oftsurgery
 from oftsurgery import cli, drawing, page, staging
 from oftsurgery.errors import CheckpointError, DiskError, MissingDependencyError, StateError
+from oftsurgery.onnx_export import OnnxCheck
 from oftsurgery.record import AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.summary import LEVELS, Scale, histogram, layout
 
@@ -269,13 +270,42 @@ def test_other_roundings_stand_beside_plain_rounding() -> None:
 
 def test_earlier_folds_and_onnx_are_told() -> None:
     first = record_of({"up": module(0.05)})
-    onnx = {"dtype": "float16", "outputs": {"logits": {"max_abs": 0.00123}}, "shapes": [[1, 8], [3, 64]]}
+    exported = oftsurgery.OnnxReport(
+        dtype="float16",
+        opset=20,
+        inputs=("input_ids", "attention_mask"),
+        outputs=("logits",),
+        nbytes=23_400_000,
+        quantized={f"h.{i}.up": "nf4" for i in range(9)},
+        dequantized={"head": "its block size"},
+        repacked=(),
+        tolerance=0.01,
+        checks=(OnnxCheck("batch 3, length 64", {"logits": 0.00123}),),
+        verified=True,
+        versions={"onnx": "1.23.2"},
+    )
+    onnx = exported.to_dict() | {"newer": {"unknown": {"figure": 0.5}}}
     record = record_of({"up": module()}, earlier=(first, first), extra={"onnx": onnx})
     text = oftsurgery.report(record)
     assert "over 2 earlier folds" in text
     assert "What the model carried before this fold" in text
     assert '<section id="onnx"' in text
-    assert "<dt>outputs logits max abs</dt><dd>0.00123</dd>" in text
+    for fact in (
+        "<dd>23.4 MB</dd>",
+        "<dd>9 × nf4</dd>",
+        "<dt>newer unknown figure</dt><dd>0.5</dd>",
+        "<dd>yes</dd>",
+        "<dt>dequantized head</dt><dd>its block size</dd>",
+    ):
+        assert fact in text
+    assert re.search(r'<th scope="row">batch 3, length 64</th>\s*<td class="n">1.2e-3</td>', text)
+    strange = {
+        "onnx": {"checks": [{"errors": {"x": "y"}}, 3], "nbytes": "z", "quantized": {f"{i}": [i] for i in range(9)}}
+    }
+    assert '<section id="onnx"' in oftsurgery.report(record_of({"up": module()}, extra=strange))
+    assert '<section id="onnx"' not in oftsurgery.report(record_of({"up": module()}, extra={"onnx": "none"}))
+    graph_alone = oftsurgery.report(FoldRecord((), {}, extra={"onnx": onnx}))
+    assert "<h1>Nothing folded in</h1>" in graph_alone
     assert '<section id="onnx"' not in oftsurgery.report(first)
 
 
@@ -289,15 +319,15 @@ def test_paths_of_this_machine_stay_here() -> None:
 
 def test_a_mixture_of_thousands_stays_small() -> None:
     kinds = ("gate_proj", "up_proj", "down_proj")
-    paths = [f"model.layers.{i}.mlp.experts.{e}.{k}" for i in range(48) for e in range(128) for k in kinds]
+    paths = [f"model.layers.{i}.mlp.experts.{e}.{k}" for i in range(24) for e in range(64) for k in kinds]
     modules = {path: module(0.08 + i % 97 / 1e4, angle=i % 89 / 100) for i, path in enumerate(paths)}
     text = oftsurgery.report(record_of(modules))
     assert len(text.encode()) < 2_000_000
-    assert "18432 weights; here the 1000 with the largest errors" in text
+    assert "4608 weights; here the 1000 with the largest errors" in text
     assert "* stands for all members of a list" in text
     strange = {f"m{i}.{'x' * 300}": module() for i in range(2000)}
     assert len(oftsurgery.report(record_of(strange)).encode()) < 2_000_000
-    wide = {f"h.{i}.k{j}": module() for i in range(300) for j in range(30)} | {
+    wide = {f"h.{i}.k{j}": module() for i in range(80) for j in range(30)} | {
         f"s{i}.{j}.k": module() for i in range(30) for j in range(2)
     }
     text = oftsurgery.report(record_of(wide))
