@@ -344,7 +344,7 @@ def _cards(record: FoldRecord, checks: Sequence[_Check], files: Mapping[str, int
             plain = _plain_median(metric, record)
             spread = [metric.show(_quantile(list(values.values()), share)) for share in (0.25, 0.75)]
             note = (
-                f"plain rounding: {metric.show(plain)}" if plain is not None else f"half within {' to '.join(spread)}"
+                f"plain rounding: {metric.show(plain)}" if plain is not None else f"half between {' and '.join(spread)}"
             )
             cards.append(_card(f"{metric.column}, median", metric.show(statistics.median(values.values())), note))
         if metric.id != "output_error":
