@@ -38,6 +38,11 @@ _SHOWN = 10  # modules in the table of errors
 
 # metadata that go from a base's card to those of what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LOAD = "## How to load it"
+_PICTURES = {
+    "errors.png": "Error of storing each rotated weight, layers by kinds of modules",
+    "angles.png": "Largest rotation angle of each module, layers by kinds of modules",
+}
 # what a tokenizer gives
 _TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
 # tags that tell of the format, which another export may change
@@ -212,8 +217,10 @@ def merged(mine: str, theirs: str) -> str:
     return amended(theirs, new, card.data.to_dict(), "")
 
 
-def named(text: str, repo_id: str, revision: str | None = None) -> str:
-    """``text`` with a repository's name in the place of the folder that a reader of the local card stands in."""
+def named(text: str, repo_id: str, revision: str | None = None, *, pictures: Collection[str] = ()) -> str:
+    """``text`` with a repository's name in the place of the folder that a reader of the local card stands in, and with
+    pictures of what the fold cost.
+    """
     card = _parse(text)
     parts = _split(card.text)
     if parts is None:
@@ -224,7 +231,8 @@ def named(text: str, repo_id: str, revision: str | None = None) -> str:
         'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
     )
     new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
-    card.text = parts[0] + new + parts[1]
+    shown = "".join(f"![{_PICTURES.get(name, name)}]({name})\n\n" for name in pictures)
+    card.text = parts[0] + new.replace(_LOAD, shown + _LOAD, 1) + parts[1]
     return str(card)
 
 
@@ -278,7 +286,7 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         BEGIN,
         "## How this model was made",
         *(_fold(fold, i if record.earlier else 0) for i, fold in enumerate((*record.earlier, record), start=1)),
-        "## How to load it",
+        _LOAD,
         _loading(record, config, files),
         "## How to undo it",
         _undoing(files, exact=exact),

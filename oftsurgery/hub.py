@@ -6,11 +6,12 @@ them before the commit, which is the last step.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +58,7 @@ class PushReport:
         files: ``{file name: bytes}`` of all that is sent.
         changed: files among them that are no longer as the record has them (no weights: those are refused).
         left_out: names in the folder that are no part of the export.
+        pictures: ``{file name: PNG}`` of those that are drawn for the card, where matplotlib is installed.
         url: of the commit; None before the push, and in a dry run.
         commit: its hash.
         pull_request: its address.
@@ -71,6 +73,7 @@ class PushReport:
     files: Mapping[str, int]
     changed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     url: str | None = None
     commit: str | None = None
     pull_request: str | None = None
@@ -85,6 +88,7 @@ class PushReport:
         return {**vars(self), "files": dict(self.files), "bytes": self.nbytes} | {
             "changed": list(self.changed),
             "left_out": list(self.left_out),
+            "pictures": list(self.pictures),
         }
 
 
@@ -102,7 +106,8 @@ def push_to_hub(
 ) -> PushReport:
     """Push an exported folder to a Hub repository, as one commit.
 
-    Sent are the files that ``oftsurgery.json`` names, itself, and the model card; nothing else that lies in the folder.
+    Sent are the files that ``oftsurgery.json`` names, itself, and the model card (with pictures, where matplotlib is
+    installed to draw them); nothing else that lies in the folder.
     A card that the repository has already is amended in the section between oftsurgery's marks. Files of an earlier
     export in the repository that this one has not are deleted there.
 
@@ -141,6 +146,8 @@ def plan_push(
     path = Path(folder).expanduser()
     record, files, changed = _manifest(path)
     sent = {*files}
+    pictures = _pictures(record) if CARD in files else {}
+    files |= {name: len(data) for name, data in pictures.items()}
     return PushReport(
         folder=str(path),
         repo_id=_target(repo_id, record, path, token),
@@ -151,6 +158,7 @@ def plan_push(
         files=MappingProxyType(files),
         changed=changed,
         left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in sent)),
+        pictures=MappingProxyType(pictures),
     )
 
 
@@ -181,6 +189,15 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
     names = sorted({*record.files, configs.RECORD, *own})
     files = {name: inside(folder, name).stat().st_size for name in names}
     return record, files, tuple(n for n, s in state.items() if s == "changed")
+
+
+def _pictures(record: FoldRecord) -> dict[str, bytes]:
+    """``{file name: PNG}`` for the card, where they can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    from . import drawing
+
+    return drawing.figures(record)
 
 
 def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | None) -> str:
@@ -307,7 +324,9 @@ class _Sending:
             readme = _card(folder, fetched(CARD), report) if CARD in report.files else None
         additions = []
         for name in report.files:
-            content = readme.encode() if name == CARD and readme is not None else str(inside(folder, name))
+            content: bytes | str | None = report.pictures.get(name)
+            if content is None:
+                content = readme.encode() if name == CARD and readme is not None else str(inside(folder, name))
             additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
         for addition in additions:
             name = addition.path_in_repo
@@ -367,7 +386,7 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
 
 
 def _card(folder: Path, there: Path | None, report: PushReport) -> str:
-    mine = card.named(card.read(folder), report.repo_id, report.revision)
+    mine = card.named(card.read(folder), report.repo_id, report.revision, pictures=report.pictures)
     return mine if there is None else card.merged(mine, card.read(there.parent))
 
 

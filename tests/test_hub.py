@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ TOKEN = "hf_" + "Ab3" * 12
 OTHER = "hf_" + "Xy7" * 12
 READER = "readonly-token-of-no-known-form"
 REPO = "me/folded"
+PICTURES = ("errors.png", "angles.png")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,9 @@ def online(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(
+        hub, "_pictures", lambda record: {}
+    )  # which take a second to draw, and have a test of their own
     huggingface_hub.close_session()
     waited: list[float] = []
     from huggingface_hub.utils import _http
@@ -135,7 +140,10 @@ def test_the_command_pushes_in_a_process_of_its_own(place: Path, server: Hub, tm
     assert f"to: {REPO}\n" in done.stdout
     assert "Traceback" not in done.stderr
     files = server.files(REPO)
-    assert {n: d for n, d in files.items() if n not in (".gitattributes", "README.md")} == sent(folder)
+    assert {n: d for n, d in files.items() if n not in (".gitattributes", "README.md", *PICTURES)} == sent(folder)
+    # the card shows pictures that are there
+    assert re.findall(r"!\[[^\]]+\]\((.*)\)", files["README.md"].decode()) == list(PICTURES)
+    assert all(files[name].startswith(b"\x89PNG") for name in PICTURES)
     # again: nothing to send, nothing to commit
     puts = len(server.asked("PUT", ""))
     again = run(server, tmp_path / "home", "push", str(folder), REPO, "--json", "--token", "-", stdin=TOKEN + "\n")
@@ -161,7 +169,9 @@ def test_export_folds_checks_and_pushes(place: Path, server: Hub, tmp_path: Path
     assert said["record"] == json.loads((tmp_path / "out" / "oftsurgery.json").read_text())
     assert said["push"]["repo_id"] == "me/llama-ADAPTER-bfloat16"
     files = server.files("me/llama-ADAPTER-bfloat16")
-    assert {n: d for n, d in files.items() if n not in (".gitattributes", "README.md")} == sent(tmp_path / "out")
+    assert {n: d for n, d in files.items() if n not in (".gitattributes", "README.md", *PICTURES)} == sent(
+        tmp_path / "out"
+    )
     assert TOKEN not in done.stdout + done.stderr
 
 
@@ -212,18 +222,24 @@ def test_only_the_files_of_the_export_are_sent(
 
 
 def test_a_dry_run_lists_files_sizes_and_target_and_asks_the_hub_nothing(
-    place: Path, server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    server: Hub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ("push", str(place / "FOLDED"), REPO, "--dry-run", "--revision", "v2", "--create-pr", "--private")
     done = run(server, tmp_path, *words)  # not even a token
     assert done.returncode == 0, done.stderr
     lines = dict(line.split()[:2] for line in done.stdout.split("\n\n")[0].splitlines()[1:])
-    assert lines.keys() == file_bytes(place / "FOLDED").keys()
+    assert lines.keys() == file_bytes(place / "FOLDED").keys() | {*PICTURES}
     assert (place / "FOLDED" / "config.json").stat().st_size == 1222
     assert "config.json                       1 kB" in done.stdout
-    for line in (f"to: {REPO}", "branch: v2", "as: a pull request", "visibility: private", "in all: 9 files, 118 kB"):
+    for line in (f"to: {REPO}", "branch: v2", "as: a pull request", "visibility: private"):
         assert line in done.stdout.splitlines()
+    assert "in all: 11 files, " in done.stdout
     assert server.requests == []
+    monkeypatch.setattr(hub, "_pictures", lambda record: {})
     assert cli.main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["files"] == {n: len(d) for n, d in file_bytes(place / "FOLDED").items()}
@@ -308,8 +324,8 @@ def test_a_terminal_is_asked(place: Path, server: Hub, tmp_path: Path) -> None:
     out, err = process.communicate()
     os.close(leader)
     assert process.returncode == 0
-    assert "push 9 files to me/llama-ADAPTER-nf4? [y/N]" in err
-    assert "in all: 9 files" in out
+    assert "push 11 files to me/llama-ADAPTER-nf4? [y/N]" in err
+    assert "in all: 11 files" in out
     assert set(server.repos) == {"me/llama-ADAPTER-nf4"}
 
 
