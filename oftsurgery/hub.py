@@ -224,6 +224,8 @@ def _derived(record: FoldRecord, folder: Path) -> str:
     formats = {m.format.partition(" ")[0] for m in record.modules.values()}
     if None in parts or len(parts) < 2:
         parts = [folder.resolve().name]
+    elif any(name.endswith(".onnx") for name in record.files):
+        parts.append("onnx")
     elif len(formats) == 1:
         parts += formats
     name = "-".join(str(part).rstrip("/").rpartition("/")[2] for part in parts)
@@ -373,8 +375,14 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
     """
     earlier: set[str] = set()
     if record is not None:
-        found = configs.record_in(record.parent)
-        earlier = set(found.files) if found is not None else set()
+        try:
+            found = configs.record_in(record.parent)
+        except CheckpointError as error:
+            raise StateError(
+                f"the {configs.RECORD} in the repository {report.repo_id} cannot be read: {error.message}",
+                remedy="name another repository or revision, or delete that file there",
+            ) from None
+        earlier = {n for n in found.files if not n.startswith(".") and n != CARD} if found is not None else set()
     others = there - set(report.files)
     foreign = {n for n in others - earlier if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}
     if foreign and any(n.endswith(".safetensors") for n in report.files):
@@ -413,7 +421,7 @@ def _api(token: str) -> Any:
 
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
-_AGAIN = "the same push goes on where this one ended: what is uploaded is not sent again"
+_AGAIN = "push again, with `oftsurgery push` or push_to_hub: what is uploaded is not sent again"
 _REASONS: Mapping[int, tuple[str, str]] = MappingProxyType(
     {
         401: ("the Hub does not accept the token", _LOGIN),

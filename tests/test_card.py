@@ -205,7 +205,7 @@ def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatc
     folded = tmp_path / "folded"
     quiet_fold(base, place / "ADAPTER", folded)
     (folded / "README.md").write_text(text_of(folded) + "\nWords of mine.\n")
-    oftsurgery.export_onnx(folded, tmp_path / "out", "float32")
+    oftsurgery.export_onnx(folded, tmp_path / "out", "float32", verify=False)  # the snippet is compared below
     text = text_of(tmp_path / "out")
     assert problems(text) == []
     assert "Words of mine." in text

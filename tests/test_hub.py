@@ -257,15 +257,15 @@ def test_a_dry_run_lists_files_sizes_and_target_and_asks_the_hub_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ("push", str(place / "FOLDED"), REPO, "--dry-run", "--revision", "v2", "--create-pr", "--private")
-    done = run(server, tmp_path, *words)  # not even a token
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split()[:2] for line in done.stdout.split("\n\n")[0].splitlines()[1:])
+    assert cli.main([*words]) == 0  # without a token
+    out = capsys.readouterr().out
+    lines = dict(line.split()[:2] for line in out.split("\n\n")[0].splitlines()[1:])
     assert lines.keys() == file_bytes(place / "FOLDED").keys() | {*PICTURES}
     assert (place / "FOLDED" / "config.json").stat().st_size == 1222
-    assert "config.json                       1 kB" in done.stdout
+    assert "config.json                       1 kB" in out
     for line in (f"to: {REPO}", "branch: v2", "as: a pull request", "visibility: private"):
-        assert line in done.stdout.splitlines()
-    assert "in all: 11 files, " in done.stdout
+        assert line in out.splitlines()
+    assert "in all: 11 files, " in out
     assert server.requests == []
     monkeypatch.setattr(hub, "_pictures", lambda record: {})
     assert cli.main([*words, "--json"]) == 0
@@ -412,6 +412,11 @@ def test_an_export_in_another_format_replaces_the_earlier_one(place: Path, serve
     )
     assert files["NOTES.md"] == b"mine"
     assert load(REPO, "LlamaForCausalLM", dtype=torch.bfloat16) is not None
+    server.put(REPO, {"oftsurgery.json": "{}"})
+    with pytest.raises(
+        StateError, match=r"oftsurgery.json in the repository me/folded cannot be read.*delete that file"
+    ):
+        oftsurgery.push_to_hub(place / "FOLDED", REPO)
     server.put(REPO, {"oftsurgery.json": None})
     with pytest.raises(StateError, match=r"holds another checkpoint: model.safetensors, which oftsurgery did not put"):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
@@ -449,14 +454,18 @@ FAULTS: dict[str, tuple[list[tuple[tuple[str, str], dict[str, Any]]], list[str],
     "409 once": ([(COMMIT, {"status": 409})], [], 0),
     "409 again and again": (
         [(COMMIT, {"status": 409, "times": 9})],
-        ["is being changed by another request (HTTP 409: it does not work)", "the same push goes on", NOTHING],
+        [
+            "is being changed by another request (HTTP 409: it does not work)",
+            "push again, with `oftsurgery push`",
+            NOTHING,
+        ],
         0,
     ),
     "412 again and again": ([(COMMIT, {"status": 412, "times": 9})], ["committed to again and again", NOTHING], 0),
     "429 with Retry-After at an upload": ([(PUT, {"status": 429, "headers": {"Retry-After": "7"}})], [], 7),
     "429 with Retry-After at the commit": (
         [(COMMIT, {"status": 429, "headers": {"Retry-After": "17"}})],
-        ["the Hub was asked too often (HTTP 429", "wait 17 seconds; the same push goes on", NOTHING],
+        ["the Hub was asked too often (HTTP 429", "wait 17 seconds; push again", NOTHING],
         0,
     ),
     "500 twice at an upload": ([(PUT, {"status": 500, "times": 2})], [], 2),
