@@ -321,6 +321,7 @@ def plan_fold(
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: Rounding | Literal["calibrated"] | None = None,
+    undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing
@@ -352,6 +353,7 @@ def plan_fold(
         quantization=quantization,
         fold_into=fold_into,
         rounding="mse" if mode == "calibrated" else mode,
+        undo=None if undo is None else Path(undo).expanduser(),
         max_shard_bytes=parse_size(max_shard_size),
     )
     return replace(plan, rounding=mode)
@@ -371,6 +373,7 @@ def fold_checkpoint(
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
+    undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,
@@ -395,10 +398,13 @@ def fold_checkpoint(
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, each cut after 512
             tokens. A calibration loads the model through transformers and runs it; nothing else here does.
+        undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` gives every byte back that
+            the fold changes. It needs a fold that keeps the weights' formats (quantising a plain source first is no
+            part of the fold, and stays).
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without any, simply start.
-        force: replace what is at ``destination``, at the rename and not before.
+        force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
         progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
 
     Returns:
@@ -424,6 +430,7 @@ def fold_checkpoint(
         skip_modules=skip_modules,
         fold_into=fold_into,
         rounding=mode,
+        undo=undo,
         max_shard_size=max_shard_size,
     )
     batches = None
@@ -485,6 +492,7 @@ def unfold_checkpoint(
     *,
     base: str | PathLike[str] | None = None,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
+    undo: str | PathLike[str] | None = None,
     rounding: Rounding = "nearest",
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
@@ -500,6 +508,8 @@ def unfold_checkpoint(
         base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
         adapter: what was folded: rotated back by the true inverse, rounded once more, with an
             :class:`~oftsurgery.UnfoldWarning` that states the error.
+        undo: the file that ``fold_checkpoint(…, undo=…)`` wrote, or :func:`fold` of the same model: exact, checked
+            against the hashes in it.
         rounding: of quantised weights that are rotated back, as for :func:`fold`.
         max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
@@ -507,15 +517,17 @@ def unfold_checkpoint(
         the record of what is still folded in, or None.
 
     Raises:
-        StateError: neither or both of ``base`` and ``adapter``, or another adapter than the last one folded.
-        IntegrityError: ``base`` is not what was folded.
+        StateError: none or several of ``base``, ``adapter`` and ``undo``, or another fold than the last one.
+        IntegrityError: ``base`` is not what was folded, or ``folded`` not what the fold left.
+        UndoError: ``undo`` is no undo record, or a damaged one.
         and those of :func:`fold_checkpoint`.
     """
     from . import checkpoint, configs
 
-    if (adapter is None) == (base is None):
+    if sum(given is not None for given in (adapter, base, undo)) != 1:
         raise StateError(
-            "unfold needs the adapter or the base", remedy="adapter=… rotates back, base=… restores exactly"
+            "unfold needs one of the adapter, the base and an undo record",
+            remedy="adapter=… rotates back, base=… and undo=… restore exactly",
         )
     source = shards.open_checkpoint(files.find_checkpoint(folded))
     size = parse_size(max_shard_size)
@@ -523,12 +535,14 @@ def unfold_checkpoint(
         plan = checkpoint.plan_restore(
             source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size
         )
+    elif undo is not None:
+        plan = checkpoint.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
     else:
         assert adapter is not None  # noqa: S101 - checked above
         plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
     with _byte_bar(progress, "unfold") as step:
         result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
-    if base is None:
+    if adapter is not None:
         kept = sum(len(a.saved) for a in plan.adapters)
         live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept)
     return result.record

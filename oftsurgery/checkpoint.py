@@ -8,12 +8,13 @@ resumed gives the same bytes as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,13 +26,14 @@ from . import card, codecs, companions, configs
 from .adapter import OFTAdapter, Rotation
 from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
-from .errors import FormatError, IntegrityError, MatchError, OFTSurgeryError, StateError, printable
+from .errors import FormatError, IntegrityError, MatchError, OFTSurgeryError, StateError, UndoError, printable
 from .hashing import hash_tensors
 from .naming import Architecture, architecture_of, locate
 from .plan import LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging
+from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Shard",
     "plan_checkpoint",
     "plan_restore",
+    "plan_undo",
     "plan_unfold",
     "run_plan",
 ]
@@ -98,6 +101,8 @@ class Job:
         inverse: rotate back.
         expected: content hash that the weight must have before it is written (a restored base), or None.
         origin: checkpoint that is read, where it is not the plan's source.
+        restore: what the stored weight or tensor becomes, instead of all that (an undo record's doing).
+        beside: ``{output: tensor}`` to write in place of what follows from the restored weight.
         nbytes: that are read, for progress.
     """
 
@@ -115,6 +120,8 @@ class Job:
     inverse: bool = False
     expected: str | None = None
     origin: Checkpoint | None = None
+    restore: Callable[[EncodedWeight], EncodedWeight] | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +150,10 @@ class CheckpointPlan:
         unfolds: the last fold is taken out instead of another one put in.
         rounding: of the quantised weights that are rotated.
         calibration: content hash of what they are calibrated on, or None.
+        undo: the undo record that is written.
+        undone: the one that is used.
+        names: ``{name of a tensor: that which the adapter gives it}`` of the adapters' own values.
+        untied: ``{output: name of the tensor with which the source ties it}``.
     """
 
     source: Checkpoint
@@ -158,6 +169,10 @@ class CheckpointPlan:
     unfolds: bool = False
     rounding: str = "nearest"
     calibration: str | None = None
+    undo: Path | None = None
+    undone: UndoRecord | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -216,6 +231,7 @@ def plan_checkpoint(
     quantization: Quantization | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: str = "nearest",
+    undo: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
@@ -231,6 +247,12 @@ def plan_checkpoint(
         quantization = Quantization(format)
     architecture = _architecture(source, quantization)
     _check_formats(source, format, quantization, fold_into, architecture)
+    if undo is not None and (format in DENSE or fold_into != "quantized"):
+        raise StateError(
+            "an undo record gives the bytes back that a fold changes; this one changes the weights' formats too",
+            format=format,
+            remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
+        )
     builder = _Builder(source, architecture, format, quantization, fold_into)
     chains, saved = builder.match(adapters)
     jobs = builder.jobs(chains, saved)
@@ -249,8 +271,13 @@ def plan_checkpoint(
         shards=shards,
         config=config,
         carried=carried,
-        nbytes=sum(map(_job_bytes, jobs)) + sum((source.folder / name).stat().st_size for name in carried),
+        nbytes=sum(map(_job_bytes, jobs))
+        + sum((source.folder / name).stat().st_size for name in carried)
+        + (sum(job.nbytes for job in jobs if job.chain) // 4 if undo is not None else 0),
         rounding=rounding,
+        undo=undo,
+        names=builder.own,
+        untied=builder.untied,
     )
 
 
@@ -331,6 +358,97 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             ]
     config = configs.restored_config(folded.config, base.config)
     return _finish(folded, (), "same", architecture, jobs, config, max_shard_bytes)
+
+
+def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
+    """Plan to take the last fold out of a checkpoint exactly, by its undo record.
+
+    Raises:
+        StateError: the record's fold is not the checkpoint's last one.
+        MatchError: the checkpoint lacks what the record restores.
+        UndoError: the record is damaged.
+    """
+    undo.check_last(configs.record_in(folded.folder))
+    architecture = _architecture(folded, None)
+    weights = _located([f"{path}.weight" for path in undo.weights], architecture, undo)
+    saved = {name: n for n, name in _located(undo.tensors, architecture, undo).items()}
+    # of tensors that were one, a checkpoint holds the first
+    expected: dict[str, str] = {}
+    dropped: set[str] = set()
+    for group in undo.ties:
+        first, *others = (_located([n], architecture, undo)[n] for n in group)
+        dropped |= set(others) - {first}
+        for name, path in weights.items():
+            if path in dropped:
+                expected[first] = undo.before(name.removesuffix(".weight"))
+    paths = {name: n.removesuffix(".weight") for n, name in weights.items() if name not in dropped}
+    targets = {name: Target("", _format_of(folded, name, architecture), ()) for name in {*paths, *expected}}
+    jobs = []
+    for job in _Builder(folded, architecture, "same", None, "quantized").jobs(targets, {}):
+        if job.name in paths:
+            jobs.append(_undo_weight(job, folded, undo, paths[job.name], architecture))
+        elif job.name in saved:
+            jobs.append(_undo_tensor(job, undo, saved[job.name]))
+        elif job.name not in dropped:
+            jobs.append(replace(job, expected=expected.get(job.name)))
+    config = (
+        dict(undo.config)
+        if undo.config
+        else configs.restored_config(
+            folded.config,
+            {} if undo.tie_word_embeddings is None else {"tie_word_embeddings": undo.tie_word_embeddings},
+        )
+    )
+    plan = _finish(folded, (), "same", architecture, jobs, config, max_shard_bytes)
+    return replace(plan, undone=undo)
+
+
+def _located(names: Iterable[str], architecture: Architecture, undo: UndoRecord) -> dict[str, str]:
+    wanted = list(names)
+    found = locate(wanted, architecture)
+    lost = next((n for n in wanted if n not in found), None)
+    if lost is not None:
+        raise MatchError(
+            "the checkpoint lacks a tensor that the undo record restores",
+            tensor=lost,
+            path=undo.path,
+            remedy="give the checkpoint that was folded",
+        )
+    return found
+
+
+def _undo_weight(job: Job, folded: Checkpoint, undo: UndoRecord, path: str, architecture: Architecture) -> Job:
+    """``job``, which holds a folded weight, with its original instead."""
+    assert job.into is not None  # noqa: S101 - by construction
+    same = undo.shared_with(path)
+    if same is not None:
+        other = _located([same], architecture, undo)[same]
+
+        def restore(current: EncodedWeight) -> EncodedWeight:
+            before = load_weight(folded, other, transposed=other in architecture.transposed)
+            undo.check_shared(path, current, before)
+            return before
+
+        return replace(job, path=path, restore=restore)
+    before = undo.format(path, job.into.shape)
+    outputs = dict(job.outputs) if before.codec == "dense" else companions.spread_shapes(job.name, before)
+    beside = {}
+    for suffix, tensor in undo.files(path).items():
+        name = job.name.removesuffix("weight") + suffix
+        if tensor is None:
+            outputs.pop(name, None)
+        else:
+            outputs[name], beside[name] = (tensor.dtype, tuple(tensor.shape)), tensor
+    return replace(
+        job, path=path, into=before, outputs=outputs, beside=beside, restore=lambda current: undo.weight(path, current)
+    )
+
+
+def _undo_tensor(job: Job, undo: UndoRecord, name: str) -> Job:
+    def restore(current: EncodedWeight) -> EncodedWeight:
+        return codecs.dense(undo.tensor(name, current.tensors["weight"]))
+
+    return replace(job, kind="cast", base=None, restore=restore)
 
 
 def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
@@ -529,6 +647,8 @@ class _Builder:
         self.fold_into = fold_into
         #: output names of weights that the source shares with another module and the destination does not
         self.untied: dict[str, str] = {}
+        #: names of tensors that the adapters bring themselves → those by which they bring them
+        self.own: dict[str, str] = {}
 
     # --- matching ---
 
@@ -562,6 +682,8 @@ class _Builder:
             else:
                 targets[name] = target
                 self.untied |= {f"{path}.weight": name for path, of in self.architecture.tied.items() if of == name}
+        # not by the name of a head that will have a weight of its own
+        self.own = {own[n]: self.architecture.renamed[own[n]] if n in self.untied else n for n in plan.saved}
         return targets, {own[n]: t for n, t in plan.saved.items()}
 
     def _check_not_merged(self, paths: Iterable[str]) -> None:
@@ -683,6 +805,13 @@ class _Builder:
         return self._quantises(name) or (stored_quantised and self.format in DENSE)
 
     def _saved(self, name: str, values: Tensor) -> Job:
+        if values.is_floating_point() and self.source.entries[name].dtype not in _FLOATS:
+            raise FormatError(
+                "the adapter brings its own values for a weight that is stored quantised",
+                tensor=name,
+                format=self.source.entries[name].dtype,
+                remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+            )
         dtype = DENSE.get(self.format, self._loaded(name) or _dtype(self.source, name))
         return Job(name, "saved", {name: (dtype, tuple(values.shape))}, values.nbytes, values=values.to(dtype))
 
@@ -812,12 +941,19 @@ def run_plan(
         ``force`` is set. and those of a fold in memory.
     """
     _check_apart(plan, destination)
+    if plan.undo is not None and not (resume and plan.undo.is_file()):
+        check_free(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         run = _Run(plan, torch.device(device), progress, inputs_of)
+        if resume and plan.undo is not None and plan.undo.is_file():
+            with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
+                run.written = open_undo(plan.undo)
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
+        if plan.undo is not None and record is not None:
+            run.write_undo(plan.undo, record, staging, force=force)
         record = _write_rest(plan, record, staging)
         staging.publish()
     return RunResult(record, {path: float(m["error"]) for path, m in run.modules.items()})
@@ -833,6 +969,10 @@ def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
             raise StateError(
                 f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
             )
+    if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
+        raise StateError(
+            "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"
+        )
     if any(there.is_relative_to(f) for f in sources):
         raise StateError("the destination is inside the source", path=destination, remedy="name one outside it")
 
@@ -864,6 +1004,8 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "rounding": plan.rounding,
         "calibration": plan.calibration,
         "versions": versions(),
+        "undo": plan.undo is not None,
+        "undone": None if plan.undone is None else plan.undone.identity,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -882,6 +1024,8 @@ class _Run:
         self.total = sum(job.nbytes for job in plan.jobs)
         self.modules: dict[str, dict[str, Any]] = {}
         self.saved: dict[str, str] = {}
+        self.parts: UndoParts | None = None
+        self.written: UndoRecord | None = None
 
     def step(self, job: Job) -> None:
         self.done += job.nbytes
@@ -890,6 +1034,8 @@ class _Run:
 
     def shard(self, shard: Shard, staging: Staging) -> None:
         finished = staging.finished(shard.file)
+        if self.plan.undo is not None and self.written is None and staging.finished(_part(shard)) is None:
+            finished = None
         if finished is not None:
             self.modules |= finished.get("modules", {})
             self.saved |= finished.get("saved", {})
@@ -898,9 +1044,44 @@ class _Run:
             return
         modules, saved = self.modules, self.saved
         self.modules, self.saved = {}, {}
-        self._write(shard, staging)
+        if self.plan.undo is None:
+            self._write(shard, staging)
+        else:
+            with staging.writing(_part(shard)) as path, path.open("wb") as file:
+                self.parts = UndoParts(file)
+                self._write(shard, staging)
+            staging.finish(_part(shard), {"undo": self.parts.facts()})
         staging.finish(shard.file, {"modules": self.modules, "saved": self.saved})
         self.modules, self.saved = modules | self.modules, saved | self.saved
+
+    def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
+        """Join the shards' parts to the undo record at ``path``, unless a run that was killed has done it already."""
+        plan = self.plan
+        if self.written is None or not self.written.is_of(record):
+            with UndoWriter(path, force=force) as writer:
+                for shard in plan.shards:
+                    facts = staging.finished(_part(shard))
+                    if facts is None:
+                        raise StateError(
+                            "the undo record that is there is of another fold, and this one's is gone",
+                            path=path,
+                            remedy="start anew with another file: force=True (--force)",
+                        )
+                    writer.append(facts["undo"], staging.chunks(_part(shard)))
+                groups: dict[str, list[str]] = {}
+                for output, name in plan.untied.items():
+                    groups.setdefault(plan.architecture.renamed[name], []).append(output)
+                config = plan.source.config
+                if plan.format != "same":
+                    config = configs.output_config(config, plan.format, plan.quantization, untied=False)
+                writer.finish(
+                    record,
+                    ties=[(name, *outputs) for name, outputs in groups.items()],
+                    tie_word_embeddings=plan.source.config.get("tie_word_embeddings"),
+                    config=config,
+                )
+        for shard in plan.shards:
+            staging.drop(_part(shard))
 
     def _write(self, shard: Shard, staging: Staging) -> None:
         outputs = {name: (_torch_dtype(d), s) for job in shard.jobs for name, (d, s) in job.outputs.items()}
@@ -951,11 +1132,11 @@ class _Run:
 
     def _compute(self, job: Job, loaded: EncodedWeight | None) -> dict[str, Tensor]:
         if job.kind == "saved":
-            assert job.values is not None  # noqa: S101 - by construction
-            self.saved[job.name] = hash_tensors({job.name: self.plan.source.read(job.name)})
-            return {job.name: job.values}
+            return self._save(job)
         if loaded is None:
             return {}
+        if job.restore is not None:
+            return self._laid_out(job, job.restore(loaded))
         if job.kind == "cast":
             (name,) = job.outputs
             into = replace(loaded.format, dtype=_torch_dtype(job.outputs[name][0]))
@@ -977,10 +1158,43 @@ class _Run:
         new = folded.encoded if folded is not None else encoded
         if job.chain and folded is not None:
             self.modules[job.path] = _module_record(job, encoded, folded).to_dict()
+            if self.parts is not None:
+                self._keep(self.parts, job, encoded, folded)
+        return self._laid_out(job, new)
+
+    def _save(self, job: Job) -> dict[str, Tensor]:
+        assert job.values is not None  # noqa: S101 - by construction
+        stored = self.plan.source.read(job.name)
+        self.saved[job.name] = hash_tensors({job.name: stored})
+        if self.parts is not None:
+            self.parts.tensor(self.plan.names[job.name], stored.to(job.values.dtype), job.values)
+        return {job.name: job.values}
+
+    def _laid_out(self, job: Job, new: EncodedWeight) -> dict[str, Tensor]:
+        """The job's outputs, in the shapes that the checkpoint holds them in."""
+        if job.kind == "cast":
+            return {job.name: new.tensors["weight"]}
         if job.transpose_out or len(next(iter(job.outputs.values()))[1] or ()) == 4:
             weight = new.tensors["weight"]
             return {next(iter(job.outputs)): (weight.t() if job.transpose_out else weight.reshape(*weight.shape, 1, 1))}
-        return companions.spread(next(iter(job.outputs)), new)
+        found = companions.spread(next(iter(job.outputs)), new) | dict(job.beside)
+        return {name: found[name] for name in job.outputs}
+
+    def _keep(self, parts: UndoParts, job: Job, before: EncodedWeight, folded: FoldedWeight) -> None:
+        """Give the undo record what becomes of one rotated weight."""
+        output = next(iter(job.outputs))
+        source, untied = self.plan.source, self.plan.untied
+        changed = {n for j in self.plan.jobs if j.chain or j.kind == "saved" for n in j.outputs}
+        ties = [o for o, name in untied.items() if name == job.name and o != output]
+        ties += [job.name] if output in untied else []
+        same = next((n for n in ties if n not in changed), None)
+        if same is not None and job.values is None:
+            parts.shared(job.path, self.plan.architecture.renamed.get(same, same), before, folded.encoded)
+            return
+        if job.values is not None:  # the adapter's own weight, rotated: what the source holds is what comes back
+            before = load_weight(source, job.name, transposed=job.transposed)
+        beside = {} if job.base is not None or output != job.name else _beside(source, job.name, before)
+        parts.weight(job.path, before, folded.encoded, job.chain, folded.error, beside)
 
     def _recode(self, job: Job, encoded: EncodedWeight, into: WeightFormat) -> FoldedWeight:
         if self.inputs_of is not None and job.chain:
@@ -999,6 +1213,8 @@ class _Run:
 
     def record(self) -> FoldRecord | None:
         before = configs.record_in(self.plan.source.folder)
+        if before is None and self.plan.undone is not None:
+            before = self.plan.undone.fold
         if self.plan.unfolds:
             return replace(before.earlier[-1], earlier=before.earlier[:-1]) if before and before.earlier else None
         return FoldRecord(
@@ -1009,6 +1225,24 @@ class _Run:
             base={"fold_into": self.plan.fold_into, **_recorded(self.plan.quantization)},
             earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         )
+
+
+def _part(shard: Shard) -> str:
+    return f"{shard.file}.undo"
+
+
+def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
+    """What :func:`~oftsurgery.undo_file.described` gives of small tensors beside a weight that are not what
+    :func:`~oftsurgery.companions.spread` makes of it, by the ends of their names.
+    """
+    usual = companions.spread(name, weight)
+    there = companions.companion_names(name, source.entries)
+    found = {}
+    for n in {*usual, *there} - {name}:
+        stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None
+        if n not in there or (stored is not None and (n not in usual or described(stored) != described(usual[n]))):
+            found[n.removeprefix(name.removesuffix("weight"))] = described(stored)
+    return found
 
 
 def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:

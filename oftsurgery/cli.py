@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _sources(fold)
     fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     _fold_settings(fold, FORMATS, "same")
+    _undo(fold)
     _run_settings(fold)
     fold.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     _output(fold)
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     unfold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     how = unfold.add_mutually_exclusive_group(required=True)
     how.add_argument("--base", help="checkpoint that was folded: restores exactly")
+    how.add_argument("--undo", metavar="FILE", help="undo record that was written with the fold: restores exactly")
     how.add_argument(
         "--adapter",
         action="append",
@@ -249,6 +251,12 @@ def _rounding(parser: argparse.ArgumentParser, *, calibrated: bool = False) -> N
     )
 
 
+def _undo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--undo", metavar="FILE", help="write an undo record too: `oftsurgery unfold --undo FILE` restores exactly"
+    )
+
+
 def _run_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished work of a run that was killed")
@@ -286,6 +294,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
     _fold_settings(parser, EXPORT_FORMATS, "bnb")
+    _undo(parser)
     _run_settings(parser)
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
     parser.add_argument(
@@ -385,6 +394,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "skip_modules": args.skip_modules,
         "fold_into": args.fold_into,
         "rounding": args.rounding or ("calibrated" if args.calibration else None),
+        "undo": getattr(args, "undo", None),
         "max_shard_size": args.max_shard_size,
     }
 
@@ -671,6 +681,7 @@ def _unfold(args: argparse.Namespace) -> int:
             args.output,
             base=args.base,
             adapter=args.adapter,
+            undo=args.undo,
             rounding=args.rounding,
             max_shard_size=args.max_shard_size,
             device=args.device,

@@ -45,6 +45,7 @@ _NOT_CARRIED = (
     ".ot",
     ".pkl",
     ".py",
+    ".undo",
 )
 _WRITTEN_ANEW = ("config.json", RECORD, "README.md")
 

@@ -200,6 +200,8 @@ def _file_names(model: nn.Module) -> Callable[[str], str]:
     found = getattr(model, "_weight_conversions", None)
     if found is None:
         found = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
+    # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
+    found = [t for t in found if not any("bitsandbytes" in type(o).__module__ for o in getattr(t, "operations", ()))]
     back = [t.reverse_transform() for t in found[::-1]]
     renamings = [t for t in back if isinstance(t, WeightRenaming)]
     converters = [t for t in back if isinstance(t, WeightConverter)]

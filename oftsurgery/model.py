@@ -18,6 +18,7 @@ from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
 from .errors import (
     CalibrationWarning,
+    FormatError,
     IntegrityError,
     MatchError,
     OFTSurgeryError,
@@ -117,7 +118,7 @@ def fold_model(
             peft_live.strip(work, journal)
         plan = plan or _plan(work, adapters)
         origin = source_of(work)
-        keep = None if undo is None else _Keeper(undo, plan, origin, already or {})
+        keep = None if undo is None else _Keeper(undo, plan, origin, already or {}, modules_of(work))
         inputs_of = calibrate(work, plan) if calibrate is not None else None
         modules, saved = _apply(work, plan, journal, progress, _folding(rounding, inputs_of), keep=keep)
         before = record_of(work)
@@ -267,14 +268,25 @@ class _Keeper:
         ties: names of tensors that are one and the same, of which the fold changes one.
     """
 
-    def __init__(self, undo: UndoParts, plan: FoldPlan, origin: BaseSource, already: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        undo: UndoParts,
+        plan: FoldPlan,
+        origin: BaseSource,
+        already: Mapping[str, object],
+        modules: Mapping[str, nn.Module],
+    ) -> None:
         self._undo = undo
         self._already = already
         self._changed = {f"{t.path}.weight" for t in plan.targets} | set(plan.saved)
+        # a weight that the adapter brings itself is rotated from that; what comes back is the model's own
+        brought = [t.path for t in plan.targets if f"{t.path}.weight" in plan.saved]
+        self._own = {path: Layer(path, modules[path]).read()[0] for path in brought}
         self.ties = tuple(group for group in origin.groups if self._changed.intersection(group))
 
     def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
-        if name not in self._already:  # else the fold changes nothing: the adapter's own values were there before
+        # where the adapter's own values were there before, the fold changes nothing
+        if name not in self._already and name.rpartition(".weight")[0] not in self._own:
             self._undo.tensor(name, before, after)
 
     def weight(self, target: Target, before: EncodedWeight, folded: FoldedWeight) -> None:
@@ -284,6 +296,7 @@ class _Keeper:
         if same is not None:
             self._undo.shared(target.path, same, before, folded.encoded)
         else:
+            before = self._own.get(target.path, before)
             self._undo.weight(target.path, before, folded.encoded, target.chain, folded.error)
 
 
@@ -374,6 +387,13 @@ def _replace_tensor(
             "the tensor is offloaded or not loaded; an adapter's own values cannot go there",
             tensor=name,
             remedy="load it on a device",
+        )
+    if values.is_floating_point() and not old.is_floating_point():
+        raise FormatError(
+            "the adapter brings its own values for a weight that is stored quantised",
+            tensor=name,
+            format=str(old.dtype).removeprefix("torch."),
+            remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
         )
     data = values.detach().to(device=old.device, dtype=old.dtype, copy=True)
     new: Any = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data

@@ -231,6 +231,19 @@ class Staging:
             writer.flush()
             os.fsync(writer.fileno())
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of the file ``name``, a few megabytes at a time."""
+        with disk_errors(self.folder), (self.folder / name).open("rb") as file:
+            while chunk := file.read(1 << 23):
+                yield chunk
+
+    def drop(self, name: str) -> None:
+        """Remove the finished file ``name``, which is no part of the output."""
+        with disk_errors(self.folder):
+            self.state["shards"].pop(name, None)
+            self._save_state()
+            (self.folder / name).unlink(missing_ok=True)
+
     def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
         """``{name: SHA-256}`` of all files written, but some."""
         known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}

@@ -37,7 +37,7 @@ from .errors import IntegrityError, NonFiniteError, UndoError
 from .hashing import hash_tensors
 from .weight import _in_weight_order
 
-__all__ = ["UndoEntry", "decode_tensor", "decode_weight", "encode_tensor", "encode_weight", "evidence"]
+__all__ = ["UndoEntry", "decode_tensor", "decode_weight", "encode_tensor", "encode_weight", "evidence", "read_format"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -661,7 +661,7 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
             format=after.format.label,
             remedy="take out later folds first, the last one first; or unfold with base=…",
         )
-    f = _read_format(facts.get("format"), after.format.shape)
+    f = read_format(facts.get("format"), after.format.shape)
     described = _described_tensors(facts, f)
     tensors: dict[str, Tensor] = {}
     for name, t in described.items():
@@ -862,7 +862,7 @@ def _described_tensors(facts: Mapping[str, Any], f: WeightFormat) -> dict[str, d
     return {str(name): _checked(t, limit=limit) for name, t in described.items()}
 
 
-def _read_format(facts: object, shape: tuple[int, ...]) -> WeightFormat:
+def read_format(facts: object, shape: tuple[int, ...]) -> WeightFormat:
     """A format that a file names, for a weight of ``shape``."""
     if not isinstance(facts, dict):
         raise _damaged()

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .adapter import Rotation
-from .codecs import EncodedWeight
+from .codecs import EncodedWeight, WeightFormat
 from .errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from .hashing import hash_tensors
 from .record import FoldRecord
 from .shards import read_header
 from .staging import disk_errors
-from .undo import DTYPES, UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence
+from .undo import DTYPES, UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence, read_format
 
 __all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
 
@@ -255,7 +255,21 @@ class UndoRecord:
 
     def shared_with(self, path: str) -> str | None:
         """The tensor that holds the original of the module's weight still, or None."""
-        return self.weights[path].get("same_as")
+        same = self.weights[path].get("same_as")
+        return None if same is None else str(same)
+
+    def before(self, path: str) -> str:
+        """Content hash of the weight of ``path`` without the fold."""
+        return str(self.weights[path].get("before"))
+
+    def format(self, path: str, shape: tuple[int, ...]) -> WeightFormat:
+        """In which the weight of ``path``, of ``shape``, is stored without the fold."""
+        with self._told_of(path):
+            return read_format(self.weights[path].get("format"), shape)
+
+    def is_of(self, record: FoldRecord) -> bool:
+        """Whether it undoes the fold of ``record``."""
+        return _same_fold(self.fold, record)
 
     def weight(self, path: str, current: EncodedWeight) -> EncodedWeight:
         """The stored weight of the module at ``path`` as it was, from the folded one; proved by its hash.
