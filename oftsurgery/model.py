@@ -627,16 +627,9 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
         work = folded if inplace else share_model(folded)
         modules = modules_of(work)
         tied = _Tied(work)
+        _check_there(modules, undo)
         for path in undo.weights:
             same = undo.shared_with(path)
-            for name in (path, same.rpartition(".")[0]) if same else (path,):
-                if name not in modules:
-                    raise MatchError(
-                        "the model lacks a module that the undo record restores",
-                        module=name,
-                        path=undo.path,
-                        remedy="give the model that was folded",
-                    )
             layer = Layer(path, modules[path])
             current, _ = layer.read()
             if same is None:
@@ -648,18 +641,25 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
             own = EncodedWeight(before.format, {k: t.to(device, copy=True) for k, t in before.tensors.items()})
             layer.write(own, park=not tied.shared(modules[path]), journal=journal)
         for name in undo.tensors:
-            now = _tensors(modules).get(name)
-            if now is None:
-                raise MatchError(
-                    "the model lacks a tensor that the undo record restores",
-                    tensor=name,
-                    path=undo.path,
-                    remedy="give the model that was folded",
-                )
+            now = _tensors(modules)[name]
             _replace_tensor(modules, name, undo.tensor(name, now), tied, journal, only_here=False)
         _tie_again(work, undo.ties, undo.tie_word_embeddings, journal)
         _set_record(inner_model(work), _earlier(undo.fold))
     return work
+
+
+def _check_there(modules: Mapping[str, nn.Module], undo: UndoRecord) -> None:
+    same = [name for path in undo.weights for name in (undo.shared_with(path),) if name is not None]
+    there = _tensors(modules)
+    lost = [f"{path}.weight" for path in undo.weights if path not in modules]
+    lost += [name for name in (*same, *undo.tensors) if name not in there]
+    if lost:
+        raise MatchError(
+            f"the model lacks {len(lost)} of the tensors that the undo record restores",
+            tensor=lost[0],
+            path=undo.path,
+            remedy="give the model that was folded",
+        )
 
 
 def _not_the_base(path: str, home: WeightFormat, repacked: bool) -> IntegrityError:

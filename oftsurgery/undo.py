@@ -676,11 +676,11 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
     else:
         found = {name: io.raw(None, _nbytes(t)) for name, t in described.items() if "table" not in t}
     io.end()
-    tensors |= {name: _tensor(raw, described[name]) for name, raw in found.items()}
-    if tensors.keys() != described.keys():
+    if described.keys() != tensors.keys() | found.keys():
         raise _damaged()
+    tensors |= {name: _tensor(raw, described[name]) for name, raw in found.items()}
     before = EncodedWeight(f, {name: tensors[name] for name in described})
-    if before.fingerprint != facts["before"]:
+    if before.fingerprint != facts.get("before"):
         raise IntegrityError("the restored weight is not the one that was folded", format=f.label, remedy=_REPORT)
     return before
 
@@ -792,7 +792,7 @@ def decode_tensor(entry: UndoEntry, after: Tensor) -> Tensor:
         raw = io.raw(None, _nbytes(described))
     io.end()
     before = _tensor(raw, described)
-    if _hash_one(before) != facts["before"]:
+    if _hash_one(before) != facts.get("before"):
         raise IntegrityError("the restored tensor is not the one that was replaced", remedy=_REPORT)
     return before
 

@@ -287,7 +287,7 @@ class UndoRecord:
         was.
         """
         facts = self.weights[path]
-        if evidence(current) != facts["after"] or other.fingerprint != facts["before"]:
+        if evidence(current) != facts.get("after") or other.fingerprint != facts.get("before"):
             raise IntegrityError(
                 "the weight, or the one that it was tied to, was changed since the fold",
                 module=path,

@@ -142,7 +142,7 @@ REFUSED = {
         2,
         "double quantisation of a checkpoint that is not to be quantised",
     ),
-    "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --adapter is required"),
+    "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --undo --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),
     "unfold from the wrong base": (["unfold", "FOLDED", "x", "--base", "FOLDED"], 2, "not the one that was folded"),
 }
