@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import card, configs, export, live, naming, onnx_graph, peft_live
+from . import card, configs, export, live, naming, onnx_graph, onnx_run, peft_live
 from .errors import CheckpointError, ExportError, MissingDependencyError, StateError, printable
 from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
@@ -262,7 +262,6 @@ def _sync(path: Path) -> None:
 
 def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], None]) -> tuple[OnnxCheck, ...]:
     import onnx
-    import onnxruntime
 
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -271,22 +270,19 @@ def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], N
             f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
         ) from error
     step("compare with torch")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    floats = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
-    types = {i.name: floats.get(i.type) for i in session.get_inputs()}
-    names = [o.name for o in session.get_outputs()]
-    axes = {v.name: list(v.shape) for v in (*session.get_inputs(), *session.get_outputs())}
+    with onnx_run.Process(path, lean=onnx_graph.external(path).exists()) as process:
+        given, made = process.inputs, process.outputs
+        axes = {v.name: v.shape for v in (*given, *made)}
+        dtypes = {v.name: v.dtype for v in given}
 
-    def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        arrays = {n: (t if types[n] is None else t.to(types[n])).numpy() for n, t in feeds.items() if n in types}
-        return {n: torch.from_numpy(v) for n, v in zip(names, session.run(names, arrays), strict=True)}
+        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            arrays = {n: t.numpy().astype(dtypes[n], copy=False) for n, t in feeds.items() if n in dtypes}
+            return {v.name: torch.from_numpy(a) for v, a in zip(made, process.run(arrays), strict=True)}
 
-    return tuple(
-        OnnxCheck(case.label, {n: _error(got, expected) for n, (got, expected) in case.pairs.items()})
-        for case in task.cases(reference, run, axes)
-    )
+        return tuple(
+            OnnxCheck(case.label, {n: _error(got, expected) for n, (got, expected) in case.pairs.items()})
+            for case in task.cases(reference, run, axes)
+        )
 
 
 def _error(got: Tensor, expected: Tensor) -> float:

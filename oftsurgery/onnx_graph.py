@@ -31,7 +31,7 @@ from .layers import Layer, offloaded
 from .model import inner_model
 from .sharing import share_model
 
-__all__ = ["OPSET", "Prepared", "capture", "prepare", "reference", "require_onnx", "size_of", "write"]
+__all__ = ["OPSET", "Prepared", "capture", "external", "prepare", "reference", "require_onnx", "size_of", "write"]
 
 OPSET = 20
 
@@ -503,7 +503,7 @@ def capture(
         _fill(model, values)
         step("optimise")
         with _own_errors("optimised"):
-            optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
+            optimizer.optimize_ir(model, should_fold=_may_fold)
     _transpose_weights(model)
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         node.metadata_props.clear()  # paths and lines of this machine
@@ -688,6 +688,13 @@ def _lazy(name: str, dtype: Any, shape: Any, read: Read) -> Any:
     )
 
 
+def _may_fold(node: Any) -> bool | None:
+    """No constant in place of a weight: what comes of it would be held in memory, and dequantised codes are no codes."""
+    import onnx_ir as ir
+
+    return False if any(v is not None and isinstance(v.const_value, ir.LazyTensor) for v in node.inputs) else None
+
+
 def _transpose_weights(model: Any) -> None:
     """Store weights as MatMul takes them, ``(in, out)``, where all that a graph does with one is to transpose it:
     onnxruntime would do so at each load, and hold both.
@@ -733,6 +740,11 @@ def size_of(model: Any) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
+def external(path: Path) -> Path:
+    """Where a graph's weights are, if they have a file of their own."""
+    return path.with_name(f"{path.name}.data")
+
+
 def write(model: Any, path: Path) -> int:
     """Write a captured graph, one weight at a time where they have a file of their own; returns their bytes.
 
@@ -742,7 +754,7 @@ def write(model: Any, path: Path) -> int:
     import onnx_ir as ir
 
     nbytes = size_of(model)
-    external = f"{path.name}.data" if nbytes > _SINGLE_FILE_BYTES else None
+    data = external(path).name if nbytes > _SINGLE_FILE_BYTES else None
     with _quiet(), _own_errors("written"):
-        ir.save(model, path, external_data=external, size_threshold_bytes=1024, alignment=4096)
+        ir.save(model, path, external_data=data, size_threshold_bytes=1024, alignment=4096)
     return nbytes
