@@ -379,7 +379,13 @@ def test_the_command_folds_exports_and_says_what_it_measured(
     assert "ok" in said.out
     assert "[1/7] read the model" in said.err
     assert "Traceback" not in said.err
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.onnx", "oftsurgery.json", "vocab.txt"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.onnx",
+        "oftsurgery.json",
+        "vocab.txt",
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
     record = oftsurgery.api.read_record(out)
     assert record is not None
