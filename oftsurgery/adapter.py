@@ -33,7 +33,17 @@ from .errors import (
 )
 from .hashing import hash_tensors
 
-__all__ = ["DIALECTS", "Cayley", "Dialect", "OFTAdapter", "Rotation", "blend", "parse_adapter", "spread_adapter"]
+__all__ = [
+    "DIALECTS",
+    "Cayley",
+    "Dialect",
+    "OFTAdapter",
+    "Rotation",
+    "blend",
+    "describe",
+    "parse_adapter",
+    "spread_adapter",
+]
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -517,6 +527,31 @@ def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     if not given:
         raise AdapterError("nothing to blend", remedy="give (adapter, weight) pairs")
     return OFTAdapter._mixed(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
+
+
+def describe(adapter: OFTAdapter) -> dict[str, Any]:
+    """What an adapter is, as plain values: what ``oftsurgery adapter show --json`` prints."""
+    return {
+        "source": adapter.source,
+        "dialect": adapter.dialect,
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "fingerprint": adapter.fingerprint,
+        "sha256": adapter.sha256,
+        "modules": {
+            path: {
+                "side": r.side,
+                "blocks": r.generator.shape[0],
+                "block_size": r.block_size,
+                "shared": r._one_for_all,
+                "map": "exact Cayley" if r.cayley.exact else f"Neumann, {r.cayley.terms} terms",
+                "angle": r.angle,
+                "defect": r.defect,
+                "scale": r.scale is not None,
+            }
+            for path, r in adapter.modules.items()
+        },
+        "saved": sorted(adapter.saved),
+    }
 
 
 # what a derived adapter keeps of its origins' configs, where they agree

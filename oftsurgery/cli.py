@@ -1,4 +1,4 @@
-"""The command line: ``oftsurgery plan|fold|unfold|export|verify|doctor|report|show|push``.
+"""The command line: ``oftsurgery plan|fold|unfold|extract|adapter|export|verify|doctor|report|show|push``.
 
 Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once. Exit codes:
 0 done; 1 a check failed (verify, doctor); 2 bad usage or refused input; 3 the environment (disk, network, permission);
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapter import OFTAdapter
     from .hub import PushReport
     from .record import FoldRecord
 
@@ -99,6 +100,29 @@ def _parser() -> argparse.ArgumentParser:
     _output(unfold)
     unfold.set_defaults(run=_unfold)
 
+    extract = _command(
+        commands,
+        "extract",
+        "get an adapter back out of a checkpoint that it was folded into",
+        "oftsurgery extract BASE FOLDED OUTPUT",
+    )
+    extract.add_argument(
+        "base", metavar="BASE", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format"
+    )
+    extract.add_argument("merged", metavar="MERGED", help="what became of it, in any format")
+    extract.add_argument("output", metavar="OUTPUT", help="adapter's folder to write; must not exist")
+    extract.add_argument(
+        "--block-size",
+        type=int,
+        metavar="B",
+        help="of the rotations (default: detected; named, it gives the best ones for any difference)",
+    )
+    extract.add_argument("--force", action="store_true", help="replace the output folder")
+    _output(extract)
+    extract.set_defaults(run=_extract)
+
+    _adapter_commands(commands)
+
     export = _command(commands, "export", "fold and export in one step", _EXPORT_EXAMPLE)
     _export_arguments(export)
 
@@ -172,6 +196,52 @@ def _parser() -> argparse.ArgumentParser:
     _output(push)
     push.set_defaults(run=_push)
     return parser
+
+
+def _adapter_commands(commands: Any) -> None:
+    adapter = _command(
+        commands, "adapter", "show, convert and compute with adapters", "oftsurgery adapter show ADAPTER"
+    )
+    verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, example: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        parser = _command(verbs, name, text, f"oftsurgery adapter {name} {example}")
+        parser.set_defaults(run=run)
+        return parser
+
+    def output(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
+        parser.add_argument("--force", action="store_true", help="replace the output folder")
+
+    one: dict[str, Any] = {"metavar": "ADAPTER", "help": "folder or Hub id"}
+    show = verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
+    show.add_argument("adapter", **one)
+    convert = verb(
+        "convert", "write an adapter of any peft release as peft 0.21 reads it", "ADAPTER OUTPUT", _adapter_convert
+    )
+    convert.add_argument("adapter", **one)
+    convert.add_argument(
+        "--dialect", help="which releases' arithmetic it is of, where its files do not tell (peft-0.17 …)"
+    )
+    output(convert)
+    scale = verb("scale", "turn by a multiple of each angle; -1 is the inverse", "ADAPTER 0.5 OUTPUT", _adapter_scale)
+    scale.add_argument("adapter", **one)
+    scale.add_argument("alpha", metavar="ALPHA", type=float, help="factor of the angles")
+    output(scale)
+    compose = verb(
+        "compose",
+        "make one adapter of several in the live order, as peft's active adapters",
+        "ADAPTER OTHER OUTPUT",
+        _adapter_compose,
+    )
+    compose.add_argument("adapter", nargs="+", **one)
+    output(compose)
+    blend = verb("blend", "average several, or add them up", "ADAPTER OTHER OUTPUT --weights 0.5 0.5", _adapter_blend)
+    blend.add_argument("adapter", nargs="+", **one)
+    output(blend)
+    blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
+    for parser in (show, convert, scale, compose, blend):
+        _output(parser)
 
 
 _REPO_ID = (
@@ -340,7 +410,9 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from .errors import (
         CalibrationWarning,
+        ConversionWarning,
         DiskError,
+        ExtractionWarning,
         HubError,
         MissingDependencyError,
         OFTSurgeryError,
@@ -354,7 +426,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning(args)
-            for category in (CalibrationWarning, RoundingWarning, UnfoldWarning):
+            for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
                 warnings.simplefilter("always", category)
             return run(args)
     except KeyboardInterrupt:
@@ -690,6 +762,111 @@ def _unfold(args: argparse.Namespace) -> int:
             progress=progress,
         )
     _say_record(args, record, args.output)
+    return EXIT_OK
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from . import api
+
+    def step(done: int, total: int, path: str) -> None:
+        from .errors import printable
+
+        if args.verbose:
+            print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
+
+    adapter = api.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
+    adapter.save(args.output, force=args.force)
+    if args.json:
+        _print_json(adapter.to_dict())
+    elif not args.quiet:
+        rows = [
+            (
+                path,
+                r.rotation.side,
+                str(r.rotation.block_size),
+                f"{r.rotation.angle:.3f}",
+                f"{r.change:.2e}",
+                f"{r.residual:.2e}",
+                f"{r.rounding:.2e}",
+                f"{r.explained:.1%}",
+                f"{r.error:.1%}" if r.error >= 1e-3 else f"{r.error:.1e}",
+            )
+            for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error)
+        ]
+        _table(("module", "side", "block size", "angle", "change", "residual", "rounding", "explained", "error"), rows)
+        print(f"wrote {args.output}: {len(rows)} rotations explain {adapter.explained:.1%} of the difference")
+    return EXIT_OK
+
+
+def _adapter_show(args: argparse.Namespace) -> int:
+    from . import api
+    from .adapter import describe
+
+    adapter = api.load_adapter(args.adapter)
+    facts = describe(adapter)
+    if args.json:
+        _print_json(facts)
+    elif not args.quiet:
+        rows = [
+            (
+                path,
+                m["side"],
+                f"{m['blocks']}×{m['block_size']}" + (" shared" if m["shared"] else ""),
+                m["map"],
+                f"{m['angle']:.4f}",
+                f"{m['defect']:.1e}",
+                "oft_s" if m["scale"] else "",
+            )
+            for path, m in facts["modules"].items()
+        ]
+        _table(("module", "side", "blocks", "map", "angle", "defect", "scale"), rows)
+        print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
+        if facts["saved"]:
+            print(f"its own tensors: {', '.join(facts['saved'])}")
+    return EXIT_OK
+
+
+def _adapter_convert(args: argparse.Namespace) -> int:
+    from . import api
+
+    return _write_adapter(args, api.load_adapter(args.adapter, dialect=args.dialect))
+
+
+def _adapter_scale(args: argparse.Namespace) -> int:
+    from . import api
+
+    return _write_adapter(args, api.load_adapter(args.adapter).scaled(args.alpha))
+
+
+def _adapter_compose(args: argparse.Namespace) -> int:
+    from functools import reduce
+
+    from . import api
+    from .adapter import OFTAdapter
+
+    return _write_adapter(args, reduce(OFTAdapter.compose, map(api.load_adapter, args.adapter)))
+
+
+def _adapter_blend(args: argparse.Namespace) -> int:
+    from . import api
+    from .adapter import blend
+    from .errors import StateError
+
+    if len(args.weights) != len(args.adapter):
+        raise StateError(
+            f"{len(args.adapter)} adapters and {len(args.weights)} weights",
+            remedy="one weight for each: --weights 0.5 0.5",
+        )
+    return _write_adapter(args, blend(zip(map(api.load_adapter, args.adapter), args.weights, strict=True)))
+
+
+def _write_adapter(args: argparse.Namespace, adapter: OFTAdapter) -> int:
+    residuals = adapter.save(args.output, force=args.force)
+    if args.json:
+        worst = max(residuals.values())
+        _print_json({"output": args.output, "residual": worst, "modules": dict(residuals)})
+    elif not args.quiet:
+        print(f"wrote {args.output}: {len(residuals)} modules")
     return EXIT_OK
 
 

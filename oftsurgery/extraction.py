@@ -32,6 +32,8 @@ __all__ = ["BlockSizeCurve", "ExtractedRotation", "choose_block_size", "extract_
 
 # a held-out residual within this of the least counts as the least: the smallest such block size is taken
 _WITHIN = 1.02
+# but one that is this far above it may be too small, with the overfit of the true one hiding the difference: then it is asked for
+_NEAR = 1.005
 # and the least must be this far below that of no rotation at all, or the block size is a guess
 _CLEAR = 1.04
 # blocks that are looked for; larger ones must be named
@@ -337,13 +339,13 @@ def choose_block_size(curves: list[BlockSizeCurve]) -> int:
     one width) together.
 
     Raises:
-        ExtractionError: no rotation predicts the other half's rows clearly better than none.
+        ExtractionError: no rotation predicts the other half's rows clearly better than none, or two sizes do as well.
     """
     sizes = set.intersection(*(set(c.held_out) for c in curves))
     pooled = {b: sum(c.relative[b] for c in curves) / len(curves) for b in sorted(sizes)}
     least = min(pooled.values())
     chosen = min(b for b, h in pooled.items() if h <= _WITHIN * least)
-    if chosen == 1 or pooled[1] <= _CLEAR * least:
+    if chosen == 1 or pooled[1] <= _CLEAR * least or pooled[chosen] > _NEAR * least:
         gain = 1 - (least / pooled[1]) ** 2
         raise ExtractionError(
             f"no block size can be told: rotations of the input features explain {gain:.1%} of the difference on rows that they "
