@@ -57,8 +57,8 @@ class ExtractedRotation:
         change: ``‖W' - W‖ / ‖W'‖`` (Frobenius), what there is to explain.
         residual: ``‖W' - W Rᵀ‖ / ‖W'‖``, what the rotation leaves.
         rounding: what storing ``W Rᵀ`` as ``W'`` is stored costs by itself.
-        explained: the fraction of the squared change, beyond that rounding, that the rotation explains on rows that it
-            was not fitted to: 1 for a rotation, about 0 for anything else.
+        explained: the fraction of the squared change, the rounding aside, that the rotation explains on rows that it was
+            not fitted to: 1 for a rotation, about 0 for anything else.
         error: estimated relative error of the generator, ``‖Q - Q_true‖ / ‖Q_true‖`` (Frobenius, all blocks).
         angle_error: by how much directions are turned wrongly, radians, estimated root mean square.
         bounded: a block turns by more than the largest generator allows (‖Q‖₂ = 100, 3.12 rad) and is given that instead.
@@ -139,10 +139,11 @@ def _extract(
     norm = _norm2(m)
     halves = (slice(0, None, 2), slice(1, None, 2))
     parts = [_fit(w[rows], m[rows], b) for rows in halves]
-    r, steps = _refine(base, w, m, into, _fit(w, m, b), slice(None), _STEPS)
+    r, steps, _ = _refine(base, w, m, into, _fit(w, m, b), slice(None), slice(0), _STEPS)
+    stored: list[float | None] = [None, None]
     if steps:
-        parts = [_refine(base, w, m, into, part, rows, steps)[0] for part, rows in zip(parts, halves, strict=True)]
-    held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
+        for i, rows in enumerate(halves):
+            parts[i], _, stored[i] = _refine(base, w, m, into, parts[i], rows, halves[1 - i], steps)
     q, bounded = _bounded_generator(r)
     q_halves = [_bounded_generator(part)[0] for part in parts]
     spread = _REFINED if steps else _PLAIN
@@ -156,8 +157,11 @@ def _extract(
     change = _norm2(m - w) / norm
     residual = _residual2(w, m, rotations.cayley(q)) / norm
     rounding = fold_encoded(base, [rotation], into).error ** 2
-    beyond = change - rounding
-    explained = 1 - (held_out - rounding) / beyond if beyond > 0 else 0.0
+    held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
+    explained = 1 - (held_out - rounding) / (change - rounding) if change > rounding else 0.0
+    if stored[0] is not None and stored[1] is not None:
+        # where the change is not much more than the rounding, the stored values tell a rotation and their distance does not
+        explained = max(explained, 1 - (stored[0] + stored[1]) / norm / change)
     return ExtractedRotation(
         rotation=rotation,
         change=math.sqrt(change),
@@ -233,25 +237,27 @@ def _norm2(x: Tensor) -> float:
 
 
 def _refine(
-    base: EncodedWeight, w: Tensor, m: Tensor, into: WeightFormat, r: Tensor, rows: slice, steps: int
-) -> tuple[Tensor, int]:
-    """``r`` refined against how ``m`` was stored, and in how many steps (0: it could not be)."""
+    base: EncodedWeight, w: Tensor, m: Tensor, into: WeightFormat, r: Tensor, rows: slice, others: slice, steps: int
+) -> tuple[Tensor, int, float | None]:
+    """``r`` of the rows refined against how ``m`` was stored, in how many steps (0: it could not be), and how far it then
+    is from predicting the stored values of the other rows, squared (None: it was not refined).
+    """
     if into.codec == "dense" and into.dtype in (torch.float32, torch.float64):
-        return r, 0
+        return r, 0, None
     b = r.shape[-1]
-    best, least, taken = r, _residual2(w[rows], m[rows], r), 0
+    best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
     for step in range(steps + 1):
         rotation = Rotation(rotations.vector(_bounded_generator(r)[0]), shared=False)
         difference = m - codecs.decode(fold_encoded(base, [rotation], into).encoded)
         mismatch = _norm2(difference[rows])
         if mismatch < least:
-            best, least, taken = r, mismatch, step
+            best, least, taken, held_out = r, mismatch, step, _norm2(difference[others])
         elif step > 1:
             break
         if step < steps:
             target = rotations.rotate_weight(w, r, "input").add_(difference)
             r = _fit(w[rows], target[rows], b)
-    return best, taken
+    return best, taken, held_out
 
 
 def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
