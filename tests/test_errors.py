@@ -26,7 +26,11 @@ FIELDS: dict[str, Any] = {
 
 
 def test_the_tree() -> None:
-    assert set(errors.__all__) == {c.__name__ for c in CLASSES + WARNINGS} | {"printable", "warn_caller"}
+    assert set(errors.__all__) == {c.__name__ for c in CLASSES + WARNINGS} | {
+        "printable",
+        "warn_caller",
+        "without_tokens",
+    }
     assert all(c.__doc__ for c in CLASSES + WARNINGS)
     assert issubclass(errors.DialectError, errors.AdapterError)
     assert issubclass(errors.MissingDependencyError, ImportError)
@@ -114,3 +118,17 @@ def test_no_field_reaches_the_text_raw(field: str) -> None:
     error = OFTSurgeryError("wrong", **{field: nasty})
     assert str(error).isprintable()
     assert getattr(error, field) == nasty, "the field keeps the name as it is"
+
+
+def test_a_token_never_gets_into_a_message() -> None:
+    token = "hf_" + "aB3" * 12
+    for text in (
+        str(OFTSurgeryError("x", path=f"/home/{token}")),
+        str(OFTSurgeryError("x", tensor=token, module=token)),
+        printable(f"Bearer {token}, hf_oauth_{'q' * 30}"),
+        errors.without_tokens(f"a {token} b secret c", "secret"),
+    ):
+        assert token not in text
+        assert "hf_***" in text
+        assert "secret" not in text
+    assert printable("hf_models/a_b") == "hf_models/a_b"
