@@ -175,9 +175,9 @@ class _Streams:
             planes.append(np.unpackbits(np.frombuffer(bits, np.uint8), count=count).astype(bool))
             left = None if left is None else left[left > 0] - 1
             count = int(planes[-1].sum())
-        symbols = self.words(left, count, "<u2").astype(np.int64)
+        symbols = self.words(left, count, "<u2").astype(np.int32)
         for above in reversed(planes):
-            whole = np.zeros(above.size, np.int64)
+            whole = np.zeros(above.size, np.int32)
             whole[above] = symbols + 1
             symbols = whole
         return symbols
@@ -445,13 +445,15 @@ def _ranks(io: _Streams, true: Array | None, near: Tensor, up: Tensor, margin: T
     lies (``up``), 2 the next on the other, 3 … ``margin``: the distance to the threshold on that side.
     """
     key = torch.clamp(margin, 0, 65535).to(torch.int32).numpy().astype(np.uint16)
-    centre, sign = near.numpy(), np.where(up.numpy(), 1, -1)
+    centre = near.to(torch.int32)
+    sign = torch.where(up, 1, -1).to(torch.int32)
     symbols = None
     if true is not None:
-        d = (true - centre) * sign
-        symbols = np.where(d > 0, 2 * d - 1, -2 * d)
-    symbols = _sorted(io, symbols, key)
-    found: Array = centre + sign * np.where(symbols & 1, (symbols + 1) >> 1, -(symbols >> 1))
+        d = (torch.from_numpy(true) - centre) * sign
+        symbols = torch.where(d > 0, 2 * d - 1, -2 * d).numpy()
+    coded = torch.from_numpy(_sorted(io, symbols, key))
+    half = (coded + 1) >> 1
+    found: Array = (centre + sign * torch.where((coded & 1).bool(), half, -half)).numpy()
     return found
 
 
@@ -495,7 +497,7 @@ def _code_4bit(
     levels = codecs._levels(f.codec, torch.device("cpu")).to(torch.float64).tolist()
     # sorted, negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
     by_rank = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
-    ranks = np.zeros(16, np.int64)
+    ranks = np.zeros(16, np.int32)
     ranks[by_rank] = np.arange(len(by_rank))
     level = torch.tensor([levels[c] for c in by_rank], dtype=torch.float64)
     bounds = (level[1:] + level[:-1]) / 2
@@ -542,8 +544,8 @@ def _code_int8(
         near = torch.clamp(torch.round(t), -127, 127)
         up = ((t > near) | (near == -127)) & (near < 127)
         margin = (0.5 - (t - near).abs()) * 1024
-        wanted = None if true is None else true["codes"][here].astype(np.int64)
-        found = _ranks(io, wanted, near.to(torch.int64), up, margin)
+        wanted = None if true is None else true["codes"][here].astype(np.int32)
+        found = _ranks(io, wanted, near, up, margin)
         if found.min() < -128 or found.max() > 127:
             raise _damaged()
         codes[here] = found
