@@ -538,8 +538,9 @@ def test_memory_goes_with_the_largest_weight_not_with_the_model(tmp_path: Path) 
         assert count == layers
         peaks.append(peak)
     largest = 4 * size * size
-    assert max(peaks) < 20 * largest + 200e6, peaks  # numba and its kernels included
-    assert peaks[1] < peaks[0] + largest, peaks  # of generators, 8 weights more take 5 MB
+    assert max(peaks) < 20 * largest + 400e6, peaks  # numba and its kernels included
+    # runs differ by some 80 MB; the 16 weights more of the larger pair would take 268 MB
+    assert peaks[1] < peaks[0] + 6 * largest, peaks
 
 
 # --- block sizes ------------------------------------------------------------------------------------------------------
