@@ -797,8 +797,8 @@ def export_onnx(
             dynamic.
         example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors; axes
             that torch.export finds to be dynamic are so.
-        tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the local folder that
-            transformers loaded the model from.
+        tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the folder that
+            transformers loaded the model from, local or in the Hub's cache.
         verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
             largest difference may be 1e-5 (float32) or 5e-3 (float16) of the output's largest value.
         force: replace what is at ``destination``.

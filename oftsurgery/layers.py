@@ -98,6 +98,11 @@ class Layer:
         )
 
     @property
+    def bitsandbytes(self) -> bool:
+        """Whether the module or its weight is bitsandbytes' own, quantised or not."""
+        return self._is_4bit or self._is_8bit
+
+    @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
         weight = self.module._parameters.get("weight")

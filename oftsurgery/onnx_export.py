@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import card, configs, export, live, naming, onnx_graph, onnx_run, peft_live
-from .errors import CheckpointError, ExportError, MissingDependencyError, StateError, printable
+from .errors import CheckpointError, ExportError, MissingDependencyError, OFTSurgeryError, StateError, printable
 from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
 from .record import FoldRecord
@@ -152,7 +152,7 @@ def export_model(
         step("read the model")
         task = task_of(model, example_inputs, with_past=with_past)
         reference = onnx_graph.reference(model)
-        outputs = task.outputs(reference)
+        outputs = _outputs(task, reference)
         inputs = task.inputs(dtype_)
         prepared = onnx_graph.prepare(model, dtype_, quantized=quantized)
         graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
@@ -237,6 +237,19 @@ def load_model(folder: Path) -> nn.Module:
             remedy="oftsurgery doctor says what is wrong with it",
         )
     return model  # type: ignore[no-any-return]
+
+
+def _outputs(task: Task, reference: nn.Module) -> list[str]:
+    try:
+        return task.outputs(reference)
+    except OFTSurgeryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        names = ", ".join(task.inputs(torch.float32))
+        raise StateError(
+            f"the model does not run on {names}: {type(error).__name__}: {printable(error, 300)}",
+            remedy="give example inputs on which it does: example_inputs={'name': tensor, …}",
+        ) from error
 
 
 def _checked_dtype(dtype: str) -> torch.dtype:
@@ -351,9 +364,20 @@ def _write_rest(
 
 
 def _home_of(model: Any) -> Path | None:
-    """The local folder that transformers loaded the model from, or None."""
+    """The folder that transformers loaded the model from, its own or the Hub's cache, or None."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+    if not isinstance(name, str) or not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:

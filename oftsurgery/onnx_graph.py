@@ -99,7 +99,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) ->
     builder = _Builder(dtype, quantized, _kept_in_float32(model, dtype))
     for path, original, module in _pairs(model, copy):
         layer = Layer(path, original)
-        new = builder.replacement(layer) if layer.quantised else builder.emptied(layer, module)
+        new = builder.replacement(layer) if layer.bitsandbytes else builder.emptied(layer, module)
         copy = _put(copy, module, new)
     if getattr(getattr(copy, "config", None), "dtype", None) is not None:
         copy.config.dtype = dtype
@@ -177,10 +177,11 @@ class _Builder:
             self.repacked.append(layer.path)
         weight = layer.module._parameters["weight"]
         assert weight is not None  # noqa: S101 - it is quantised
-        reason = _obstacle(layer, encoded.format, tied=id(weight) in self.tied) if self.quantized else None
+        keep = self.quantized and encoded.format.quantised
+        reason = _obstacle(layer, encoded.format, tied=id(weight) in self.tied) if keep else None
         bias = layer.module._parameters.get("bias")
         new: Any
-        if self.quantized and reason is None:
+        if keep and reason is None:
             f = encoded.format
             self.kept[layer.path] = home.label
             new = (_Int8Linear if f.codec == "int8" else _Bnb4Linear)(f, self.dtype)
@@ -313,7 +314,7 @@ def reference(model: nn.Module) -> nn.Module:
     for path, original, module in _pairs(model, copy):
         layer = Layer(path, original)
         new: Any = module
-        if layer.quantised:
+        if layer.bitsandbytes:
             new = _plain(layer)
             new.bias = module._parameters.get("bias")
         _compute_in_float32(layer, new)
@@ -339,7 +340,7 @@ def _compute_in_float32(layer: Layer, new: nn.Module) -> None:
     for local, parameter in original._parameters.items():
         if parameter is None:
             continue
-        if local == "weight" and layer.quantised:
+        if local == "weight" and layer.bitsandbytes:
             reads[local] = functools.partial(_decoded, layer)
         elif parameter.is_floating_point() and parameter.numel() > 1 << 18 and not isinstance(original, nn.RNNBase):
             reads[local] = functools.partial(_float32, original, local)

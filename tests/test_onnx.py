@@ -20,7 +20,9 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from checkpoints import MODELS, adapted, bnb_config, build, unpacked
+from conftest import snapshot_of
 from independent import decode_4bit
 from test_model import quantise, state_bytes
 from torch import Tensor, nn
@@ -261,6 +263,28 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
             expected = plain.eval()(**feeds)
         for name, got in run(runner, feeds).items():
             assert float((got - expected[name]).abs().max() / expected[name].abs().max()) <= 1e-5
+
+
+def test_a_model_that_has_run_and_is_partly_offloaded(tmp_path: Path) -> None:
+    """A CPU forward repacks the codes of 4-bit layers: the graph has them as they were, and the report says so."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+    codes: Any = quantise(nn.Sequential(net[0]), "nf4")[0]  # type: ignore[index]
+    net[0] = codes
+    before = codes.weight.data.clone()
+    codes.support_avx512bf16_for_cpu = repacks = bnb.functional.has_avx512bf16()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        net.eval()(x)
+    assert torch.equal(codes.weight.data, before) != repacks
+    cpu_offload(net[1], torch.device("cpu"))
+    held = snapshot_of(net)
+    report = oftsurgery.export_onnx(
+        torch.compile(net, backend="eager"), tmp_path / "out", "float32", True, example_inputs=x
+    )
+    assert snapshot_of(net) == held
+    assert report.repacked == (("0",) if repacks else ())
+    assert dict(report.quantized) == {"0": "nf4 (double quantisation)"}
+    assert initializers(tmp_path / "out")["0.qweight"].tobytes() == before.numpy().tobytes()
 
 
 def generated(folder: Path, ids: Tensor, mask: Tensor, new: int) -> Tensor:
@@ -628,6 +652,10 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         oftsurgery.export_onnx(build("bert"), tmp_path / "out", with_past=True)
     with pytest.raises(StateError, match=r"cache takes its own inputs"):
         oftsurgery.export_onnx(build("llama"), tmp_path / "out", with_past=True, example_inputs=x)
+    with pytest.raises(StateError, match=r"4-bit layer is not quantised yet.*module '0'"):
+        oftsurgery.export_onnx(nn.Sequential(bnb.nn.Linear4bit(4, 4)), tmp_path / "out", example_inputs=x)
+    with pytest.raises(StateError, match=r"does not run on input: RuntimeError.*Remedy: give example inputs"):
+        oftsurgery.export_onnx(nn.Linear(5, 4), tmp_path / "out", example_inputs={"input": x[:, :3]})
     with torch.device("meta"):
         empty = nn.Linear(4, 4)
     with pytest.raises(StateError, match="meta device"):
