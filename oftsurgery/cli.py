@@ -525,6 +525,8 @@ def _export(args: argparse.Namespace) -> int:
     onnx = args.format in ONNX_FORMATS
     if not onnx and (args.dtype or args.with_past or args.no_verify):
         args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
+    if onnx and args.undo:
+        args.usage_error("a graph is not unfolded: --undo belongs to the other formats")
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
     if onnx and args.undo:
