@@ -24,7 +24,8 @@ import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ from .codecs import EncodedWeight, WeightFormat
 from .errors import IntegrityError, NonFiniteError, UndoError
 from .hashing import hash_tensors
 from .weight import _in_weight_order
+
+if TYPE_CHECKING:
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = ["UndoEntry", "decode_tensor", "decode_weight", "encode_tensor", "encode_weight", "evidence", "read_format"]
 
@@ -75,6 +82,17 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _on_the_cpu(function: Callable[P, T]) -> Callable[P, T]:
+    """Whatever default device and grad mode the caller is in."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -604,6 +622,7 @@ def evidence(folded: EncodedWeight) -> str:
     )
 
 
+@_on_the_cpu
 def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[Rotation], *, noise: float) -> UndoEntry:
     """What gives ``before`` back from ``after``, proved: it is decoded once and compared.
 
@@ -649,6 +668,7 @@ def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[R
     return entry
 
 
+@_on_the_cpu
 def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
     """The weight that was folded, from what the fold stored instead; on the CPU.
 
@@ -750,6 +770,7 @@ def _code(
 # --- one plain tensor -------------------------------------------------------------------------------------------------
 
 
+@_on_the_cpu
 def encode_tensor(before: Tensor, after: Tensor) -> UndoEntry:
     """What gives the plain tensor ``before`` back from ``after``, which stands in its place (a trained bias or head),
     proved.
@@ -769,6 +790,7 @@ def encode_tensor(before: Tensor, after: Tensor) -> UndoEntry:
     return entry
 
 
+@_on_the_cpu
 def decode_tensor(entry: UndoEntry, after: Tensor) -> Tensor:
     """Mirror of :func:`encode_tensor`, on the CPU.
 

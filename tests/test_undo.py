@@ -398,6 +398,17 @@ def test_what_no_rotation_predicts_is_stored_as_it_is(real_weight: Tensor) -> No
     assert len(entry.data) < 0.6 * real_weight.numel() / 2
 
 
+def test_wherever_new_tensors_go_by_default(real_weight: Tensor) -> None:
+    before = codecs.encode(real_weight, WeightFormat("nf4", tuple(real_weight.shape), torch.float32, 64))
+    rotation = Rotation(0.05 * torch.randn(24, 120), shared=False)
+    after = fold_encoded(before, [rotation]).encoded
+    with torch.device("meta"), torch.inference_mode():
+        entry = undo.encode_weight(before, after, [rotation], noise=0.1)
+        back = undo.decode_weight(entry, after)
+    assert back.fingerprint == before.fingerprint
+    assert not back.tensors["weight"].is_inference()
+
+
 # --- the same everywhere ----------------------------------------------------------------------------------------------
 
 
