@@ -529,8 +529,6 @@ def _export(args: argparse.Namespace) -> int:
         args.usage_error("a graph is not unfolded: --undo belongs to the other formats")
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
-    if onnx and args.undo:
-        args.usage_error("--undo belongs to a checkpoint: an ONNX graph is not unfolded")
     if args.dry_run:
         code = _plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:
