@@ -7,6 +7,8 @@
 #   make bench-quality   what rounding costs, mode by mode: about fifteen minutes
 
 PYTHON ?= python3
+# processes that the tests run in, one thread each
+JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -19,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
 test: $(INSTALLED) browser
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -29,7 +31,7 @@ check: $(INSTALLED) browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py layers
