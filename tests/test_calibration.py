@@ -5,10 +5,12 @@ own, and whole folds against the live layers.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -608,3 +610,65 @@ def test_what_is_no_calibration(calibration: Any, message: str, adapter: Path) -
 def test_modes_and_calibrations_that_do_not_go_together(arguments: dict[str, Any], message: str, adapter: Path) -> None:
     with pytest.raises(StateError, match=message):
         oftsurgery.fold(build(), adapter, **arguments)
+
+
+# --- real models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    """``benchmarks/quality.py``, which ``make bench-quality`` runs."""
+    script = Path(__file__).parent.parent / "benchmarks" / "quality.py"
+    spec = importlib.util.spec_from_file_location("quality", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_minilms_embeddings(
+    quality: ModuleType, write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]
+) -> None:
+    """An adapter on the first two of six layers of the real model, 96 sentences: a third of what the benchmark takes."""
+    model = quality.demo.load_base("NF4")
+    generator = torch.Generator().manual_seed(0)
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [path for path in linears if ".layer.0." in path or ".layer.1." in path]
+    tensors = {
+        f"base_model.model.{path}.oft_R.weight": 0.03
+        * torch.randn(model.get_submodule(path).in_features // 32, 496, generator=generator)
+        for path in targets
+    }
+    folder = write_adapter(tensors, oft_config(oft_block_size=32, target_modules=targets))
+    sentences = quality.demo.held_out(48)
+    live = quality.demo.embeddings(quality.demo.load_live("NF4", folder), sentences)
+    nearest = oftsurgery.fold(model, folder, rounding="nearest")
+    texts = quality.tokenised(quality.sentences_for_calibration(96))
+    folded = oftsurgery.fold(quality.demo.load_base("NF4"), folder, calibration=texts)
+    assert len(folded.oftsurgery.modules) == 12
+    assert {m.rounding for m in folded.oftsurgery.modules.values()} == {"calibrated"}
+    far, near = (quality.demo.distance(quality.demo.embeddings(m, sentences), live) for m in (nearest, folded))
+    assert near < 0.5 * far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantisation", ["NF4", "int8"])
+def test_minilm_as_in_the_readme(quality: ModuleType, quantisation: str, tmp_path: Path) -> None:
+    assert len(list(quality.demo.fine_tune(quantisation, tmp_path / "adapter", 20))) == 20
+    rows = quality.minilm(quantisation, tmp_path / "adapter")
+    nearest, mse, few, all_ = rows.values()
+    assert list(rows) == list(quality.MODES)
+    if quantisation == "NF4":
+        assert mse["weight_mse"] <= 0.90 * nearest["weight_mse"]
+        assert all_["distance"] <= 0.40 * nearest["distance"]
+    assert all_["distance_of_weights"] <= (0.40 if quantisation == "NF4" else 0.50) * nearest["distance_of_weights"]
+    assert all_["distance"] < few["distance"] < nearest["distance"]
+
+
+@pytest.mark.slow
+def test_a_llamas_perplexity(quality: ModuleType, tmp_path: Path) -> None:
+    rows = quality.llama(*quality.train_llama(tmp_path, 400, 100))
+    assert rows["without the adapter"]["perplexity"] > 1.2 * rows["live"]["perplexity"]
+    assert rows["nearest"]["excess"] > 0
+    assert rows["calibrated, 256 texts"]["excess"] <= 0.6 * rows["nearest"]["excess"]
