@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -440,9 +440,18 @@ def warn_of_rounding(record: FoldRecord) -> None:
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
     warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
-        f"({printable(worst)}); per module in the fold's record",
+        f"({printable(worst)}){_of_outputs(errors.values())}; per module in the fold's record",
         RoundingWarning,
     )
+
+
+def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
+    """What calibration brought, where there was any."""
+    measured = [(m.output_error, m.output_nearest) for m in modules if m.output_error is not None]
+    if not measured:
+        return ""
+    ours, plain = (sorted(e or 0.0 for e in errors)[len(measured) // 2] for errors in zip(*measured, strict=True))
+    return f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding"
 
 
 def warn_of_calibration(record: FoldRecord) -> None:

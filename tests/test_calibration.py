@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError, codecs, inputs
 from oftsurgery.calibration import LayerInputs, compensate, fold_calibrated
 from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.model import _plan
+from oftsurgery.model import _plan, warn_of_rounding
 
 FORMATS = {
     "nf4": WeightFormat("nf4", (24, 128), blocksize=64),
@@ -370,6 +371,15 @@ def test_live_and_wrapped_models(adapter: Path) -> None:
         assert len(prints) == 1, path
     with torch.no_grad():  # the live model computes as before
         assert torch.isfinite(live(**batches(1)[0])).all()
+
+
+def test_the_rounding_warning_states_what_it_brought(adapter: Path) -> None:
+    folded = calibrated(build(), adapter, calibration=batches(2))
+    measured = [m for m in folded.oftsurgery.modules.values() if m.output_error is not None]
+    ours, plain = sorted(m.output_error for m in measured)[2], sorted(m.output_nearest for m in measured)[2]
+    said = f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding; per module"
+    with pytest.warns(RoundingWarning, match=re.escape(said)):
+        warn_of_rounding(folded.oftsurgery)
 
 
 def test_two_adapters_are_calibrated_on_their_chain(
