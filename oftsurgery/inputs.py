@@ -296,7 +296,7 @@ class Calibration:
             for path in paths
         ]
         try:
-            with _eval_mode(self._live), torch.no_grad(), _eager():
+            with _eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _eager():
                 for i, batch in enumerate(self._batches):
                     ears.listen(i, batch)
                     self._forward(i, batch)
@@ -372,9 +372,9 @@ def _split(count: int) -> Tensor:
     """Which of ``count`` sequences are held out, ``(count,)`` bool: at random, the same ones each time. Of a single one
     none is; its tokens are divided.
     """
-    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out = torch.zeros(count, dtype=torch.bool, device="cpu")
     if count > 1:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         held_out[order[: max(1, count // HOLD_OUT)]] = True
     return held_out
 
@@ -420,7 +420,7 @@ class _Ears:
         self._room = max(1, HELD_OUT_TOKENS // parts)  # of each batch
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[str, Tensor, int] | None = None
         #: layers that were given one tensor once were given different ones later
         self.apart = False
 
@@ -436,11 +436,13 @@ class _Ears:
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            same = self._share and self._last is not None and self._last[1] is x
-            leader = self._last[0] if same and self._last is not None else path
+            version = -1 if x.is_inference() else x._version  # as it was, or written into since
+            leader = path
+            if self._share and self._last is not None and self._last[1] is x and self._last[2] == version:
+                leader = self._last[0]
             self.apart |= self._leader.setdefault(path, leader) != leader
             if leader == path:
-                self._last = (path, x)
+                self._last = (path, x, version)
                 self._add(self._sums.setdefault(path, _Sum()), module._features_last(x.detach()))
 
         return hook

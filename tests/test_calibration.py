@@ -546,27 +546,44 @@ def test_several_passes_gather_the_same(adapter: Path) -> None:
             assert torch.equal(one.held_out, other.held_out)
 
 
-def test_layers_that_share_an_input_in_the_first_batch_alone(
-    write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]
+class Sometimes(nn.Module):
+    """Two layers given one tensor, or not."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = (bnb.nn.Linear4bit(32, 32, quant_type="nf4", compute_dtype=torch.float32) for _ in range(2))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        return self.a(x) + self.b(self.between(x))
+
+
+@pytest.mark.parametrize(
+    ("between", "shares"),
+    [
+        (lambda x: x, True),
+        (lambda x: x if x.shape[0] == 2 else x * 2, False),  # the first batch has two sequences
+        (lambda x: x.mul_(2), False),
+    ],
+    ids=["always", "in the first batch alone", "written into between"],
+)
+def test_layers_share_what_is_the_same(
+    between: Callable[[Tensor], Tensor],
+    shares: bool,
+    write_adapter: Callable[..., Path],
+    oft_config: Callable[..., dict[str, Any]],
 ) -> None:
-    class Sometimes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = (
-                bnb.nn.Linear4bit(32, 32, quant_type="nf4", compute_dtype=torch.float32) for _ in range(2)
-            )
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) + self.b(x if x.shape[0] == 2 else x * 2)
-
     folder = write_adapter(
         {f"base_model.model.{p}.oft_R.weight": torch.full((1, 496), 0.01) for p in "ab"}, oft_config(oft_block_size=32)
     )
     data = [torch.randn(n, 30, 32) for n in (2, 3, 4)]
-    found = gathered(Sometimes().to("cpu").eval(), folder, data, ("a", "b"))
-    assert found["a"] is not None
-    assert found["b"] is not None
-    assert found["a"].hessian.trace() * 1.5 < found["b"].hessian.trace()
+    found = gathered(Sometimes(between).to("cpu").eval(), folder, data, ("a", "b"))
+    a, b = found["a"], found["b"]
+    assert a is not None
+    assert b is not None
+    assert (a.hessian is b.hessian) == shares
+    assert bool(a.hessian.trace() * 1.5 < b.hessian.trace()) != shares
 
 
 def test_a_single_sequence_is_divided_by_tokens(adapter: Path) -> None:
