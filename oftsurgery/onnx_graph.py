@@ -506,12 +506,10 @@ def capture(
         with _own_errors("optimised"):
             optimizer.optimize_ir(model, should_fold=_may_fold)
     _transpose_weights(model)
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()  # paths and lines of this machine
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    found = (*model.graph.inputs, *model.graph.initializers.values(), *(v for node in nodes for v in node.outputs))
+    for part in (model, model.graph, *nodes, *found):
+        part.metadata_props.clear()  # paths and lines of this machine, and torch's own view of the graph
     return model
 
 

@@ -142,6 +142,17 @@ REFUSED = {
         2,
         "double quantisation of a checkpoint that is not to be quantised",
     ),
+    "a graph's flags without one": (
+        ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--with-past"],
+        2,
+        "belong to --format onnx and onnx-quantized",
+    ),
+    "no adapter": (["export", "--base", "BASE", "--output", "x"], 2, "arguments are required: --adapter"),
+    "undo of a graph": (
+        ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--format", "onnx", "--undo", "u"],
+        2,
+        "a graph is not unfolded",
+    ),
     "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --undo --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),
     "unfold from the wrong base": (["unfold", "FOLDED", "x", "--base", "FOLDED"], 2, "not the one that was folded"),

@@ -232,6 +232,9 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
         "straddling": "48 input features are no multiple of the block size 32",
     }
     assert report.outputs == ("last_hidden_state", "scaled")
+    again = {"example_inputs": {"x": x, "scale": scale}, "verify": False}
+    oftsurgery.export_onnx(model, tmp_path / "again", "float32", True, **again)  # type: ignore[arg-type]
+    assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
     held = initializers(tmp_path / "out")
     for name in ("kept", "fp4"):
         weight: Any = model.get_submodule(name).weight
