@@ -29,7 +29,7 @@ __all__ = ["export_main", "main"]
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
-ROUNDINGS = ("nearest", "mse")
+ROUNDINGS = ("nearest", "grid", "mse")
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 

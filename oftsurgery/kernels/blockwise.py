@@ -118,26 +118,58 @@ def _tensors(
         "quant_map": codecs._levels(into.codec, scales.device).clone(),
     }
     tensors |= codecs._encode_absmax(scales, into)
-    if moments is None:
-        return tensors, 0.0
+    return tensors, 0.0 if moments is None else nested_error(into, scales, tensors, moments)
+
+
+def nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
+    """What double quantisation of the absmax ``scales`` adds to the squared error of codes that were chosen without."""
     # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
-    delta = (codecs._decode_absmax(EncodedWeight(into, tensors)) - scales).to(torch.float64)
+    delta = (codecs._decode_absmax(EncodedWeight(into, statistics)) - scales).to(torch.float64)
     cross, power = moments.to(torch.float64).unbind(1)
-    return tensors, float((2 * scales * delta * cross + delta * delta * power).sum())
+    return float((2 * scales * delta * cross + delta * delta * power).sum())
 
 
 def finish(
-    into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None, norm: float, error: float
+    into: WeightFormat,
+    result: Tensor,
+    scales: Tensor,
+    moments: Tensor | None,
+    norm: float,
+    error: float,
+    change: float,
 ) -> tuple[EncodedWeight, Cost]:
-    """The new weight and its cost, from the sums of squares of the exact weight and of what storing it
-    changed.
+    """The new weight and its cost, from the sums of squares of the exact weight, of what storing it changed, and of
+    what the rotation did.
     """
     tensors, more = _tensors(into, result, scales, moments)
-    error = math.sqrt(max(0.0, error + more) / (norm or 1.0))
+    return EncodedWeight(into, tensors), _cost(into, norm, error + more, error + more, change)
+
+
+def _cost(into: WeightFormat, norm: float, error: float, nearest: float, change: float) -> Cost:
     # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak
     # of
-    error = 0.0 if into.quantised and error < 2**-22 else error
-    return EncodedWeight(into, tensors), Cost(error, error)
+    least = norm * 2**-44 if into.quantised else 0.0
+    error, nearest = (0.0 if e < least else max(0.0, e) for e in (error, nearest))
+    rho = math.sqrt(error / change) if change else None
+    return Cost(math.sqrt(error / (norm or 1.0)), math.sqrt(nearest / (norm or 1.0)), rho)
+
+
+def finish_best(
+    into: WeightFormat,
+    result: Tensor,
+    statistics: dict[str, Tensor],
+    norm: float,
+    error: float,
+    nearest: float,
+    change: float,
+) -> tuple[EncodedWeight, Cost]:
+    """As :func:`finish`, for 4-bit weights whose statistics are known; ``nearest``: ``error`` with plain rounding."""
+    tensors = {
+        "weight": codecs._as_storage(result, into),
+        "quant_map": codecs._levels(into.codec, result.device).clone(),
+        **statistics,
+    }
+    return EncodedWeight(into, tensors), _cost(into, norm, error, nearest, change)
 
 
 def widen(m: Tensor, b: int) -> Tensor:

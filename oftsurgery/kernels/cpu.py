@@ -27,13 +27,18 @@ from numba.extending import intrinsic, register_model
 __all__ = [
     "BF16",
     "CELLS",
+    "BEST",
     "F16",
     "F32",
     "FOUR_BIT",
+    "GIVEN",
     "HAS_F16",
     "INT8",
     "LANES",
+    "NEAREST",
     "ROWS",
+    "SCALES",
+    "WORK",
     "fold_tile",
     "largest_angle",
     "rotation_blocks",
@@ -41,6 +46,8 @@ __all__ = [
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
+#: how 4-bit blocks are scaled: by their absmax, by what errs less, by that with no codes yet, by what is there already
+NEAREST, BEST, SCALES, GIVEN = range(4)
 LANES = 16
 #: rows that are rotated together
 ROWS = 16
@@ -190,6 +197,12 @@ def weigh(b, x, weight, total):
     return _call(b, "llvm.fmuladd.v16f64", f64x.vector, b.fpext(x, f64x.vector), weight, total)
 
 
+@_operation(f64x, f32x, f64x)
+def _add_square(b, x, total):
+    wide = b.fpext(x, f64x.vector)
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, wide, wide, total)
+
+
 @_operation(i32x)
 def no_bits(_builder):
     return _constant(0, i32x.vector)
@@ -318,6 +331,110 @@ def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
     base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
     bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
     return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
+
+
+@_operation(f32x, f32x, f32x)
+def add(b, x, y):
+    return b.fadd(x, y)
+
+
+@_operation(f32x, f32x)
+def absolute(b, x):
+    return _call(b, "llvm.fabs.v16f32", f32x.vector, x)
+
+
+@_operation(f32x, f32x, f32x)
+def lesser(b, x, y):
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+@_operation(f32x, f32x, f32x)
+def greater(b, x, y):
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+@_operation(f32x, f32x, f32x, f32x, f32x)
+def choose_less(b, x, y, yes, no):
+    """``yes`` where x < y, else ``no``."""
+    return b.select(b.fcmp_ordered("<", x, y), yes, no)
+
+
+@_operation(f32x, f32x, f32x, f32x, f32x)
+def add_up_to(b, x, limit, change, total_):
+    """``total_ + change`` where x ≤ limit, else ``total_``."""
+    return b.select(b.fcmp_ordered("<=", x, limit), b.fadd(total_, change), total_)
+
+
+@_operation(float32, f32x)
+def least(b, x):
+    return _halves(b, x, lambda u, v: b.select(b.fcmp_ordered("<", u, v), u, v))
+
+
+def _mask(b: Any, lanes: Any) -> Any:
+    return b.zext(b.bitcast(lanes, _WORD), ir.IntType(64))
+
+
+@_operation(int64, f32x, f32x)
+def which_below(b, x, y):
+    """A bit for each lane where x < y."""
+    return _mask(b, b.fcmp_ordered("<", x, y))
+
+
+@_operation(int64, i32x, i32x)
+def which_differ(b, x, y):
+    return _mask(b, b.icmp_signed("!=", x, y))
+
+
+@_operation(int64, int64)
+def first_bit(b, bits):
+    return _call(b, "llvm.cttz.i64", ir.IntType(64), bits, ir.Constant(ir.IntType(1), 1))
+
+
+@_operation(i32x, f32x, f32x, f32x)
+def cells_of(b, x, factor, shift):
+    return b.fptosi(_call(b, "llvm.fmuladd.v16f32", f32x.vector, x, factor, shift), i32x.vector)
+
+
+@_operation(int32, int64, i32x)
+def store_ints(b, address, value):
+    return _store(b, address, value, 4)
+
+
+@_operation(f32x, int64, i32x)
+def look_up(b, address, index):
+    """Of 32 values at ``address`` those of ``index``, 0 to 31."""
+    if _AVX512:
+        low, high = _load(b, address, f32x.vector, 4), _load(b, b.add(address, ir.Constant(address.type, 64)), f32x.vector, 4)
+        return _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, low, index, high)
+    value = ir.Constant(f32x.vector, ir.Undefined)
+    for lane in range(LANES):
+        one = b.zext(b.extract_element(index, ir.Constant(_I, lane)), address.type)
+        at = b.add(address, b.shl(one, ir.Constant(address.type, 2)))
+        value = b.insert_element(value, _load(b, at, _F, 4), ir.Constant(_I, lane))
+    return value
+
+
+@_operation(f32x, int64)
+def totals(b, address):
+    """The totals of 16 vectors at ``address``, one after the other, by lanes."""
+    rows = [_load(b, b.add(address, ir.Constant(address.type, 64 * i)), f32x.vector, 4) for i in range(LANES)]
+    width = LANES  # of each row's own part in a vector
+    while width > 1:
+        width //= 2
+        half = len(rows) // 2
+        # rows i and i + half share a vector from now on: lane groups of 2·width, the first half of each is row i's
+        pairs = []
+        for u, v in zip(rows[:half], rows[half:], strict=True):
+            first, second = [], []
+            for group in range(0, LANES, 2 * width):
+                own = list(range(group, group + width))
+                first += own + [LANES + lane for lane in own]
+                second += [lane + width for lane in own] + [LANES + lane + width for lane in own]
+            low = b.shuffle_vector(u, v, ir.Constant(i32x.vector, first))
+            high = b.shuffle_vector(u, v, ir.Constant(i32x.vector, second))
+            pairs.append(b.fadd(low, high))
+        rows = pairs
+    return rows[0]
 
 
 @_operation(f32x, int64)
@@ -452,6 +569,7 @@ def product64(b, *args):
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 _inline = njit(inline="never", nogil=True, error_model="numpy", boundscheck=False)
+_LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
 
@@ -498,6 +616,18 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
             while done < b:
                 product_one(x_at, x_stride, m + 4 * done, 4 * b, y_at + 4 * done, y_stride, b)
                 done += _BLOCK_LANES
+
+
+@_inline
+def _change(x, x_stride, y, y_stride, rows, columns, row_scale):
+    """Σ (exact - base)² of rows at ``y`` and ``x``; ``row_scale``: 0, or the address of what y is still to be scaled by."""
+    change = fill64(0.0)
+    for r in range(rows):
+        scale = fill(load_one(row_scale + 4 * r) if row_scale != 0 else float32(1.0))
+        x_at, y_at = x + r * x_stride, y + r * y_stride
+        for i in range(0, columns, LANES):
+            change = _add_square(sub(mul(load(y_at + 4 * i), scale), load(x_at + 4 * i)), change)
+    return total64(change)
 
 
 @_inline
@@ -574,6 +704,403 @@ def _encode_4bit(
     sums[2] = max(sums[2], float64(top))
 
 
+# --- the scale of a 4-bit block that errs least -----------------------------------------------------------------------
+#
+# In units of the block's absmax, E(s) = W - 2s·α(s), with W = Σx² and α(s) = max over all codes of Σxc - s/2·Σc²: a
+# maximum of lines in s, hence convex, and below its chord between any two scales. So E is known to be nowhere between
+# two scales less than `_chord` says of its values there. The kernel measures E at fixed ratios, looks up the codes'
+# changes, one by one, in the intervals that may hold the least one, and leaves the rest. See docs/rounding.md.
+#
+# ``search`` is the address of the float32 table that fold_cpu makes for a codec; offsets in it, in values:
+RATIOS, CURVE, LEFT, RIGHT, UNUSED = 0, 32, 64, 96, 128
+LEVELS, BOUNDS, META, CELL_TABLES = 160, 176, 192, 208
+#: the values at META
+_FACTOR, _SHIFT, _MIRRORED, _COUNT, _ONE, _STEP, _TOP = range(7)
+#: ``work`` is scratch for one block, in float32; offsets of: the error at each ratio, sums, crossings, the best, a stack
+_ERRORS, _SUMS, _EACH, _CROSSINGS, _BEST, _STACK, _VALUES = 0, 64, 576, 640, 960, 1024, 1280
+#: code changes that are looked at together
+_MOST = 64
+WORK = _VALUES + 2 * 4096
+
+
+@_inline
+def _measure(x, n, s, search):
+    """The squared error of n values at ``x`` with their nearest codes for scale s."""
+    levels, bounds = load(search + 4 * LEVELS), load(search + 4 * BOUNDS)
+    factor, scale = fill(float32(1.0) / s), fill(-s)
+    error = fill(float32(0.0))
+    for i in range(0, n, LANES):
+        v = load(x + 4 * i)
+        miss = fma(pick(levels, rank(mul(v, factor), bounds)), scale, v)
+        error = fma(miss, miss, error)
+    return total(error)
+
+
+@_inline
+def _chord(a, b, error_a, error_b, power):
+    """A bound under the error at all scales from a to b, from the errors there and Σx²."""
+    d = error_b - error_a
+    curve = (b - a) * ((b - a) * power - b * error_a + a * error_b) / (a * b)
+    if not abs(d) < curve:
+        return min(error_a, error_b)
+    return float32(0.5) * (error_a + error_b) - float32(0.25) * (curve + d * d / curve)
+
+
+@_inline
+def _changes(x, n, low, high, limit, search, work):
+    """Try the best scale of each set of codes between scales ``low`` and ``high``, close enough for every weight to
+    change its code once at most; better ones go to ``work``.
+
+    Returns:
+        whether there were few enough of them.
+    """
+    levels, bounds = load(search + 4 * LEVELS), load(search + 4 * BOUNDS)
+    own, factor, other = fill(-low), fill(float32(1.0) / low), fill(float32(1.0) / high)
+    each, at = work + 4 * _EACH, work + 4 * _CROSSINGS
+    stride = 4 * (_MOST + LANES)
+    errors, crosses, powers = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+    count = 0
+    for i in range(0, n, LANES):
+        v = load(x + 4 * i)
+        code, code_after = rank(mul(v, factor), bounds), rank(mul(v, other), bounds)
+        outer = pick(levels, code)
+        miss = fma(outer, own, v)
+        errors, crosses, powers = fma(miss, miss, errors), fma(outer, miss, crosses), fma(outer, outer, powers)
+        bits = which_differ(code, code_after)
+        if bits != 0:
+            if count > _MOST - LANES:
+                return False
+            inner = pick(levels, code_after)
+            after = fma(inner, own, v)
+            store(each, div(add(v, v), add(outer, inner)))  # the scale at which v is midway
+            store(each + 64, sub(mul(after, after), mul(miss, miss)))
+            store(each + 128, sub(mul(inner, after), mul(outer, miss)))
+            store(each + 192, sub(mul(inner, inner), mul(outer, outer)))
+            while bits != 0:
+                lane = 4 * first_bit(bits)
+                bits &= bits - 1
+                for k in range(4):
+                    store_one(at + k * stride + 4 * count, load_one(each + 64 * k + lane))
+                count += 1
+    error, cross, power = total(errors), total(crosses), total(powers)
+    best = load_one(work + 4 * _BEST)
+    if power > float32(1e-5):
+        scale = low + cross / power
+        if error - cross * cross / power < best and scale > 0 and scale <= limit:
+            best = error - cross * cross / power
+            store_one(work + 4 * _BEST + 4, scale)
+    store(at + 4 * count, fill(float32(np.inf)))
+    huge = fill(float32(1e30))
+    for first in range(0, count, LANES):
+        mine = load(at + 4 * first)
+        errors, crosses, powers = fill(error), fill(cross), fill(power)
+        for i in range(count):
+            s = fill(load_one(at + 4 * i))
+            errors = add_up_to(s, mine, fill(load_one(at + stride + 4 * i)), errors)
+            crosses = add_up_to(s, mine, fill(load_one(at + 2 * stride + 4 * i)), crosses)
+            powers = add_up_to(s, mine, fill(load_one(at + 3 * stride + 4 * i)), powers)
+        shift = div(crosses, powers)
+        scales = add(shift, fill(low))
+        found = sub(errors, mul(shift, crosses))
+        found = choose_less(fill(float32(1e-5)), powers, found, huge)
+        found = choose_less(fill(float32(0.0)), scales, found, huge)
+        found = choose_less(scales, fill(limit), found, huge)
+        one = least(found)
+        if one < best:
+            best = one
+            store(each, scales)
+            lane = first_bit(which_below(found, fill(as_float(as_bits(one) + int32(1)) if one > 0 else float32(1e-30))))
+            store_one(work + 4 * _BEST + 4, load_one(each + 4 * lane))
+    store_one(work + 4 * _BEST, best)
+    return True
+
+
+@_inline
+def _refine(x, n, low, high, error_low, error_high, power, limit, search, work):
+    """:func:`_changes` of an interval in as many parts as it takes, but for those that cannot hold the least error.
+    ``low`` may be 0.
+    """
+    step = load_one(search + 4 * (META + _STEP))
+    stack = work + 4 * _STACK
+    store_one(stack, low)
+    store_one(stack + 4, high)
+    store_one(stack + 8, error_low)
+    store_one(stack + 12, error_high)
+    depth = 1
+    while depth > 0:
+        depth -= 1
+        at = stack + 16 * depth
+        a, b, error_a, error_b = load_one(at), load_one(at + 4), load_one(at + 8), load_one(at + 12)
+        if a > 0:
+            bound = _chord(a, b, error_a, error_b, power)
+        else:  # smaller scales clip more
+            edge, clipped = fill(b), fill(float32(0.0))
+            for i in range(0, n, LANES):
+                over = greater(sub(absolute(load(x + 4 * i)), edge), fill(float32(0.0)))
+                clipped = fma(over, over, clipped)
+            bound = total(clipped)
+        if bound >= _enough(load_one(work + 4 * _BEST), power):
+            continue
+        if a > 0 and b <= a * step and _changes(x, n, a, b, limit, search, work):
+            continue
+        if (a > 0 and b < a * float32(1.0002)) or depth > 60:
+            continue
+        middle = float32(0.5) * (a + b)
+        error = _measure(x, n, middle, search)
+        for k in range(2):
+            store_one(at, a if k == 0 else middle)
+            store_one(at + 4, middle if k == 0 else b)
+            store_one(at + 8, error_a if k == 0 else error)
+            store_one(at + 12, error if k == 0 else error_b)
+            at += 16
+        depth += 2
+
+
+@_inline
+def _enough(best, power):
+    """The error from which on there is nothing to gain, float32's own aside."""
+    return best * float32(1.0 - 1e-6) - power * float32(1e-8)
+
+
+@_inline
+def _try_ratios(x, n, absmax, search, work):
+    """Measure the error of n values at ``x`` for the table's ratios to their absmax > 0. Leaves the errors and Σx², in
+    units of the absmax, in ``work``, and the best of them; returns that one's index.
+    """
+    meta = search + 4 * META
+    values = work + 4 * _VALUES
+    factor, shift = fill(load_one(meta + 4 * _FACTOR)), fill(load_one(meta + 4 * _SHIFT))
+    mirrored = load_one(meta + 4 * _MIRRORED) != 0
+    count = int64(load_one(meta + 4 * _COUNT))
+    sums = work + 4 * _SUMS
+    small = absmax < _TINY
+    unit = fill(absmax if small else float32(1.0) / absmax)
+    table = search + 4 * CELL_TABLES
+    if n == 4 * LANES and not small:
+        v0, v1, v2, v3 = mul(load(x), unit), mul(load(x + 64), unit), mul(load(x + 128), unit), mul(load(x + 192), unit)
+        if mirrored:
+            v0, v1, v2, v3 = absolute(v0), absolute(v1), absolute(v2), absolute(v3)
+        c0, c1 = cells_of(v0, factor, shift), cells_of(v1, factor, shift)
+        c2, c3 = cells_of(v2, factor, shift), cells_of(v3, factor, shift)
+        store(sums + 64 * count, add(fma(v0, v0, mul(v1, v1)), fma(v2, v2, mul(v3, v3))))
+        for j in range(count):
+            m0, g0 = look_up(table, c0), look_up(table + 128, c0)
+            m1, g1 = look_up(table, c1), look_up(table + 128, c1)
+            m2, g2 = look_up(table, c2), look_up(table + 128, c2)
+            m3, g3 = look_up(table, c3), look_up(table + 128, c3)
+            d0, d1 = sub(absolute(sub(v0, m0)), g0), sub(absolute(sub(v1, m1)), g1)
+            d2, d3 = sub(absolute(sub(v2, m2)), g2), sub(absolute(sub(v3, m3)), g3)
+            store(sums + 64 * j, add(fma(d0, d0, mul(d1, d1)), fma(d2, d2, mul(d3, d3))))
+            table += 256
+    else:
+        powers = fill(float32(0.0))
+        cells = values + 4 * n
+        for i in range(0, n, LANES):
+            v = load(x + 4 * i)
+            v = div(v, unit) if small else mul(v, unit)
+            v = absolute(v) if mirrored else v
+            store(values + 4 * i, v)
+            store_ints(cells + 4 * i, cells_of(v, factor, shift))
+            powers = fma(v, v, powers)
+        store(sums + 64 * count, powers)
+        for j in range(count):
+            error = fill(float32(0.0))
+            for i in range(0, n, LANES):
+                c = load_ints(cells + 4 * i)
+                d = sub(absolute(sub(load(values + 4 * i), look_up(table, c))), look_up(table + 128, c))
+                error = fma(d, d, error)
+            store(sums + 64 * j, error)
+            table += 256
+    errors = work + 4 * _ERRORS
+    one = int64(load_one(meta + 4 * _ONE))
+    huge = fill(float32(1e30))
+    first = totals(sums)
+    store(errors, first)
+    more = huge
+    if count > LANES - 1:
+        more = totals(sums + 1024)
+        store(errors + 64, more)
+        more = add(more, load(search + 4 * UNUSED + 64))
+    first = add(first, load(search + 4 * UNUSED))
+    best, j = load_one(errors + 4 * one), one
+    if _LARGEST / absmax > load_one(meta + 4 * _TOP):
+        lowest = least(lesser(first, more))
+        if lowest < best:
+            edge = fill(as_float(as_bits(lowest) + int32(1)))
+            best, j = lowest, first_bit(which_below(first, edge) | (which_below(more, edge) << 16))
+    store_one(work + 4 * _BEST, best)
+    store_one(work + 4 * _BEST + 4, load_one(search + 4 * (RATIOS + j)))
+    return j
+
+
+@_inline
+def _best_scale(x, n, absmax, j, search, work):
+    """The scale that errs least, in units of the absmax, after :func:`_try_ratios` found j the best of its own."""
+    meta, values, errors = search + 4 * META, work + 4 * _VALUES, work + 4 * _ERRORS
+    small = absmax < _TINY
+    unit = fill(absmax if small else float32(1.0) / absmax)
+    mirrored = load_one(meta + 4 * _MIRRORED) != 0
+    for i in range(0, n, LANES):
+        v = load(x + 4 * i)
+        v = div(v, unit) if small else mul(v, unit)
+        store(values + 4 * i, absolute(v) if mirrored else v)
+    count = int64(load_one(meta + 4 * _COUNT))
+    power = load_one(errors + 4 * count)
+    limit = _LARGEST / absmax
+    # around the best of these scales first: what is found there leaves less of the others
+    step = load_one(meta + 4 * _STEP)
+    done = int64(0)
+    if j > 0:
+        low, high = load_one(search + 4 * (RATIOS + j - 1)), load_one(search + 4 * (RATIOS + j + 1))
+        if high <= low * step and _changes(values, n, low, high, limit, search, work):
+            done = int64(3) << (j - 1)
+    enough = fill(_enough(load_one(work + 4 * _BEST), power))
+    bits = _open(errors, search, power, enough) | (_open(errors + 64, search + 64, power, enough) << 16)
+    bits &= ((int64(1) << count) - 1) & ~done
+    while bits != 0:
+        k = first_bit(bits)
+        bits &= bits - 1
+        low, high = load_one(search + 4 * (RATIOS + k)), load_one(search + 4 * (RATIOS + k + 1))
+        if not (high <= low * step and _changes(values, n, low, high, limit, search, work)):
+            _refine(values, n, low, high, load_one(errors + 4 * k), load_one(errors + 4 * k + 4), power, limit, search, work)
+    low = load_one(search + 4 * RATIOS)
+    if (float32(1.0) - low) * (float32(1.0) - low) < load_one(work + 4 * _BEST):
+        _refine(values, n, float32(0.0), low, power, load_one(errors), power, limit, search, work)
+    return load_one(work + 4 * _BEST + 4)
+
+
+@_inline
+def _open(errors, search, power, enough):
+    """A bit for each of 16 intervals whose :func:`_chord` is below ``enough``."""
+    a, b = load(errors), load(errors + 4)
+    d = sub(b, a)
+    curve = sub(mul(load(search + 4 * CURVE), fill(power)), sub(mul(load(search + 4 * LEFT), a), mul(load(search + 4 * RIGHT), b)))
+    inside = sub(mul(add(a, b), fill(float32(0.5))), mul(add(curve, div(mul(d, d), curve)), fill(float32(0.25))))
+    return which_below(choose_less(absolute(d), curve, inside, lesser(a, b)), enough)
+
+
+@_inline
+def _encode_best(
+    x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, plain, search, work, mode, sums
+):
+    """As :func:`_encode_4bit`, with better scales of the blocks; ``mode`` SCALES: those alone, GIVEN: codes for the
+    scales that are there.
+
+    ``plain`` and ``moments``: 0, or where to put each block's absmax, and the moments with it. Adds to ``sums`` as
+    :func:`_encode_4bit`; its fourth is of plain rounding.
+
+    Each step is taken for all blocks before the next: within a block each waits for the one before.
+    """
+    if mode != GIVEN:
+        _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums)
+    if mode == SCALES:
+        return
+    base_low, base_high, bounds_low, bounds_high = (
+        load_ints(cells),
+        load_ints(cells + 64),
+        load(cells + 128),
+        load(cells + 192),
+    )
+    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
+    error = fill64(0.0)
+    done = 0
+    while done < count:
+        size = min(blocksize, count - done)
+        scale = load_one(scales + 4 * ((first + done) // blocksize))
+        tiny = abs(scale) < _TINY
+        at, to = x + 4 * done, codes + (first + done) // 2
+        factor = fill(scale if tiny else float32(1.0) / scale)
+        if mode == GIVEN or tiny:
+            back = fill(-scale)
+            for i in range(0, size, LANES):
+                v = load(at + 4 * i)
+                s = fill(float32(0.0)) if scale == 0 else div(v, factor) if tiny else mul(v, factor)
+                index = rank(s, bounds)
+                store_codes(to + i // 2, pick_ints(order, index))
+                error = _add_square(fma(pick(levels, index), back, v), error)
+        else:  # near the absmax: float32 does in units of the scale
+            misses = fill(float32(0.0))
+            for i in range(0, size, LANES):
+                s = mul(load(at + 4 * i), factor)
+                if by_cell:
+                    inside = greater(lesser(s, highest), lowest)
+                    index = rank_by_cell(inside, base_low, base_high, bounds_low, bounds_high)
+                    store_codes(to + i // 2, index)
+                else:
+                    index = rank(s, bounds)
+                    store_codes(to + i // 2, pick_ints(order, index))
+                miss = sub(pick(levels, index), s)
+                misses = fma(miss, miss, misses)
+            error = weigh(misses, fill64(float64(scale) * float64(scale)), error)
+        done += size
+    sums[1] += total64(error)
+
+
+@_inline
+def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums):
+    """The steps of :func:`_encode_best` before the codes."""
+    one = int64(load_one(search + 4 * (META + _ONE)))
+    power_at = int64(load_one(search + 4 * (META + _COUNT)))
+    exact = load_one(search + 4 * (META + _STEP)) != 0
+    top = int32(0)
+    for done in range(0, count, blocksize):
+        bits = no_bits()
+        for i in range(done, min(done + blocksize, count), LANES):
+            bits = max_bits(bits, load(x + 4 * i))
+        highest = top_bits(bits)
+        top = max(top, highest)
+        store_one(scales + 4 * ((first + done) // blocksize), as_float(highest))
+    sums[2] = max(sums[2], float64(top))
+    if top >= 0x7F800000:
+        return
+    if plain != 0:
+        for done in range(0, count, blocksize):
+            block = (first + done) // blocksize
+            absmax = load_one(scales + 4 * block)
+            factor = fill(float32(1.0) / max(absmax, _TINY))
+            cross, power = fill(float32(0.0)), fill(float32(0.0))
+            for i in range(done, min(done + blocksize, count), LANES):
+                s = mul(load(x + 4 * i), factor)
+                c = pick(levels, rank(s, bounds))
+                cross, power = fma(c, sub(c, s), cross), fma(c, c, power)
+            store_one(plain + 4 * block, absmax)
+            store_one(moments + 8 * block, total(cross))
+            store_one(moments + 8 * block + 4, total(power))
+    norm = error = 0.0
+    for done in range(0, count, blocksize):
+        at, size = x + 4 * done, min(blocksize, count - done)
+        place = scales + 4 * ((first + done) // blocksize)
+        absmax = load_one(place)
+        if absmax == 0:
+            continue
+        j = _try_ratios(at, size, absmax, search, work)
+        square = float64(absmax) * float64(absmax)
+        norm += square * float64(load_one(work + 4 * (_ERRORS + power_at)))
+        error += square * float64(load_one(work + 4 * (_ERRORS + one)))
+        if exact:
+            store_one(place, _best_scale(at, size, absmax, j, search, work) * absmax)
+        else:
+            store_one(place, load_one(search + 4 * (RATIOS + j)) * absmax)
+    sums[0] += norm
+    sums[3] += error
+    if exact:
+        return
+    for done in range(0, count, blocksize):  # the best scale for the codes at that one
+        place = scales + 4 * ((first + done) // blocksize)
+        scale = load_one(place)
+        if scale == 0:
+            continue
+        small = scale < _TINY
+        factor = fill(scale if small else float32(1.0) / scale)
+        cross, power = fill(float32(0.0)), fill(float32(0.0))
+        for i in range(done, min(done + blocksize, count), LANES):
+            v = load(x + 4 * i)
+            s = div(v, factor) if small else mul(v, factor)
+            c = pick(levels, rank(s, bounds))
+            cross, power = fma(c, s, cross), fma(c, c, power)
+        store_one(place, total(cross) / total(power) * scale)
+
+
 @_inline
 def _encode_int8(x, count, first, codes, scb, sums):
     """Encode one row of ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`."""
@@ -612,12 +1139,6 @@ def _encode_int8(x, count, first, codes, scb, sums):
     sums[2] = max(sums[2], float64(top))
 
 
-@_operation(f64x, f32x, f64x)
-def _add_square(b, x, total):
-    wide = b.fpext(x, f64x.vector)
-    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, wide, wide, total)
-
-
 @_inline
 def _encode_dense(kind, x, count, first, out, sums):
     """Encode ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`; its third is of the values as stored."""
@@ -642,7 +1163,7 @@ def _encode_dense(kind, x, count, first, out, sums):
 
 
 @njit(
-    types.void(*[int64] * 33, float64[::1]),
+    types.void(*[int64] * 37, float64[::1]),
     nogil=True,
     cache=True,
     error_model="numpy",
@@ -653,7 +1174,7 @@ def fold_tile(
     new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
     matrices, b, shared, row_scale,
     out_features, features, first_row, last_row, first_column, last_column,
-    group, panel, flat, new_flat, x, x_stride, y, y_stride, sums,
+    group, panel, flat, new_flat, x, x_stride, y, y_stride, mode, search, plain, work, sums,
 ):  # fmt: skip
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
 
@@ -665,8 +1186,10 @@ def fold_tile(
     ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for
     :func:`rank_by_cell` then.
 
-    ``sums``: (3,) float64, Σ exact², Σ (stored - exact)², and the integer bits of the largest \\|value\\|, from
-    0x7F800000 on not finite.
+    ``mode``: NEAREST, or of 4-bit weights as for :func:`_encode_best`, with its ``search``, ``plain`` and ``work``.
+
+    ``sums``: (4,) float64, Σ exact², Σ (stored - exact)², the integer bits of the largest \\|value\\|, from 0x7F800000
+    on not finite, and but for NEAREST the second with plain rounding.
     """
     length = out_features * features
     old = load(levels)
@@ -704,13 +1227,24 @@ def fold_tile(
                     b,
                     step,
                 )
+                sums[4] += _change(
+                    x + r * x_stride, x_stride, y + r * y_stride + 4 * start, y_stride, min(ROWS, rows - r), width,
+                    0 if row_scale == 0 else row_scale + 4 * (row + r),
+                )  # fmt: skip
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))
                 for i in range(0, columns, LANES):
                     at = y + r * y_stride + 4 * i
                     store(at, mul(load(at), scale))
-        if new_flat:
+        if mode != NEAREST:
+            for r in range(1 if new_flat else rows):
+                _encode_best(
+                    y + r * y_stride, (row + r) * features + first_column, rows * features if new_flat else columns,
+                    new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells,
+                    moments, plain, search, work, mode, sums,
+                )  # fmt: skip
+        elif new_flat:
             _encode_4bit(
                 y,
                 row * features,

@@ -88,6 +88,58 @@ def _cells(codec: str) -> tuple[bool, np.ndarray]:
     return True, table
 
 
+#: scales, in units of absmax, between which the kernel's search for the best begins: the farther from the usual best,
+#: the farther apart they may be
+_RATIOS = (
+    0.65, 0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.035, 1.07, 1.11, 1.155, 1.21, 1.275, 1.35, 1.45, 1.58, 1.76, 2.05, 2.5,
+    3.3, 5.0, 9.0,
+)  # fmt: skip
+_FARTHER = {"nf4": (), "fp4": (20.0, 70.0)}
+
+
+@cache
+def _search(codec: str, rounding: str) -> np.ndarray:
+    """What the kernel looks scales up in: see :func:`oftsurgery.kernels.cpu._try_ratios`."""
+    _, levels, bounds, _ = (t.numpy().astype(np.float64) for t in _tables(codec))
+    bounds = bounds[:15]
+    mirrored = bool((levels == -levels[::-1]).all())  # the signs apart, half as many levels
+    if mirrored:
+        levels, bounds = levels[8:], bounds[8:]
+    # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last
+    factor, shift = (32 * (1 - 1e-5), 0.0) if mirrored else (16 * (1 - 1e-5), 16.0)
+    ratios = np.array(codecs.GRID if rounding == "grid" else (*_RATIOS, *_FARTHER[codec]))
+    count = len(ratios)
+    nothing = 1.01 / np.abs(bounds).min()  # from here on all codes are zero
+    table = np.zeros(cpu.CELL_TABLES + 64 * count, dtype=np.float32)
+
+    def place(offset: int, values: np.ndarray) -> None:
+        table[offset : offset + len(values)] = values
+
+    ends = np.append(ratios, nothing)
+    steps, low, high = np.diff(ends), ends[:-1], ends[1:]
+    place(cpu.RATIOS, ends)
+    place(cpu.CURVE, steps**2 / (low * high))
+    place(cpu.LEFT, steps / low)
+    place(cpu.RIGHT, steps / high)
+    table[cpu.UNUSED : cpu.UNUSED + 32] = 1e30
+    table[cpu.UNUSED : cpu.UNUSED + count] = 0
+    place(cpu.LEVELS, np.append(levels, np.full(16 - len(levels), levels[-1])))
+    place(cpu.BOUNDS, np.append(bounds, np.full(16 - len(bounds), np.inf)))
+    place(cpu.META, np.array([factor, shift, mirrored, count, list(ratios).index(1.0), 1.25 * (rounding == "mse"), ends[-1]]))
+    edges = (np.arange(33) - shift) / factor
+    for j, ratio in enumerate(ratios):
+        at = cpu.CELL_TABLES + 64 * j
+        for cell in range(32):
+            inside = [k for k, bound in enumerate(bounds) if edges[cell] <= bound * ratio < edges[cell + 1]]
+            assert len(inside) < 2, (codec, ratio)  # noqa: S101 - of the table above
+            if inside:  # the level on either side of the bound
+                middle, half = bounds[inside[0]], (levels[inside[0] + 1] - levels[inside[0]]) / 2
+            else:
+                middle, half = levels[(bounds * ratio < edges[cell]).sum()], 0.0
+            table[at + cell], table[at + 32 + cell] = middle * ratio, half * ratio
+    return table
+
+
 @dataclass(frozen=True)
 class _Tiles:
     group: int
@@ -138,8 +190,6 @@ def fold(
         None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
         answer, or the error.
     """
-    if codecs.rounding_of(into, rounding) != "nearest":
-        return None
     f = encoded.format
     old, new = _side(f), _side(into)
     b = matrices.shape[-1]
@@ -158,29 +208,53 @@ def fold(
     matrices = matrices.contiguous()
     factors = None if scale is None else scale.to(torch.float32).contiguous()
     places = [(r, c) for c in range(0, features, tiles.column_step) for r in range(0, rows, tiles.row_step)]
-    sums = np.zeros((len(places), 3))
-
+    best = codecs.rounding_of(into, rounding) != "nearest"
+    search = _search(into.codec, rounding).ctypes.data if best else 0
+    plain = torch.empty_like(new_scales) if best and moments is not None else None
     first = (
         old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
-        new.kind, result.data_ptr(), new_scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
+        new.kind, result.data_ptr(),
+    )  # fmt: skip
+    then = (
+        new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
         by_cell, cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
         matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(), rows, features,
     )  # fmt: skip
 
-    def task(i: int) -> None:
-        row, column = places[i]
-        x = _scratch(tiles.group * (tiles.x_stride + tiles.y_stride) // 4 + 16)
-        y = (x + tiles.group * tiles.x_stride + 63) & ~63
-        cpu.fold_tile(
-            *first, row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
-            tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride, sums[i],
-        )  # fmt: skip
+    def passed(mode: int, new_scales: Tensor) -> np.ndarray:
+        sums = np.zeros((len(places), 5))
 
-    run(task, len(places))
-    if sums[:, 2].max(initial=0) >= blockwise.NOT_FINITE:
+        def task(i: int) -> None:
+            row, column = places[i]
+            x = _scratch(tiles.group * (tiles.x_stride + tiles.y_stride) // 4 + 32 + (cpu.WORK if best else 0))
+            y = (x + tiles.group * tiles.x_stride + 63) & ~63
+            work = (y + tiles.group * tiles.y_stride + 63) & ~63
+            cpu.fold_tile(
+                *first, new_scales.data_ptr(), *then,
+                row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
+                tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
+                mode, search, 0 if plain is None else plain.data_ptr(), work, sums[i],
+            )  # fmt: skip
+
+        run(task, len(places))
+        total: np.ndarray = sums.sum(0)
+        total[2] = sums[:, 2].max(initial=0)
+        return total
+
+    mode = cpu.NEAREST if not best else cpu.BEST if moments is None else cpu.SCALES
+    norm, error, top, nearest, change = map(float, passed(mode, new_scales))
+    if top >= blockwise.NOT_FINITE:
         return None
-    norm, error = float(sums[:, 0].sum()), float(sums[:, 1].sum())
-    return blockwise.finish(into, result, new_scales, moments, norm, error)
+    if not best:
+        return blockwise.finish(into, result, new_scales, moments, norm, error, change)
+    if plain is None or moments is None:
+        return blockwise.finish_best(into, result, codecs._encode_absmax(new_scales, into), norm, error, nearest, change)
+    # codes for the scales that the reader will see
+    statistics = codecs._encode_absmax(new_scales, into)
+    seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
+    error = float(passed(cpu.GIVEN, seen)[1])
+    nearest += blockwise.nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
+    return blockwise.finish_best(into, result, statistics, norm, error, nearest, change)
 
 
 # --- block rotations --------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def fold(
     factors = matrices if scale is None else scale.to(torch.float32).contiguous()
     tile = 16 if b > 128 else 32
     grid = (-(-rows // tile), features // b)
-    sums = torch.zeros(grid[0] * grid[1], 2, dtype=torch.float64, device=device)
+    sums = torch.zeros(grid[0] * grid[1], 3, dtype=torch.float64, device=device)
     top = torch.zeros(1, dtype=torch.int32, device=device)
     levels = _tables(f.codec, device)[0]
     _, new_levels, bounds, order = _tables(into.codec, device)
@@ -73,9 +73,9 @@ def fold(
             KIND=kind, SIZE=max(f.blocksize, 1), NEW_KIND=new_kind, NEW_SIZE=max(into.blocksize, 1), B=b, ROWS=tile, STEP=min(b, 32),
             SHARED=matrices.shape[0] == 1, SCALED=scale is not None, NESTED=moments is not None, MEASURE=measure,
         )  # fmt: skip
-    norm, error, bits = (float(v) for v in (*sums.sum(0), top[0]))
+    norm, error, change, bits = (float(v) for v in (*sums.sum(0), top[0]))
     if bits >= blockwise.NOT_FINITE:
         return None
     if new_kind == gpu.INT8:
         new_scales = new_scales.view(torch.float32)
-    return blockwise.finish(into, result, new_scales, moments, norm, error)
+    return blockwise.finish(into, result, new_scales, moments, norm, error, change)

@@ -17,6 +17,23 @@ FOUR_BIT, INT8, F32, F16, BF16 = range(5)
 
 
 @triton.jit
+def _decoded(codes, scales, levels, row, flat, inside, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """The old weights at flat indices ``flat`` of rows ``row``; 0 outside."""
+    if KIND == 0:
+        octet = tl.load(codes + flat // 2, mask=inside[:, None], other=0).to(tl.int32)
+        code = tl.where(flat % 2 == 0, octet >> 4, octet & 15)
+        x = tl.load(levels + code) * tl.load(scales + flat // SIZE, mask=inside[:, None], other=0.0)
+    elif KIND == 1:
+        x = (
+            tl.load(codes + flat, mask=inside[:, None], other=0).to(tl.float32)
+            * tl.load(scales + row, mask=inside, other=0.0)[:, None]
+        )
+    else:
+        x = tl.load(codes + flat, mask=inside[:, None], other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _rotated(
     codes, scales, levels, matrices, factors, row, column, features, inside,
     KIND: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr,
@@ -28,17 +45,7 @@ def _rotated(
     for k in range(0, B, STEP):
         steps = k + tl.arange(0, STEP)
         flat = row[:, None].to(tl.int64) * features + column + steps[None, :]
-        if KIND == 0:
-            octet = tl.load(codes + flat // 2, mask=inside[:, None], other=0).to(tl.int32)
-            code = tl.where(flat % 2 == 0, octet >> 4, octet & 15)
-            x = tl.load(levels + code) * tl.load(scales + flat // SIZE, mask=inside[:, None], other=0.0)
-        elif KIND == 1:
-            x = (
-                tl.load(codes + flat, mask=inside[:, None], other=0).to(tl.float32)
-                * tl.load(scales + row, mask=inside, other=0.0)[:, None]
-            )
-        else:
-            x = tl.load(codes + flat, mask=inside[:, None], other=0.0).to(tl.float32)
+        x = _decoded(codes, scales, levels, row, flat, inside, KIND, SIZE)
         m = tl.load(at + steps[:, None] * B + lanes[None, :])
         total = tl.dot(x, m, total, input_precision="ieee")
     if SCALED:
@@ -52,8 +59,8 @@ def fold_tile(
     KIND: tl.constexpr, SIZE: tl.constexpr, NEW_KIND: tl.constexpr, NEW_SIZE: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
     SHARED: tl.constexpr, SCALED: tl.constexpr, NESTED: tl.constexpr, MEASURE: tl.constexpr,
 ):  # fmt: skip
-    """``sums``: (programs, 2) float64, Σ exact² and Σ (stored - exact)²; ``top``: integer bits of the largest
-    \\|value\\|.
+    """``sums``: (programs, 3) float64, Σ exact², Σ (stored - exact)² and Σ (exact - base)²; ``top``: integer bits of the
+    largest \\|value\\|.
 
     Int8: with MEASURE the rows' absmax goes to ``new_scales`` as integer bits; without, they are there.
     """
@@ -67,6 +74,8 @@ def fold_tile(
     bits = tl.where(inside[:, None], bits, 0)
     tl.atomic_max(top, tl.max(bits))
     flat = row[:, None].to(tl.int64) * features + column + tl.arange(0, B)[None, :]
+    base = _decoded(codes, scales, levels, row, flat, inside, KIND, SIZE)
+    moved = tl.where(inside[:, None], y - base, 0.0).to(tl.float64)
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     if NEW_KIND == 0:
         count: tl.constexpr = B // NEW_SIZE
@@ -122,5 +131,6 @@ def fold_tile(
         exact = tl.where(inside[:, None], y, 0.0).to(tl.float64)
         miss = tl.where(inside[:, None], wide, 0.0).to(tl.float64) - exact
         norm, error = tl.sum(exact * exact), tl.sum(miss * miss)
-    tl.store(sums + 2 * program, norm)
-    tl.store(sums + 2 * program + 1, error)
+    tl.store(sums + 3 * program, norm)
+    tl.store(sums + 3 * program + 1, error)
+    tl.store(sums + 3 * program + 2, tl.sum(moved * moved))
