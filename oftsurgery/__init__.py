@@ -56,6 +56,7 @@ if _typing.TYPE_CHECKING:
         UndoError,
         UnfoldWarning,
         UntieWarning,
+        WeakAdapterWarning,
     )
     from .extraction import ExtractedRotation, extract_rotation
     from .extractors import ExtractedAdapter
@@ -108,6 +109,7 @@ __all__ = [
     "UnfoldWarning",
     "UntieWarning",
     "VerifyReport",
+    "WeakAdapterWarning",
     "WeightCheck",
     "WeightFormat",
     "__version__",
@@ -202,6 +204,7 @@ _EXPORTS = {
         "UndoError",
         "UnfoldWarning",
         "UntieWarning",
+        "WeakAdapterWarning",
     ),
     "extraction": (
         "ExtractedRotation",

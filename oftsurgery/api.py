@@ -98,11 +98,12 @@ def fold(
             Ra · Rb``, as peft's active adapters ``[a, b]``. For a model with live adapters: None for the active ones,
             or names.
         rounding: of quantised weights. ``"nearest"``: as bitsandbytes rounds, bit for bit. ``"mse"``: each 4-bit block
-            is scaled by what makes its squared error least, in place of its absmax; the format stays as it is. Int8 is
-            rounded to nearest in both. ``"calibrated"``: the codes make up for each other's errors on the layer's own
-            inputs, in 4 bits and in int8; needs ``calibration``, and is implied by it. Where that is not better on
-            held-out inputs, the layer is as with ``"mse"``, and a :class:`~oftsurgery.CalibrationWarning` names it.
-            None: ``"calibrated"`` with a calibration, else ``"nearest"``.
+            is scaled by what makes its squared error least, in place of its absmax; the format stays as it is.
+            ``"grid"``: by nearly that, found in half the time. Int8 is rounded to nearest in all three.
+            ``"calibrated"``: the codes make up for each other's errors on the layer's own inputs, in 4 bits and in
+            int8; needs ``calibration``, and is implied by it. Where that is not better on held-out inputs, the layer is
+            as with ``"mse"``, and a :class:`~oftsurgery.CalibrationWarning` names it.
+            None: ``"calibrated"`` with a calibration, else ``"grid"``.
         calibration: inputs of the kind that the model is for: an iterable of batches as its forward takes them (tensors,
             tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is padding), 100
             to 500 texts in all. Read once and held in memory.
@@ -164,7 +165,7 @@ def _rounding(
         StateError: it is unknown, or does not go with what there is to calibrate on.
     """
     if rounding is None:
-        return "nearest" if calibration is None else "calibrated"
+        return "grid" if calibration is None else "calibrated"
     if rounding not in (*codecs.ROUNDINGS, "calibrated"):
         known = ", ".join(map(repr, codecs.ROUNDINGS))
         raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=f"{known} or 'calibrated'")
@@ -244,7 +245,7 @@ def unfold(
     *,
     base: nn.Module | str | PathLike[str] | None = None,
     undo: str | PathLike[str] | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding = "grid",
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -329,7 +330,7 @@ def plan_fold(
     """
     from . import checkpoint
 
-    mode: Rounding | Literal["calibrated"] = rounding or "nearest"
+    mode: Rounding | Literal["calibrated"] = rounding or "grid"
 
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
     quantization = None
@@ -493,7 +494,7 @@ def unfold_checkpoint(
     base: str | PathLike[str] | None = None,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     undo: str | PathLike[str] | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding = "grid",
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,

@@ -17,7 +17,7 @@ from .errors import MatchError, StateError, printable
 from .naming import Architecture, architecture_of, locate
 from .record import FoldRecord, ModuleRecord
 from .shards import Checkpoint, inside, sha256_of
-from .weight import relative_error, rotate_chain
+from .weight import nearest_error, relative_error, rotate_chain
 
 __all__ = ["CheckpointReport", "FileCheck", "WeightCheck", "check_checkpoint", "check_files"]
 
@@ -38,12 +38,21 @@ class WeightCheck:
         recorded: content hash as the record has it: True, False, or None where there is no record.
         calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
             errs more than a plainly rounded one, so that its layer's outputs err less.
+        rho: ``‖folded - exact‖ / ‖exact - base‖``; None where the adapter changes nothing.
     """
 
     error: float
     rounding: float
     recorded: bool | None
     calibrated: float | None = None
+    rho: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """What this fold's rounding changes in the squared error of plain rounding, as a part of it: below 0 for the
+        better.
+        """
+        return (self.error / self.rounding) ** 2 - 1 if self.rounding else 0.0
 
     @property
     def excess(self) -> float:
@@ -173,13 +182,16 @@ def _check(
         encoded = quantise(encoded, job.base)
     stored = load_weight(folded, name, transposed=name in architecture.transposed)
     with rotations.full_precision("cpu"):
-        exact = rotate_chain(codecs.decode(encoded), job.chain)
+        before = codecs.decode(encoded)
+        exact = rotate_chain(before, job.chain)
         into: WeightFormat = stored.format
         if into.shape != tuple(exact.shape):
             raise MatchError(f"the folded weight {printable(name)} has another shape than the base's", module=job.path)
         error = relative_error(codecs.decode(stored), exact)
-        rounding = relative_error(codecs.decode(codecs.encode(exact, into)), exact)
+        rounding = nearest_error(exact, into)
+        changed = relative_error(before, exact)
+    rho = error / changed if changed else None
     if recorded is None:
-        return WeightCheck(error, rounding, None)
+        return WeightCheck(error, rounding, None, rho=rho)
     calibrated = recorded.error if recorded.rounding == "calibrated" else None
-    return WeightCheck(error, rounding, stored.fingerprint == recorded.after, calibrated)
+    return WeightCheck(error, rounding, stored.fingerprint == recorded.after, calibrated, rho)

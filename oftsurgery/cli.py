@@ -315,9 +315,9 @@ def _rounding(parser: argparse.ArgumentParser, *, calibrated: bool = False) -> N
     parser.add_argument(
         "--rounding",
         choices=(*ROUNDINGS, "calibrated") if calibrated else ROUNDINGS,
-        default=None if calibrated else "nearest",
-        help="of quantised weights: as bitsandbytes rounds, or with the scale of each 4-bit block that errs least"
-        f"{data} (default: nearest)",
+        default=None if calibrated else "grid",
+        help="of quantised weights: as bitsandbytes rounds, with the scale of each 4-bit block that errs least (mse), or "
+        f"nearly that in half the time (grid){data} (default: grid)",
     )
 
 
@@ -896,13 +896,15 @@ def _say_checked(args: argparse.Namespace, report: Any) -> None:
                 path,
                 f"{c.error:.3e}",
                 f"{c.rounding:.3e}",
+                f"{c.gain:+.0%}" if c.rounding else "-",
+                "-" if c.rho is None else f"{c.rho:.2f}",
                 {True: "yes", False: "NO", None: "-"}[c.recorded],
                 "ok" if report.passes(c) else "FAILED",
             )
             for path, c in report.worst_first
         ]
         if rows:
-            _table(("module", "error", "plain rounding", "as recorded", ""), rows)
+            _table(("module", "error", "plain rounding", "of its square", "ρ", "as recorded", ""), rows)
         wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
         for name, state in wrong:
             print(f"{printable(name)}: {state.upper()} since it was recorded")
@@ -988,13 +990,16 @@ def _show_fold(fold: FoldRecord) -> None:
             m.format,
             m.side,
             "+".join(map(str, m.block_size)),
+            m.rounding,
             f"{m.error:.3e}",
+            "-" if m.nearest is None else f"{m.nearest:.3e}",
+            "-" if m.rho is None else f"{m.rho:.2f}",
             f"{m.defect:.1e}",
             f"{m.angle:.3f}",
         )
         for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
     ]
-    _table(("module", "format", "side", "block size", "error", "defect", "angle"), modules)
+    _table(("module", "format", "side", "block size", "rounding", "error", "plain", "ρ", "defect", "angle"), modules)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

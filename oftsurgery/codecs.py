@@ -449,7 +449,8 @@ def grid_scales(flat: Tensor, f: WeightFormat) -> Tensor:
         better = usable & (error < best_error)
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     assert best is not None  # noqa: S101 - the grid is not empty
-    return torch.where(absmax > 0, best * absmax, 0.0).squeeze(-1)
+    scales = (best * absmax).clamp(max=torch.finfo(torch.float32).max)
+    return torch.where(absmax > 0, scales, 0.0).squeeze(-1)
 
 
 _SCAN_WEIGHTS = 1 << 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -42,11 +42,13 @@ class VerifyReport:
             model: its own error, not the upstream one.
         outputs: ``{name: OutputError}`` of the models' outputs.
         batches: how many inputs were run.
+        plain: ``{name: OutputError}`` of the outputs of a model to set it beside; empty without one.
     """
 
     modules: Mapping[str, OutputError]
     outputs: Mapping[str, OutputError]
     batches: int
+    plain: Mapping[str, OutputError] = field(default_factory=dict)
 
     @property
     def worst(self) -> tuple[str, OutputError] | None:
@@ -59,10 +61,15 @@ class VerifyReport:
             "modules": {path: asdict(e) for path, e in self.modules.items()},
             "outputs": {name: asdict(e) for name, e in self.outputs.items()},
             "batches": self.batches,
+            "plain": {name: asdict(e) for name, e in self.plain.items()},
         }
 
     def __str__(self) -> str:
-        rows = [*self.outputs.items(), *sorted(self.modules.items(), key=lambda item: -item[1].relative)]
+        rows = [
+            *self.outputs.items(),
+            *((f"{name}, plain rounding", e) for name, e in self.plain.items()),
+            *sorted(self.modules.items(), key=lambda item: -item[1].relative),
+        ]
         width = max((len(printable(name)) for name, _ in rows), default=0)
         lines = [f"{'':{width}}  relative   max abs    1 - cos"]
         lines += [
@@ -110,7 +117,7 @@ class _Meter:
 
 
 @torch.no_grad()
-def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport:
+def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Module | None = None) -> VerifyReport:
     """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to
     end.
 
@@ -118,6 +125,8 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
         folded: a folded model (its record says which modules to compare), or any.
         reference: what it should compute: the live ``PeftModel``, a wrapped model, the base model …
         inputs: a batch (a tensor, a tuple of arguments or a mapping of keyword arguments), or an iterable of batches.
+        plain: a model to set the folded one's outputs beside: the same fold with ``rounding="nearest"``, and the report
+            says what the rounding gained end to end.
 
     Both run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes' 4-bit
     layers repacks them in place, here as in any other forward.
@@ -143,8 +152,9 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
         )
     modules = {path: _Meter() for path in paths}
     outputs: dict[str, _Meter] = {}
+    beside: dict[str, _Meter] = {}
     batches = 0
-    with _eval_mode(folded), _eval_mode(reference):
+    with _eval_mode(folded), _eval_mode(reference), _eval_mode(plain or folded):
         for args, kwargs in _batches(inputs):
             with _compared(modules, mine, theirs):
                 expected = dict(_tensors(reference(*args, **kwargs)))
@@ -156,6 +166,8 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
                 )
             for name, value in got.items():
                 outputs.setdefault(name, _Meter()).add(name, value, expected[name])
+            for name, value in _tensors(plain(*args, **kwargs)) if plain is not None else ():
+                beside.setdefault(name, _Meter()).add(name, value, expected[name])
             batches += 1
     if not batches:
         raise StateError("no inputs to compare on", remedy="give at least one batch")
@@ -163,6 +175,7 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any) -> VerifyReport
         MappingProxyType({path: meter.result() for path, meter in modules.items()}),
         MappingProxyType({name: meter.result() for name, meter in outputs.items()}),
         batches,
+        MappingProxyType({name: meter.result() for name, meter in beside.items()}),
     )
 
 

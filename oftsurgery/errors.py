@@ -37,6 +37,7 @@ __all__ = [
     "UndoError",
     "UnfoldWarning",
     "UntieWarning",
+    "WeakAdapterWarning",
     "printable",
     "warn_caller",
     "without_tokens",
@@ -215,6 +216,10 @@ class MissingDependencyError(OFTSurgeryError, ImportError):
 
 class RoundingWarning(UserWarning):
     """States, once a fold, the error that requantisation added."""
+
+
+class WeakAdapterWarning(RoundingWarning):
+    """States, once a fold, that rounding changed weights about as much as the adapter did."""
 
 
 class UnfoldWarning(UserWarning):

@@ -26,6 +26,7 @@ from .errors import (
     StateError,
     UnfoldWarning,
     UntieWarning,
+    WeakAdapterWarning,
     printable,
     warn_caller,
 )
@@ -442,6 +443,27 @@ def warn_of_rounding(record: FoldRecord) -> None:
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
         f"({printable(worst)}){_of_outputs(errors.values())}; per module in the fold's record",
         RoundingWarning,
+    )
+    _warn_of_weak_adapter(record)
+
+
+#: ρ from which on a fold warns: below, more than half of what the adapter changed is still its own (1/(1 + ρ²))
+_WEAK = 0.7
+
+
+def _warn_of_weak_adapter(record: FoldRecord) -> None:
+    """One :class:`WeakAdapterWarning` that names the modules whose rounding is as large as what the adapter changed."""
+    weak = {path: m.rho for path, m in record.modules.items() if m.rho is not None and m.rho > _WEAK}
+    if not weak:
+        return
+    worst = sorted(weak, key=lambda path: -weak[path])
+    named = ", ".join(f"{printable(path)} ({weak[path]:.2f})" for path in worst[:3])
+    more = ", …" if len(worst) > 3 else ""
+    warn_caller(
+        f"the adapter is weak beside the rounding in {len(weak)} of {len(record.modules)} weights: ρ = ‖folded - exact‖ / ‖exact - base‖ "
+        f"is above {_WEAK} in {named}{more}; from 1 on, dropping the adapter would be closer. Fold with a calibration, into int8 or "
+        "bfloat16, or keep the adapter live (oftsurgery.wrap)",
+        WeakAdapterWarning,
     )
 
 

@@ -55,7 +55,7 @@ class FoldedWeight:
     uncalibrated: str | None = None
 
 
-def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "nearest") -> W:
+def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "grid") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
     Args:
@@ -81,7 +81,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     return _apply(weight, rotation, rounding, fold_encoded)
 
 
-def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "nearest") -> W:
+def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "grid") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
     Same arguments, result and errors as :func:`fold_weight`.

@@ -145,7 +145,11 @@ def outputs(model: Any) -> Tensor:
 
 
 def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) -> oftsurgery.FoldRecord:
-    """`fold_checkpoint` without its warning, which tests of its own cover."""
+    """`fold_checkpoint`, rounding to nearest unless told otherwise, without its warning, which tests of its own
+    cover.
+    """
+    if "calibration" not in options:
+        options.setdefault("rounding", "nearest")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
         return oftsurgery.fold_checkpoint(source, adapter, destination, **options)

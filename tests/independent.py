@@ -212,7 +212,9 @@ def make_case(
 
 
 def fold(model: nn.Module, adapter: Any, **options: Any) -> Any:
-    """`oftsurgery.fold` without its warning, which tests of its own cover."""
+    """`oftsurgery.fold`, rounding to nearest unless told otherwise, without its warning, which tests of its own cover."""
+    if "calibration" not in options:
+        options.setdefault("rounding", "nearest")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
         return oftsurgery.fold(model, adapter, **options)

@@ -25,9 +25,9 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 __all__ = [
+    "BEST",
     "BF16",
     "CELLS",
-    "BEST",
     "F16",
     "F32",
     "FOUR_BIT",
@@ -404,7 +404,10 @@ def store_ints(b, address, value):
 def look_up(b, address, index):
     """Of 32 values at ``address`` those of ``index``, 0 to 31."""
     if _AVX512:
-        low, high = _load(b, address, f32x.vector, 4), _load(b, b.add(address, ir.Constant(address.type, 64)), f32x.vector, 4)
+        low, high = (
+            _load(b, address, f32x.vector, 4),
+            _load(b, b.add(address, ir.Constant(address.type, 64)), f32x.vector, 4),
+        )
         return _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, low, index, high)
     value = ir.Constant(f32x.vector, ir.Undefined)
     for lane in range(LANES):
@@ -920,8 +923,8 @@ def _try_ratios(x, n, absmax, search, work):
     if count > LANES - 1:
         more = totals(sums + 1024)
         store(errors + 64, more)
-        more = add(more, load(search + 4 * UNUSED + 64))
-    first = add(first, load(search + 4 * UNUSED))
+        more = choose_less(load(search + 4 * UNUSED + 64), huge, more, huge)
+    first = choose_less(load(search + 4 * UNUSED), huge, first, huge)
     best, j = load_one(errors + 4 * one), one
     if _LARGEST / absmax > load_one(meta + 4 * _TOP):
         lowest = least(lesser(first, more))
@@ -962,7 +965,9 @@ def _best_scale(x, n, absmax, j, search, work):
         bits &= bits - 1
         low, high = load_one(search + 4 * (RATIOS + k)), load_one(search + 4 * (RATIOS + k + 1))
         if not (high <= low * step and _changes(values, n, low, high, limit, search, work)):
-            _refine(values, n, low, high, load_one(errors + 4 * k), load_one(errors + 4 * k + 4), power, limit, search, work)
+            _refine(
+                values, n, low, high, load_one(errors + 4 * k), load_one(errors + 4 * k + 4), power, limit, search, work
+            )
     low = load_one(search + 4 * RATIOS)
     if (float32(1.0) - low) * (float32(1.0) - low) < load_one(work + 4 * _BEST):
         _refine(values, n, float32(0.0), low, power, load_one(errors), power, limit, search, work)
@@ -974,14 +979,33 @@ def _open(errors, search, power, enough):
     """A bit for each of 16 intervals whose :func:`_chord` is below ``enough``."""
     a, b = load(errors), load(errors + 4)
     d = sub(b, a)
-    curve = sub(mul(load(search + 4 * CURVE), fill(power)), sub(mul(load(search + 4 * LEFT), a), mul(load(search + 4 * RIGHT), b)))
+    curve = sub(
+        mul(load(search + 4 * CURVE), fill(power)),
+        sub(mul(load(search + 4 * LEFT), a), mul(load(search + 4 * RIGHT), b)),
+    )
     inside = sub(mul(add(a, b), fill(float32(0.5))), mul(add(curve, div(mul(d, d), curve)), fill(float32(0.25))))
     return which_below(choose_less(absolute(d), curve, inside, lesser(a, b)), enough)
 
 
 @_inline
 def _encode_best(
-    x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, plain, search, work, mode, sums
+    x,
+    first,
+    count,
+    codes,
+    scales,
+    blocksize,
+    levels,
+    bounds,
+    order,
+    by_cell,
+    cells,
+    moments,
+    plain,
+    search,
+    work,
+    mode,
+    sums,
 ):
     """As :func:`_encode_4bit`, with better scales of the blocks; ``mode`` SCALES: those alone, GIVEN: codes for the
     scales that are there.
@@ -1037,6 +1061,16 @@ def _encode_best(
 
 
 @_inline
+def _plain_error(x, n, absmax, levels, bounds):
+    """The squared error of plain rounding below bitsandbytes' bound of absmax, where its codes are of that bound."""
+    error, scale, factor = fill64(0.0), fill(-absmax), fill(float32(1.0) / _TINY)
+    for i in range(0, n, LANES):
+        v = load(x + 4 * i)
+        error = _add_square(fma(pick(levels, rank(mul(v, factor), bounds)), scale, v), error)
+    return total64(error)
+
+
+@_inline
 def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums):
     """The steps of :func:`_encode_best` before the codes."""
     one = int64(load_one(search + 4 * (META + _ONE)))
@@ -1076,16 +1110,19 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         j = _try_ratios(at, size, absmax, search, work)
         square = float64(absmax) * float64(absmax)
         norm += square * float64(load_one(work + 4 * (_ERRORS + power_at)))
-        error += square * float64(load_one(work + 4 * (_ERRORS + one)))
+        error += (
+            square * float64(load_one(work + 4 * (_ERRORS + one)))
+            if absmax >= _TINY
+            else _plain_error(at, size, absmax, levels, bounds)
+        )
         if exact:
             store_one(place, _best_scale(at, size, absmax, j, search, work) * absmax)
         else:
             store_one(place, load_one(search + 4 * (RATIOS + j)) * absmax)
     sums[0] += norm
     sums[3] += error
-    if exact:
-        return
-    for done in range(0, count, blocksize):  # the best scale for the codes at that one
+    # the best scale for the codes at that one; after the exact search that is the same one, to the last bits
+    for done in range(0, count, blocksize):
         place = scales + 4 * ((first + done) // blocksize)
         scale = load_one(place)
         if scale == 0:
@@ -1098,7 +1135,7 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
             s = div(v, factor) if small else mul(v, factor)
             c = pick(levels, rank(s, bounds))
             cross, power = fma(c, s, cross), fma(c, c, power)
-        store_one(place, total(cross) / total(power) * scale)
+        store_one(place, min(total(cross) / total(power) * scale, _LARGEST))
 
 
 @_inline
@@ -1188,8 +1225,8 @@ def fold_tile(
 
     ``mode``: NEAREST, or of 4-bit weights as for :func:`_encode_best`, with its ``search``, ``plain`` and ``work``.
 
-    ``sums``: (4,) float64, Σ exact², Σ (stored - exact)², the integer bits of the largest \\|value\\|, from 0x7F800000
-    on not finite, and but for NEAREST the second with plain rounding.
+    ``sums``: (5,) float64, Σ exact², Σ (stored - exact)², the integer bits of the largest \\|value\\|, from 0x7F800000
+    on not finite, but for NEAREST the second with plain rounding, and Σ (exact - base)².
     """
     length = out_features * features
     old = load(levels)

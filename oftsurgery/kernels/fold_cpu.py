@@ -125,7 +125,10 @@ def _search(codec: str, rounding: str) -> np.ndarray:
     table[cpu.UNUSED : cpu.UNUSED + count] = 0
     place(cpu.LEVELS, np.append(levels, np.full(16 - len(levels), levels[-1])))
     place(cpu.BOUNDS, np.append(bounds, np.full(16 - len(bounds), np.inf)))
-    place(cpu.META, np.array([factor, shift, mirrored, count, list(ratios).index(1.0), 1.25 * (rounding == "mse"), ends[-1]]))
+    place(
+        cpu.META,
+        np.array([factor, shift, mirrored, count, list(ratios).index(1.0), 1.25 * (rounding == "mse"), ends[-1]]),
+    )
     edges = (np.arange(33) - shift) / factor
     for j, ratio in enumerate(ratios):
         at = cpu.CELL_TABLES + 64 * j
@@ -248,7 +251,9 @@ def fold(
     if not best:
         return blockwise.finish(into, result, new_scales, moments, norm, error, change)
     if plain is None or moments is None:
-        return blockwise.finish_best(into, result, codecs._encode_absmax(new_scales, into), norm, error, nearest, change)
+        return blockwise.finish_best(
+            into, result, codecs._encode_absmax(new_scales, into), norm, error, nearest, change
+        )
     # codes for the scales that the reader will see
     statistics = codecs._encode_absmax(new_scales, into)
     seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
