@@ -990,16 +990,16 @@ def _show_fold(fold: FoldRecord) -> None:
             m.format,
             m.side,
             "+".join(map(str, m.block_size)),
-            m.rounding,
             f"{m.error:.3e}",
-            "-" if m.nearest is None else f"{m.nearest:.3e}",
-            "-" if m.rho is None else f"{m.rho:.2f}",
             f"{m.defect:.1e}",
             f"{m.angle:.3f}",
+            m.rounding,
+            "-" if m.nearest is None else f"{m.nearest:.3e}",
+            "-" if m.rho is None else f"{m.rho:.2f}",
         )
         for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
     ]
-    _table(("module", "format", "side", "block size", "rounding", "error", "plain", "ρ", "defect", "angle"), modules)
+    _table(("module", "format", "side", "block size", "error", "defect", "angle", "rounding", "plain", "ρ"), modules)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
