@@ -179,7 +179,7 @@ def test_the_fold_on_disk_is_the_one_in_memory(quantisation: str, base: Path, ad
     assert fingerprints(folded) == fingerprints(in_memory)
     # and it is like any other fold: the same files, verified, taken out exactly
     plain = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "plain", **settings)
-    assert plain.rounding == "nearest"
+    assert plain.rounding == "grid"
     names = [sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("folded", "plain")]
     assert names[0] == names[1]
     configs = [(tmp_path / n / "config.json").read_text() for n in ("folded", "plain")]

@@ -359,7 +359,7 @@ def test_verify_sets_the_fold_beside_plain_rounding() -> None:
     model.add_module("layer", make_layer("nf4", 256, out_features=256))
     case = make_case("0.21 Neumann", 256, 256)
     live = oftsurgery.wrap(model, case.adapter)
-    folded, plain = fold(model, case.adapter), fold(model, case.adapter, rounding="nearest")
+    folded, plain = (fold(model, case.adapter, rounding=r) for r in ("mse", "nearest"))
     x = torch.randn(200, 256, generator=torch.Generator().manual_seed(2))
     report = oftsurgery.verify(folded, live, x, plain=plain)
     alone = oftsurgery.verify(plain, live, x)
