@@ -80,7 +80,7 @@ def layout(paths: Iterable[str]) -> Layout:
 
     >>> layout(["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "head"])
     Layout(stacks=(Stack(name='h', layers=('0', '1'), kinds=('attn', 'mlp'), cells={('0', 'attn'): ('h.0.attn',), \
-('0', 'mlp'): ('h.0.mlp',), ('1', 'attn'): ('h.1.attn',), ('1', 'mlp'): ('h.1.mlp',)}), loose=('head',))
+('0', 'mlp'): ('h.0.mlp',), ('1', 'attn'): ('h.1.attn',), ('1', 'mlp'): ('h.1.mlp',)}),), loose=('head',))
     """
     paths = list(paths)
     found: dict[str, list[tuple[str, list[str], str]]] = defaultdict(list)

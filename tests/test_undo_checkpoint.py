@@ -309,7 +309,7 @@ def test_an_interrupted_run_resumes_to_the_same_record(sources: Sources, tmp_pat
     for jobs in (3, 9, 15):
         out, undo = tmp_path / f"out{jobs}", tmp_path / f"{jobs}.undo"
         with pytest.raises(Stop):
-            oftsurgery.fold_checkpoint(base, adapter, out, undo=undo, progress=stop_after(jobs), **small)
+            quiet_fold(base, adapter, out, undo=undo, progress=stop_after(jobs), **small)
         assert not out.exists()
         assert not undo.exists()
         quiet_fold(base, adapter, out, undo=undo, resume=True, **small)
@@ -330,7 +330,7 @@ def test_killed_between_the_record_and_the_rename(
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "publish", killed)
         with pytest.raises(Stop):
-            oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", undo=tmp_path / "u")
+            quiet_fold(base, adapter, tmp_path / "out", undo=tmp_path / "u")
     assert (tmp_path / "u").exists()
     assert not (tmp_path / "out").exists()
     record = (tmp_path / "u").read_bytes()
