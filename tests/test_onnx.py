@@ -548,6 +548,7 @@ BIG = """
 import json, pathlib, resource, sys
 import torch, transformers
 import onnx, onnx_ir, onnxruntime, onnxscript
+from transformers.initialization import no_init_weights
 import oftsurgery
 
 def status(name):
@@ -559,7 +560,7 @@ torch.set_default_dtype(dtype)
 config = transformers.LlamaConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=16
 )
-with transformers.initialization.no_init_weights():
+with no_init_weights():
     model = transformers.LlamaForCausalLM(config)
 torch.set_default_dtype(torch.float32)
 with torch.no_grad():
