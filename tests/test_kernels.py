@@ -487,6 +487,27 @@ def test_a_processor_without_avx512_gives_the_same_codes(name, features, tmp_pat
     ways = {"numba": in_process(SAME_CODES.format(before=""), **older)}
     reference = in_process(SAME_CODES.format(before=""), OFTSURGERY_BACKEND="reference")
     check_same_codes({**ways, "reference": reference})
+    scales = in_process(BETTER_SCALES, **older).splitlines()
+    wanted = in_process(BETTER_SCALES, OFTSURGERY_BACKEND="reference").splitlines()
+    assert len(scales) == len(wanted) == 4
+    for mine, theirs in zip(scales, wanted, strict=True):
+        assert mine.split()[0] == "numba"
+        assert [float(x) for x in mine.split()[1:]] == pytest.approx([float(x) for x in theirs.split()[1:]], rel=1e-5)
+
+
+BETTER_SCALES = """
+import torch
+from oftsurgery import Rotation, WeightFormat, codecs
+from oftsurgery.weight import fold_encoded
+gen = torch.Generator().manual_seed(0)
+weight = torch.randn(64, 1024, generator=gen) * 0.02
+bent = Rotation(generator=torch.randn(32, 496, generator=gen) * 0.02)
+for codec, nested in [("nf4", 256), ("fp4", 0)]:
+    encoded = codecs.encode(weight, WeightFormat(codec, (64, 1024), blocksize=64, nested_blocksize=nested))
+    for rounding in ("grid", "mse"):
+        got = fold_encoded(encoded, (bent,), rounding=rounding)
+        print(got.backend, got.error, got.nearest, got.rho)
+"""
 
 
 def test_any_number_of_threads_gives_the_same_bytes():
