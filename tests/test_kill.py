@@ -375,8 +375,10 @@ def test_two_runs_at_one_destination_exclude_each_other(inputs: Path, undisturbe
 
 
 def test_sigint_leaves_work_to_resume(inputs: Path, undisturbed: dict[str, bytes]) -> None:
+    # a job in the background of a shell inherits that it ignores SIGINT
     script = f"""
-        import sys
+        import signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path[:0] = [{str(Path(__file__).parent)!r}]
         import test_kill, time
         from pathlib import Path
