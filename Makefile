@@ -35,7 +35,7 @@ check: $(INSTALLED) browser
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py layers
-	$(BIN)/python benchmarks/bench.py plot
+	$(BIN)/python benchmarks/bench.py plot --out docs/width.png
 	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
