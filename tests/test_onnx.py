@@ -36,9 +36,8 @@ def folded(
 ) -> Any:
     """A tiny model as transformers loads it over bitsandbytes, with a peft adapter folded into it."""
     plain = build(name, cls=cls, **changes)
-    plain.generation_config.eos_token_id = plain.config.eos_token_id = 62
-    plain.generation_config.pad_token_id = plain.config.pad_token_id = 0
-    plain.generation_config.bos_token_id = plain.config.bos_token_id = 1
+    for config in (plain.config, *([plain.generation_config] if plain.can_generate() else [])):
+        config.eos_token_id, config.pad_token_id, config.bos_token_id = 62, 0, 1
     cls, targets = cls or MODELS[name][0], MODELS[name][2]
     if codec is not None:
         plain.save_pretrained(folder)
