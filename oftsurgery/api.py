@@ -793,11 +793,11 @@ def export_onnx(
         with_past: of a decoder, one graph for prompt and generation: inputs ``input_ids``, ``attention_mask (batch,
             past + sequence)``, ``position_ids`` where the model takes them and ``past_key_values.{i}.key``, ``.value
             (batch, heads, past, size)``; outputs ``logits`` and ``present.{i}.key``, ``.value``; with a
-            ``genai_config.json`` for onnxruntime-genai. Otherwise the inputs are ``input_ids``, ``attention_mask`` and
-            for encoder-decoders ``decoder_input_ids``, the outputs as the model names them. Batch and lengths are
-            dynamic.
+            ``genai_config.json`` for onnxruntime-genai. Otherwise the inputs are ``input_ids``, ``attention_mask``,
+            ``token_type_ids`` where there is more than one type, and for encoder-decoders ``decoder_input_ids``, the
+            outputs as the model names them. Batch and lengths are dynamic.
         example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors; axes
-            that torch.export finds to be dynamic are so.
+            that torch.export finds to be dynamic are so, but those of size 1 that are not the batch.
         tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the folder that
             transformers loaded the model from, local or in the Hub's cache.
         verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
@@ -810,7 +810,8 @@ def export_onnx(
 
     Raises:
         ExportError: torch cannot capture the model, or the graph computes something else. Nothing is written.
-        StateError: bfloat16, live adapters, no known inputs or no cache, values not loaded, or the destination exists.
+        StateError: bfloat16, live adapters, no known inputs or no cache, nothing quantised to keep, values not loaded, or
+            the destination exists or holds the model itself.
         NonFiniteError: a weight is too large for float16.
         FormatError: a weight is stored in a way that is not known.
         MissingDependencyError: the packages of the ``onnx`` extra are not installed.

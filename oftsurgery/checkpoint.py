@@ -32,7 +32,7 @@ from .naming import Architecture, architecture_of, locate
 from .plan import LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
-from .staging import Staging
+from .staging import Staging, check_apart
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
 from .weight import FoldedWeight, fold_encoded, unfold_encoded
 
@@ -965,10 +965,7 @@ def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
     sources = {c.folder.resolve() for c in (plan.source, *(j.origin for j in plan.jobs)) if c is not None}
     adapters = {Path(a.source).resolve() for a in plan.adapters if a.source is not None and Path(a.source).is_dir()}
     for what, folders in (("source", sources), ("adapter", adapters)):
-        if any(f.is_relative_to(there) for f in folders):
-            raise StateError(
-                f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
-            )
+        check_apart(destination, what, folders)
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(
             "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"

@@ -560,7 +560,10 @@ def _export_onnx(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from . import api
-    from .staging import scratch
+    from .onnx_graph import require_onnx
+    from .staging import check_apart, scratch
+
+    require_onnx()  # before a fold that may take hours
 
     def export(source: str | Path) -> Any:
         return api.export_onnx(
@@ -578,6 +581,8 @@ def _export_onnx(args: argparse.Namespace) -> int:
     if not args.adapter:
         report = export(args.base)
     else:
+        for what, given in (("base", [args.base]), ("adapter", args.adapter)):
+            check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
         with scratch(Path(args.output), force=args.force) as folded:
             with _Progress(args) as progress:
                 api.fold_checkpoint(
@@ -585,6 +590,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
                     args.adapter,
                     folded,
                     **_settings(args),
+                    calibration=args.calibration,
                     device=args.device,
                     resume=args.resume,
                     force=True,
@@ -597,6 +603,11 @@ def _export_onnx(args: argparse.Namespace) -> int:
                 if not args.json:
                     _say_checked(args, checked)
             report = export(folded)
+    _say_onnx(args, report)
+    return code
+
+
+def _say_onnx(args: argparse.Namespace, report: Any) -> None:
     if args.json:
         _print_json(report.to_dict())
     elif not args.quiet:
@@ -616,7 +627,6 @@ def _export_onnx(args: argparse.Namespace) -> int:
                 ("inputs", "output", "difference"),
                 [(c.inputs, n, f"{e:.1e}") for c in report.checks for n, e in c.errors.items()],
             )
-    return code
 
 
 def _what_stays_quantised(report: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
 from .record import FoldRecord
 from .shards import inside, read_json
-from .staging import Staging
+from .staging import Staging, check_apart, disk_errors
 
 __all__ = ["OnnxCheck", "OnnxReport", "Progress", "export_model", "load_model"]
 
@@ -34,6 +35,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 #: largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
+
+_NAN_REMEDY = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
 
 _TOKENIZER = (
     "added_tokens.json",
@@ -142,6 +145,9 @@ def export_model(
             remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
         )
     onnx_graph.require_onnx()
+    home = _home_of(model)
+    check_apart(destination, "model", [home] if home is not None else [])
+    _check_tokenizer(tokenizer)
     stages = iter(range(_STAGES))
 
     def step(what: str) -> None:
@@ -152,13 +158,17 @@ def export_model(
         step("read the model")
         task = task_of(model, example_inputs, with_past=with_past)
         reference = onnx_graph.reference(model)
-        outputs = _outputs(task, reference)
-        inputs = task.inputs(dtype_)
         prepared = onnx_graph.prepare(model, dtype_, quantized=quantized)
-        graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
-        with Staging(
-            destination, "onnx", needed=onnx_graph.size_of(graph), resume=False, force=force, resumable=False
-        ) as staging:
+        if quantized and not prepared.kept and not prepared.dequantised:
+            raise StateError(
+                "no layer of the model is quantised: there are no codes to keep",
+                remedy="leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)",
+            )
+        needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
+        with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
+            outputs = _outputs(task, reference)
+            inputs = task.inputs(dtype_)
+            graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
             step("write the graph")
             with staging.writing(GRAPH) as path:
                 nbytes = onnx_graph.write(graph, path)
@@ -183,7 +193,8 @@ def export_model(
                 checks = _prove(task, reference, path, step)
                 report = replace(report, checks=checks)
                 _within_tolerance(report)
-            report = _write_rest(staging, model, dtype_, task, tokenizer, record or record_of(model), report)
+            with disk_errors(staging.folder):
+                report = _write_rest(staging, model, dtype_, task, tokenizer, record or record_of(model), report)
             staging.publish()
     if progress is not None:
         progress(_STAGES, _STAGES, "done")
@@ -212,7 +223,7 @@ def load_model(folder: Path) -> nn.Module:
             path=folder,
             remedy="load the model yourself and give it to oftsurgery.export_onnx",
         )
-    with naming.quiet():
+    with naming.quiet(), _without_bars():
         try:
             model, found = cls.from_pretrained(
                 folder,
@@ -239,17 +250,43 @@ def load_model(folder: Path) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _outputs(task: Task, reference: nn.Module) -> list[str]:
     try:
-        return task.outputs(reference)
+        names = task.outputs(reference)
     except OFTSurgeryError:
         raise
     except Exception as error:  # whatever the model's own code raises
-        names = ", ".join(task.inputs(torch.float32))
+        listed = ", ".join(task.inputs(torch.float32))
         raise StateError(
-            f"the model does not run on {names}: {type(error).__name__}: {printable(error, 300)}",
+            f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}",
             remedy="give example inputs on which it does: example_inputs={'name': tensor, …}",
         ) from error
+    if not names:
+        raise StateError("the model returns no tensor", remedy="wrap it in a module that does")
+    return names
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
+        return
+    if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
+        raise StateError(
+            f"no folder of a tokenizer: {printable(tokenizer)}",
+            remedy="give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files",
+        )
 
 
 def _checked_dtype(dtype: str) -> torch.dtype:
@@ -293,18 +330,23 @@ def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], N
             return {v.name: torch.from_numpy(a) for v, a in zip(made, process.run(arrays), strict=True)}
 
         return tuple(
-            OnnxCheck(case.label, {n: _error(got, expected) for n, (got, expected) in case.pairs.items()})
+            OnnxCheck(case.label, {n: _error(n, got, expected) for n, (got, expected) in case.pairs.items()})
             for case in task.cases(reference, run, axes)
         )
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
+def _error(name: str, got: Tensor, expected: Tensor) -> float:
     if got.shape != expected.shape:
         return float("inf")
     if not expected.numel():
         return 0.0
-    difference = (got.double() - expected.double()).abs().max()
-    largest = expected.double().abs().max()
+    if bool(torch.isnan(expected).any()):
+        raise ExportError("torch's own output is not a number", tensor=name, remedy=_NAN_REMEDY)
+    got, expected = got.double(), expected.double()
+    same = got == expected  # infinities too, with which models mask their outputs
+    difference = torch.where(same, 0, got - expected).abs().max()
+    finite = expected[torch.isfinite(expected)].abs()
+    largest = finite.max() if finite.numel() else torch.zeros(())
     error = float(difference / largest) if largest > 0 else float(difference)
     return error if error == error else float("inf")  # NaN
 
@@ -374,7 +416,9 @@ def _home_of(model: Any) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=getattr(model.config, "_commit_hash", None))
+        found = try_to_load_from_cache(
+            name, "config.json", revision=getattr(getattr(model, "config", None), "_commit_hash", None)
+        )
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None

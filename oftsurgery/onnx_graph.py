@@ -184,7 +184,8 @@ class _Builder:
         if keep and reason is None:
             f = encoded.format
             self.kept[layer.path] = home.label
-            new = (_Int8Linear if f.codec == "int8" else _Bnb4Linear)(f, self.dtype)
+            dtype = torch.float32 if self.in_float32(f"{layer.path}.weight") else self.dtype
+            new = (_Int8Linear if f.codec == "int8" else _Bnb4Linear)(f, dtype)
             for local, (shape, dtype, read) in _codes(layer).items():
                 new.register_buffer(local, self.empty(shape, dtype, read))
         else:
@@ -603,8 +604,11 @@ def _own_errors(what: str) -> Iterator[None]:
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
+        deepest: BaseException = error  # passes wrap each other's errors in their own words
+        while deepest.__cause__ is not None:
+            deepest = deepest.__cause__
         raise ExportError(
-            f"the graph cannot be {what}: {type(error).__name__}: {printable(error, 400)}",
+            f"the graph cannot be {what}: {type(deepest).__name__}: {printable(deepest, 400)}",
             remedy="report it, with the model's config",
         ) from error
 
@@ -615,11 +619,11 @@ _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch and onnxscript say about themselves while they work; the model's own warnings stay."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     loggers += [
         log
         for name, log in logging.root.manager.loggerDict.items()
-        if name.startswith("torch.onnx.") and isinstance(log, logging.Logger)
+        if name.startswith(tuple(f"{n}." for n in _NOISY)) and isinstance(log, logging.Logger)
     ]
     levels = [log.level for log in loggers]
     with warnings.catch_warnings():
@@ -639,24 +643,29 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_axes(model: Any, inputs: Mapping[str, tuple[Tensor, Mapping[int, str | None]]]) -> None:
-    """Names of dynamic axes in place of torch's symbols, sums of them included."""
+    """Names of dynamic axes in place of torch's symbols, sums of them included: the given ones, else ``batch`` for the
+    first axis of the first input and ``<input>_<axis>`` for others. What torch found to be static is a number.
+    """
     import onnx_ir as ir
 
     names: dict[str, str] = {}
-    for value, (_, axes) in zip(model.graph.inputs, inputs.values(), strict=True):
+    for i, (value, (input_name, axes)) in enumerate(
+        zip(model.graph.inputs, ((n, a) for n, (_, a) in inputs.items()), strict=True)
+    ):
         for axis, name in axes.items():
             dim = value.shape[axis]
-            if name is not None and isinstance(dim, ir.SymbolicDim) and dim.value:
-                names.setdefault(dim.value, name)
-    if not names:
-        return
+            if isinstance(dim, ir.SymbolicDim) and dim.value and dim.value.isidentifier():
+                usual = "batch" if i == axis == 0 else re.sub(r"\W", "_", f"{input_name}_{axis}")
+                names.setdefault(dim.value, name or usual)
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(symbol)}(?!\w)" for symbol in longest_first))
 
     def renamed(dim: Any) -> Any:
-        if isinstance(dim, ir.SymbolicDim) and dim.value:
-            return pattern.sub(lambda m: names[m[0]], dim.value)
-        return dim
+        if not isinstance(dim, ir.SymbolicDim) or not dim.value:
+            return dim
+        if dim.value.isdigit():
+            return int(dim.value)
+        return pattern.sub(lambda m: names[m[0]], dim.value) if names else dim
 
     graph = model.graph
     nodes = ir.traversal.RecursiveGraphIterator(graph)

@@ -65,7 +65,9 @@ class Process:
         self.outputs: tuple[Value, ...] = ()
 
     def __enter__(self) -> Process:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        # modules are found where this process finds them, and nowhere else
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # noqa: PTH109
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
         )

@@ -109,16 +109,24 @@ def _without_flash(model: nn.Module) -> None:
 
 
 class _Named(nn.Module):
-    """A model as a function of tensors in a fixed order; notes the names of its outputs."""
+    """A model as a function of named tensors in a fixed order; notes the names of its outputs."""
 
-    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Sequence[Tensor]], Any]) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Sequence[str], call: Callable[[nn.Module, Sequence[Tensor]], Any]
+    ) -> None:
         super().__init__()
         self.model = model
+        self.inputs = tuple(inputs)
         self.call = call
         self.names: list[str] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        found = dict(_tensors(self.call(self.model, tensors)))
+        # a graph has one name for each value: an output that is an input, a weight or another output is a copy of it
+        taken = {id(t) for t in (*tensors, *self.model.parameters(), *self.model.buffers())}
+        found: dict[str, Tensor] = {}
+        for name, tensor in _tensors(self.call(self.model, tensors)):
+            found[f"{name}_output" if name in self.inputs else name] = tensor.clone() if id(tensor) in taken else tensor
+            taken.add(id(tensor))
         self.names = list(found)
         return tuple(found.values())
 
@@ -137,14 +145,17 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class TextTask(Task):
-    """``input_ids`` and ``attention_mask``, for encoder-decoders ``decoder_input_ids`` too, to all that the model
-    returns.
+    """``input_ids`` and ``attention_mask``, ``token_type_ids`` where the model tells types apart (BERT's pairs of
+    sentences), ``decoder_input_ids`` for encoder-decoders, to all that the model returns.
     """
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
         config = model.config.get_text_config()
+        self.types = int(getattr(config, "type_vocab_size", None) or 0)
         self.names = [n for n in ("input_ids", "attention_mask") if n in parameters]
+        if "token_type_ids" in parameters and self.types > 1:
+            self.names.append("token_type_ids")
         if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
             self.names.append("decoder_input_ids")
         self.vocabulary = int(config.vocab_size)
@@ -154,7 +165,7 @@ class TextTask(Task):
     def wrap(self, model: nn.Module) -> nn.Module:
         _set_config(model, use_cache=False, return_dict=True)
         _without_flash(model)
-        return _Named(model, lambda m, tensors: m(**dict(zip(self.names, tensors, strict=True))))
+        return _Named(model, self.names, lambda m, tensors: m(**dict(zip(self.names, tensors, strict=True))))
 
     def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - of integers
         given = self._feeds(2, min(5, self.longest), torch.Generator().manual_seed(0))
@@ -169,6 +180,8 @@ class TextTask(Task):
     def _feeds(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
         ids, mask = self.tokens(batch, length, generator)
         given = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.names:
+            given["token_type_ids"] = torch.randint(0, self.types, (batch, length), generator=generator)
         if "decoder_input_ids" in self.names:
             given["decoder_input_ids"], _ = self.tokens(batch, max(1, length // 2 + 1), generator, padded=False)
         return {n: given[n] for n in self.names}
@@ -235,8 +248,7 @@ class CacheTask(TextTask):
                 f"a {type(model).__name__} keeps no cache of keys and values",
                 remedy="export it without with_past=True (--with-past); only decoders that generate have a cache",
             )
-        if "position_ids" in parameters:
-            self.names.append("position_ids")
+        self.names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in parameters]
         self.layers: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -364,25 +376,53 @@ class ExampleTask(Task):
                 f"{', '.join(sorted({type(v).__name__ for v in found.values()})) or 'nothing'}",
                 remedy="wrap the model in a module whose forward takes tensors alone",
             )
-        self.examples: dict[str, Tensor] = {str(n): t.detach().cpu() for n, t in found.items()}
+        for name, tensor in found.items():
+            if not tensor.numel():
+                raise StateError(
+                    f"the example input {printable(name)!r} is empty, shape {tuple(tensor.shape)}",
+                    remedy="give one with at least one element",
+                )
+        self.examples: dict[str, Tensor] = {
+            str(n): (t.float() if t.is_floating_point() else t).detach().cpu() for n, t in found.items()
+        }
+        self.captured = self.examples
 
     def wrap(self, model: nn.Module) -> nn.Module:
         _set_config(model, use_cache=False, return_dict=True)
         _without_flash(model)
         if self.by_name:
-            return _Named(model, lambda m, tensors: m(**dict(zip(self.examples, tensors, strict=True))))
-        return _Named(model, lambda m, tensors: m(*tensors))
+            return _Named(
+                model, [*self.examples], lambda m, tensors: m(**dict(zip(self.examples, tensors, strict=True)))
+            )
+        return _Named(model, [*self.examples], lambda m, tensors: m(*tensors))
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         return {
             n: (t.to(dtype) if t.is_floating_point() else t, dict.fromkeys(range(t.ndim)))
-            for n, t in self.examples.items()
+            for n, t in self.captured.items()
         }
 
     def outputs(self, reference: nn.Module) -> list[str]:
         wrapped: Any = self.wrap(reference)
-        wrapped(*(t.float() if t.is_floating_point() else t for t in self.examples.values()))
-        return list(wrapped.names)
+        values = wrapped(*self.examples.values())
+        names = list(wrapped.names)
+        self.captured = self._in_two_rows(wrapped, values)
+        return names
+
+    def _in_two_rows(self, wrapped: nn.Module, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The examples with a batch of 2 in place of one of 1, if an output follows it; torch.export takes an axis of
+        size 1 to be of that size always.
+        """
+        if any(not t.ndim or t.shape[0] != 1 for t in self.examples.values()):
+            return self.examples
+        doubled = {n: _resized(t, (2, *t.shape[1:])) for n, t in self.examples.items()}
+        try:
+            found = wrapped(*doubled.values())
+        except (RuntimeError, ValueError, IndexError):
+            return self.examples
+        follows = [new.shape == (2, *old.shape[1:]) for new, old in zip(found, values, strict=True) if old.ndim]
+        same_rank = all(new.ndim == old.ndim for new, old in zip(found, values, strict=True))
+        return doubled if same_rank and any(follows) else self.examples
 
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
         """The examples, and the same with dynamic axes of other sizes: one, and a few more."""
@@ -401,7 +441,7 @@ class ExampleTask(Task):
                     for n, t in feeds.items()
                 }
             try:
-                values = wrapped(*(t.float() if t.is_floating_point() else t for t in feeds.values()))
+                values = wrapped(*feeds.values())
             except (RuntimeError, ValueError, IndexError):
                 if resize is None:
                     raise

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from .errors import CheckpointError, DiskError, StateError, printable
 from .shards import read_json, sha256_of
 
-__all__ = ["Staging", "disk_errors", "scratch", "write_files"]
+__all__ = ["Staging", "check_apart", "disk_errors", "scratch", "write_files"]
 
 _STATE = ".state.json"
 
@@ -170,7 +170,7 @@ class Staging:
     def _start_anew(self) -> None:
         self._ours = True
         for path in self.folder.iterdir():
-            path.unlink()
+            _remove(path)
         self._save_state()
 
     def _check_space(self) -> None:
@@ -250,8 +250,8 @@ class Staging:
         return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
 
     def names(self) -> list[str]:
-        """Of all files written."""
-        return sorted(p.name for p in self.folder.iterdir() if p.name != _STATE)
+        """Of all files written, but in folders that others (a tokenizer) made."""
+        return sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != _STATE)
 
     # --- the rename ---
 
@@ -304,6 +304,19 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
     finally:
         for new in waiting.values():
             new.unlink(missing_ok=True)
+
+
+def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
+    """Refuse a destination that would replace what is read.
+
+    Raises:
+        StateError: one of ``folders``, which ``what`` names, is the destination or in it.
+    """
+    there = destination.resolve()
+    if any(folder.resolve().is_relative_to(there) for folder in folders):
+        raise StateError(
+            f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
+        )
 
 
 @contextlib.contextmanager

@@ -71,7 +71,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, *, cls: str | None = No
 
 
 def scaled_up(model: Any) -> Any:
-    """Weights of variance 1/in instead of transformers' 0.02², biases that are not zero."""
+    """Weights of variance 1/in instead of transformers' 0.02², biases that are not zero.
+
+    T5 does not divide its attention scores by √d: its queries' weights hold that factor, from the start of training on.
+    Without it the scores' deviation would be √d, no such model is trained, and rounding of its weights alone to float16
+    would move the outputs five times as far.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
@@ -80,6 +85,8 @@ def scaled_up(model: Any) -> Any:
                     parameter.shape[0] if any(n in path for n in ("c_attn", "c_proj", "c_fc")) else parameter.shape[-1]
                 )
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+                if model.config.model_type == "t5" and path.endswith(".q.weight"):
+                    parameter.mul_(model.config.d_kv**-0.5)
             elif path.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
     return model

@@ -16,12 +16,13 @@ from typing import Any
 import bitsandbytes as bnb
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
-from checkpoints import MODELS, adapted, bnb_config, build, unpacked
+from checkpoints import MODELS, adapted, bnb_config, build, file_bytes, unpacked
 from conftest import snapshot_of
 from independent import decode_4bit
 from test_model import quantise, state_bytes
@@ -103,6 +104,8 @@ def feeds_of(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         if model.config.is_encoder_decoder
         else {}
     )
+    if getattr(model.config, "type_vocab_size", 0) > 1:
+        more["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().expand_as(ids).contiguous()
     return {"input_ids": ids, "attention_mask": mask, **more}
 
 
@@ -267,6 +270,113 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
             assert float((got - expected[name]).abs().max() / expected[name].abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "mse", "grid", "calibrated"])
+def test_no_code_or_scale_is_changed_whatever_the_rounding(rounding: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64, bias=False), nn.Linear(64, 32))
+    layers: Any = quantise(nn.Sequential(net[0]), "nf4")[0], quantise(nn.Sequential(net[2]), "fp4")[0]  # type: ignore[index]
+    layers = (*layers, quantise(nn.Sequential(net[3]), "int8")[0])  # type: ignore[index]
+    for place, layer in zip((0, 2, 3), layers, strict=True):
+        net[place] = layer
+    calibration = [torch.randn(64, 64) for _ in range(4)] if rounding == "calibrated" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        warnings.simplefilter("ignore", oftsurgery.CalibrationWarning)  # noise has nothing to calibrate on
+        model: Any = oftsurgery.fold(
+            adapted(unpacked(net), ["0", "2", "3"]), rounding=rounding, calibration=calibration
+        )
+    assert len(model.oftsurgery.modules) == 3
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32", True, example_inputs=torch.randn(2, 64))
+    assert report.quantized.keys() == {"0", "2", "3"}
+    held = initializers(tmp_path / "out")
+    for name in ("0", "2"):
+        weight = model.get_submodule(name).weight
+        state = weight.quant_state
+        absmax = state.absmax
+        if state.nested:
+            absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        assert held[f"{name}.qweight"].tobytes() == weight.data.numpy().tobytes()
+        assert held[f"{name}.absmax"].tobytes() == absmax.numpy().tobytes()
+    int8 = model.get_submodule("3").weight
+    assert held["3.qweight"].tobytes() == int8.data.numpy().tobytes()
+    assert held["3.scale"].tobytes() == (int8.SCB / 127).numpy().tobytes()
+
+
+class KeepsOneInFloat32(nn.Module):
+    """As transformers' T5: the second layer and what goes into it are in float32, whatever the rest is in."""
+
+    _keep_in_fp32_modules = ("wo",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wi = nn.Linear(64, 64)
+        self.wo = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.wi(x) * 1000
+        return self.wo(hidden.to(self.wo.weight.dtype))
+
+
+def test_modules_that_transformers_keeps_in_float32_stay_in_it(tmp_path: Path) -> None:
+    """Quantised too: in float16 the output of ``wo`` would be infinite."""
+    torch.manual_seed(0)
+    net: Any = KeepsOneInFloat32()
+    net.wo.weight.data *= 200
+    net.wi, net.wo = (quantise(nn.Sequential(m), "nf4")[0] for m in (net.wi, net.wo))  # type: ignore[index]
+    for quantized in (False, True):
+        report = oftsurgery.export_onnx(
+            unpacked(net), tmp_path / str(quantized), "float16", quantized, example_inputs=torch.randn(2, 64)
+        )
+        assert report.worst is not None
+        graph = session(tmp_path / str(quantized))
+        assert [(i.type, o.type) for i in graph.get_inputs() for o in graph.get_outputs()] == [
+            ("tensor(float16)", "tensor(float)")
+        ]
+        got = run(graph, {"x": torch.randn(3, 64).half()})["output"]
+        assert 65504 < float(got.abs().max()) < float("inf")
+
+
+class Awkward(nn.Module):
+    """Outputs that are an input, a weight, each other, infinite by design, not of floating point; an unused input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.x = nn.Parameter(torch.randn(4))  # the name of an input
+
+    def forward(self, x: Tensor, unused: Tensor) -> dict[str, Any]:
+        hidden = self.linear(x + self.x)
+        masked = hidden.masked_fill(torch.arange(4) > 2, float("-inf"))
+        return {"a": hidden, "b": hidden, "x": x, "weight": self.linear.weight, "masked": masked, "best": (x > 0, None)}
+
+
+def test_awkward_outputs_and_a_batch_of_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A graph has one name a value; sizes of 1, which torch.export takes for fixed, must not fix the batch."""
+    net = Awkward().bfloat16()
+    report = oftsurgery.export_onnx(
+        net, tmp_path / "out", "float32", example_inputs=(torch.randn(1, 4).bfloat16(), torch.randn(1, 3))
+    )
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+    assert report.outputs == ("a", "b", "x_output", "weight", "masked", "best.0")
+    runner = session(tmp_path / "out")
+    shapes = [(i.name, i.shape) for i in runner.get_inputs()]
+    assert shapes == [("x", ["batch", 4]), ("unused", ["unused_0", "unused_1"])]
+    assert runner.get_outputs()[0].shape == ["batch", 4]
+    assert [c.inputs for c in report.checks] == [
+        "as given: 1×4, 1×3",
+        "one: 1×4, 1×1",
+        "three more: 4×4, 4×6",
+    ]
+    feeds = {"x": torch.randn(5, 4), "unused": torch.randn(2, 2)}
+    with torch.no_grad():
+        expected = net.float()(**feeds)
+    got = run(runner, feeds)
+    for name, value in {"a": "a", "b": "b", "x_output": "x", "weight": "weight", "masked": "masked"}.items():
+        torch.testing.assert_close(got[name], expected[value], rtol=1e-5, atol=1e-6)
+    assert torch.equal(got["best.0"], expected["best"][0])
+
+
 def test_a_model_that_has_run_and_is_partly_offloaded(tmp_path: Path) -> None:
     """A CPU forward repacks the codes of 4-bit layers: the graph has them as they were, and the report says so."""
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
@@ -415,6 +525,7 @@ def test_the_command_folds_exports_and_says_what_it_measured(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
     record = oftsurgery.api.read_record(out)
     assert record is not None
+    assert record.extra["onnx"]["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
     assert record.adapters[0].source == "adapter"
     assert record.extra["onnx"]["verified"] is True
     assert record.files.keys() == {"config.json", "model.onnx", "vocab.txt"}
@@ -503,7 +614,8 @@ def test_sentences_through_the_folder_of_minilm_and_its_tokenizer(codec: str, tm
         report = oftsurgery.export_onnx(model, out, dtype, quantized)  # type: ignore[arg-type]
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
         batch = tokenizer(sentences, padding=True, return_tensors="pt")
-        given = {n: batch[n] for n in ("input_ids", "attention_mask")}
+        given = dict(batch)  # all that the tokenizer gives
+        assert list(report.inputs) == ["input_ids", "attention_mask", "token_type_ids"]
         with torch.no_grad():
             expected = pooled(plain(**given).last_hidden_state, given["attention_mask"])
         got = pooled(run(session(out), given)["last_hidden_state"], given["attention_mask"])
@@ -636,6 +748,10 @@ def test_what_torch_cannot_export_is_told_with_the_module(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+class Nothing(nn.Module):
+    def forward(self, x: Tensor) -> None: ...
+
+
 def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
@@ -663,6 +779,21 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         empty = nn.Linear(4, 4)
     with pytest.raises(StateError, match="meta device"):
         oftsurgery.export_onnx(empty, tmp_path / "out", example_inputs=x)
+    with pytest.raises(StateError, match=r"example input 'input' is empty, shape \(0, 4\) Remedy: give one with"):
+        oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x[:0])
+    with pytest.raises(StateError, match=r"no layer of the model is quantised.*Remedy: leave out quantized=True"):
+        oftsurgery.export_onnx(net, tmp_path / "out", quantized=True, example_inputs=x)
+    with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap it"):
+        oftsurgery.export_onnx(Nothing(), tmp_path / "out", example_inputs=x)
+    for tokenizer in (tmp_path / "nothing", 3):
+        with pytest.raises(
+            StateError, match=r"no folder of a tokenizer: .*Remedy: give an object with save_pretrained"
+        ):
+            oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x, tokenizer=tokenizer)
+    broken = nn.Linear(4, 4)
+    broken.weight.data[0, 0] = torch.nan
+    with pytest.raises(ExportError, match=r"torch's own output is not a number.*tensor 'output'.*Remedy: look for NaN"):
+        oftsurgery.export_onnx(broken, tmp_path / "out", "float32", example_inputs=x)
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
@@ -705,3 +836,132 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "large", "float16", example_inputs=x)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    net, x = nn.Linear(4, 4), torch.randn(2, 4)
+    (tmp_path / "file").write_text("x")
+    for destination, message in (
+        (tmp_path / "file", r"the destination exists.*Remedy: name another, or replace it with force=True"),
+        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make it first"),
+        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make it first"),
+    ):
+        stages: list[tuple[int, int, str]] = []
+
+        def note(*stage: Any, noted: Any = stages) -> None:
+            noted.append(stage)
+
+        with pytest.raises(StateError, match=message):
+            oftsurgery.export_onnx(net, destination, "float32", example_inputs=x, progress=note)
+        assert stages == [(0, 7, "read the model")]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_graph_never_replaces_the_model_that_it_is_made_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build("bert").save_pretrained(base)
+    adapted(build("bert"), ["query"]).save_pretrained(adapter)
+    before = file_bytes(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(StateError, match=r"the destination is, or holds, the model itself.*Remedy: name another"):
+        oftsurgery.export_onnx(base, base, force=True)
+    assert capsys.readouterr().err == ""  # no bars of transformers
+    with pytest.raises(StateError, match=r"the destination is, or holds, the model itself"):
+        oftsurgery.export_onnx(transformers.AutoModel.from_pretrained(base), tmp_path, force=True)
+    for output, what in ((base, "base"), (adapter, "adapter")):
+        words = ["export", "--base", str(base), "--adapter", str(adapter), "--output", str(output), "--force"]
+        assert cli.main([*words, "--format", "onnx"]) == 2
+        assert f"the destination is, or holds, the {what} itself" in capsys.readouterr().err
+    assert file_bytes(tmp_path) == before
+
+
+def test_the_command_hands_its_settings_to_the_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The texts to calibrate on among them; and a missing package is told before the fold."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a b\n")
+    given: dict[str, Any] = {}
+
+    def fold(*_: object, **settings: Any) -> None:
+        given.update(settings)
+        raise StateError("enough")
+
+    monkeypatch.setattr(oftsurgery.api, "fold_checkpoint", fold)
+    words = ["export", "--base", "b", "--adapter", "a", "--output", str(tmp_path / "out"), "--format", "onnx-quantized"]
+    assert cli.main([*words, "--calibration", str(texts)]) == 2
+    assert "enough" in capsys.readouterr().err
+    assert given["rounding"] == "calibrated"
+    assert given["calibration"] == str(texts)
+    given.clear()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert cli.main(words) == 3
+    assert "onnxruntime is not installed" in capsys.readouterr().err
+    assert not given
+
+
+class Failing:
+    """A tokenizer of which a folder is written before it fails."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tools.jinja").write_text("x")
+        if self.error is not None:
+            raise self.error
+
+
+STAGES = ("capture", "write", "check", "compare", "tokenizer", "record", "publish")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_at_any_stage_leaves_all_as_it_was(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``force`` over what is there; a killed run's leavings are no hindrance to the next."""
+    out, waiting = tmp_path / "out", tmp_path / ".out.oftsurgery"
+    (waiting / "additional_chat_templates").mkdir(parents=True)
+    (waiting / "additional_chat_templates" / "old.jinja").write_text("x")
+    out.mkdir()
+    (out / "kept.txt").write_text("kept")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    places: dict[str, tuple[Any, str, Any, Any]] = {
+        "capture": (torch.export, "export", interrupted, KeyboardInterrupt),
+        "write": (onnx_ir, "save", full, oftsurgery.DiskError),
+        "check": (onnx.checker, "check_model", interrupted, KeyboardInterrupt),
+        "compare": (oftsurgery.onnx_run.Process, "run", interrupted, KeyboardInterrupt),
+        "record": (oftsurgery.staging, "sha256_of", full, oftsurgery.DiskError),
+        "publish": (Path, "rename", full, oftsurgery.DiskError),
+    }
+    tokenizer, expected = Failing(None), Any
+    if stage == "tokenizer":
+        tokenizer, expected = Failing(OSError(28, "No space left on device")), oftsurgery.DiskError
+    else:
+        owner, name, failing, expected = places[stage]
+        monkeypatch.setattr(owner, name, failing)
+    with pytest.raises(expected):
+        oftsurgery.export_onnx(
+            nn.Linear(4, 4), out, "float32", example_inputs=torch.randn(2, 4), tokenizer=tokenizer, force=True
+        )
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert [p.name for p in out.iterdir()] == ["kept.txt"]
+
+
+def test_a_tokenizer_with_a_folder_of_its_own(tmp_path: Path) -> None:
+    net, x = nn.Linear(4, 4), torch.randn(2, 4)
+    oftsurgery.export_onnx(net, tmp_path / "out", "float32", example_inputs=x, tokenizer=Failing(None))
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "x"
+    record = oftsurgery.api.read_record(tmp_path / "out")
+    assert record is not None
+    assert record.files.keys() == {"model.onnx"}
