@@ -316,6 +316,8 @@ def rank(b, x, bounds):
 
 #: cells that [-1, 1] is cut into by :func:`rank_by_cell`; 0 where there is no instruction for tables of 32
 CELLS = 32 if _AVX512 else 0
+#: cells a unit, a little less than 16: 1 and what rounds to a bit more is in the last one
+CELL_FACTOR = 15.9999
 
 
 @_operation(i32x, f32x, i32x, i32x, f32x, f32x)
@@ -325,9 +327,17 @@ def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
     """
     if not CELLS:
         return _constant(0, i32x.vector)  # never called
-    position = b.fadd(b.fmul(x, _constant(16.0, f32x.vector)), _constant(16.0, f32x.vector))
-    last = _constant(31.0, f32x.vector)
-    cell = b.fptosi(b.select(b.fcmp_ordered("<", position, last), position, last), i32x.vector)
+    cell = b.fptosi(
+        _call(
+            b,
+            "llvm.fmuladd.v16f32",
+            f32x.vector,
+            x,
+            _constant(CELL_FACTOR, f32x.vector),
+            _constant(16.0, f32x.vector),
+        ),
+        i32x.vector,
+    )
     base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
     bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
     return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
@@ -605,9 +615,16 @@ def _decode(kind, codes, scales, blocksize, levels, first, count, out):
 
 
 @_inline
-def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
-    """ROWS rows of ``columns`` values, rotated by blocks: y = x · blockdiag(matrices[first_block:]); strides in bytes."""
+def _rotate(x, x_stride, y, y_stride, rows, columns, first_block, matrices, b, step, row_scale):
+    """ROWS rows of ``columns`` values, rotated by blocks: y = x · blockdiag(matrices[first_block:]); strides in bytes.
+
+    ``row_scale``: 0, or the address of what rows of y are still to be scaled by.
+
+    Returns:
+        Σ (exact - base)² of the first ``rows`` of them.
+    """
     wide = 2 * _BLOCK_LANES
+    weight, change = fill64(1.0), fill64(0.0)
     for c in range(0, columns, b):
         m = matrices + 4 * (first_block + c // b) * step
         for r in range(0, ROWS, _BLOCK_ROWS):
@@ -619,17 +636,36 @@ def _rotate(x, x_stride, y, y_stride, columns, first_block, matrices, b, step):
             while done < b:
                 product_one(x_at, x_stride, m + 4 * done, 4 * b, y_at + 4 * done, y_stride, b)
                 done += _BLOCK_LANES
-
-
-@_inline
-def _change(x, x_stride, y, y_stride, rows, columns, row_scale):
-    """Σ (exact - base)² of rows at ``y`` and ``x``; ``row_scale``: 0, or the address of what y is still to be scaled by."""
+        # while they are in the first-level cache; in float32, two sums at a time
+        even, odd = fill(float32(0.0)), fill(float32(0.0))
+        x_at, y_at = x + 4 * c, y + 4 * c
+        if row_scale == 0 and rows == ROWS:
+            for _ in range(0, ROWS, 2):
+                for i in range(0, 4 * b, 4 * LANES):
+                    u = sub(load(y_at + i), load(x_at + i))
+                    v = sub(load(y_at + y_stride + i), load(x_at + x_stride + i))
+                    even, odd = fma(u, u, even), fma(v, v, odd)
+                x_at += 2 * x_stride
+                y_at += 2 * y_stride
+        else:
+            for r in range(rows):
+                scale = fill(load_one(row_scale + 4 * r) if row_scale != 0 else float32(1.0))
+                for i in range(0, 4 * b, 4 * LANES):
+                    u = sub(mul(load(y_at + i), scale), load(x_at + i))
+                    even = fma(u, u, even)
+                x_at += x_stride
+                y_at += y_stride
+        change = weigh(add(even, odd), weight, change)
+    sum_ = total64(change)
+    if 1e-20 < sum_ < 1e38:
+        return sum_
+    # squares that float32 may not hold
     change = fill64(0.0)
     for r in range(rows):
         scale = fill(load_one(row_scale + 4 * r) if row_scale != 0 else float32(1.0))
-        x_at, y_at = x + r * x_stride, y + r * y_stride
-        for i in range(0, columns, LANES):
-            change = _add_square(sub(mul(load(y_at + 4 * i), scale), load(x_at + 4 * i)), change)
+        for i in range(0, 4 * columns, 4 * LANES):
+            u = sub(mul(load(y + r * y_stride + i), scale), load(x + r * x_stride + i))
+            change = _add_square(u, change)
     return total64(change)
 
 
@@ -666,6 +702,13 @@ def _encode_4bit(
         load(cells + 128),
         load(cells + 192),
     )
+    if by_cell and blocksize % (4 * LANES) == 0 and count % blocksize == 0 and as_float(top) > float32(1e-18):
+        _encode_whole_blocks(
+            x, first, count, codes, scales, blocksize, levels,
+            base_low, base_high, bounds_low, bounds_high, moments, as_float(top), sums,
+        )  # fmt: skip
+        sums[2] = max(sums[2], float64(top))
+        return
     norm, error = fill64(0.0), fill64(0.0)
     done = 0
     while done < count:
@@ -705,6 +748,59 @@ def _encode_4bit(
     sums[0] += total64(norm)
     sums[1] += total64(error)
     sums[2] = max(sums[2], float64(top))
+
+
+@_inline
+def _encode_whole_blocks(
+    x, first, count, codes, scales, blocksize, levels, base_low, base_high, bounds_low, bounds_high, moments, top, sums
+):
+    """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them ``top``: the usual
+    case. What the sums leave out is far below float32's rounding of the largest block's.
+    """
+    norm, error = fill64(0.0), fill64(0.0)
+    to, scale_at = codes + first // 2, scales + 4 * (first // blocksize)
+    moments += 8 * (first // blocksize) if moments != 0 else 0
+    largest = fill64(float64(top) * float64(top))
+    done = 0
+    while done < count:
+        # in float32, in units of the largest, for some blocks at a time
+        squares, misses = fill(float32(0.0)), fill(float32(0.0))
+        last = min(count, done + max(blocksize, 64 * LANES))
+        while done < last:
+            absmax = load_one(scale_at)
+            factor = fill(float32(1.0) / max(absmax, _TINY))
+            ratio = absmax / top
+            square, missed, crossed = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+            for at in range(x + 4 * done, x + 4 * (done + blocksize), 16 * LANES):
+                s0, s1 = mul(load(at), factor), mul(load(at + 64), factor)
+                s2, s3 = mul(load(at + 128), factor), mul(load(at + 192), factor)
+                i0 = rank_by_cell(s0, base_low, base_high, bounds_low, bounds_high)
+                i1 = rank_by_cell(s1, base_low, base_high, bounds_low, bounds_high)
+                i2 = rank_by_cell(s2, base_low, base_high, bounds_low, bounds_high)
+                i3 = rank_by_cell(s3, base_low, base_high, bounds_low, bounds_high)
+                store_codes(to, i0)
+                store_codes(to + 8, i1)
+                store_codes(to + 16, i2)
+                store_codes(to + 24, i3)
+                to += 32
+                m0, m1 = sub(pick(levels, i0), s0), sub(pick(levels, i1), s1)
+                m2, m3 = sub(pick(levels, i2), s2), sub(pick(levels, i3), s3)
+                square = add(square, add(fma(s0, s0, mul(s1, s1)), fma(s2, s2, mul(s3, s3))))
+                missed = add(missed, add(fma(m0, m0, mul(m1, m1)), fma(m2, m2, mul(m3, m3))))
+                if moments != 0:
+                    crossed = add(crossed, add(fma(s0, m0, mul(s1, m1)), fma(s2, m2, mul(s3, m3))))
+            weight = fill(ratio * ratio)
+            squares, misses = fma(square, weight, squares), fma(missed, weight, misses)
+            if moments != 0:  # with c = s + (c - s)
+                crossed_, missed_ = total(crossed), total(missed)
+                store_one(moments, crossed_ + missed_)
+                store_one(moments + 4, total(square) + crossed_ + crossed_ + missed_)
+                moments += 8
+            scale_at += 4
+            done += blocksize
+        norm, error = weigh(squares, largest, norm), weigh(misses, largest, error)
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
 
 
 # --- the scale of a 4-bit block that errs least -----------------------------------------------------------------------
@@ -1253,21 +1349,19 @@ def fold_tile(
                         x + r * x_stride,
                     )
             for r in range(0, rows, ROWS):
-                _rotate(
+                sums[4] += _rotate(
                     x + r * x_stride,
                     x_stride,
                     y + r * y_stride + 4 * start,
                     y_stride,
+                    min(ROWS, rows - r),
                     width,
                     (first_column + start) // b,
                     matrices,
                     b,
                     step,
-                )
-                sums[4] += _change(
-                    x + r * x_stride, x_stride, y + r * y_stride + 4 * start, y_stride, min(ROWS, rows - r), width,
                     0 if row_scale == 0 else row_scale + 4 * (row + r),
-                )  # fmt: skip
+                )
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))

@@ -76,11 +76,13 @@ def _cells(codec: str) -> tuple[bool, np.ndarray]:
     """
     _, _, bounds, order = (t.numpy() for t in _tables(codec))
     bounds = bounds[:15]
-    # as the kernel finds a value's cell, in float32: it grows with the value, so one in a higher cell than a bound is
-    # above it
-    own = np.minimum(bounds * np.float32(16) + np.float32(16), np.float32(31)).astype(np.int32)
+    # a value's cell grows with it, so one in a higher cell than a bound is above it; no bound is at the edge of its own,
+    # where the kernel's rounding would matter
+    positions = bounds.astype(np.float64) * cpu.CELL_FACTOR + 16
+    own = positions.astype(np.int32)
     table = np.zeros((2, 32), dtype=np.int32)
-    if not cpu.CELLS or len(set(own)) < 15 or (order != np.arange(16)).any():
+    sure = len(set(own)) == 15 and bool((np.abs(positions - positions.round()) > 1e-4).all())
+    if not cpu.CELLS or not sure or (order != np.arange(16)).any():
         return False, table
     table[0] = [(own < cell).sum() for cell in range(32)]
     table[1] = np.full(32, np.inf, dtype=np.float32).view(np.int32)
