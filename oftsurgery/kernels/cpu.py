@@ -39,6 +39,7 @@ __all__ = [
     "ROWS",
     "SCALES",
     "WORK",
+    "angle_bounds",
     "fold_tile",
     "largest_angle",
     "rotation_blocks",
@@ -144,6 +145,21 @@ def load_one(b, address):
 @_operation(int32, int64, float32)
 def store_one(b, address, value):
     return _store(b, address, value, 4)
+
+
+@_operation(int32, int64)
+def prefetch(b, address):
+    """Ask for the line at ``address``, to be read; it need not exist."""
+    flags = [ir.Constant(_I, flag) for flag in (0, 2, 1)]
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), _at(b, address, _BYTE), *flags)
+    return ir.Constant(_I, 0)
+
+
+@_operation(int32, int64)
+def prefetch_to_write(b, address):
+    flags = [ir.Constant(_I, flag) for flag in (1, 2, 1)]
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), _at(b, address, _BYTE), *flags)
+    return ir.Constant(_I, 0)
 
 
 @_operation(f32x, float32)
@@ -584,6 +600,19 @@ def product64(b, *args):
 _inline = njit(inline="never", nogil=True, error_model="numpy", boundscheck=False)
 _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
+
+
+@_inline
+def _ask(kind, codes, first, count, write):
+    """Have the lines of ``count`` weights from ``first`` on fetched while something else is computed: each row's are on
+    pages of their own, and the processor would not guess them.
+    """
+    halves = 1 if kind == FOUR_BIT else 2 if kind == INT8 else 8 if kind == F32 else 4
+    for at in range(codes + first * halves // 2, codes + (first + count) * halves // 2, 64):
+        if write:
+            prefetch_to_write(at)
+        else:
+            prefetch(at)
 
 
 @_inline
@@ -1338,16 +1367,10 @@ def fold_tile(
             else:
                 for r in range(rows):
                     at = scales + 4 * (row + r) if kind == INT8 else scales
-                    _decode(
-                        kind,
-                        codes,
-                        at,
-                        blocksize,
-                        old,
-                        (row + r) * features + first_column + start,
-                        width,
-                        x + r * x_stride,
-                    )
+                    first = (row + r) * features + first_column + start
+                    _ask(kind, codes, first + group * features, width, False)
+                    _ask(new_kind, new_codes, first, width, True)
+                    _decode(kind, codes, at, blocksize, old, first, width, x + r * x_stride)
             for r in range(0, rows, ROWS):
                 sums[4] += _rotate(
                     x + r * x_stride,
@@ -1550,6 +1573,58 @@ def _above(beta, count, x):
     return d >= 0.0
 
 
+@_inline
+def _top(beta, count, floor):
+    """The largest eigenvalue of that matrix, or ``floor`` if it has none above it."""
+    if not _above(beta, count, floor if floor > 0.0 else 1e-300):
+        return floor
+    low, high = floor, 0.0
+    for i in range(count):
+        high = max(high, beta[i] + (beta[i + 1] if i + 1 < count else 0.0))
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if middle <= low or middle >= high:
+            break
+        if _above(beta, count, middle):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@njit(
+    types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def angle_bounds(v, b, wide, first, last, scratch, out):
+    """A bound above the largest θ of each skew-symmetric generator ``first`` to ``last``, in ``out``: with eigenvalues
+    ±iθ, ‖Q⁴‖² = Σθ⁸ over all of them, so twice the largest's. ``scratch``: (3, wide, wide).
+    """
+    q, p, t = scratch[0], scratch[1], scratch[2]
+    for index in range(first, last):
+        _skew(v, index, b, wide, q)
+        scale = 0.0
+        for i in range(wide):
+            for j in range(wide):
+                scale = max(scale, abs(q[i, j]))
+        if scale == 0.0:
+            out[index] = 0.0
+            continue
+        for i in range(wide):
+            for j in range(wide):
+                q[i, j] /= scale
+        _multiply(q, q, p)
+        _multiply(p, p, t)
+        square = 0.0
+        for i in range(wide):
+            for j in range(wide):
+                square += t[i, j] * t[i, j]
+        out[index] = scale * (0.5 * square) ** 0.125
+
+
 @njit(
     types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
     nogil=True,
@@ -1586,6 +1661,7 @@ def largest_angle(v, b, wide, first, last, floor, q, basis):
         for i in range(wide):
             basis[0, i] /= np.sqrt(norm)
         count = 0
+        reached = 0.0
         for step in range(steps):
             at = basis.ctypes.data + 8 * wide * (step + 1)
             for c in range(0, wide, LANES):
@@ -1609,20 +1685,14 @@ def largest_angle(v, b, wide, first, last, floor, q, basis):
                 break
             beta[count] = norm
             count += 1
+            # all of the basis is rarely needed: further steps find nothing larger once the end of the spectrum is there
+            if count % 16 == 8 and count > 16:
+                top = _top(beta, count, reached)
+                if top <= reached * (1 + 1e-14):
+                    break
+                reached = top
             for i in range(wide):
                 basis[step + 1, i] /= norm
-        if count == 0 or not _above(beta, count, best if best > 0.0 else 1e-300):
-            continue
-        low, high = best, 0.0
-        for i in range(count):
-            high = max(high, beta[i] + (beta[i + 1] if i + 1 < count else 0.0))
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            if middle <= low or middle >= high:
-                break
-            if _above(beta, count, middle):
-                low = middle
-            else:
-                high = middle
-        best = high
+        if count > 0:
+            best = _top(beta, count, best)
     return best

@@ -31,10 +31,11 @@ _local = threading.local()
 
 def _scratch(count: int) -> int:
     """Address of ``count`` float32 of this thread's own, 64-byte aligned, kept for the next tile."""
-    held: np.ndarray | None = getattr(_local, "scratch", None)
-    if held is None or held.nbytes < 4 * count + 64:
-        held = _local.scratch = np.zeros(4 * count + 64, dtype=np.uint8)
-    return int(held.ctypes.data + 63) & ~63
+    held: tuple[int, int, np.ndarray] | None = getattr(_local, "scratch", None)
+    if held is None or held[0] < count:
+        room = np.zeros(4 * count + 64, dtype=np.uint8)
+        held = _local.scratch = count, (room.ctypes.data + 63) & ~63, room
+    return held[1]
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,8 @@ def fold(
 
 _SOLVE_TOLERANCE = 1e-10
 _LANCZOS_STEPS = 160
+#: the size of blocks up to which two products are cheaper than to look for the largest angle
+_BOUNDED = 32
 #: work that is worth a task of its own, in multiplications
 _TASK_PRODUCTS = 1 << 19
 
@@ -300,15 +303,27 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
     v = _rows(generator)
     count = max(1, v.shape[0] * b // wide)
-    each = max(1, _TASK_PRODUCTS // wide**3)
-    found = np.zeros(-(-count // each))
+    bounds = np.full(count, np.inf)
+    if count > 1 and wide <= _BOUNDED:
+        each = max(1, _TASK_PRODUCTS // wide**3)
+
+        def bound(i: int) -> None:
+            cpu.angle_bounds(v, b, wide, i * each, min(i * each + each, count), np.empty((3, wide, wide)), bounds)
+
+        run(bound, -(-count // each))
+    # the likeliest first: few of the others can be larger
+    order = np.argsort(-bounds, kind="stable")
+    best = [0.0]
 
     def task(i: int) -> None:
-        q, basis = np.empty((wide, wide)), np.empty((min(wide, _LANCZOS_STEPS) + 2, wide))
-        found[i] = cpu.largest_angle(v, b, wide, i * each, min(i * each + each, count), 0.0, q, basis)
+        index, floor = order[i], best[0]
+        if bounds[index] * (1 + 1e-9) > floor or not bounds[index] < np.inf:
+            q, basis = np.empty((wide, wide)), np.empty((min(wide, _LANCZOS_STEPS) + 2, wide))
+            best.append(cpu.largest_angle(v, b, wide, index, index + 1, floor, q, basis))
+            best[0] = max(best)
 
-    run(task, len(found))
-    return float(found.max())
+    run(task, count)
+    return best[0]
 
 
 def _rows(generator: Tensor) -> np.ndarray:
