@@ -318,7 +318,7 @@ def _decode_absmax(encoded: EncodedWeight) -> Tensor:
                 format=f.label,
                 remedy=_RELOAD,
             )
-    values = nested_map.to(torch.float32)[absmax.reshape(-1).to(torch.int64)]
+    values = torch.index_select(nested_map.to(torch.float32), 0, absmax.reshape(-1).to(torch.int32))
     scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
     return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
 

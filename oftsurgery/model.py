@@ -310,10 +310,15 @@ def _covers(entry: str, name: str) -> bool:
 
 
 def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied: bool) -> ModuleRecord:
-    hashes: list[str] = []
+    hashes = ["", ""]
+
+    def fingerprint(i: int) -> None:
+        hashes[i] = (encoded, folded.encoded)[i].fingerprint
+
     defects, angles = kernels.beside(
         lambda: zip(*[kernels.measure(r) for r in target.chain], strict=True),
-        *(lambda e=e: hashes.append(e.fingerprint) for e in (encoded, folded.encoded)),
+        partial(fingerprint, 0),
+        partial(fingerprint, 1),
     )
     return ModuleRecord(
         format=folded.encoded.format.label,

@@ -197,10 +197,10 @@ def measure(rotation: Rotation) -> tuple[float, float]:
         return 0.0, 2 * math.atan(theta)
     # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue
     # matters
-    grid = torch.linspace(0, theta, 129, dtype=torch.float64, device="cpu")
-    values = rotation.cayley((1j * grid).reshape(-1, 1, 1)).reshape(-1)
-    defects, angles = (values.abs() ** 2 - 1).abs(), values.angle().abs()
-    if theta < 1 and bool((defects <= defects[-1]).all()) and bool((angles <= angles[-1]).all()):
+    power, weight = series
+    values = np.polynomial.polynomial.polyval(1j * np.linspace(0, theta, 129), [1.0, *[2.0] * (power - 1), weight])
+    defects, angles = np.abs(np.abs(values) ** 2 - 1), np.abs(np.angle(values))
+    if theta < 1 and defects.max() <= defects[-1] and angles.max() <= angles[-1]:
         return float(defects[-1]), float(angles[-1])
     return rotation.defect, rotation.angle
 

@@ -124,9 +124,11 @@ def _tensors(
 def nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
     """What double quantisation of the absmax ``scales`` adds to the squared error of codes that were chosen without."""
     # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
-    delta = (codecs._decode_absmax(EncodedWeight(into, statistics)) - scales).to(torch.float64)
-    cross, power = moments.to(torch.float64).unbind(1)
-    return float((2 * scales * delta * cross + delta * delta * power).sum())
+    seen = codecs._decode_absmax(EncodedWeight(into, statistics))
+    wide = scales.to(torch.float64)
+    delta = seen.to(torch.float64).sub_(wide)
+    cross, power = moments.unbind(1)
+    return float(wide.mul_(cross).mul_(2).addcmul_(delta, power.to(torch.float64)).dot(delta))
 
 
 def finish(

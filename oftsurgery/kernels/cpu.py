@@ -312,6 +312,24 @@ def store_codes(b, address, codes):
     )
 
 
+@_operation(int32, int64, i32x, i32x, i32x, i32x)
+def store_four_codes(b, address, *codes):
+    """:func:`store_codes` of four vectors one after the other, packed together."""
+    octet, pairs = ir.VectorType(_BYTE, 32), ir.VectorType(ir.IntType(64), 8)
+    all_ = codes[0]
+    for i in range(1, 4):  # a byte of each lane to each vector
+        all_ = b.or_(all_, b.shl(codes[i], _constant(8 * i, i32x.vector)))
+    pair = b.bitcast(all_, pairs)
+    packed = b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), ir.VectorType(_I, 8))
+    order = [4 * lane + vector for vector in range(4) for lane in range(8)]
+    octets = b.bitcast(packed, octet)
+    return _store(
+        b,
+        address,
+        b.shuffle_vector(octets, ir.Constant(octet, ir.Undefined), ir.Constant(ir.VectorType(_I, 32), order)),
+    )
+
+
 @_operation(i32x, int64)
 def load_ints(b, address):
     return _load(b, address, i32x.vector, 4)
@@ -479,6 +497,12 @@ def to_int8(b, x):
         edge = _constant(limit, f32x.vector)
         whole = b.select(b.fcmp_unordered(sign, whole, edge), whole, edge)
     return b.select(b.fcmp_ordered("ord", whole, whole), whole, _constant(0.0, f32x.vector))
+
+
+@_operation(f32x, f32x)
+def rounded(b, x):
+    """x rounded to even."""
+    return _call(b, "llvm.rint.v16f32", f32x.vector, x)
 
 
 @_operation(int32, int64, f32x)
@@ -807,10 +831,7 @@ def _encode_whole_blocks(
                 i1 = rank_by_cell(s1, base_low, base_high, bounds_low, bounds_high)
                 i2 = rank_by_cell(s2, base_low, base_high, bounds_low, bounds_high)
                 i3 = rank_by_cell(s3, base_low, base_high, bounds_low, bounds_high)
-                store_codes(to, i0)
-                store_codes(to + 8, i1)
-                store_codes(to + 16, i2)
-                store_codes(to + 24, i3)
+                store_four_codes(to, i0, i1, i2, i3)
                 to += 32
                 m0, m1 = sub(pick(levels, i0), s0), sub(pick(levels, i1), s1)
                 m2, m3 = sub(pick(levels, i2), s2), sub(pick(levels, i3), s3)
@@ -1276,13 +1297,13 @@ def _encode_int8(x, count, first, codes, scb, sums):
     step = scale / float32(127.0)
     many = fill(factor)
     norm, error = fill64(0.0), fill64(0.0)
-    if as_bits(factor) < 0x7F800000 and step >= _TINY:
+    if as_bits(factor) < 0x7F800000 and step >= _TINY and top < 0x7F800000:
         weight = fill64(float64(step) * float64(step))
         for start in range(0, count, 16 * LANES):
             squares, misses = fill(float32(0.0)), fill(float32(0.0))
             for i in range(start, min(start + 16 * LANES, count), LANES):
                 s = mul(load(x + 4 * i), many)
-                c = to_int8(s)
+                c = rounded(s)  # of a finite row: at most 127
                 store_i8(codes + first + i, c)
                 miss = sub(c, s)
                 squares, misses = fma(s, s, squares), fma(miss, miss, misses)

@@ -303,27 +303,31 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
     v = _rows(generator)
     count = max(1, v.shape[0] * b // wide)
-    bounds = np.full(count, np.inf)
+    each = max(1, _TASK_PRODUCTS // wide**3)
+    steps = min(wide, _LANCZOS_STEPS) + 2
+    tasks = -(-count // each)
     if count > 1 and wide <= _BOUNDED:
-        each = max(1, _TASK_PRODUCTS // wide**3)
+        bounds = np.empty(count)
 
         def bound(i: int) -> None:
             cpu.angle_bounds(v, b, wide, i * each, min(i * each + each, count), np.empty((3, wide, wide)), bounds)
 
-        run(bound, -(-count // each))
-    # the likeliest first: few of the others can be larger
-    order = np.argsort(-bounds, kind="stable")
-    best = [0.0]
+        run(bound, tasks)
+        # the likeliest first: few of the others can be larger
+        q, basis, best = np.empty((wide, wide)), np.empty((steps, wide)), 0.0
+        for index in np.argsort(-bounds):
+            if bounds[index] * (1 + 1e-9) < best:
+                break
+            best = cpu.largest_angle(v, b, wide, index, index + 1, best, q, basis)
+        return best
+    found = np.zeros(tasks)
 
     def task(i: int) -> None:
-        index, floor = order[i], best[0]
-        if bounds[index] * (1 + 1e-9) > floor or not bounds[index] < np.inf:
-            q, basis = np.empty((wide, wide)), np.empty((min(wide, _LANCZOS_STEPS) + 2, wide))
-            best.append(cpu.largest_angle(v, b, wide, index, index + 1, floor, q, basis))
-            best[0] = max(best)
+        q, basis = np.empty((wide, wide)), np.empty((steps, wide))
+        found[i] = cpu.largest_angle(v, b, wide, i * each, min(i * each + each, count), 0.0, q, basis)
 
-    run(task, count)
-    return best[0]
+    run(task, tasks)
+    return float(found.max())
 
 
 def _rows(generator: Tensor) -> np.ndarray:

@@ -51,10 +51,13 @@ def run(task: Callable[[int], None], count: int) -> None:
 
 
 def beside(work: Callable[[], T], *others: Callable[[], object]) -> T:
-    """What ``work`` returns, called on this thread while another one, if there is one, calls ``others`` in turn."""
+    """What ``work`` returns, called on this thread; another one, if there is one, calls ``others`` meanwhile, and both
+    share what is left of them after.
+    """
+    left = iter(others)
 
     def rest() -> None:
-        for other in others:
+        for other in left:
             other()
 
     if threads() == 1:
@@ -62,6 +65,8 @@ def beside(work: Callable[[], T], *others: Callable[[], object]) -> T:
         return work()
     waiting = _pool(threads() - 1).submit(rest)
     try:
-        return work()
+        result = work()
+        rest()
     finally:
         waiting.result()
+    return result
