@@ -202,6 +202,7 @@ def test_every_path_gives_the_reference_result_on_many_tiles():
             ties += assert_same(got, want, truth)
             weights += truth.numel()
             assert got.error == pytest.approx(want.error, rel=1e-4)
+            assert got.rho == pytest.approx(want.rho, rel=1e-4)
     assert ties <= weights // 100_000
 
 
@@ -226,19 +227,24 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("special", ["", "zeros", "huge", "denormal"])
+@pytest.mark.parametrize("special", ["", "zeros", "huge", "tiny", "denormal", "blocks of all sizes"])
 @pytest.mark.parametrize("case", EXACT.values(), ids=EXACT)
 def test_exact_rotations_give_the_same_bytes(case, special):
     codec, shape, b, blocksize, nested, storage = case
     torch.manual_seed(1)
     weight = torch.randn(shape) * 0.02
-    weight[: shape[0] // 2] *= {"": 1, "zeros": 0, "huge": 1e36, "denormal": 1e-38}[special]
+    if special == "blocks of all sizes":
+        weight *= 10.0 ** -(torch.arange(weight.numel()).reshape(shape) // 64 % 7 * 6)
+    else:
+        part = weight if special == "tiny" else weight[: shape[0] // 2]
+        part *= {"": 1, "zeros": 0, "huge": 1e36, "tiny": 1e-18, "denormal": 1e-38}[special]
     encoded = codecs.encode(weight, WeightFormat(codec, shape, torch.float16, blocksize, nested, storage))
     chain = (quarter_turns(shape[1], b),)
     want, got = folded("reference", encoded, chain), folded("numba", encoded, chain)
     assert got.backend == "numba"
     assert got.encoded.fingerprint == want.encoded.fingerprint
     assert got.error == pytest.approx(want.error, rel=1e-5, abs=3e-7)
+    assert got.rho == pytest.approx(want.rho, rel=1e-5, abs=3e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
