@@ -96,6 +96,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) ->
         FormatError: stored in a way that is not known.
     """
     copy: Any = _bare_copy(model)
+    _run_all_experts(copy)
     builder = _Builder(dtype, quantized, _kept_in_float32(model, dtype))
     for path, original, module in _pairs(model, copy):
         layer = Layer(path, original)
@@ -448,6 +449,44 @@ def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bo
         return lambda _: False
     pattern = re.compile("|".join(rf"(^|\.){re.escape(p)}($|\.)" for p in sorted(parts)))
     return lambda name: pattern.search(name) is not None
+
+
+_EXPERTS = "oftsurgery_all_experts"
+
+
+def _run_all_experts(copy: nn.Module) -> None:
+    """Let transformers' mixtures of experts run each expert on each token: what else it has for them either depends on
+    the values, or gathers whole weights for each token, or is an operator that ONNX has not.
+    """
+    configs = {id(c): c for m in copy.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    mixtures = [c for c in configs if getattr(c, "_experts_implementation", None) is not None]
+    if not mixtures:
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, _all_experts)
+    for config in mixtures:
+        config._experts_implementation = _EXPERTS
+
+
+def _all_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """``hidden (tokens, size)``, ``chosen`` and ``weights (tokens, k)`` to ``(tokens, size)``, with an experts module of
+    transformers as ``self``.
+    """
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        y: Tensor = x @ (weight if self.is_transposed else weight.transpose(1, 2))  # (experts, tokens, out)
+        if self.has_bias:
+            y = y + getattr(self, f"{name}_bias").unsqueeze(1)
+        return y
+
+    x = hidden.unsqueeze(0)
+    inner = self._apply_gate(linear(x, "gate_up_proj")) if self.has_gate else self.act_fn(linear(x, "up_proj"))
+    out = linear(inner, "down_proj")
+    share = torch.zeros(hidden.shape[0], out.shape[0], dtype=out.dtype, device=out.device)
+    share = share.scatter(1, chosen, weights.to(out.dtype))
+    return (out * share.t().unsqueeze(-1)).sum(0).to(hidden.dtype)
 
 
 # --- capture ----------------------------------------------------------------------------------------------------------

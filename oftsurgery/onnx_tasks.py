@@ -160,7 +160,9 @@ class TextTask(Task):
             self.names.append("decoder_input_ids")
         self.vocabulary = int(config.vocab_size)
         self.pad = getattr(config, "pad_token_id", None)
-        self.longest = min(_LONGEST, int(getattr(config, "max_position_embeddings", None) or _LONGEST))
+        positions = int(getattr(config, "max_position_embeddings", None) or 2 * _LONGEST)
+        first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0  # RoBERTa counts from behind the padding
+        self.longest = max(1, min(_LONGEST, positions - first))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         _set_config(model, use_cache=False, return_dict=True)
@@ -262,7 +264,11 @@ class CacheTask(TextTask):
 
         model: Any = self.wrap(reference).model
         given = self._step(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-        out = model(**given, past_key_values=DynamicCache(), use_cache=True)
+        try:
+            out = model(**given, past_key_values=DynamicCache(), use_cache=True)
+        except Exception:
+            model(**given, use_cache=False)  # or it does not run at all, which is another error
+            out = {}
         layers: Any = getattr(out.get("past_key_values"), "layers", None)
         try:
             self.layers = [(_heads(layer.keys), _heads(layer.values)) for layer in layers]

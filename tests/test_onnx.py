@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -29,7 +30,7 @@ from test_model import quantise, state_bytes
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError, cli
+from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError, cli, onnx_export
 
 
 def folded(
@@ -473,8 +474,17 @@ def generates_the_same(
 
 
 def test_generation_with_a_cache_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
-    """GPT-2: learned positions, which left padding must not shift."""
+    """GPT-2: learned positions, which left padding must not shift. Its config's own tokens are beyond a vocabulary of 64,
+    and onnxruntime-genai takes none that are.
+    """
     report = generates_the_same("gpt2", "nf4", tmp_path, quantized=False, n_positions=64)
+    genai = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]
+    assert [genai[f"{n}_token_id"] for n in ("bos", "eos", "pad")] == [1, 62, 0]
+    model = build("gpt2")
+    model.generation_config.eos_token_id = [50256, 62, 5]
+    found = onnx_export._genai_config(model, SimpleNamespace(layers=[((4, 16), (4, 16))], names=["input_ids"]))  # type: ignore[arg-type]
+    assert found is not None
+    assert [found["model"][f"{n}_token_id"] for n in ("bos", "eos", "pad")] == [0, [62, 5], 62]
     assert report.inputs[:5] == (
         "input_ids",
         "attention_mask",
@@ -486,6 +496,37 @@ def test_generation_with_a_cache_gives_the_tokens_of_transformers(tmp_path: Path
     graph = session(tmp_path / "out")
     assert {i.name: i.shape for i in graph.get_inputs()}["past_key_values.1.value"] == ["batch", 4, "past_sequence", 16]
     assert {i.name: i.shape for i in graph.get_inputs()}["attention_mask"] == ["batch", "total_sequence"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes"),
+    [
+        ("MixtralForCausalLM", {"num_experts_per_tok": 2}),
+        pytest.param("GptOssForCausalLM", {"num_experts_per_tok": 2, "head_dim": 16}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mixture_of_experts(cls: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """One with weights as a linear has them, one with them transposed, biases and a gate of its own."""
+    model = build("llama", cls=cls, num_hidden_layers=1, num_local_experts=4, **changes)
+    oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert difference(tmp_path / "out", model, SHAPES) <= 1e-5
+    assert model.config._experts_implementation != "oftsurgery_all_experts"
+
+
+def test_a_cache_that_is_more_than_keys_and_values_is_refused(tmp_path: Path) -> None:
+    model = build(
+        "llama",
+        cls="Qwen3NextForCausalLM",
+        num_hidden_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["linear_attention"],
+    )
+    with pytest.raises(
+        StateError, match=r"the cache of a Qwen3NextForCausalLM is not keys and values.*Remedy: export it"
+    ):
+        oftsurgery.export_onnx(model, tmp_path / "out", "float32", with_past=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_folds_exports_and_says_what_it_measured(
@@ -579,13 +620,14 @@ def test_every_model_in_every_way(family: str, codec: str, tmp_path: Path) -> No
         ("qwen3", "int8", True, {}),
         ("mistral", "nf4", False, {"sliding_window": 8}),
         ("mistral", "nf4", False, {"sliding_window": None}),
+        ("mixtral", "nf4", True, {"num_local_experts": 8, "num_experts_per_tok": 2}),
     ],
-    ids=["llama", "qwen2 quantised", "qwen3 int8 quantised", "mistral with a window of 8", "mistral"],
+    ids=["llama", "qwen2 quantised", "qwen3 int8 quantised", "mistral with a window of 8", "mistral", "mixtral"],
 )
 def test_every_decoder_generates_the_same(
     family: str, codec: str, quantized: bool, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    name, cls = FAMILIES[family]
+    name, cls = (FAMILIES | {"mixtral": ("llama", "MixtralForCausalLM")})[family]
     generates_the_same(name, codec, tmp_path, quantized=quantized, cls=cls, **changes)
 
 
@@ -746,6 +788,17 @@ def test_what_torch_cannot_export_is_told_with_the_module(tmp_path: Path) -> Non
         oftsurgery.export_onnx(Untranslatable(), tmp_path / "out", "float32", example_inputs=torch.eye(3))
     assert caught.value.__cause__ is not None
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_zero_for_one_input_is_measured_by_the_others(tmp_path: Path) -> None:
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data = torch.tensor([[1.0003, 1.0]])  # 1 in float16
+    report = oftsurgery.export_onnx(
+        net, tmp_path / "out", "float16", example_inputs=torch.tensor([[1.0, -1.0003], [3.0, 1.0]])
+    )
+    assert [c.inputs for c in report.checks] == ["as given: 2×2", "one: 1×2", "three more: 5×2"]
+    assert report.worst is not None
+    assert 1e-5 < report.worst < 1e-3
 
 
 class Nothing(nn.Module):
@@ -965,3 +1018,14 @@ def test_a_tokenizer_with_a_folder_of_its_own(tmp_path: Path) -> None:
     record = oftsurgery.api.read_record(tmp_path / "out")
     assert record is not None
     assert record.files.keys() == {"model.onnx"}
+
+
+@pytest.mark.slow
+def test_positions_that_are_counted_from_behind_the_padding(tmp_path: Path) -> None:
+    """RoBERTa's table of 34 holds 32 positions."""
+    model = build(
+        "bert", cls="RobertaForSequenceClassification", max_position_embeddings=34, pad_token_id=1, type_vocab_size=1
+    )
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert report.inputs == ("input_ids", "attention_mask")
+    assert report.checks[-1].inputs == "batch 3, length 32"
