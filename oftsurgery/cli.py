@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -970,6 +970,14 @@ def _show(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _graph(fold: FoldRecord) -> str:
+    facts = fold.extra.get("onnx")
+    if not isinstance(facts, Mapping):
+        return ""
+    compared = "compared with torch" if facts.get("verified") is True else "not compared with torch"
+    return f"ONNX, {facts.get('dtype')}, {compared}"
+
+
 def _show_fold(fold: FoldRecord) -> None:
     from .errors import printable
 
@@ -990,7 +998,8 @@ def _show_fold(fold: FoldRecord) -> None:
         ("rounding", fold.rounding),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
-        ("written by a newer version, not understood", ", ".join(fold.extra)),
+        ("graph", _graph(fold)),
+        ("written by a newer version, not understood", ", ".join(n for n in fold.extra if n != "onnx")),
     ):
         if text:
             print(f"{label}: {printable(text, 400)}")

@@ -444,7 +444,8 @@ def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
         return [t for t in found if isinstance(t, int) and 0 <= t < int(config.vocab_size)]
 
     bos, eos, pad = (tokens(f"{name}_token_id") for name in ("bos", "eos", "pad"))
-    length = int(getattr(config, "max_position_embeddings", None) or 4096)
+    length = int(getattr(config, "max_position_embeddings", None) or 0)
+    length = length if length > 0 else 4096
     inputs = {n: n for n in task.names}
     return {
         "model": {

@@ -160,7 +160,8 @@ class TextTask(Task):
             self.names.append("decoder_input_ids")
         self.vocabulary = int(config.vocab_size)
         self.pad = getattr(config, "pad_token_id", None)
-        positions = int(getattr(config, "max_position_embeddings", None) or 2 * _LONGEST)
+        positions = int(getattr(config, "max_position_embeddings", None) or 0)
+        positions = positions if positions > 0 else 2 * _LONGEST  # XLNet says -1
         first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0  # RoBERTa counts from behind the padding
         self.longest = max(1, min(_LONGEST, positions - first))
 

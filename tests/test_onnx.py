@@ -570,6 +570,10 @@ def test_the_command_folds_exports_and_says_what_it_measured(
     assert record.adapters[0].source == "adapter"
     assert record.extra["onnx"]["verified"] is True
     assert record.files.keys() == {"config.json", "model.onnx", "vocab.txt"}
+    assert cli.main(["show", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "graph: ONNX, float32, compared with torch" in said.out
+    assert "not understood" not in said.out
     assert cli.main(words) == 2
     assert "the destination exists" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
