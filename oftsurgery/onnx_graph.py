@@ -260,6 +260,7 @@ class _QuantizedLinear(nn.Module):
         return torch.empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        torch._check(x.shape[-1] == self.in_features)  # type: ignore[no-untyped-call]  # torch knows nothing of the operator
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
@@ -596,6 +597,11 @@ _ADVICE = (
 
 def _not_captured(error: Exception, module: str) -> ExportError:
     reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    if reason.startswith("Constraints violated"):  # torch names the axes by places in its own arguments
+        return ExportError(
+            "torch.export cannot capture the model: its code takes a batch or length for fixed",
+            remedy="give example_inputs={'input_ids': …} of the size that it is to have: with them such an axis is fixed",
+        )
     return ExportError(
         f"torch.export cannot capture the model: {type(error).__name__}: {printable(reason, 400)}",
         module=module or None,

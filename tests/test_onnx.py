@@ -263,6 +263,7 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
         }
     )
     runner = session(tmp_path / "out")
+    assert [i.shape for i in runner.get_inputs()] == [["batch", "x_1", 64], ["batch", 1, 32]]
     for size, length in ((1, 1), (4, 9)):
         feeds = {"x": torch.randn(size, length, 64), "scale": torch.rand(size, 1, 32)}
         with torch.no_grad():
@@ -1033,3 +1034,18 @@ def test_positions_that_are_counted_from_behind_the_padding(tmp_path: Path) -> N
     report = oftsurgery.export_onnx(model, tmp_path / "out", "float32")
     assert report.inputs == ("input_ids", "attention_mask")
     assert report.checks[-1].inputs == "batch 3, length 32"
+
+
+@pytest.mark.slow
+def test_a_model_that_fixes_its_length_exports_with_example_inputs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.FunnelConfig(
+        vocab_size=64, block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128, num_decoder_layers=1
+    )
+    model = transformers.FunnelModel(config).eval()
+    with pytest.raises(ExportError, match=r"takes a batch or length for fixed Remedy: give example_inputs="):
+        oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert not list(tmp_path.iterdir())
+    given = {"input_ids": batch(2, 8)[0]}
+    oftsurgery.export_onnx(model, tmp_path / "out", "float32", example_inputs=given)
+    assert session(tmp_path / "out").get_inputs()[0].shape == ["batch", 8]
