@@ -19,7 +19,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import float32, float64, int32, int64, njit, types
+from numba import float32, float64, int32, int64, njit, types, uint8
 from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
@@ -42,6 +42,7 @@ __all__ = [
     "angle_bounds",
     "fold_tile",
     "largest_angle",
+    "nested_error",
     "rotation_blocks",
 ]
 
@@ -1460,6 +1461,23 @@ def fold_tile(
                     _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
                 else:
                     _encode_dense(new_kind, at, columns, first, new_codes, sums)
+
+
+@njit(
+    types.float64(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def nested_error(scales, codes, levels, nested, offset, blocksize, moments):
+    """:func:`oftsurgery.kernels.blockwise.nested_error` of statistics that are stored as ``codes``."""
+    total_ = 0.0
+    for i in range(len(codes)):
+        seen = float32(levels[codes[i]] * nested[i // blocksize]) + offset
+        delta = float64(seen) - float64(scales[i])
+        total_ += delta * (2.0 * float64(scales[i]) * float64(moments[i, 0]) + delta * float64(moments[i, 1]))
+    return total_
 
 
 # --- block rotations, in float64 --------------------------------------------------------------------------------------

@@ -251,8 +251,12 @@ def fold(
     norm, error, top, nearest, change = map(float, passed(mode, new_scales))
     if top >= blockwise.NOT_FINITE:
         return None
-    if not best:
+    if not best and moments is None:
         return blockwise.finish(into, result, new_scales, moments, norm, error, change)
+    if not best and moments is not None:
+        statistics = codecs._encode_absmax(new_scales, into)
+        error += _nested_error(into, new_scales, statistics, moments)
+        return blockwise.finish_best(into, result, statistics, norm, error, error, change)
     if plain is None or moments is None:
         return blockwise.finish_best(
             into, result, codecs._encode_absmax(new_scales, into), norm, error, nearest, change
@@ -261,8 +265,20 @@ def fold(
     statistics = codecs._encode_absmax(new_scales, into)
     seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
     error = float(passed(cpu.GIVEN, seen)[1])
-    nearest += blockwise.nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
+    nearest += _nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
     return blockwise.finish_best(into, result, statistics, norm, error, nearest, change)
+
+
+def _nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
+    codes, nested, levels, offset = (
+        statistics[name] for name in ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
+    )
+    return float(
+        cpu.nested_error(
+            scales.numpy(), codes.reshape(-1).numpy(), levels.numpy(), nested.reshape(-1).numpy(),
+            np.float32(offset.item()), into.nested_blocksize, moments.numpy(),
+        )
+    )  # fmt: skip
 
 
 # --- block rotations --------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def run(task: Callable[[int], None], count: int) -> None:
         for _ in range(count if others else 0):  # after an error: nothing more is begun
             next(left)
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not begun would only find that nothing is left
+                other.result()
 
 
 def beside(work: Callable[[], T], *others: Callable[[], object]) -> T:
