@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -222,7 +223,25 @@ def layers(cases: str, pairs: int) -> dict[str, Any]:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         found.append(case)
-    return {"machine": machine(), "layers": found}
+    return {"machine": machine(), "layers": found, "line": line(found)}
+
+
+def line(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Milliseconds against millions of weights, of the square NF4 layers with b = 32: the line that is least off,
+    relative to each time, and by how much it is off at worst.
+    """
+    squares = [c for c in cases if c["codec"] == "nf4" and c["b"] == 32 and c["out"] == c["in"]]
+    if len(squares) < 3:
+        return None
+    millions = np.array([c["out"] * c["in"] / 1e6 for c in squares])
+    times = np.array([c["oftsurgery"]["median_ms"] for c in squares])
+    slope, fixed = np.polyfit(millions, times, 1, w=1 / times)
+    off = (fixed + slope * millions) / times - 1
+    return {
+        "fixed_ms": round(fixed, 3),
+        "ms_per_million": round(slope, 4),
+        "off": {str(c["in"]): round(x, 3) for c, x in zip(squares, off, strict=True)},
+    }
 
 
 def model(blocks: int) -> dict[str, Any]:
