@@ -1631,6 +1631,16 @@ def _top(beta, count, floor):
     return high
 
 
+@_inline
+def _squares(x):
+    """The sum of squares of x: (wide, wide)."""
+    square = fill64(0.0)
+    for c in range(0, 8 * x.size, 8 * LANES):
+        value = load64(x.ctypes.data + c)
+        square = fma64(value, value, square)
+    return total64(square)
+
+
 @njit(
     types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]),
     nogil=True,
@@ -1645,23 +1655,16 @@ def angle_bounds(v, b, wide, first, last, scratch, out):
     q, p, t = scratch[0], scratch[1], scratch[2]
     for index in range(first, last):
         _skew(v, index, b, wide, q)
-        scale = 0.0
-        for i in range(wide):
-            for j in range(wide):
-                scale = max(scale, abs(q[i, j]))
-        if scale == 0.0:
+        size = np.sqrt(_squares(q))
+        if size == 0.0:
             out[index] = 0.0
             continue
-        for i in range(wide):
-            for j in range(wide):
-                q[i, j] /= scale
+        for c in range(0, 8 * wide * wide, 8 * LANES):
+            at = q.ctypes.data + c
+            store64(at, fma64(load64(at), fill64(1.0 / size), fill64(0.0)))
         _multiply(q, q, p)
         _multiply(p, p, t)
-        square = 0.0
-        for i in range(wide):
-            for j in range(wide):
-                square += t[i, j] * t[i, j]
-        out[index] = scale * (0.5 * square) ** 0.125
+        out[index] = size * (0.5 * _squares(t)) ** 0.125
 
 
 @njit(
