@@ -34,7 +34,7 @@ from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import INDEX, SINGLE, Checkpoint, ShardWriter, read_header
 from .staging import Staging, check_apart
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
-from .weight import FoldedWeight, fold_encoded, unfold_encoded
+from .weight import FoldedWeight, begin_record, fold_encoded, unfold_encoded
 
 __all__ = [
     "CheckpointPlan",
@@ -1151,10 +1151,11 @@ class _Run:
                 tensor=job.name,
                 remedy="give the very checkpoint that was folded",
             )
+        end = begin_record(encoded, job.chain) if job.chain else None
         folded = self._recode(job, encoded, into) if job.chain or encoded.format != into else None
         new = folded.encoded if folded is not None else encoded
-        if job.chain and folded is not None:
-            self.modules[job.path] = _module_record(job, encoded, folded).to_dict()
+        if end is not None and folded is not None:
+            self.modules[job.path] = end(folded).to_dict()
             if self.parts is not None:
                 self._keep(self.parts, job, encoded, folded)
         return self._laid_out(job, new)
@@ -1283,25 +1284,6 @@ def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     if into.codec == "int8":
         return codecs.encode(weight.to(torch.float16), replace(into, dtype=torch.float16))
     return codecs.encode(weight, into)
-
-
-def _module_record(job: Job, before: EncodedWeight, folded: FoldedWeight) -> ModuleRecord:
-    return ModuleRecord(
-        format=folded.encoded.format.label,
-        side="+".join(dict.fromkeys(r.side for r in job.chain)),
-        block_size=tuple(r.block_size for r in job.chain),
-        error=folded.error,
-        defect=max(r.defect for r in job.chain),
-        angle=max(r.angle for r in job.chain),
-        before=before.fingerprint,
-        after=folded.encoded.fingerprint,
-        rounding=folded.rounding,
-        nearest=folded.nearest,
-        rho=folded.rho,
-        output_error=folded.output_error,
-        output_nearest=folded.output_nearest,
-        uncalibrated=folded.uncalibrated,
-    )
 
 
 def _write_rest(plan: CheckpointPlan, record: FoldRecord | None, staging: Staging) -> FoldRecord | None:

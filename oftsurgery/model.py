@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import kernels, peft_live
+from . import peft_live
 from .adapter import OFTAdapter
 from .calibration import InputsOf, fold_calibrated
 from .codecs import EncodedWeight, WeightFormat
@@ -36,7 +36,7 @@ from .plan import FoldPlan, LayerInfo, Target, make_plan
 from .record import AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
 from .undo_file import UndoParts, UndoRecord, UndoWriter
-from .weight import FoldedWeight, fold_encoded, unfold_encoded
+from .weight import FoldedWeight, begin_record, fold_encoded, unfold_encoded
 
 __all__ = [
     "BaseSource",
@@ -233,13 +233,14 @@ def _apply(
         layer = Layer(target.path, modules[target.path])
         try:
             encoded, home = layer.read()
+            end = begin_record(encoded, target.chain, untied=untied)
             folded = recode(layer.kind, encoded, target, home)
             if keep is not None:
                 keep.weight(target, encoded, folded)
             journal.append(layer.write(folded.encoded, park=not untied))
         except OFTSurgeryError as error:
             raise error.within(target.path) from error.__cause__
-        records[target.path] = _record(target, encoded, folded, untied)
+        records[target.path] = end(folded)
         if progress is not None:
             progress(done, len(plan.targets), target.path)
     if any(r.untied for r in records.values()) or tied.broken:
@@ -307,37 +308,6 @@ def _covers(entry: str, name: str) -> bool:
     """
     parts = name.split(".")
     return any(".".join(parts[:i]).endswith(entry) for i in range(1, len(parts)))
-
-
-def _record(target: Target, encoded: EncodedWeight, folded: FoldedWeight, untied: bool) -> ModuleRecord:
-    hashes = ["", ""]
-
-    def fingerprint(i: int) -> None:
-        hashes[i] = (encoded, folded.encoded)[i].fingerprint
-
-    defects, angles = kernels.beside(
-        lambda: zip(*[kernels.measure(r) for r in target.chain], strict=True),
-        partial(fingerprint, 0),
-        partial(fingerprint, 1),
-    )
-    return ModuleRecord(
-        format=folded.encoded.format.label,
-        side="+".join(dict.fromkeys(r.side for r in target.chain)),
-        block_size=tuple(r.block_size for r in target.chain),
-        error=folded.error,
-        defect=max(defects),
-        angle=max(angles),
-        before=hashes[0],
-        after=hashes[1],
-        untied=untied,
-        backend=folded.backend,
-        rounding=folded.rounding,
-        nearest=folded.nearest,
-        rho=folded.rho,
-        output_error=folded.output_error,
-        output_nearest=folded.output_nearest,
-        uncalibrated=folded.uncalibrated,
-    )
 
 
 def _separate(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:

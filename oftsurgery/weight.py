@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
@@ -13,9 +13,11 @@ from . import codecs, kernels, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, Rounding, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
+from .record import ModuleRecord
 
 __all__ = [
     "FoldedWeight",
+    "begin_record",
     "fold_encoded",
     "fold_weight",
     "nearest_error",
@@ -53,6 +55,39 @@ class FoldedWeight:
     output_error: float | None = None
     output_nearest: float | None = None
     uncalibrated: str | None = None
+
+
+def begin_record(
+    encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
+) -> Callable[[FoldedWeight], ModuleRecord]:
+    """Begin the record of a fold of ``encoded`` before it, with what is known by then: another thread looks into that
+    meanwhile. The function returned ends it.
+    """
+    known = kernels.start(lambda: (encoded.fingerprint, [kernels.measure(r) for r in chain]))
+
+    def end(folded: FoldedWeight) -> ModuleRecord:
+        after = folded.encoded.fingerprint
+        before, measures = known()
+        return ModuleRecord(
+            format=folded.encoded.format.label,
+            side="+".join(dict.fromkeys(r.side for r in chain)),
+            block_size=tuple(r.block_size for r in chain),
+            error=folded.error,
+            defect=max(defect for defect, _ in measures),
+            angle=max(angle for _, angle in measures),
+            before=before,
+            after=after,
+            untied=untied,
+            backend=folded.backend,
+            rounding=folded.rounding,
+            nearest=folded.nearest,
+            rho=folded.rho,
+            output_error=folded.output_error,
+            output_nearest=folded.output_nearest,
+            uncalibrated=folded.uncalibrated,
+        )
+
+    return end
 
 
 def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "grid") -> W:

@@ -34,9 +34,9 @@ from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
 from .blockwise import Cost, widen
-from .pool import beside
+from .pool import start
 
-__all__ = ["Cost", "backends", "beside", "fold", "measure", "use_backend"]
+__all__ = ["Cost", "backends", "fold", "measure", "start", "use_backend"]
 
 T = TypeVar("T")
 

@@ -6,12 +6,13 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache
 from typing import TypeVar
 
 import torch
 
-__all__ = ["beside", "run", "threads"]
+__all__ = ["run", "start", "threads"]
 
 T = TypeVar("T")
 
@@ -51,23 +52,11 @@ def run(task: Callable[[int], None], count: int) -> None:
                 other.result()
 
 
-def beside(work: Callable[[], T], *others: Callable[[], object]) -> T:
-    """What ``work`` returns, called on this thread; another one, if there is one, calls ``others`` meanwhile, and both
-    share what is left of them after.
+def start(work: Callable[[], T]) -> Callable[[], T]:
+    """Begin ``work`` on another thread, in this one's context. Returns a function that gives its result, or raises its
+    error; what no thread has begun by then is done there.
     """
-    left = iter(others)
-
-    def rest() -> None:
-        for other in left:
-            other()
-
     if threads() == 1:
-        rest()
-        return work()
-    waiting = _pool(threads() - 1).submit(rest)
-    try:
-        result = work()
-        rest()
-    finally:
-        waiting.result()
-    return result
+        return work
+    waiting = _pool(threads() - 1).submit(copy_context().run, work)
+    return lambda: work() if waiting.cancel() else waiting.result()
