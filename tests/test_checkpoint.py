@@ -460,6 +460,9 @@ def test_several_adapters_in_the_live_order(tmp_path: Path) -> None:
     live.load_adapter(tmp_path / "b", "b")
     live.base_model.set_adapter(["a", "b"])
     assert relative(outputs(load(tmp_path / "out", "LlamaForCausalLM")), outputs(live.eval())) < 1e-5
+    # a fold in memory tells the same of each weight, what computed it included
+    assert record.modules == fold(build("llama"), [tmp_path / "a", tmp_path / "b"]).oftsurgery.modules
+    assert {module.backend for module in record.modules.values()} == {"numba"}
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "down_proj"]])
