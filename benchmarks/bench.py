@@ -2,6 +2,7 @@
 run.
 
     python benchmarks/bench.py layers [--full] [--out FILE]      sizes, formats, block sizes; threads 1 (fewer) and 2
+    python benchmarks/bench.py layers --device cuda [--full]     the same on a GPU
     python benchmarks/bench.py model [--out FILE]                a 1.1 B-shaped NF4 model in memory
     python benchmarks/bench.py plot FILE --out PNG               time against width
 
@@ -72,9 +73,9 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-def quantised(codec: str, rows: int, features: int) -> nn.Module:
+def quantised(codec: str, rows: int, features: int, device: str = "cpu") -> nn.Module:
     """A bitsandbytes layer with random normal weights."""
-    weight = torch.randn(rows, features) * 0.02
+    weight = torch.randn(rows, features, device=device) * 0.02
     if codec == "int8":
         layer = bnb.nn.Linear8bitLt(features, rows, bias=False, has_fp16_weights=False, device="meta")
         scb = weight.abs().amax(1)
@@ -86,7 +87,7 @@ def quantised(codec: str, rows: int, features: int) -> nn.Module:
     layer = bnb.nn.Linear4bit(features, rows, bias=False, quant_type=kind, compress_statistics=nested, device="meta")
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type=kind, compress_statistics=nested, module=layer
-    ).to("cpu")
+    ).to(device)
     return layer
 
 
@@ -100,8 +101,8 @@ def with_adapter(model: nn.Module, targets: list[str], b: int) -> Any:
 
 def library_fold(layer: nn.Module, rotation: oftsurgery.Rotation) -> Any:
     """What one would write with bitsandbytes and torch: dequantise, rotate by blocks, quantise."""
-    blocks = rotation.blocks.to(torch.float32)
     weight: Any = layer.weight
+    blocks = rotation.blocks.to(weight.device, torch.float32)
     n, b, _ = blocks.shape
     if isinstance(weight, bnb.nn.Int8Params):
         plain = weight.data.float() * (weight.SCB / 127).unsqueeze(1)
@@ -119,9 +120,16 @@ def library_fold(layer: nn.Module, rotation: oftsurgery.Rotation) -> Any:
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     gc.collect()
+    _wait()
     start = time.perf_counter()
     result = call()
+    _wait()
     return (time.perf_counter() - start) * 1e3, result
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -134,9 +142,9 @@ def spread(times: list[float]) -> dict[str, float]:
     }
 
 
-def layer_case(codec: str, rows: int, features: int, b: int, pairs: int) -> dict[str, Any]:
+def layer_case(codec: str, rows: int, features: int, b: int, pairs: int, device: str = "cpu") -> dict[str, Any]:
     torch.manual_seed(0)
-    live = with_adapter(Model(quantised(codec, rows, features)), ["layer"], b)
+    live = with_adapter(Model(quantised(codec, rows, features, device)), ["layer"], b)
     layer = live.base_model.model.layer
     base, weight = layer.base_layer, layer.base_layer.weight
     state = (base.state.CB, base.state.SCB) if codec == "int8" else None
@@ -180,9 +188,9 @@ def _rotation(live: Any) -> oftsurgery.Rotation:
     return read_adapters(live)[0].modules["layer"]
 
 
-def ceilings() -> dict[str, float]:
+def ceilings(device: str) -> dict[str, float]:
     """What this machine reaches now: copying memory, and float32 products by torch."""
-    a, m = torch.ones(1 << 26), torch.rand(2048, 2048)
+    a, m = torch.ones(1 << 26, device=device), torch.rand(2048, 2048, device=device)
     b = a.clone()
     copy = min(timed(lambda: b.copy_(a))[0] for _ in range(10))
     product = min(timed(lambda: m @ m)[0] for _ in range(10))
@@ -192,7 +200,7 @@ def ceilings() -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     from oftsurgery.record import versions
 
     cpu = next(
@@ -205,25 +213,26 @@ def machine() -> dict[str, Any]:
     )
     return {
         "cpu": cpu,
+        **({"gpu": torch.cuda.get_device_name(device)} if device != "cpu" else {}),
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         **versions(),
-        **ceilings(),
+        **ceilings(device),
     }
 
 
-def layers(cases: str, pairs: int) -> dict[str, Any]:
+def layers(cases: str, pairs: int, device: str) -> dict[str, Any]:
     found = []
     for codec, rows, features, b in CASES[cases]:
-        case = layer_case(codec, rows, features, b, min(3, pairs) if rows * features > 1 << 25 else pairs)
+        case = layer_case(codec, rows, features, b, min(3, pairs) if rows * features > 1 << 25 else pairs, device)
         print(
             f"{codec:>10} {rows}×{features} b={b:<3} threads={torch.get_num_threads()}: {case['oftsurgery']['median_ms']:8.2f} ms; "
             f"peft {case['times_faster_than_peft']:6.1f}×, bitsandbytes {case['times_faster_than_bitsandbytes']:6.1f}×",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         found.append(case)
-    return {"machine": machine(), "layers": found, "line": line(found)}
+    return {"machine": machine(device), "layers": found, "line": line(found)}
 
 
 def line(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -331,9 +340,13 @@ def main() -> None:
     parser.add_argument("--cases", choices=CASES, default="default", help="of `one`")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=22, help="of the model")
+    parser.add_argument("--device", default="cpu", help="of the layers")
     args = parser.parse_args()
     if args.what == "one":  # one number of threads, in a process of its own: torch's may not change after its start
-        print(json.dumps(layers(args.cases, args.pairs)))
+        print(json.dumps(layers(args.cases, args.pairs, args.device)))
+    elif args.what == "layers" and args.device != "cpu":
+        runs = [layers("full" if args.full else "default", args.pairs, args.device)]
+        _write(args.out or RESULTS / f"layers_{args.device}.json", {"runs": runs})
     elif args.what == "layers":
         many = min(2, os.cpu_count() or 1)
         wanted = {1: "quick"} | {many: "default"}
