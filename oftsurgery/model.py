@@ -237,7 +237,7 @@ def _apply(
             folded = recode(layer.kind, encoded, target, home)
             if keep is not None:
                 keep.weight(target, encoded, folded)
-            journal.append(layer.write(folded.encoded, park=not untied))
+            layer.write(folded.encoded, park=not untied, journal=journal)
         except OFTSurgeryError as error:
             raise error.within(target.path) from error.__cause__
         records[target.path] = end(folded)

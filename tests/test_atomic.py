@@ -227,6 +227,17 @@ def test_an_error_of_the_progress_callback(tiny: Tiny, adapter: OFTAdapter) -> N
     assert whole(tiny) == before
 
 
+@pytest.mark.parametrize("call", [1, 3, 4])
+def test_an_interrupt_just_after_a_weight_was_replaced(
+    call: int, tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = whole(tiny)
+    break_at(monkeypatch, "swap", call, KeyboardInterrupt(), after=True)
+    with pytest.raises(KeyboardInterrupt):
+        fold_untied(tiny, adapter, inplace=True)
+    assert whole(tiny) == before
+
+
 @pytest.mark.parametrize("category", [oftsurgery.RoundingWarning, oftsurgery.UntieWarning])
 def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(
     category: type[Warning], tiny: Tiny, adapter: OFTAdapter
