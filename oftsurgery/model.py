@@ -238,9 +238,9 @@ def _apply(
             if keep is not None:
                 keep.weight(target, encoded, folded)
             layer.write(folded.encoded, park=not untied, journal=journal)
+            records[target.path] = end(folded)
         except OFTSurgeryError as error:
             raise error.within(target.path) from error.__cause__
-        records[target.path] = end(folded)
         if progress is not None:
             progress(done, len(plan.targets), target.path)
     if any(r.untied for r in records.values()) or tied.broken:

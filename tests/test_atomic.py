@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 import oftsurgery.weight
-from oftsurgery import OFTAdapter, Rotation, codecs, layers, rotations
+from oftsurgery import OFTAdapter, Rotation, codecs, kernels, layers, rotations
 
 TARGETS = ("embed", "nf4", "twice", "int8", "used", "dense")
 
@@ -210,6 +210,19 @@ def test_an_error_names_the_module_it_happened_in(inplace: bool, tiny: Tiny, ada
         match=r"NaN or infinity \[module 'dense', format float32\] Remedy: reload the base model",
     ):
         fold_untied(tiny, adapter, inplace=inplace)
+    assert whole(tiny) == before
+
+
+def test_an_error_of_the_record_names_the_module_too(
+    tiny: Tiny, adapter: OFTAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(rotation: Rotation) -> tuple[float, float]:
+        raise oftsurgery.NonFiniteError("no angle", remedy="none")
+
+    before = whole(tiny)
+    monkeypatch.setattr(kernels, "measure", fail)
+    with pytest.raises(oftsurgery.NonFiniteError, match=r"no angle \[module '\w"):
+        fold_untied(tiny, adapter, inplace=True)
     assert whole(tiny) == before
 
 
