@@ -154,7 +154,7 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
     outputs: dict[str, _Meter] = {}
     beside: dict[str, _Meter] = {}
     batches = 0
-    with _eval_mode(folded), _eval_mode(reference), _eval_mode(plain or folded):
+    with _eval_mode(folded), _eval_mode(reference), _eval_mode(folded if plain is None else plain):
         for args, kwargs in _batches(inputs):
             with _compared(modules, mine, theirs):
                 expected = dict(_tensors(reference(*args, **kwargs)))

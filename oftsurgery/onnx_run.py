@@ -66,7 +66,7 @@ class Process:
 
     def __enter__(self) -> Process:
         # modules are found where this process finds them, and nowhere else
-        path = os.pathsep.join(p or os.getcwd() for p in sys.path)  # noqa: PTH109
+        path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment

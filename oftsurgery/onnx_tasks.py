@@ -267,8 +267,8 @@ class CacheTask(TextTask):
         given = self._step(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
         try:
             out = model(**given, past_key_values=DynamicCache(), use_cache=True)
-        except Exception:
-            model(**given, use_cache=False)  # or it does not run at all, which is another error
+        except Exception:  # of the model's own code: it has another cache, or does not run at all, which this tells
+            model(**given, use_cache=False)
             out = {}
         layers: Any = getattr(out.get("past_key_values"), "layers", None)
         try:

@@ -121,3 +121,16 @@ def test_wrong_questions_are_refused() -> None:
         verify(nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 2)), X)
     with pytest.raises(NonFiniteError, match=r"an output holds NaN or infinity"):
         verify(Net(float("nan")), Net(), X)
+
+
+def test_a_plain_model_that_holds_nothing_runs_in_eval_mode_too() -> None:
+    seen = []
+
+    class Empty(nn.Sequential):  # false, as an empty container is
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(self.training)
+            return x
+
+    plain = Empty()
+    oftsurgery.verify(nn.Identity(), nn.Identity(), torch.ones(1, 2), plain=plain)
+    assert (seen, plain.training) == ([False], True)

@@ -251,25 +251,22 @@ def fold(
     norm, error, top, nearest, change = map(float, passed(mode, new_scales))
     if top >= blockwise.NOT_FINITE:
         return None
-    if not best and moments is None:
-        return blockwise.finish(into, result, new_scales, moments, norm, error, change)
-    if not best and moments is not None:
-        statistics = codecs._encode_absmax(new_scales, into)
-        error += _nested_error(into, new_scales, statistics, moments)
-        return blockwise.finish_best(into, result, statistics, norm, error, error, change)
-    if plain is None or moments is None:
-        return blockwise.finish_best(
-            into, result, codecs._encode_absmax(new_scales, into), norm, error, nearest, change
-        )
-    # codes for the scales that the reader will see
+    if new.kind != cpu.FOUR_BIT:
+        return blockwise.finish(into, result, new_scales, None, norm, error, change)
     statistics = codecs._encode_absmax(new_scales, into)
-    seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
-    error = float(passed(cpu.GIVEN, seen)[1])
-    nearest += _nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
+    if not best:
+        error += 0.0 if moments is None else _nested_error(into, new_scales, statistics, moments)
+        nearest = error
+    elif plain is not None and moments is not None:
+        # codes for the scales that the reader will see
+        seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
+        error = float(passed(cpu.GIVEN, seen)[1])
+        nearest += _nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
     return blockwise.finish_best(into, result, statistics, norm, error, nearest, change)
 
 
 def _nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
+    """:func:`oftsurgery.kernels.blockwise.nested_error` in one pass, without temporaries."""
     codes, nested, levels, offset = (
         statistics[name] for name in ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
     )
