@@ -34,8 +34,10 @@ __all__ = [
     "EncodedWeight",
     "Rounding",
     "WeightFormat",
+    "check_4bit",
     "check_rounding",
     "decode",
+    "decode_absmax",
     "dense",
     "encode",
     "restate",
@@ -44,8 +46,9 @@ __all__ = [
 ]
 
 
-#: how quantised weights are rounded: as bitsandbytes does, or with a scale of each 4-bit block that errs less or least
-Rounding = Literal["nearest", "grid", "mse"]
+#: how quantised weights are rounded: so that what a rotation did is kept, as bitsandbytes does, or with a scale of each
+#: 4-bit block that errs less or least
+Rounding = Literal["preserve", "nearest", "grid", "mse"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 _RELOAD = "reload the model: part of its quantisation state is damaged"
@@ -154,8 +157,12 @@ def check_rounding(rounding: str) -> None:
 
 
 def rounding_of(format: WeightFormat, rounding: str) -> str:
-    """``rounding``, or ``"nearest"`` where it has no part in ``format``: the others are of the 4-bit formats alone."""
-    return rounding if format.codec in _LEVELS else "nearest"
+    """``rounding``, or ``"nearest"`` where it has no part in ``format``: ``"grid"`` and ``"mse"`` are of the 4-bit formats,
+    ``"preserve"`` of int8 too.
+    """
+    if not format.quantised or (format.codec == "int8" and rounding != "preserve"):
+        return "nearest"
+    return rounding
 
 
 def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> EncodedWeight:
@@ -165,7 +172,8 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
         weight: of ``format.shape``, floating point; read as float32 (dense: as it is).
         rounding: ``"nearest"``: the codes and statistics of bitsandbytes' own quantiser. ``"mse"``: each 4-bit block is
             scaled by what makes its squared error least, in place of its absmax; ``"grid"``: by nearly that, found
-            faster. The other formats round to nearest.
+            faster; ``"preserve"``, which needs the weight before a rotation, is that too. The other formats round to
+            nearest.
 
     Raises:
         StateError: an unknown rounding.
@@ -264,16 +272,16 @@ _TINY = 1e-38
 
 
 @cache
-def _levels(codec: str, device: torch.device) -> Tensor:
+def levels_of(codec: str, device: torch.device) -> Tensor:
     """The 16 levels, (16,) float32 in [-1, 1], by code."""
     levels = torch.tensor(_LEVELS[codec], dtype=torch.float32, device=device)
     return levels / levels.abs().max()
 
 
 @cache
-def _bounds(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def bounds_of(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Midpoints between the sorted levels (15,), and the code of each sorted level (16,)."""
-    levels = _levels(codec, device)
+    levels = levels_of(codec, device)
     order = torch.argsort(levels)
     return (levels[order[:-1]] + levels[order[1:]]) / 2, order
 
@@ -282,17 +290,17 @@ def _bounds(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
 def _byte_table(codec: str, device: torch.device) -> Tensor:
     """(256, 2) float32: a packed byte to its two levels, first code in the high nibble."""
     byte = torch.arange(256, device=device)
-    levels = _levels(codec, device)
+    levels = levels_of(codec, device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=-1)
 
 
-def _blocks(flat: Tensor, blocksize: int) -> Tensor:
+def blocks_of(flat: Tensor, blocksize: int) -> Tensor:
     """``(n,)`` → ``(⌈n/blocksize⌉, blocksize)``, zero-padded."""
     rest = -flat.numel() % blocksize
     return torch.nn.functional.pad(flat, (0, rest)).reshape(-1, blocksize) if rest else flat.reshape(-1, blocksize)
 
 
-def _decode_absmax(encoded: EncodedWeight) -> Tensor:
+def decode_absmax(encoded: EncodedWeight) -> Tensor:
     (absmax,) = _require(encoded, "absmax")
     f = encoded.format
     if not f.nested_blocksize:
@@ -319,11 +327,11 @@ def _decode_absmax(encoded: EncodedWeight) -> Tensor:
                 remedy=_RELOAD,
             )
     values = torch.index_select(nested_map.to(torch.float32), 0, absmax.reshape(-1).to(torch.int32))
-    scaled = _blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
+    scaled = blocks_of(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
     return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
 
 
-def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
+def check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
     f = encoded.format
     n = math.prod(f.shape)
     if packed.numel() != -(-n // 2):
@@ -346,7 +354,7 @@ def _check_4bit(encoded: EncodedWeight, packed: Tensor, absmax: Tensor) -> None:
         )
     quant_map = encoded.tensors.get("quant_map")
     if quant_map is not None:
-        levels = _levels(f.codec, quant_map.device)
+        levels = levels_of(f.codec, quant_map.device)
         if quant_map.shape != levels.shape or not torch.allclose(
             quant_map.to(torch.float32), levels, rtol=0, atol=1e-3
         ):
@@ -362,12 +370,12 @@ def _decode_4bit(encoded: EncodedWeight) -> Tensor:
     f = encoded.format
     packed, absmax = _require(encoded, "weight", "absmax")
     packed = packed.detach().contiguous().reshape(-1).view(torch.uint8)
-    _check_4bit(encoded, packed, absmax)
+    check_4bit(encoded, packed, absmax)
     n = math.prod(f.shape)
     values = _byte_table(f.codec, packed.device)[packed.to(torch.int64)].reshape(-1)[:n]
     # flat, never by rows: a block may straddle them (bitsandbytes 0.50's own CPU kernel gets in = 96 with blocksize 64
     # wrong)
-    return (_blocks(values, f.blocksize) * _decode_absmax(encoded).reshape(-1, 1)).reshape(-1)[:n].reshape(f.shape)
+    return (blocks_of(values, f.blocksize) * decode_absmax(encoded).reshape(-1, 1)).reshape(-1)[:n].reshape(f.shape)
 
 
 def _encode_4bit(weight: Tensor, f: WeightFormat, rounding: str) -> dict[str, Tensor]:
@@ -375,12 +383,12 @@ def _encode_4bit(weight: Tensor, f: WeightFormat, rounding: str) -> dict[str, Te
     _finite(flat, "the weight to quantise is not finite", f)
     if rounding != "nearest":
         scales = best_scales(flat, f) if rounding == "mse" else grid_scales(flat, f)
-        statistics = _encode_absmax(scales, f)
+        statistics = encode_absmax(scales, f)
         if f.nested_blocksize:  # codes for what the reader will see
-            scales = _decode_absmax(EncodedWeight(f, statistics))
+            scales = decode_absmax(EncodedWeight(f, statistics))
         return {
-            "weight": _as_storage(scaled_codes(flat, scales, f), f),
-            "quant_map": _levels(f.codec, flat.device).clone(),
+            "weight": as_storage(scaled_codes(flat, scales, f), f),
+            "quant_map": levels_of(f.codec, flat.device).clone(),
             **statistics,
         }
     n = flat.numel()
@@ -394,22 +402,30 @@ def _encode_4bit(weight: Tensor, f: WeightFormat, rounding: str) -> dict[str, Te
         absmax = torch.cat([absmax, last.reshape(1)])
         scaled = torch.cat([scaled, flat[whole:] / last])
     return {
-        "weight": _as_storage(_packed(scaled, f.codec), f),
-        "quant_map": _levels(f.codec, flat.device).clone(),
-        **_encode_absmax(absmax, f),
+        "weight": as_storage(_packed(scaled, f.codec), f),
+        "quant_map": levels_of(f.codec, flat.device).clone(),
+        **encode_absmax(absmax, f),
     }
+
+
+def nearest_levels(scaled: Tensor, codec: str) -> Tensor:
+    """The levels nearest to values in units of their scale, in the same units."""
+    if codec == "int8":
+        return torch.round(scaled * 127.0).clamp(-127, 127) / 127.0
+    bounds, order = bounds_of(codec, scaled.device)
+    return levels_of(codec, scaled.device)[order][torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)]
 
 
 def _packed(scaled: Tensor, codec: str) -> Tensor:
     """The nearest codes of ``(n,)`` values in units of their scale, packed ``(⌈n/2⌉, 1)``."""
-    bounds, order = _bounds(codec, scaled.device)
+    bounds, order = bounds_of(codec, scaled.device)
     return _pack(order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8), codec)
 
 
 def _pack(codes: Tensor, codec: str) -> Tensor:
     """``(n,)`` codes two a byte, ``(⌈n/2⌉, 1)``; an odd last one beside that of zero."""
     if codes.numel() % 2:
-        bounds, order = _bounds(codec, codes.device)
+        bounds, order = bounds_of(codec, codes.device)
         codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
 
@@ -418,7 +434,7 @@ def scaled_codes(flat: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
     """Packed codes ``(⌈n/2⌉, 1)`` of float32 weights ``(n,)``: the levels nearest to them when block k is scaled by
     ``scales[k]``, whatever that is.
     """
-    rows, s = _blocks(flat, f.blocksize), scales.unsqueeze(-1)
+    rows, s = blocks_of(flat, f.blocksize), scales.unsqueeze(-1)
     scaled = torch.where(s.abs() >= _TINY, rows * (1.0 / s), rows / s)  # where 1/s overflows, divide
     return _packed(torch.where(s != 0, scaled, 0.0).reshape(-1)[: flat.numel()], f.codec)
 
@@ -432,9 +448,9 @@ def grid_scales(flat: Tensor, f: WeightFormat) -> Tensor:
 
     Args and result as of :func:`best_scales`; never worse than the absmax.
     """
-    blocks = _blocks(flat, f.blocksize)
-    bounds, order = _bounds(f.codec, flat.device)
-    levels = _levels(f.codec, flat.device)[order]
+    blocks = blocks_of(flat, f.blocksize)
+    bounds, order = bounds_of(f.codec, flat.device)
+    levels = levels_of(f.codec, flat.device)[order]
     absmax = blocks.abs().amax(-1, keepdim=True)
     x = torch.where(absmax >= _TINY, blocks * (1.0 / absmax), blocks / absmax).nan_to_num(0.0)
     usable = absmax < torch.finfo(torch.float32).max / GRID[-1]
@@ -464,7 +480,7 @@ def best_scales(flat: Tensor, f: WeightFormat) -> Tensor:
     nearest codes change only where a weight crosses a threshold t between two levels, at s = w/t: the best of all
     scales is the S/Q of one of the states between these breakpoints, and all of them are looked at, in order.
     """
-    blocks = _blocks(flat, f.blocksize)
+    blocks = blocks_of(flat, f.blocksize)
     step = max(1, _SCAN_WEIGHTS // f.blocksize)
     return torch.cat([_scan(part, f.codec) for part in torch.split(blocks, step)])
 
@@ -472,8 +488,8 @@ def best_scales(flat: Tensor, f: WeightFormat) -> Tensor:
 def _scan(blocks: Tensor, codec: str) -> Tensor:
     """``(k, blocksize)`` to ``(k,)``: see :func:`best_scales`."""
     w = blocks.to(torch.float64)
-    bounds, order = _bounds(codec, w.device)
-    levels = _levels(codec, w.device)[order].to(torch.float64)
+    bounds, order = bounds_of(codec, w.device)
+    levels = levels_of(codec, w.device)[order].to(torch.float64)
     # a bound below zero is crossed by negative weights alone, and the level farther from zero is the one before it; FP4
     # has two zeros, with none between them
     real = bounds != 0
@@ -497,7 +513,7 @@ def _scan(blocks: Tensor, codec: str) -> Tensor:
     return torch.where(gain.gather(-1, best) > 0, scale.gather(-1, best), 0.0).squeeze(-1).to(torch.float32)
 
 
-def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
+def as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
     """Packed bytes ``(⌈n/2⌉, 1)`` as the dtype that holds them."""
     if f.storage == torch.uint8:
         return packed
@@ -510,7 +526,7 @@ def _as_storage(packed: Tensor, f: WeightFormat) -> Tensor:
     return packed.reshape(-1).view(f.storage).unsqueeze(1)
 
 
-def _encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+def encode_absmax(absmax: Tensor, f: WeightFormat) -> dict[str, Tensor]:
     if not f.nested_blocksize:
         return {"absmax": absmax}
     # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 % of
@@ -534,7 +550,7 @@ def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
     """
     t = dict(encoded.tensors)
     if encoded.format.nested_blocksize != into.nested_blocksize:
-        t |= _encode_absmax(_decode_absmax(encoded), into)
+        t |= encode_absmax(decode_absmax(encoded), into)
     if into.codec in _LEVELS and encoded.format.storage != into.storage:
         t["weight"] = t["weight"].contiguous().reshape(-1).view(into.storage).unsqueeze(1)
     return t
@@ -571,8 +587,8 @@ def grid_of(encoded: EncodedWeight) -> Grid:
         codes = torch.arange(-127, 128, device=device, dtype=torch.int8)
         bounds = (torch.arange(-127, 127, device=device) + 0.5) / 127
         return Grid(codes.to(torch.float32) / 127, bounds, codes, encoded.tensors["SCB"].to(torch.float32), f.shape[1])
-    bounds, order = _bounds(f.codec, device)
-    return Grid(_levels(f.codec, device)[order], bounds, order.to(torch.uint8), _decode_absmax(encoded), f.blocksize)
+    bounds, order = bounds_of(f.codec, device)
+    return Grid(levels_of(f.codec, device)[order], bounds, order.to(torch.uint8), decode_absmax(encoded), f.blocksize)
 
 
 def with_levels(encoded: EncodedWeight, levels: Tensor) -> EncodedWeight:
@@ -584,7 +600,7 @@ def with_levels(encoded: EncodedWeight, levels: Tensor) -> EncodedWeight:
     """
     f = encoded.format
     codes = grid_of(encoded).codes[levels.to(torch.int64)]
-    weight = codes if f.codec == "int8" else _as_storage(_pack(codes.reshape(-1), f.codec), f)
+    weight = codes if f.codec == "int8" else as_storage(_pack(codes.reshape(-1), f.codec), f)
     return EncodedWeight(f, {**encoded.tensors, "weight": weight})
 
 
@@ -647,13 +663,18 @@ def _encode_int8(weight: Tensor, f: WeightFormat, _rounding: str) -> dict[str, T
     weight = weight.detach().to(torch.float32)
     _finite(weight, "the weight to quantise is not finite", f)
     scb = weight.abs().amax(-1)
+    return {"weight": int8_codes(weight, scb), "SCB": scb}
+
+
+def int8_codes(weight: Tensor, scb: Tensor) -> Tensor:
+    """The int8 codes nearest to a float32 weight ``(out, in)`` whose rows are scaled by ``scb: (out,)``."""
     factor = 127.0 / scb.unsqueeze(-1)
     scaled = weight * factor
     if not bool(torch.isfinite(factor).all()):
         # 127/scb overflows for rows of zeros and near zero, where bitsandbytes' cast of NaN and infinity is undefined:
         # divide first
         scaled = torch.where(torch.isfinite(factor), scaled, weight / scb.unsqueeze(-1).clamp(min=1e-45) * 127.0)
-    return {"weight": torch.round(scaled).clamp(-127, 127).to(torch.int8), "SCB": scb}
+    return torch.round(scaled).clamp(-127, 127).to(torch.int8)
 
 
 CODECS: Mapping[str, Codec] = MappingProxyType(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -180,6 +181,10 @@ class ModuleRecord(_Stored):
         nearest: what ``error`` would have been with plain rounding; None where it was not measured.
         rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside what the adapter changed; None where that is
             nothing, or it was not measured.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of what the adapter changed is there: 1 all of
+            it, 0 nothing; None where that is nothing, or it was not measured.
+        change: ``‖exact - base‖``, Frobenius; None where it was not measured.
+        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before it was rounded; 1 elsewhere.
         output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
         output_nearest: what ``output_error`` would have been with plain rounding.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
@@ -199,6 +204,9 @@ class ModuleRecord(_Stored):
     rounding: str = "nearest"
     nearest: float | None = None
     rho: float | None = None
+    kept: float | None = None
+    change: float | None = None
+    relaxation: float = 1.0
     output_error: float | None = None
     output_nearest: float | None = None
     uncalibrated: str | None = None
@@ -239,6 +247,15 @@ class FoldRecord(_Stored):
     def worst(self) -> tuple[str, ModuleRecord] | None:
         """The module with the largest error, or None for an empty fold."""
         return max(self.modules.items(), key=lambda item: item[1].error, default=None)
+
+    @property
+    def kept(self) -> float | None:
+        """How much of what the adapters changed is there, over all weights: the modules' ``kept``, each weighed by its
+        change squared. None where no module has them.
+        """
+        parts = [(m.kept, m.change**2) for m in self.modules.values() if m.kept is not None and m.change is not None]
+        total = math.fsum(weight for _, weight in parts)
+        return math.fsum(kept * weight for kept, weight in parts) / total if total else None
 
     def fingerprints(self) -> set[str]:
         """Of all adapters that the model carries, this record's and the earlier ones'."""

@@ -410,14 +410,14 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
             * scb[first // f.shape[1] : end // f.shape[1], None]
         ).reshape(-1)
     codes = weight.view(torch.uint8)
-    absmax = codecs._decode_absmax(EncodedWeight(f, t)).to(torch.bfloat16).to(torch.float64)
-    levels = codecs._levels(f.codec, torch.device("cpu")).to(torch.float64)
+    absmax = codecs.decode_absmax(EncodedWeight(f, t)).to(torch.bfloat16).to(torch.float64)
+    levels = codecs.levels_of(f.codec, torch.device("cpu")).to(torch.float64)
 
     def values(first: int, end: int) -> Tensor:
         packed = codes[first // 2 : -(-end // 2)]
         flat = levels[torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1)[: end - first].to(torch.int64)]
         scales = absmax[first // f.blocksize : -(-end // f.blocksize)]
-        return (codecs._blocks(flat, f.blocksize) * scales.unsqueeze(-1)).reshape(-1)[: end - first]
+        return (codecs.blocks_of(flat, f.blocksize) * scales.unsqueeze(-1)).reshape(-1)[: end - first]
 
     return values
 
@@ -512,7 +512,7 @@ def _code_4bit(
 ) -> dict[str, Array]:
     """``codes`` (n,) uint8 and ``absmax`` of a 4-bit weight."""
     n = math.prod(f.shape)
-    levels = codecs._levels(f.codec, torch.device("cpu")).to(torch.float64).tolist()
+    levels = codecs.levels_of(f.codec, torch.device("cpu")).to(torch.float64).tolist()
     # sorted, negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
     by_rank = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
     ranks = np.zeros(16, np.int32)
@@ -525,7 +525,7 @@ def _code_4bit(
     for first, x in _chunks(after, stages, f.blocksize):
         here = slice(first, first + x.numel())
         of = slice(first // f.blocksize, -(-here.stop // f.blocksize))
-        blocks = codecs._blocks(x, f.blocksize)
+        blocks = codecs.blocks_of(x, f.blocksize)
         peaks = blocks.abs().amax(-1)
         given = None if true is None else true["absmax"][of]
         if nested is None:
@@ -618,7 +618,7 @@ def evidence(folded: EncodedWeight) -> str:
         return hash_tensors({"weight": t["weight"], "SCB": t["SCB"].reshape(-1)})
     codes = t["weight"].contiguous().reshape(-1).view(torch.uint8)
     return hash_tensors(
-        {"codes": codes, "absmax": codecs._decode_absmax(EncodedWeight(folded.format, t)).to(torch.bfloat16)}
+        {"codes": codes, "absmax": codecs.decode_absmax(EncodedWeight(folded.format, t)).to(torch.bfloat16)}
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from . import codecs, kernels, rotations
+from . import codecs, kernels, preserve, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, Rounding, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
@@ -20,6 +20,7 @@ __all__ = [
     "begin_record",
     "fold_encoded",
     "fold_weight",
+    "measured",
     "nearest_error",
     "relative_error",
     "rotate_chain",
@@ -43,6 +44,9 @@ class FoldedWeight:
         nearest: what ``error`` is with plain rounding; None where that was not measured.
         rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
             changed nothing.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        change: ``‖exact - base‖``; None where it was not measured.
+        relaxation: the factor by which the change was over-relaxed before it was rounded.
         output_error, output_nearest, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
     """
 
@@ -52,6 +56,9 @@ class FoldedWeight:
     rounding: str = "nearest"
     nearest: float | None = None
     rho: float | None = None
+    kept: float | None = None
+    change: float | None = None
+    relaxation: float = 1.0
     output_error: float | None = None
     output_nearest: float | None = None
     uncalibrated: str | None = None
@@ -82,6 +89,9 @@ def begin_record(
             rounding=folded.rounding,
             nearest=folded.nearest,
             rho=folded.rho,
+            kept=folded.kept,
+            change=folded.change,
+            relaxation=folded.relaxation,
             output_error=folded.output_error,
             output_nearest=folded.output_nearest,
             uncalibrated=folded.uncalibrated,
@@ -90,7 +100,7 @@ def begin_record(
     return end
 
 
-def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "grid") -> W:
+def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
     Args:
@@ -116,7 +126,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     return _apply(weight, rotation, rounding, fold_encoded)
 
 
-def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "grid") -> W:
+def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
     Same arguments, result and errors as :func:`fold_weight`.
@@ -147,14 +157,26 @@ def fold_encoded(
 
 
 def unfold_encoded(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
+    encoded: EncodedWeight,
+    chain: Sequence[Rotation],
+    into: WeightFormat | None = None,
+    rounding: str = "nearest",
+    relaxation: float | None = None,
 ) -> FoldedWeight:
-    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded."""
-    return _recode(encoded, chain, into or encoded.format, rounding, inverse=True)
+    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded; so is the
+    ``relaxation`` that the fold found, None where that is not known.
+    """
+    return _recode(encoded, chain, into or encoded.format, rounding, relaxation, inverse=True)
 
 
 def _recode(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, rounding: str, *, inverse: bool
+    encoded: EncodedWeight,
+    chain: Sequence[Rotation],
+    into: WeightFormat,
+    rounding: str,
+    relaxation: float | None = None,
+    *,
+    inverse: bool,
 ) -> FoldedWeight:
     codecs.check_rounding(rounding)
     used = codecs.rounding_of(into, rounding)
@@ -169,10 +191,10 @@ def _recode(
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = _in_weight_order(chain, inverse=inverse)
-        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
+        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used, relaxation=relaxation)
         if fast is not None:
             stored, cost, backend = fast
-            return FoldedWeight(stored, cost.error, backend, used, cost.nearest, cost.rho)
+            return FoldedWeight(stored, backend=backend, **cost._asdict())
         base = codecs.decode(encoded)
         exact = rotate_chain(base, chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
@@ -181,12 +203,70 @@ def _recode(
                 format=f.label,
                 remedy="check the adapter: its rotation or scale is not finite",
             )
-        new = codecs.encode(exact, into, used)
-        error = nearest = relative_error(codecs.decode(new), exact)
-        if used != "nearest":
-            nearest = nearest_error(exact, into)
-        norm, change = _norm(exact), _norm(exact - base)
-        return FoldedWeight(new, error, "reference", used, nearest, error * norm / change if change else None)
+        new, steps = None, 0
+        if used == "preserve":
+            new, steps = _preserved(encoded, base, exact, chain, into, relaxation, inverse=inverse)
+            if new is None:
+                used = codecs.rounding_of(into, "grid")
+        if new is None:
+            new = codecs.encode(exact, into, used)
+        return measured(FoldedWeight(new, 0.0, rounding=used, relaxation=preserve.relaxation_of(steps)), base, exact)
+
+
+def _preserved(
+    encoded: EncodedWeight,
+    base: Tensor,
+    exact: Tensor,
+    chain: Sequence[Rotation],
+    into: WeightFormat,
+    relaxation: float | None,
+    *,
+    inverse: bool,
+) -> tuple[EncodedWeight | None, int]:
+    """The weight by :mod:`oftsurgery.preserve` and the steps of its ω; None where that does not apply."""
+    if not preserve.applies(encoded.format, into):
+        return None, 0
+    own = preserve.scales_of(encoded, into)
+    rows, features = into.shape
+    size = into.blocksize or features
+    if relaxation is None:
+        parts = []
+        for start, stop in preserve.sample_of(rows, features, preserve.whole_rows(into, chain)):
+            blocks = slice(start * features // size, -(-stop * features // size))
+            parts.append((base[start:stop], exact[start:stop], own.values[blocks]))
+        steps = preserve.relaxation(parts, into, inverse=inverse)
+    else:
+        steps = preserve.steps_of(relaxation)
+    single = replace(into, nested_blocksize=0, storage=torch.uint8)
+    stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, single)
+    if steps is None or stored is None:
+        return None, 0
+    codes, scales, _ = stored
+    if into.blocksize:
+        levels = codecs.levels_of(into.codec, codes.device).clone()
+        statistics = {"quant_map": levels, **preserve.put_scales(encoded, into, scales)}
+        return EncodedWeight(into, {"weight": codecs.as_storage(codes, into), **statistics}), steps
+    return EncodedWeight(into, {"weight": codes, "SCB": scales}), steps
+
+
+def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
+    """``folded`` with its figures, from the weight before the rotation and the exact one after it."""
+    stored = codecs.decode(folded.encoded).to(exact.dtype)
+    norm, change = _norm(exact), _norm(exact - base)
+    error = _norm(stored - exact)
+    held = float(((stored - base) * (exact - base)).sum(dtype=torch.float64))
+    relative = error / norm if norm else error
+    nearest = relative if folded.rounding == "nearest" else folded.nearest
+    if folded.rounding in ("grid", "mse"):
+        nearest = nearest_error(exact, folded.encoded.format)
+    return replace(
+        folded,
+        error=relative,
+        nearest=nearest,
+        rho=error / change if change else None,
+        kept=held / change**2 if change else None,
+        change=change,
+    )
 
 
 def nearest_error(exact: Tensor, into: WeightFormat) -> float:

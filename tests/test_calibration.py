@@ -66,7 +66,7 @@ def by_hand(exact: Tensor, start: EncodedWeight, hessian: Tensor, damping: float
     else:
         levels = torch.tensor(codecs._LEVELS[f.codec], dtype=torch.float64)
         levels = levels / levels.abs().max()
-        blocks = codecs._decode_absmax(start).double()
+        blocks = codecs.decode_absmax(start).double()
         scales = blocks.repeat_interleave(f.blocksize)[: rows * features].reshape(rows, features)
     h = hessian.double()
     h = h + damping * h.diagonal().mean() * torch.eye(features, dtype=torch.float64)

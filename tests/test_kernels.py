@@ -66,7 +66,7 @@ def codes_of(e: EncodedWeight) -> torch.Tensor:
     w = e.tensors["weight"]
     if e.format.codec in ("nf4", "fp4"):
         octets = w.contiguous().view(torch.uint8).reshape(-1)
-        order = codecs._bounds(e.format.codec, octets.device)[1]
+        order = codecs.bounds_of(e.format.codec, octets.device)[1]
         return torch.argsort(order)[torch.stack([octets >> 4, octets & 15], -1).reshape(-1).long()]
     return w.reshape(-1).double() if e.format.codec == "dense" else w.reshape(-1).long()
 
@@ -98,10 +98,10 @@ def assert_same(got: FoldedWeight, want: FoldedWeight, truth: torch.Tensor) -> i
         size = f.blocksize
         absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % size)).reshape(-1, size).abs().amax(1)
         s = flat[differ] / absmax[differ // size].clamp(min=1e-38)
-        bounds = codecs._bounds(f.codec, s.device)[0].double()
+        bounds = codecs.bounds_of(f.codec, s.device)[0].double()
         assert ((s.unsqueeze(-1) - bounds).abs().amin(-1) < 2e-5).all() if len(s) else True
         nested = bool(f.nested_blocksize)
-        single = [codecs._decode_absmax(x.encoded) for x in (got, want)]
+        single = [codecs.decode_absmax(x.encoded) for x in (got, want)]
         # a nested code on a tie is another of 256 levels of the statistics' range
         close = (single[0] - single[1]).abs() <= 2e-6 * single[1].abs() + (
             0.02 * float(single[1].abs().max()) if nested else 1e-44
@@ -260,7 +260,7 @@ def test_exact_rotations_give_the_same_bytes_dense(dtype):
 
 @pytest.mark.parametrize("codec", ["nf4", "fp4"])
 def test_ties_go_where_torch_puts_them(codec):
-    bounds = codecs._bounds(codec, torch.device("cpu"))[0]
+    bounds = codecs.bounds_of(codec, torch.device("cpu"))[0]
     near = torch.cat(
         [
             bounds,

@@ -26,7 +26,7 @@ from oftsurgery.record import FoldRecord
 from oftsurgery.weight import FoldedWeight, fold_encoded, unfold_encoded
 
 BETTER = ("grid", "mse")
-LEVELS = {codec: codecs._levels(codec, torch.device("cpu")).double().sort().values for codec in ("nf4", "fp4")}
+LEVELS = {codec: codecs.levels_of(codec, torch.device("cpu")).double().sort().values for codec in ("nf4", "fp4")}
 
 
 def turned(b: int, n: int, size: float = 0.1, seed: int = 0) -> Rotation:

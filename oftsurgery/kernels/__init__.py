@@ -109,7 +109,13 @@ def _missing(name: str) -> str | None:
 
 
 def fold(
-    encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
+    encoded: EncodedWeight,
+    order: Sequence[Rotation],
+    into: WeightFormat,
+    *,
+    inverse: bool,
+    rounding: str = "nearest",
+    relaxation: float | None = None,
 ) -> Result | None:
     """The folded weight, what storing it cost and the backend that computed it; None where the reference is to.
 
@@ -117,7 +123,8 @@ def fold(
         order: the rotations in the order in which they touch the weight.
         into: the format to store it in.
         inverse: unfold.
-        rounding: as for :func:`oftsurgery.codecs.encode`.
+        rounding: as for :func:`oftsurgery.fold`, of those that have a part in ``into``.
+        relaxation: ω of :mod:`oftsurgery.preserve`; None: found, or 1 where the weight is unfolded.
 
     Raises:
         OFTSurgeryError: as the reference does.
@@ -127,13 +134,16 @@ def fold(
         return None
     if forced != "tiled":
         name = forced or ("numba" if encoded.tensors["weight"].device.type == "cpu" else "triton")
-        result = _serve(name, lambda driver: _fused(driver, encoded, order, into, rounding, inverse=inverse))
+        result = _serve(
+            name, lambda driver: _fused(driver, encoded, order, into, rounding, relaxation, inverse=inverse)
+        )
         if result is not None:
             return (*result, name)
     from . import tiled
 
     device = encoded.tensors["weight"].device
-    tiles = tiled.fold(encoded, into, [(r, r.blocks.to(device)) for r in order], rounding, inverse=inverse)
+    blocks = [(r, r.blocks.to(device)) for r in order]
+    tiles = tiled.fold(encoded, into, blocks, rounding, relaxation, inverse=inverse)
     return None if tiles is None else (*tiles, "tiled")
 
 
@@ -159,6 +169,7 @@ def _fused(
     order: Sequence[Rotation],
     into: WeightFormat,
     rounding: str,
+    relaxation: float | None,
     *,
     inverse: bool,
 ) -> tuple[EncodedWeight, Cost] | None:
@@ -167,7 +178,7 @@ def _fused(
         return None
     device = encoded.tensors["weight"].device
     placed = (None if m is None else m.to(device) for m in matrices)
-    return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
+    return driver.fold(encoded, into, *placed, rounding, relaxation, inverse=inverse)  # type: ignore[no-any-return]
 
 
 def _give_up(name: str, problem: str) -> None:

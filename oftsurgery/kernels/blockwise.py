@@ -16,7 +16,7 @@ from torch import Tensor
 from oftsurgery import codecs
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-__all__ = ["NOT_FINITE", "Cost", "allocate", "finish", "source", "widen"]
+__all__ = ["NOT_FINITE", "Cost", "Sums", "allocate", "nested_error", "source", "statistics_of", "tensors_of", "widen"]
 
 #: bits of infinity: of |value| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
@@ -29,11 +29,46 @@ class Cost(NamedTuple):
         error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius).
         nearest: the same with plain rounding.
         rho: ``‖stored - exact‖ / ‖exact - base‖``; None where the rotation changed nothing.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``; None where the rotation changed nothing.
+        change: ``‖exact - base‖``.
+        rounding: how the weight was rounded.
+        relaxation: ω of :mod:`oftsurgery.preserve`; 1 where the change was not over-relaxed.
     """
 
     error: float
     nearest: float | None = None
     rho: float | None = None
+    kept: float | None = None
+    change: float | None = None
+    rounding: str = "nearest"
+    relaxation: float = 1.0
+
+
+class Sums(NamedTuple):
+    """What a pass over a weight sums up: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
+    measured), ``Σ (exact - base)²`` and ``Σ (stored - exact) (exact - base)``.
+    """
+
+    norm: float
+    error: float
+    nearest: float | None
+    change: float
+    held: float
+
+    def cost(self, into: WeightFormat, rounding: str, relaxation: float = 1.0) -> Cost:
+        """The :class:`Cost` of storing the weight as ``into``."""
+        # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to
+        # speak of
+        least = self.norm * 2**-44 if into.quantised else 0.0
+        error, nearest = (None if e is None else 0.0 if e < least else max(0.0, e) for e in (self.error, self.nearest))
+        assert error is not None  # noqa: S101 - only plain rounding may be unmeasured
+        rho = math.sqrt(error / self.change) if self.change else None
+        kept = 1 + self.held / self.change if self.change else None
+        if kept is not None and not math.isfinite(kept):
+            kept = None
+        size = self.norm or 1.0
+        plain = None if nearest is None else math.sqrt(nearest / size)
+        return Cost(math.sqrt(error / size), plain, rho, kept, math.sqrt(self.change), rounding, relaxation)
 
 
 def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
@@ -63,13 +98,13 @@ def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
             else None
         )
     packed = weight.contiguous().reshape(-1).view(torch.uint8)
-    absmax = codecs._decode_absmax(encoded)
-    codecs._check_4bit(encoded, packed, absmax)
+    absmax = codecs.decode_absmax(encoded)
+    codecs.check_4bit(encoded, packed, absmax)
     return packed, absmax.contiguous()
 
 
 def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Room for the new codes, their scales, and with double quantisation two moments a block."""
+    """Room for the new codes, their scales, and with double quantisation three moments a block."""
     n = math.prod(into.shape)
 
     def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,7 +116,7 @@ def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, 
     if into.codec == "dense":
         return room(*into.shape, dtype=into.dtype), room(0), None
     blocks = -(-n // into.blocksize)
-    moments = room(blocks, 2) if into.nested_blocksize else None
+    moments = room(blocks, 3) if into.nested_blocksize else None
     return room(n // 2, 1, dtype=torch.uint8), room(blocks), moments
 
 
@@ -105,73 +140,34 @@ def _large_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _tensors(
-    into: WeightFormat, result: Tensor, scales: Tensor, moments: Tensor | None
-) -> tuple[dict[str, Tensor], float]:
-    """The new weight's tensors, and what double quantisation of the absmax adds to the squared error."""
+def tensors_of(into: WeightFormat, result: Tensor, statistics: dict[str, Tensor]) -> EncodedWeight:
+    """The new weight from its codes and statistics."""
+    if into.codec in ("dense", "int8"):
+        return EncodedWeight(into, {"weight": result, **statistics})
+    levels = codecs.levels_of(into.codec, result.device).clone()
+    return EncodedWeight(into, {"weight": codecs.as_storage(result, into), "quant_map": levels, **statistics})
+
+
+def statistics_of(into: WeightFormat, scales: Tensor) -> dict[str, Tensor]:
+    """The statistics that hold new scales."""
     if into.codec == "dense":
-        return {"weight": result}, 0.0
-    if into.codec == "int8":
-        return {"weight": result, "SCB": scales}, 0.0
-    tensors = {
-        "weight": codecs._as_storage(result, into),
-        "quant_map": codecs._levels(into.codec, scales.device).clone(),
-    }
-    tensors |= codecs._encode_absmax(scales, into)
-    return tensors, 0.0 if moments is None else nested_error(into, scales, tensors, moments)
+        return {}
+    return {"SCB": scales} if into.codec == "int8" else codecs.encode_absmax(scales, into)
 
 
-def nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
-    """What double quantisation of the absmax ``scales`` adds to the squared error of codes that were chosen without."""
+def nested_error(
+    into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
+) -> tuple[float, float]:
+    """What double quantisation of the absmax ``scales`` adds to ``Σ (stored - exact)²`` and to ``Σ (stored - exact)
+    (exact - base)`` of codes that were chosen without.
+    """
     # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
-    seen = codecs._decode_absmax(EncodedWeight(into, statistics))
+    seen = codecs.decode_absmax(EncodedWeight(into, statistics))
     wide = scales.to(torch.float64)
     delta = seen.to(torch.float64).sub_(wide)
-    cross, power = moments.unbind(1)
-    return float(wide.mul_(cross).mul_(2).addcmul_(delta, power.to(torch.float64)).dot(delta))
-
-
-def finish(
-    into: WeightFormat,
-    result: Tensor,
-    scales: Tensor,
-    moments: Tensor | None,
-    norm: float,
-    error: float,
-    change: float,
-) -> tuple[EncodedWeight, Cost]:
-    """The new weight and its cost, from the sums of squares of the exact weight, of what storing it changed, and of
-    what the rotation did.
-    """
-    tensors, more = _tensors(into, result, scales, moments)
-    return EncodedWeight(into, tensors), _cost(into, norm, error + more, error + more, change)
-
-
-def _cost(into: WeightFormat, norm: float, error: float, nearest: float, change: float) -> Cost:
-    # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to speak
-    # of
-    least = norm * 2**-44 if into.quantised else 0.0
-    error, nearest = (0.0 if e < least else max(0.0, e) for e in (error, nearest))
-    rho = math.sqrt(error / change) if change else None
-    return Cost(math.sqrt(error / (norm or 1.0)), math.sqrt(nearest / (norm or 1.0)), rho)
-
-
-def finish_best(
-    into: WeightFormat,
-    result: Tensor,
-    statistics: dict[str, Tensor],
-    norm: float,
-    error: float,
-    nearest: float,
-    change: float,
-) -> tuple[EncodedWeight, Cost]:
-    """As :func:`finish`, for 4-bit weights whose statistics are known; ``nearest``: ``error`` with plain rounding."""
-    tensors = {
-        "weight": codecs._as_storage(result, into),
-        "quant_map": codecs._levels(into.codec, result.device).clone(),
-        **statistics,
-    }
-    return EncodedWeight(into, tensors), _cost(into, norm, error, nearest, change)
+    cross, power, along = moments.to(torch.float64).unbind(1)
+    kept = float((wide * along).dot(delta))
+    return float(wide.mul_(cross).mul_(2).addcmul_(delta, power).dot(delta)), kept
 
 
 def widen(m: Tensor, b: int) -> Tensor:

@@ -34,22 +34,29 @@ __all__ = [
     "GIVEN",
     "HAS_F16",
     "INT8",
+    "KEEP",
     "LANES",
     "NEAREST",
     "ROWS",
+    "SAMPLE",
     "SCALES",
+    "SUMS",
     "WORK",
     "angle_bounds",
     "fold_tile",
     "largest_angle",
     "nested_error",
+    "projections",
     "rotation_blocks",
 ]
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
-#: how 4-bit blocks are scaled: by their absmax, by what errs less, by that with no codes yet, by what is there already
-NEAREST, BEST, SCALES, GIVEN = range(4)
+#: how 4-bit blocks are scaled: by their absmax, by what errs less, by that with no codes yet, by what is there already;
+#: by the base's own scales, with the change over-relaxed (int8 too), and what the relaxation is found from
+NEAREST, BEST, SCALES, GIVEN, KEEP, SAMPLE = range(6)
+#: what a tile sums up, see :func:`fold_tile`
+SUMS = 8
 LANES = 16
 #: rows that are rotated together
 ROWS = 16
@@ -148,6 +155,16 @@ def store_one(b, address, value):
     return _store(b, address, value, 4)
 
 
+@_operation(int64, int64)
+def load_word(b, address):
+    return _load(b, address, ir.IntType(64), 8)
+
+
+@_operation(int32, int64, int64)
+def store_byte(b, address, value):
+    return _store(b, address, b.trunc(value, _BYTE))
+
+
 @_operation(int32, int64)
 def prefetch(b, address):
     """Ask for the line at ``address``, to be read; it need not exist."""
@@ -218,6 +235,12 @@ def weigh(b, x, weight, total):
 def _add_square(b, x, total):
     wide = b.fpext(x, f64x.vector)
     return _call(b, "llvm.fmuladd.v16f64", f64x.vector, wide, wide, total)
+
+
+@_operation(f64x, f32x, f32x, f64x)
+def _add_product(b, x, y, total):
+    wide = [b.fpext(v, f64x.vector) for v in (x, y)]
+    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, *wide, total)
 
 
 @_operation(i32x)
@@ -725,14 +748,14 @@ def _rotate(x, x_stride, y, y_stride, rows, columns, first_block, matrices, b, s
 
 @_inline
 def _encode_4bit(
-    x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
+    base, x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
 ):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in
-    all.
+    all. ``base``: their values before the rotation.
 
-    ``moments``: 0, or where to put each block's Σc(c-s) and Σc² (s: the scaled weight, c: its level), from which the
-    error with any other absmax follows.
-    Adds to ``sums``: Σ exact², Σ (stored - exact)².
+    ``moments``: 0, or where to put each block's Σc(c-s), Σc² and Σc(s-v) (s: the scaled weight, c: its level, v: the
+    scaled base), from which the error and what is kept follow with any other absmax.
+    Adds to ``sums``: Σ exact², Σ (stored - exact)², Σ (stored - exact)(exact - base).
     """
     # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the
     # one before
@@ -758,12 +781,12 @@ def _encode_4bit(
     )
     if by_cell and blocksize % (4 * LANES) == 0 and count % blocksize == 0 and as_float(top) > float32(1e-18):
         _encode_whole_blocks(
-            x, first, count, codes, scales, blocksize, levels,
+            base, x, first, count, codes, scales, blocksize, levels,
             base_low, base_high, bounds_low, bounds_high, moments, as_float(top), sums,
         )  # fmt: skip
         sums[2] = max(sums[2], float64(top))
         return
-    norm, error = fill64(0.0), fill64(0.0)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     done = 0
     while done < count:
         size = min(blocksize, count - done)
@@ -774,11 +797,13 @@ def _encode_4bit(
         factor = fill(float32(1.0) / bounded)
         stored = levels if absmax >= _TINY else mul(levels, fill(absmax / bounded))
         squares, misses = fill(float32(0.0)), fill(float32(0.0))
-        cross, power = fill(float32(0.0)), fill(float32(0.0))
+        cross, power, along = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+        held = fill(float32(0.0))
         if short:  # and divides by it
             divisor = fill(bounded)
             for i in range(done, done + size, LANES):
                 store(x + 4 * i, div(load(x + 4 * i), divisor))
+                store(base + 4 * i, div(load(base + 4 * i), divisor))
             factor = fill(float32(1.0))
         for i in range(done, done + size, LANES):
             s = mul(load(x + 4 * i), factor)
@@ -790,41 +815,61 @@ def _encode_4bit(
                 store_codes(codes + (first + i) // 2, pick_ints(order, index))
             c = pick(stored, index)
             miss = sub(c, s)
-            squares, misses = fma(s, s, squares), fma(miss, miss, misses)
+            moved = sub(s, mul(load(base + 4 * i), factor))
+            squares, misses, held = fma(s, s, squares), fma(miss, miss, misses), fma(miss, moved, held)
             if moments != 0:
-                cross, power = fma(c, miss, cross), fma(c, c, power)
+                cross, power, along = fma(c, miss, cross), fma(c, c, power), fma(c, moved, along)
         weight = fill64(float64(bounded) * float64(bounded))
-        norm, error = weigh(squares, weight, norm), weigh(misses, weight, error)
+        norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
         if moments != 0:
-            store_one(moments + 8 * block, total(cross))
-            store_one(moments + 8 * block + 4, total(power))
+            store_one(moments + 12 * block, total(cross))
+            store_one(moments + 12 * block + 4, total(power))
+            store_one(moments + 12 * block + 8, total(along))
         done += size
     sums[0] += total64(norm)
     sums[1] += total64(error)
     sums[2] = max(sums[2], float64(top))
+    sums[5] += total64(kept)
 
 
 @_inline
 def _encode_whole_blocks(
-    x, first, count, codes, scales, blocksize, levels, base_low, base_high, bounds_low, bounds_high, moments, top, sums
+    base,
+    x,
+    first,
+    count,
+    codes,
+    scales,
+    blocksize,
+    levels,
+    base_low,
+    base_high,
+    bounds_low,
+    bounds_high,
+    moments,
+    top,
+    sums,
 ):
     """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them ``top``: the usual
     case. What the sums leave out is far below float32's rounding of the largest block's.
     """
-    norm, error = fill64(0.0), fill64(0.0)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     to, scale_at = codes + first // 2, scales + 4 * (first // blocksize)
-    moments += 8 * (first // blocksize) if moments != 0 else 0
+    moments += 12 * (first // blocksize) if moments != 0 else 0
+    from_base = base - x
     largest = fill64(float64(top) * float64(top))
     done = 0
     while done < count:
         # in float32, in units of the largest, for some blocks at a time
-        squares, misses = fill(float32(0.0)), fill(float32(0.0))
+        squares, misses, helds = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
         last = min(count, done + max(blocksize, 64 * LANES))
         while done < last:
             absmax = load_one(scale_at)
             factor = fill(float32(1.0) / max(absmax, _TINY))
+            minus = fill(float32(-1.0) / max(absmax, _TINY))
             ratio = absmax / top
             square, missed, crossed = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+            held, turned = fill(float32(0.0)), fill(float32(0.0))
             for at in range(x + 4 * done, x + 4 * (done + blocksize), 16 * LANES):
                 s0, s1 = mul(load(at), factor), mul(load(at + 64), factor)
                 s2, s3 = mul(load(at + 128), factor), mul(load(at + 192), factor)
@@ -838,20 +883,28 @@ def _encode_whole_blocks(
                 m2, m3 = sub(pick(levels, i2), s2), sub(pick(levels, i3), s3)
                 square = add(square, add(fma(s0, s0, mul(s1, s1)), fma(s2, s2, mul(s3, s3))))
                 missed = add(missed, add(fma(m0, m0, mul(m1, m1)), fma(m2, m2, mul(m3, m3))))
+                from_ = at + from_base
+                d0, d1 = fma(load(from_), minus, s0), fma(load(from_ + 64), minus, s1)
+                d2, d3 = fma(load(from_ + 128), minus, s2), fma(load(from_ + 192), minus, s3)
+                held = add(held, add(fma(m0, d0, mul(m1, d1)), fma(m2, d2, mul(m3, d3))))
                 if moments != 0:
                     crossed = add(crossed, add(fma(s0, m0, mul(s1, m1)), fma(s2, m2, mul(s3, m3))))
+                    turned = add(turned, add(fma(s0, d0, mul(s1, d1)), fma(s2, d2, mul(s3, d3))))
             weight = fill(ratio * ratio)
             squares, misses = fma(square, weight, squares), fma(missed, weight, misses)
+            helds = fma(held, weight, helds)
             if moments != 0:  # with c = s + (c - s)
                 crossed_, missed_ = total(crossed), total(missed)
                 store_one(moments, crossed_ + missed_)
                 store_one(moments + 4, total(square) + crossed_ + crossed_ + missed_)
-                moments += 8
+                store_one(moments + 8, total(turned) + total(held))
+                moments += 12
             scale_at += 4
             done += blocksize
-        norm, error = weigh(squares, largest, norm), weigh(misses, largest, error)
+        norm, error, kept = weigh(squares, largest, norm), weigh(misses, largest, error), weigh(helds, largest, kept)
     sums[0] += total64(norm)
     sums[1] += total64(error)
+    sums[5] += total64(kept)
 
 
 # --- the scale of a 4-bit block that errs least -----------------------------------------------------------------------
@@ -1136,6 +1189,7 @@ def _open(errors, search, power, enough):
 
 @_inline
 def _encode_best(
+    base,
     x,
     first,
     count,
@@ -1173,13 +1227,13 @@ def _encode_best(
         load(cells + 192),
     )
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
-    error = fill64(0.0)
+    error, kept = fill64(0.0), fill64(0.0)
     done = 0
     while done < count:
         size = min(blocksize, count - done)
         scale = load_one(scales + 4 * ((first + done) // blocksize))
         tiny = abs(scale) < _TINY
-        at, to = x + 4 * done, codes + (first + done) // 2
+        at, to, from_ = x + 4 * done, codes + (first + done) // 2, base + 4 * done
         factor = fill(scale if tiny else float32(1.0) / scale)
         if mode == GIVEN or tiny:
             back = fill(-scale)
@@ -1188,9 +1242,11 @@ def _encode_best(
                 s = fill(float32(0.0)) if scale == 0 else div(v, factor) if tiny else mul(v, factor)
                 index = rank(s, bounds)
                 store_codes(to + i // 2, pick_ints(order, index))
-                error = _add_square(fma(pick(levels, index), back, v), error)
+                miss = fma(pick(levels, index), back, v)
+                error = _add_square(miss, error)
+                kept = _add_product(miss, sub(load(from_ + 4 * i), v), kept)
         else:  # near the absmax: float32 does in units of the scale
-            misses = fill(float32(0.0))
+            misses, held = fill(float32(0.0)), fill(float32(0.0))
             for i in range(0, size, LANES):
                 s = mul(load(at + 4 * i), factor)
                 if by_cell:
@@ -1202,9 +1258,12 @@ def _encode_best(
                     store_codes(to + i // 2, pick_ints(order, index))
                 miss = sub(pick(levels, index), s)
                 misses = fma(miss, miss, misses)
-            error = weigh(misses, fill64(float64(scale) * float64(scale)), error)
+                held = fma(miss, sub(s, mul(load(from_ + 4 * i), factor)), held)
+            square = fill64(float64(scale) * float64(scale))
+            error, kept = weigh(misses, square, error), weigh(held, square, kept)
         done += size
     sums[1] += total64(error)
+    sums[5] += total64(kept)
 
 
 @_inline
@@ -1245,8 +1304,8 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
                 c = pick(levels, rank(s, bounds))
                 cross, power = fma(c, sub(c, s), cross), fma(c, c, power)
             store_one(plain + 4 * block, absmax)
-            store_one(moments + 8 * block, total(cross))
-            store_one(moments + 8 * block + 4, total(power))
+            store_one(moments + 12 * block, total(cross))
+            store_one(moments + 12 * block + 4, total(power))
     norm = error = 0.0
     for done in range(0, count, blocksize):
         at, size = x + 4 * done, min(blocksize, count - done)
@@ -1274,19 +1333,275 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         scale = load_one(place)
         if scale == 0:
             continue
-        small = scale < _TINY
-        factor = fill(scale if small else float32(1.0) / scale)
-        cross, power = fill(float32(0.0)), fill(float32(0.0))
-        for i in range(done, min(done + blocksize, count), LANES):
-            v = load(x + 4 * i)
-            s = div(v, factor) if small else mul(v, factor)
-            c = pick(levels, rank(s, bounds))
-            cross, power = fma(c, s, cross), fma(c, c, power)
-        store_one(place, min(total(cross) / total(power) * scale, _LARGEST))
+        store_one(place, _refit(x + 4 * done, min(blocksize, count - done), scale, levels, bounds))
 
 
 @_inline
-def _encode_int8(x, count, first, codes, scb, sums):
+def _refit(x, n, scale, levels, bounds):
+    """The best scale > 0 for the codes of n values at ``x`` with the scale ``scale``, S/Q."""
+    small = scale < _TINY
+    factor = fill(scale if small else float32(1.0) / scale)
+    cross, power = fill(float32(0.0)), fill(float32(0.0))
+    for i in range(0, n, LANES):
+        v = load(x + 4 * i)
+        s = div(v, factor) if small else mul(v, factor)
+        c = pick(levels, rank(s, bounds))
+        cross, power = fma(c, s, cross), fma(c, c, power)
+    return min(total(cross) / total(power) * scale, _LARGEST)
+
+
+# --- the base's own scales, and the change over-relaxed ---------------------------------------------------------------
+#
+# See oftsurgery.preserve. ``keep`` is the address of a table of int64, by index:
+OWN, TABLE, TABLE_CODES, FACTORS, FACTOR_SIZE, SCALE_CODES, NUMBERS, PLANE = range(8)
+#: ``own`` the base's scales, float32, one a 4-bit block or int8 row. With double quantisation the table of scales in
+#: order (256 float32, then the middles between them) and their codes (256 float32), what it is scaled by, how many blocks
+#: have a factor, and the codes of the new scales, uint8; else 0. Then the numbers below, float32, and for SAMPLE the
+#: bytes of one plane.
+_OVER, _SQUARE, _CLIP, _OFFSET, _MISFIT, _UNIT = range(6)
+#: ω - 1, the largest mean square of a weak block's change and its largest weight in units of its scale, the offset of
+#: double quantisation, how often a scale may hold another, and what scales are divided by in a sample's weights
+
+
+@_inline
+def _is_strong(base, x, n, scale, numbers, top):
+    """Whether a block of n values is to be scaled anew; ``top``: its largest magnitude."""
+    moved = fill(float32(0.0))
+    factor = fill(float32(1.0) / max(abs(scale), _TINY))
+    for i in range(0, n, LANES):
+        d = mul(sub(load(x + 4 * i), load(base + 4 * i)), factor)
+        moved = fma(d, d, moved)
+    return total(moved) > load_one(numbers + 4 * _SQUARE) * float32(n) or top > load_one(numbers + 4 * _CLIP) * abs(
+        scale
+    )
+
+
+@_inline
+def _largest(x, n):
+    """Bits of the largest magnitude of n values."""
+    bits = no_bits()
+    for i in range(0, n, LANES):
+        bits = max_bits(bits, load(x + 4 * i))
+    return top_bits(bits)
+
+
+@_inline
+def _held_scale(wanted, block, keep, sums):
+    """The scale nearest to ``wanted`` that the statistics of the base can hold; notes its code, and a misfit."""
+    table = load_word(keep + 8 * TABLE)
+    if table == 0:
+        return wanted
+    numbers = load_word(keep + 8 * NUMBERS)
+    factor = load_one(load_word(keep + 8 * FACTORS) + 4 * (block // load_word(keep + 8 * FACTOR_SIZE)))
+    offset = load_one(numbers + 4 * _OFFSET)
+    scaled = (wanted - offset) / factor if factor != 0 else float32(0.0)
+    index = int64(0)
+    for step in (128, 64, 32, 16, 8, 4, 2, 1):
+        if scaled > load_one(table + 4 * (256 + index + step - 1)):
+            index += step
+    seen = float32(load_one(table + 4 * index) * factor) + offset
+    store_byte(
+        load_word(keep + 8 * SCALE_CODES) + block, int64(load_one(load_word(keep + 8 * TABLE_CODES) + 4 * index))
+    )
+    if wanted > load_one(numbers + 4 * _MISFIT) * seen:
+        sums[7] += 1.0
+    return seen
+
+
+@_inline
+def _keep_4bit(
+    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, search, work, keep, sums
+):
+    """Encode ``count`` values as :func:`_encode_4bit`, with the base's own scales and the change over-relaxed; strong
+    blocks with scales of their own, to nearest. Adds to ``sums`` also how many of these there were, and how many of
+    their scales the base's statistics do not hold.
+    """
+    own, numbers = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS)
+    base_low, base_high, bounds_low, bounds_high = (
+        load_ints(cells),
+        load_ints(cells + 64),
+        load(cells + 128),
+        load(cells + 192),
+    )
+    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
+    largest = int32(0)
+    for done in range(0, count, blocksize):
+        size = min(blocksize, count - done)
+        block = (first + done) // blocksize
+        at, from_, to = x + 4 * done, base + 4 * done, codes + (first + done) // 2
+        scale = load_one(own + 4 * block)
+        bits = _largest(at, size)
+        largest = max(largest, bits)
+        if bits >= 0x7F800000:
+            continue
+        top, over = as_float(bits), load_one(numbers + 4 * _OVER)
+        if _is_strong(from_, at, size, scale, numbers, top):
+            sums[6] += 1.0
+            over = float32(0.0)
+            if top > 0:
+                j = _try_ratios(at, size, top, search, work)
+                wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels, bounds)
+                scale = _held_scale(wanted, block, keep, sums)
+        store_one(scales + 4 * block, scale)
+        more, tiny = fill(over), abs(scale) < _TINY
+        factor = fill(scale if tiny else float32(1.0) / scale)
+        if tiny:
+            back = fill(scale)
+            for i in range(0, size, LANES):
+                w = load(at + 4 * i)
+                moved = sub(w, load(from_ + 4 * i))
+                t = fma(moved, more, w)
+                index = rank(fill(float32(0.0)) if scale == 0 else div(t, factor), bounds)
+                store_codes(to + i // 2, pick_ints(order, index))
+                miss = sub(mul(pick(levels, index), back), w)
+                norm, error = _add_square(w, norm), _add_square(miss, error)
+                kept = _add_product(miss, moved, kept)
+            continue
+        squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+        for i in range(0, size, LANES):
+            w = mul(load(at + 4 * i), factor)
+            moved = sub(w, mul(load(from_ + 4 * i), factor))
+            t = fma(moved, more, w)
+            if by_cell:
+                index = rank_by_cell(greater(lesser(t, highest), lowest), base_low, base_high, bounds_low, bounds_high)
+                store_codes(to + i // 2, index)
+            else:
+                index = rank(t, bounds)
+                store_codes(to + i // 2, pick_ints(order, index))
+            miss = sub(pick(levels, index), w)
+            squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
+        weight = fill64(float64(scale) * float64(scale))
+        norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(largest))
+    sums[5] += total64(kept)
+
+
+@_inline
+def _sample(base, x, first, count, blocksize, keep, place, sums):
+    """What the relaxation is found from, at ``place``: planes of the base and of the change in units of the scale, and
+    of the change's weight; zeros in strong blocks. Adds to ``sums`` Σ change², by that weight, and as
+    :func:`_keep_4bit`.
+    """
+    own, numbers, plane = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS), load_word(keep + 8 * PLANE)
+    unit = load_one(numbers + 4 * _UNIT)
+    nothing = fill(float32(0.0))
+    need = fill64(0.0)
+    for done in range(0, count, blocksize):
+        size = min(blocksize, count - done)
+        scale = load_one(own + 4 * ((first + done) // blocksize))
+        at, from_, to = x + 4 * done, base + 4 * done, place + 4 * done
+        bits = _largest(at, size)
+        sums[2] = max(sums[2], float64(bits))
+        strong = bits >= 0x7F800000 or _is_strong(from_, at, size, scale, numbers, as_float(bits))
+        if strong:
+            sums[6] += 1.0
+        if strong or abs(scale) < _TINY:
+            for i in range(0, 4 * size, 4 * LANES):
+                store(to + i, nothing)
+                store(to + plane + i, nothing)
+                store(to + 2 * plane + i, nothing)
+            continue
+        factor, weight = fill(float32(1.0) / scale), fill((scale / unit) * (scale / unit))
+        for i in range(0, 4 * size, 4 * LANES):
+            v = load(from_ + i)
+            moved = mul(sub(load(at + i), v), factor)
+            store(to + i, mul(v, factor))
+            store(to + plane + i, moved)
+            moved_ = mul(moved, weight)
+            store(to + 2 * plane + i, moved_)
+            need = _add_product(moved, moved_, need)
+    sums[0] += total64(need)
+
+
+@njit(
+    types.void(*[int64] * 9, float64[::1], float64[::1]),
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    boundscheck=False,
+)
+def projections(planes, plane, first, last, int8, levels_at, bounds_at, by_cell, cells, relaxations, out):
+    """For each of ``relaxations`` ω, Σ weight (level(base + ω change) - base) of values ``first`` to ``last`` of a
+    sample, in ``out``.
+    """
+    levels, bounds = load(levels_at), load(bounds_at)
+    base_low, base_high, bounds_low, bounds_high = (
+        load_ints(cells),
+        load_ints(cells + 64),
+        load(cells + 128),
+        load(cells + 192),
+    )
+    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
+    many, few = fill(float32(127.0)), fill(float32(1.0 / 127.0))
+    out[:] = 0.0
+    one = fill64(1.0)
+    for start in range(first, last, 256 * LANES):  # the planes of so many stay in the first-level cache, nearly
+        end = min(start + 256 * LANES, last)
+        for j in range(len(relaxations)):
+            omega, sum_ = fill(float32(relaxations[j])), fill64(0.0)
+            part = fill(float32(0.0))
+            for i in range(planes + 4 * start, planes + 4 * end, 4 * LANES):
+                v = load(i)
+                t = greater(lesser(fma(load(i + plane), omega, v), highest), lowest)
+                if int8:
+                    c = mul(rounded(mul(t, many)), few)
+                elif by_cell:
+                    c = pick(levels, rank_by_cell(t, base_low, base_high, bounds_low, bounds_high))
+                else:
+                    c = pick(levels, rank(t, bounds))
+                part = fma(sub(c, v), load(i + 2 * plane), part)
+            out[j] += total64(weigh(part, one, sum_))
+
+
+@_inline
+def _keep_int8(base, x, count, first, row, codes, scb, keep, sums):
+    """Encode one row of ``count`` values as :func:`_keep_4bit` does a block."""
+    own, numbers = load_one(load_word(keep + 8 * OWN) + 4 * row), load_word(keep + 8 * NUMBERS)
+    bits = _largest(x, count)
+    sums[2] = max(sums[2], float64(bits))
+    if bits >= 0x7F800000:
+        return
+    scale, over = own, load_one(numbers + 4 * _OVER)
+    if _is_strong(base, x, count, own, numbers, as_float(bits)):
+        scale, over = as_float(bits), float32(0.0)
+        sums[6] += 1.0
+    store_one(scb, scale)
+    factor = float32(127.0) / scale if scale > 0 else float32(0.0)
+    overflows = as_bits(factor) >= 0x7F800000
+    step = scale / float32(127.0)
+    many, few, more, divisor, limit = fill(factor), fill(step), fill(over), fill(scale), fill(float32(127.0))
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
+    usual = not overflows and step >= _TINY
+    for start in range(0, count, 16 * LANES):
+        squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+        for i in range(start, min(start + 16 * LANES, count), LANES):
+            w, v = load(x + 4 * i), load(base + 4 * i)
+            moved = sub(w, v)
+            if usual:
+                w, moved = mul(w, many), mul(moved, many)
+                c = to_int8(fma(moved, more, w))
+                miss = sub(c, w)
+                squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
+            else:
+                t = fma(moved, more, w)
+                c = to_int8(mul(div(t, divisor), limit) if overflows else mul(t, many))
+                miss = sub(mul(c, few), w)
+                norm, error = _add_square(w, norm), _add_square(miss, error)
+                kept = _add_product(miss, moved, kept)
+            store_i8(codes + first + i, c)
+        if usual:
+            weight = fill64(float64(step) * float64(step))
+            norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[5] += total64(kept)
+
+
+@_inline
+def _encode_int8(base, x, count, first, codes, scb, sums):
     """Encode one row of ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`."""
     bits = no_bits()
     for i in range(0, count, LANES):
@@ -1296,19 +1611,20 @@ def _encode_int8(x, count, first, codes, scb, sums):
     store_one(scb, scale)
     factor = float32(127.0) / scale if scale > 0 else float32(0.0)
     step = scale / float32(127.0)
-    many = fill(factor)
-    norm, error = fill64(0.0), fill64(0.0)
+    many, minus = fill(factor), fill(-factor)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     if as_bits(factor) < 0x7F800000 and step >= _TINY and top < 0x7F800000:
         weight = fill64(float64(step) * float64(step))
         for start in range(0, count, 16 * LANES):
-            squares, misses = fill(float32(0.0)), fill(float32(0.0))
+            squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
             for i in range(start, min(start + 16 * LANES, count), LANES):
                 s = mul(load(x + 4 * i), many)
                 c = rounded(s)  # of a finite row: at most 127
                 store_i8(codes + first + i, c)
                 miss = sub(c, s)
                 squares, misses = fma(s, s, squares), fma(miss, miss, misses)
-            norm, error = weigh(squares, weight, norm), weigh(misses, weight, error)
+                held = fma(miss, fma(load(base + 4 * i), minus, s), held)
+            norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
     else:  # a row of zeros or denormals; where 127/scb overflows, divide first
         overflows = as_bits(factor) >= 0x7F800000
         divisor, limit = fill(scale), fill(float32(127.0))
@@ -1318,15 +1634,17 @@ def _encode_int8(x, count, first, codes, scb, sums):
             store_i8(codes + first + i, c)
             miss = sub(mul(c, fill(step)), v)
             norm, error = _add_square(v, norm), _add_square(miss, error)
+            kept = _add_product(miss, sub(v, load(base + 4 * i)), kept)
     sums[0] += total64(norm)
     sums[1] += total64(error)
     sums[2] = max(sums[2], float64(top))
+    sums[5] += total64(kept)
 
 
 @_inline
-def _encode_dense(kind, x, count, first, out, sums):
+def _encode_dense(kind, base, x, count, first, out, sums):
     """Encode ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`; its third is of the values as stored."""
-    norm, error = fill64(0.0), fill64(0.0)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     bits = no_bits()
     for i in range(0, count, LANES):
         v = load(x + 4 * i)
@@ -1341,9 +1659,11 @@ def _encode_dense(kind, x, count, first, out, sums):
                 stored = store_f16(out + 2 * (first + i), v)
             bits = max_bits(bits, stored)
             norm, error = _add_square(v, norm), _add_square(sub(stored, v), error)
+            kept = _add_product(sub(stored, v), sub(v, load(base + 4 * i)), kept)
     sums[0] += total64(norm)
     sums[1] += total64(error)
     sums[2] = max(sums[2], float64(top_bits(bits)))
+    sums[5] += total64(kept)
 
 
 @njit(
@@ -1358,22 +1678,23 @@ def fold_tile(
     new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
     matrices, b, shared, row_scale,
     out_features, features, first_row, last_row, first_column, last_column,
-    group, panel, flat, new_flat, x, x_stride, y, y_stride, mode, search, plain, work, sums,
+    group, flat, new_flat, x, x_stride, y, y_stride, mode, search, plain, work, keep, sums,
 ):  # fmt: skip
     """Fold rows ``first_row`` to ``last_row`` of columns ``first_column`` to ``last_column``.
 
     Addresses and strides are in bytes. ``group`` rows (a multiple of ROWS) are done at a time through the scratch ``x``
-    and ``y``, float32; ``panel`` columns of them are decoded and rotated together. Where 4-bit blocks straddle rows
-    (``flat``: the old ones, ``new_flat``: the new), the columns are all of the row, the strides are the row's, and
-    groups begin with a block.
+    and ``y``, float32: decoded, and rotated. Where 4-bit blocks straddle rows (``flat``: the old ones, ``new_flat``: the
+    new), the columns are all of the row, the strides are the row's, and groups begin with a block.
 
     ``by_cell``: the new levels lie in order and one to a cell; ``cells`` holds 32 int32 and 32 float32 for
     :func:`rank_by_cell` then.
 
-    ``mode``: NEAREST, or of 4-bit weights as for :func:`_encode_best`, with its ``search``, ``plain`` and ``work``.
+    ``mode``: NEAREST, or of 4-bit weights as for :func:`_encode_best`, with its ``search``, ``plain`` and ``work``; KEEP
+    with the table ``keep`` and, as SAMPLE, which writes to ``new_codes`` instead, of int8 too.
 
-    ``sums``: (5,) float64, Σ exact², Σ (stored - exact)², the integer bits of the largest \\|value\\|, from 0x7F800000
-    on not finite, but for NEAREST the second with plain rounding, and Σ (exact - base)².
+    ``sums``: (SUMS,) float64, Σ exact², Σ (stored - exact)², the integer bits of the largest \\|value\\|, from 0x7F800000
+    on not finite, but for NEAREST and KEEP the second with plain rounding, Σ (exact - base)², Σ (stored - exact) (exact -
+    base), and of KEEP and SAMPLE the strong blocks, and the misfits among them.
     """
     length = out_features * features
     old = load(levels)
@@ -1382,89 +1703,68 @@ def fold_tile(
     step = 0 if shared else b * b
     for row in range(first_row, last_row, group):
         rows = min(group, last_row - row)
-        for start in range(0, columns, panel):
-            width = min(panel, columns - start)
-            if flat:
-                _decode(kind, codes, scales, blocksize, old, row * features, rows * features, x)
-            else:
-                for r in range(rows):
-                    at = scales + 4 * (row + r) if kind == INT8 else scales
-                    first = (row + r) * features + first_column + start
-                    _ask(kind, codes, first + group * features, width, False)
-                    _ask(new_kind, new_codes, first, width, True)
-                    _decode(kind, codes, at, blocksize, old, first, width, x + r * x_stride)
-            for r in range(0, rows, ROWS):
-                sums[4] += _rotate(
-                    x + r * x_stride,
-                    x_stride,
-                    y + r * y_stride + 4 * start,
-                    y_stride,
-                    min(ROWS, rows - r),
-                    width,
-                    (first_column + start) // b,
-                    matrices,
-                    b,
-                    step,
-                    0 if row_scale == 0 else row_scale + 4 * (row + r),
-                )
+        if flat:
+            _decode(kind, codes, scales, blocksize, old, row * features, rows * features, x)
+        else:
+            for r in range(rows):
+                at = scales + 4 * (row + r) if kind == INT8 else scales
+                first = (row + r) * features + first_column
+                _ask(kind, codes, first + group * features, columns, False)
+                if mode != SAMPLE:
+                    _ask(new_kind, new_codes, first, columns, True)
+                _decode(kind, codes, at, blocksize, old, first, columns, x + r * x_stride)
+        for r in range(0, rows, ROWS):
+            sums[4] += _rotate(
+                x + r * x_stride,
+                x_stride,
+                y + r * y_stride,
+                y_stride,
+                min(ROWS, rows - r),
+                columns,
+                first_column // b,
+                matrices,
+                b,
+                step,
+                0 if row_scale == 0 else row_scale + 4 * (row + r),
+            )
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))
                 for i in range(0, columns, LANES):
                     at = y + r * y_stride + 4 * i
                     store(at, mul(load(at), scale))
-        if mode != NEAREST:
-            for r in range(1 if new_flat else rows):
+        for r in range(1 if new_flat else rows):
+            base, at, first = x + r * x_stride, y + r * y_stride, (row + r) * features + first_column
+            count = rows * features if new_flat else columns
+            if mode == SAMPLE:
+                size = new_blocksize if new_kind == FOUR_BIT else features
+                place = new_codes + 4 * (first - first_row * features)
+                _sample(base, at, first, count, size, keep, place, sums)
+            elif new_kind == FOUR_BIT and mode == NEAREST:
+                _encode_4bit(
+                    base, at, first, count, length, new_codes, new_scales, new_blocksize, new, bounds, order,
+                    by_cell, cells, moments, sums,
+                )  # fmt: skip
+            elif new_kind == FOUR_BIT and mode == KEEP:
+                _keep_4bit(
+                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order,
+                    by_cell, cells, search, work, keep, sums,
+                )  # fmt: skip
+            elif new_kind == FOUR_BIT:
                 _encode_best(
-                    y + r * y_stride, (row + r) * features + first_column, rows * features if new_flat else columns,
-                    new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells,
+                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells,
                     moments, plain, search, work, mode, sums,
                 )  # fmt: skip
-        elif new_flat:
-            _encode_4bit(
-                y,
-                row * features,
-                rows * features,
-                length,
-                new_codes,
-                new_scales,
-                new_blocksize,
-                new,
-                bounds,
-                order,
-                by_cell,
-                cells,
-                moments,
-                sums,
-            )
-        else:
-            for r in range(rows):
-                at, first = y + r * y_stride, (row + r) * features + first_column
-                if new_kind == FOUR_BIT:
-                    _encode_4bit(
-                        at,
-                        first,
-                        columns,
-                        length,
-                        new_codes,
-                        new_scales,
-                        new_blocksize,
-                        new,
-                        bounds,
-                        order,
-                        by_cell,
-                        cells,
-                        moments,
-                        sums,
-                    )
-                elif new_kind == INT8:
-                    _encode_int8(at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
-                else:
-                    _encode_dense(new_kind, at, columns, first, new_codes, sums)
+            elif new_kind == INT8 and mode == KEEP:
+                _keep_int8(base, at, columns, first, row + r, new_codes, new_scales + 4 * (row + r), keep, sums)
+            elif new_kind == INT8:
+                _encode_int8(base, at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
+            else:
+                _encode_dense(new_kind, base, at, columns, first, new_codes, sums)
 
 
 @njit(
-    types.float64(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
+    types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
     nogil=True,
     cache=True,
     error_model="numpy",
@@ -1472,12 +1772,14 @@ def fold_tile(
 )
 def nested_error(scales, codes, levels, nested, offset, blocksize, moments):
     """:func:`oftsurgery.kernels.blockwise.nested_error` of statistics that are stored as ``codes``."""
-    total_ = 0.0
+    error = kept = 0.0
     for i in range(len(codes)):
         seen = float32(levels[codes[i]] * nested[i // blocksize]) + offset
-        delta = float64(seen) - float64(scales[i])
-        total_ += delta * (2.0 * float64(scales[i]) * float64(moments[i, 0]) + delta * float64(moments[i, 1]))
-    return total_
+        scale = float64(scales[i])
+        delta = float64(seen) - scale
+        error += delta * (2.0 * scale * float64(moments[i, 0]) + delta * float64(moments[i, 1]))
+        kept += delta * scale * float64(moments[i, 2])
+    return error, kept
 
 
 # --- block rotations, in float64 --------------------------------------------------------------------------------------

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oftsurgery import codecs
+from oftsurgery import codecs, preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
 from . import blockwise, cpu
@@ -65,8 +66,8 @@ def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if codec not in ("nf4", "fp4"):
         unused = torch.zeros(16, dtype=torch.float32, device=device)
         return unused, unused, unused, unused.to(torch.int32)
-    levels = codecs._levels(codec, device)
-    bounds, order = codecs._bounds(codec, device)
+    levels = codecs.levels_of(codec, device)
+    bounds, order = codecs.bounds_of(codec, device)
     return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
 
 
@@ -149,11 +150,15 @@ def _search(codec: str, rounding: str) -> np.ndarray:
 @dataclass(frozen=True)
 class _Tiles:
     group: int
-    panel: int
     row_step: int
     column_step: int
     x_stride: int
     y_stride: int
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the base's and the exact values of a group."""
+        return self.group * (self.x_stride + self.y_stride)
 
 
 def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | None:
@@ -163,27 +168,30 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     inner = math.lcm(b, 1 if old.flat else old.blocksize)
     outer = inner if whole else math.lcm(inner, new.blocksize)
     wanted = max(1, _MATRIX_BYTES // (4 * b))
-    panel = features if old.flat else min(features, max(1, wanted // inner) * inner)
     columns = features if whole else min(features, max(1, wanted // outer) * outer)
-    if not whole:
-        panel = columns
     group = cpu.ROWS
     for side in (old, new):
         if side.flat:
             group = math.lcm(group, side.blocksize // math.gcd(features, side.blocksize))
     pad = cpu.LANES  # rows at a power of two from each other would share their lines of the cache
-    x_stride = 4 * (panel if old.flat else panel + pad)
+    x_stride = 4 * (columns if old.flat or new.flat else columns + pad)
     y_stride = 4 * (columns if new.flat else columns + pad)
-    if group * (x_stride + y_stride) > _MAX_SCRATCH:
-        return None
     # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number
     # of them
     row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // 8)) // group) * group
-    return _Tiles(group, panel, row_step, columns, x_stride, y_stride)
+    tiles = _Tiles(group, row_step, columns, x_stride, y_stride)
+    return tiles if tiles.scratch <= _MAX_SCRATCH else None
 
 
 def fold(
-    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
+    encoded: EncodedWeight,
+    into: WeightFormat,
+    matrices: Tensor,
+    scale: Tensor | None,
+    rounding: str,
+    relaxation: float | None,
+    *,
+    inverse: bool,
 ) -> tuple[EncodedWeight, blockwise.Cost] | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
@@ -191,6 +199,7 @@ def fold(
         encoded: on the CPU.
         matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for one that all blocks share.
         scale: ``(out,)`` or None.
+        rounding, relaxation, inverse: as for :func:`oftsurgery.kernels.fold`.
 
     Returns:
         None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
@@ -201,81 +210,229 @@ def fold(
     b = matrices.shape[-1]
     if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b:
         return None
-    rows, features = f.shape
-    tiles = _tiles((rows, features), b, old, new)
+    tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
     source = blockwise.source(encoded)
     if tiles is None or source is None:
         return None
-    weight, scales = source
-    result, new_scales, moments = blockwise.allocate(into, weight.device)
-    old_levels = _tables(f.codec)[0]
-    _, levels, bounds, order = _tables(into.codec)
-    by_cell, cells = _cells(into.codec)
-    matrices = matrices.contiguous()
     factors = None if scale is None else scale.to(torch.float32).contiguous()
-    places = [(r, c) for c in range(0, features, tiles.column_step) for r in range(0, rows, tiles.row_step)]
-    best = codecs.rounding_of(into, rounding) != "nearest"
-    search = _search(into.codec, rounding).ctypes.data if best else 0
-    plain = torch.empty_like(new_scales) if best and moments is not None else None
-    first = (
-        old.kind, weight.data_ptr(), scales.data_ptr(), old.blocksize, old_levels.data_ptr(),
-        new.kind, result.data_ptr(),
-    )  # fmt: skip
-    then = (
-        new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
-        by_cell, cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
-        matrices.data_ptr(), b, matrices.shape[0] == 1, 0 if factors is None else factors.data_ptr(), rows, features,
-    )  # fmt: skip
+    run_ = _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors)
+    if rounding == "preserve":
+        if preserve.applies(f, into):
+            kept = run_.keep(relaxation, inverse=inverse)
+            if kept is not None or not run_.finite:
+                return kept
+        rounding = codecs.rounding_of(into, "grid")
+    return run_.round(rounding)
 
-    def passed(mode: int, new_scales: Tensor) -> np.ndarray:
-        sums = np.zeros((len(places), 5))
+
+class _Fold:
+    """One fold of a weight: its tiles, and the passes over them."""
+
+    def __init__(
+        self,
+        encoded: EncodedWeight,
+        into: WeightFormat,
+        old: _Side,
+        new: _Side,
+        tiles: _Tiles,
+        weight: Tensor,
+        scales: Tensor,
+        matrices: Tensor,
+        factors: Tensor | None,
+    ) -> None:
+        self.encoded, self.into, self.new, self.tiles = encoded, into, new, tiles
+        self.finite = True
+        self._old, self._held = old, (weight, scales, matrices, factors)
+        self._levels = _tables(into.codec)
+        self._by_cell, self._cells = _cells(into.codec)
+
+    def _pass(
+        self,
+        mode: int,
+        places: Sequence[tuple[int, int, int]],
+        result: Sequence[int],
+        scales: Tensor,
+        *,
+        search: np.ndarray | None = None,
+        moments: Tensor | None = None,
+        plain: Tensor | None = None,
+        keep: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """``(SUMS,)`` of one pass over ``places``, (first row, end, first column) each; ``result``: an address each."""
+        old, new, tiles = self._old, self.new, self.tiles
+        weight, old_scales, matrices, factors = self._held
+        rows, features = self.encoded.format.shape
+        _, levels, bounds, order = self._levels
+        old_levels = _tables(self.encoded.format.codec)[0]
+        first = (old.kind, weight.data_ptr(), old_scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind)
+        then = (
+            scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
+            self._by_cell, self._cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
+            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1,
+            0 if factors is None else factors.data_ptr(), rows, features,
+        )  # fmt: skip
+        sums = np.zeros((len(places), cpu.SUMS))
 
         def task(i: int) -> None:
-            row, column = places[i]
-            x = _scratch(tiles.group * (tiles.x_stride + tiles.y_stride) // 4 + 32 + (cpu.WORK if best else 0))
+            row, end, column = places[i]
+            x = _scratch(tiles.scratch // 4 + 32 + cpu.WORK)
             y = (x + tiles.group * tiles.x_stride + 63) & ~63
             work = (y + tiles.group * tiles.y_stride + 63) & ~63
             cpu.fold_tile(
-                *first, new_scales.data_ptr(), *then,
-                row, min(row + tiles.row_step, rows), column, min(column + tiles.column_step, features),
-                tiles.group, tiles.panel, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
-                mode, search, 0 if plain is None else plain.data_ptr(), work, sums[i],
+                *first, result[i], *then,
+                row, end, column, min(column + tiles.column_step, features),
+                tiles.group, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
+                mode, 0 if search is None else search.ctypes.data, 0 if plain is None else plain.data_ptr(), work,
+                0 if keep is None else keep.ctypes.data, sums[i],
             )  # fmt: skip
 
         run(task, len(places))
         total: np.ndarray = sums.sum(0)
         total[2] = sums[:, 2].max(initial=0)
+        self.finite = self.finite and total[2] < blockwise.NOT_FINITE
         return total
 
-    mode = cpu.NEAREST if not best else cpu.BEST if moments is None else cpu.SCALES
-    norm, error, top, nearest, change = map(float, passed(mode, new_scales))
-    if top >= blockwise.NOT_FINITE:
-        return None
-    if new.kind != cpu.FOUR_BIT:
-        return blockwise.finish(into, result, new_scales, None, norm, error, change)
-    statistics = codecs._encode_absmax(new_scales, into)
-    if not best:
-        error += 0.0 if moments is None else _nested_error(into, new_scales, statistics, moments)
-        nearest = error
-    elif plain is not None and moments is not None:
-        # codes for the scales that the reader will see
-        seen = codecs._decode_absmax(EncodedWeight(into, statistics)).contiguous()
-        error = float(passed(cpu.GIVEN, seen)[1])
-        nearest += _nested_error(into, plain, codecs._encode_absmax(plain, into), moments)
-    return blockwise.finish_best(into, result, statistics, norm, error, nearest, change)
+    def _places(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Tiles of the rows in ``ranges``."""
+        features, step = self.encoded.format.shape[1], self.tiles.row_step
+        return [
+            (row, min(row + step, end), column)
+            for column in range(0, features, self.tiles.column_step)
+            for begin, end in ranges
+            for row in range(begin, end, step)
+        ]
+
+    def round(self, rounding: str) -> tuple[EncodedWeight, blockwise.Cost] | None:
+        """Every block scaled by its own values."""
+        into = self.into
+        result, scales, moments = blockwise.allocate(into, torch.device("cpu"))
+        places = self._places([(0, into.shape[0])])
+        to = [result.data_ptr()] * len(places)
+        best = rounding != "nearest"
+        search = _search(into.codec, rounding) if best else None
+        plain = torch.empty_like(scales) if best and moments is not None else None
+        mode = cpu.NEAREST if not best else cpu.BEST if moments is None else cpu.SCALES
+        total = self._pass(mode, places, to, scales, search=search, moments=moments, plain=plain)
+        if not self.finite:
+            return None
+        norm, error, _, nearest, change, held, _, _ = map(float, total)
+        statistics = blockwise.statistics_of(into, scales)
+        if not best:
+            if moments is not None:
+                more, more_held = _nested_error(into, scales, statistics, moments)
+                error, held = error + more, held + more_held
+            nearest = error
+        elif plain is not None and moments is not None:
+            # codes for the scales that the reader will see
+            seen = codecs.decode_absmax(EncodedWeight(into, statistics)).contiguous()
+            again = self._pass(cpu.GIVEN, places, to, seen, search=search)
+            error, held = float(again[1]), float(again[5])
+            nearest += _nested_error(into, plain, codecs.encode_absmax(plain, into), moments)[0]
+        sums = blockwise.Sums(norm, error, nearest, change, held)
+        return blockwise.tensors_of(into, result, statistics), sums.cost(into, rounding)
+
+    def keep(self, relaxation: float | None, *, inverse: bool) -> tuple[EncodedWeight, blockwise.Cost] | None:
+        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`. None where most blocks are
+        strong, or the base's statistics do not hold what the strong ones need.
+        """
+        into, rows = self.into, self.into.shape[0]
+        own = preserve.scales_of(self.encoded, into)
+        options = _Keep(own, into)
+        steps = self._steps(options, inverse=inverse) if relaxation is None else preserve.steps_of(relaxation)
+        if steps is None:
+            return None
+        result, scales, _ = blockwise.allocate(replace(into, nested_blocksize=0), torch.device("cpu"))
+        places = self._places([(0, rows)])
+        options.numbers[0] = preserve.relaxation_of(steps) - 1
+        total = self._pass(
+            cpu.KEEP, places, [result.data_ptr()] * len(places), scales,
+            search=_search(into.codec, "grid") if into.codec != "int8" else None, keep=options.table,
+        )  # fmt: skip
+        norm, error, _, _, change, held, _, misfits = map(float, total)
+        if not self.finite or misfits:
+            return None
+        statistics = preserve.put_scales(self.encoded, into, scales if options.codes is None else options.codes)
+        sums = blockwise.Sums(norm, error, None, change, held)
+        return blockwise.tensors_of(into, result, statistics), sums.cost(
+            into, "preserve", preserve.relaxation_of(steps)
+        )
+
+    def _steps(self, options: _Keep, *, inverse: bool) -> int | None:
+        """:func:`oftsurgery.preserve.relaxation` of this weight."""
+        rows, features = self.into.shape
+        ranges = preserve.sample_of(rows, features, preserve.whole_rows(self.into))
+        planes = np.empty((3, sum(end - begin for begin, end in ranges) * features), np.float32)
+        options.table[cpu.PLANE] = planes.strides[0]
+        at, starts = 0, {}
+        for begin, end in ranges:
+            starts[begin] = planes.ctypes.data + 4 * at
+            at += (end - begin) * features
+        places, to = [], []
+        for begin, end in ranges:
+            for place in self._places([(begin, end)]):
+                places.append(place)
+                to.append(starts[begin] + 4 * (place[0] - begin) * features)
+        total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
+        blocks = planes.shape[1] // (features if self.into.codec == "int8" else self.into.blocksize)
+        if not self.finite or 2 * total[6] > blocks:
+            return None
+        if inverse or not total[0] > 0:
+            return 0
+        _, levels, bounds, _ = self._levels
+        chunk = 1 << 14
+
+        def kept(steps: Sequence[int]) -> list[float]:
+            relaxations = np.array([preserve.relaxation_of(k) for k in steps])
+            sums = np.zeros((-(-planes.shape[1] // chunk), len(steps)))
+
+            def task(i: int) -> None:
+                cpu.projections(
+                    planes.ctypes.data, planes.strides[0], i * chunk, min(i * chunk + chunk, planes.shape[1]),
+                    self.into.codec == "int8", levels.data_ptr(), bounds.data_ptr(),
+                    self._by_cell, self._cells.ctypes.data, relaxations, sums[i],
+                )  # fmt: skip
+
+            run(task, len(sums))
+            return [float(x) for x in sums.sum(0) / total[0]]
+
+        return preserve.solve(kept)
 
 
-def _nested_error(into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor) -> float:
+def _nested_error(
+    into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
+) -> tuple[float, float]:
     """:func:`oftsurgery.kernels.blockwise.nested_error` in one pass, without temporaries."""
     codes, nested, levels, offset = (
         statistics[name] for name in ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
     )
-    return float(
-        cpu.nested_error(
-            scales.numpy(), codes.reshape(-1).numpy(), levels.numpy(), nested.reshape(-1).numpy(),
-            np.float32(offset.item()), into.nested_blocksize, moments.numpy(),
-        )
+    error, kept = cpu.nested_error(
+        scales.numpy(), codes.reshape(-1).numpy(), levels.numpy(), nested.reshape(-1).numpy(),
+        np.float32(offset.item()), into.nested_blocksize, moments.numpy(),
     )  # fmt: skip
+    return float(error), float(kept)
+
+
+class _Keep:
+    """The table that :func:`oftsurgery.kernels.cpu.fold_tile` takes for KEEP and SAMPLE, and what it points to."""
+
+    def __init__(self, own: preserve.Scales, into: WeightFormat) -> None:
+        self.own = own
+        self._values = own.values.contiguous()
+        square, clip = preserve.limits(into.codec)
+        largest = float(self._values.abs().max())
+        self.numbers = np.array([0, square, clip, own.offset, 1 + preserve.MISFIT, largest or 1], np.float32)
+        self.table = np.zeros(8, np.int64)
+        self.table[cpu.OWN], self.table[cpu.NUMBERS] = self._values.data_ptr(), self.numbers.ctypes.data
+        self.codes: Tensor | None = None
+        if own.table is not None and own.factors is not None and own.codes is not None:
+            ordered, order = (t.numpy() for t in own.in_order())
+            middles = (ordered[1:] + ordered[:-1]) / 2
+            self._ordered = np.concatenate([ordered, middles, [np.inf]]).astype(np.float32)
+            self._order, self._factors = order.astype(np.float32), own.factors.contiguous()
+            self.codes = own.codes.detach().clone()
+            self.table[cpu.TABLE], self.table[cpu.TABLE_CODES] = self._ordered.ctypes.data, self._order.ctypes.data
+            self.table[cpu.FACTORS], self.table[cpu.FACTOR_SIZE] = self._factors.data_ptr(), own.size
+            self.table[cpu.SCALE_CODES] = self.codes.data_ptr()
 
 
 # --- block rotations --------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, T
     if codec not in ("nf4", "fp4"):
         unused = torch.zeros(16, dtype=torch.float32, device=device)
         return unused, unused, unused, unused.to(torch.int32)
-    levels = codecs._levels(codec, device)
-    bounds, order = codecs._bounds(codec, device)
+    levels = codecs.levels_of(codec, device)
+    bounds, order = codecs.bounds_of(codec, device)
     return levels, levels[order].contiguous(), bounds, order.to(torch.int32)
 
 

@@ -5,17 +5,17 @@ not take.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from oftsurgery import codecs, rotations
+from oftsurgery import codecs, preserve, rotations
 from oftsurgery.adapter import Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-from .blockwise import Cost
+from .blockwise import Cost, Sums
 
 __all__ = ["fold"]
 
@@ -28,6 +28,7 @@ def fold(
     into: WeightFormat,
     ordered: Sequence[tuple[Rotation, Tensor]],
     rounding: str,
+    relaxation: float | None,
     *,
     inverse: bool,
 ) -> tuple[EncodedWeight, Cost] | None:
@@ -35,93 +36,159 @@ def fold(
 
     Args:
         ordered: rotations and their blocks, in the order in which they touch the weight.
-        rounding: as for :func:`oftsurgery.codecs.encode`.
+        rounding, relaxation, inverse: as for :func:`oftsurgery.kernels.fold`.
 
     Returns:
         None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up:
         the reference has the answer, or the error.
     """
     rows, features = encoded.format.shape
-    step = _step(encoded.format, into, [r for r, _ in ordered])
+    chain = [r for r, _ in ordered]
+    step = math.lcm(preserve.whole_rows(encoded.format, chain), preserve.whole_rows(into))
     step *= max(1, _TILE_WEIGHTS // (step * features))
     if step >= rows or step * features > _MOST_WEIGHTS:
         return None
-    old = _single(encoded)
-    starts = range(0, rows, step)
+    run = _Fold(_single(encoded), into, ordered, step, inverse=inverse)
+    if rounding == "preserve":
+        if preserve.applies(encoded.format, into):
+            kept = run.keep(encoded, relaxation)
+            if kept is not None or not run.finite:
+                return kept
+        rounding = codecs.rounding_of(into, "grid")
+    return run.round(rounding)
 
-    def exact(start: int) -> tuple[Tensor, Tensor]:
-        base = weight = codecs.decode(_rows(old, start, min(start + step, rows)))
-        for rotation, blocks in ordered:
-            weight = _rotate(weight, rotation, blocks, start, inverse=inverse)
+
+class _Fold:
+    """One fold of a weight, some rows at a time."""
+
+    def __init__(
+        self,
+        old: EncodedWeight,
+        into: WeightFormat,
+        ordered: Sequence[tuple[Rotation, Tensor]],
+        step: int,
+        *,
+        inverse: bool,
+    ) -> None:
+        self.old, self.into, self.ordered, self.step, self.inverse = old, into, ordered, step, inverse
+        self.rows, self.features = old.format.shape
+        self.single = replace(into, nested_blocksize=0, storage=torch.uint8)
+        self.finite = True
+        self.norm = self.error = self.nearest = self.change = self.held = 0.0
+
+    def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows of the weight before and after the rotation."""
+        base = weight = codecs.decode(_rows(self.old, start, stop))
+        for rotation, blocks in self.ordered:
+            weight = _rotate(weight, rotation, blocks, start, inverse=self.inverse)
         return base, weight
 
-    new: dict[str, Tensor] = {}
-    plain_absmax: list[Tensor] = []
-    norm = change = error = nearest = 0.0
-    best = rounding != "nearest"
-    single = replace(into, nested_blocksize=0, storage=torch.uint8)
-    for start in starts:
-        base, weight = exact(start)
-        norm += _square(weight)
-        change += _square(weight - base)
-        if not math.isfinite(norm):
-            return None
-        part = codecs.encode(weight, replace(single, shape=tuple(weight.shape)), rounding)
-        if not into.nested_blocksize:
-            error += _square(codecs.decode(part).to(weight.dtype) - weight)
+    def _tiles(self) -> Iterator[tuple[int, int]]:
+        return ((start, min(start + self.step, self.rows)) for start in range(0, self.rows, self.step))
+
+    def _form(self, weight: Tensor) -> WeightFormat:
+        return replace(self.single, shape=(weight.shape[0], weight.shape[1]))
+
+    def _measure(self, base: Tensor, weight: Tensor) -> None:
+        self.norm += _square(weight)
+        self.change += _square(weight - base)
+        self.finite = self.finite and math.isfinite(self.norm)
+
+    def _store(self, base: Tensor, weight: Tensor, part: EncodedWeight) -> None:
+        miss = codecs.decode(part).to(weight.dtype) - weight
+        self.error += _square(miss)
+        self.held += float((miss * (weight - base)).sum(dtype=torch.float64))
+
+    def _done(
+        self, new: dict[str, Tensor], rounding: str, nearest: float | None, relaxation: float = 1.0
+    ) -> tuple[EncodedWeight, Cost]:
+        if self.into.blocksize:
+            new["weight"] = codecs.as_storage(new["weight"], self.into)
+        sums = Sums(self.norm, self.error, nearest, self.change, self.held)
+        return EncodedWeight(self.into, new), sums.cost(self.into, rounding, relaxation)
+
+    def keep(self, encoded: EncodedWeight, relaxation: float | None) -> tuple[EncodedWeight, Cost] | None:
+        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`."""
+        into, own = self.into, preserve.scales_of(encoded, self.into)
+        size = into.blocksize or self.features
+        if relaxation is None:
+            unit = preserve.whole_rows(into, [r for r, _ in self.ordered])
+            parts = []
+            for start, stop in preserve.sample_of(self.rows, self.features, unit):
+                base, weight = self.exact(start, stop)
+                parts.append((base, weight, own.values[_slice(start, stop, self.features, size)]))
+            if not all(math.isfinite(_square(weight)) for _, weight, _ in parts):
+                self.finite = False
+                return None
+            steps = preserve.relaxation(parts, into, inverse=self.inverse)
+            if steps is None:
+                return None
+        else:
+            steps = preserve.steps_of(relaxation)
+        new: dict[str, Tensor] = {}
+        scales = torch.empty_like(own.values if own.codes is None else own.codes)
+        for start, stop in self._tiles():
+            base, weight = self.exact(start, stop)
+            self._measure(base, weight)
+            here = _slice(start, stop, self.features, size)
+            form = self._form(weight)
+            stored = preserve.encode_rows(base, weight, own, here.start, steps, form) if self.finite else None
+            if stored is None:
+                return None
+            codes, scales[here], seen = stored
+            part = preserve.stored_as(form, codes, seen)
+            self._store(base, weight, part)
+            _place(new, part, start, self.rows, self.features)
+        new |= preserve.put_scales(encoded, into, scales)
+        return self._done(new, "preserve", None, preserve.relaxation_of(steps))
+
+    def round(self, rounding: str) -> tuple[EncodedWeight, Cost] | None:
+        """Every block scaled by its own values."""
+        self.norm = self.error = self.nearest = self.change = self.held = 0.0
+        new: dict[str, Tensor] = {}
+        plain_absmax: list[Tensor] = []
+        best, into, features = rounding != "nearest", self.into, self.features
+        for start, stop in self._tiles():
+            base, weight = self.exact(start, stop)
+            self._measure(base, weight)
+            if not self.finite:
+                return None
+            part = codecs.encode(weight, self._form(weight), rounding)
+            if not into.nested_blocksize:
+                self._store(base, weight, part)
+                if best:
+                    self.nearest += _square(codecs.decode(codecs.encode(weight, part.format)) - weight)
+            elif best:
+                plain_absmax.append(codecs.encode(weight, part.format).tensors["absmax"])
+            _place(new, part, start, self.rows, features)
+        if into.blocksize:
+            new |= codecs.encode_absmax(new.pop("absmax"), into)
+        if into.nested_blocksize:
+            # for the statistics that the reader will see: the error, and with the best scales the codes
+            seen = codecs.decode_absmax(EncodedWeight(into, new))
+            plain_seen = None
             if best:
-                plain = codecs.encode(weight, part.format)
-                nearest += _square(codecs.decode(plain) - weight)
-        elif best:
-            plain_absmax.append(codecs.encode(weight, part.format).tensors["absmax"])
-        _place(new, part, start, rows, features)
-    if into.quantised and into.codec != "int8":
-        absmax = new.pop("absmax")
-        new |= codecs._encode_absmax(absmax, into)
-    if into.nested_blocksize:
-        # for the statistics that the reader will see: the error, and with the best scales the codes
-        seen = codecs._decode_absmax(EncodedWeight(into, new))
-        plain_seen = (
-            codecs._decode_absmax(EncodedWeight(into, codecs._encode_absmax(torch.cat(plain_absmax), into)))
-            if best
-            else None
-        )
-        for start in starts:
-            stop = min(start + step, rows)
-            weight = exact(start)[1]
-            form = replace(single, shape=tuple(weight.shape))
-            own = seen[_slice(start, stop, features, into.blocksize)]
-            here = _slice(start, stop, features, 2)
-            if plain_seen is not None:
-                packed = codecs.scaled_codes(weight.to(torch.float32).reshape(-1), own, form)
-                new["weight"][here] = packed
-                other = plain_seen[_slice(start, stop, features, into.blocksize)]
-                plain_codes = codecs.encode(weight, form).tensors["weight"]
-                plain = EncodedWeight(form, {"weight": plain_codes, "absmax": other})
-                nearest += _square(codecs.decode(plain) - weight)
-            stored = EncodedWeight(form, {"weight": new["weight"][here], "absmax": own})
-            error += _square(codecs.decode(stored) - weight)
-    if into.codec not in ("dense", "int8"):
-        new["weight"] = codecs._as_storage(new["weight"], into)
-    error, nearest, norm, change = (math.sqrt(x) for x in (error, nearest if best else error, norm, change))
-    return EncodedWeight(into, new), Cost(
-        error / (norm or 1.0), nearest / (norm or 1.0), error / change if change else None
-    )
+                plain = codecs.encode_absmax(torch.cat(plain_absmax), into)
+                plain_seen = codecs.decode_absmax(EncodedWeight(into, plain))
+            for start, stop in self._tiles():
+                self._nested(new, seen, plain_seen, start, stop)
+        return self._done(new, rounding, self.nearest if best else self.error)
+
+    def _nested(self, new: dict[str, Tensor], seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> None:
+        """The rows' codes and error with double quantisation's scales."""
+        base, weight = self.exact(start, stop)
+        form = self._form(weight)
+        of, here = _slice(start, stop, self.features, form.blocksize), _slice(start, stop, self.features, 2)
+        if plain_seen is not None:
+            new["weight"][here] = codecs.scaled_codes(weight.to(torch.float32).reshape(-1), seen[of], form)
+            plain = preserve.stored_as(form, codecs.encode(weight, form).tensors["weight"], plain_seen[of])
+            self.nearest += _square(codecs.decode(plain) - weight)
+        self._store(base, weight, preserve.stored_as(form, new["weight"][here], seen[of]))
 
 
 def _slice(start: int, stop: int, features: int, size: int) -> slice:
     """Of rows ``start`` to ``stop``, where one entry is of ``size`` weights."""
     return slice(start * features // size, -(-stop * features // size))
-
-
-def _step(old: WeightFormat, new: WeightFormat, chain: Sequence[Rotation]) -> int:
-    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows themselves, whole
-    rotations.
-    """
-    features = old.shape[1]
-    sizes = [f.blocksize for f in (old, new) if f.blocksize]
-    step = math.lcm(*(size // math.gcd(features, size) for size in sizes), 2 if sizes and features % 2 else 1)
-    return math.lcm(step, *(r.block_size for r in chain if r.side == "output"))
 
 
 def _single(encoded: EncodedWeight) -> EncodedWeight:
@@ -130,8 +197,8 @@ def _single(encoded: EncodedWeight) -> EncodedWeight:
     if "absmax" not in t:
         return encoded
     packed = t["weight"].detach().contiguous().reshape(-1).view(torch.uint8)
-    absmax = codecs._decode_absmax(encoded)
-    codecs._check_4bit(encoded, packed, absmax)
+    absmax = codecs.decode_absmax(encoded)
+    codecs.check_4bit(encoded, packed, absmax)
     return EncodedWeight(replace(f, nested_blocksize=0, storage=torch.uint8), {"weight": packed, "absmax": absmax})
 
 

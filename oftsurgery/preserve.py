@@ -1,0 +1,319 @@
+"""Rounding that keeps what a rotation did to a weight, without data.
+
+The base's weights v lie on the levels of their format. A small rotation moves each by a fraction of a step, δ = w - v,
+and nearest rounding puts nearly all of them back: the error is the adapter itself. Of all roundings q that keep the
+projection on the change,
+
+    Σ (q - v) δ = Σ δ²,
+
+the one of least squared error ``Σ (q - w)²`` is, with a Lagrange multiplier λ,
+
+    q = the nearest level to w + λ δ = v + ω δ,    ω = 1 + λ:
+
+the change, over-relaxed by one factor ω, rounded to nearest. ω is 1 where nearest rounding keeps enough.
+The blocks keep the base's own scales, so that their unchanged weights stay exactly where they were. docs/rounding.md has
+the derivation and what was measured.
+
+Pure functions of tensors, the readable reference. ω is 2^(k/2048), k an integer, so that all backends agree on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import codecs
+from .adapter import Rotation
+from .codecs import EncodedWeight, WeightFormat
+
+__all__ = [
+    "CLIP",
+    "MISFIT",
+    "MOST",
+    "STRONG",
+    "Scales",
+    "applies",
+    "encode_rows",
+    "is_strong",
+    "limits",
+    "put_scales",
+    "relaxation",
+    "relaxation_of",
+    "sample_of",
+    "scales_of",
+    "solve",
+    "steps_of",
+    "stored_as",
+    "whole_rows",
+]
+
+#: ω is 2 ** (k / STEPS) for a k from 0 to MOST
+STEPS = 2048
+MOST = 16 * STEPS
+#: a block is strong where the rotation moves its weights by more than this (their root mean square, in units of the
+#: scale; about half a step between the levels near zero): there nearest rounding keeps 98 % of the change, and a scale
+#: that fits the rotated block errs less
+STRONG = {"nf4": 1 / 15, "fp4": 1 / 9, "int8": 1 / 254}
+#: … or where its largest weight exceeds the base's scale by more than this factor
+CLIP = 1.1
+#: the most weights that ω is found from: of larger ones, rows at even distances
+SAMPLE = 1 << 19
+#: the rows of a sample come in units of so many
+ROWS = 16
+#: double quantisation's statistics of the base may hold a strong block's scale only to within this part of what they hold:
+#: the block's largest weights are clipped then. Beyond, the whole weight is rounded with statistics of its own.
+MISFIT = 0.25
+
+
+def applies(base: WeightFormat, into: WeightFormat) -> bool:
+    """Whether the scales of ``base`` can be kept in ``into``."""
+    return (
+        into.quantised
+        and (base.codec, base.blocksize, base.shape) == (into.codec, into.blocksize, into.shape)
+        and into.nested_blocksize in (0, base.nested_blocksize)
+    )
+
+
+def relaxation_of(steps: int) -> float:
+    """ω of a number of steps."""
+    return math.pow(2.0, steps / STEPS)
+
+
+def steps_of(relaxation: float) -> int:
+    """The number of steps of ω: mirror of :func:`relaxation_of`."""
+    return round(math.log2(relaxation) * STEPS)
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """The scales of a weight's blocks, and which others its statistics can hold.
+
+    Attributes:
+        values: ``(blocks,)`` float32, as the reader sees them: of int8, one a row.
+        codes: ``(blocks,)`` uint8 that stand for them with double quantisation, else None.
+        table: ``(256,)`` float32, what a code is before it is scaled, with double quantisation.
+        factors: ``(⌈blocks/size⌉,)`` float32, what the table is scaled by.
+        offset: what is added.
+        size: blocks a factor.
+    """
+
+    values: Tensor
+    codes: Tensor | None = None
+    table: Tensor | None = None
+    factors: Tensor | None = None
+    offset: float = 0.0
+    size: int = 0
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """The table in order, and the code of each of its values."""
+        assert self.table is not None  # noqa: S101 - of double quantisation
+        order = torch.argsort(self.table, stable=True)
+        return self.table[order].contiguous(), order
+
+    def nearest(self, wanted: Tensor, block: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Codes and values of the scales nearest to ``wanted`` that blocks number ``block`` can have, both ``(n,)``."""
+        if self.table is None or self.factors is None:
+            return None, wanted
+        ordered, order = self.in_order()
+        factor = self.factors[block // self.size]
+        scaled = torch.where(factor != 0, (wanted - self.offset) / factor, 0.0)
+        code = order[torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)]
+        return code.to(torch.uint8), self.table[code] * factor + self.offset
+
+
+def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
+    """The :class:`Scales` of a quantised weight that is to be stored as ``into``."""
+    t = encoded.tensors
+    if encoded.format.codec == "int8":
+        return Scales(t["SCB"].detach().reshape(-1).to(torch.float32))
+    values = codecs.decode_absmax(encoded)
+    if not into.nested_blocksize:
+        return Scales(values)
+    return Scales(
+        values,
+        t["absmax"].reshape(-1),
+        t["nested_quant_map"].to(torch.float32),
+        t["nested_absmax"].reshape(-1).to(torch.float32),
+        float(t["nested_offset"]),
+        into.nested_blocksize,
+    )
+
+
+def put_scales(encoded: EncodedWeight, into: WeightFormat, values: Tensor) -> dict[str, Tensor]:
+    """The statistics of ``encoded`` with other scales, or codes of scales: tensors under their local names."""
+    t = encoded.tensors
+    if into.codec == "int8":
+        return {"SCB": values}
+    kept = ("nested_absmax", "nested_quant_map", "nested_offset") if into.nested_blocksize else ()
+    return {"absmax": values, **{name: t[name].detach().clone() for name in kept}}
+
+
+# --- the relaxation ---------------------------------------------------------------------------------------------------
+
+
+def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
+    """Ranges of rows from which ω is found: all of a small weight, else some at even distances.
+
+    Args:
+        unit: rows that are only taken together; a multiple of :data:`ROWS` of them is.
+    """
+    unit = math.lcm(unit, ROWS)
+    units = -(-rows // unit)
+    apart = max(1, rows * features // SAMPLE)
+    chosen = range(min(apart // 2, units - 1), units, apart)
+    return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
+
+
+@cache
+def limits(codec: str) -> tuple[float, float]:
+    """(the largest mean square of δ, the largest |w|) of a weak block, in units of its scale."""
+    return STRONG[codec] ** 2, CLIP
+
+
+def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
+    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows, whole rotations."""
+    features = f.shape[1]
+    rows = f.blocksize // math.gcd(features, f.blocksize) if f.blocksize else 1
+    rows = math.lcm(rows, 2 if f.blocksize and features % 2 else 1)
+    return math.lcm(rows, *(r.block_size for r in chain if r.side == "output"))
+
+
+def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, codec: str) -> Tensor:
+    """Which blocks are to be scaled anew and rounded to nearest: ``(blocks,)`` bool.
+
+    Args:
+        base, exact: ``(blocks, blocksize)`` float32, padded with zeros.
+        scales: ``(blocks,)``.
+        count: weights of each block, ``(blocks,)``.
+    """
+    square, most = limits(codec)
+    moved = (exact - base).square().sum(-1)
+    strong = moved > square * count * scales.square()
+    return strong | (exact.abs().amax(-1) > most * scales.abs())
+
+
+def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat, *, inverse: bool) -> int | None:
+    """The steps of the ω that keeps the change of the weak blocks of a sample; None where most of its blocks are strong.
+
+    Each evaluation takes the nearest levels of the whole sample, as the encoding does.
+
+    Args:
+        parts: of each range of rows ``(base, exact, scales)``: ``(rows, in)`` float32 twice, and the scales of their
+            blocks.
+        f: of the weight.
+        inverse: the rotation is taken out: the levels next to the rotated weight are the base's own.
+    """
+    values, moves, powers = [], [], []
+    strong_blocks = blocks = 0
+    for base, exact, scales in parts:
+        size = _blocksize(f)
+        v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
+        strong = is_strong(v, w, scales, _counts(base.numel(), size, scales), f.codec)
+        strong_blocks, blocks = strong_blocks + int(strong.sum()), blocks + strong.numel()
+        weak = ~strong & (scales != 0)
+        s = scales[weak].unsqueeze(-1)
+        values.append(v[weak] / s)
+        moves.append((w[weak] - v[weak]) / s)
+        powers.append(s.to(torch.float64).square().expand_as(values[-1]))
+    if 2 * strong_blocks > blocks:
+        return None
+    if inverse:
+        return 0
+    v, d, power = (torch.cat([x.reshape(-1) for x in parts_]) for parts_ in (values, moves, powers))
+    weight = d.to(torch.float64) * power
+    need = float((weight * d).sum())
+    if not need > 0:
+        return 0
+
+    def kept(steps: int) -> float:
+        levels = codecs.nearest_levels(v + d * relaxation_of(steps), f.codec)
+        return float((weight * (levels - v)).sum()) / need
+
+    return solve(lambda steps: [kept(k) for k in steps])
+
+
+def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
+    """The k from 0 to MOST for which ``kept``, which grows with k, is nearest to 1, or 0 where it is more there.
+
+    Args:
+        kept: gives its values for several k at once.
+    """
+    low, high, width = 0, MOST, MOST
+    at_low, at_high = kept([low, high])
+    if at_low >= 1:
+        return 0
+    while width > 1:
+        width //= 8
+        between = [low + width * i for i in range(1, 8)]
+        values = kept(between)
+        for k, at in zip(between, values, strict=True):
+            if at >= 1:
+                high, at_high = k, at
+                break
+            low, at_low = k, at
+    return low if 1 - at_low <= abs(at_high - 1) else high
+
+
+def _blocksize(f: WeightFormat) -> int:
+    return f.shape[1] if f.codec == "int8" else f.blocksize
+
+
+def _counts(n: int, size: int, scales: Tensor) -> Tensor:
+    """Weights of each block of ``n`` in all."""
+    counts = torch.full(scales.shape, float(size), device=scales.device)
+    if n % size:
+        counts[-1] = n % size
+    return counts
+
+
+# --- the codes --------------------------------------------------------------------------------------------------------
+
+
+def encode_rows(
+    base: Tensor, exact: Tensor, scales: Scales, first: int, steps: int, f: WeightFormat
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Some rows of a weight with the change in their weak blocks over-relaxed, and their strong blocks scaled anew.
+
+    Args:
+        base, exact: ``(rows, in)``, whole blocks.
+        scales: of the whole weight, ``first`` the number of the first of these rows' blocks.
+        steps: of ω.
+        f: of these rows, double quantisation left out.
+
+    Returns:
+        the stored codes (packed, or int8), what stands for the scales of these rows' blocks (codes of them with double
+        quantisation), and those scales; None where the base's statistics do not hold the scale of a strong block.
+    """
+    size, n = _blocksize(f), base.numel()
+    v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
+    here = slice(first, first + v.shape[0])
+    seen = scales.values[here].clone()
+    stated = seen if scales.codes is None else scales.codes[here].clone()
+    strong = is_strong(v, w, seen, _counts(n, size, seen), f.codec)
+    at = strong.nonzero().squeeze(-1)
+    if at.numel():
+        flat = w[at].reshape(-1)
+        wanted = w[at].abs().amax(-1) if f.codec == "int8" else codecs.grid_scales(flat, f)
+        codes, seen[at] = scales.nearest(wanted, first + at)
+        if bool((wanted > (1 + MISFIT) * seen[at]).any()):
+            return None
+        if codes is not None:
+            stated[at] = codes
+    factor = torch.where(strong, 1.0, relaxation_of(steps)).unsqueeze(-1)
+    target = torch.where(strong.unsqueeze(-1), w, v + (w - v) * factor).reshape(-1)[:n].to(torch.float32)
+    if f.codec == "int8":
+        return codecs.int8_codes(target.reshape(exact.shape), seen), stated, seen
+    return codecs.scaled_codes(target, seen, f), stated, seen
+
+
+def stored_as(f: WeightFormat, codes: Tensor, scales: Tensor) -> EncodedWeight:
+    """Codes and the scales of their blocks as a weight without double quantisation."""
+    return EncodedWeight(f, {"weight": codes, "SCB" if f.codec == "int8" else "absmax": scales})
