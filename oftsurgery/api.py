@@ -97,13 +97,15 @@ def fold(
         adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes; several are the live chain ``x ·
             Ra · Rb``, as peft's active adapters ``[a, b]``. For a model with live adapters: None for the active ones,
             or names.
-        rounding: of quantised weights. ``"nearest"``: as bitsandbytes rounds, bit for bit. ``"mse"``: each 4-bit block
-            is scaled by what makes its squared error least, in place of its absmax; the format stays as it is.
-            ``"grid"``: by nearly that, found in half the time. Int8 is rounded to nearest in all three.
+        rounding: of quantised weights; the format stays as it is. ``"preserve"``: what the adapter changed is kept, where
+            nearest rounding would put most weights back to where they were; a weight that the adapter moves by more than
+            half a step is rounded as by ``"grid"`` (int8: to nearest). ``"nearest"``: as bitsandbytes rounds, bit for
+            bit. ``"mse"``: each 4-bit block is scaled by what makes its squared error least, in place of its absmax;
+            ``"grid"``: by nearly that, found in half the time; int8 is rounded to nearest in both.
             ``"calibrated"``: the codes make up for each other's errors on the layer's own inputs, in 4 bits and in
             int8; needs ``calibration``, and is implied by it. Where that is not better on held-out inputs, the layer is
-            as with ``"mse"``, and a :class:`~oftsurgery.CalibrationWarning` names it.
-            None: ``"calibrated"`` with a calibration, else ``"grid"``.
+            as with ``"preserve"``, and a :class:`~oftsurgery.CalibrationWarning` names it.
+            None: ``"calibrated"`` with a calibration, else ``"preserve"``.
         calibration: inputs of the kind that the model is for: an iterable of batches as its forward takes them (tensors,
             tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is padding), 100
             to 500 texts in all. Read once and held in memory.
@@ -165,7 +167,7 @@ def _rounding(
         StateError: it is unknown, or does not go with what there is to calibrate on.
     """
     if rounding is None:
-        return "grid" if calibration is None else "calibrated"
+        return "preserve" if calibration is None else "calibrated"
     if rounding not in (*codecs.ROUNDINGS, "calibrated"):
         known = ", ".join(map(repr, codecs.ROUNDINGS))
         raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=f"{known} or 'calibrated'")
@@ -245,7 +247,7 @@ def unfold(
     *,
     base: nn.Module | str | PathLike[str] | None = None,
     undo: str | PathLike[str] | None = None,
-    rounding: Rounding = "grid",
+    rounding: Rounding = "preserve",
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -330,7 +332,7 @@ def plan_fold(
     """
     from . import checkpoint
 
-    mode: Rounding | Literal["calibrated"] = rounding or "grid"
+    mode: Rounding | Literal["calibrated"] = rounding or "preserve"
 
     codec = quantize or (format if format in checkpoint.QUANTISED else None)
     quantization = None
@@ -353,7 +355,7 @@ def plan_fold(
         format=format,
         quantization=quantization,
         fold_into=fold_into,
-        rounding="mse" if mode == "calibrated" else mode,
+        rounding="preserve" if mode == "calibrated" else mode,
         undo=None if undo is None else Path(undo).expanduser(),
         max_shard_bytes=parse_size(max_shard_size),
     )
@@ -494,7 +496,7 @@ def unfold_checkpoint(
     base: str | PathLike[str] | None = None,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     undo: str | PathLike[str] | None = None,
-    rounding: Rounding = "grid",
+    rounding: Rounding = "preserve",
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     resume: bool = False,

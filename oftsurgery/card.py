@@ -320,6 +320,7 @@ def _fold(fold: FoldRecord, number: int) -> str:
         ("base", _base(fold)),
         ("stored as", ", ".join(_code(label) for label in sorted({m.format for m in fold.modules.values()}))),
         ("rounding", _code(fold.rounding)),
+        ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
         ("replaced by the adapter's own", ", ".join(_code(name) for name in _few(sorted(fold.saved)))),
         ("versions", _escaped(", ".join(f"{name} {version}" for name, version in fold.versions.items()))),
     ]

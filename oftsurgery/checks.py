@@ -9,13 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from . import codecs, configs, rotations
+from . import codecs, configs, measures, rotations
 from .adapter import OFTAdapter
 from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_quantization
 from .codecs import WeightFormat
 from .errors import MatchError, StateError, printable
 from .naming import Architecture, architecture_of, locate
-from .record import FoldRecord, ModuleRecord
+from .record import ENOUGH, FoldRecord, ModuleRecord
 from .shards import Checkpoint, inside, sha256_of
 from .weight import nearest_error, relative_error, rotate_chain
 
@@ -39,6 +39,9 @@ class WeightCheck:
         calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
             errs more than a plainly rounded one, so that its layer's outputs err less.
         rho: ``‖folded - exact‖ / ‖exact - base‖``; None where the adapter changes nothing.
+        kept: ``⟨folded - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        steps: the error of a weight that lies anywhere between the format's levels: rounding that keeps the change costs
+            no more.
     """
 
     error: float
@@ -46,6 +49,8 @@ class WeightCheck:
     recorded: bool | None
     calibrated: float | None = None
     rho: float | None = None
+    kept: float | None = None
+    steps: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -56,8 +61,11 @@ class WeightCheck:
 
     @property
     def excess(self) -> float:
-        """How far the error is beyond plain rounding, or beyond what calibration made of it."""
-        return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0) * _SLACK)
+        """How far the error is beyond plain rounding, beyond what calibration made of it, or, where the change is kept,
+        beyond what the format's steps cost.
+        """
+        whole = self.kept is not None and abs(self.kept - 1) <= 1 - ENOUGH
+        return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
 
 
 @dataclass(frozen=True)
@@ -190,8 +198,9 @@ def _check(
         error = relative_error(codecs.decode(stored), exact)
         rounding = nearest_error(exact, into)
         changed = relative_error(before, exact)
+        kept = measures.kept(codecs.decode(stored), before, exact)
+        steps = measures.step_error(stored, exact)
     rho = error / changed if changed else None
-    if recorded is None:
-        return WeightCheck(error, rounding, None, rho=rho)
-    calibrated = recorded.error if recorded.rounding == "calibrated" else None
-    return WeightCheck(error, rounding, stored.fingerprint == recorded.after, calibrated, rho)
+    calibrated = recorded.error if recorded is not None and recorded.rounding == "calibrated" else None
+    same = stored.fingerprint == recorded.after if recorded is not None else None
+    return WeightCheck(error, rounding, same, calibrated, rho, kept, steps)

@@ -315,9 +315,10 @@ def _rounding(parser: argparse.ArgumentParser, *, calibrated: bool = False) -> N
     parser.add_argument(
         "--rounding",
         choices=(*ROUNDINGS, "calibrated") if calibrated else ROUNDINGS,
-        default=None if calibrated else "grid",
-        help="of quantised weights: as bitsandbytes rounds, with the scale of each 4-bit block that errs least (mse), or "
-        f"nearly that in half the time (grid){data} (default: grid)",
+        default=None if calibrated else "preserve",
+        help="of quantised weights: so that what the adapter changed is kept (preserve), as bitsandbytes rounds (nearest), "
+        "with the scale of each 4-bit block that errs least (mse), or nearly that in half the time (grid)"
+        f"{data} (default: preserve)",
     )
 
 
@@ -908,13 +909,14 @@ def _say_checked(args: argparse.Namespace, report: Any) -> None:
                 f"{c.rounding:.3e}",
                 f"{c.gain:+.0%}" if c.rounding else "-",
                 "-" if c.rho is None else f"{c.rho:.2f}",
+                "-" if c.kept is None else f"{c.kept:.1%}",
                 {True: "yes", False: "NO", None: "-"}[c.recorded],
                 "ok" if report.passes(c) else "FAILED",
             )
             for path, c in report.worst_first
         ]
         if rows:
-            _table(("module", "error", "plain rounding", "of its square", "ρ", "as recorded", ""), rows)
+            _table(("module", "error", "plain rounding", "of its square", "ρ", "kept", "as recorded", ""), rows)
         wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
         for name, state in wrong:
             print(f"{printable(name)}: {state.upper()} since it was recorded")
@@ -996,6 +998,7 @@ def _show_fold(fold: FoldRecord) -> None:
     for label, text in (
         ("base", base),
         ("rounding", fold.rounding),
+        ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph(fold)),
@@ -1015,10 +1018,12 @@ def _show_fold(fold: FoldRecord) -> None:
             m.rounding,
             "-" if m.nearest is None else f"{m.nearest:.3e}",
             "-" if m.rho is None else f"{m.rho:.2f}",
+            "-" if m.kept is None else f"{m.kept:.1%}",
         )
         for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
     ]
-    _table(("module", "format", "side", "block size", "error", "defect", "angle", "rounding", "plain", "ρ"), modules)
+    columns = ("module", "format", "side", "block size", "error", "defect", "angle", "rounding", "plain", "ρ", "kept")
+    _table(columns, modules)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

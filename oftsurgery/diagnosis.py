@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions, configs, files, peft_live, rotations
+from . import codecs, companions, configs, files, measures, peft_live, rotations
 from .adapter import OFTAdapter, Rotation, parse_adapter
 from .checkpoint import load_weight, plan_checkpoint
 from .codecs import EncodedWeight, WeightFormat
@@ -42,7 +42,7 @@ from .layers import Layer
 from .model import modules_of, record_of
 from .naming import Architecture, architecture_of, locate, split_companion
 from .plan import LayerInfo, make_plan
-from .record import FoldRecord
+from .record import ENOUGH, FoldRecord
 from .shards import CONFIG, INDEX, SINGLE, Checkpoint, TensorEntry, inside, open_checkpoint, read_header, read_json
 from .weight import relative_error, rotate_chain
 
@@ -672,8 +672,11 @@ def _convolution(path: str, kernel: Iterable[int]) -> Finding:
 def _folded(
     adapter: OFTAdapter, base: Callable[[str], EncodedWeight | None], folded: Callable[[str], EncodedWeight | None]
 ) -> list[Finding]:
-    """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice."""
+    """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice. And how much
+    of the adapter is in all of them.
+    """
     found: list[Finding] = []
+    kept: dict[str, tuple[float, float]] = {}
     for path, rotation in adapter.modules.items():
         with _noting(found, path):
             before, after = base(path), folded(path)
@@ -684,10 +687,43 @@ def _folded(
                     remedy="give the base and the adapter that it was folded from",
                 )
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
-            finding = _judge(path, rotation, before, after)
+            finding, part = _judge(path, rotation, before, after)
             found += [] if finding is None else [finding]
+            if part is not None:
+                kept[path] = part
     # worst first: the one that is farthest from the right fold
-    return sorted(found, key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
+    found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
+    return found + _kept(kept)
+
+
+def _kept(parts: Mapping[str, tuple[float, float]]) -> list[Finding]:
+    """How much of what the adapter changes is in the merged weights: of each ``(kept, ‖exact - base‖²)``."""
+    total = math.fsum(change for _, change in parts.values())
+    if not total:
+        return []
+    overall = math.fsum(kept * change for kept, change in parts.values()) / total
+    least = min(parts, key=lambda path: parts[path][0])
+    evidence: dict[str, float | int | str | None] = {
+        "kept": overall,
+        "least": parts[least][0],
+        "weights": len(parts),
+        f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
+    }
+    text = f"{overall:.0%} of what the adapter changes is in the merged weights"
+    if overall >= ENOUGH:
+        return [Finding("note", "kept", text, printable(least), evidence)]
+    return [
+        Finding(
+            "warning",
+            "adapter-lost",
+            f"{text}: rounding to the format's levels has put the rest back, and the model computes nearly what its base does"
+            if overall < 0.5
+            else f"{text}: rounding to the format's levels has put the rest back",
+            printable(least),
+            evidence,
+            'fold the base again with --rounding preserve (rounding="preserve"), which keeps it in the same format',
+        )
+    ]
 
 
 _TRANSPOSED = (
@@ -718,9 +754,14 @@ _MESSAGES: Mapping[str, tuple[Severity, str, str]] = {
 
 # a fold in NF4 is off by about a tenth, in FP4 by a little more
 _COARSEST = 0.2
+# a weight that holds the change to within this part is its fold
+_WHOLE = 0.25
 
 
-def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedWeight) -> Finding | None:
+def _judge(
+    path: str, rotation: Rotation, before: EncodedWeight, after: EncodedWeight
+) -> tuple[Finding | None, tuple[float, float] | None]:
+    """What is wrong with a merged weight, and how much of the change it holds, with ``‖exact - base‖²``."""
     with rotations.full_precision(before.tensors["weight"].device.type):
         start = codecs.decode(before)
         right = rotate_chain(start, [rotation])
@@ -728,8 +769,16 @@ def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedW
         effect = relative_error(start, right)
         stored = codecs.decode(codecs.encode(right, replace(after.format, shape=tuple(right.shape))))
         rounding = relative_error(stored, right)
-        if weight.shape == right.shape and relative_error(weight, stored) <= max(rounding / 2, 1e-6):
-            return None
+        part, whole, put_back = None, False, False
+        if weight.shape == right.shape:
+            share, of_nearest = measures.kept(weight, start, right), measures.kept(stored, start, right)
+            if share is not None and of_nearest is not None:
+                part = share, float((right - start).square().sum(dtype=torch.float64))
+                whole = abs(share - 1) <= _WHOLE
+                # a right merge may have rounded the change away: that is told of all weights together
+                put_back = of_nearest < 1 - _WHOLE and not torch.equal(weight, start)
+            if relative_error(weight, stored) <= max(rounding / 2, 1e-6):
+                return None, part
         far: dict[str, float] = {}
         if weight.shape == right.shape:
             far |= {"right_fold": relative_error(weight, right), "base": effect and relative_error(weight, start)}
@@ -743,9 +792,14 @@ def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedW
     limit = 2 * rounding + 1e-3
     nearest = min(far, key=lambda k: far[k], default="none")
     if nearest == "right_fold" and far[nearest] <= limit:
-        return None
+        return None, part
     if effect <= 1e-6 and far.get("right_fold", math.inf) <= limit:
-        return None
+        return None, part
+    # rounding that keeps the change may err by more than to the nearest level, but no more than the format's steps
+    if whole and far["right_fold"] <= max(limit, 1.1 * measures.step_error(after, right)):
+        return None, part
+    if put_back and nearest == "base" and far["base"] <= limit:
+        return None, part
     if far.get(nearest, math.inf) > (_COARSEST if nearest == "right_fold" else limit):
         nearest = "none"
     severity, code, message = _MESSAGES[nearest]
@@ -756,7 +810,7 @@ def _judge(path: str, rotation: Rotation, before: EncodedWeight, after: EncodedW
         "shape": "×".join(map(str, weight.shape)),
         "format": after.format.label,
     }
-    return Finding(severity, code, message, printable(path), evidence, f"fold the base again: {FOLD}")
+    return Finding(severity, code, message, printable(path), evidence, f"fold the base again: {FOLD}"), part
 
 
 # --- an adapter's folder ----------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ class RoundingWarning(UserWarning):
 
 
 class WeakAdapterWarning(RoundingWarning):
-    """States, once a fold, that rounding changed weights about as much as the adapter did."""
+    """States, once a fold, that rounding has put back a part of what the adapter changed, and how much is kept."""
 
 
 class UnfoldWarning(UserWarning):

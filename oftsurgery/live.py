@@ -503,7 +503,7 @@ class LiveLayer(nn.Module):
         layer = Layer(self._name, self.base_layer)
         try:
             encoded, home = layer.read()
-            folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home)
+            folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
         except OFTSurgeryError as error:
             raise error.within(self._name) from error.__cause__
         held = _Held.of(layer)

@@ -33,7 +33,7 @@ from .errors import (
 from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .plan import FoldPlan, LayerInfo, Target, make_plan
-from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .sharing import share_model
 from .undo_file import UndoParts, UndoRecord, UndoWriter
 from .weight import FoldedWeight, begin_record, fold_encoded, unfold_encoded
@@ -422,22 +422,19 @@ def warn_of_rounding(record: FoldRecord) -> None:
     _warn_of_weak_adapter(record)
 
 
-#: ρ from which on a fold warns: below, more than half of what the adapter changed is still its own (1/(1 + ρ²))
-_WEAK = 0.7
-
-
 def _warn_of_weak_adapter(record: FoldRecord) -> None:
-    """One :class:`WeakAdapterWarning` that names the modules whose rounding is as large as what the adapter changed."""
-    weak = {path: m.rho for path, m in record.modules.items() if m.rho is not None and m.rho > _WEAK}
+    """One :class:`WeakAdapterWarning` that names the modules in which rounding has put back what the adapter changed."""
+    weak = record.weak
     if not weak:
         return
-    worst = sorted(weak, key=lambda path: -weak[path])
-    named = ", ".join(f"{printable(path)} ({weak[path]:.2f})" for path in worst[:3])
-    more = ", …" if len(worst) > 3 else ""
+    named = ", ".join(f"{printable(path)} ({kept:.0%})" for path, kept in list(weak.items())[:3])
+    more = ", …" if len(weak) > 3 else ""
+    overall = "" if record.kept is None else f" ({record.kept:.0%} over all weights)"
+    plain = any(record.modules[path].rounding != "preserve" for path in weak) and record.rounding != "preserve"
+    remedy = 'Fold with rounding="preserve", which needs no data' if plain else "Fold with a calibration"
     warn_caller(
-        f"the adapter is weak beside the rounding in {len(weak)} of {len(record.modules)} weights: ρ = ‖folded - exact‖ / ‖exact - base‖ "
-        f"is above {_WEAK} in {named}{more}; from 1 on, dropping the adapter would be closer. Fold with a calibration, into int8 or "
-        "bfloat16, or keep the adapter live (oftsurgery.wrap)",
+        f"the rounding has put back what the adapter changed in {len(weak)} of {len(record.modules)} weights: less than {ENOUGH:.0%} is "
+        f"kept{overall}, in {named}{more}. {remedy}, into int8 or bfloat16, or keep the adapter live (oftsurgery.wrap)",
         WeakAdapterWarning,
     )
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from ._version import __version__
 from .errors import MissingDependencyError, StateError, printable
-from .record import AdapterInfo, FoldRecord, ModuleRecord
+from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .summary import (
     LEVELS,
-    WEAK,
     Layout,
     Scale,
     Stack,
@@ -58,6 +57,7 @@ class _Metric:
         show: a value with its unit.
         unit: of the values in cells.
         short: a value without it.
+        wanted: what a value should be, from which it is told how far below it lies; None: small is good.
     """
 
     id: str
@@ -68,9 +68,16 @@ class _Metric:
     show: Callable[[float], str]
     unit: str
     short: Callable[[float], str]
+    wanted: float | None = None
 
     def of(self, module: ModuleRecord) -> float | None:
-        return getattr(module, self.id, None)
+        """What is drawn: the more of it, the worse."""
+        value = getattr(module, self.id, None)
+        return value if value is None or self.wanted is None else self.wanted - value
+
+    def plain(self, drawn: float) -> float:
+        """The field's own value: mirror of :meth:`of`."""
+        return drawn if self.wanted is None else self.wanted - drawn
 
 
 def _percents(value: float) -> str:
@@ -90,11 +97,23 @@ _METRICS = (
         _percents,
     ),
     _Metric(
+        "kept",
+        "Kept: is the adapter still there?",
+        "kept",
+        f"How much of what the adapter changed is in the stored weights, ⟨stored − base, exact − base⟩ / ‖exact − base‖². At 100 % "
+        f"all of it; below {ENOUGH:.0%} (marked !) the rounding has put a part back; at 0 % nothing is left of it.",
+        Scale.to_one,
+        lambda v: f"{100 * (1 - v):.1f}\N{NO-BREAK SPACE}%",
+        "in %",
+        lambda v: f"{100 * (1 - v):.0f}",
+        wanted=1.0,
+    ),
+    _Metric(
         "rho",
-        "ρ: is the adapter still there?",
+        "ρ: the rounding beside the adapter",
         "ρ",
-        f"The error beside what the adapter changed, ‖stored − exact‖ / ‖exact − base‖. Near 0 the adapter is whole; above "
-        f"{WEAK} (marked !) most of it is lost in the rounding; at 1 leaving the adapter out would be as near.",
+        "The error beside what the adapter changed, ‖stored − exact‖ / ‖exact − base‖. It says nothing of the error's direction: a "
+        "weight may err by more than the adapter changed and still hold all of it.",
         Scale.to_one,
         lambda v: f"{v:.2f}",
         "a ratio",
@@ -141,6 +160,7 @@ _WORDS = (
         "plain rounding",
         "What the error would have been with bitsandbytes' own rounding, each value to its nearest code.",
     ),
+    ("kept", "⟨stored − base, exact − base⟩ / ‖exact − base‖²: how much of what the adapter changed is there."),
     ("ρ", "‖stored − exact‖ / ‖exact − base‖: the error beside what the adapter changed."),
     ("output error", "The same error measured on a layer's outputs over calibration texts."),
     ("angle", "The largest angle between a direction and its rotated self, over the module's blocks."),
@@ -221,8 +241,8 @@ def headline(record: FoldRecord) -> dict[str, Any]:
         if values:
             worst = max(values, key=lambda path: values[path])
             found[metric.id] = {
-                "median": statistics.median(values.values()),
-                "worst": values[worst],
+                "median": metric.plain(statistics.median(values.values())),
+                "worst": metric.plain(values[worst]),
                 "worst_module": worst,
             }
     return found
@@ -299,23 +319,23 @@ def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
         }
     if not modules:
         return {"tone": "plain", "word": "Nothing was rotated.", "text": "The record names no weight."}
-    rho = {path: r for path, m in modules.items() if (r := m.rho) is not None}
-    if rho:
-        worst = max(rho, key=lambda path: rho[path])
-        weak = sum(value > WEAK for value in rho.values())
+    kept, weak = record.kept, record.weak
+    if kept is not None:
         if weak:
+            worst = next(iter(weak))
+            first = "" if record.rounding == "preserve" else 'rounding="preserve", '
             return {
                 "tone": "warn",
-                "word": "Partly lost." if weak < len(rho) else "Lost.",
-                "text": f"In {weak} of {_count(len(rho), 'weight')} the rounding is more than {WEAK} of what the adapter changed (ρ up to "
-                f"{rho[worst]:.2f}, in {printable(worst)}). What helps: calibrated rounding, int8 or bf16 as the format, or keeping the "
-                "adapter live.",
+                "word": "Lost." if kept < 0.5 else "Partly lost.",
+                "text": f"{kept:.0%} of what the adapter changed is kept; in {len(weak)} of {_count(len(modules), 'weight')} less than "
+                f"{ENOUGH:.0%} (least in {printable(worst)}: {weak[worst]:.0%}). What helps: {first}calibrated rounding, int8 or bf16 as "
+                "the format, or keeping the adapter live.",
             }
+        least = min((m.kept, path) for path, m in modules.items() if m.kept is not None)
         return {
             "tone": "good",
             "word": "The adapter is still there.",
-            "text": f"In every weight the rounding is less than what the adapter changed: ρ is {statistics.median(rho.values()):.2f} in the "
-            f"median and {rho[worst]:.2f} at most, in {printable(worst)}.",
+            "text": f"{kept:.1%} of what the adapter changed is kept, over all weights; {least[0]:.1%} at least, in {printable(least[1])}.",
         }
     error = max(m.error for m in modules.values())
     if error <= _ALMOST_EXACT:
@@ -328,7 +348,7 @@ def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
         "tone": "plain",
         "word": "Rounded.",
         "text": f"Weights are {percent(statistics.median(m.error for m in modules.values()))} in the median from what the adapter "
-        f"computes, {percent(error)} at most. The record has no ρ, which would tell how much of the adapter that is.",
+        f"computes, {percent(error)} at most. The record does not tell how much of the adapter is kept.",
     }
 
 
@@ -348,7 +368,13 @@ def _cards(record: FoldRecord, checks: Sequence[_Check], files: Mapping[str, int
             )
             cards.append(_card(f"{metric.column}, median", metric.show(statistics.median(values.values())), note))
         if metric.id != "output_error":
-            what = {"error": "error, worst", "rho": "ρ, worst", "angle": "angle, largest", "defect": "defect, largest"}
+            what = {
+                "error": "error, worst",
+                "kept": "kept, least",
+                "rho": "ρ, worst",
+                "angle": "angle, largest",
+                "defect": "defect, largest",
+            }
             cards.append(_card(what[metric.id], metric.show(values[worst]), path=printable(worst)))
     cards += [card for check in checks for card in check.cards]
     sizes = _before_after(record, files)
@@ -397,14 +423,14 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
         title = f"{printable(worst, 100)}: {metric.show(values[worst])}"
         if len(known) > 1:
             middle = metric.show(statistics.median(values[path] for path in known))
-            title += f", the largest of {len(known)}; median {middle}"
+            title += f", the {'largest' if metric.wanted is None else 'least'} of {len(known)}; median {middle}"
         return {
             "name": printable(worst),
             "level": scale.level(values[worst]),
             "text": metric.short(values[worst]),
             "title": title,
             "row": rows.get(worst, "modules"),
-            "weak": metric.id == "rho" and values[worst] > WEAK,
+            "weak": metric.id == "kept" and metric.plain(values[worst]) < ENOUGH,
         }
 
     loose = [path for path in place.loose if path in values]
@@ -487,6 +513,8 @@ def _reading(metric: _Metric, values: Mapping[str, float], place: Layout) -> str
         )
     if len(values) == 1:
         return f"{worst}: {metric.show(high)}."
+    if metric.wanted is not None:
+        worst, least, high, low = least, worst, low, high
     return f"Largest: {worst}, {metric.show(high)}; smallest: {least}, {metric.show(low)}."
 
 
@@ -675,8 +703,11 @@ def _modules(
     def of(field: str) -> Callable[[str], float | None]:
         return lambda path: getattr(record.modules[path], field, None)
 
+    def drawn(metric: _Metric) -> Callable[[str], float | None]:
+        return lambda path: metric.of(record.modules[path])
+
     for metric in _METRICS:
-        number(metric.column, metric.title, of(metric.id), metric.show)
+        number(metric.column, metric.title, drawn(metric), metric.show)
         if metric.id == "error" and _compared(record):
             number("plain rounding", "what the error would have been with plain rounding", of("nearest"), percent)
         if metric.id == "output_error" and _compared(record):
@@ -709,7 +740,11 @@ def _modules(
                 "path": printable(path),
                 "cells": [
                     *(
-                        {"key": "" if v is None else repr(float(v)), "text": text, "weak": n == "ρ" and (v or 0) > WEAK}
+                        {
+                            "key": "" if v is None else repr(float(v)),
+                            "text": text,
+                            "weak": n == "kept" and (v or 0) > 1 - ENOUGH,
+                        }
                         for n, (v, text) in ((n, get(path)) for n, _, get in columns)
                     ),
                     *(

@@ -200,7 +200,7 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, codec:
     return strong | (exact.abs().amax(-1) > most * scales.abs())
 
 
-def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat, *, inverse: bool) -> int | None:
+def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat) -> int | None:
     """The steps of the ω that keeps the change of the weak blocks of a sample; None where most of its blocks are strong.
 
     Each evaluation takes the nearest levels of the whole sample, as the encoding does.
@@ -209,7 +209,6 @@ def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat, 
         parts: of each range of rows ``(base, exact, scales)``: ``(rows, in)`` float32 twice, and the scales of their
             blocks.
         f: of the weight.
-        inverse: the rotation is taken out: the levels next to the rotated weight are the base's own.
     """
     values, moves, powers = [], [], []
     strong_blocks = blocks = 0
@@ -225,8 +224,6 @@ def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat, 
         powers.append(s.to(torch.float64).square().expand_as(values[-1]))
     if 2 * strong_blocks > blocks:
         return None
-    if inverse:
-        return 0
     v, d, power = (torch.cat([x.reshape(-1) for x in parts_]) for parts_ in (values, moves, powers))
     weight = d.to(torch.float64) * power
     need = float((weight * d).sum())

@@ -19,7 +19,10 @@ from .adapter import OFTAdapter
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AdapterInfo", "FoldRecord", "ModuleRecord", "versions"]
+__all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "versions"]
+
+#: a weight that keeps less of what the adapter changed is told of
+ENOUGH = 0.9
 
 
 def versions() -> dict[str, str]:
@@ -256,6 +259,20 @@ class FoldRecord(_Stored):
         parts = [(m.kept, m.change**2) for m in self.modules.values() if m.kept is not None and m.change is not None]
         total = math.fsum(weight for _, weight in parts)
         return math.fsum(kept * weight for kept, weight in parts) / total if total else None
+
+    @property
+    def weak(self) -> dict[str, float]:
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
+        without those whose change is less than a hundredth of the largest.
+        """
+        changes = [m.change for m in self.modules.values() if m.change is not None]
+        least = max(changes, default=0.0) / 100
+        found = {
+            path: m.kept
+            for path, m in self.modules.items()
+            if m.kept is not None and m.kept < ENOUGH and (m.change is None or m.change >= least)
+        }
+        return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def fingerprints(self) -> set[str]:
         """Of all adapters that the model carries, this record's and the earlier ones'."""

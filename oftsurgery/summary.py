@@ -13,7 +13,6 @@ from .record import FoldRecord
 
 __all__ = [
     "LEVELS",
-    "WEAK",
     "Layout",
     "Scale",
     "Stack",
@@ -30,9 +29,6 @@ __all__ = [
 
 #: steps of a colour scale
 LEVELS = 9
-
-#: above this ρ most of what the adapter did to a weight is lost in its storage
-WEAK = 0.7
 
 # names of lists inside a layer whose members are layers too (Swin's stages, a U-Net's blocks); a list of another name,
 # such as a mixture's experts, holds parts of one layer
@@ -223,13 +219,17 @@ def check_figures(record: FoldRecord) -> None:
         CheckpointError: one is not a finite number.
     """
     for path, module in record.modules.items():
-        for name in ("error", "defect", "angle", "nearest", "rho", "output_error", "output_nearest"):
+        for name in ("error", "defect", "angle", "nearest", "rho", "change", "output_error", "output_nearest"):
             value = getattr(module, name, None)
             needed = name in ("error", "defect", "angle")
             if (value is None and not needed) or is_figure(value):
                 continue
             raise CheckpointError(
                 f"the record's {name} is no finite number", module=path, remedy="restore the record that the fold wrote"
+            )
+        if module.kept is not None and not math.isfinite(module.kept):
+            raise CheckpointError(
+                "the record's kept is no finite number", module=path, remedy="restore the record that the fold wrote"
             )
 
 

@@ -157,16 +157,10 @@ def fold_encoded(
 
 
 def unfold_encoded(
-    encoded: EncodedWeight,
-    chain: Sequence[Rotation],
-    into: WeightFormat | None = None,
-    rounding: str = "nearest",
-    relaxation: float | None = None,
+    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
 ) -> FoldedWeight:
-    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded; so is the
-    ``relaxation`` that the fold found, None where that is not known.
-    """
-    return _recode(encoded, chain, into or encoded.format, rounding, relaxation, inverse=True)
+    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded."""
+    return _recode(encoded, chain, into or encoded.format, rounding, inverse=True)
 
 
 def _recode(
@@ -174,7 +168,6 @@ def _recode(
     chain: Sequence[Rotation],
     into: WeightFormat,
     rounding: str,
-    relaxation: float | None = None,
     *,
     inverse: bool,
 ) -> FoldedWeight:
@@ -191,7 +184,7 @@ def _recode(
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = _in_weight_order(chain, inverse=inverse)
-        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used, relaxation=relaxation)
+        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
         if fast is not None:
             stored, cost, backend = fast
             return FoldedWeight(stored, backend=backend, **cost._asdict())
@@ -205,7 +198,7 @@ def _recode(
             )
         new, steps = None, 0
         if used == "preserve":
-            new, steps = _preserved(encoded, base, exact, chain, into, relaxation, inverse=inverse)
+            new, steps = _preserved(encoded, base, exact, chain, into)
             if new is None:
                 used = codecs.rounding_of(into, "grid")
         if new is None:
@@ -219,9 +212,6 @@ def _preserved(
     exact: Tensor,
     chain: Sequence[Rotation],
     into: WeightFormat,
-    relaxation: float | None,
-    *,
-    inverse: bool,
 ) -> tuple[EncodedWeight | None, int]:
     """The weight by :mod:`oftsurgery.preserve` and the steps of its ω; None where that does not apply."""
     if not preserve.applies(encoded.format, into):
@@ -229,14 +219,11 @@ def _preserved(
     own = preserve.scales_of(encoded, into)
     rows, features = into.shape
     size = into.blocksize or features
-    if relaxation is None:
-        parts = []
-        for start, stop in preserve.sample_of(rows, features, preserve.whole_rows(into, chain)):
-            blocks = slice(start * features // size, -(-stop * features // size))
-            parts.append((base[start:stop], exact[start:stop], own.values[blocks]))
-        steps = preserve.relaxation(parts, into, inverse=inverse)
-    else:
-        steps = preserve.steps_of(relaxation)
+    parts = []
+    for start, stop in preserve.sample_of(rows, features, preserve.whole_rows(into, chain)):
+        blocks = slice(start * features // size, -(-stop * features // size))
+        parts.append((base[start:stop], exact[start:stop], own.values[blocks]))
+    steps = preserve.relaxation(parts, into)
     single = replace(into, nested_blocksize=0, storage=torch.uint8)
     stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, single)
     if steps is None or stored is None:

@@ -115,7 +115,6 @@ def fold(
     *,
     inverse: bool,
     rounding: str = "nearest",
-    relaxation: float | None = None,
 ) -> Result | None:
     """The folded weight, what storing it cost and the backend that computed it; None where the reference is to.
 
@@ -124,7 +123,6 @@ def fold(
         into: the format to store it in.
         inverse: unfold.
         rounding: as for :func:`oftsurgery.fold`, of those that have a part in ``into``.
-        relaxation: ω of :mod:`oftsurgery.preserve`; None: found, or 1 where the weight is unfolded.
 
     Raises:
         OFTSurgeryError: as the reference does.
@@ -134,16 +132,14 @@ def fold(
         return None
     if forced != "tiled":
         name = forced or ("numba" if encoded.tensors["weight"].device.type == "cpu" else "triton")
-        result = _serve(
-            name, lambda driver: _fused(driver, encoded, order, into, rounding, relaxation, inverse=inverse)
-        )
+        result = _serve(name, lambda driver: _fused(driver, encoded, order, into, rounding, inverse=inverse))
         if result is not None:
             return (*result, name)
     from . import tiled
 
     device = encoded.tensors["weight"].device
     blocks = [(r, r.blocks.to(device)) for r in order]
-    tiles = tiled.fold(encoded, into, blocks, rounding, relaxation, inverse=inverse)
+    tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else (*tiles, "tiled")
 
 
@@ -169,7 +165,6 @@ def _fused(
     order: Sequence[Rotation],
     into: WeightFormat,
     rounding: str,
-    relaxation: float | None,
     *,
     inverse: bool,
 ) -> tuple[EncodedWeight, Cost] | None:
@@ -178,7 +173,7 @@ def _fused(
         return None
     device = encoded.tensors["weight"].device
     placed = (None if m is None else m.to(device) for m in matrices)
-    return driver.fold(encoded, into, *placed, rounding, relaxation, inverse=inverse)  # type: ignore[no-any-return]
+    return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
 
 
 def _give_up(name: str, problem: str) -> None:

@@ -189,9 +189,6 @@ def fold(
     matrices: Tensor,
     scale: Tensor | None,
     rounding: str,
-    relaxation: float | None,
-    *,
-    inverse: bool,
 ) -> tuple[EncodedWeight, blockwise.Cost] | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
@@ -199,7 +196,7 @@ def fold(
         encoded: on the CPU.
         matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for one that all blocks share.
         scale: ``(out,)`` or None.
-        rounding, relaxation, inverse: as for :func:`oftsurgery.kernels.fold`.
+        rounding: as for :func:`oftsurgery.kernels.fold`.
 
     Returns:
         None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
@@ -218,7 +215,7 @@ def fold(
     run_ = _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors)
     if rounding == "preserve":
         if preserve.applies(f, into):
-            kept = run_.keep(relaxation, inverse=inverse)
+            kept = run_.keep()
             if kept is not None or not run_.finite:
                 return kept
         rounding = codecs.rounding_of(into, "grid")
@@ -331,14 +328,14 @@ class _Fold:
         sums = blockwise.Sums(norm, error, nearest, change, held)
         return blockwise.tensors_of(into, result, statistics), sums.cost(into, rounding)
 
-    def keep(self, relaxation: float | None, *, inverse: bool) -> tuple[EncodedWeight, blockwise.Cost] | None:
+    def keep(self) -> tuple[EncodedWeight, blockwise.Cost] | None:
         """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`. None where most blocks are
         strong, or the base's statistics do not hold what the strong ones need.
         """
         into, rows = self.into, self.into.shape[0]
         own = preserve.scales_of(self.encoded, into)
         options = _Keep(own, into)
-        steps = self._steps(options, inverse=inverse) if relaxation is None else preserve.steps_of(relaxation)
+        steps = self._steps(options)
         if steps is None:
             return None
         result, scales, _ = blockwise.allocate(replace(into, nested_blocksize=0), torch.device("cpu"))
@@ -357,7 +354,7 @@ class _Fold:
             into, "preserve", preserve.relaxation_of(steps)
         )
 
-    def _steps(self, options: _Keep, *, inverse: bool) -> int | None:
+    def _steps(self, options: _Keep) -> int | None:
         """:func:`oftsurgery.preserve.relaxation` of this weight."""
         rows, features = self.into.shape
         ranges = preserve.sample_of(rows, features, preserve.whole_rows(self.into))
@@ -376,7 +373,7 @@ class _Fold:
         blocks = planes.shape[1] // (features if self.into.codec == "int8" else self.into.blocksize)
         if not self.finite or 2 * total[6] > blocks:
             return None
-        if inverse or not total[0] > 0:
+        if not total[0] > 0:
             return 0
         _, levels, bounds, _ = self._levels
         chunk = 1 << 14

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from oftsurgery import codecs
+from oftsurgery import codecs, preserve, rotations
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-from . import blockwise, gpu
+from . import blockwise, gpu, tiled
 
 __all__ = ["fold"]
 
@@ -40,9 +41,9 @@ def _tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, T
 def fold(
     encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> tuple[EncodedWeight, blockwise.Cost] | None:
-    """As :func:`oftsurgery.kernels.fold_cpu.fold`, on the weight's own device."""
-    if codecs.rounding_of(into, rounding) != "nearest":
-        return None
+    """As :func:`oftsurgery.kernels.fold_cpu.fold`, on the weight's own device; None too for a weight with strong blocks
+    whose others are to be preserved.
+    """
     f = encoded.format
     kind, new_kind = _kind(f), _kind(into)
     rows, features = f.shape
@@ -53,29 +54,36 @@ def fold(
     source = blockwise.source(encoded)
     if source is None:
         return None
+    own = steps = None
+    if rounding == "preserve" and preserve.applies(f, into):
+        own = preserve.scales_of(encoded, into)
+        steps = _steps(encoded, into, own.values, matrices, scale)
+    if rounding == "preserve" and steps is None:
+        rounding = codecs.rounding_of(into, "grid")
+    if rounding not in ("preserve", "nearest"):
+        return None
+    keep = own is not None and steps is not None
     weight, scales = source
     device = weight.device
     matrices = blockwise.widen(matrices, b).contiguous()
-    result, new_scales, moments = blockwise.allocate(into, device)
-    if new_kind == gpu.INT8:
-        new_scales = torch.zeros(rows, dtype=torch.int32, device=device)  # bits, for the integer maximum
+    size = into.blocksize or b
+    result, new_scales, moments = blockwise.allocate(replace(into, nested_blocksize=0) if keep else into, device)
+    if keep:
+        new_scales = own.values.contiguous()
+        moments = torch.empty(rows * features // size, 2, dtype=torch.float32, device=device)
+    elif new_kind == gpu.INT8:
+        new_scales.zero_()  # for the maximum
     factors = matrices if scale is None else scale.to(torch.float32).contiguous()
     tile = 16 if b > 128 else 32
     grid = (-(-rows // tile), features // b)
-    sums = torch.zeros(grid[0] * grid[1], 3, dtype=torch.float64, device=device)
+    sums = torch.zeros(grid[0] * grid[1], 4, dtype=torch.float64, device=device)
     top = torch.zeros(1, dtype=torch.int32, device=device)
     levels = _tables(f.codec, device)[0]
     _, new_levels, bounds, order = _tables(into.codec, device)
-    for measure in (True, False) if new_kind == gpu.INT8 else (False,):
+    for measure in (True, False) if new_kind == gpu.INT8 and not keep else (False,):
         gpu.fold_tile[grid](
-            weight, scales, levels, result, new_scales, new_levels, bounds, order, top if moments is None else moments, matrices, factors,
-            sums, top, rows, features,
-            KIND=kind, SIZE=max(f.blocksize, 1), NEW_KIND=new_kind, NEW_SIZE=max(into.blocksize, 1), B=b, ROWS=tile, STEP=min(b, 32),
-            SHARED=matrices.shape[0] == 1, SCALED=scale is not None, NESTED=moments is not None, MEASURE=measure,
+            weight, scales, levels, result, new_scales.view(torch.int32) if new_kind == gpu.INT8 else new_scales, new_levels, bounds, order,
+            top if moments is None else moments, matrices, factors, sums, top, preserve.relaxation_of(steps or 0), rows, features,
+            KIND=kind, SIZE=max(f.blocksize, 1), NEW_KIND=new_kind, NEW_SIZE=size, B=b, ROWS=tile, STEP=min(b, 32),
+            SHARED=matrices.shape[0] == 1, SCALED=scale is not None, NESTED=moments is not None and not keep, KEEP=keep, MEASURE=measure,
         )  # fmt: skip
-    norm, error, change, bits = (float(v) for v in (*sums.sum(0), top[0]))
-    if bits >= blockwise.NOT_FINITE:
-        return None
-    if new_kind == gpu.INT8:
-        new_scales = new_scales.view(torch.float32)
-    return blockwise.finish(into, result, new_scales, moments, norm, error, change)

@@ -28,7 +28,6 @@ def fold(
     into: WeightFormat,
     ordered: Sequence[tuple[Rotation, Tensor]],
     rounding: str,
-    relaxation: float | None,
     *,
     inverse: bool,
 ) -> tuple[EncodedWeight, Cost] | None:
@@ -36,7 +35,7 @@ def fold(
 
     Args:
         ordered: rotations and their blocks, in the order in which they touch the weight.
-        rounding, relaxation, inverse: as for :func:`oftsurgery.kernels.fold`.
+        rounding, inverse: as for :func:`oftsurgery.kernels.fold`.
 
     Returns:
         None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up:
@@ -51,7 +50,7 @@ def fold(
     run = _Fold(_single(encoded), into, ordered, step, inverse=inverse)
     if rounding == "preserve":
         if preserve.applies(encoded.format, into):
-            kept = run.keep(encoded, relaxation)
+            kept = run.keep(encoded)
             if kept is not None or not run.finite:
                 return kept
         rounding = codecs.rounding_of(into, "grid")
@@ -107,24 +106,21 @@ class _Fold:
         sums = Sums(self.norm, self.error, nearest, self.change, self.held)
         return EncodedWeight(self.into, new), sums.cost(self.into, rounding, relaxation)
 
-    def keep(self, encoded: EncodedWeight, relaxation: float | None) -> tuple[EncodedWeight, Cost] | None:
+    def keep(self, encoded: EncodedWeight) -> tuple[EncodedWeight, Cost] | None:
         """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`."""
         into, own = self.into, preserve.scales_of(encoded, self.into)
         size = into.blocksize or self.features
-        if relaxation is None:
-            unit = preserve.whole_rows(into, [r for r, _ in self.ordered])
-            parts = []
-            for start, stop in preserve.sample_of(self.rows, self.features, unit):
-                base, weight = self.exact(start, stop)
-                parts.append((base, weight, own.values[_slice(start, stop, self.features, size)]))
-            if not all(math.isfinite(_square(weight)) for _, weight, _ in parts):
-                self.finite = False
-                return None
-            steps = preserve.relaxation(parts, into, inverse=self.inverse)
-            if steps is None:
-                return None
-        else:
-            steps = preserve.steps_of(relaxation)
+        unit = preserve.whole_rows(into, [r for r, _ in self.ordered])
+        parts = []
+        for start, stop in preserve.sample_of(self.rows, self.features, unit):
+            base, weight = self.exact(start, stop)
+            parts.append((base, weight, own.values[_slice(start, stop, self.features, size)]))
+        if not all(math.isfinite(_square(weight)) for _, weight, _ in parts):
+            self.finite = False
+            return None
+        steps = preserve.relaxation(parts, into)
+        if steps is None:
+            return None
         new: dict[str, Tensor] = {}
         scales = torch.empty_like(own.values if own.codes is None else own.codes)
         for start, stop in self._tiles():
