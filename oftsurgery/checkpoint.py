@@ -1192,7 +1192,7 @@ class _Run:
         if job.values is not None:  # the adapter's own weight, rotated: what the source holds is what comes back
             before = load_weight(source, job.name, transposed=job.transposed)
         beside = {} if job.base is not None or output != job.name else _beside(source, job.name, before)
-        parts.weight(job.path, before, folded.encoded, job.chain, folded.error, beside)
+        parts.weight(job.path, before, folded.encoded, job.chain, folded.error, folded.kept_scales, beside)
 
     def _recode(self, job: Job, encoded: EncodedWeight, into: WeightFormat) -> FoldedWeight:
         if self.inputs_of is not None and job.chain:

@@ -299,7 +299,7 @@ class _Keeper:
             self._undo.shared(target.path, same, before, folded.encoded)
         else:
             before = self._own.get(target.path, before)
-            self._undo.weight(target.path, before, folded.encoded, target.chain, folded.error)
+            self._undo.weight(target.path, before, folded.encoded, target.chain, folded.error, folded.kept_scales)
 
 
 def _covers(entry: str, name: str) -> bool:

@@ -422,9 +422,26 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
     return values
 
 
-def _chunks(after: EncodedWeight, stages: Sequence[_Stage], blocksize: int) -> Iterator[tuple[int, Tensor]]:
+#: the fraction bits of the relaxation in a record
+_RELAXATION_BITS = 20
+
+
+def _folded_scales(after: EncodedWeight) -> Tensor:
+    """The scales of the folded weight's blocks or rows, float64; of 4 bits rounded as in :func:`_folded_values`."""
+    t = {k: v.detach().cpu() for k, v in after.tensors.items()}
+    if after.format.codec == "int8":
+        return t["SCB"].reshape(-1).to(torch.float64)
+    return codecs.decode_absmax(EncodedWeight(after.format, t)).to(torch.bfloat16).to(torch.float64)
+
+
+def _chunks(
+    after: EncodedWeight, stages: Sequence[_Stage], blocksize: int, relaxation: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """``(first, values)``: the folded weight rotated back, flat, float64, some rows at a time; chunks begin where
     4-bit blocks do.
+
+    Where the fold over-relaxed what it changed (:mod:`oftsurgery.preserve`), the way back is over-relaxed too: a weight
+    that the fold moved by a step is predicted a step back, and one that stayed is predicted where it is.
     """
     rows, columns = after.format.shape
     values = _folded_values(after)
@@ -438,13 +455,16 @@ def _chunks(after: EncodedWeight, stages: Sequence[_Stage], blocksize: int) -> I
             whole = _apply(whole, stage)
     for row in range(0, rows, step):
         end = min(row + step, rows)
+        y = values(row * columns, end * columns).reshape(-1, columns)
         if whole is not None:
             x = whole[row:end]
         else:
-            x = values(row * columns, end * columns).reshape(-1, columns)
+            x = y
             for stage in stages:
                 part = _Stage(scale=stage.scale[row:end]) if stage.scale is not None else stage
                 x = _apply(x, part)
+        if relaxation is not None:
+            x = y + (x - y) * (relaxation * _power(-_RELAXATION_BITS))
         # infinities, and their differences, of scales near zero: any number will do, but the same everywhere
         yield row * columns, torch.nan_to_num(x.contiguous().reshape(-1))
 
@@ -508,9 +528,11 @@ def _code_4bit(
     stages: Sequence[_Stage],
     present: int,
     nested: _Nested | None,
+    relaxation: int | None,
     true: Mapping[str, Array] | None,
 ) -> dict[str, Array]:
     """``codes`` (n,) uint8 and ``absmax`` of a 4-bit weight."""
+    kept = None if relaxation is None else _folded_scales(after)
     n = math.prod(f.shape)
     levels = codecs.levels_of(f.codec, torch.device("cpu")).to(torch.float64).tolist()
     # sorted, negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
@@ -522,11 +544,11 @@ def _code_4bit(
     wide = torch.cat([bounds.new_full((1,), -torch.inf), bounds, bounds.new_full((1,), torch.inf)])
     codes = np.empty(n, np.uint8)
     absmax = np.empty(-(-n // f.blocksize), np.float32 if nested is None else np.uint8)
-    for first, x in _chunks(after, stages, f.blocksize):
+    for first, x in _chunks(after, stages, f.blocksize, relaxation):
         here = slice(first, first + x.numel())
         of = slice(first // f.blocksize, -(-here.stop // f.blocksize))
         blocks = codecs.blocks_of(x, f.blocksize)
-        peaks = blocks.abs().amax(-1)
+        peaks = blocks.abs().amax(-1) if kept is None else kept[of]
         given = None if true is None else true["absmax"][of]
         if nested is None:
             absmax[of] = scales = _statistics(io, given, peaks)
@@ -546,17 +568,23 @@ def _code_4bit(
 
 
 def _code_int8(
-    io: _Streams, f: WeightFormat, after: EncodedWeight, stages: Sequence[_Stage], true: Mapping[str, Array] | None
+    io: _Streams,
+    f: WeightFormat,
+    after: EncodedWeight,
+    stages: Sequence[_Stage],
+    relaxation: int | None,
+    true: Mapping[str, Array] | None,
 ) -> dict[str, Array]:
     """``codes`` (n,) int8 and ``SCB`` (out,) of an int8 weight."""
     rows, columns = f.shape
     codes, scb = np.empty(rows * columns, np.int8), np.empty(rows, np.float32)
-    for first, x in _chunks(after, stages, 0):
+    kept = None if relaxation is None else _folded_scales(after)
+    for first, x in _chunks(after, stages, 0, relaxation):
         here = slice(first, first + x.numel())
         of = slice(first // columns, here.stop // columns)
         by_row = x.reshape(-1, columns)
         given = None if true is None else true["SCB"][of]
-        scb[of] = _statistics(io, given, by_row.abs().amax(-1))
+        scb[of] = _statistics(io, given, by_row.abs().amax(-1) if kept is None else kept[of])
         divisors = torch.from_numpy(scb[of].astype(np.float64))
         t = (by_row * 127.0 / torch.where(divisors == 0, 1.0, divisors).unsqueeze(-1)).reshape(-1)
         near = torch.clamp(torch.round(t), -127, 127)
@@ -623,7 +651,14 @@ def evidence(folded: EncodedWeight) -> str:
 
 
 @_on_the_cpu
-def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[Rotation], *, noise: float) -> UndoEntry:
+def encode_weight(
+    before: EncodedWeight,
+    after: EncodedWeight,
+    chain: Sequence[Rotation],
+    *,
+    noise: float,
+    relaxation: float | None = None,
+) -> UndoEntry:
     """What gives ``before`` back from ``after``, proved: it is decoded once and compared.
 
     Args:
@@ -631,6 +666,8 @@ def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[R
         after: what the fold stored instead, of the same shape.
         chain: the rotations that were folded, in the live order.
         noise: the relative error that storing ``after`` cost; it decides how finely the rotation is recorded.
+        relaxation: the factor by which the fold over-relaxed what it changed, where it kept the scales of ``before``;
+            None where it rounded otherwise.
 
     Raises:
         IntegrityError: the entry does not give ``before`` back.
@@ -653,6 +690,8 @@ def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[R
     io = _Streams()
     stored = [_bytes(t) for k, t in before.tensors.items() if k not in tables]
     if _predictable(before, after):
+        if relaxation is not None and _same_blocks(before.format, after.format):
+            facts["relaxation"] = round(relaxation * _power(_RELAXATION_BITS))
         try:
             facts["stages"], stages = _put_stages(io, chain, before.format.shape, max(noise, 2.0**-24))
             _code(io, facts, before.format, after, stages, before.tensors, before.tensors)
@@ -660,6 +699,7 @@ def encode_weight(before: EncodedWeight, after: EncodedWeight, chain: Sequence[R
             io = _Streams()
     if not io.data or len(io.data) >= sum(map(len, stored)):
         facts.pop("stages", None)
+        facts.pop("relaxation", None)
         io = _Streams()
         for raw in stored:
             io.raw(raw, len(raw))
@@ -726,6 +766,21 @@ def _predictable(before: EncodedWeight, after: EncodedWeight) -> bool:
     return dtypes == {"absmax": torch.float32}
 
 
+def _same_blocks(f: WeightFormat, g: WeightFormat) -> bool:
+    """Whether two weights' scales are of the same blocks."""
+    return f.quantised and (f.codec, f.blocksize, f.shape) == (g.codec, g.blocksize, g.shape)
+
+
+def _relaxation(facts: Mapping[str, Any], f: WeightFormat, after: EncodedWeight) -> int | None:
+    """The relaxation that facts tell of, in steps of ``2**-_RELAXATION_BITS``."""
+    found = facts.get("relaxation")
+    if found is None:
+        return None
+    if type(found) is not int or not 0 < found < 1 << (_RELAXATION_BITS + 17) or not _same_blocks(f, after.format):
+        raise _damaged()
+    return found
+
+
 def _code(
     io: _Streams,
     facts: Any,
@@ -744,7 +799,7 @@ def _code(
     if f.codec == "int8":
         if given is not None:
             given["codes"] = given["weight"]
-        found = _code_int8(io, f, after, stages, given)
+        found = _code_int8(io, f, after, stages, _relaxation(facts, f, after), given)
         return {"weight": found["codes"].tobytes(), "SCB": found["SCB"].tobytes()}
     if given is not None:
         packed = given["weight"].view(np.uint8)
@@ -762,7 +817,7 @@ def _code(
             out[name] = io.raw(None if given is None else given[name].tobytes(), size)
         scale, offset = (np.frombuffer(out[name], np.float32) for name in ("nested_absmax", "nested_offset"))
         nested = _Nested(scale, _flat(tables["nested_quant_map"]), float(offset[0]), f.nested_blocksize)
-    found = _code_4bit(io, f, after, stages, present, nested, given)
+    found = _code_4bit(io, f, after, stages, present, nested, _relaxation(facts, f, after), given)
     codes = np.append(found["codes"], np.full(n % 2, pad, np.uint8))
     return {"weight": (codes[::2] << 4 | codes[1::2]).tobytes(), "absmax": found["absmax"].tobytes(), **out}
 

@@ -82,6 +82,7 @@ class UndoParts:
         after: EncodedWeight,
         chain: Sequence[Rotation],
         noise: float,
+        relaxation: float | None,
         files: Mapping[str, Any] | None = None,
     ) -> None:
         """A rotated weight.
@@ -91,9 +92,10 @@ class UndoParts:
             before, after: as stored.
             chain: that was folded, in the live order.
             noise: relative error of storing ``after``.
+            relaxation: of the fold, where it kept the scales of ``before``.
             files: :func:`described` tensors of the checkpoint that do not follow from ``before``.
         """
-        entry = encode_weight(before, after, chain, noise=noise)
+        entry = encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
         self.weights[path] = {**entry.facts, "data": self._put(entry.data)}
         if files:
             self.weights[path]["files"] = dict(files)

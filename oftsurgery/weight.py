@@ -63,6 +63,11 @@ class FoldedWeight:
     output_nearest: float | None = None
     uncalibrated: str | None = None
 
+    @property
+    def kept_scales(self) -> float | None:
+        """The relaxation, where the weight has the scales that it had before; else None."""
+        return self.relaxation if self.rounding == "preserve" else None
+
 
 def begin_record(
     encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False

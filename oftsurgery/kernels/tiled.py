@@ -135,6 +135,8 @@ class _Fold:
             part = preserve.stored_as(form, codes, seen)
             self._store(base, weight, part)
             _place(new, part, start, self.rows, self.features)
+        if into.blocksize:
+            new["quant_map"] = codecs.levels_of(into.codec, scales.device).clone()
         new |= preserve.put_scales(encoded, into, scales)
         return self._done(new, "preserve", None, preserve.relaxation_of(steps))
 
