@@ -17,16 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import codecs, rotations
+from . import codecs, preserve, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import ExtractionError, NonFiniteError, ShapeError
-from .weight import fold_encoded, relative_error
+from .weight import FoldedWeight, fold_encoded, relative_error
 
 __all__ = ["BlockSizeCurve", "ExtractedRotation", "choose_block_size", "extract_encoded", "extract_rotation"]
 
@@ -130,20 +130,40 @@ def extract_encoded(
         )
     with rotations.full_precision("cpu"):
         base, w, m = _seen_by_the_adapter(_on_cpu(base), _on_cpu(merged), block_size)
-        return _extract(base, w, m, merged.format, block_size, embedding=embedding)
+        storing = _Storing(base, merged.format, _rounding_of(base, _on_cpu(merged)))
+        return _extract(storing, w, m, block_size, embedding=embedding)
 
 
-def _extract(
-    base: EncodedWeight, w: Tensor, m: Tensor, into: WeightFormat, b: int, *, embedding: bool
-) -> ExtractedRotation:
+@dataclass(frozen=True, eq=False)
+class _Storing:
+    """How the merged weight was stored: the base that was folded, the format and the rounding."""
+
+    base: EncodedWeight
+    into: WeightFormat
+    rounding: str
+
+    def __call__(self, rotation: Rotation) -> FoldedWeight:
+        """The base with ``rotation`` folded in so."""
+        return fold_encoded(self.base, [rotation], self.into, self.rounding)
+
+
+def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
+    """How the merged weight was rounded: a fold that keeps the change keeps the base's scales, to nearest it does not."""
+    if not preserve.applies(base.format, merged.format):
+        return "nearest"
+    own, new = (preserve.scales_of(e, replace(e.format, nested_blocksize=0)).values for e in (base, merged))
+    return "preserve" if float((own == new).to(torch.float32).mean()) > 0.5 else "nearest"
+
+
+def _extract(storing: _Storing, w: Tensor, m: Tensor, b: int, *, embedding: bool) -> ExtractedRotation:
     norm = _norm2(m)
     halves = (slice(0, None, 2), slice(1, None, 2))
     parts = [_fit(w[rows], m[rows], b) for rows in halves]
-    r, steps, _ = _refine(base, w, m, into, _fit(w, m, b), slice(None), slice(0), _STEPS)
+    r, steps, _ = _refine(storing, w, m, _fit(w, m, b), slice(None), slice(0), _STEPS)
     stored: list[float | None] = [None, None]
     if steps:
         for i, rows in enumerate(halves):
-            parts[i], _, stored[i] = _refine(base, w, m, into, parts[i], rows, halves[1 - i], steps)
+            parts[i], _, stored[i] = _refine(storing, w, m, parts[i], rows, halves[1 - i], steps)
     q, bounded = _bounded_generator(r)
     q_halves = [_bounded_generator(part)[0] for part in parts]
     spread = _REFINED if steps else _PLAIN
@@ -156,7 +176,7 @@ def _extract(
     )
     change = _norm2(m - w) / norm
     residual = _residual2(w, m, rotations.cayley(q)) / norm
-    rounding = fold_encoded(base, [rotation], into).error ** 2
+    rounding = storing(rotation).error ** 2
     held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
     explained = 1 - (held_out - rounding) / (change - rounding) if change > rounding else 0.0
     if stored[0] is not None and stored[1] is not None:
@@ -237,18 +257,18 @@ def _norm2(x: Tensor) -> float:
 
 
 def _refine(
-    base: EncodedWeight, w: Tensor, m: Tensor, into: WeightFormat, r: Tensor, rows: slice, others: slice, steps: int
+    storing: _Storing, w: Tensor, m: Tensor, r: Tensor, rows: slice, others: slice, steps: int
 ) -> tuple[Tensor, int, float | None]:
     """``r`` of the rows refined against how ``m`` was stored, in how many steps (0: it could not be), and how far it then
     is from predicting the stored values of the other rows, squared (None: it was not refined).
     """
-    if into.codec == "dense" and into.dtype in (torch.float32, torch.float64):
+    if storing.into.codec == "dense" and storing.into.dtype in (torch.float32, torch.float64):
         return r, 0, None
     b = r.shape[-1]
     best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
     for step in range(steps + 1):
         rotation = Rotation(rotations.vector(_bounded_generator(r)[0]), shared=False)
-        difference = m - codecs.decode(fold_encoded(base, [rotation], into).encoded)
+        difference = m - codecs.decode(storing(rotation).encoded)
         mismatch = _norm2(difference[rows])
         if mismatch < least:
             best, least, taken, held_out = r, mismatch, step, _norm2(difference[others])
