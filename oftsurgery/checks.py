@@ -15,7 +15,7 @@ from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_qu
 from .codecs import WeightFormat
 from .errors import MatchError, StateError, printable
 from .naming import Architecture, architecture_of, locate
-from .record import ENOUGH, FoldRecord, ModuleRecord
+from .record import FoldRecord, ModuleRecord
 from .shards import Checkpoint, inside, sha256_of
 from .weight import nearest_error, relative_error, rotate_chain
 
@@ -64,7 +64,7 @@ class WeightCheck:
         """How far the error is beyond plain rounding, beyond what calibration made of it, or, where the change is kept,
         beyond what the format's steps cost.
         """
-        whole = self.kept is not None and abs(self.kept - 1) <= 1 - ENOUGH
+        whole = self.kept is not None and abs(self.kept - 1) <= measures.WHOLE
         return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
 
 

@@ -114,7 +114,8 @@ def doctor(
         adapter: that is folded in (with ``base``), or that is to be.
 
     Returns:
-        what was found, worst first; an empty list where nothing is wrong.
+        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter`` also, as a note or
+        a warning, how much of what the adapter changes is in the weights.
 
     Raises:
         CheckpointError: ``path_or_model`` or ``base`` does not exist.
@@ -693,7 +694,8 @@ def _folded(
                 kept[path] = part
     # worst first: the one that is farthest from the right fold
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
-    return found + _kept(kept)
+    # of a merge that is wrong there is nothing to say of how much it keeps
+    return found if any(f.severity == "error" for f in found) else found + _kept(kept)
 
 
 def _kept(parts: Mapping[str, tuple[float, float]]) -> list[Finding]:
@@ -754,8 +756,6 @@ _MESSAGES: Mapping[str, tuple[Severity, str, str]] = {
 
 # a fold in NF4 is off by about a tenth, in FP4 by a little more
 _COARSEST = 0.2
-# a weight that holds the change to within this part is its fold
-_WHOLE = 0.25
 
 
 def _judge(
@@ -774,9 +774,9 @@ def _judge(
             share, of_nearest = measures.kept(weight, start, right), measures.kept(stored, start, right)
             if share is not None and of_nearest is not None:
                 part = share, float((right - start).square().sum(dtype=torch.float64))
-                whole = abs(share - 1) <= _WHOLE
+                whole = abs(share - 1) <= measures.WHOLE
                 # a right merge may have rounded the change away: that is told of all weights together
-                put_back = of_nearest < 1 - _WHOLE and not torch.equal(weight, start)
+                put_back = of_nearest < 1 - measures.WHOLE and not torch.equal(weight, start)
             if relative_error(weight, stored) <= max(rounding / 2, 1e-6):
                 return None, part
         far: dict[str, float] = {}

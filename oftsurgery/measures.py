@@ -10,7 +10,11 @@ from torch import Tensor
 from . import codecs
 from .codecs import EncodedWeight
 
-__all__ = ["kept", "step_error"]
+__all__ = ["WHOLE", "kept", "step_error"]
+
+#: a weight that holds a change to within this part holds it: of a weight of few elements and a small change, one element
+#: more or less is as much
+WHOLE = 0.25
 
 
 def kept(stored: Tensor, base: Tensor, exact: Tensor) -> float | None:

@@ -750,7 +750,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold()
 
 
-@case("an unknown rounding", e.StateError, r"unknown rounding 'up' Remedy: 'nearest', 'grid', 'mse' or 'calibrated'")
+@case(
+    "an unknown rounding",
+    e.StateError,
+    r"unknown rounding 'up' Remedy: 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(), rounding="up")
 

@@ -244,16 +244,18 @@ def _tensors(folder: Path) -> list[torch.Tensor]:
 
 
 def test_weak_folds_are_named_with_what_helps() -> None:
-    modules = {f"h.{i}.up": module(rho=0.2 + i / 3) for i in range(4)}
+    modules = {f"h.{i}.up": module(rho=0.9, kept=1 - i / 20, change=1.0) for i in range(4)}
     text = oftsurgery.report(record_of(modules))
     assert "Partly lost." in text
-    assert "In 2 of 4 weights" in text
-    assert "ρ up to 1.20, in h.3.up" in text
-    assert text.count(" weak</b>") == 2
-    strong = oftsurgery.report(record_of({p: replace(m, rho=0.1) for p, m in modules.items()}))
+    assert "92% of what the adapter changed is kept; in 1 of 4 weights less than 90%" in text
+    assert "least in h.3.up: 85%" in text
+    assert 'rounding="preserve", calibrated' in text.replace("&#34;", '"')
+    assert text.count(" weak</b>") == 1
+    strong = oftsurgery.report(record_of({p: replace(m, kept=1.01) for p, m in modules.items()}))
     assert "The adapter is still there." in strong
+    assert "101.0% of what the adapter changed is kept" in strong
     assert " weak</b>" not in strong
-    assert "Lost." in oftsurgery.report(record_of({"up": module(rho=1.08)}))
+    assert "Lost." in oftsurgery.report(record_of({"up": module(kept=0.01, change=1.0)}))
     assert "Stored almost exactly." in oftsurgery.report(record_of({"up": module(0.002, format="bfloat16")}))
     assert "Nothing was rotated." in oftsurgery.report(record_of({}))
 

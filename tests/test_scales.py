@@ -268,19 +268,19 @@ def test_repeated_folds_do_not_drift() -> None:
     assert max(drift["grid"], drift["mse"]) <= 0.15 < 0.5 < drift["nearest"]
 
 
-def test_the_default_is_the_grid() -> None:
+def test_the_default_keeps_the_adapter() -> None:
     model = nn.Sequential()
     model.add_module("layer", make_layer("nf4", 128))
     case = make_case("0.21 Neumann", 128, 64)
     with pytest.warns(RoundingWarning):
         default = oftsurgery.fold(model, case.adapter)
-    named = fold(model, case.adapter, rounding="grid")
-    assert default.oftsurgery.rounding == "grid"
+    named = fold(model, case.adapter, rounding="preserve")
+    assert default.oftsurgery.rounding == "preserve"
     assert default.oftsurgery.modules["layer"].after == named.oftsurgery.modules["layer"].after
     encoded = codecs.encode(torch.randn(64, 64), WeightFormat("nf4", (64, 64), blocksize=64))
     rotation = turned(16, 4)
     assert oftsurgery.fold_weight(encoded, rotation).fingerprint == (
-        oftsurgery.fold_weight(encoded, rotation, rounding="grid").fingerprint
+        oftsurgery.fold_weight(encoded, rotation, rounding="preserve").fingerprint
     )
 
 
@@ -304,27 +304,32 @@ def test_rho_is_the_rounding_beside_the_change(kind: str, backend: str) -> None:
     assert record.rho == pytest.approx(float((got - exact).norm() / (exact - base).norm()), rel=1e-4)
 
 
-def test_a_weak_adapter_is_named_once() -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "grid", "mse"])
+def test_a_weak_adapter_is_named_once(rounding: str) -> None:
     model = nn.Sequential()
     model.add_module("layer", make_layer("nf4", 128))
     case = make_case("0.21 Neumann", 128, 64, size=0.0015)
     with pytest.warns(RoundingWarning) as caught:
-        folded = oftsurgery.fold(model, case.adapter)
-    rho = folded.oftsurgery.modules["layer"].rho
-    assert rho > 0.95
+        folded = oftsurgery.fold(model, case.adapter, rounding=rounding)
+    kept = folded.oftsurgery.modules["layer"].kept
+    assert kept < 0.2
+    assert folded.oftsurgery.weak == {"layer": kept}
     texts = [str(w.message) for w in caught if w.category is WeakAdapterWarning]
     assert len(texts) == 1
-    assert f"layer ({rho:.2f})" in texts[0]
-    assert "int8" in texts[0]
-    assert "calibration" in texts[0]
+    assert f"less than 90% is kept ({kept:.0%} over all weights), in layer ({kept:.0%})" in texts[0]
+    assert (
+        'Fold with rounding="preserve", which needs no data, into int8 or bfloat16, or keep the adapter live'
+        in texts[0]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)
         warnings.simplefilter("error", WeakAdapterWarning)
         with pytest.raises(WeakAdapterWarning):
-            oftsurgery.fold(model, case.adapter, inplace=True)
+            oftsurgery.fold(model, case.adapter, rounding=rounding, inplace=True)
     assert getattr(model, "oftsurgery", None) is None  # nothing has happened
     with pytest.warns(RoundingWarning) as strong:
-        oftsurgery.fold(model, make_case("0.21 Neumann", 128, 64, size=0.05).adapter)
+        oftsurgery.fold(model, make_case("0.21 Neumann", 128, 64, size=0.05).adapter, rounding=rounding)
+        oftsurgery.fold(model, case.adapter)  # by default it is kept
     assert not [w for w in strong if w.category is WeakAdapterWarning]
 
 

@@ -255,7 +255,7 @@ def _check_surroundings(
 ) -> None:
     expected, back = fold_encoded(base, rotations), unfold_encoded(base, rotations)
     assert (expected.backend, back.backend) == (backend, backend)
-    cleared = ("_levels", "_bounds", "_byte_table")
+    cleared = ("levels_of", "bounds_of", "_byte_table")
     for name in cleared:  # tables are kept: none may be made in these surroundings and be wrong for later
         getattr(codecs, name).cache_clear()
     fold_cpu._tables.cache_clear()
