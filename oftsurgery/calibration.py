@@ -25,7 +25,7 @@ from . import codecs, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import ShapeError
-from .weight import FoldedWeight, fold_encoded, nearest_error, relative_error, rotate_chain
+from .weight import FoldedWeight, fold_encoded, measured, nearest_error, relative_error, rotate_chain
 
 __all__ = ["InputsOf", "LayerInputs", "compensate", "fold_calibrated"]
 
@@ -64,8 +64,8 @@ def fold_calibrated(
 ) -> FoldedWeight:
     """:func:`~oftsurgery.weight.fold_encoded` with codes that make up for each other's errors on ``inputs``.
 
-    They are kept only if the layer's outputs on the held-out inputs are nearer to the exact ones than with
-    ``rounding="mse"``, which the result has otherwise, and says why.
+    They start from ``rounding="preserve"``, and are kept only if the layer's outputs on the held-out inputs are nearer to
+    the exact ones than with that, which the result has otherwise, and says why.
 
     Args:
         encoded: the weight to rotate, ``(out, in)``.
@@ -73,7 +73,7 @@ def fold_calibrated(
         into: format of the result; in a dense one there is nothing to choose.
         inputs: of this layer, without the rotation; None where it had none.
     """
-    plain = fold_encoded(encoded, chain, into, "mse")
+    plain = fold_encoded(encoded, chain, into, "preserve")
     if not into.quantised:
         return plain
     if inputs is None:
@@ -99,18 +99,9 @@ def fold_calibrated(
         after = judge(new)
         if not after < before:
             return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
-        stored = codecs.decode(new)
-        change = torch.linalg.vector_norm(exact - base, dtype=torch.float64)
-        rho = float(torch.linalg.vector_norm(stored - exact, dtype=torch.float64) / change) if change else None
-    return replace(
-        plain,
-        encoded=new,
-        error=relative_error(stored, exact),
-        nearest=nearest_error(exact, into) if plain.nearest is None else plain.nearest,
-        rho=rho,
-        rounding="calibrated",
-        output_error=after,
-    )
+        weight = nearest_error(exact, into) if plain.nearest is None else plain.nearest
+        made = replace(plain, encoded=new, nearest=weight, rounding="calibrated", relaxation=1.0, output_error=after)
+        return measured(made, base, exact)
 
 
 def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:

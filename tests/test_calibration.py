@@ -145,7 +145,7 @@ def test_a_hessian_that_cannot_be_factorised_is_said_and_not_used() -> None:
     rotation = oftsurgery.Rotation(generator=torch.zeros(4, 32 * 31 // 2))
     x = correlated(50, 128)
     folded = fold_calibrated(codecs.encode(exact, f), [rotation], f, LayerInputs(-x.t() @ x, 50, x))
-    assert folded.rounding == "mse"
+    assert folded.rounding == "preserve"
     assert folded.uncalibrated == "the Hessian of its inputs cannot be factorised"
 
 
@@ -285,7 +285,7 @@ def test_a_calibrated_fold_is_nearer_to_the_live_model(kind: str, adapter: Path)
         )
         stored = codecs.decode(_read(folded, path))
         assert module.error == pytest.approx(float((stored - exact).norm() / exact.norm()), rel=1e-3)
-    assert record.modules["idle"].rounding == ("nearest" if kind == "int8" else "mse")
+    assert record.modules["idle"].rounding == ("nearest" if kind == "int8" else "grid")  # a strong one
     assert record.modules["idle"].output_error is None
     assert record.modules["head"].rounding == "nearest"
     assert record.modules["head"].uncalibrated is None
@@ -426,12 +426,12 @@ def test_where_it_is_worse_on_held_out_inputs_the_layer_falls_back(adapter: Path
     assert "q" in worse
     assert f"{len(worse) + 1} of 6 weights are not calibrated, but rounded without data" in str(caught[0].message)
     assert "q: worse on held-out inputs, " in str(caught[0].message)
-    mse = oftsurgery.fold(model, adapter, rounding="mse")
+    plain = oftsurgery.fold(model, adapter, rounding="preserve")
     for path in worse:
         module = folded.oftsurgery.modules[path]
-        assert module.rounding == "mse"
+        assert module.rounding == plain.oftsurgery.modules[path].rounding == "grid"  # strong ones
         assert module.output_error is not None
-        assert _read(folded, path).fingerprint == _read(mse, path).fingerprint
+        assert _read(folded, path).fingerprint == _read(plain, path).fingerprint
 
 
 def test_an_embedding_is_named(write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]) -> None:
@@ -453,7 +453,7 @@ def test_an_embedding_is_named(write_adapter: Callable[..., Path], oft_config: C
     with pytest.warns(CalibrationWarning, match=r"embed: the calibration gives it no inputs to multiply\)"):
         folded = oftsurgery.fold(Words().to("cpu").eval(), folder, calibration=ids)
     rounding = {path: m.rounding for path, m in folded.oftsurgery.modules.items()}
-    assert rounding == {"embed": "mse", "up": "calibrated"}
+    assert rounding == {"embed": "grid", "up": "calibrated"}
 
 
 def test_a_warning_as_an_error_leaves_the_model_as_it_was(
