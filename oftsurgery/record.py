@@ -288,12 +288,17 @@ class FoldRecord(_Stored):
         facts = {"adapters": folds[-1], "earlier": folds[:-1], "rounding": self.rounding, "versions": self.versions}
         return json.dumps(_plain(facts) | more, sort_keys=True, ensure_ascii=False)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; :attr:`kept` is among them, for other readers."""
+        return super().to_dict() | {"kept": self.kept}
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         found = super()._arguments(data)
+        found["extra"].pop("kept", None)  # follows from the modules
         if not isinstance(found["modules"], Mapping):
             raise TypeError(f"{cls.__name__}.modules is {str(found['modules'])[:40]!r}")
         found["adapters"] = tuple(AdapterInfo.from_dict(a) for a in found["adapters"])

@@ -236,7 +236,7 @@ def _preserved(
     codes, scales, _ = stored
     if into.blocksize:
         levels = codecs.levels_of(into.codec, codes.device).clone()
-        statistics = {"quant_map": levels, **preserve.put_scales(encoded, into, scales)}
+        statistics = {"quant_map": levels, **preserve.put_scales(own, into, scales)}
         return EncodedWeight(into, {"weight": codecs.as_storage(codes, into), **statistics}), steps
     return EncodedWeight(into, {"weight": codes, "SCB": scales}), steps
 

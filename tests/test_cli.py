@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_model import distance, live, llama, logits
 from transformers import AutoModelForCausalLM
 
-from oftsurgery import cli
+from oftsurgery import cli, codecs
 
 COMMANDS = ["plan", "fold", "unfold", "extract", "adapter", "export", "verify", "doctor", "report", "show", "push"]
 
@@ -79,7 +79,7 @@ def test_tools_export_is_the_same_command(place: Path, tmp_path: Path) -> None:
 def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place: Path, tmp_path: Path) -> None:
     code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "out"), "--format", "nf4", "--double-quant")
     assert code == 0
-    assert out == f"wrote {tmp_path / 'out'}: 4 weights carry 1 adapter(s)\n"
+    assert out == f"wrote {tmp_path / 'out'}: 4 weights carry 1 adapter(s), 99.0% of the change kept\n"
     assert "(100%)" in err
     assert "RoundingWarning: folding rounded 4 weights to nf4 (double quantisation): relative error" in err
     assert "Traceback" not in err
@@ -247,3 +247,7 @@ def test_the_dtype_of_the_trainers_loading_decides_the_codes(place: Path, tmp_pa
     same, other = (load_file(tmp_path / d / "model.safetensors")[name] for d in ("bf16", "fp32"))
     assert torch.equal(same, trained_on.state_dict()[name])
     assert not torch.equal(other, same)
+
+
+def test_the_roundings_offered_are_those_there_are() -> None:
+    assert cli.ROUNDINGS == codecs.ROUNDINGS

@@ -348,7 +348,7 @@ class _Fold:
         norm, error, _, _, change, held, _, misfits = map(float, total)
         if not self.finite or misfits:
             return None
-        statistics = preserve.put_scales(self.encoded, into, scales if options.codes is None else options.codes)
+        statistics = preserve.put_scales(own, into, scales if options.codes is None else options.codes)
         sums = blockwise.Sums(norm, error, None, change, held)
         return blockwise.tensors_of(into, result, statistics), sums.cost(
             into, "preserve", preserve.relaxation_of(steps)
@@ -417,7 +417,8 @@ class _Keep:
         self._values = own.values.contiguous()
         square, clip = preserve.limits(into.codec)
         largest = float(self._values.abs().max())
-        self.numbers = np.array([0, square, clip, own.offset, 1 + preserve.MISFIT, largest or 1], np.float32)
+        offset = 0.0 if own.offset is None else float(own.offset)
+        self.numbers = np.array([0, square, clip, offset, 1 + preserve.MISFIT, largest or 1], np.float32)
         self.table = np.zeros(8, np.int64)
         self.table[cpu.OWN], self.table[cpu.NUMBERS] = self._values.data_ptr(), self.numbers.ctypes.data
         self.codes: Tensor | None = None
@@ -425,7 +426,10 @@ class _Keep:
             ordered, order = (t.numpy() for t in own.in_order())
             middles = (ordered[1:] + ordered[:-1]) / 2
             self._ordered = np.concatenate([ordered, middles, [np.inf]]).astype(np.float32)
-            self._order, self._factors = order.astype(np.float32), own.factors.contiguous()
+            self._order, self._factors = (
+                order.astype(np.float32),
+                own.factors.reshape(-1).to(torch.float32).contiguous(),
+            )
             self.codes = own.codes.detach().clone()
             self.table[cpu.TABLE], self.table[cpu.TABLE_CODES] = self._ordered.ctypes.data, self._order.ctypes.data
             self.table[cpu.FACTORS], self.table[cpu.FACTOR_SIZE] = self._factors.data_ptr(), own.size

@@ -96,7 +96,7 @@ def fold(
         if _any_strong(moments, own.values, into):
             return None
         stated = own.values if own.codes is None else own.codes
-        statistics = preserve.put_scales(encoded, into, stated.detach().clone())
+        statistics = preserve.put_scales(own, into, stated.detach().clone())
     else:
         statistics = blockwise.statistics_of(into, new_scales)
         if room is not None:

@@ -137,7 +137,7 @@ class _Fold:
             _place(new, part, start, self.rows, self.features)
         if into.blocksize:
             new["quant_map"] = codecs.levels_of(into.codec, scales.device).clone()
-        new |= preserve.put_scales(encoded, into, scales)
+        new |= preserve.put_scales(own, into, scales)
         return self._done(new, "preserve", None, preserve.relaxation_of(steps))
 
     def round(self, rounding: str) -> tuple[EncodedWeight, Cost] | None:
