@@ -769,25 +769,10 @@ def _judge(
         effect = relative_error(start, right)
         stored = codecs.decode(codecs.encode(right, replace(after.format, shape=tuple(right.shape))))
         rounding = relative_error(stored, right)
-        part, whole, put_back = None, False, False
-        if weight.shape == right.shape:
-            share, of_nearest = measures.kept(weight, start, right), measures.kept(stored, start, right)
-            if share is not None and of_nearest is not None:
-                part = share, float((right - start).square().sum(dtype=torch.float64))
-                whole = abs(share - 1) <= measures.WHOLE
-                # a right merge may have rounded the change away: that is told of all weights together
-                put_back = of_nearest < 1 - measures.WHOLE and not torch.equal(weight, start)
-            if relative_error(weight, stored) <= max(rounding / 2, 1e-6):
-                return None, part
-        far: dict[str, float] = {}
-        if weight.shape == right.shape:
-            far |= {"right_fold": relative_error(weight, right), "base": effect and relative_error(weight, start)}
-            far["fold_twice"] = relative_error(weight, rotate_chain(right, [rotation]))
-        if weight.shape == right.shape[::-1]:
-            far |= {
-                "base_transposed": relative_error(weight.t(), start),
-                "fold_transposed": relative_error(weight.t(), right),
-            }
+        part, whole, put_back = _share(weight, start, right, stored)
+        if weight.shape == right.shape and relative_error(weight, stored) <= max(rounding / 2, 1e-6):
+            return None, part
+        far = _distances(weight, start, right, rotation)
     # what storing costs, with room for a base that was itself quantised on the way
     limit = 2 * rounding + 1e-3
     nearest = min(far, key=lambda k: far[k], default="none")
@@ -811,6 +796,35 @@ def _judge(
         "format": after.format.label,
     }
     return Finding(severity, code, message, printable(path), evidence, f"fold the base again: {FOLD}"), part
+
+
+def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:
+    """How far a merged weight is from the base, from the right fold, and from what wrong merges make of them."""
+    far: dict[str, float] = {}
+    if weight.shape == right.shape:
+        far["right_fold"] = relative_error(weight, right)
+        far["base"] = relative_error(start, right) and relative_error(weight, start)
+        far["fold_twice"] = relative_error(weight, rotate_chain(right, [rotation]))
+    if weight.shape == right.shape[::-1]:
+        far["base_transposed"] = relative_error(weight.t(), start)
+        far["fold_transposed"] = relative_error(weight.t(), right)
+    return far
+
+
+def _share(
+    weight: Tensor, start: Tensor, right: Tensor, stored: Tensor
+) -> tuple[tuple[float, float] | None, bool, bool]:
+    """How much of the change a merged weight holds, with ``‖exact - base‖²``; whether that is all of it; and whether a
+    right merge to the nearest level, ``stored``, would have put it back too (that is told of all weights together).
+    """
+    if weight.shape != right.shape:
+        return None, False, False
+    share, of_nearest = measures.kept(weight, start, right), measures.kept(stored, start, right)
+    if share is None or of_nearest is None:
+        return None, False, False
+    size = float((right - start).square().sum(dtype=torch.float64))
+    put_back = of_nearest < 1 - measures.WHOLE and not torch.equal(weight, start)
+    return (share, size), abs(share - 1) <= measures.WHOLE, put_back
 
 
 # --- an adapter's folder ----------------------------------------------------------------------------------------------
