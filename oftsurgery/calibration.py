@@ -101,7 +101,16 @@ def fold_calibrated(
             return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
         weight = nearest_error(exact, into) if plain.nearest is None else plain.nearest
         made = replace(plain, encoded=new, nearest=weight, rounding="calibrated", relaxation=1.0, output_error=after)
-        return measured(made, base, exact)
+        return replace(measured(made, base, exact), output_kept=_kept(held_out, new, base, reference))
+
+
+def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor) -> float | None:
+    """How much of the change of a layer's outputs is there: of ``X exactᵀ`` from ``X baseᵀ``, in ``X storedᵀ``."""
+    before = held_out @ base.to(torch.float32).t()
+    change = (reference - before).to(torch.float64)
+    size = float(change.square().sum())
+    got = (held_out @ codecs.decode(new).t() - before).to(torch.float64)
+    return float((got * change).sum()) / size if size else None
 
 
 def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:

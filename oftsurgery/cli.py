@@ -1018,7 +1018,7 @@ def _show_fold(fold: FoldRecord) -> None:
             m.rounding,
             "-" if m.nearest is None else f"{m.nearest:.3e}",
             "-" if m.rho is None else f"{m.rho:.2f}",
-            "-" if m.kept is None else f"{m.kept:.1%}",
+            "-" if m.effect_kept is None else f"{m.effect_kept:.1%}",
         )
         for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
     ]

@@ -238,7 +238,7 @@ def _checkpoint_folder(
                     plan_checkpoint(checkpoint, [adapter])
         else:
             read, _ = _reader(base)
-            found += _folded(adapter, read, lambda path: _stored(checkpoint, architecture, path))
+            found += _folded(adapter, read, lambda path: _stored(checkpoint, architecture, path), record)
     return found
 
 
@@ -671,10 +671,13 @@ def _convolution(path: str, kernel: Iterable[int]) -> Finding:
 
 
 def _folded(
-    adapter: OFTAdapter, base: Callable[[str], EncodedWeight | None], folded: Callable[[str], EncodedWeight | None]
+    adapter: OFTAdapter,
+    base: Callable[[str], EncodedWeight | None],
+    folded: Callable[[str], EncodedWeight | None],
+    record: FoldRecord | None,
 ) -> list[Finding]:
     """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice. And how much
-    of the adapter is in all of them.
+    of the adapter is in all of them: of a weight that ``record`` calls calibrated, what it says of the outputs.
     """
     found: list[Finding] = []
     kept: dict[str, tuple[float, float]] = {}
@@ -691,7 +694,9 @@ def _folded(
             finding, part = _judge(path, rotation, before, after)
             found += [] if finding is None else [finding]
             if part is not None:
-                kept[path] = part
+                known = record.modules.get(path) if record is not None else None
+                outputs = known.output_kept if known is not None else None
+                kept[path] = part if outputs is None else (outputs, part[1])
     # worst first: the one that is farthest from the right fold
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
     # of a merge that is wrong there is nothing to say of how much it keeps
@@ -994,7 +999,7 @@ def _live(model: nn.Module, base: str | PathLike[str] | nn.Module | None, adapte
         found += _record(checked, stored, adapter if base is None else None)
     if adapter is not None and base is not None:
         read, _ = _reader(base)
-        found += _folded(adapter, read, stored)
+        found += _folded(adapter, read, stored, record)
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += _fits_model(adapter, model)
     return found

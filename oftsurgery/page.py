@@ -72,7 +72,7 @@ class _Metric:
 
     def of(self, module: ModuleRecord) -> float | None:
         """What is drawn: the more of it, the worse."""
-        value = getattr(module, self.id, None)
+        value = module.effect_kept if self.id == "kept" else getattr(module, self.id, None)
         return value if value is None or self.wanted is None else self.wanted - value
 
     def plain(self, drawn: float) -> float:
@@ -101,7 +101,8 @@ _METRICS = (
         "Kept: is the adapter still there?",
         "kept",
         f"How much of what the adapter changed is in the stored weights, ⟨stored − base, exact − base⟩ / ‖exact − base‖². At 100 % "
-        f"all of it; below {ENOUGH:.0%} (marked !) the rounding has put a part back; at 0 % nothing is left of it.",
+        f"all of it; below {ENOUGH:.0%} (marked !) the rounding has put a part back; at 0 % nothing is left of it. Of calibrated weights it "
+        "is measured on the layer's outputs.",
         Scale.to_one,
         lambda v: f"{100 * (1 - v):.1f}\N{NO-BREAK SPACE}%",
         "in %",
@@ -331,7 +332,7 @@ def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
                 f"{ENOUGH:.0%} (least in {printable(worst)}: {weak[worst]:.0%}). What helps: {first}calibrated rounding, int8 or bf16 as "
                 "the format, or keeping the adapter live.",
             }
-        least = min((m.kept, path) for path, m in modules.items() if m.kept is not None)
+        least = min((m.effect_kept, path) for path, m in modules.items() if m.effect_kept is not None)
         return {
             "tone": "good",
             "word": "The adapter is still there.",

@@ -65,8 +65,8 @@ CLIP = 1.1
 SAMPLE = 1 << 19
 #: the rows of a sample come in units of so many
 ROWS = 16
-#: double quantisation's statistics of the base may hold a strong block's scale only to within this part of what they hold:
-#: the block's largest weights are clipped then. Beyond, the whole weight is rounded with statistics of its own.
+#: double quantisation's statistics of the base may not hold the scale that a strong block should have: its largest weights
+#: are clipped then. Where one is clipped by more than this, the whole weight is rounded with statistics of its own.
 MISFIT = 0.25
 
 
@@ -283,7 +283,7 @@ def encode_rows(
 
     Returns:
         the stored codes (packed, or int8), what stands for the scales of these rows' blocks (codes of them with double
-        quantisation), and those scales; None where the base's statistics do not hold the scale of a strong block.
+        quantisation), and those scales; None where the base's statistics would clip a strong block.
     """
     size, n = _blocksize(f), base.numel()
     v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
@@ -296,7 +296,9 @@ def encode_rows(
         flat = w[at].reshape(-1)
         wanted = w[at].abs().amax(-1) if f.codec == "int8" else codecs.grid_scales(flat, f)
         codes, seen[at] = scales.nearest(wanted, first + at)
-        if bool((wanted > (1 + MISFIT) * seen[at]).any()):
+        # the best scale may itself clip, or be larger than the largest weight
+        needed = torch.minimum(wanted, w[at].abs().amax(-1))
+        if bool((needed > (1 + MISFIT) * seen[at].abs()).any()):
             return None
         if codes is not None:
             stated[at] = codes

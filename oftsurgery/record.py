@@ -190,6 +190,8 @@ class ModuleRecord(_Stored):
         relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before it was rounded; 1 elsewhere.
         output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
         output_nearest: what ``output_error`` would have been with plain rounding.
+        output_kept: what ``kept`` is of the layer's outputs over those inputs, ``X`` times the change, where the weight is
+            calibrated: codes that make up for each other's errors keep the outputs' change, not the weight's own.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """
@@ -212,8 +214,14 @@ class ModuleRecord(_Stored):
     relaxation: float = 1.0
     output_error: float | None = None
     output_nearest: float | None = None
+    output_kept: float | None = None
     uncalibrated: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def effect_kept(self) -> float | None:
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        return self.kept if self.output_kept is None else self.output_kept
 
 
 @dataclass(frozen=True)
@@ -253,10 +261,11 @@ class FoldRecord(_Stored):
 
     @property
     def kept(self) -> float | None:
-        """How much of what the adapters changed is there, over all weights: the modules' ``kept``, each weighed by its
-        change squared. None where no module has them.
+        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
+        its change squared. None where no module has them.
         """
-        parts = [(m.kept, m.change**2) for m in self.modules.values() if m.kept is not None and m.change is not None]
+        of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
+        parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
         total = math.fsum(weight for _, weight in parts)
         return math.fsum(kept * weight for kept, weight in parts) / total if total else None
 
@@ -268,9 +277,9 @@ class FoldRecord(_Stored):
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100
         found = {
-            path: m.kept
+            path: kept
             for path, m in self.modules.items()
-            if m.kept is not None and m.kept < ENOUGH and (m.change is None or m.change >= least)
+            if (kept := m.effect_kept) is not None and kept < ENOUGH and (m.change is None or m.change >= least)
         }
         return dict(sorted(found.items(), key=lambda item: item[1]))
 

@@ -227,10 +227,14 @@ def check_figures(record: FoldRecord) -> None:
             raise CheckpointError(
                 f"the record's {name} is no finite number", module=path, remedy="restore the record that the fold wrote"
             )
-        if module.kept is not None and not math.isfinite(module.kept):
-            raise CheckpointError(
-                "the record's kept is no finite number", module=path, remedy="restore the record that the fold wrote"
-            )
+        for name in ("kept", "output_kept"):  # which may be negative
+            value = getattr(module, name, None)
+            if value is not None and not math.isfinite(value):
+                raise CheckpointError(
+                    f"the record's {name} is no finite number",
+                    module=path,
+                    remedy="restore the record that the fold wrote",
+                )
 
 
 def is_figure(value: object) -> bool:

@@ -47,7 +47,7 @@ class FoldedWeight:
         kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
         change: ``‖exact - base‖``; None where it was not measured.
         relaxation: the factor by which the change was over-relaxed before it was rounded.
-        output_error, output_nearest, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
+        output_error, output_nearest, output_kept, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
     """
 
     encoded: EncodedWeight
@@ -61,6 +61,7 @@ class FoldedWeight:
     relaxation: float = 1.0
     output_error: float | None = None
     output_nearest: float | None = None
+    output_kept: float | None = None
     uncalibrated: str | None = None
 
     @property
@@ -99,6 +100,7 @@ def begin_record(
             relaxation=folded.relaxation,
             output_error=folded.output_error,
             output_nearest=folded.output_nearest,
+            output_kept=folded.output_kept,
             uncalibrated=folded.uncalibrated,
         )
 

@@ -1360,7 +1360,7 @@ OWN, TABLE, TABLE_CODES, FACTORS, FACTOR_SIZE, SCALE_CODES, NUMBERS, PLANE = ran
 #: bytes of one plane.
 _OVER, _SQUARE, _CLIP, _OFFSET, _MISFIT, _UNIT = range(6)
 #: ω - 1, the largest mean square of a weak block's change and its largest weight in units of its scale, the offset of
-#: double quantisation, how often a scale may hold another, and what scales are divided by in a sample's weights
+#: double quantisation, by how much a scale may be exceeded, and what scales are divided by in a sample's weights
 
 
 @_inline
@@ -1386,8 +1386,10 @@ def _largest(x, n):
 
 
 @_inline
-def _held_scale(wanted, block, keep, sums):
-    """The scale nearest to ``wanted`` that the statistics of the base can hold; notes its code, and a misfit."""
+def _held_scale(wanted, top, block, keep, sums):
+    """The scale nearest to ``wanted`` that the statistics of the base can hold; notes its code, and whether it clips
+    the block's largest magnitude ``top``.
+    """
     table = load_word(keep + 8 * TABLE)
     if table == 0:
         return wanted
@@ -1403,7 +1405,7 @@ def _held_scale(wanted, block, keep, sums):
     store_byte(
         load_word(keep + 8 * SCALE_CODES) + block, int64(load_one(load_word(keep + 8 * TABLE_CODES) + 4 * index))
     )
-    if wanted > load_one(numbers + 4 * _MISFIT) * seen:
+    if min(wanted, top) > load_one(numbers + 4 * _MISFIT) * abs(seen):
         sums[7] += 1.0
     return seen
 
@@ -1442,7 +1444,7 @@ def _keep_4bit(
             if top > 0:
                 j = _try_ratios(at, size, top, search, work)
                 wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels, bounds)
-                scale = _held_scale(wanted, block, keep, sums)
+                scale = _held_scale(wanted, top, block, keep, sums)
         store_one(scales + 4 * block, scale)
         more, tiny = fill(over), abs(scale) < _TINY
         factor = fill(scale if tiny else float32(1.0) / scale)
