@@ -552,7 +552,7 @@ def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
     if encoded.format.nested_blocksize != into.nested_blocksize:
         t |= encode_absmax(decode_absmax(encoded), into)
     if into.codec in _LEVELS and encoded.format.storage != into.storage:
-        t["weight"] = t["weight"].contiguous().reshape(-1).view(into.storage).unsqueeze(1)
+        t["weight"] = as_storage(t["weight"].contiguous().reshape(-1).view(torch.uint8).unsqueeze(1), into)
     return t
 
 

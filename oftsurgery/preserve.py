@@ -56,15 +56,16 @@ __all__ = [
 STEPS = 2048
 MOST = 16 * STEPS
 #: a block is strong where the rotation moves its weights by more than this (their root mean square, in units of the
-#: scale; about half a step between the levels near zero): there nearest rounding keeps 98 % of the change, and a scale
+#: scale; about half a step between the levels near zero): there nearest rounding keeps 96 to 98 % of the change, and a scale
 #: that fits the rotated block errs less
-STRONG = {"nf4": 1 / 15, "fp4": 1 / 9, "int8": 1 / 254}
+STRONG = {"nf4": 1 / 18, "fp4": 1 / 12, "int8": 1 / 254}
 #: … or where its largest weight exceeds the base's scale by more than this factor
 CLIP = 1.1
-#: the most weights that ω is found from: of larger ones, rows at even distances
-SAMPLE = 1 << 19
-#: the rows of a sample come in units of so many
+#: the most weights that ω is found from, about: of larger ones, some rows of each part
+SAMPLE = 1 << 20
+#: the rows of a sample come in units of so many, and are of so many units at least
 ROWS = 16
+_FEWEST = 16
 #: double quantisation's statistics of the base may not hold the scale that a strong block should have: its largest weights
 #: are clipped then. Where one is clipped by more than this, the whole weight is rounded with statistics of its own.
 MISFIT = 0.25
@@ -156,15 +157,17 @@ def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Ten
 
 
 def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
-    """Ranges of rows from which ω is found: all of a small weight, else some at even distances.
+    """Ranges of rows from which ω is found: all of a small weight, else a unit of each of as many parts, at places in
+    them that follow no period (rows of attention heads do).
 
     Args:
         unit: rows that are only taken together; a multiple of :data:`ROWS` of them is.
     """
     unit = math.lcm(unit, ROWS)
     units = -(-rows // unit)
-    apart = max(1, rows * features // SAMPLE)
-    chosen = range(min(apart // 2, units - 1), units, apart)
+    apart = max(1, min(rows * features // SAMPLE, units // _FEWEST))
+    golden = (math.sqrt(5) - 1) / 2
+    chosen = (start + int(start // apart * golden % 1 * min(apart, units - start)) for start in range(0, units, apart))
     return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
 
 
@@ -191,9 +194,10 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, codec:
         count: weights of each block, ``(blocks,)``.
     """
     square, most = limits(codec)
-    moved = (exact - base).square().sum(-1)
-    strong = moved > square * count * scales.square()
-    return strong | (exact.abs().amax(-1) > most * scales.abs())
+    unit = scales.abs().clamp(min=1e-38)
+    moved = ((exact - base) / unit.unsqueeze(-1)).square().sum(-1)
+    strong = (moved > square * count) | (exact.abs().amax(-1) > most * scales.abs())
+    return strong | (scales < 0) if codec == "int8" else strong
 
 
 def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat) -> int | None:
@@ -296,9 +300,11 @@ def encode_rows(
         flat = w[at].reshape(-1)
         wanted = w[at].abs().amax(-1) if f.codec == "int8" else codecs.grid_scales(flat, f)
         codes, seen[at] = scales.nearest(wanted, first + at)
-        # the best scale may itself clip, or be larger than the largest weight
-        needed = torch.minimum(wanted, w[at].abs().amax(-1))
-        if bool((needed > (1 + MISFIT) * seen[at].abs()).any()):
+        # the best scale may itself clip, or be larger than the largest weight; beside the other blocks' scales, what a
+        # block of nearly zeros loses is nothing
+        needed = torch.minimum(wanted, w[at].abs().amax(-1)) - seen[at].abs()
+        usual = seen[at].abs() if scales.offset is None else seen[at].abs().clamp(min=float(scales.offset))
+        if bool((needed > MISFIT * usual).any()):
             return None
         if codes is not None:
             stated[at] = codes

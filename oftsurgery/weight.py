@@ -248,7 +248,7 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
     stored = codecs.decode(folded.encoded).to(exact.dtype)
     norm, change = _norm(exact), _norm(exact - base)
     error = _norm(stored - exact)
-    held = float(((stored - base) * (exact - base)).sum(dtype=torch.float64))
+    held = float(((stored - base).to(torch.float64) * (exact - base)).sum())
     relative = error / norm if norm else error
     nearest = relative if folded.rounding == "nearest" else folded.nearest
     if folded.rounding in ("grid", "mse"):

@@ -1405,7 +1405,7 @@ def _held_scale(wanted, top, block, keep, sums):
     store_byte(
         load_word(keep + 8 * SCALE_CODES) + block, int64(load_one(load_word(keep + 8 * TABLE_CODES) + 4 * index))
     )
-    if min(wanted, top) > load_one(numbers + 4 * _MISFIT) * abs(seen):
+    if min(wanted, top) - abs(seen) > load_one(numbers + 4 * _MISFIT) * max(abs(seen), offset):
         sums[7] += 1.0
     return seen
 
@@ -1567,7 +1567,7 @@ def _keep_int8(base, x, count, first, row, codes, scb, keep, sums):
     if bits >= 0x7F800000:
         return
     scale, over = own, load_one(numbers + 4 * _OVER)
-    if _is_strong(base, x, count, own, numbers, as_float(bits)):
+    if own < 0 or _is_strong(base, x, count, own, numbers, as_float(bits)):
         scale, over = as_float(bits), float32(0.0)
         sums[6] += 1.0
     store_one(scb, scale)

@@ -205,7 +205,7 @@ def fold(
     f = encoded.format
     old, new = _side(f), _side(into)
     b = matrices.shape[-1]
-    if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b:
+    if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
         return None
     tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
     source = blockwise.source(encoded)
@@ -370,7 +370,7 @@ class _Fold:
                 places.append(place)
                 to.append(starts[begin] + 4 * (place[0] - begin) * features)
         total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
-        blocks = planes.shape[1] // (features if self.into.codec == "int8" else self.into.blocksize)
+        blocks = -(-planes.shape[1] // (features if self.into.codec == "int8" else self.into.blocksize))
         if not self.finite or 2 * total[6] > blocks:
             return None
         if not total[0] > 0:
@@ -418,7 +418,7 @@ class _Keep:
         square, clip = preserve.limits(into.codec)
         largest = float(self._values.abs().max())
         offset = 0.0 if own.offset is None else float(own.offset)
-        self.numbers = np.array([0, square, clip, offset, 1 + preserve.MISFIT, largest or 1], np.float32)
+        self.numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest or 1], np.float32)
         self.table = np.zeros(8, np.int64)
         self.table[cpu.OWN], self.table[cpu.NUMBERS] = self._values.data_ptr(), self.numbers.ctypes.data
         self.codes: Tensor | None = None

@@ -126,4 +126,5 @@ def _any_strong(moments: Tensor, scales: Tensor, into: WeightFormat) -> bool:
     square, most = preserve.limits(into.codec)
     moved, largest = moments.reshape(scales.numel(), -1, 2).unbind(-1)
     strong = moved.sum(-1) > square * (into.blocksize or into.shape[1]) * scales.square()
-    return bool((strong | (largest.amax(-1) > most * scales.abs())).any())
+    strong |= (largest.amax(-1) > most * scales.abs()) | ((scales < 0) if into.codec == "int8" else False)
+    return bool(strong.any())

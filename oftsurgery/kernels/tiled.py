@@ -96,7 +96,7 @@ class _Fold:
     def _store(self, base: Tensor, weight: Tensor, part: EncodedWeight) -> None:
         miss = codecs.decode(part).to(weight.dtype) - weight
         self.error += _square(miss)
-        self.held += float((miss * (weight - base)).sum(dtype=torch.float64))
+        self.held += float((miss.to(torch.float64) * (weight - base)).sum())
 
     def _done(
         self, new: dict[str, Tensor], rounding: str, nearest: float | None, relaxation: float = 1.0
