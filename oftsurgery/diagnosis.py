@@ -681,6 +681,7 @@ def _folded(
     """
     found: list[Finding] = []
     kept: dict[str, tuple[float, float]] = {}
+    calibrated = False
     for path, rotation in adapter.modules.items():
         with _noting(found, path):
             before, after = base(path), folded(path)
@@ -697,14 +698,17 @@ def _folded(
                 known = record.modules.get(path) if record is not None else None
                 outputs = known.output_kept if known is not None else None
                 kept[path] = part if outputs is None else (outputs, part[1])
+                calibrated = calibrated or outputs is not None
     # worst first: the one that is farthest from the right fold
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
     # of a merge that is wrong there is nothing to say of how much it keeps
-    return found if any(f.severity == "error" for f in found) else found + _kept(kept)
+    return found if any(f.severity == "error" for f in found) else found + _kept(kept, calibrated=calibrated)
 
 
-def _kept(parts: Mapping[str, tuple[float, float]]) -> list[Finding]:
-    """How much of what the adapter changes is in the merged weights: of each ``(kept, ‖exact - base‖²)``."""
+def _kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list[Finding]:
+    """How much of what the adapter changes is in the merged weights: of each ``(kept, ‖exact - base‖²)``. Calibrated ones
+    were judged by their outputs.
+    """
     total = math.fsum(change for _, change in parts.values())
     if not total:
         return []
@@ -717,7 +721,7 @@ def _kept(parts: Mapping[str, tuple[float, float]]) -> list[Finding]:
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
     text = f"{overall:.0%} of what the adapter changes is in the merged weights"
-    if overall >= ENOUGH:
+    if overall >= ENOUGH or calibrated:
         return [Finding("note", "kept", text, printable(least), evidence)]
     return [
         Finding(

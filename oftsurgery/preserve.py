@@ -62,10 +62,10 @@ STRONG = {"nf4": 1 / 18, "fp4": 1 / 12, "int8": 1 / 254}
 #: … or where its largest weight exceeds the base's scale by more than this factor
 CLIP = 1.1
 #: the most weights that ω is found from, about: of larger ones, some rows of each part
-SAMPLE = 1 << 20
+SAMPLE = 1 << 19
 #: the rows of a sample come in units of so many, and are of so many units at least
 ROWS = 16
-_FEWEST = 16
+_FEWEST = 8
 #: double quantisation's statistics of the base may not hold the scale that a strong block should have: its largest weights
 #: are clipped then. Where one is clipped by more than this, the whole weight is rounded with statistics of its own.
 MISFIT = 0.25

