@@ -772,9 +772,9 @@ def _judge(
 ) -> tuple[Finding | None, tuple[float, float] | None]:
     """What is wrong with a merged weight, and how much of the change it holds, with ``‖exact - base‖²``."""
     with rotations.full_precision(before.tensors["weight"].device.type):
-        start = codecs.decode(before)
+        weight = codecs.decode(after).to(before.tensors["weight"].device)
+        start = _start(before, after, weight, rotation)
         right = rotate_chain(start, [rotation])
-        weight = codecs.decode(after).to(right.device)
         effect = relative_error(start, right)
         stored = codecs.decode(codecs.encode(right, replace(after.format, shape=tuple(right.shape))))
         rounding = relative_error(stored, right)
@@ -805,6 +805,17 @@ def _judge(
         "format": after.format.label,
     }
     return Finding(severity, code, message, printable(path), evidence, f"fold the base again: {FOLD}"), part
+
+
+def _start(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> Tensor:
+    """The weight that was rotated: the base's, or what quantising a plain base gives, whichever explains the merged one
+    better. A QOFT adapter was trained on the quantised base.
+    """
+    start = codecs.decode(before)
+    if before.format.quantised or not after.format.quantised or before.format.shape != after.format.shape:
+        return start
+    quantised = codecs.decode(codecs.encode(start, after.format))
+    return min((start, quantised), key=lambda s: relative_error(weight, rotate_chain(s, [rotation])))
 
 
 def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:

@@ -834,3 +834,23 @@ def test_examining_changes_nothing(made: dict[str, Path], snapshot: Callable[[nn
     state = snapshot(model)
     doctor(model)
     assert snapshot(model) == state
+
+
+@pytest.mark.parametrize(("rounding", "code"), [("nearest", "adapter-lost"), ("preserve", "kept")])
+@pytest.mark.parametrize("base", ["quantised", "plain"])
+def test_anybodys_merge_of_a_weak_adapter_is_told_by_what_it_keeps(base: str, rounding: str, code: str) -> None:
+    """Without a record, and with the base as it was trained on or as its config names it."""
+    weight = torch.randn(128, 256)
+    plain, model = nn.Sequential(nn.Linear(256, 128, bias=False)), nn.Sequential(make_layer("nf4", 256, 128))
+    plain[0].weight.data = weight
+    model[0].weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    rotation = oftsurgery.Rotation(generator=0.003 * torch.randn(8, 32 * 31 // 2))
+    adapter = oftsurgery.OFTAdapter({"0": rotation}, {}, "peft-0.21", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        merged = oftsurgery.fold(model, adapter, rounding=rounding)
+    del merged.oftsurgery
+    finding = only(doctor(merged, base=plain if base == "plain" else model, adapter=adapter), code)
+    assert finding.severity == ("warning" if rounding == "nearest" else "note")
+    assert abs(finding.evidence["kept"] - (rounding == "preserve")) < 0.1
+    assert finding.message.startswith(f"{finding.evidence['kept']:.0%} of what the adapter changes is in the merged")
