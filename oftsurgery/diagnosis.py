@@ -720,7 +720,7 @@ def _kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list
         "weights": len(parts),
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
-    text = f"{overall:.0%} of what the adapter changes is in the merged weights"
+    text = f"{round(overall, 2) + 0.0:.0%} of what the adapter changes is in the merged weights"
     if overall >= ENOUGH or calibrated:
         return [Finding("note", "kept", text, printable(least), evidence)]
     return [

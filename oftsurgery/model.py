@@ -428,9 +428,9 @@ def _warn_of_weak_adapter(record: FoldRecord) -> None:
     weak = record.weak
     if not weak:
         return
-    named = ", ".join(f"{printable(path)} ({kept:.0%})" for path, kept in list(weak.items())[:3])
+    named = ", ".join(f"{printable(path)} ({round(kept, 2) + 0.0:.0%})" for path, kept in list(weak.items())[:3])
     more = ", …" if len(weak) > 3 else ""
-    overall = "" if record.kept is None else f" ({record.kept:.0%} over all weights)"
+    overall = "" if record.kept is None else f" ({round(record.kept, 2) + 0.0:.0%} over all weights)"
     plain = any(record.modules[path].rounding != "preserve" for path in weak) and record.rounding != "preserve"
     remedy = 'Fold with rounding="preserve", which needs no data' if plain else "Fold with a calibration"
     warn_caller(

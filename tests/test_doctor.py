@@ -853,4 +853,6 @@ def test_anybodys_merge_of_a_weak_adapter_is_told_by_what_it_keeps(base: str, ro
     finding = only(doctor(merged, base=plain if base == "plain" else model, adapter=adapter), code)
     assert finding.severity == ("warning" if rounding == "nearest" else "note")
     assert abs(finding.evidence["kept"] - (rounding == "preserve")) < 0.1
-    assert finding.message.startswith(f"{finding.evidence['kept']:.0%} of what the adapter changes is in the merged")
+    assert finding.message.startswith(
+        f"{round(finding.evidence['kept'], 2) + 0.0:.0%} of what the adapter changes is in the merged"
+    )
