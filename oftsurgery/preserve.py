@@ -47,7 +47,6 @@ __all__ = [
     "sample_of",
     "scales_of",
     "solve",
-    "steps_of",
     "stored_as",
     "whole_rows",
 ]
@@ -63,8 +62,9 @@ STRONG = {"nf4": 1 / 18, "fp4": 1 / 12, "int8": 1 / 254}
 CLIP = 1.1
 #: the most weights that ω is found from, about: of larger ones, some rows of each part
 SAMPLE = 1 << 19
-#: the rows of a sample come in units of so many, and are of so many units at least
+#: the rows of a sample come in units of so many
 ROWS = 16
+#: the least number of units, however wide the rows
 _FEWEST = 8
 #: double quantisation's statistics of the base may not hold the scale that a strong block should have: its largest weights
 #: are clipped then. Where one is clipped by more than this, the whole weight is rounded with statistics of its own.
@@ -79,11 +79,6 @@ def applies(base: WeightFormat, into: WeightFormat) -> bool:
 def relaxation_of(steps: int) -> float:
     """ω of a number of steps."""
     return math.pow(2.0, steps / STEPS)
-
-
-def steps_of(relaxation: float) -> int:
-    """The number of steps of ω: mirror of :func:`relaxation_of`."""
-    return round(math.log2(relaxation) * STEPS)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
