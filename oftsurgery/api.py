@@ -17,6 +17,7 @@ from . import codecs, configs, files, shards, undo_file
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import AdapterError, StateError, printable
+from .live_store import LiveStore
 from .record import FoldRecord
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .codecs import Rounding
     from .compare import VerifyReport
     from .extractors import ExtractedAdapter
+    from .folder_store import FolderStore
     from .inputs import Batch
     from .onnx_export import OnnxReport
     from .plan import FoldPlan
@@ -194,7 +196,7 @@ def _calibrated(
     with _bar(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
-            paths = [t.path for t in plan.targets if t.format.quantised and t.chain[0].side != "embedding"]
+            paths = [r.path for r in plan.rotate if r.format.quantised and r.chain[0].side != "embedding"]
             return inputs.Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate
@@ -282,7 +284,7 @@ def unfold(
         record = undo_file.open_undo(Path(undo).expanduser())
         return live_model.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
-        source = live_model.source_of(base) if isinstance(base, nn.Module) else _source_on_disk(base)
+        source = LiveStore(base) if isinstance(base, nn.Module) else _folder(base)
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with _bar(progress, "unfold") as step:
@@ -455,10 +457,8 @@ def fold_checkpoint(
             force=force,
             progress=beside.bytes,
             inputs_of=inputs_of,
-        ).record
+        )
     assert record is not None  # noqa: S101 - a fold has one
-    live_model.warn_of_calibration(record)
-    live_model.warn_of_rounding(record)
     return record
 
 
@@ -525,7 +525,7 @@ def unfold_checkpoint(
         UndoError: ``undo`` is no undo record, or a damaged one.
         and those of :func:`fold_checkpoint`.
     """
-    from . import checkpoint, configs
+    from . import checkpoint
 
     if sum(given is not None for given in (adapter, base, undo)) != 1:
         raise StateError(
@@ -544,11 +544,7 @@ def unfold_checkpoint(
         assert adapter is not None  # noqa: S101 - checked above
         plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
     with _byte_bar(progress, "unfold") as step:
-        result = checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
-    if adapter is not None:
-        kept = sum(len(a.saved) for a in plan.adapters)
-        live_model.warn_of_unfold(result.errors, configs.record_in(source.folder), kept)
-    return result.record
+        return checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract(
@@ -870,31 +866,10 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _source_on_disk(base: str | PathLike[str]) -> live_model.BaseSource:
-    """A checkpoint as what a live model is restored from; a plain one is quantised again where the folded layer is
-    quantised.
-    """
-    from . import checkpoint
-    from .codecs import EncodedWeight, WeightFormat
-    from .naming import architecture_of, locate
+def _folder(source: str | PathLike[str]) -> FolderStore:
+    from .folder_store import FolderStore
 
-    opened = shards.open_checkpoint(files.find_checkpoint(base))
-    architecture = architecture_of(opened.config, {name: e.shape for name, e in opened.entries.items()})
-
-    def weight(path: str, home: WeightFormat) -> EncodedWeight | None:
-        name = locate([f"{path}.weight"], architecture).get(f"{path}.weight")
-        if name is None:
-            return None
-        encoded = checkpoint.load_weight(opened, name, transposed=name in architecture.transposed)
-        return checkpoint.quantise(encoded, home) if home.quantised and not encoded.format.quantised else encoded
-
-    def tensor(name: str) -> torch.Tensor | None:
-        found = locate([name], architecture).get(name)
-        return None if found is None else opened.read(found)
-
-    return live_model.BaseSource(
-        weight, tensor, lambda _: False, tie_word_embeddings=opened.config.get("tie_word_embeddings")
-    )
+    return FolderStore(shards.open_checkpoint(files.find_checkpoint(source)))
 
 
 def _resolve(

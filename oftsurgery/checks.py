@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from . import codecs, configs, measures, rotations
 from .adapter import OFTAdapter
-from .checkpoint import Job, load_weight, plan_checkpoint, quantise, recorded_quantization
+from .checkpoint import Part, plan_checkpoint, recorded_quantization
 from .codecs import WeightFormat
 from .errors import MatchError, StateError, printable
-from .naming import Architecture, architecture_of, locate
+from .folder_store import FolderStore
 from .record import FoldRecord, ModuleRecord
 from .shards import Checkpoint, inside, sha256_of
 from .weight import nearest_error, relative_error, rotate_chain
@@ -147,23 +147,25 @@ def check_checkpoint(
         and those of planning a fold.
     """
     record = configs.record_in(folded.folder)
-    architecture = architecture_of(folded.config, {n: e.shape for n, e in folded.entries.items()})
+    there = FolderStore(folded)
     codec = _codec(folded, base, record.base if record is not None else {})
     quantization = recorded_quantization(folded, codec)
     plan = plan_checkpoint(
         base, adapters, format="fp32" if quantization is not None else "same", quantization=quantization
     )
-    jobs = [job for job in plan.jobs if job.chain]
-    names = locate([f"{job.path}.weight" for job in jobs], architecture)
+    parts = [part for part in plan.parts if part.rotate is not None]
+    names = there.locate([part.name for part in parts])
     checks = {}
-    for job in jobs:
-        name = names.get(f"{job.path}.weight")
+    for part in parts:
+        assert part.rotate is not None
+        path = part.rotate.path
+        name = names.get(part.name)
         if name is None:
             raise MatchError(
-                "the folded checkpoint lacks a weight that the adapter targets", module=job.path, path=folded.folder
+                "the folded checkpoint lacks a weight that the adapter targets", module=path, path=folded.folder
             )
-        module = record.modules.get(job.path) if record is not None else None
-        checks[job.path] = _check(job, base, folded, name, architecture, module)
+        module = record.modules.get(path) if record is not None else None
+        checks[path] = _check(part, plan.store, there, name, module)
     if not checks:
         raise StateError(
             "the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together"
@@ -182,13 +184,11 @@ def _codec(folded: Checkpoint, base: Checkpoint, recorded: Mapping[str, str | No
     return states[0] if states else "int8" if any(n.endswith(".SCB") for n in folded.entries) else None
 
 
-def _check(
-    job: Job, base: Checkpoint, folded: Checkpoint, name: str, architecture: Architecture, recorded: ModuleRecord | None
-) -> WeightCheck:
-    encoded = load_weight(base, job.name, transposed=job.transposed)
-    if job.base is not None:
-        encoded = quantise(encoded, job.base)
-    stored = load_weight(folded, name, transposed=name in architecture.transposed)
+def _check(part: Part, base: FolderStore, folded: FolderStore, name: str, recorded: ModuleRecord | None) -> WeightCheck:
+    encoded = base.weight(part.name, base.stored(part.name))
+    stored = folded.weight(name, folded.stored(name))
+    assert encoded is not None and stored is not None and part.rotate is not None
+    job = part.rotate
     with rotations.full_precision("cpu"):
         before = codecs.decode(encoded)
         exact = rotate_chain(before, job.chain)

@@ -14,7 +14,7 @@ from .record import AdapterInfo, FoldRecord
 from .shards import inside, read_json
 
 if TYPE_CHECKING:
-    from .checkpoint import Quantization
+    from .folder_store import Quantization
 
 __all__ = [
     "carried_files",

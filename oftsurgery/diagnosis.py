@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from . import codecs, companions, configs, files, measures, peft_live, rotations
 from .adapter import OFTAdapter, Rotation, parse_adapter
-from .checkpoint import load_weight, plan_checkpoint
+from .checkpoint import plan_checkpoint
 from .codecs import EncodedWeight, WeightFormat
 from .errors import (
     AdapterError,
@@ -38,10 +39,12 @@ from .errors import (
     StateError,
     printable,
 )
+from .folder_store import FolderStore, load_weight
 from .layers import Layer
+from .live_store import LiveStore
 from .model import modules_of, record_of
-from .naming import Architecture, architecture_of, locate, split_companion
-from .plan import LayerInfo, make_plan
+from .naming import split_companion
+from .plan import plan_changes
 from .record import ENOUGH, FoldRecord
 from .shards import CONFIG, INDEX, SINGLE, Checkpoint, TensorEntry, inside, open_checkpoint, read_header, read_json
 from .weight import relative_error, rotate_chain
@@ -218,27 +221,26 @@ def _checkpoint_folder(
     found += _rope(checkpoint.config)
     found += _stale_config(checkpoint)
     found += _weights(checkpoint)
-    architecture = None
+    store = None
     with _noting(found):
-        architecture = architecture_of(checkpoint.config, {n: e.shape for n, e in checkpoint.entries.items()})
+        store = FolderStore(checkpoint)
     record = None
     with _noting(found, configs.RECORD):
         record = configs.record_in(folder)
-    if architecture is None:
+    if store is None:
         return found
+    stored = partial(_stored, store)
     if record is not None:
-        found += _record(
-            record, lambda path: _stored(checkpoint, architecture, path), adapter if base is None else None
-        )
+        found += _record(record, stored, adapter if base is None else None)
     if adapter is not None:
-        found += _convolutions(adapter, checkpoint, architecture)
+        found += _convolutions(adapter, store)
         if base is None:
             if record is None or adapter.fingerprint not in record.fingerprints():
                 with _noting(found):
                     plan_checkpoint(checkpoint, [adapter])
         else:
             read, _ = _reader(base)
-            found += _folded(adapter, read, lambda path: _stored(checkpoint, architecture, path), record)
+            found += _folded(adapter, read, stored, record)
     return found
 
 
@@ -633,11 +635,9 @@ def _record(
 # --- base, adapter and folded weights ---------------------------------------------------------------------------------
 
 
-def _stored(checkpoint: Checkpoint, architecture: Architecture, path: str) -> EncodedWeight | None:
-    name = locate([f"{path}.weight"], architecture).get(f"{path}.weight")
-    if f"{path}.weight" in checkpoint.entries:
-        name = f"{path}.weight"  # a head that a fold untied
-    return None if name is None else load_weight(checkpoint, name, transposed=name in architecture.transposed)
+def _stored(store: FolderStore, path: str) -> EncodedWeight | None:
+    name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
+    return None if name is None else store.weight(name, store.stored(name))
 
 
 def _reader(base: str | PathLike[str] | nn.Module) -> tuple[Callable[[str], EncodedWeight | None], Checkpoint | None]:
@@ -646,15 +646,12 @@ def _reader(base: str | PathLike[str] | nn.Module) -> tuple[Callable[[str], Enco
         modules = _plain_paths(base)
         return lambda path: Layer(path, modules[path]).read()[0] if path in modules else None, None
     checkpoint = open_checkpoint(files.find_checkpoint(base))
-    architecture = architecture_of(checkpoint.config, {n: e.shape for n, e in checkpoint.entries.items()})
-    return lambda path: _stored(checkpoint, architecture, path), checkpoint
+    return partial(_stored, FolderStore(checkpoint)), checkpoint
 
 
-def _convolutions(adapter: OFTAdapter, checkpoint: Checkpoint, architecture: Architecture) -> list[Finding]:
-    names = locate([f"{path}.weight" for path in adapter.modules], architecture)
-    shapes = {
-        path: checkpoint.entries[names[f"{path}.weight"]].shape for path in adapter.modules if f"{path}.weight" in names
-    }
+def _convolutions(adapter: OFTAdapter, store: FolderStore) -> list[Finding]:
+    names = store.locate([f"{path}.weight" for path in adapter.modules])
+    shapes = {path: store.shape(names[f"{path}.weight"]) for path in adapter.modules if f"{path}.weight" in names}
     return [_convolution(path, shape[2:]) for path, shape in shapes.items() if len(shape) == 4 and shape[2:] != (1, 1)]
 
 
@@ -874,8 +871,7 @@ def _fits(adapter: OFTAdapter, base: str | PathLike[str] | nn.Module) -> list[Fi
         if isinstance(base, nn.Module):
             return _fits_model(adapter, base)
         checkpoint = open_checkpoint(files.find_checkpoint(base))
-        architecture = architecture_of(checkpoint.config, {n: e.shape for n, e in checkpoint.entries.items()})
-        found += _convolutions(adapter, checkpoint, architecture)
+        found += _convolutions(adapter, FolderStore(checkpoint))
         if not found:
             plan_checkpoint(checkpoint, [adapter])
     return found
@@ -890,13 +886,9 @@ def _fits_model(adapter: OFTAdapter, model: nn.Module) -> list[Finding]:
             found.append(_convolution(path, module.kernel_size))
     if not found:
         with _noting(found):
-            layers = [Layer(path, modules[path]) for path in modules if path in adapter.modules]
-            tensors = {
-                f"{path}.{n}".lstrip("."): tuple(t.shape) for path, m in modules.items() for n, t in _own_tensors(m)
-            }
-            make_plan(
-                [adapter], {y.path: LayerInfo(y.kind, y.read()[1], id(y.module)) for y in layers}, tensors, modules
-            )
+            store = LiveStore(model, modules)
+            store.record = None  # what is folded in is told of elsewhere
+            plan_changes(store, [adapter])
     return found
 
 

@@ -241,6 +241,10 @@ class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
 
 
+class IdleWarning(UserWarning):
+    """Names, once a fold, the layers whose rotation is left out: their owners read the weight and never call them."""
+
+
 class CalibrationWarning(UserWarning):
     """Names, once a calibrated fold, the layers that were not calibrated, and says why."""
 

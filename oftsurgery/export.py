@@ -7,35 +7,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import card, codecs, companions, configs, peft_live
-from .checkpoint import DENSE, RECORD, Quantization
+from . import codecs, companions, configs, peft_live
+from .checkpoint import DENSE
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
+from .folder_store import Quantization
+from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
 from .layers import Layer, offloaded
-from .model import inner_model, modules_of, record_of
+from .live_store import record_of
 from .record import FoldRecord
-from .shards import INDEX, SINGLE, ShardWriter
 from .staging import Staging
+from .ties import inner_model, modules_of, ties_of
 
 __all__ = ["config_files", "save_model"]
 
 _FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Item:
-    """One parameter or buffer to save: what tensors it becomes, and how to get them."""
-
-    outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]
-    read: Callable[[], Mapping[str, Tensor]]
-    nbytes: int
 
 
 def save_model(
@@ -54,81 +46,40 @@ def save_model(
             remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
         )
     items = _items(model, dtype)
-    groups = _groups(items, max_shard_bytes)
+    shards = split([item.outputs for item in items], max_shard_bytes)
     record = record_of(model)
     if record is not None:
         record = configs.public_record(record)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
-    needed = sum(item.nbytes for item in items)
-    plain = config_files(model, dtype)
+    needed = sum(size_of(item.outputs) for item in items)
+    jsons = config_files(model, dtype)
     with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
-        for file, group in groups.items():
-            _write(staging, file, group, metadata)
-        if len(groups) > 1:
-            weight_map = {name: file for file, group in groups.items() for item in group for name in item.outputs}
-            staging.put_json(
-                INDEX, {"metadata": {"total_size": needed}, "weight_map": dict(sorted(weight_map.items()))}
-            )
-        for name, value in plain.items():
-            staging.put_json(name, value)
-        text = card.written_card(
-            _source(model), record, plain.get("config.json", {}), staging.names(), exact=dtype is None
-        )
-        if text is not None:
-            staging.put_text(card.CARD, text)
-        if record is not None:
-            record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
-            staging.put_json(RECORD, record.to_dict())
+        for shard in shards:
+            write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
+        files = [shard.file for shard in shards]
+        record = write_rest(staging, files, record, source=_source(model), jsons=jsons, exact=dtype is None)
         staging.publish()
     return record
-
-
-def _write(staging: Staging, file: str, group: list[_Item], metadata: dict[str, str]) -> None:
-    with staging.writing(file) as path:
-        writer = ShardWriter(path, {name: o for item in group for name, o in item.outputs.items()}, metadata)
-        try:
-            for item in group:
-                for name, tensor in item.read().items():
-                    writer.write(name, tensor)
-            writer.close()
-        except BaseException:
-            writer.abort()
-            raise
 
 
 def _format(dtype: torch.dtype | None) -> str:
     return _FORMAT_OF[dtype] if dtype is not None else "same"
 
 
-def _groups(items: list[_Item], limit: int) -> dict[str, list[_Item]]:
-    groups: list[list[_Item]] = [[]]
-    size = 0
-    for item in items:
-        if groups[-1] and size + item.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, start=1)}
-
-
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
 
-def _items(model: nn.Module, dtype: torch.dtype | None) -> list[_Item]:
+def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
     names = _file_names(model)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    seen: dict[int, str] = {}
-    items = []
+    ties = ties_of(model)
+    items, seen = [], set()
     for path, module in modules_of(model).items():
         for local, tensor in _own_tensors(module).items():
             name = f"{path}.{local}".lstrip(".")
-            first = seen.setdefault(id(tensor), name)
-            if first != name and name in tied:
-                continue  # transformers ties it again as it loads
-            items.append(_item(module, path, local, tensor, names(name), dtype))
+            again = id(tensor) in seen  # transformers ties it again as it loads
+            seen.add(id(tensor))
+            if not (again and ties.flag and name in ties.flagged):
+                items.append(_item(module, path, local, tensor, names(name), dtype))
     return items
 
 
@@ -137,7 +88,7 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in {**module._parameters, **kept}.items() if t is not None}
 
 
-def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> _Item:
+def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Item:
     layer = Layer(path, module)
     if local == "weight" and layer.quantised:
         _, home = layer.read()
@@ -147,7 +98,7 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
         if conv1d:
             # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
             outputs = {name: (into.dtype, into.shape[::-1])}
-        return _Item(outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d), _size(outputs))
+        return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
     stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if stored not in _SAVEABLE:
         raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
@@ -157,7 +108,11 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
         value = offloaded(module, local) if tensor.is_meta else tensor
         return {name: value.detach().to(stored)}
 
-    return _Item(plain, read, _size(plain))
+    return _item_of(name, plain, read)
+
+
+def _item_of(name: str, outputs: Outputs, read: Callable[[], Mapping[str, Tensor]]) -> Item:
+    return Item(name, outputs, size_of(outputs), read, lambda made: made)
 
 
 _SAVEABLE = frozenset(
@@ -174,10 +129,6 @@ _SAVEABLE = frozenset(
         torch.bool,
     }
 )
-
-
-def _size(outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]) -> int:
-    return sum(d.itemsize * torch.Size(s).numel() if s is not None else 256 for d, s in outputs.values())
 
 
 def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: bool) -> Mapping[str, Tensor]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import companions, peft_live
+from . import peft_live
 from .adapter import OFTAdapter, common_paths
-from .checkpoint import load_weight
 from .codecs import EncodedWeight
 from .errors import (
     ExtractionError,
@@ -25,9 +25,9 @@ from .errors import (
     warn_caller,
 )
 from .extraction import BlockSizeCurve, ExtractedRotation, choose_block_size, extract_encoded, unrotated
+from .folder_store import FolderStore
 from .layers import Layer
 from .model import Progress, inner_model, modules_of
-from .naming import Architecture, architecture_of, locate, split_companion
 from .shards import Checkpoint
 
 __all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
@@ -268,12 +268,10 @@ def extract_from_checkpoints(
     progress: Progress | None = None,
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract_checkpoint`."""
-    here, there = (architecture_of(c.config, {n: e.shape for n, e in c.entries.items()}) for c in (base, merged))
-    names = {_path(name, here): name for name in base.entries if _is_weight(name, base)}
-    tied = {path: name for path, name in here.tied.items() if path not in names}
-    wanted = [f"{path}.weight" for path in names]
-    found = locate(wanted, there)
-    missing = [name for name in wanted if name not in found]
+    here, there = FolderStore(base), FolderStore(merged)
+    names = [n for n in here.tensors if n.endswith(".weight") and here.is_weight(n)]
+    found = there.locate(names)
+    missing = [n for n in names if n not in found]
     if missing:
         raise MatchError(
             "the merged checkpoint lacks a weight of the base",
@@ -281,61 +279,30 @@ def extract_from_checkpoints(
             path=merged.folder,
             remedy="give two checkpoints of one model",
         )
+    own = {n: found[n] for n in names if n not in here.architecture.tied}
+    # a head that a fold untied
+    own |= {n: found[n] for n in names if n in here.architecture.tied and found[n] not in there.architecture.tied}
     pairs = [
-        _Pair(path, name in here.embeddings, _disk_reader(base, name, here, merged, found[f"{path}.weight"], there))
-        for path, name in names.items()
+        _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
+        for n, other in own.items()
     ]
-    for path, name in tied.items():
-        own = locate([f"{path}.weight"], there).get(f"{path}.weight")
-        if own is not None and own not in found.values():  # a head that a fold untied
-            pairs.append(_Pair(path, False, _disk_reader(base, name, here, merged, own, there)))
-            found[f"{path}.weight"] = own
-    return _extract(pairs, _differing_on_disk(base, here, merged, there, found), block_size, base_name, progress)
+    return _extract(pairs, _differing_on_disk(here, there, own), block_size, base_name, progress)
 
 
-def _path(name: str, architecture: Architecture) -> str:
-    return (name if name in architecture.converted else architecture.renamed[name]).removesuffix(".weight")
+def _read_pair(here: FolderStore, name: str, there: FolderStore, other: str) -> tuple[EncodedWeight, EncodedWeight]:
+    pair = here.weight(name, here.stored(name)), there.weight(other, there.stored(other))
+    assert pair[0] is not None  # noqa: S101 - both were located
+    assert pair[1] is not None  # noqa: S101
+    return pair[0], pair[1]
 
 
-def _is_weight(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether the tensor is a weight that a rotation may be on, stored in any format."""
-    if not name.endswith(".weight"):
-        return False
-    if companions.state_name(name, checkpoint.entries) is not None:
-        return True
-    entry = checkpoint.entries[name]
-    if entry.dtype == "I8":
-        return name.removesuffix("weight") + "SCB" in checkpoint.entries
-    matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
-    return matrix and entry.dtype in ("F64", "F32", "F16", "BF16")
-
-
-def _disk_reader(
-    base: Checkpoint, name: str, here: Architecture, merged: Checkpoint, other: str, there: Architecture
-) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
-    return lambda: (
-        load_weight(base, name, transposed=name in here.transposed),
-        load_weight(merged, other, transposed=other in there.transposed),
-    )
-
-
-def _differing_on_disk(
-    base: Checkpoint, here: Architecture, merged: Checkpoint, there: Architecture, weights: Mapping[str, str]
-) -> Iterator[str]:
-    plain = [n for n in base.entries if not _is_weight(n, base) and not _is_companion(n, base)]
-    found = locate([here.renamed[n] for n in plain], there)
+def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[str, str]) -> Iterator[str]:
+    tied = here.architecture.tied.keys() | there.architecture.tied.keys()
+    plain = [n for n in here.tensors if n not in weights and n not in tied]
+    found = there.locate(plain)
     for name in plain:
-        other = found.get(here.renamed[name])
-        if other is None or not _same(base.read(name), merged.read(other)):
-            yield here.renamed[name]
+        mine, other = here.tensor(name), there.tensor(found[name]) if name in found else None
+        if mine is None or other is None or not _same(mine, other):
+            yield name
     known = {*weights.values(), *found.values()}
-    for name in merged.entries:
-        if name not in known and not _is_companion(name, merged):
-            yield there.renamed[name]
-
-
-def _is_companion(name: str, checkpoint: Checkpoint) -> bool:
-    weight, suffix = split_companion(name)
-    if not suffix and name.rpartition(".")[2] in ("SCB", "weight_format"):
-        weight, suffix = name.rpartition(".")[0] + ".weight", "."
-    return bool(suffix) and weight in checkpoint.entries
+    yield from (n for n in there.tensors if n not in known and n not in tied)

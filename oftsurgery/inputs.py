@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from . import live, rotations
 from .adapter import OFTAdapter
 from .calibration import InputsOf, LayerInputs
-from .checkpoint import CheckpointPlan, Job, Quantization
+from .checkpoint import CheckpointPlan, Part
 from .compare import _batches, _eval_mode
 from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
+from .folder_store import Quantization
 from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
-from .naming import locate, quiet, without_code
+from .naming import quiet, without_code
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 
@@ -131,41 +132,36 @@ def of_checkpoint(
         CalibrationError: transformers does not know the class, or cannot load it.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = {j.path: _model_path(plan, j) for j in plan.jobs if _calibrates(j)}
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and _calibrates(p)]
     found: list[Calibration] = []
 
     def inputs_of(path: str) -> LayerInputs | None:
         if not found:
             adapters = [_renamed(adapter, plan) for adapter in plan.adapters]
-            paths = list(wanted.values())
-            found.append(Calibration(_load(plan, device), adapters, paths, _to(batches, device), progress=progress))
-        return found[0](wanted[path])
+            found.append(Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress))
+        return found[0](path)
 
     return inputs_of
 
 
-def _calibrates(job: Job) -> bool:
-    return bool(job.chain) and job.into is not None and job.into.quantised and job.chain[0].side != "embedding"
-
-
-def _model_path(plan: CheckpointPlan, job: Job) -> str:
-    """The model's own path of a job's module, which the adapter may name without the base model's prefix, or with one."""
-    return plan.architecture.renamed[job.name].removesuffix(".weight")
+def _calibrates(part: Part) -> bool:
+    return part.rotate is not None and part.into.quantised and part.rotate.chain[0].side != "embedding"
 
 
 def _renamed(adapter: OFTAdapter, plan: CheckpointPlan) -> OFTAdapter:
-    paths = {j.path: _model_path(plan, j) for j in plan.jobs if j.chain and next(iter(j.outputs)).startswith(j.name)}
-    own = locate(adapter.saved, plan.architecture)
+    """``adapter`` with the model's own names, which it may give without the base model's prefix, or with one."""
+    paths = plan.store.locate(f"{path}.weight" for path in adapter.modules)
+    own = plan.store.locate(adapter.saved)
     return replace(
         adapter,
-        modules={paths.get(path, path): rotation for path, rotation in adapter.modules.items()},
-        saved={plan.architecture.renamed[own[name]]: tensor for name, tensor in adapter.saved.items()},
+        modules={paths[f"{path}.weight"].removesuffix(".weight"): r for path, r in adapter.modules.items()},
+        saved={own[name]: tensor for name, tensor in adapter.saved.items()},
     )
 
 
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     transformers = _transformers()
-    cls = getattr(transformers, plan.architecture.name or "", None)
+    cls = getattr(transformers, plan.store.architecture.name or "", None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise CalibrationError(
             "transformers does not know the model's class, and a calibration must run the model",

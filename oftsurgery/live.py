@@ -32,9 +32,11 @@ from . import codecs, peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation
 from .codecs import EncodedWeight
 from .errors import AdapterError, FormatError, MatchError, OFTSurgeryError, StateError, printable
+from .hashing import hash_tensors
 from .layers import Layer
-from .model import _covers, _plan, _replace_tensor, _Tied, _transaction, inner_model, modules_of
-from .plan import FoldPlan
+from .live_store import LiveStore
+from .model import inner_model, modules_of, places_of, replace_tensor, transaction
+from .plan import plan_changes
 from .sharing import share_model
 from .weight import fold_encoded
 
@@ -673,7 +675,7 @@ def wrap_model(
             remedy="wrap the plain base model, or use the peft model as it is",
         )
     # tensors made in inference mode would fail at the first training step
-    with torch.inference_mode(False), _transaction() as journal:
+    with torch.inference_mode(False), transaction() as journal:
         work = model if inplace else share_model(model)
         before = live_layers(work)
         origins = _origins(work)
@@ -684,17 +686,21 @@ def wrap_model(
             )
         _refuse_merged(before)
         _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
-        plan = _plan(work, list(named.values()))
-        for name in plan.saved:
+        store = LiveStore(work)
+        plan = plan_changes(store, list(named.values()))
+        ties = store.ties
+        for name in (change.name for change in plan.replace):
             if any(name in origin.saved for origin in origins.values()):
                 raise MatchError(
                     "two adapters bring their own values for one tensor", tensor=name, remedy="wrap one of them alone"
                 )
         layers = {layer.base_layer: layer for layer in before.values()}
-        twins = _separate(work, [target.path for target in plan.targets], layers, journal)
-        modules, tied = modules_of(work), _Tied(work)
+        twins = _separate(work, [change.path for change in plan.rotate], layers, journal)
+        modules = modules_of(work)
         for name, adapter in named.items():
             for path, rotation in adapter.modules.items():
+                if path in plan.idle:
+                    continue
                 base = modules[path]
                 radius = _radius(adapter, rotation)
                 if base in layers:
@@ -703,10 +709,12 @@ def wrap_model(
                 else:
                     journal.append(_restore_4bit(base))
                     layers[base] = _class_for(Layer(path, base))(
-                        base, name, rotation, radius=radius, path=path, shared=tied.shared(base)
+                        base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
-        hashes = _bring(plan, modules, tied, journal)
+        hashes = {n: hash_tensors({n: store.tensor(n)}) for n in (change.name for change in plan.replace)}  # type: ignore[dict-item]
+        for change in plan.replace:
+            replace_tensor(modules, change, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)
@@ -715,15 +723,6 @@ def wrap_model(
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[_ATTRIBUTE] = origins
     return work
-
-
-def _bring(plan: FoldPlan, modules: Mapping[str, nn.Module], tied: _Tied, journal: list[Undo]) -> dict[str, str]:
-    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
-    hashes: dict[str, str] = {}
-    for name, tensor in plan.saved.items():
-        own = any(_covers(entry, name) for a in plan.adapters for entry in a.config.get("modules_to_save") or ())
-        hashes[name] = _replace_tensor(modules, name, tensor, tied, journal, only_here=own)
-    return hashes
 
 
 def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
@@ -755,10 +754,10 @@ def _separate(
     Returns:
         ``{new module: (the one that it stands for,)}``
     """
-    modules, tied, twins = modules_of(model), _Tied(model), {}
+    modules, twins = modules_of(model), {}
     for path in paths:
         base = modules[path]
-        if tied.places_of(base) < 2 or base in live:
+        if places_of(modules, base) < 2 or base in live:
             continue
         own = share_model(base)
         for key, parameter in base._parameters.items():
@@ -896,7 +895,7 @@ def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[st
     if adapter_names is not None:
         _check_names(layers, adapter_names)
     errors: dict[str, float] = {}
-    with _transaction() as journal:
+    with transaction() as journal:
         for path, layer in layers.items():
             if not layer.merged:
                 journal.append(layer.unmerge)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from .conversion import Unit, unit_of
 from .errors import CheckpointError, MatchError, MissingDependencyError, StateError, printable
+from .ties import Ties, modules_of, ties_of
 
 __all__ = ["Architecture", "architecture_of", "locate"]
 
@@ -32,26 +35,52 @@ class Architecture:
 
     Attributes:
         renamed: ``{name in the checkpoint: name in the model}``, both the same where nothing is renamed.
-        converted: names in the checkpoint that transformers merges with others or splits while loading (fused experts).
+        units: ``{name in the checkpoint: the unit that it is of}`` of what transformers splits, merges or turns while
+            loading.
         transposed: checkpoint names of ``Conv1D`` weights, held ``(in, out)``.
-        linears: checkpoint names of the weights that bitsandbytes loading quantises, None where the class is not known.
-        loaded: ``{checkpoint name: dtype}`` in which transformers holds a plain tensor after loading; empty where the
-            class is not known.
-        embeddings: checkpoint names of embedding weights.
-        tied: ``{module path that is absent from the checkpoint: checkpoint name of what it shares}``.
+        linears: model names of the weights that bitsandbytes loading quantises, None where the class is not known.
+        loaded: ``{checkpoint or model name: dtype}`` in which transformers holds a plain tensor after loading; empty where
+            the class is not known.
+        modules: ``{path: module}`` of the model on the meta device; empty where the class is not known.
+        ties: of the model.
         base_prefix: transformers' ``base_model_prefix``; empty where the class is not known.
         name: of the class, or None.
     """
 
     renamed: Mapping[str, str]
-    converted: frozenset[str]
+    units: Mapping[str, Unit]
     transposed: frozenset[str]
     linears: frozenset[str] | None
     loaded: Mapping[str, torch.dtype]
-    embeddings: frozenset[str]
-    tied: Mapping[str, str]
+    modules: Mapping[str, nn.Module]
+    ties: Ties
     base_prefix: str
     name: str | None
+
+    @cached_property
+    def stored(self) -> Mapping[str, tuple[str, ...]]:
+        """``{model name: names in the checkpoint that are renamed to it}``, without those of units."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, target in self.renamed.items():
+            if name not in self.units:
+                found[target] = (*found.get(target, ()), name)
+        return found
+
+    @cached_property
+    def made(self) -> Mapping[str, Unit]:
+        """``{model name: the unit that gives it}``."""
+        return {name: unit for unit in self.units.values() for name in unit.model}
+
+    @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """``{model name that the checkpoint lacks: one that it is tied to and that is there}``."""
+        there = self.stored.keys() | self.made.keys()
+        found: dict[str, str] = {}
+        for group in self.ties.groups:
+            holder = next((n for n in group if n in there), None)
+            if holder is not None:
+                found |= {n: holder for n in group if n not in there}
+        return found
 
 
 def architecture_of(
@@ -84,12 +113,12 @@ def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     )
     return Architecture(
         renamed=MappingProxyType({name: name for name in shapes}),
-        converted=frozenset(),
+        units=MappingProxyType({}),
         transposed=transposed,
         linears=None,
         loaded=MappingProxyType({}),
-        embeddings=frozenset(),
-        tied=MappingProxyType({}),
+        modules=MappingProxyType({}),
+        ties=Ties(),
         base_prefix="",
         name=None,
     )
@@ -185,13 +214,16 @@ def _known(
     model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None
 ) -> Architecture:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model) or []
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamed, converted = {}, set()
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    renamed: dict[str, str] = {}
+    parts: dict[str, dict[str, tuple[str, str]]] = {}
+    patterns: dict[str, str] = {}
     for name in shapes:
         # companions (weight.absmax, SCB) follow their weight; the tables know weights alone
         weight, companion = split_companion(name)
@@ -200,35 +232,27 @@ def _known(
             target, pattern = rename_source_key(weight, [], [], model.base_model_prefix, state)
         renamed[name] = target + companion
         if pattern is not None:
-            converted.add(name)
-    by_model = {target: name for name, target in renamed.items()}
-    modules = dict(model.named_modules())
-    transposed, linears, embeddings = set(), set(), set()
+            patterns.setdefault(target, pattern)
+            parts.setdefault(target, {})[name] = (apply_renamings(weight, renamings), target)
+    units: dict[str, Unit] = {}
+    for target, keys in parts.items():
+        unit = unit_of(by_pattern[patterns[target]], keys, shapes, state, model)
+        units |= dict.fromkeys(keys, unit)
+    modules = modules_of(model)
     skipped = _not_converted(model, skip)
-    for path, module in modules.items():
-        stored = by_model.get(f"{path}.weight")
-        if stored is None:
-            continue
-        conv1d = type(module).__name__ == "Conv1D"
-        if conv1d:
-            transposed.add(stored)
-        if isinstance(module, nn.Embedding):
-            embeddings.add(stored)
-        if (conv1d or type(module) is nn.Linear) and not skipped(path):
-            linears.add(stored)
-    tied = {
-        target.removesuffix(".weight"): by_model[source]
-        for target, source in getattr(model, "all_tied_weights_keys", {}).items()
-        if target.endswith(".weight") and target not in by_model and source in by_model
-    }
+    conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}
     return Architecture(
         renamed=MappingProxyType(renamed),
-        converted=frozenset(converted),
-        transposed=frozenset(transposed),
-        linears=frozenset(linears),
+        units=MappingProxyType(units),
+        transposed=frozenset(n for n, target in renamed.items() if target.removesuffix(".weight") in conv1d),
+        linears=frozenset(
+            f"{path}.weight"
+            for path, m in modules.items()
+            if (path in conv1d or type(m) is nn.Linear) and not skipped(path)
+        ),
         loaded=MappingProxyType(_loaded(model, renamed, dtype)),
-        embeddings=frozenset(embeddings),
-        tied=MappingProxyType(tied),
+        modules=MappingProxyType(modules),
+        ties=ties_of(model),
         base_prefix=model.base_model_prefix,
         name=type(model).__name__,
     )
@@ -241,9 +265,10 @@ def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[
     kept = list(model._get_dtype_plan(dtype))
     is_kept = build_glob_alternation(kept)[0].search if kept else lambda _: None
     state = model.state_dict()
+    names = {**{target: target for target in state}, **renamed}
     return {
         name: torch.float32 if is_kept(target) else state[target].dtype
-        for name, target in renamed.items()
+        for name, target in names.items()
         if target in state and state[target].is_floating_point()
     }
 
@@ -288,9 +313,17 @@ def split_companion(name: str) -> tuple[str, str]:
     return name, ""
 
 
+def is_companion(name: str, names: Collection[str]) -> bool:
+    """Whether the tensor ``name`` among ``names`` belongs to a quantised weight beside it."""
+    if name.rpartition(".")[2] in ("SCB", "weight_format"):
+        return name.rpartition(".")[0] + ".weight" in names
+    weight, suffix = split_companion(name)
+    return bool(suffix) and weight in names
+
+
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
-    """``{name in the adapter: name in the checkpoint}`` for tensor names that an adapter implies (``<module
-    path>.weight``) or brings.
+    """``{name in the adapter: name of the tensor}`` for tensor names that an adapter implies (``<module path>.weight``)
+    or brings: as the model's class has it, or as the checkpoint does where transformers makes something else of it.
 
     A name is looked for as the checkpoint has it and as the model's class does, there also with transformers'
     ``base_model_prefix`` added or taken away (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by
@@ -299,10 +332,6 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     Raises:
         MatchError: one name finds two tensors.
     """
-    by_model: dict[str, set[str]] = {}
-    for name, target in architecture.renamed.items():
-        by_model.setdefault(target, set()).add(name)
-    tied = {f"{path}.weight": name for path, name in architecture.tied.items()}
     prefix = f"{architecture.base_prefix}." if architecture.base_prefix else ""
     rules: list[Callable[[str], str]] = [lambda n: n]
     if prefix:
@@ -310,20 +339,13 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     wanted = list(names)
     best: dict[str, str] = {}
     for rule in rules:
-        found: dict[str, str] = {}
+        found = {}
         for name in wanted:
-            here = set(by_model.get(rule(name), ()))
-            here |= {rule(name)} if rule(name) in architecture.renamed else set()
-            here |= (
-                by_model[architecture.renamed[rule(name)]] - architecture.converted
-                if rule(name) in architecture.renamed
-                else set()
-            )
-            if not here and rule(name) in tied:
-                here = {tied[rule(name)]}
-            if len(here) > 1:
+            here = _called(rule(name), architecture)
+            stored = [n for target in here for n in architecture.stored.get(target, (target,))]
+            if len(stored) > 1:
                 raise MatchError(
-                    f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, here)))}",
+                    f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}",
                     tensor=name,
                     remedy="save the checkpoint again with one release of transformers",
                 )
@@ -333,3 +355,11 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
         if len(found) == len(wanted):
             break
     return best
+
+
+def _called(name: str, architecture: Architecture) -> set[str]:
+    """The tensors that ``name`` is the name of, in the model or in the checkpoint."""
+    here = {name} & (architecture.stored.keys() | architecture.made.keys() | architecture.tied.keys())
+    if name in architecture.units:
+        return here or {name}
+    return here | ({architecture.renamed[name]} if name in architecture.renamed else set())

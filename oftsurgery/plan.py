@@ -1,44 +1,118 @@
-"""Plan a fold: match adapters to a model's layers and tensors by names and shapes, before anything is computed or
-changed.
+"""Plan what changes in a model: adapters matched to its layers and tensors by names and shapes, before anything is
+computed or changed.
 
-Pure: everything comes in as names, formats and shapes, and a frozen :class:`FoldPlan` goes out; whatever does not fit
-is an error here.
+Pure: a :class:`Store` says what there is, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error
+here. Which tensors come apart where the model ties them is decided here and nowhere else.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from .adapter import OFTAdapter, Rotation
-from .codecs import WeightFormat
+from .codecs import EncodedWeight, WeightFormat
 from .errors import MatchError, ShapeError, StateError, printable
+from .record import FoldRecord
+from .ties import Ties
 
-__all__ = ["FoldPlan", "LayerInfo", "Target", "make_plan", "not_found"]
+__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "check_last", "not_found", "plan_changes"]
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What the planner needs to know of a layer: its kind, its weight's format, and an identity that two paths to one
-    module share.
+    """What the planner needs to know of a layer.
+
+    Attributes:
+        kind: of module.
+        format: that its weight is rotated in.
+        identity: two paths to one module share it.
+        idle: its owner reads the weight and never calls the layer.
     """
 
     kind: Literal["linear", "embedding", "conv"]
     format: WeightFormat
     identity: int
+    idle: bool = False
+
+
+class Store(Protocol):
+    """A model as named weights, wherever it lies."""
+
+    @property
+    def what(self) -> str:
+        """``"model"`` or ``"checkpoint"``, for messages."""
+
+    @property
+    def record(self) -> FoldRecord | None:
+        """Of what is folded in already."""
+
+    @property
+    def ties(self) -> Ties:
+        """Which of its tensors are one."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Paths of all modules, in the model's order."""
+
+    def locate(self, names: Iterable[str]) -> Mapping[str, str]:
+        """``{name in an adapter: name of the model's tensor}``, without those that there are not."""
+
+    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+        """Of the module whose weight is the tensor ``name``. Raises FormatError where it cannot be folded."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
+        """A stored weight, quantised to ``home`` where it is plain and that is not; None where there is none."""
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A plain tensor, or None."""
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
-    """One layer to rotate, with the chain of rotations in the live order."""
+class Rotate:
+    """One layer's weight is rotated, in its own place alone.
+
+    Attributes:
+        path: of the module.
+        format: of its weight.
+        chain: of rotations in the live order.
+        untied: another place holds the same tensor.
+        inverse: rotate back.
+    """
 
     path: str
     format: WeightFormat
     chain: tuple[Rotation, ...]
+    untied: bool = False
+    inverse: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the weight."""
+        return f"{self.path}.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """A tensor takes an adapter's own values.
+
+    Attributes:
+        name: of the tensor.
+        values: of its shape.
+        places: names of all tensors that take them: that one alone where the adapter brings the module
+            (``modules_to_save``), else all that are tied to it still.
+    """
+
+    name: str
+    values: Tensor
+    places: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,64 +121,133 @@ class FoldPlan:
 
     Attributes:
         adapters: in the live order.
-        targets: layers to rotate, in the model's order.
-        saved: ``{tensor name: its new values}``, applied before the rotations.
+        rotate: in the model's order.
+        replace: applied before the rotations.
+        apart: groups of tied tensors that are not one any more.
+        clears_flag: the config's ``tie_word_embeddings`` is cleared.
+        idle: paths of layers whose rotation is left out, since nobody calls them.
     """
 
     adapters: tuple[OFTAdapter, ...]
-    targets: tuple[Target, ...]
-    saved: Mapping[str, Tensor]
+    rotate: tuple[Rotate, ...]
+    replace: tuple[Replace, ...] = ()
+    apart: tuple[tuple[str, ...], ...] = ()
+    clears_flag: bool = False
+    idle: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of all tensors that change."""
+        return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
+
+    def recorded(self, change: Replace) -> tuple[str, ...]:
+        """Names of the tensors that a replacement leaves behind: all of its places where they come apart."""
+        return change.places if any(change.name in group for group in self.apart) else (change.name,)
+
+    def partner(self, name: str) -> str | None:
+        """A weight that was one with ``name`` and stays as it was, or None."""
+        group = next((g for g in self.apart if name in g), ())
+        return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
 
 
-def make_plan(
-    adapters: Sequence[OFTAdapter],
-    layers: Mapping[str, LayerInfo],
-    tensors: Mapping[str, tuple[int, ...]],
-    names: Collection[str],
-) -> FoldPlan:
+def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False) -> FoldPlan:
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
-        layers: ``{path: LayerInfo}`` of at least the modules that the adapters name and the model has, in the model's
-            order.
-        tensors: ``{name: shape}`` of all of the model's parameters and buffers.
-        names: of all modules, for "did you mean".
+        inverse: the adapters are in the model, and come out.
 
     Raises:
         MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
-        does not take.
+            does not take.
         ShapeError: a rotation or tensor does not fit.
-        StateError: one adapter twice.
+        FormatError: a module cannot be folded.
+        StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
     """
-    if not adapters:
-        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
-    prints = [a.fingerprint for a in adapters]
-    if len(set(prints)) < len(prints):
-        raise StateError(
-            "the same adapter is given twice",
-            remedy="give each adapter once; compose or scale it to apply it more strongly",
-        )
+    _check_given(store, adapters, inverse=inverse)
+    paths = list(dict.fromkeys(path for a in adapters for path in a.modules))
+    found = store.locate(f"{path}.weight" for path in paths)
     chains: dict[str, list[Rotation]] = {}
-    saved: dict[str, Tensor] = {}
     for adapter in adapters:
-        lost = [path for path in adapter.modules if path not in layers]
+        lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
-            raise not_found(lost, names, adapter)
+            raise not_found(lost, store.names, adapter)
         for path, rotation in adapter.modules.items():
-            _check_kind(path, rotation, layers[path])
-            chains.setdefault(path, []).append(rotation)
-        for name, tensor in adapter.saved.items():
-            _check_saved(name, tensor, tensors, adapter)
-            if name in saved:
+            chains.setdefault(found[f"{path}.weight"], []).append(rotation)
+    order = {path: i for i, path in enumerate(store.names)}
+    layers: dict[str, LayerInfo] = {}
+    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+        layers[name] = store.layer(name, chains[name][0])
+        for rotation in chains[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
+    replaced: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for adapter in adapters:
+        own = store.locate(adapter.saved)
+        for given, values in adapter.saved.items():
+            name = _checked(given, values, own.get(given), store, adapter)
+            if name in replaced:
                 raise MatchError(
                     "two adapters bring their own values for one tensor",
                     tensor=name,
                     remedy="fold one of them alone: trained biases and heads do not add up",
                 )
-            saved[name] = tensor
-    _check_distinct(chains, layers)
-    targets = tuple(Target(path, info.format, tuple(chains[path])) for path, info in layers.items() if path in chains)
-    return FoldPlan(tuple(adapters), targets, saved)
+            replaced[name] = values
+            if _brings_module(adapter, given):
+                alone.add(name)
+    _check_distinct(layers)
+    turned = [name for name, info in layers.items() if not info.idle]
+    apart = store.ties.apart([*turned, *alone])
+    broken = {name for group in apart for name in group}
+    rotate = (
+        Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
+        for name in turned
+    )
+    replace = (
+        Replace(name, values, (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone))
+        for name, values in replaced.items()
+    )
+    return FoldPlan(
+        adapters=tuple(adapters),
+        rotate=tuple(rotate),
+        replace=tuple(replace),
+        apart=apart,
+        clears_flag=store.ties.clears_flag(apart),
+        idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
+    )
+
+
+def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
+    if not adapters:
+        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
+    if len({a.fingerprint for a in adapters}) < len(adapters):
+        raise StateError(
+            "the same adapter is given twice",
+            remedy="give each adapter once; compose or scale it to apply it more strongly",
+        )
+    if inverse:
+        check_last(store, adapters)
+        return
+    again = [a for a in adapters if store.record is not None and a.fingerprint in store.record.fingerprints()]
+    if again:
+        raise StateError(
+            f"this adapter is folded into the {store.what} already",
+            path=again[0].source,
+            remedy="unfold it first, or fold into the base model (its record says what is folded in)",
+        )
+
+
+def check_last(store: Store, adapters: Sequence[OFTAdapter]) -> None:
+    """
+    Raises:
+        StateError: the store's record names other adapters than these as the last fold.
+    """
+    record = store.record
+    if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+        raise StateError(
+            f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
+            f"not of {', '.join(printable(a.source) for a in adapters)}",
+            remedy="unfold the last fold first, with the same adapters in the same order",
+        )
 
 
 def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
@@ -128,8 +271,7 @@ def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) 
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
-    wanted = "embedding" if rotation.side == "embedding" else None
-    if (info.kind == "embedding") != (wanted == "embedding"):
+    if (info.kind == "embedding") != (rotation.side == "embedding"):
         raise MatchError(
             f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}",
             module=path,
@@ -140,31 +282,43 @@ def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
-def _check_saved(name: str, tensor: Tensor, tensors: Mapping[str, tuple[int, ...]], adapter: OFTAdapter) -> None:
-    if name not in tensors:
-        near = difflib.get_close_matches(name, tensors, n=3, cutoff=0.5)
+def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
+    """The name of the model's tensor that takes an adapter's ``values``."""
+    if name is None:
+        near = difflib.get_close_matches(given, [f"{path}.weight" for path in store.names], n=3, cutoff=0.5)
         raise MatchError(
             "the adapter brings a tensor that the model does not have"
             + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),
-            tensor=name,
+            tensor=given,
             path=adapter.source,
             remedy="use a model of the same class and head as for training",
         )
-    if tuple(tensor.shape) != tensors[name]:
+    if tuple(values.shape) != store.shape(name):
         raise ShapeError(
             "the adapter's own values do not fit the model's tensor",
-            tensor=name,
-            shape=tuple(tensor.shape),
-            expected=tensors[name],
+            tensor=given,
+            shape=tuple(values.shape),
+            expected=store.shape(name),
             path=adapter.source,
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )
+    return name
 
 
-def _check_distinct(chains: Mapping[str, Sequence[Rotation]], layers: Mapping[str, LayerInfo]) -> None:
+def _brings_module(adapter: OFTAdapter, name: str) -> bool:
+    """Whether ``modules_to_save`` names the module of tensor ``name``, as peft matches it: by the end of the module's
+    path.
+    """
+    parts = name.split(".")
+    paths = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(path.endswith(entry) for entry in adapter.config.get("modules_to_save") or () for path in paths)
+
+
+def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
     seen: dict[int, str] = {}
-    for path in chains:
-        other = seen.setdefault(layers[path].identity, path)
+    for name, info in layers.items():
+        path = name.removesuffix(".weight")
+        other = seen.setdefault(info.identity, path)
         if other != path:
             raise MatchError(
                 f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",

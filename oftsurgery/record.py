@@ -60,6 +60,7 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
         "int": lambda v: type(v) is int,
         "float": _number,
         "float | None": lambda v: v is None or _number(v),
+        "tuple[str, ...]": lambda v: isinstance(v, (list, tuple)) and all(map(_text, v)),
         "tuple[int, ...]": lambda v: isinstance(v, (list, tuple)) and all(type(n) is int for n in v),
         "Mapping[str, str]": lambda v: isinstance(v, Mapping) and all(map(_text, v.values())),
         "Mapping[str, int]": lambda v: isinstance(v, Mapping) and all(type(n) is int for n in v.values()),
@@ -240,6 +241,7 @@ class FoldRecord(_Stored):
         earlier: records of the folds that the model already carried, oldest first.
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
+        idle: paths of layers that nobody calls, whose rotation is left out.
         extra: fields of a newer version.
     """
 
@@ -252,6 +254,7 @@ class FoldRecord(_Stored):
     earlier: tuple[FoldRecord, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -152,13 +152,14 @@ def outputs(model: Any) -> Tensor:
 
 
 def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) -> oftsurgery.FoldRecord:
-    """`fold_checkpoint`, rounding to nearest unless told otherwise, without its warning, which tests of its own
-    cover.
+    """`fold_checkpoint`, rounding to nearest unless told otherwise, without its warnings, which tests of their
+    own cover.
     """
     if "calibration" not in options:
         options.setdefault("rounding", "nearest")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        warnings.simplefilter("ignore", oftsurgery.UntieWarning)
         return oftsurgery.fold_checkpoint(source, adapter, destination, **options)
 
 

@@ -183,12 +183,12 @@ def test_the_parts_of_fused_experts_are_known() -> None:
     config = MODELS["mixtral"][1] | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
     names = [f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight" for i in range(4) for w in ("w1", "w2", "w3")]
     architecture = architecture_of(config, dict.fromkeys(names, (128, 64)))
-    assert architecture.converted == set(names)
+    assert set(architecture.units) == set(names)
     assert set(architecture.renamed.values()) == {
         "model.layers.0.mlp.experts.gate_up_proj",
         "model.layers.0.mlp.experts.down_proj",
     }
-    assert not architecture.linears
+    assert not architecture.linears & architecture.made.keys()
 
 
 # --- vision-language layouts ------------------------------------------------------------------------------------------

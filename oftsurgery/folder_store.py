@@ -1,0 +1,316 @@
+"""A checkpoint's folder as a :class:`~oftsurgery.plan.Store`: the model that transformers would load from it, weight by
+weight, without building it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import codecs, companions, configs
+from .adapter import Rotation
+from .codecs import EncodedWeight, WeightFormat
+from .conversion import Unit, check_known
+from .errors import FormatError, printable
+from .idle import is_idle
+from .layers import Layer
+from .naming import architecture_of, is_companion, locate
+from .plan import LayerInfo
+from .record import FoldRecord
+from .shards import DTYPES, Checkpoint
+from .ties import Ties
+
+__all__ = ["FLOATS", "FolderStore", "Quantization", "load_weight", "quantise"]
+
+#: safetensors' names of the dtypes that hold weights
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a plain source is quantised first, as the trainer's bitsandbytes loading did.
+
+    Attributes:
+        codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: quantise the 4-bit statistics too.
+        compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
+        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its
+            own choice; None for that.
+        dtype: in which the model was loaded; None for what its config names, as transformers 5 does by itself.
+    """
+
+    codec: str
+    double_quant: bool = False
+    compute_dtype: torch.dtype = torch.float32
+    skip: tuple[str, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+class FolderStore:
+    """The model in ``source``, as loading it with ``quantization`` (None: as it is stored) would have it.
+
+    Tensors have the names that the model's class gives them; those that transformers makes something else of may be
+    asked for by the checkpoint's own names too.
+
+    Attributes:
+        architecture: the model class's names.
+    """
+
+    what = "checkpoint"
+
+    def __init__(self, source: Checkpoint, quantization: Quantization | None = None) -> None:
+        q = quantization
+        self.source = source
+        self.quantization = q
+        self.architecture = architecture_of(
+            source.config,
+            {name: e.shape for name, e in source.entries.items()},
+            dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
+            skip=q.skip if q is not None else None,
+        )
+
+    @cached_property
+    def record(self) -> FoldRecord | None:
+        return configs.record_in(self.source.folder)
+
+    @property
+    def ties(self) -> Ties:
+        return self.architecture.ties
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        a = self.architecture
+        known = a.modules.keys() if a.modules else (n.removesuffix(".weight") for n in a.renamed.values())
+        return dict.fromkeys([*known, *(n.removesuffix(".weight") for n in a.units)])
+
+    def locate(self, names: Iterable[str]) -> Mapping[str, str]:
+        found = locate(wanted := list(names), self.architecture)
+        self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
+        return found
+
+    def _check_not_merged(self, paths: Iterable[str]) -> None:
+        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single
+        module to be folded into.
+        """
+        made = self.architecture.made
+        for path in paths:
+            whole = next((m for m in sorted(made) if path in (m, m.rpartition(".")[0])), None)
+            if whole is not None and not whole.endswith((".weight", ".bias")):
+                parts = sorted(made[whole].stored)
+                raise FormatError(
+                    f"the model merges this weight from {len(parts)} tensors of the checkpoint ({printable(parts[0])} …)",
+                    module=path,
+                    remedy="fold an adapter on those tensors, one by one; or load the model with transformers, fold it in memory, and save it",
+                )
+
+    @cached_property
+    def tensors(self) -> Collection[str]:
+        """Names of all tensors of the model that the checkpoint gives, companions of quantised weights aside; those of
+        units that are not known by the checkpoint's own names.
+        """
+        a = self.architecture
+        unknown = [n for n, unit in a.units.items() if not unit.model]
+        return dict.fromkeys(n for n in [*a.stored, *a.made, *a.tied, *unknown] if not self._is_companion(n))
+
+    def _is_companion(self, name: str) -> bool:
+        holder = self.holder(name)
+        return is_companion(holder, self.source.entries)
+
+    def is_weight(self, name: str) -> bool:
+        """Whether the tensor is a weight that a rotation may be on, stored in any format."""
+        holder = self.holder(name)
+        if self.unit(name) is not None:
+            return len(self.shape(name)) == 2
+        if holder not in self.source.entries:
+            return False
+        if len(companions.companion_names(holder, self.source.entries)) > 1:
+            return True
+        entry = self.source.entries[holder]
+        matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
+        return matrix and entry.dtype in FLOATS
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether the weight is an embedding's."""
+        return isinstance(self.architecture.modules.get(name.removesuffix(".weight")), nn.Embedding)
+
+    # --- where tensors are ---
+
+    def holder(self, name: str) -> str:
+        """The stored tensor, or the member of a unit, that ``name`` is, or is tied to."""
+        name = self.architecture.tied.get(name, name)
+        return self.architecture.stored.get(name, (name,))[0]
+
+    def unit(self, name: str) -> Unit | None:
+        """The unit that ``name`` is made by, or None for what is stored by itself."""
+        return self.architecture.made.get(self.architecture.tied.get(name, name))
+
+    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+        path = name.removesuffix(".weight")
+        modules = self.architecture.modules
+        unit = self.unit(name)
+        if unit is not None:
+            check_known(unit, path, back=True)
+        kind: Literal["linear", "embedding", "conv"] = "embedding" if rotation.side == "embedding" else "linear"
+        format_ = self.loaded(name)
+        identity = hash((path, name))
+        if path in modules:
+            if is_idle(
+                modules, path, quantised=self.quantization is not None or "quantization_config" in self.source.config
+            ):
+                return LayerInfo(kind, format_, identity, idle=True)
+            kind = Layer(path, modules[path]).kind
+        else:
+            shape = self.shape(name)
+            if len(shape) == 4 and shape[2:] != (1, 1):
+                raise FormatError(
+                    f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
+                    module=path,
+                    remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+                )
+            if name in self.architecture.units and len(shape) != 2:
+                raise FormatError(
+                    "the checkpoint holds this weight fused with others",
+                    module=path,
+                    tensor=name,
+                    shape=shape,
+                    remedy="load the model with transformers, fold it in memory, and save it",
+                )
+        return LayerInfo(kind, format_, identity)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        unit = self.unit(name)
+        if unit is not None:
+            return unit.model[self.architecture.tied.get(name, name)]
+        return self.source.entries[self.holder(name)].shape
+
+    # --- what they hold ---
+
+    def stored(self, name: str) -> WeightFormat:
+        """A weight's format as it is stored, canonical shape; reads nothing but a 4-bit state's JSON."""
+        unit = self.unit(name)
+        if unit is not None:
+            shape = self.shape(name)
+            return WeightFormat("dense", shape, self.dtype(next(iter(unit.stored))))
+        holder = self.holder(name)
+        return _format_of(self.source, holder, transposed=holder in self.architecture.transposed)
+
+    def loaded(self, name: str) -> WeightFormat:
+        """A weight's format as loading the model has it."""
+        stored, q = self.stored(name), self.quantization
+        if q is None or stored.quantised:
+            return stored
+        dtype = self.loaded_dtype(name) or stored.dtype
+        if self.quantises(name):
+            return WeightFormat(
+                q.codec, stored.shape, dtype, *((64, 256 if q.double_quant else 0) if q.codec != "int8" else ())
+            )
+        return replace(stored, dtype=dtype)
+
+    def quantises(self, name: str) -> bool:
+        """Whether loading quantises the weight ``name``."""
+        linears = self.architecture.linears
+        return self.quantization is not None and linears is not None and name in linears
+
+    def loaded_dtype(self, name: str) -> torch.dtype | None:
+        """In which dtype loading holds the plain tensor ``name``; None where there was none, or it holds no floats."""
+        if self.quantization is None:
+            return None
+        return self.architecture.loaded.get(name)
+
+    def dtype(self, stored: str) -> torch.dtype:
+        """Of a tensor of the checkpoint."""
+        return _dtype(self.source, stored)
+
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
+        if self.quantization is not None:
+            home = self.loaded(name)
+        unit = self.unit(name)
+        if unit is not None:
+            at = self.architecture.tied.get(name, name)
+            found = codecs.dense(unit.load({n: self.source.read(n) for n in unit.stored})[at])
+        elif self.holder(name) in self.source.entries:
+            holder = self.holder(name)
+            found = load_weight(self.source, holder, transposed=holder in self.architecture.transposed)
+        else:
+            return None
+        changes = home.quantised and not found.format.quantised
+        return quantise(found, home) if changes or (self.quantization is not None and found.format != home) else found
+
+    def tensor(self, name: str) -> Tensor | None:
+        found = locate([name], self.architecture).get(name)
+        if found is None:
+            return None
+        unit = self.unit(found)
+        if unit is not None:
+            return unit.load({n: self.source.read(n) for n in unit.stored})[self.architecture.tied.get(found, found)]
+        return self.source.read(self.holder(found))
+
+
+def _load_dtype(source: Checkpoint) -> torch.dtype:
+    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float
+    tensor is stored.
+    """
+    named = source.config.get("dtype", source.config.get("torch_dtype"))
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    stored = (_dtype(source, name) for name, entry in source.entries.items() if entry.dtype in FLOATS)
+    return next(stored, torch.float32)
+
+
+def _dtype(source: Checkpoint, name: str) -> torch.dtype:
+    entry = source.entries[name]
+    if entry.dtype not in DTYPES:
+        raise FormatError(f"torch has no dtype for safetensors' {printable(entry.dtype)}", tensor=name)
+    return DTYPES[entry.dtype]
+
+
+def _format_of(source: Checkpoint, name: str, *, transposed: bool) -> WeightFormat:
+    entry = source.entries[name]
+    dtype, shape = _dtype(source, name), entry.shape
+    state = companions.state_name(name, source.entries)
+    read: Callable[[str], Tensor] = lambda n: source.read(n) if n == state else torch.empty(0)  # noqa: E731
+    if state is None:
+        if transposed and dtype != torch.int8:
+            shape = shape[::-1]
+        if len(shape) == 4 and shape[2:] == (1, 1):
+            shape = shape[:2]
+    return companions.gather(name, source.entries, read, shape, dtype).format
+
+
+def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
+    """A stored weight with its companions, in the canonical shape ``(out, in)``.
+
+    Args:
+        source: that holds it.
+        name: of the weight's tensor.
+        transposed: a plain weight is held ``(in, out)``.
+    """
+    encoded = companions.gather(name, source.entries, source.read, source.entries[name].shape, _dtype(source, name))
+    return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)
+
+
+def canonical(weight: Tensor, *, transposed: bool) -> EncodedWeight:
+    """A plain weight as ``(out, in)``."""
+    return codecs.dense(
+        weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
+    )
+
+
+def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    """A plain weight as the trainer's bitsandbytes loading held it.
+
+    From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as
+    ``Int8Params`` does.
+    """
+    weight = codecs.encode(encoded.tensors["weight"], WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
+    if not into.quantised:
+        return EncodedWeight(into, {"weight": weight})
+    if into.codec == "int8":
+        return codecs.encode(weight.to(torch.float16), replace(into, dtype=torch.float16))
+    return codecs.encode(weight, into)

@@ -1,0 +1,90 @@
+"""Layers whose owner reads their weight and never calls them: a live adapter on one does nothing, and so must a fold.
+
+peft puts its layer in the place of the one that it targets; whoever reads ``layer.weight`` gets the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from torch import nn
+
+__all__ = ["is_idle"]
+
+#: attribute → classes of transformers that read its weight and never call it; ``tests/test_idle.py`` looks for more
+_READ: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        name: frozenset(owners.split())
+        for name, owners in {
+            "classifier": "LongcatFlashTopkRouter",
+            "cls_embed": "Sam3GeometryEncoder Sam3LiteTextGeometryEncoder",
+            "decoder": "MobileBertLMPredictionHead",
+            "dense": "MobileBertLMPredictionHead",
+            "dt_proj": "FalconMambaMixer JambaMambaMixer MambaMixer",
+            "embed_positions": "AudioFlamingo3Encoder MossTranscribeDiarizeAudioModel Qwen2AudioEncoder VoxtralEncoder",
+            "embed_tokens": "SeamlessM4Tv2TextToUnitDecoder",
+            "embedding": "Emu3VQVAEVectorQuantizer GlmImageVQVAEVectorQuantizer",
+            "hq_token": "SamHQMaskDecoder",
+            "iou_token": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+            "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder",
+            "k_linear": "DabDetrMHAttentionMap",
+            "k_proj": "ConditionalDetrMHAttentionMap DetrMHAttentionMap MaskFormerDetrMHAttentionMap WavLMAttention",
+            "kernel": "TDNNLayer",
+            "level_embed": "Mask2FormerTransformerModule OneFormerTransformerModule",
+            "mask_tokens": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+            "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder",
+            "ngram_embeddings": "ProphetNetDecoder",
+            "no_mask_embed": "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
+            "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder",
+            "not_a_point_embed": "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
+            "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder",
+            "obj_score_token": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+            "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder",
+            "out_proj": "WavLMAttention",
+            "patterns": "DabDetrModel",
+            "position_embedding": "Cosmos3EdgeVisionEmbeddings Glm4vMoeVisionEmbeddings Glm4vVisionEmbeddings GlmImageVisionEmbeddings "
+            "HunYuanVLVisionPatchEmbed Siglip2VisionEmbeddings",
+            "presence_token": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+            "prompt_ctx": "OneFormerTextMapper",
+            "q_proj": "WavLMAttention",
+            "queries_embedder": "Mask2FormerTransformerModule MaskFormerTransformerModule OneFormerTransformerModule",
+            "queries_features": "Mask2FormerTransformerModule",
+            "query": "EomtDinov3ForUniversalSegmentation EomtForUniversalSegmentation VideomtForUniversalSegmentation",
+            "query_1024_resolution": "DeepseekOcr2VisionModel",
+            "query_768_resolution": "DeepseekOcr2VisionModel",
+            "query_embed": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+            "query_feat": "LwDetrModel RfDetrModel",
+            "query_position_embeddings": "ConditionalDetrModel DeformableDetrModel DetrModel GroundingDinoModel MMGroundingDinoModel "
+            "TableTransformerModel",
+            "query_refpoint_embeddings": "DabDetrModel",
+            "reference_point_embed": "LwDetrModel RfDetrModel",
+            "reference_points": "GroundingDinoModel Sam3DetrDecoder Sam3LiteTextDetrDecoder",
+            "rel_embeddings": "DebertaEncoder DebertaV2Encoder SEWDTransformerEncoder",
+            "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+            "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+            "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+            "tgt_embed": "OmDetTurboDecoder",
+            "unembedding_projection": "NeoMMEForMaskedLM",
+            "v_proj": "WavLMAttention",
+        }.items()
+    }
+)
+#: those that call it in models that were loaded quantised, and there alone
+_CALLED_WHERE_QUANTISED = frozenset({"FalconMambaMixer", "JambaMambaMixer"})
+
+
+def is_idle(modules: Mapping[str, nn.Module], path: str, *, quantised: bool) -> bool:
+    """Whether the owner of the module at ``path`` never calls it.
+
+    Args:
+        modules: ``{path: module}`` of the model.
+        quantised: the model was loaded through a quantiser.
+    """
+    if isinstance(modules[path], nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return True  # nn.MultiheadAttention's out_proj
+    above, _, name = path.rpartition(".")
+    owners = {c.__name__ for c in type(modules.get(above)).__mro__}
+    if quantised and owners & _CALLED_WHERE_QUANTISED:
+        return False
+    return bool(owners & _READ.get(name, frozenset()))

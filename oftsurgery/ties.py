@@ -1,0 +1,113 @@
+"""Which tensors of a model are one and the same: the one table that folding, unfolding, writing and checking ask."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Ties", "inner_model", "modules_of", "parts_with_flag", "tensors_in", "ties_of"]
+
+FLAG = "tie_word_embeddings"
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Names of one tensor in several places.
+
+    Attributes:
+        groups: names that are one tensor, in the model's order.
+        flagged: names that transformers ties while the config's ``tie_word_embeddings`` is set.
+        flag: that setting; None where there is none.
+        flag_is_read: a module's forward reads the setting, so that clearing it changes what the model computes (UMT5).
+    """
+
+    groups: tuple[tuple[str, ...], ...] = ()
+    flagged: frozenset[str] = frozenset()
+    flag: bool | None = None
+    flag_is_read: bool = False
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """All names of the tensor ``name``, that one alone where it is not tied."""
+        return next((group for group in self.groups if name in group), (name,))
+
+    def apart(self, alone: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """The groups that come apart where the tensors ``alone`` change in their own places only: theirs, and where the
+        setting must be cleared for that, all others that it ties.
+        """
+        changed = set(alone)
+        broken = [group for group in self.groups if changed.intersection(group)]
+        if self.clears_flag(broken):
+            broken += [g for g in self.groups if g not in broken and self.flagged.intersection(g)]
+        return tuple(broken)
+
+    def clears_flag(self, apart: Iterable[Iterable[str]]) -> bool:
+        """Whether ``tie_word_embeddings`` must be cleared where these groups come apart: transformers 4 would tie them
+        again while it is set. (Release 5 leaves tensors alone that a checkpoint holds with different values.)
+        """
+        return bool(self.flag and not self.flag_is_read and any(self.flagged.intersection(g) for g in apart))
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The module behind ``torch.compile``'s wrapper, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """``{path: module}``, every name of a shared one, with compiled submodules under their plain names."""
+    return {path.replace("_orig_mod.", ""): m for path, m in inner_model(model).named_modules(remove_duplicate=False)}
+
+
+def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """``{name: parameter or buffer}``, tied ones under each of their names."""
+    return {
+        f"{path}.{name}".lstrip("."): tensor
+        for path, m in modules.items()
+        for holder in (m._parameters, m._buffers)
+        for name, tensor in holder.items()
+        if tensor is not None
+    }
+
+
+def ties_of(model: nn.Module) -> Ties:
+    """The ties of a model, which may be on the meta device."""
+    inner: Any = inner_model(model)
+    modules = modules_of(inner)
+    tied: Mapping[str, str] = getattr(inner, "all_tied_weights_keys", None) or {}
+    flagged = frozenset(tied) | frozenset(tied.values())
+    config = getattr(inner, "config", None)
+    return Ties(
+        groups=tuple(tuple(g) for g in _groups(modules).values() if len(g) > 1),
+        flagged=flagged,
+        flag=getattr(config, FLAG, None),
+        flag_is_read=any(FLAG in _names_in(m) for m in modules.values()),
+    )
+
+
+def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    groups: dict[int, list[str]] = {}
+    places = set()
+    for name, tensor in tensors_in(modules).items():
+        path, _, local = name.rpartition(".")
+        above, _, slot = path.rpartition(".")
+        # a parent that stands in two places holds its children in one
+        place = (id(modules[above]) if path else 0, slot, local)
+        if place not in places:
+            places.add(place)
+            groups.setdefault(id(tensor), []).append(name)
+    return groups
+
+
+def _names_in(module: nn.Module) -> tuple[str, ...]:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code is not None else ()
+
+
+def parts_with_flag(config: Any) -> list[Any]:
+    """The parts of a transformers config, or of its JSON, whose ``tie_word_embeddings`` a fold that unties clears."""
+    if isinstance(config, dict):
+        return [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
+    return [c for c in (config, getattr(config, "text_config", None)) if c is not None]
