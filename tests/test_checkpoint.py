@@ -606,7 +606,7 @@ def test_another_base_is_refused(sources: Sources, tmp_path: Path) -> None:
     save_file(changed, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         oftsurgery.IntegrityError,
-        match=r"the base checkpoint's weight is not the one that was folded.*layers\.1\.self_attn\.q_proj",
+        match=r"the base's weight is not the one that was folded.*layers\.1\.self_attn\.q_proj",
     ):
         oftsurgery.unfold_checkpoint(tmp_path / "folded", tmp_path / "out", base=tmp_path / "other")
     assert not (tmp_path / "out").exists()
