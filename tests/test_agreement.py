@@ -102,9 +102,11 @@ STORAGES = ("fp32", "nf4", "int8")
 # day fails. Where a module is both targeted and saved, peft rotates nothing and trains a copy; models without biases
 # take bias="all" and train none.
 
-#: the largest relative error of the outputs, and of one rotated weight, against the live model
-OUTPUTS = {"fp32": 1e-4, "nf4": 0.35, "int8": 0.03}
-WEIGHTS = {"fp32": 1e-5, "nf4": 0.16, "int8": 0.02}
+#: the largest relative error of the outputs against the live model: rounding takes at most 0.16 of it in NF4 and 0.022
+#: in int8, and the adapter moves the outputs by 0.17 to 0.74
+OUTPUTS = {"fp32": 1e-4, "nf4": 0.2, "int8": 0.03}
+#: and of one rotated weight (folded, or rotated back): at most 0.087 and 0.0066; rotations move each by 0.3
+WEIGHTS = {"fp32": 1e-5, "nf4": 0.1, "int8": 0.01}
 
 #: all warnings of ours but those of missing fast paths
 OURS = [
@@ -194,8 +196,9 @@ def live_tensor(live: Any, name: str, rotations: dict[str, Tensor]) -> tuple[Ten
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """Without where it came from."""
-    return {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    """Without where it came from; NomicBert's does not write the default of ``tie_word_embeddings``."""
+    found = model.config.to_dict() | {"tie_word_embeddings": model.config.tie_word_embeddings}
+    return {k: v for k, v in found.items() if k not in ("_name_or_path", "transformers_version")}
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
@@ -308,7 +311,9 @@ class Run:
         rest = {
             name
             for name in state.keys() & self.base_state.keys() - self.live.keys()
-            if not any(name.startswith((f"{n}.", n.removesuffix("weight") + "SCB")) for n, (_, r) in self.live.items() if r)
+            if not any(
+                name.startswith((f"{n}.", n.removesuffix("weight") + "SCB")) for n, (_, r) in self.live.items() if r
+            )
         }
         assert differing({n: state[n] for n in rest}, {n: self.base_state[n] for n in rest}) == []
         assert state.keys() == self.base_state.keys()
@@ -326,7 +331,7 @@ class Run:
         state = dict(model.state_dict())
         for name, (value, rotated) in self.live.items():
             if rotated:
-                limit = 1e-5 if not stored_in_codes(state, name) else 2 * WEIGHTS[self.case.storage]
+                limit = WEIGHTS[self.case.storage if stored_in_codes(state, name) else "fp32"]
                 assert relative(decoded(state, name), decoded(self.base_state, name)) < limit, name
             else:
                 assert differing({"": state[name]}, {"": self.in_file_order(name, value)}) == [], name
@@ -352,7 +357,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(case, id=str(case), marks=() if case.fast else pytest.mark.slow) for case in CASES]
+    scope="module",
+    params=[pytest.param(case, id=str(case), marks=() if case.fast else pytest.mark.slow) for case in CASES],
 )
 def run(request: pytest.FixtureRequest, bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(request.param, bases(request.param.family), tmp_path_factory.mktemp("case"))
@@ -395,12 +401,14 @@ def test_records_agree(run: Run) -> None:
         found = json.loads(record.to_json())
         for adapter in found["adapters"]:
             del adapter["source"], adapter["base_model"]
+        modules = found.pop("modules")
+        found |= {f"{path}: {field}": value for path, m in modules.items() for field, value in m.items()}
         return {k: v for k, v in found.items() if k not in ("base", "files", "sizes", "versions")}
 
     memory, disk = what(run.memory.value.oftsurgery), what(run.disk.value)
     assert memory.keys() == disk.keys()
-    for key, value in memory.items():
-        assert disk[key] == value, key
+    off = {k: (v, disk[k]) for k, v in memory.items() if disk[k] != v}
+    assert not off, off
 
 
 def test_warnings_agree(run: Run) -> None:
