@@ -416,27 +416,44 @@ def test_warnings_agree(run: Run) -> None:
     assert run.memory.warnings == run.disk.warnings
 
 
-@pytest.mark.parametrize("by", ["base", "undo", "adapter"])
+WAYS = ("base", "undo", "the other's undo", "adapter")
+
+
+@pytest.mark.parametrize("by", WAYS)
 def test_unfolded_in_memory(run: Run, by: str) -> None:
-    folded, adapter = run.memory.value, run.adapter
+    folded = run.memory.value
     if by == "adapter":
-        run.check_rotated_back(quietly(oftsurgery.unfold, folded, adapter))
+        run.check_rotated_back(quietly(oftsurgery.unfold, folded, run.adapter))
     elif by == "base":
-        run.check_restored(quietly(oftsurgery.unfold, folded, base=run.base()))
+        run.check_restored(oftsurgery.unfold(folded, base=run.base()))
+        if run.case.storage == "fp32":
+            run.check_restored(oftsurgery.unfold(folded, base=run.plain))
+    elif by == "undo":
+        run.check_restored(oftsurgery.unfold(folded, undo=run.folder / "memory.undo"))
     else:
-        run.check_restored(quietly(oftsurgery.unfold, folded, undo=run.folder / "memory.undo"))
+        _ = run.disk.value
+        run.check_restored(oftsurgery.unfold(folded, undo=run.folder / "disk.undo"))
 
 
-@pytest.mark.parametrize("by", ["base", "undo", "adapter"])
+@pytest.mark.parametrize("by", WAYS)
 def test_unfolded_on_disk(run: Run, by: str, tmp_path: Path) -> None:
     """A plain source that was quantised comes back quantised."""
     _ = run.disk.value
-    way = {"base": run.plain, "undo": run.folder / "disk.undo", "adapter": run.adapter}[by]
-    quietly(oftsurgery.unfold_checkpoint, run.folder / "disk", tmp_path / "back", **{by: way})
+    if by == "the other's undo":
+        _ = run.memory.value
+    given: dict[str, Any] = {
+        "base": {"base": run.plain},
+        "undo": {"undo": run.folder / "disk.undo"},
+        "the other's undo": {"undo": run.folder / "memory.undo"},
+        "adapter": {"adapter": run.adapter},
+    }[by]
+    with noted() as caught:
+        oftsurgery.unfold_checkpoint(run.folder / "disk", tmp_path / "back", **given)
     back = load(tmp_path / "back", run.family.cls)
     if by == "adapter":
         run.check_rotated_back(back)
         return
+    assert not caught
     run.check_restored(back)
     if run.case.storage == "fp32":
         assert differing(tensors(tmp_path / "back"), tensors(run.plain)) == []
