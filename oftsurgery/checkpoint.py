@@ -387,13 +387,9 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
             elif part.name in checks:
                 made = _with(made, replace(part, check=checks[part.name]))
         jobs.append(made)
-    config = (
-        dict(undo.config)
-        if undo.config
-        else configs.restored_config(
-            folded.config, {} if undo.tie_word_embeddings is None else {FLAG: undo.tie_word_embeddings}
-        )
-    )
+    config = dict(undo.config or folded.config)
+    if not undo.config and undo.tie_word_embeddings is not None:
+        config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
     plan = _finish(store, FoldPlan((), ()), "same", jobs, config, max_shard_bytes)
     return replace(plan, undone=undo)
 
@@ -897,7 +893,7 @@ class _Run:
                     record,
                     # those that the source held by themselves stay
                     ties=[[g[0], *(n for n in g[1:] if n in tied)] for g in groups],
-                    tie_word_embeddings=plan.source.config.get(FLAG),
+                    tie_word_embeddings=plan.store.ties.flag,
                     config=config,
                 )
         for shard in plan.shards:

@@ -86,8 +86,9 @@ def output_config(
 def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
     new = copy.deepcopy(dict(folded))
-    if "tie_word_embeddings" in base:
-        new["tie_word_embeddings"] = base["tie_word_embeddings"]
+    for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
+        mine.pop("tie_word_embeddings", None)
+        mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}
     return new
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import FormatError, printable
 
-__all__ = ["Unit", "unit_of"]
+__all__ = ["Saving", "Unit", "check_known", "unit_of"]
 
 Shape = tuple[int, ...]
 
@@ -108,6 +108,70 @@ def _tried(
         return convert(tensors)
     except Exception:
         return {}
+
+
+class Saving:
+    """What transformers calls a live model's tensors in files, and what it makes of them there."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+            return
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+        except ImportError:
+            return
+        found = getattr(model, "_weight_conversions", None)
+        if found is None:
+            found = [
+                t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
+            ]
+        # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
+        found = [
+            t for t in found if not any("bitsandbytes" in type(o).__module__ for o in getattr(t, "operations", ()))
+        ]
+        back = [t.reverse_transform() for t in found[::-1]]
+        self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in back if isinstance(t, WeightConverter)]
+
+    def name(self, name: str) -> str:
+        """In files, of a tensor that is not converted."""
+        for renaming in self._renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
+
+    def unit(self, name: str) -> str | None:
+        """What all tensors that are converted together share; None for one that is not converted."""
+        return self._matched(name)[1]
+
+    def _matched(self, name: str) -> tuple[Any, str | None, str | None]:
+        for converter in self._converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return converter, target, pattern
+        return None, None, None
+
+    def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file from all of the model's that share a unit.
+
+        Raises:
+            FormatError: the conversion fails.
+        """
+        converter = copy.deepcopy(self._matched(next(iter(tensors)))[0])
+        matched = {name: self._matched(name) for name in tensors}
+        keys = {name: (name, str(target)) for name, (_, target, _) in matched.items()}
+        try:
+            found = _run(converter, tensors, keys, self._model, {name: p for name, (_, _, p) in matched.items()})
+        except Exception as error:  # a conversion raises what it likes
+            raise FormatError(
+                f"transformers splits or merges this tensor when it saves, and that fails ({printable(error)})",
+                tensor=next(iter(tensors)),
+                remedy="fold the checkpoint on disk instead: oftsurgery.fold_checkpoint",
+            ) from error
+        return {self.name(name): tensor for name, tensor in found.items()}
 
 
 def check_known(unit: Unit, path: str, *, back: bool) -> None:

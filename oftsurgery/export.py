@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import codecs, companions, configs, peft_live
 from .checkpoint import DENSE
 from .codecs import EncodedWeight, WeightFormat
+from .conversion import Saving
 from .errors import FormatError, StateError
 from .folder_store import Quantization
 from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
@@ -70,17 +71,42 @@ def _format(dtype: torch.dtype | None) -> str:
 
 
 def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
-    names = _file_names(model)
+    saving = Saving(model)
     ties = ties_of(model)
     items, seen = [], set()
+    together: dict[str, list[Item]] = {}
+    split_up = set()
     for path, module in modules_of(model).items():
         for local, tensor in _own_tensors(module).items():
             name = f"{path}.{local}".lstrip(".")
             again = id(tensor) in seen  # transformers ties it again as it loads
             seen.add(id(tensor))
-            if not (again and ties.flag and name in ties.flagged):
-                items.append(_item(module, path, local, tensor, names(name), dtype))
+            if again and ties.flag and name in ties.flagged:
+                continue
+            unit = saving.unit(name)
+            if unit is None:
+                items.append(_item(module, path, local, tensor, saving.name(name), dtype))
+            else:
+                together.setdefault(unit, []).append(_item(module, path, local, tensor, name, dtype))
+                if dtype is None and local == "weight" and Layer(path, module).quantised:
+                    split_up.add(unit)
+    for unit, members in together.items():
+        # what is quantised has no place in a tensor that transformers converts: it loads it by the model's name too
+        items += members if unit in split_up else [_converted(saving, members)]
     return items
+
+
+def _converted(saving: Saving, members: Sequence[Item]) -> Item:
+    """One item of tensors that transformers converts when it saves."""
+    plain = {name: output for item in members for name, output in item.outputs.items()}
+    dtype = next(iter(plain.values()))[0]
+    found = saving.store({n: torch.empty(shape or (), dtype=dtype, device="meta") for n, (_, shape) in plain.items()})
+    outputs = {name: (dtype, tuple(t.shape)) for name, t in found.items()}
+
+    def read() -> dict[str, Tensor]:
+        return saving.store({name: t for item in members for name, t in item.load().items()})
+
+    return _item_of(members[0].name, outputs, read)
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -137,37 +163,6 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
         weight = codecs.encode(codecs.decode(encoded), into).tensors["weight"]
         return {name: weight.t() if transpose else weight}
     return companions.spread(name, EncodedWeight(into, codecs.restate(encoded, into)))
-
-
-def _file_names(model: nn.Module) -> Callable[[str], str]:
-    """How transformers names the tensors of this model in files, where that is not how the model names them."""
-    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: name
-    found = getattr(model, "_weight_conversions", None)
-    if found is None:
-        found = [t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)]
-    # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
-    found = [t for t in found if not any("bitsandbytes" in type(o).__module__ for o in getattr(t, "operations", ()))]
-    back = [t.reverse_transform() for t in found[::-1]]
-    renamings = [t for t in back if isinstance(t, WeightRenaming)]
-    converters = [t for t in back if isinstance(t, WeightConverter)]
-
-    def name_of(name: str) -> str:
-        renamed, pattern = rename_source_key(name, renamings, converters, reverse=True)
-        if pattern is not None:
-            raise FormatError(
-                "transformers splits or merges this tensor when it saves, which is not done here",
-                tensor=name,
-                remedy="fold the checkpoint on disk instead: oftsurgery.fold_checkpoint",
-            )
-        return str(renamed)
-
-    return name_of
 
 
 def _source(model: nn.Module) -> Path | None:

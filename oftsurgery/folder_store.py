@@ -308,7 +308,9 @@ def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as
     ``Int8Params`` does.
     """
-    weight = codecs.encode(encoded.tensors["weight"], WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
+    # laid out as loading lays it out, which the fast kernels need
+    plain = encoded.tensors["weight"].contiguous()
+    weight = codecs.encode(plain, WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
     if not into.quantised:
         return EncodedWeight(into, {"weight": weight})
     if into.codec == "int8":

@@ -345,8 +345,12 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         weights = {f"{path}.weight" for path in undo.weights}
-        for name, back in undone(undo, store).items():
-            current = store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name])
+        # read before the first is put back: two names may be one tensor
+        found = {
+            name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
+            for name, back in undone(undo, store).items()
+        }
+        for name, (back, current) in found.items():
             _put_back(store, name, back(current), journal, weight=name in weights)
         _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
         set_record(work, earlier_record(undo.fold))

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from .adapter import OFTAdapter, Rotation
@@ -202,18 +203,30 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
         for name in turned
     )
-    replace = (
-        Replace(name, values, (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone))
-        for name, values in replaced.items()
-    )
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
-        replace=tuple(replace),
+        replace=_replacements(store, replaced, alone),
         apart=apart,
         clears_flag=store.ties.clears_flag(apart),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
     )
+
+
+def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
+    made: list[Replace] = []
+    for name, values in replaced.items():
+        places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
+        same = next((r for r in made if name in r.places), None)
+        if same is None:
+            made.append(Replace(name, values, places))
+        elif not torch.equal(same.values, values):  # trained as one, a tensor is saved under each of its names
+            raise MatchError(
+                f"the adapter brings other values for this tensor than for {printable(same.name)!r}, which is one with it in the model",
+                tensor=name,
+                remedy="save the adapter again with the peft that trained it",
+            )
+    return tuple(made)
 
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:

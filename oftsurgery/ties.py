@@ -22,7 +22,8 @@ class Ties:
         groups: names that are one tensor, in the model's order.
         flagged: names that transformers ties while the config's ``tie_word_embeddings`` is set.
         flag: that setting; None where there is none.
-        flag_is_read: a module's forward reads the setting, so that clearing it changes what the model computes (UMT5).
+        flag_is_read: a module's forward reads the setting, so that clearing it changes what the model computes (UMT5), or
+            its config class does, and makes something else of it (T5).
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -83,7 +84,7 @@ def ties_of(model: nn.Module) -> Ties:
         groups=tuple(tuple(g) for g in _groups(modules).values() if len(g) > 1),
         flagged=flagged,
         flag=getattr(config, FLAG, None),
-        flag_is_read=any(FLAG in _names_in(m) for m in modules.values()),
+        flag_is_read=any(FLAG in _names_in(m) for m in modules.values()) or _means_more(config),
     )
 
 
@@ -104,6 +105,17 @@ def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 def _names_in(module: nn.Module) -> tuple[str, ...]:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code.co_names if code is not None else ()
+
+
+def _means_more(config: Any) -> bool:
+    """Whether a config with the setting cleared differs in anything but that, or does not keep it cleared."""
+    if not getattr(config, FLAG, False) or not hasattr(type(config), "from_dict"):
+        return False
+    try:
+        cleared = type(config).from_dict({**config.to_dict(), FLAG: False}).to_dict()
+    except Exception:  # noqa: BLE001 - a config class raises what it likes
+        return False
+    return bool(cleared != {**config.to_dict(), FLAG: False})
 
 
 def parts_with_flag(config: Any) -> list[Any]:
