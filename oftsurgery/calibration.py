@@ -29,6 +29,9 @@ from .weight import FoldedWeight, fold_encoded, measured, nearest_error, relativ
 
 __all__ = ["InputsOf", "LayerInputs", "compensate", "fold_calibrated"]
 
+#: an embedding is looked up; where the owner of another layer only reads its weight, a live adapter does nothing there
+_UNCALLED = "the model never multiplies inputs by it on the calibration"
+
 #: of the mean diagonal of H; more where there are few tokens to know H by
 DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
 
@@ -77,7 +80,7 @@ def fold_calibrated(
     if not into.quantised:
         return plain
     if inputs is None:
-        return replace(plain, uncalibrated="the calibration gives it no inputs to multiply")
+        return replace(plain, uncalibrated=_UNCALLED)
     device = encoded.tensors["weight"].device
     with rotations.full_precision(device.type):
         base = codecs.decode(encoded)

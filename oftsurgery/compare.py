@@ -43,12 +43,15 @@ class VerifyReport:
         outputs: ``{name: OutputError}`` of the models' outputs.
         batches: how many inputs were run.
         plain: ``{name: OutputError}`` of the outputs of a model to set it beside; empty without one.
+        uncalled: folded modules that the reference never called on these inputs: where their owners only read the
+            weights, a live adapter does nothing there, and a fold should not either.
     """
 
     modules: Mapping[str, OutputError]
     outputs: Mapping[str, OutputError]
     batches: int
     plain: Mapping[str, OutputError] = field(default_factory=dict)
+    uncalled: tuple[str, ...] = ()
 
     @property
     def worst(self) -> tuple[str, OutputError] | None:
@@ -62,6 +65,7 @@ class VerifyReport:
             "outputs": {name: asdict(e) for name, e in self.outputs.items()},
             "batches": self.batches,
             "plain": {name: asdict(e) for name, e in self.plain.items()},
+            "uncalled": list(self.uncalled),
         }
 
     def __str__(self) -> str:
@@ -76,6 +80,7 @@ class VerifyReport:
             f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}"
             for name, e in rows
         ]
+        lines += [f"{printable(name)}: never called on these inputs" for name in self.uncalled]
         return "\n".join(lines)
 
 
@@ -84,9 +89,10 @@ class _Meter:
 
     def __init__(self) -> None:
         self.difference = self.norm = self.max_abs = self.distance = 0.0
-        self.vectors = 0
+        self.vectors = self.calls = 0
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
+        self.calls += 1
         if a.shape != b.shape:
             raise ShapeError(
                 "the two models' outputs differ in shape", tensor=name, shape=tuple(a.shape), expected=tuple(b.shape)
@@ -172,10 +178,11 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
     if not batches:
         raise StateError("no inputs to compare on", remedy="give at least one batch")
     return VerifyReport(
-        MappingProxyType({path: meter.result() for path, meter in modules.items()}),
+        MappingProxyType({path: meter.result() for path, meter in modules.items() if meter.calls}),
         MappingProxyType({name: meter.result() for name, meter in outputs.items()}),
         batches,
         MappingProxyType({name: meter.result() for name, meter in beside.items()}),
+        tuple(path for path, meter in modules.items() if not meter.calls),
     )
 
 

@@ -166,7 +166,7 @@ class Original:
             f"the base's {what}",
             module=self.name.removesuffix(".weight") if self.weight else None,
             tensor=None if self.weight else self.name,
-            format=found[0].format.label,
+            format=found[0].format.label if self.weight else None,
             remedy="give the very model that was folded",
         )
 
@@ -187,7 +187,8 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     if lost is not None:
         raise MatchError(
             f"the base lacks {'a folded module' if lost in weights else 'a tensor that the adapter replaced'}",
-            tensor=lost,
+            module=lost.removesuffix(".weight") if lost in weights else None,
+            tensor=None if lost in weights else lost,
             remedy="give the model that was folded",
         )
     # of a weight that the adapter brought and rotated, the record has the base's own among the saved

@@ -26,6 +26,7 @@ from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
 from .naming import quiet, without_code
+from .plan import in_names_of
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 
@@ -137,7 +138,7 @@ def of_checkpoint(
 
     def inputs_of(path: str) -> LayerInputs | None:
         if not found:
-            adapters = [_renamed(adapter, plan) for adapter in plan.adapters]
+            adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
             found.append(Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress))
         return found[0](path)
 
@@ -146,17 +147,6 @@ def of_checkpoint(
 
 def _calibrates(part: Part) -> bool:
     return part.rotate is not None and part.into.quantised and part.rotate.chain[0].side != "embedding"
-
-
-def _renamed(adapter: OFTAdapter, plan: CheckpointPlan) -> OFTAdapter:
-    """``adapter`` with the model's own names, which it may give without the base model's prefix, or with one."""
-    paths = plan.store.locate(f"{path}.weight" for path in adapter.modules)
-    own = plan.store.locate(adapter.saved)
-    return replace(
-        adapter,
-        modules={paths[f"{path}.weight"].removesuffix(".weight"): r for path, r in adapter.modules.items()},
-        saved={own[name]: tensor for name, tensor in adapter.saved.items()},
-    )
 
 
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:

@@ -36,7 +36,7 @@ from .hashing import hash_tensors
 from .layers import Layer
 from .live_store import LiveStore
 from .model import inner_model, modules_of, places_of, replace_tensor, transaction
-from .plan import plan_changes
+from .plan import in_names_of, plan_changes
 from .sharing import share_model
 from .weight import fold_encoded
 
@@ -687,6 +687,7 @@ def wrap_model(
         _refuse_merged(before)
         _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
+        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()))
         ties = store.ties
         for name in (change.name for change in plan.replace):
@@ -712,9 +713,11 @@ def wrap_model(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
-        hashes = {n: hash_tensors({n: store.tensor(n)}) for n in (change.name for change in plan.replace)}  # type: ignore[dict-item]
+        hashes: dict[str, str] = {}
         for change in plan.replace:
+            old = store.tensor(change.name)
             replace_tensor(modules, change, journal)
+            hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)

@@ -12,6 +12,7 @@ from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .idle import is_idle
 from .layers import Layer
+from .naming import find_names, names_in_model
 from .plan import LayerInfo
 from .record import FoldRecord
 from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
@@ -58,10 +59,27 @@ class LiveStore:
     def names(self) -> Collection[str]:
         return self.modules
 
+    @property
+    def tensors(self) -> Collection[str]:
+        return tensors_in(self.modules)
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
-        tensors = tensors_in(self.modules)
-        # a module without such a parameter says itself what is wrong with it
-        return {n: n for n in names if n in tensors or (n.endswith(".weight") and n[:-7] in self.modules)}
+        tensors = self.tensors
+
+        def there(name: str) -> bool:
+            # a module without such a parameter says itself what is wrong with it
+            return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
+
+        wanted = list(names)
+        if all(map(there, wanted)):
+            return dict(zip(wanted, wanted, strict=True))
+        inner: Any = inner_model(self.model)
+        renamed = names_in_model(inner)
+
+        def called(name: str) -> set[str]:
+            return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
+
+        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
 
     def layer(self, name: str, rotation: Rotation) -> LayerInfo:
         layer = self.at(name)

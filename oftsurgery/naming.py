@@ -20,7 +20,7 @@ from torch import nn
 
 from .conversion import Unit, unit_of
 from .errors import CheckpointError, MatchError, MissingDependencyError, StateError, printable
-from .ties import Ties, modules_of, ties_of
+from .ties import Ties, modules_of, tensors_in, ties_of
 
 __all__ = ["Architecture", "architecture_of", "locate"]
 
@@ -325,31 +325,45 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     """``{name in the adapter: name of the tensor}`` for tensor names that an adapter implies (``<module path>.weight``)
     or brings: as the model's class has it, or as the checkpoint does where transformers makes something else of it.
 
-    A name is looked for as the checkpoint has it and as the model's class does, there also with transformers'
-    ``base_model_prefix`` added or taken away (an adapter of ``LlamaModel`` on a checkpoint of ``LlamaForCausalLM``), by
-    one rule for all of the names. What is not found is left out.
-
     Raises:
         MatchError: one name finds two tensors.
     """
-    prefix = f"{architecture.base_prefix}." if architecture.base_prefix else ""
+
+    def called(name: str) -> set[str]:
+        here = {name} & (architecture.stored.keys() | architecture.made.keys() | architecture.tied.keys())
+        if name in architecture.units:
+            here = here or {name}
+        elif name in architecture.renamed:
+            here.add(architecture.renamed[name])
+        stored = [n for target in here for n in architecture.stored.get(target, (target,))]
+        if len(stored) > 1:
+            raise MatchError(
+                f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}",
+                tensor=name,
+                remedy="save the checkpoint again with one release of transformers",
+            )
+        return here
+
+    return find_names(names, called, architecture.base_prefix)
+
+
+def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
+    """Look for names as they are, and with transformers' ``base_model_prefix`` added or taken away (an adapter of
+    ``LlamaModel`` on ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
+
+    Args:
+        called: a name to the tensor that it is the name of, if there is one.
+    """
+    prefix = f"{base_prefix}." if base_prefix else ""
     rules: list[Callable[[str], str]] = [lambda n: n]
     if prefix:
         rules += [lambda n: prefix + n, lambda n: n.removeprefix(prefix)]
     wanted = list(names)
     best: dict[str, str] = {}
     for rule in rules:
-        found = {}
+        found: dict[str, str] = {}
         for name in wanted:
-            here = _called(rule(name), architecture)
-            stored = [n for target in here for n in architecture.stored.get(target, (target,))]
-            if len(stored) > 1:
-                raise MatchError(
-                    f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}",
-                    tensor=name,
-                    remedy="save the checkpoint again with one release of transformers",
-                )
-            found.update(dict.fromkeys([name], *here) if here else {})
+            found.update(dict.fromkeys([name], *called(rule(name))) if called(rule(name)) else {})
         if len(found) > len(best):
             best = found
         if len(found) == len(wanted):
@@ -357,9 +371,15 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     return best
 
 
-def _called(name: str, architecture: Architecture) -> set[str]:
-    """The tensors that ``name`` is the name of, in the model or in the checkpoint."""
-    here = {name} & (architecture.stored.keys() | architecture.made.keys() | architecture.tied.keys())
-    if name in architecture.units:
-        return here or {name}
-    return here | ({architecture.renamed[name]} if name in architecture.renamed else set())
+def names_in_model(model: Any) -> Callable[[str], str]:
+    """How transformers reads tensor names of files, also those of earlier releases, for this live model."""
+    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+        return lambda name: name
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return lambda name: name
+    renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
+    state = {name: tensor for name, tensor in tensors_in(modules_of(model)).items()}
+    return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])

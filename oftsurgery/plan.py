@@ -7,12 +7,12 @@ here. Which tensors come apart where the model ties them is decided here and now
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from .adapter import OFTAdapter, Rotation
@@ -21,7 +21,17 @@ from .errors import MatchError, ShapeError, StateError, printable
 from .record import FoldRecord
 from .ties import Ties
 
-__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "check_last", "not_found", "plan_changes"]
+__all__ = [
+    "FoldPlan",
+    "LayerInfo",
+    "Replace",
+    "Rotate",
+    "Store",
+    "check_last",
+    "in_names_of",
+    "not_found",
+    "plan_changes",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,10 @@ class Store(Protocol):
     @property
     def names(self) -> Collection[str]:
         """Paths of all modules, in the model's order."""
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """Names of all tensors."""
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         """``{name in an adapter: name of the model's tensor}``, without those that there are not."""
@@ -213,6 +227,19 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
     )
 
 
+def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
+    """``adapter`` by the names that the store's model has, as far as it has them."""
+    modules = store.locate(f"{path}.weight" for path in adapter.modules)
+    own = store.locate(adapter.saved)
+    return dataclasses.replace(
+        adapter,
+        modules={
+            modules.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()
+        },
+        saved={own.get(name, name): tensor for name, tensor in adapter.saved.items()},
+    )
+
+
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
     made: list[Replace] = []
     for name, values in replaced.items():
@@ -220,12 +247,8 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
         same = next((r for r in made if name in r.places), None)
         if same is None:
             made.append(Replace(name, values, places))
-        elif not torch.equal(same.values, values):  # trained as one, a tensor is saved under each of its names
-            raise MatchError(
-                f"the adapter brings other values for this tensor than for {printable(same.name)!r}, which is one with it in the model",
-                tensor=name,
-                remedy="save the adapter again with the peft that trained it",
-            )
+        else:  # the last one stays, as when peft loads them
+            made[made.index(same)] = dataclasses.replace(same, values=values)
     return tuple(made)
 
 
@@ -298,7 +321,7 @@ def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
 def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
     """The name of the model's tensor that takes an adapter's ``values``."""
     if name is None:
-        near = difflib.get_close_matches(given, [f"{path}.weight" for path in store.names], n=3, cutoff=0.5)
+        near = difflib.get_close_matches(given, store.tensors, n=3, cutoff=0.5)
         raise MatchError(
             "the adapter brings a tensor that the model does not have"
             + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),

@@ -451,7 +451,7 @@ def test_an_embedding_is_named(write_adapter: Callable[..., Path], oft_config: C
     }
     folder = write_adapter(tensors, oft_config(oft_block_size=32))
     ids = [torch.randint(0, 100, (4, 20)) for _ in range(8)]
-    with pytest.warns(CalibrationWarning, match=r"embed: the calibration gives it no inputs to multiply\)"):
+    with pytest.warns(CalibrationWarning, match=r"embed: the model never multiplies inputs by it on the calibration\)"):
         folded = oftsurgery.fold(Words().to("cpu").eval(), folder, calibration=ids)
     rounding = {path: m.rounding for path, m in folded.oftsurgery.modules.items()}
     assert rounding == {"embed": "grid", "up": "calibrated"}

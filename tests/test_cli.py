@@ -194,13 +194,13 @@ def test_verify_exits_1_where_a_weight_is_not_what_it_should_be(
 def test_an_interrupt_exits_130_and_says_how_to_go_on(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import oftsurgery.checkpoint
+    import oftsurgery.engine
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.checkpoint, "fold_encoded", interrupt)
+        patched.setattr(oftsurgery.engine, "fold_encoded", interrupt)
         assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out")]) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

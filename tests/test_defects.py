@@ -95,11 +95,13 @@ def test_one_module_under_two_names_is_rotated_where_peft_puts_its_layer(
         assert state_bytes(base) == before
 
 
-def test_a_layer_that_its_owner_never_calls_is_refused() -> None:
-    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+def test_a_layer_that_its_owner_never_calls_stays_as_it_is() -> None:
+    model = net(nn.MultiheadAttention(16, 2, batch_first=True))
     adapter = oftsurgery.OFTAdapter({"0.out_proj": oftsurgery.Rotation(torch.randn(4, 6))})
-    with pytest.raises(FormatError, match=r"never calls the layer.*'0.out_proj'.*Remedy: leave it out"):
-        oftsurgery.fold(net(attention), adapter)
+    with pytest.warns(oftsurgery.IdleWarning, match=r"never calls the layers.* \(0\.out_proj\)"):
+        folded = oftsurgery.fold(model, adapter)
+    assert folded.oftsurgery.idle == ("0.out_proj",)
+    assert torch.equal(folded[0].out_proj.weight, model[0].out_proj.weight)
 
 
 def test_saved_modules_may_hold_integers(tmp_path: Path) -> None:

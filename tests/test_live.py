@@ -824,13 +824,12 @@ def test_a_failed_fold_leaves_encoders_as_they_were() -> None:
     assert live.unwrap(wrapped).encoder.layers[0].activation_relu_or_gelu == 1
 
 
-def test_an_attentions_out_proj_is_refused() -> None:
+def test_an_attentions_out_proj_stays_as_it_is() -> None:
     # nn.MultiheadAttention reads its weight and never calls it
     model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-    before = snapshot_of(model)
-    with pytest.raises(oftsurgery.FormatError, match=r"MultiheadAttention.* \[module 'self_attn.out_proj'\]"):
-        wrap(model, oftsurgery.OFTAdapter({"self_attn.out_proj": rotation(2, 28)}), inplace=True)
-    assert snapshot_of(model) == before
+    adapter = oftsurgery.OFTAdapter({"self_attn.out_proj": rotation(2, 28), "linear1": rotation(2, 28)})
+    wrapped = wrap(model, adapter, inplace=True)
+    assert list(live.live_layers(wrapped)) == ["linear1"]
 
 
 def test_originals_of_replaced_tensors_are_known_by_their_hashes() -> None:

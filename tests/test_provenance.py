@@ -379,16 +379,16 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     import oftsurgery.checkpoint
     import oftsurgery.record
 
-    put = oftsurgery.checkpoint._Run._put
+    step = oftsurgery.checkpoint._Run.step
 
-    def interrupt(self: Any, writer: Any, job: Any, outputs: Any) -> None:
+    def interrupt(self: Any, name: str, nbytes: int) -> None:
         if self.done > self.total // 2:
             raise KeyboardInterrupt
-        put(self, writer, job, outputs)
+        step(self, name, nbytes)
 
     words = (place / "BASE", place / "ADAPTER", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.checkpoint._Run, "_put", interrupt)
+        patched.setattr(oftsurgery.checkpoint._Run, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet_fold(*words, max_shard_size="100KB")
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))
