@@ -620,7 +620,7 @@ def verify_checkpoint(
     tolerance: float | None = None,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
-    are given, each weight against those.
+    are given, every tensor that the model loads against those, by none of the code that folds.
 
     Args:
         folded: in any format.
@@ -630,7 +630,8 @@ def verify_checkpoint(
             costs.
 
     Returns:
-        a report with the state of each file and an error for each weight; ``report.ok`` says whether all pass.
+        a report with the state of each file, an error for each rotated weight, and what was looked at of each tensor
+        (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
 
     Raises:
         StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -23,8 +24,8 @@ from torch import Tensor
 from . import codecs, companions, configs, measures
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .errors import MatchError, OFTSurgeryError, StateError
-from .loaded import Loaded
+from .errors import CheckpointError, MatchError, OFTSurgeryError, StateError
+from .loaded import Loaded, Stored
 from .record import FoldRecord
 from .shards import DTYPES, Checkpoint, inside, sha256_of
 
@@ -210,8 +211,7 @@ def check_checkpoint(
         adapters: that were folded, in the live order.
         tolerance: largest relative error of a rotated weight that passes; None: no more than storing the exact weight
             costs.
-        idle: ``(model, path) -> bool``, whether the model never calls a module, so that a rotation of it does nothing
-            live.
+        idle: ``(model, path) -> bool``, whether the model never calls a module: a rotation of it does nothing live.
 
     Raises:
         MatchError, ShapeError: base and adapters do not belong together.
@@ -219,33 +219,24 @@ def check_checkpoint(
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
     if not any(adapter.modules for adapter in adapters):
-        raise StateError(
-            "the adapter targets nothing", path=folded.folder, remedy="check that base and adapter belong together"
-        )
+        raise StateError("the adapter rotates nothing", remedy="give the adapter that was folded")
     record = configs.record_in(folded.folder)
     loading = _Loading(record, folded, base)
     before = Loaded(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
-    if apart:
-        before = Loaded(base, loading.dtype, apart)
+    before = Loaded(base, loading.dtype, apart) if apart else before
     after = Loaded(folded, apart=frozenset(before.apart))
     comparison = _Comparison(before, after, _Live(before, adapters, idle), loading, record, tolerance)
     names = [n for n in {**before.sources, **after.sources} if n not in before.left_out]
-    tensors = {name: comparison.check(name) for name in names}
+    tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
-    modules = MappingProxyType(comparison.modules)
-    return CheckpointReport(modules, tolerance, files, MappingProxyType(tensors), _config(before, after))
-
-
-def _config(before: Loaded, after: Loaded) -> str | None:
-    """What the config makes the model compute otherwise."""
-    now = after.tie_readers()
-    for path, tied in before.tie_readers().items():
-        if now.get(path) is not tied:
-            what = f"`tie_word_embeddings` is {now.get(path)}, in the source {tied}"
-            return f"{what}, and {type(before.model.get_submodule(path)).__name__} computes something else by it"
-    return None
+    flags, now = before.tie_readers(), after.tie_readers()
+    turned = next(
+        (f"{path or 'the model'} computes something else" for path in flags if flags[path] is not now.get(path)), None
+    )
+    config = turned and f"`tie_word_embeddings` is not as in the source, and by that {turned}"
+    return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
 
 
 class _Loading:
@@ -254,30 +245,34 @@ class _Loading:
     Attributes:
         codec: to which it was quantised; ``"stored"`` for what each weight is stored as; None for no quantisation.
         dtype: in which it was loaded.
-        double: its statistics are nested.
+        format: in which what is not stored quantised was, None where something is.
         skip: ``llm_int8_skip_modules``.
         original: rotated weights were not quantised first.
-        dense: what is written is not quantised.
     """
 
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
         said = record.base if record is not None else {}
         stored = next((DTYPES[e.dtype] for e in base.entries.values() if e.dtype in _FLOATS), torch.float32)
         self.dtype = _dtype(said.get("dtype")) or _configured(base if said else folded) or stored
-        self.dense = not _quantised(folded)
-        self.codec = said.get("quantize") if said else None if self.dense or _quantised(base) else "stored"
-        self.double, self.original = said.get("double_quant") == "true", said.get("fold_into") == "original"
-        self.skip = json.loads(said.get("skip_modules") or "null")
+        dense = not _quantised(folded)
+        self.codec = said.get("quantize") if said else None if dense or _quantised(base) else "stored"
+        blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
+        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
+        self.original = said.get("fold_into") == "original"
+        try:
+            self.skip = json.loads(said.get("skip_modules") or "null")
+        except ValueError as error:
+            raise CheckpointError("the record's `skip_modules` is no JSON", path=folded.folder) from error
 
 
 class _Live:
     """What adapters do to which of the base's tensors, as peft's live model has them.
 
     Attributes:
-        chains: ``{name: (path as the adapter has it, rotations in the live order)}``; of the weight at that place alone,
-            whatever is tied to it.
-        values: ``{name: the adapter's own}``: those of ``modules_to_save``, whose modules peft copies, at that place
-            alone; what is trained in its place wherever it is tied to.
+        chains: ``{name: (path as the adapter has it, rotations in the live order)}``, of that place alone, whatever is
+            tied to it.
+        values: ``{name: the adapter's own}``: those of ``modules_to_save``, which peft copies, at that place alone; what
+            is trained in its place wherever it is tied to.
     """
 
     def __init__(self, base: Loaded, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None) -> None:
@@ -288,25 +283,22 @@ class _Live:
                 place = _found(base, f"{path}.weight", adapter)
                 if idle is None or base.model is None or not idle(base.model, place.rpartition(".")[0]):
                     self.chains.setdefault(place, (path, []))[1].append(rotation)
-            own: dict[str, Tensor] = {}
-            for name, values in adapter.saved.items():
-                place = _found(base, name, adapter)
-                if place in self.values:
-                    raise MatchError("two adapters bring their own values for one tensor", tensor=name)
-                own[place] = values
-                if not _copied(name, adapter):
-                    own = dict.fromkeys(base.together(place), values) | own
-            self.values |= own
+            places = {name: _found(base, name, adapter) for name in adapter.saved}
+            twice = next((name for name, place in places.items() if place in self.values), None)
+            if twice is not None:
+                raise MatchError("two adapters bring their own values for one tensor", tensor=twice)
+            order = {place: i for i, place in enumerate(base.sources)}
+            for name in sorted(places, key=lambda name: (_copied(name, adapter), order[places[name]])):
+                where = {places[name]} if _copied(name, adapter) else base.together(places[name])
+                self.values |= dict.fromkeys(where, adapter.saved[name])
 
 
 def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
     place = base.place(name)
-    if place is None:
+    if place is None or base.sources[place] is None:
+        remedy = "give the base that the adapter was trained on, of the same class"
         raise MatchError(
-            "the base checkpoint has no such tensor, which the adapter names",
-            tensor=name,
-            path=adapter.source,
-            remedy="give the base that the adapter was trained on, of the same class",
+            "the base has no such tensor, which the adapter names", tensor=name, path=adapter.source, remedy=remedy
         )
     return place
 
@@ -318,147 +310,132 @@ def _copied(name: str, adapter: OFTAdapter) -> bool:
     return any(path.endswith(saved) for path in paths for saved in adapter.config.get("modules_to_save") or ())
 
 
+@dataclass
 class _Comparison:
     """Of one tensor after the other; of a group that transformers makes others of, one at a time."""
 
-    def __init__(
-        self,
-        base: Loaded,
-        folded: Loaded,
-        live: _Live,
-        loading: _Loading,
-        record: FoldRecord | None,
-        tolerance: float | None,
-    ) -> None:
-        self.base, self.folded, self.live, self.loading, self.tolerance = base, folded, live, loading, tolerance
-        self.recorded = record.modules if record is not None else {}
-        self.modules: dict[str, WeightCheck] = {}
-        self._first = base.linears(loading.skip) if loading.codec and loading.dense and base.model else frozenset()
-        self._done: dict[tuple[object, object], TensorCheck] = {}
+    base: Loaded
+    folded: Loaded
+    live: _Live
+    loading: _Loading
+    record: FoldRecord | None
+    tolerance: float | None
+    modules: dict[str, WeightCheck] = field(default_factory=dict)
+    done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for what is tied
+
+    @cached_property
+    def _first(self) -> frozenset[str]:
+        """Weights that were quantised first, where what is stored does not show it."""
+        return self.base.linears(self.loading.skip) if self.base.model is not None else frozenset()
 
     def check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
         kind: Kind = "rotated" if rotated else "replaced" if replaced else "copied"
+        if source is None:
+            return TensorCheck("absent") if now is None else TensorCheck("added", "the source has no such tensor")
         if now is None:
-            if source is None and not replaced:
-                return TensorCheck("absent")
             made_up = ", and transformers would make it up" if name in self.folded.sources else ""
             return TensorCheck(kind, f"the folded checkpoint lacks it{made_up}")
-        if source is None and not replaced:
-            return TensorCheck("added", "the source has no such tensor")
         if not self.folded.fits(name) and self.base.fits(name):
-            return TensorCheck(kind, "stored plain or quantised where config.json says the other, and cannot be run")
-        tied = not rotated and not replaced and name not in self.folded.given
-        if tied and (source, now) in self._done:
-            return TensorCheck("tied", self._done[source, now].why)
+            return TensorCheck(kind, "stored plain or quantised where config.json says the other: it cannot be run")
+        if kind == "copied" and now != name:
+            kind = "tied"
+        if kind == "tied" and (source, now) in self.done:
+            return TensorCheck(kind, self.done[source, now].why)
         try:
-            stored, parts = self.folded.read(name)
-            decoded = codecs.decode(_linear(self.folded, name, stored)) if rotated else None
+            stored = self.folded.read(name)
+            decoded = codecs.decode(_linear(self.folded, name, stored.weight)) if rotated else None
         except OFTSurgeryError as error:
             return TensorCheck(kind, error.message)
+        before = self._before(name, stored.weight.format)
         if decoded is not None:
-            return TensorCheck(kind, self._rotated(name, stored, parts, decoded))
+            return TensorCheck(kind, self._rotated(name, before, stored, decoded))
         if replaced:
-            return TensorCheck(kind, self._replaced(name, stored))
-        found = self._kept(name, stored, parts)
-        if isinstance(source, str) and isinstance(now, str):
-            self._done[source, now] = found
-        return replace(found, kind="tied") if tied else found
+            return TensorCheck(kind, self._replaced(name, before, stored))
+        same = before.parts is not None and before.weight.format == stored.weight.format
+        kind = kind if kind == "tied" else "copied" if same else "converted"
+        found = self.done[source, now] = TensorCheck(kind, self._kept(name, before, stored))
+        return found
 
-    def _rotated(self, name: str, stored: EncodedWeight, parts: Mapping[str, Tensor], decoded: Tensor) -> str | None:
+    def _before(self, name: str, into: WeightFormat) -> Stored:
+        """The weight as the live model had it before any rotation, of a plain base as it was loaded."""
+        base, values, how = self.base.read(name), self.live.values.get(name), self.loading
+        quantised = base.weight.format.quantised
+        if values is not None:
+            base = Stored(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
+        weight = base.weight.tensors["weight"]
+        if quantised or how.codec is None or not weight.is_floating_point():
+            return base
+        if how.original and name in self.live.chains:
+            return base
+        dtype = self.base.dtype_of(name) or weight.dtype
+        base = base if dtype == weight.dtype else Stored(codecs.dense(weight.to(dtype)))
+        first = into if into.quantised and how.codec in ("stored", into.codec) else how.format
+        if first is None or (not into.quantised and (name not in self._first or self.base.sources[name] != name)):
+            return base
+        weight = _linear(self.base, name, base.weight).tensors["weight"]
+        weight = weight.to(torch.float16) if first.codec == "int8" else weight  # as bitsandbytes itself does
+        return Stored(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
+
+    def _rotated(self, name: str, before: Stored, stored: Stored, decoded: Tensor) -> str | None:
         path, chain = self.live.chains[name]
-        before, beside = self._before(name, stored.format)
-        start, stored = codecs.decode(_linear(self.base, name, before)), _linear(self.folded, name, stored)
-        exact, into = measures.rotated(start, chain), stored.format
+        start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
+        for rotation in chain:
+            rotation.check_fits((start.shape[0], start.shape[1:].numel()), path)
+        exact, into = measures.rotated(start, chain), own.format
         if decoded.shape != exact.shape:
-            return f"its shape is {tuple(decoded.shape)}, that of the source {tuple(exact.shape)}"
+            return f"its shape is {tuple(decoded.shape)}, in the source {tuple(exact.shape)}"
         plain = codecs.encode(exact, into)
-        module = self.recorded.get(path, self.recorded.get(name.removesuffix(".weight")))
+        modules = self.record.modules if self.record is not None else {}
+        module = modules.get(path, modules.get(name.removesuffix(".weight")))
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
         check = self.modules[path] = WeightCheck(
             error,
-            measures.relative(codecs.decode(plain), exact),
-            None if module is None else stored.fingerprint == module.after,
-            module.error if module is not None and module.rounding == "calibrated" else None,
-            error / changed if changed else None,
-            measures.kept(decoded, start, exact),
-            measures.step_error(stored, exact),
+            rounding=measures.relative(codecs.decode(plain), exact),
+            recorded=None if module is None else own.fingerprint == module.after,
+            calibrated=module.error if module is not None and module.rounding == "calibrated" else None,
+            rho=error / changed if changed else None,
+            kept=measures.kept(decoded, start, exact),
+            steps=measures.step_error(own, exact),
         )
         if not check.passes(self.tolerance):
             recorded = "" if check.recorded is not False else "; its record has other contents"
-            return f"{error:.2e} off what base and adapter give, of which its format explains {check.rounding:.2e}{recorded}"
+            return f"{error:.2e} off what base and adapter give, its format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
             return self._dtype(before, into.dtype)
-        if before.format.codec == into.codec and before.format != into:
-            return f"stored as {into}, the source as {before.format}"
-        usual = companions.spread("weight", plain)
-        return _unlike(parts, beside if beside is not None and before.format == into else usual, _FIXED)
+        if before.weight.format.codec == into.codec and before.weight.format != into:
+            return f"stored as {into}, in the source as {before.weight.format}"
+        # as the source has them (old releases write fewer), or as they are written now
+        found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, Stored(plain))]
+        return None if None in found else found[-1]
 
-    def _replaced(self, name: str, stored: EncodedWeight) -> str | None:
-        values, got = self.live.values[name], stored.tensors["weight"]
-        if stored.format.quantised:
-            return f"stored as {stored.format.label}, the adapter's own values are plain"
-        before, _ = self._before(name, stored.format)
-        held = before.tensors["weight"].dtype  # into which the trainer's loading, or peft's, may have put them
-        if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(held))):
+    def _replaced(self, name: str, before: Stored, stored: Stored) -> str | None:
+        values, got = self.live.values[name], stored.weight.tensors["weight"]
+        if stored.weight.format.quantised:
+            return f"stored as {stored.weight.format.label}, the adapter's own values are plain"
+        if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
             return "not the adapter's own values"
         return self._dtype(before, got.dtype)
 
-    def _kept(self, name: str, stored: EncodedWeight, parts: Mapping[str, Tensor]) -> TensorCheck:
-        before, beside = self._before(name, stored.format)
-        kind: Kind = "copied" if beside is not None and before.format == stored.format else "converted"
-        if stored.format.quantised:
-            if not before.format.quantised:
-                return TensorCheck(kind, f"stored as {stored.format.label}, where the source is plain")
-            return TensorCheck(kind, _unlike(parts, companions.spread("weight", before) if beside is None else beside))
-        want, got = before.tensors["weight"], stored.tensors["weight"]
-        if before.format.quantised:
-            want = codecs.decode(before)
+    def _kept(self, name: str, before: Stored, stored: Stored) -> str | None:
+        if stored.weight.format.quantised:
+            if not before.weight.format.quantised:
+                return f"stored as {stored.weight.format.label}, in the source plain"
+            return _parts_unlike(stored, before)
+        want, got = before.weight.tensors["weight"], stored.weight.tensors["weight"]
+        if before.weight.format.quantised:
+            want = codecs.decode(before.weight)
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
-        why = self._dtype(before, got.dtype)
-        return TensorCheck(kind, why if _same(got, want) else "not what the source has")
+        return self._dtype(before, got.dtype) if _same(got, want) else "not what the source has"
 
-    def _dtype(self, before: EncodedWeight, dtype: torch.dtype) -> str | None:
+    def _dtype(self, before: Stored, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype: it may be the source's, or the one that the config names."""
-        fine = {_configured(self.folded.checkpoint) or dtype} | (
-            {before.format.dtype} if not before.format.quantised else set()
-        )
+        fine = {_configured(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
+        fine |= set() if before.weight.format.quantised else {before.weight.format.dtype}
         return None if dtype in fine else f"stored as {dtype}, expected {' or '.join(sorted(map(str, fine)))}"
-
-    def _before(self, name: str, into: WeightFormat) -> tuple[EncodedWeight, Mapping[str, Tensor] | None]:
-        """The weight as the live model had it before any rotation, of a plain base as it was loaded; and what the base
-        stores of it, where it is that.
-        """
-        values, beside = self.live.values.get(name), None
-        if self.base.sources.get(name) is not None:
-            encoded, beside = self.base.read(name)
-            held = encoded.tensors["weight"].dtype
-        if values is not None:
-            encoded, beside = (
-                codecs.dense(values if beside is None or encoded.format.quantised else values.to(held)),
-                None,
-            )
-        weight, how = encoded.tensors["weight"], self.loading
-        stays = encoded.format.quantised or not weight.is_floating_point() or how.codec is None
-        if stays or (how.original and name in self.live.chains):
-            return encoded, beside
-        dtype = self.base.dtype_of(name) or weight.dtype
-        codec = into.codec if into.quantised and how.codec in ("stored", into.codec) else "dense"
-        if how.dense and name in self._first and name in self.base.given:
-            codec = str(how.codec)
-        if codec == "dense":
-            return (encoded, beside) if dtype == weight.dtype else (codecs.dense(weight.to(dtype)), None)
-        weight = _linear(self.base, name, codecs.dense(weight.to(dtype))).tensors["weight"]
-        weight = weight.to(torch.float16) if codec == "int8" else weight  # as bitsandbytes itself does
-        usual = WeightFormat(
-            codec, (), blocksize=0 if codec == "int8" else 64, nested_blocksize=256 if how.double else 0
-        )
-        return codecs.encode(
-            weight, replace(into if into.quantised else usual, shape=tuple(weight.shape), dtype=weight.dtype)
-        ), None
 
 
 def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
@@ -471,28 +448,23 @@ def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
     return codecs.dense(weight.t()) if loaded.transposed(name) else encoded
 
 
-# companions whose values do not depend on the weight
-_FIXED = ("quant_map", "weight_format")
-
-
-def _unlike(got: Mapping[str, Tensor], want: Mapping[str, Tensor], only: tuple[str, ...] | None = None) -> str | None:
-    """How a quantised weight's tensors differ from what they should be; in names, dtypes and shapes alone where they are
-    not ``only`` of such endings.
+def _parts_unlike(stored: Stored, expected: Stored, *, fixed: bool = False) -> str | None:
+    """How a quantised weight's tensors differ from what they should be; in what does not depend on the weight alone
+    where ``fixed``.
     """
+    got, want = (s.parts or companions.spread("weight", s.weight) for s in (stored, expected))
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
             return f"its {name} is missing" if name not in got else f"it has a {name} too many"
         a, b = got[name], want[name]
         if "quant_state" in name:
-            alike = only is not None or companions.unpack_state(a, name) == companions.unpack_state(b, name)
-        elif only is None or name.endswith(only):
-            alike = _same(a, b)
-        else:
+            alike = fixed or companions.unpack_state(a, name) == companions.unpack_state(b, name)
+        elif fixed and not name.endswith(("quant_map", "weight_format")):
             alike = a.dtype == b.dtype and a.shape == b.shape
+        else:
+            alike = _same(a, b)
         if not alike:
-            return (
-                f"its {name} is not what the source has" if only is None else f"its {name} is not what its format has"
-            )
+            return f"its {name} is not what {'its format' if fixed else 'the source'} has"
     return None
 
 
@@ -500,8 +472,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same, bit for bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _quantised(checkpoint: Checkpoint) -> bool:

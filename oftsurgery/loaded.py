@@ -26,7 +26,7 @@ from .codecs import EncodedWeight
 from .errors import CheckpointError, printable
 from .shards import DTYPES, Checkpoint
 
-__all__ = ["Loaded"]
+__all__ = ["Loaded", "Stored"]
 
 # transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -45,6 +45,18 @@ class _Group:
     members: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One tensor: the weight, and all that is stored of it as its companions' names end; None where it is computed."""
+
+    weight: EncodedWeight
+    parts: Mapping[str, Tensor] | None = None
+
+
+def _plain(tensor: Tensor) -> Stored:
+    return Stored(codecs.dense(tensor), {"weight": tensor})
+
+
 class Loaded:
     """What transformers would load from a folder.
 
@@ -55,20 +67,18 @@ class Loaded:
 
     Attributes:
         model: the class on the meta device, tied as loading ties it; None where it is not known.
-        sources: ``{name: what it is read from}``, None for what is not there: transformers would make it up. Names of the
-            model first, then those of stored tensors that it does not take.
-        given: names that have a stored tensor of their own, or a part of one.
+        sources: ``{name: the name whose tensor it has}``: its own, that to which it is tied, or None where there is none, and
+            transformers would make it up. Names of the model first, then those of stored tensors that it does not take.
         left_out: the model's names whose tensors are looked at as they are stored.
         apart: those tensors.
 
-    >>> loaded = Loaded(open_checkpoint(Path("tied-llama")))    # doctest: +SKIP
-    >>> loaded.sources["lm_head.weight"]                        # doctest: +SKIP
-    'model.embed_tokens.weight'
+    Of a llama with tied embeddings, ``sources["lm_head.weight"]`` is ``"model.embed_tokens.weight"``.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, apart: frozenset[str] = frozenset()):
         self.checkpoint, self.dtype, self.apart = checkpoint, dtype, set(apart)
-        self.sources: dict[str, str | _Group | None] = {}
+        self.sources: dict[str, str | None] = {}
+        self._from: dict[str, str | _Group] = {}
         self.left_out: set[str] = set()
         self._converted: tuple[_Group | None, Mapping[str, Tensor]] = (None, {})
         self._parts = {name: _parts(name, checkpoint) for name in checkpoint.entries}
@@ -76,7 +86,7 @@ class Loaded:
         stored = [name for name in checkpoint.entries if name not in beside]
         self.model = _skeleton(checkpoint.config, dtype, len(stored))
         if self.model is None:
-            self.given = frozenset(stored)
+            self._from.update((name, name) for name in stored)
             self.sources.update((name, name) for name in stored)
             return
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -87,20 +97,20 @@ class Loaded:
         self._converters = [t for t in tables if isinstance(t, WeightConverter)]
         self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         self._pairs: dict[str, str] = dict(self.model.all_tied_weights_keys)
-        found: dict[str, str | _Group] = {}
         groups: dict[str, list[tuple[str, str]]] = {}
         for name in sorted(stored, key=dot_natural_key):
             target, pattern = self._rename(name)
             if pattern is not None and target in self._state:
                 groups.setdefault(target, []).append((pattern, name))
             elif target in self._state:
-                found.setdefault(target, name)
+                self._from.setdefault(target, name)
         for first, members in groups.items():
-            found |= dict.fromkeys(*self._made_of(_Group(first, tuple(members))))
-        self.given = frozenset(found)
-        self.sources.update(self._tied(found))
-        taken = {n for s in found.values() for n in ([s] if isinstance(s, str) else (n for _, n in s.members))}
-        self.sources.update((name, name) for name in stored if name not in taken)
+            self._from |= dict.fromkeys(*self._made_of(_Group(first, tuple(members))))
+        self._tie()
+        taken = {n for s in self._from.values() for n in ([s] if isinstance(s, str) else (n for _, n in s.members))}
+        # a second tensor by a name, an old one and a new one: the model takes the first
+        self._from |= {f"{n} (second)" if n in self._from else n: n for n in stored if n not in taken}
+        self.sources |= {name: name for name in self._from if name not in self.sources}
 
     # --- names ---
 
@@ -142,25 +152,25 @@ class Loaded:
         made = converter.convert(group.first, model=self.model, config=self.model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    def _tied(self, found: Mapping[str, str | _Group]) -> dict[str, str | _Group | None]:
-        """Sources of all of the model's names: each of the ``found`` gets a parameter of its own, and transformers ties."""
+    def _tie(self) -> None:
+        """Give each name of the model a parameter of its own, and have transformers tie those that nothing is stored for."""
         fresh: dict[tuple[int, str], Tensor] = {}
         for name, tensor in self._state.items():
             module, attribute = self._holder(name)
             parameter = attribute in module._parameters
             if (id(module), attribute) not in fresh:
                 empty = torch.empty_like(tensor, device="meta")
-                fresh[id(module), attribute] = nn.Parameter(empty, requires_grad=False) if parameter else empty
                 held: Any = module._parameters if parameter else module._buffers
-                held[attribute] = fresh[id(module), attribute]
-        sources = {id(getattr(*self._holder(name))): source for name, source in found.items() if name in self._state}
+                held[attribute] = nn.Parameter(empty, requires_grad=False) if parameter else empty
+                fresh[id(module), attribute] = held[attribute]
+        given = {id(getattr(*self._holder(name))): name for name in self._from if name in self._state}
         # of two that are both stored, equal ones need no tie and others get none
-        self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= found.keys()}
+        self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= self._from.keys()}
         with _quiet():
-            self.model.tie_weights(missing_keys=self._state.keys() - found.keys(), recompute_mapping=False)
+            self.model.tie_weights(missing_keys=self._state.keys() - self._from.keys(), recompute_mapping=False)
         self.model.all_tied_weights_keys = dict(self._pairs)
         self._held = {name: id(getattr(*self._holder(name))) for name in self._state}
-        return {**found, **{name: sources.get(held) for name, held in self._held.items()}}
+        self.sources |= {name: given.get(held) for name, held in self._held.items()}
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         path, _, attribute = name.rpartition(".")
@@ -185,32 +195,31 @@ class Loaded:
         """Names of the model that are one parameter with ``name``, itself among them."""
         if self.model is None or name not in self._held:
             return {name}
-        both = [p for p in self._pairs.items() if name in p and set(p) <= self.given]
-        equal = {n for p in both for n in p if torch.equal(self.read(p[0])[1]["weight"], self.read(p[1])[1]["weight"])}
-        return equal | {n for n, held in self._held.items() if held == self._held[name]}
+        both = [pair for pair in self._pairs.items() if name in pair and all(n == self.sources[n] for n in pair)]
+        equal = [pair for pair in both if torch.equal(*(self.read(n).weight.tensors["weight"] for n in pair))]
+        return {name, *itertools.chain(*equal), *(n for n, held in self._held.items() if held == self._held[name])}
 
     # --- tensors ---
 
-    def read(self, name: str) -> tuple[EncodedWeight, dict[str, Tensor]]:
-        """One tensor, and what is stored of it: ``"weight"``, and a quantised weight's companions as their names end.
+    def read(self, name: str) -> Stored:
+        """One tensor.
 
         Raises:
             FormatError: companions are missing or say nonsense.
         """
-        source = self.sources[name]
+        name = self.sources[name] or name
+        source = self._from[name]
         if isinstance(source, _Group):
             if self._converted[0] is not source:
                 self._converted = (None, {})
                 self._converted = (source, self._convert(source, self.checkpoint.read))
-            weight = self._converted[1][name]
-            return codecs.dense(weight), {"weight": weight}
-        assert source is not None  # noqa: S101 - the caller looked
+            return _plain(self._converted[1][name])
         tensors = {n: self.checkpoint.read(n) for n in self._parts[source]}
-        if len(tensors) == 1:
-            return codecs.dense(tensors[source]), {"weight": tensors[source]}
         weight, module = tensors[source], source.removesuffix("weight")
+        if len(tensors) == 1:
+            return _plain(weight)
         encoded = companions.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
-        return encoded, {n.removeprefix(module): t for n, t in tensors.items()}
+        return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
         """Whether a plain weight is held ``(in, out)``."""
@@ -229,9 +238,9 @@ class Loaded:
 
     def fits(self, name: str) -> bool:
         """Whether the config says of a weight what is stored: that it is quantised, or plain."""
-        if self.model is None or name not in self.given or not name.endswith(".weight"):
+        if self.model is None or self.sources[name] != name or not name.endswith(".weight"):
             return True
-        source = self.sources[name]
+        source = self._from[name]
         quantised = isinstance(source, str) and len(self._parts[source]) > 1
         return quantised == (name in self._settled)
 
