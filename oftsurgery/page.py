@@ -654,6 +654,7 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
     files, tensors = data.get("files") or {}, data.get("tensors") or {}
     changed = [f"{printable(name)}: {printable(state)}" for name, state in files.items() if state != "ok"]
     wrong = [f"{printable(name)}: {printable(t['why'])}" for name, t in tensors.items() if t["why"] is not None]
+    wrong = [w for w in wrong if w.partition(".weight: ")[0] not in set(map(printable, failed))]
     wrong += [f"config.json: {printable(data['config'])}"] if data.get("config") is not None else []
     text = (
         f"{len(modules) - len(failed)} of {_count(len(modules), 'weight')} are what base and adapter give, to within "
