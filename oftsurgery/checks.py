@@ -405,7 +405,8 @@ class _Comparison:
         if not into.quantised:
             return self._dtype(before, into.dtype)
         if before.weight.format.codec == into.codec and before.weight.format != into:
-            return f"stored as {into}, in the source as {before.weight.format}"
+            was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
+            return f"stored with other settings than in the source, where it has {was}"
         # as the source has them (old releases write fewer), or as they are written now
         found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, Stored(plain))]
         return None if None in found else found[-1]

@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,17 +249,17 @@ class Loaded:
         settings = self.checkpoint.config.get("quantization_config")
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
-    def linears(self, skip: Sequence[str] | None) -> frozenset[str]:
+    def linears(self, skip: object) -> frozenset[str]:
         """Names of the weights that bitsandbytes loading quantises.
 
         Args:
-            skip: ``llm_int8_skip_modules`` in place of transformers' own choice.
+            skip: ``llm_int8_skip_modules``, a list in place of transformers' own choice.
         """
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         keep = HfQuantizer.get_modules_to_not_convert(
-            self.model, None if skip is None else list(skip), self.model._keep_in_fp32_modules
+            self.model, list(map(str, skip)) if isinstance(skip, list) else None, self.model._keep_in_fp32_modules
         )
         modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
         try:
@@ -272,12 +272,16 @@ class Loaded:
             ) from error
 
     def tie_readers(self) -> dict[str, bool]:
-        """``{module path: tie_word_embeddings}`` of modules that compute something else by that setting."""
+        """``{module path: tie_word_embeddings}`` of modules that compute by that setting, as the config writes it, whatever
+        this release of transformers makes of it.
+        """
         found = {}
         for path, module in self.model.named_modules() if self.model is not None else ():
             code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
             if code is not None and "tie_word_embeddings" in code.co_names:
-                found[path] = bool(getattr(getattr(module, "config", None), "tie_word_embeddings", False))
+                parsed = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+                written = self.checkpoint.config if path == "" else {}
+                found[path] = bool(written.get("tie_word_embeddings", parsed))
         return found
 
 
