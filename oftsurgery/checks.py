@@ -243,8 +243,9 @@ class _Loading:
     """How a plain base was loaded before it was rotated, by the record, or else by what the folded checkpoint stores.
 
     Attributes:
-        codec: to which it was quantised; ``"stored"`` for what each weight is stored as; None for no quantisation.
         dtype: in which it was loaded.
+        cast: whether it was: a fold on disk loads nothing unless it quantises.
+        codec: to which it was quantised; ``"stored"`` for what each weight is stored as; None for no quantisation.
         format: in which what is not stored quantised was, None where something is.
         skip: ``llm_int8_skip_modules``.
         original: rotated weights were not quantised first.
@@ -256,6 +257,7 @@ class _Loading:
         self.dtype = _dtype(said.get("dtype")) or _configured(base if said else folded) or stored
         dense = not _quantised(folded)
         self.codec = said.get("quantize") if said else None if dense or _quantised(base) else "stored"
+        self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
         self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
         self.original = said.get("fold_into") == "original"
@@ -365,7 +367,7 @@ class _Comparison:
         if values is not None:
             base = Stored(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
         weight = base.weight.tensors["weight"]
-        if quantised or how.codec is None or not weight.is_floating_point():
+        if quantised or not how.cast or not weight.is_floating_point():
             return base
         if how.original and name in self.live.chains:
             return base

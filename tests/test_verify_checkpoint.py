@@ -33,6 +33,7 @@ from checkpoints import (
     scaled_up,
     tensors,
 )
+from independent import fold
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -291,6 +292,18 @@ def test_experts_that_the_checkpoint_holds_one_by_one(tmp_path: Path) -> None:
     written(tmp_path / "wrong", tmp_path / "out", found)
     wrong = oftsurgery.verify_checkpoint(tmp_path / "wrong", *places).wrong
     assert set(wrong) == {"model.layers.0.mlp.experts.down_proj"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4 double", "int8"])
+def test_a_fold_in_memory_that_was_exported(places: Places, tmp_path: Path, kind: str) -> None:
+    """Of a float32 base that was loaded as bfloat16, and what that base is."""
+    base, adapter, dtype = places.base("gpt2"), places.adapter("gpt2", "c_attn"), torch.bfloat16
+    settings = {} if kind == "plain" else {"quantization_config": bnb_config(kind.split()[0], double="double" in kind)}
+    folded = fold(load(base, "GPT2LMHeadModel", dtype=dtype, **settings), adapter)
+    oftsurgery.export_safetensors(folded, tmp_path / "out")
+    report = oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter)
+    assert report.ok, report.wrong
+    assert report.looked_at == {"rotated": 2, "converted": 26, "tied": 1}
 
 
 # --- one wrong tensor of each kind ------------------------------------------------------------------------------------
