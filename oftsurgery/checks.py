@@ -232,10 +232,12 @@ def check_checkpoint(
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
     flags, now = before.tie_readers(), after.tie_readers()
-    turned = next(
-        (f"{path or 'the model'} computes something else" for path in flags if flags[path] is not now.get(path)), None
+    turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
+    config = (
+        f"`tie_word_embeddings` is not as in the source, and {turned[0]} computes something else by it"
+        if turned
+        else None
     )
-    config = turned and f"`tie_word_embeddings` is not as in the source, and by that {turned}"
     return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
 
 
@@ -383,9 +385,7 @@ class _Comparison:
     def _rotated(self, name: str, before: Stored, stored: Stored, decoded: Tensor) -> str | None:
         path, chain = self.live.chains[name]
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
-        for rotation in chain:
-            rotation.check_fits((start.shape[0], start.shape[1:].numel()), path)
-        exact, into = measures.rotated(start, chain), own.format
+        exact, into = measures.rotated(start, chain, path), own.format
         if decoded.shape != exact.shape:
             return f"its shape is {tuple(decoded.shape)}, in the source {tuple(exact.shape)}"
         plain = codecs.encode(exact, into)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import codecs
 from .adapter import Rotation
 from .codecs import EncodedWeight
-from .errors import NonFiniteError
+from .errors import NonFiniteError, ShapeError
 
 __all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
 
@@ -45,7 +45,7 @@ def blocks_of(rotation: Rotation) -> Tensor:
     return r
 
 
-def rotated(weight: Tensor, chain: Sequence[Rotation]) -> Tensor:
+def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -> Tensor:
     """What a live layer of ``weight: (out, in)`` (or ``(tokens, features)``) computes, as a float64 weight: of
     ``chain = [a, b]`` ``y = (x Ra Rb) Wᵀ``, ``y = (x Wᵀ) Ra Rb`` on the output side, ``E Ra Rb`` of an embedding.
 
@@ -56,11 +56,13 @@ def rotated(weight: Tensor, chain: Sequence[Rotation]) -> Tensor:
     >>> rotated(torch.tensor([[3.0, 4.0]]), [quarter]).tolist()
     [[4.0, -3.0]]
     """
+    if weight.ndim != 2:
+        raise ShapeError("a rotation needs a weight of two dimensions", module=module, shape=weight.shape)
     w = weight.to(torch.float64)
     inputs = [r for r in chain if r.side == "input"]
     for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
         out, features = w.shape
-        rotation.check_fits((out, features), "weight")
+        rotation.check_fits((out, features), module)
         r = blocks_of(rotation)
         b, over = r.shape[-1], out if rotation.side == "output" else features
         count = -(-over // b)
