@@ -27,7 +27,7 @@ if _typing.TYPE_CHECKING:
         verify_checkpoint,
         wrap,
     )
-    from .checks import CheckpointReport, WeightCheck
+    from .checks import CheckpointReport, TensorCheck, WeightCheck
     from .codecs import EncodedWeight, WeightFormat
     from .compare import OutputError, VerifyReport, verify
     from .diagnosis import Finding, doctor
@@ -107,6 +107,7 @@ __all__ = [
     "RoundingWarning",
     "ShapeError",
     "StateError",
+    "TensorCheck",
     "UndoError",
     "UnfoldWarning",
     "UntieWarning",
@@ -166,6 +167,7 @@ _EXPORTS = {
     ),
     "checks": (
         "CheckpointReport",
+        "TensorCheck",
         "WeightCheck",
     ),
     "codecs": (

@@ -17,8 +17,10 @@ from . import codecs, configs, files, shards, undo_file
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
 from .errors import AdapterError, StateError, printable
+from .idle import is_idle
 from .live_store import LiveStore
 from .record import FoldRecord
+from .ties import modules_of
 
 if TYPE_CHECKING:
     from .calibration import InputsOf
@@ -616,7 +618,7 @@ def verify_checkpoint(
     tolerance: float | None = None,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
-    are given, each weight against those.
+    are given, every tensor that the model loads against those, by none of the code that folds.
 
     Args:
         folded: in any format.
@@ -626,7 +628,8 @@ def verify_checkpoint(
             costs.
 
     Returns:
-        a report with the state of each file and an error for each weight; ``report.ok`` says whether all pass.
+        a report with the state of each file, an error for each rotated weight, and what was looked at of each tensor
+        (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
 
     Raises:
         StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.
@@ -642,11 +645,13 @@ def verify_checkpoint(
     folder = files.find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return checks.check_files(folder)
+    opened = shards.open_checkpoint(folder)
     return checks.check_checkpoint(
-        shards.open_checkpoint(folder),
+        opened,
         shards.open_checkpoint(files.find_checkpoint(base)),
         _loaded(adapter),
         tolerance=tolerance,
+        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
     )
 
 

@@ -917,6 +917,13 @@ def _say_checked(args: argparse.Namespace, report: Any) -> None:
         ]
         if rows:
             _table(("module", "error", "plain rounding", "of its square", "ρ", "kept", "as recorded", ""), rows)
+        for name, why in report.wrong.items():
+            print(f"{printable(name)}: {printable(why)}")
+        if report.config is not None:
+            print(f"config.json: {printable(report.config)}")
+        if report.tensors:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in report.looked_at.items())
+            print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} wrong")
         wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
         for name, state in wrong:
             print(f"{printable(name)}: {state.upper()} since it was recorded")

@@ -40,6 +40,7 @@ __all__ = [
     "fold_record",
     "originals",
     "undone",
+    "warn_of_idle",
 ]
 
 #: modules that a warning names
@@ -272,13 +273,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     """Say what the fold did, before anybody sees its result: an error to whoever filters a warning so, and then nothing
     has happened.
     """
-    if plan.idle:
-        named, more = _named(map(printable, plan.idle))
-        warn_caller(
-            f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
-            f"the layers, so a live adapter does nothing there ({named}{more})",
-            IdleWarning,
-        )
+    warn_of_idle(plan)
     if plan.apart:
         reads = (
             ". The model computes with tie_word_embeddings, so its config keeps that: transformers 5 loads the two apart, older "
@@ -292,6 +287,17 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     _warn_of_calibration(record)
     _warn_of_rounding(record)
     _warn_of_weak_adapter(record)
+
+
+def warn_of_idle(plan: FoldPlan) -> None:
+    """One :class:`IdleWarning` that names the layers whose rotation is left out, if any."""
+    if plan.idle:
+        named, more = _named(map(printable, plan.idle))
+        warn_caller(
+            f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
+            f"the layers, so a live adapter does nothing there ({named}{more})",
+            IdleWarning,
+        )
 
 
 def _named(names: Iterable[str]) -> tuple[str, str]:

@@ -26,6 +26,7 @@ __all__ = [
     "ExtractionWarning",
     "FormatError",
     "HubError",
+    "IdleWarning",
     "IntegrityError",
     "MatchError",
     "MissingDependencyError",

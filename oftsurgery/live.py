@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from . import codecs, peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation
 from .codecs import EncodedWeight
+from .engine import warn_of_idle
 from .errors import AdapterError, FormatError, MatchError, OFTSurgeryError, StateError, printable
 from .hashing import hash_tensors
 from .layers import Layer
 from .live_store import LiveStore
 from .model import inner_model, modules_of, places_of, replace_tensor, transaction
-from .plan import in_names_of, plan_changes
+from .plan import FoldPlan, in_names_of, plan_changes
 from .sharing import share_model
 from .weight import fold_encoded
 
@@ -690,11 +691,7 @@ def wrap_model(
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()))
         ties = store.ties
-        for name in (change.name for change in plan.replace):
-            if any(name in origin.saved for origin in origins.values()):
-                raise MatchError(
-                    "two adapters bring their own values for one tensor", tensor=name, remedy="wrap one of them alone"
-                )
+        _refuse_brought_twice(plan, origins)
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate(work, [change.path for change in plan.rotate], layers, journal)
         modules = modules_of(work)
@@ -713,11 +710,7 @@ def wrap_model(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
-        hashes: dict[str, str] = {}
-        for change in plan.replace:
-            old = store.tensor(change.name)
-            replace_tensor(modules, change, journal)
-            hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+        hashes = _bring(plan, store, modules, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)
@@ -725,7 +718,28 @@ def wrap_model(
         _swap(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[_ATTRIBUTE] = origins
+        warn_of_idle(plan)
     return work
+
+
+def _refuse_brought_twice(plan: FoldPlan, origins: Mapping[str, _Origin]) -> None:
+    for change in plan.replace:
+        if any(change.name in origin.saved for origin in origins.values()):
+            raise MatchError(
+                "two adapters bring their own values for one tensor",
+                tensor=change.name,
+                remedy="wrap one of them alone",
+            )
+
+
+def _bring(plan: FoldPlan, store: LiveStore, modules: Mapping[str, nn.Module], journal: list[Undo]) -> dict[str, str]:
+    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    hashes: dict[str, str] = {}
+    for change in plan.replace:
+        old = store.tensor(change.name)
+        replace_tensor(modules, change, journal)
+        hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+    return hashes
 
 
 def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:

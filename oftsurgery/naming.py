@@ -381,5 +381,5 @@ def names_in_model(model: Any) -> Callable[[str], str]:
     except ImportError:
         return lambda name: name
     renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
-    state = {name: tensor for name, tensor in tensors_in(modules_of(model)).items()}
+    state = dict(tensors_in(modules_of(model)).items())
     return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])

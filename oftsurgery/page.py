@@ -651,8 +651,11 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
     """Of :class:`~oftsurgery.CheckpointReport`."""
     errors = {path: _figure(m["error"]) for path, m in modules.items()}
     failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
-    files = data.get("files") or {}
+    files, tensors = data.get("files") or {}, data.get("tensors") or {}
     changed = [f"{printable(name)}: {printable(state)}" for name, state in files.items() if state != "ok"]
+    wrong = [f"{printable(name)}: {printable(t['why'])}" for name, t in tensors.items() if t["why"] is not None]
+    wrong = [w for w in wrong if w.partition(".weight: ")[0] not in set(map(printable, failed))]
+    wrong += [f"config.json: {printable(data['config'])}"] if data.get("config") is not None else []
     text = (
         f"{len(modules) - len(failed)} of {_count(len(modules), 'weight')} are what base and adapter give, to within "
         + ("plain rounding" if data["tolerance"] is None else f"a relative error of {_figure(data['tolerance']):g}")
@@ -661,6 +664,7 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
             if not files
             else f"; {len(files) - len(changed)} of {_count(len(files), 'file')} have their recorded hash."
         )
+        + (f" All {_count(len(tensors), 'tensor')} of the model were looked at." if tensors else "")
     )
     tables = []
     if failed:
@@ -679,12 +683,15 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
                 ],
             }
         )
+    if wrong:
+        caption = "Tensors and settings that are not what base and adapter give"
+        tables.append({"caption": caption, "head": ["what"], "rows": [[w] for w in wrong[:_LOOSE]]})
     if changed:
         tables.append({"caption": "Files that are not as recorded", "head": ["file"], "rows": [[c] for c in changed]})
     return _Check(
         {"id": "weights", "title": "Weight by weight", "text": text, "tables": tables},
         [_card("verified", f"{len(modules) - len(failed)} of {len(modules)}", "weights, against base and adapter")],
-        failed + changed,
+        failed + wrong + changed,
         ("verified error", "error of the stored weight, measured again from base and adapter", errors),
     )
 

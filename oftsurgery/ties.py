@@ -113,7 +113,7 @@ def _means_more(config: Any) -> bool:
         return False
     try:
         cleared = type(config).from_dict({**config.to_dict(), FLAG: False}).to_dict()
-    except Exception:  # noqa: BLE001 - a config class raises what it likes
+    except Exception:  # a config class raises what it likes
         return False
     return bool(cleared != {**config.to_dict(), FLAG: False})
 

@@ -828,7 +828,8 @@ def test_an_attentions_out_proj_stays_as_it_is() -> None:
     # nn.MultiheadAttention reads its weight and never calls it
     model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
     adapter = oftsurgery.OFTAdapter({"self_attn.out_proj": rotation(2, 28), "linear1": rotation(2, 28)})
-    wrapped = wrap(model, adapter, inplace=True)
+    with pytest.warns(oftsurgery.IdleWarning, match=r"\(self_attn\.out_proj\)"):
+        wrapped = wrap(model, adapter, inplace=True)
     assert list(live.live_layers(wrapped)) == ["linear1"]
 
 
