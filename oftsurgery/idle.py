@@ -81,7 +81,7 @@ def is_idle(modules: Mapping[str, nn.Module], path: str, *, quantised: bool) -> 
         modules: ``{path: module}`` of the model.
         quantised: the model was loaded through a quantiser.
     """
-    if isinstance(modules[path], nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(modules.get(path), nn.modules.linear.NonDynamicallyQuantizableLinear):
         return True  # nn.MultiheadAttention's out_proj
     above, _, name = path.rpartition(".")
     owners = {c.__name__ for c in type(modules.get(above)).__mro__}
