@@ -619,16 +619,18 @@ class _Builder:
 
     # --- one job of a kind ---
 
-    def _plain(self, name: str) -> Job:
-        entry = self.entries[name]
-        stored = self.store.dtype(name)
-        if entry.dtype not in FLOATS:
+    def _plain(self, name: str, target: str = "", output: str = "") -> Job:
+        """A stored tensor as it is, but for its dtype and an adapter's own values; as the model's ``target``, where that
+        is to be a part.
+        """
+        entry, stored = self.entries[name], self.store.dtype(name)
+        floats = entry.dtype in FLOATS
+        loaded = (self.store.loaded_dtype(target or name) or stored) if floats else stored
+        into = DENSE.get(self.format, loaded) if floats else stored
+        if not target and stored == loaded == into:
             return _copy(self.store.source, name)
-        loaded = self.store.loaded_dtype(name) or stored
-        into = DENSE.get(self.format, loaded)
-        if stored == loaded == into:
-            return _copy(self.store.source, name)
-        return Job(name, {name: (into, entry.shape)}, entry.nbytes, (self._cast(name, name, entry.shape, into),))
+        part = self._cast(target or name, output or name, entry.shape, into)
+        return Job(name, {part.output: (into, entry.shape)}, entry.nbytes, (part,))
 
     def _cast(self, name: str, output: str, shape: tuple[int, ...], into: torch.dtype) -> Part:
         """A tensor as it is, but for its dtype and an adapter's own values."""
@@ -639,7 +641,6 @@ class _Builder:
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The model's tensor ``target`` from the stored one ``name``."""
         entry = self.entries[name]
-        nbytes = sum(self.entries[n].nbytes for n in group)
         if target in self.values and entry.dtype not in FLOATS:
             raise FormatError(
                 "the adapter brings its own values for a weight that is stored quantised",
@@ -649,18 +650,14 @@ class _Builder:
             )
         converts = self._converts(target, name) and target not in self.values
         if not (self.touched.get(target) or converts or len(group) > 1):
-            stored = self.store.dtype(name)
-            into = (
-                DENSE.get(self.format, self.store.loaded_dtype(target) or stored) if entry.dtype in FLOATS else stored
-            )
-            return Job(name, {output: (into, entry.shape)}, nbytes, (self._cast(target, output, entry.shape, into),))
+            return self._plain(name, target, output)
         part = self._weight(target, output, untied=untied)
         outputs = companions.spread_shapes(output, part.into)
         transposed = name in self.architecture.transposed
         if not part.into.quantised:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
             outputs = {output: (part.into.dtype, shape)}
-        return Job(name, outputs, nbytes, (part,), transposed)
+        return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
 
     def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
         stored = self.store.stored(name)
@@ -683,15 +680,22 @@ class _Builder:
         split_up = self.format not in DENSE and any(self.store.quantises(name) for name in unit.model)
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
-        parts = []
-        for name, shape in unit.model.items():
-            dtype = DENSE.get(self.format, self.store.loaded_dtype(name) or self.store.dtype(next(iter(unit.stored))))
-            matrix = self.touched.get(name) or self.store.quantises(name)
-            parts.append(self._weight(name, name) if matrix else self._cast(name, name, shape, dtype))
+        parts = [self._made(name) for name in unit.model]
         if split_up:
             outputs = {n: o for p in parts for n, o in companions.spread_shapes(p.output, p.into).items()}
         else:
             outputs = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
+        return self._unit_job(unit, outputs, parts)
+
+    def _made(self, name: str, *, untied: bool = False) -> Part:
+        """A tensor that a unit makes, or one that is tied to such a tensor."""
+        if self.touched.get(name) or (self.store.quantises(name) and not untied):
+            return self._weight(name, name, untied=untied)
+        stored = self.store.stored(name)
+        dtype = DENSE.get(self.format, self.store.loaded_dtype(name) or stored.dtype)
+        return self._cast(name, name, stored.shape, dtype)
+
+    def _unit_job(self, unit: Unit, outputs: Outputs, parts: Sequence[Part]) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
@@ -712,6 +716,10 @@ class _Builder:
         return [n for n in names if {n, self.architecture.tied[n]} & self.changes.changed]
 
     def _untied(self, name: str) -> Job:
+        unit = self.store.unit(name)
+        if unit is not None:
+            part = self._made(name, untied=True)
+            return self._unit_job(unit, companions.spread_shapes(name, part.into), [part])
         holder = self.store.holder(name)
         return self._of_tensor(name, holder, name, (holder,), untied=True)
 
@@ -919,9 +927,12 @@ class _Run:
             (part,) = job.parts
             stored = loaded if isinstance(loaded, EncodedWeight) else codecs.dense(loaded)
             return self._laid_out(job, part, self._changed(job, part, stored))
-        new = {part.name: (part, self._changed(job, part, codecs.dense(loaded[part.name]))) for part in job.parts}
+        tied = self.plan.store.architecture.tied
+        made = {part: codecs.dense(loaded[tied.get(part.name, part.name)]) for part in job.parts}
+        new = {part.name: (part, self._changed(job, part, tensor)) for part, tensor in made.items()}
         if set(job.outputs) == set(job.unit.stored):
-            return job.unit.store({name: encoded.tensors["weight"] for name, (_, encoded) in new.items()})
+            found = job.unit.store({name: encoded.tensors["weight"] for name, (_, encoded) in new.items()})
+            return {name: tensor.to(job.outputs[name][0]) for name, tensor in found.items()}
         return {n: t for part, encoded in new.values() for n, t in companions.spread(part.output, encoded).items()}
 
     def _changed(self, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
