@@ -10,6 +10,33 @@ import importlib as _importlib
 import typing as _typing
 
 from ._version import __version__
+from .errors import (
+    AdapterError,
+    BackendWarning,
+    CalibrationError,
+    CalibrationWarning,
+    CheckpointError,
+    ConversionWarning,
+    DialectError,
+    DiskError,
+    ExportError,
+    ExtractionError,
+    ExtractionWarning,
+    FormatError,
+    HubError,
+    IntegrityError,
+    MatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    OFTSurgeryError,
+    RoundingWarning,
+    ShapeError,
+    StateError,
+    UndoError,
+    UnfoldWarning,
+    UntieWarning,
+    WeakAdapterWarning,
+)
 
 if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
@@ -31,33 +58,6 @@ if _typing.TYPE_CHECKING:
     from .codecs import EncodedWeight, WeightFormat
     from .compare import OutputError, VerifyReport, verify
     from .diagnosis import Finding, doctor
-    from .errors import (
-        AdapterError,
-        BackendWarning,
-        CalibrationError,
-        CalibrationWarning,
-        CheckpointError,
-        ConversionWarning,
-        DialectError,
-        DiskError,
-        ExportError,
-        ExtractionError,
-        ExtractionWarning,
-        FormatError,
-        HubError,
-        IntegrityError,
-        MatchError,
-        MissingDependencyError,
-        NonFiniteError,
-        OFTSurgeryError,
-        RoundingWarning,
-        ShapeError,
-        StateError,
-        UndoError,
-        UnfoldWarning,
-        UntieWarning,
-        WeakAdapterWarning,
-    )
     from .extraction import ExtractedRotation, extract_rotation
     from .extractors import ExtractedAdapter
     from .hub import PushReport, push_to_hub
@@ -178,33 +178,6 @@ _EXPORTS = {
     "diagnosis": (
         "Finding",
         "doctor",
-    ),
-    "errors": (
-        "AdapterError",
-        "BackendWarning",
-        "CalibrationError",
-        "CalibrationWarning",
-        "CheckpointError",
-        "ConversionWarning",
-        "DialectError",
-        "DiskError",
-        "ExportError",
-        "ExtractionError",
-        "ExtractionWarning",
-        "FormatError",
-        "HubError",
-        "IntegrityError",
-        "MatchError",
-        "MissingDependencyError",
-        "NonFiniteError",
-        "OFTSurgeryError",
-        "RoundingWarning",
-        "ShapeError",
-        "StateError",
-        "UndoError",
-        "UnfoldWarning",
-        "UntieWarning",
-        "WeakAdapterWarning",
     ),
     "extraction": (
         "ExtractedRotation",
