@@ -718,18 +718,20 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
 
 # --- config -----------------------------------------------------------------------------------------------------------
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "block_share": (bool,),
-    "coft": (bool,),
-    "eps": (int, float),
-    "use_cayley_neumann": (bool,),
-    "num_cayley_neumann_terms": (int,),
-    "r": (int,),
-    "oft_block_size": (int,),
-    "bias": (str,),
-    "peft_version": (str, type(None)),
-    "fan_in_fan_out": (bool,),
-    "modules_to_save": (list, type(None)),
+# field → (types, which of their values are none, and why)
+_FIELDS: Mapping[str, tuple[tuple[type, ...], Callable[[Any], bool] | None, str]] = {
+    **dict.fromkeys(("block_share", "coft", "use_cayley_neumann", "fan_in_fan_out"), ((bool,), None, "")),
+    **dict.fromkeys(("r", "oft_block_size"), ((int,), None, "")),
+    "bias": ((str,), None, ""),
+    "peft_version": ((str, type(None)), None, ""),
+    "eps": ((int, float), lambda eps: not 0 <= eps < math.inf, "which is no radius"),  # nor is NaN
+    # peft's default is 5; a file must not be able to keep a fold busy for ever
+    "num_cayley_neumann_terms": ((int,), lambda terms: terms > 1000, "more than 1000"),
+    "modules_to_save": (
+        (list, type(None)),
+        lambda names: not all(isinstance(name, str) for name in names or ()),
+        "which is no list of names",
+    ),
 }
 
 
@@ -746,17 +748,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"this is a {printable(kind)} adapter, not an OFT one",
             remedy="oftsurgery folds OFT, OFTv2 and QOFT adapters only; merge others with peft's merge_and_unload",
         )
-    for name, types in _TYPES.items():
-        if name not in config:
-            continue
-        value = config[name]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise AdapterError(
-                f"the adapter's config has {name} = {printable(value)!r}, which is no {types[0].__name__}",
-                tensor="adapter_config.json",
-                remedy="restore the config that peft wrote",
-            )
-    _check_values(config)
+    for name, (types, wrong, why) in _FIELDS.items():
+        value = config.get(name)
+        if name in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise _wrong_config(f"{name} = {printable(value)!r}, which is no {types[0].__name__}")
+        if name in config and wrong is not None and wrong(value):
+            raise _wrong_config(f"{name} = {printable(value)}, {why}")
     if config.get("layer_replication"):
         raise DialectError(
             "`layer_replication` is not supported",
@@ -768,28 +765,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_values(config: Mapping[str, Any]) -> None:
-    eps, terms, names = (
-        config.get("eps", 0),
-        config.get("num_cayley_neumann_terms", 0),
-        config.get("modules_to_save") or (),
+def _wrong_config(what: str) -> AdapterError:
+    return AdapterError(
+        f"the adapter's config has {what}",
+        tensor="adapter_config.json",
+        remedy="restore the config that peft wrote",
     )
-    wrong = {
-        "eps": None if 0 <= eps < float("inf") else "which is no radius",  # NaN compares false
-        "num_cayley_neumann_terms": None if terms <= _MAX_TERMS else f"more than {_MAX_TERMS}",
-        "modules_to_save": None if all(isinstance(name, str) for name in names) else "which is no list of names",
-    }
-    for name, why in wrong.items():
-        if why is not None:
-            raise AdapterError(
-                f"the adapter's config has {name} = {printable(config[name])}, {why}",
-                tensor="adapter_config.json",
-                remedy="restore the config that peft wrote",
-            )
-
-
-# peft's default is 5; a file must not be able to keep a fold busy for ever
-_MAX_TERMS = 1000
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -369,15 +369,7 @@ class LiveLayer(nn.Module):
         return self._disabled
 
     def _check_known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.oft_R]
-        if unknown:
-            raise StateError(
-                f"the layer has no adapter {', '.join(map(printable, unknown))}",
-                module=self._name,
-                remedy=f"it has {', '.join(map(printable, self.oft_R)) or 'none'}",
-            )
-        if len(set(names)) < len(names):
-            raise StateError("an adapter is named twice", module=self._name, remedy="name each adapter once")
+        _check_known(names, [*self.oft_R], "the layer has no adapter", self._name)
 
     def _rotations(self, names: Sequence[str]) -> list[LiveRotation]:
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
@@ -850,8 +842,6 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     layers = _wrapped(model)
     _check_names(layers, names)
-    if len(set(names)) < len(names):
-        raise StateError("an adapter is named twice", remedy="name each adapter once")
     wanted = {path: [name for name in names if name in layer.oft_R] for path, layer in layers.items()}
     for path, layer in layers.items():
         layer._check_chain(layer._rotations(wanted[path]))
@@ -999,13 +989,20 @@ def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
 
 
 def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
-    known = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.oft_R)
+    _check_known(names, known, "the model has no live adapter")
+
+
+def _check_known(names: Sequence[str], known: Collection[str], none: str, module: str | None = None) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise StateError(
-            f"the model has no live adapter {', '.join(map(printable, unknown))}",
-            remedy=f"it has {', '.join(map(printable, known))}",
+            f"{none} {', '.join(map(printable, unknown))}",
+            module=module,
+            remedy=f"it has {', '.join(map(printable, known)) or 'none'}",
         )
+    if len(set(names)) < len(names):
+        raise StateError("an adapter is named twice", module=module, remedy="name each adapter once")
 
 
 # --- dispatchers ------------------------------------------------------------------------------------------------------
