@@ -141,76 +141,23 @@ __all__ = [
 # module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without
 # torch
 _EXPORTS = {
-    "adapter": (
-        "DIALECTS",
-        "Cayley",
-        "OFTAdapter",
-        "Rotation",
-        "blend",
-    ),
-    "api": (
-        "export_onnx",
-        "export_safetensors",
-        "extract",
-        "extract_checkpoint",
-        "fold",
-        "fold_checkpoint",
-        "load_adapter",
-        "report",
-        "unfold",
-        "unfold_checkpoint",
-        "verify_checkpoint",
-        "wrap",
-    ),
-    "checks": (
-        "CheckpointReport",
-        "WeightCheck",
-    ),
-    "codecs": (
-        "EncodedWeight",
-        "WeightFormat",
-    ),
-    "compare": (
-        "OutputError",
-        "VerifyReport",
-        "verify",
-    ),
-    "diagnosis": (
-        "Finding",
-        "doctor",
-    ),
-    "extraction": (
-        "ExtractedRotation",
-        "extract_rotation",
-    ),
-    "extractors": ("ExtractedAdapter",),
-    "hub": (
-        "PushReport",
-        "push_to_hub",
-    ),
-    "kernels": (
-        "backends",
-        "use_backend",
-    ),
-    "live": (
-        "dispatch_bnb_4bit",
-        "dispatch_bnb_8bit",
-    ),
-    "onnx_export": (
-        "OnnxCheck",
-        "OnnxReport",
-    ),
-    "record": (
-        "AdapterInfo",
-        "FoldRecord",
-        "ModuleRecord",
-    ),
-    "weight": (
-        "fold_weight",
-        "unfold_weight",
-    ),
+    "adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
+    "api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
+    "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
+    "checks": "CheckpointReport WeightCheck",
+    "codecs": "EncodedWeight WeightFormat",
+    "compare": "OutputError VerifyReport verify",
+    "diagnosis": "Finding doctor",
+    "extraction": "ExtractedRotation extract_rotation",
+    "extractors": "ExtractedAdapter",
+    "hub": "PushReport push_to_hub",
+    "kernels": "backends use_backend",
+    "live": "dispatch_bnb_4bit dispatch_bnb_8bit",
+    "onnx_export": "OnnxCheck OnnxReport",
+    "record": "AdapterInfo FoldRecord ModuleRecord",
+    "weight": "fold_weight unfold_weight",
 }
-_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> _typing.Any:
