@@ -119,7 +119,7 @@ def sentences_for_calibration(count: int) -> list[str]:
 def tokenised(sentences: Sequence[str]) -> Batches:
     return [
         dict(
-            demo._tokenizer()(
+            demo.tokenizer()(
                 list(sentences[i : i + 32]), padding=True, truncation=True, max_length=48, return_tensors="pt"
             )
         )

@@ -10,6 +10,33 @@ import importlib as _importlib
 import typing as _typing
 
 from ._version import __version__
+from .errors import (
+    AdapterError,
+    BackendWarning,
+    CalibrationError,
+    CalibrationWarning,
+    CheckpointError,
+    ConversionWarning,
+    DialectError,
+    DiskError,
+    ExportError,
+    ExtractionError,
+    ExtractionWarning,
+    FormatError,
+    HubError,
+    IntegrityError,
+    MatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    OFTSurgeryError,
+    RoundingWarning,
+    ShapeError,
+    StateError,
+    UndoError,
+    UnfoldWarning,
+    UntieWarning,
+    WeakAdapterWarning,
+)
 
 if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
@@ -31,34 +58,6 @@ if _typing.TYPE_CHECKING:
     from .codecs import EncodedWeight, WeightFormat
     from .compare import OutputError, VerifyReport, verify
     from .diagnosis import Finding, doctor
-    from .errors import (
-        AdapterError,
-        BackendWarning,
-        CalibrationError,
-        CalibrationWarning,
-        CheckpointError,
-        ConversionWarning,
-        DialectError,
-        DiskError,
-        ExportError,
-        ExtractionError,
-        ExtractionWarning,
-        FormatError,
-        HubError,
-        IdleWarning,
-        IntegrityError,
-        MatchError,
-        MissingDependencyError,
-        NonFiniteError,
-        OFTSurgeryError,
-        RoundingWarning,
-        ShapeError,
-        StateError,
-        UndoError,
-        UnfoldWarning,
-        UntieWarning,
-        WeakAdapterWarning,
-    )
     from .extraction import ExtractedRotation, extract_rotation
     from .extractors import ExtractedAdapter
     from .hub import PushReport, push_to_hub
@@ -144,105 +143,23 @@ __all__ = [
 # module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without
 # torch
 _EXPORTS = {
-    "adapter": (
-        "DIALECTS",
-        "Cayley",
-        "OFTAdapter",
-        "Rotation",
-        "blend",
-    ),
-    "api": (
-        "export_onnx",
-        "export_safetensors",
-        "extract",
-        "extract_checkpoint",
-        "fold",
-        "fold_checkpoint",
-        "load_adapter",
-        "report",
-        "unfold",
-        "unfold_checkpoint",
-        "verify_checkpoint",
-        "wrap",
-    ),
-    "checks": (
-        "CheckpointReport",
-        "TensorCheck",
-        "WeightCheck",
-    ),
-    "codecs": (
-        "EncodedWeight",
-        "WeightFormat",
-    ),
-    "compare": (
-        "OutputError",
-        "VerifyReport",
-        "verify",
-    ),
-    "diagnosis": (
-        "Finding",
-        "doctor",
-    ),
-    "errors": (
-        "AdapterError",
-        "BackendWarning",
-        "CalibrationError",
-        "CalibrationWarning",
-        "CheckpointError",
-        "ConversionWarning",
-        "DialectError",
-        "DiskError",
-        "ExportError",
-        "ExtractionError",
-        "ExtractionWarning",
-        "FormatError",
-        "IdleWarning",
-        "HubError",
-        "IntegrityError",
-        "MatchError",
-        "MissingDependencyError",
-        "NonFiniteError",
-        "OFTSurgeryError",
-        "RoundingWarning",
-        "ShapeError",
-        "StateError",
-        "UndoError",
-        "UnfoldWarning",
-        "UntieWarning",
-        "WeakAdapterWarning",
-    ),
-    "extraction": (
-        "ExtractedRotation",
-        "extract_rotation",
-    ),
-    "extractors": ("ExtractedAdapter",),
-    "hub": (
-        "PushReport",
-        "push_to_hub",
-    ),
-    "kernels": (
-        "backends",
-        "use_backend",
-    ),
-    "live": (
-        "dispatch_bnb_4bit",
-        "dispatch_bnb_8bit",
-    ),
-    "onnx_export": (
-        "OnnxCheck",
-        "OnnxReport",
-    ),
-    "record": (
-        "AdapterInfo",
-        "FoldRecord",
-        "ModuleRecord",
-    ),
-    "weight": (
-        "fold_weight",
-        "unfold_weight",
-    ),
+    "adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
+    "api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
+    "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
+    "checks": "CheckpointReport TensorCheck WeightCheck",
+    "codecs": "EncodedWeight WeightFormat",
+    "compare": "OutputError VerifyReport verify",
+    "diagnosis": "Finding doctor",
+    "extraction": "ExtractedRotation extract_rotation",
+    "extractors": "ExtractedAdapter",
+    "hub": "PushReport push_to_hub",
+    "kernels": "backends use_backend",
+    "live": "dispatch_bnb_4bit dispatch_bnb_8bit",
+    "onnx_export": "OnnxCheck OnnxReport",
+    "record": "AdapterInfo FoldRecord ModuleRecord",
+    "weight": "fold_weight unfold_weight",
 }
-_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -20,15 +19,16 @@ import torch
 from torch import Tensor
 
 from . import rotations
+from .dtypes import FLOATS
 from .errors import (
     AdapterError,
     ConversionWarning,
     DialectError,
     MatchError,
     NonFiniteError,
-    OFTSurgeryError,
     ShapeError,
     printable,
+    told_of,
     warn_caller,
 )
 from .hashing import hash_tensors
@@ -40,6 +40,7 @@ __all__ = [
     "OFTAdapter",
     "Rotation",
     "blend",
+    "coft_radius",
     "describe",
     "parse_adapter",
     "spread_adapter",
@@ -218,14 +219,11 @@ class Rotation:
         """
         if self.cayley.exact:
             return self, 0.0
-        blocks = self.blocks
-        nearest, values = rotations.nearest_rotation(blocks)
-        if float(values.min()) < _SINGULAR:
-            raise AdapterError(
-                "the truncated series is singular: no rotation is nearest to it",
-                remedy="its generator's norm is far above what the series is made for; retrain with a smaller learning rate",
-            )
-        residual = float(torch.linalg.matrix_norm(blocks - nearest, ord=2).max())
+        nearest, residual = _nearest(
+            self.blocks,
+            "the truncated series is singular",
+            "its generator's norm is far above what the series is made for; retrain with a smaller learning rate",
+        )
         return replace(self, generator=_generator(nearest), cayley=Cayley()), residual
 
     @property
@@ -240,6 +238,14 @@ class Rotation:
 
 # smallest singular value of a truncated series that still points at a rotation
 _SINGULAR = 1e-6
+
+
+def _nearest(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:
+    """The rotations that are nearest to ``r: (n, b, b)``, and how far away the farthest is."""
+    nearest, values = rotations.nearest_rotation(r)
+    if float(values.min()) < _SINGULAR:
+        raise AdapterError(f"{singular}: no rotation is nearest to it", remedy=remedy)
+    return nearest, float(torch.linalg.matrix_norm(r - nearest, ord=2).max())
 
 
 def _generator(r: Tensor) -> Tensor:
@@ -278,11 +284,6 @@ def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
     return size, not widths
 
 
-def _combined(parts: Sequence[Rotation], generator: Tensor, scale: Tensor | None, *, shared: bool) -> Rotation:
-    side = parts[0].side
-    return Rotation(generator=generator, side=side, scale=scale, shared=shared, whole=side == "output")
-
-
 def _product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
     """The live chain ``x · Ra · Rb`` as one exact rotation, and how far it is from that."""
     size, shared = _common((a, b))
@@ -290,16 +291,23 @@ def _product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
     product = wide[0] @ wide[1]
     residual = 0.0
     if not (a.cayley.exact and b.cayley.exact):
-        nearest, values = rotations.nearest_rotation(product)
-        if float(values.min()) < _SINGULAR:
-            raise AdapterError(
-                "the product of truncated series is singular: no rotation is nearest to it",
-                remedy="fold the adapters one after the other",
-            )
-        residual = float(torch.linalg.matrix_norm(product - nearest, ord=2).max())
-        product = nearest
+        product, residual = _nearest(
+            product, "the product of truncated series is singular", "fold the adapters one after the other"
+        )
     scale = a.scale if b.scale is None else b.scale if a.scale is None else a.scale.double() * b.scale.double()
-    return _combined((a, b), _generator(product), scale, shared=shared), residual
+    whole = a.side == "output"
+    return Rotation(_generator(product), side=a.side, scale=scale, shared=shared, whole=whole), residual
+
+
+def _inverse(r: Rotation) -> tuple[Rotation, float]:
+    """The exact inverse of the nearest exact rotation, and how far ``r`` is from that."""
+    exact, residual = r.exact()
+    if exact.scale is not None and bool((exact.scale == 0).any()):
+        raise AdapterError(
+            "oft_s holds a zero, which no inverse undoes", tensor="oft_s", remedy="fold the adapter as it is"
+        )
+    scale = None if exact.scale is None else 1 / exact.scale.double()
+    return replace(exact, generator=-exact.generator, scale=scale, whole=exact.side == "output"), residual
 
 
 def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
@@ -327,7 +335,8 @@ def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
                 remedy="fold the adapter as it is",
             )
         scale = sum(w * r.scale.double().log() for r, w in parts if r.scale is not None).exp()  # type: ignore[union-attr]
-    return _combined(members, generator, scale, shared=shared)
+    side = members[0].side
+    return Rotation(generator, side=side, scale=scale, shared=shared, whole=side == "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,9 +364,8 @@ class OFTAdapter:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "saved", MappingProxyType(dict(self.saved)))
-        object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
+        for name in ("modules", "saved", "config"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         parts = dict(self.saved)
         for path, r in self.modules.items():
             parts[f"{path}\0{r.side}\0{r.cayley}"] = r.generator
@@ -380,32 +388,14 @@ class OFTAdapter:
         Warns:
             ConversionWarning: truncated Neumann series were taken as their nearest rotations.
         """
-        return self if alpha == 1 else self._mixed([(self, alpha)], f"scaled({self.source}, {alpha:g})")
+        return self if alpha == 1 else _mixed([(self, alpha)], f"scaled({self.source}, {alpha:g})")
 
     def inverse(self) -> OFTAdapter:
         """The adapter that undoes this one: ``a.compose(a.inverse())`` is the identity. Errors as :meth:`scaled`, but any
         scale ``oft_s`` without zeros has an inverse.
         """
         _check_no_saved([self])
-        residuals: dict[str, float] = {}
-        modules = {}
-        for path, r in self.modules.items():
-            with _told_of(path):
-                turned, residuals[path] = r.exact()
-                if turned.scale is not None and bool((turned.scale == 0).any()):
-                    raise AdapterError(
-                        "oft_s holds a zero, which no inverse undoes",
-                        tensor="oft_s",
-                        remedy="fold the adapter as it is",
-                    )
-                modules[path] = replace(
-                    turned,
-                    generator=-turned.generator,
-                    scale=None if turned.scale is None else 1 / turned.scale.double(),
-                    whole=turned.side == "output",
-                )
-        _warn_converted(residuals)
-        return self._derived(modules, f"inverse({self.source})", (self,))
+        return _made([self], f"inverse({self.source})", lambda path: _inverse(self.modules[path]))
 
     def compose(self, other: OFTAdapter) -> OFTAdapter:
         """One adapter for the live chain ``x · Ra · Rb`` of this one (a) and then ``other`` (b), peft's active adapters
@@ -429,54 +419,13 @@ class OFTAdapter:
                 tensor=twice[0],
                 remedy="compose them without one's: dataclasses.replace(adapter, saved={})",
             )
-        residuals: dict[str, float] = {}
-        modules = {}
-        for path in dict.fromkeys((*self.modules, *other.modules)):
+
+        def chained(path: str) -> tuple[Rotation, float]:
             chain = [a.modules[path] for a in (self, other) if path in a.modules]
-            modules[path] = chain[0]
-            if len(chain) == 2:
-                with _told_of(path):
-                    modules[path], residuals[path] = _product(chain[0], chain[1])
-        _warn_converted(residuals)
-        composed = self._derived(modules, f"compose({self.source}, {other.source})", (self, other))
+            return _product(*chain) if len(chain) == 2 else (chain[0], 0.0)
+
+        composed = _made([self, other], f"compose({self.source}, {other.source})", chained)
         return replace(composed, saved={**self.saved, **other.saved})
-
-    @staticmethod
-    def _mixed(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
-        adapters = [a for a, _ in parts]
-        if not all(math.isfinite(w) for _, w in parts):
-            raise AdapterError("a weight is not finite", remedy="give finite numbers")
-        _check_no_saved(adapters)
-        residuals: dict[str, float] = {}
-        modules = {}
-        for path in dict.fromkeys(p for a in adapters for p in a.modules):
-            with _told_of(path):
-                exact = [(a.modules[path].exact(), w) for a, w in parts if path in a.modules]
-                residuals[path] = max(residual for (_, residual), _ in exact)
-                modules[path] = _weighted([(r, w) for (r, _), w in exact])
-        _warn_converted(residuals)
-        return adapters[0]._derived(modules, source, adapters)
-
-    def _derived(self, modules: Mapping[str, Rotation], source: str, origins: Sequence[OFTAdapter]) -> OFTAdapter:
-        config: dict[str, Any] = {"peft_type": "OFT"}
-        for name in _CARRIED:
-            values = [a.config[name] for a in origins if a.config.get(name) is not None]
-            if values and all(v == values[0] for v in values):
-                config[name] = values[0]
-        saved = [name for a in origins for name in a.config.get("modules_to_save") or ()]
-        config["modules_to_save"] = list(dict.fromkeys(saved)) or None
-        config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
-        sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}
-        if all(sizes == {(p, r.block_size, r._one_for_all) for p, r in a.modules.items()} for a in origins):
-            config |= {n: self.config[n] for n in ("r", "oft_block_size") if n in self.config}
-        dialect = (
-            "peft-0.13"
-            if any(r.side == "output" for r in modules.values())
-            else "peft-0.15"
-            if any(r.scale is not None for r in modules.values())
-            else "peft-0.21"
-        )
-        return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
 
     def save(self, folder: str | PathLike[str], *, force: bool = False) -> Mapping[str, float]:
         """Write the adapter as peft 0.21 does: ``adapter_config.json`` and ``adapter_model.safetensors``, with the exact
@@ -526,7 +475,7 @@ def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     given = list(parts)
     if not given:
         raise AdapterError("nothing to blend", remedy="give (adapter, weight) pairs")
-    return OFTAdapter._mixed(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
+    return _mixed(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
 
 
 def describe(adapter: OFTAdapter) -> dict[str, Any]:
@@ -554,8 +503,47 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
     }
 
 
+def _mixed(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
+    adapters = [a for a, _ in parts]
+    if not all(math.isfinite(w) for _, w in parts):
+        raise AdapterError("a weight is not finite", remedy="give finite numbers")
+    _check_no_saved(adapters)
+
+    def mean(path: str) -> tuple[Rotation, float]:
+        exact = [(a.modules[path].exact(), w) for a, w in parts if path in a.modules]
+        return _weighted([(r, w) for (r, _), w in exact]), max(residual for (_, residual), _ in exact)
+
+    return _made(adapters, source, mean)
+
+
 # what a derived adapter keeps of its origins' configs, where they agree
 _CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+
+
+def _made(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tuple[Rotation, float]]) -> OFTAdapter:
+    """An adapter from others: ``make`` gives a module's rotation, and how far it is from what it stands for."""
+    residuals: dict[str, float] = {}
+    modules: dict[str, Rotation] = {}
+    for path in dict.fromkeys(path for a in origins for path in a.modules):
+        with told_of(path):
+            modules[path], residuals[path] = make(path)
+    _warn_converted(residuals)
+    config: dict[str, Any] = {"peft_type": "OFT"}
+    for name in _CARRIED:
+        values = [a.config[name] for a in origins if a.config.get(name) is not None]
+        if values and all(v == values[0] for v in values):
+            config[name] = values[0]
+    saved = [name for a in origins for name in a.config.get("modules_to_save") or ()]
+    config["modules_to_save"] = list(dict.fromkeys(saved)) or None
+    config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
+    sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}
+    if all(sizes == {(p, r.block_size, r._one_for_all) for p, r in a.modules.items()} for a in origins):
+        config |= {n: origins[0].config[n] for n in ("r", "oft_block_size") if n in origins[0].config}
+    output = any(r.side == "output" for r in modules.values())
+    scaled = any(r.scale is not None for r in modules.values())
+    dialect = "peft-0.13" if output else "peft-0.15" if scaled else "peft-0.21"
+    return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
+
 
 # below this, a nearest rotation is the rounding of float64
 _RESIDUAL = 1e-12
@@ -571,14 +559,6 @@ def _warn_converted(residuals: Mapping[str, float]) -> None:
             f"‖R - nearest‖₂ is {changed[worst]:.2e} at worst ({printable(worst)})",
             ConversionWarning,
         )
-
-
-@contextmanager
-def _told_of(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OFTSurgeryError as error:
-        raise error.within(path) from error.__cause__
 
 
 def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
@@ -639,7 +619,7 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
     for path, r in adapter.modules.items():
-        with _told_of(path):
+        with told_of(path):
             _check_expressible(r)
             exact[path], residuals[path] = r.exact()
     sizes = _block_settings(exact, adapter.config)
@@ -738,18 +718,20 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
 
 # --- config -----------------------------------------------------------------------------------------------------------
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "block_share": (bool,),
-    "coft": (bool,),
-    "eps": (int, float),
-    "use_cayley_neumann": (bool,),
-    "num_cayley_neumann_terms": (int,),
-    "r": (int,),
-    "oft_block_size": (int,),
-    "bias": (str,),
-    "peft_version": (str, type(None)),
-    "fan_in_fan_out": (bool,),
-    "modules_to_save": (list, type(None)),
+# field → (types, which of their values are none, and why)
+_FIELDS: Mapping[str, tuple[tuple[type, ...], Callable[[Any], bool] | None, str]] = {
+    **dict.fromkeys(("block_share", "coft", "use_cayley_neumann", "fan_in_fan_out"), ((bool,), None, "")),
+    **dict.fromkeys(("r", "oft_block_size"), ((int,), None, "")),
+    "bias": ((str,), None, ""),
+    "peft_version": ((str, type(None)), None, ""),
+    "eps": ((int, float), lambda eps: not 0 <= eps < math.inf, "which is no radius"),  # nor is NaN
+    # peft's default is 5; a file must not be able to keep a fold busy for ever
+    "num_cayley_neumann_terms": ((int,), lambda terms: terms > 1000, "more than 1000"),
+    "modules_to_save": (
+        (list, type(None)),
+        lambda names: not all(isinstance(name, str) for name in names or ()),
+        "which is no list of names",
+    ),
 }
 
 
@@ -766,17 +748,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"this is a {printable(kind)} adapter, not an OFT one",
             remedy="oftsurgery folds OFT, OFTv2 and QOFT adapters only; merge others with peft's merge_and_unload",
         )
-    for name, types in _TYPES.items():
-        value = config.get(name, _MISSING)
-        if value is _MISSING:
-            continue
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise AdapterError(
-                f"the adapter's config has {name} = {printable(value)!r}, which is no {types[0].__name__}",
-                tensor="adapter_config.json",
-                remedy="restore the config that peft wrote",
-            )
-    _check_values(config)
+    for name, (types, wrong, why) in _FIELDS.items():
+        value = config.get(name)
+        if name in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            raise _wrong_config(f"{name} = {printable(value)!r}, which is no {types[0].__name__}")
+        if name in config and wrong is not None and wrong(value):
+            raise _wrong_config(f"{name} = {printable(value)}, {why}")
     if config.get("layer_replication"):
         raise DialectError(
             "`layer_replication` is not supported",
@@ -788,36 +765,17 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_values(config: Mapping[str, Any]) -> None:
-    eps, terms, names = (
-        config.get("eps", 0),
-        config.get("num_cayley_neumann_terms", 0),
-        config.get("modules_to_save") or (),
+def _wrong_config(what: str) -> AdapterError:
+    return AdapterError(
+        f"the adapter's config has {what}",
+        tensor="adapter_config.json",
+        remedy="restore the config that peft wrote",
     )
-    wrong = {
-        "eps": None if 0 <= eps < float("inf") else "which is no radius",  # NaN compares false
-        "num_cayley_neumann_terms": None if terms <= _MAX_TERMS else f"more than {_MAX_TERMS}",
-        "modules_to_save": None if all(isinstance(name, str) for name in names) else "which is no list of names",
-    }
-    for name, why in wrong.items():
-        if why is not None:
-            raise AdapterError(
-                f"the adapter's config has {name} = {printable(config[name])}, {why}",
-                tensor="adapter_config.json",
-                remedy="restore the config that peft wrote",
-            )
-
-
-_MISSING = object()
-
-# peft's default is 5; a file must not be able to keep a fold busy for ever
-_MAX_TERMS = 1000
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 _PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
 )
@@ -828,36 +786,31 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
     raw: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        where: dict[str, Any] = {"tensor": key, "path": source}
         if not key.startswith(_PREFIX):
             raise AdapterError(
                 f"unknown key: peft's adapter keys start with {_PREFIX!r}",
-                tensor=key,
-                path=source,
+                **where,
                 remedy="save the adapter with peft's save_pretrained",
             )
         name = key[len(_PREFIX) :]
         match = _PARTS.match(name)
-        if match and tensor.dtype not in _DTYPES:
+        if match and tensor.dtype not in FLOATS:
             raise AdapterError(
                 f"a rotation must be float32, float16, bfloat16 or float64, this is {tensor.dtype}",
-                tensor=key,
-                path=source,
+                **where,
                 remedy="restore the file",
             )
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _finite(tensor):
             raise NonFiniteError(
-                "the adapter's tensor holds NaN or infinity",
-                tensor=key,
-                path=source,
-                remedy="retrain from an earlier checkpoint",
+                "the adapter's tensor holds NaN or infinity", **where, remedy="retrain from an earlier checkpoint"
             )
         if match:
             raw.setdefault(match["path"], {})[match["part"]] = tensor
         elif other := _OTHER_TUNER.search("." + name):
             raise DialectError(
                 f"the adapter holds {printable(other[1])!r}, which is no part of an OFT adapter that peft saves",
-                tensor=key,
-                path=source,
+                **where,
                 remedy="save OFT adapters alone, with peft's save_pretrained",
             )
         else:
@@ -866,9 +819,7 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             # with bias="all" peft saves the biases of `modules_to_save` under two keys
             if target in saved and not _same(saved[target], tensor):
-                raise MatchError(
-                    "two keys name one tensor of the model", tensor=key, path=source, remedy="remove one of the keys"
-                )
+                raise MatchError("two keys name one tensor of the model", **where, remedy="remove one of the keys")
             saved[target] = tensor
     if not raw:
         raise AdapterError(
@@ -959,9 +910,8 @@ def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
     if config.get("use_cayley_neumann") is False:
         return ["peft-0.21" if after else "peft-0.17"]  # the exact map is the same in both
     if "use_cayley_neumann" not in config:
-        raise_from = "peft ≥ 0.16 always writes `use_cayley_neumann`"
         raise DialectError(
-            f"the config has no `use_cayley_neumann`, so the map cannot be told: {raise_from}",
+            "the config has no `use_cayley_neumann`, so the map cannot be told: peft ≥ 0.16 always writes `use_cayley_neumann`",
             path=source,
             remedy="restore the adapter_config.json that belongs to these tensors",
         )
@@ -983,68 +933,52 @@ def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
             module=path,
             remedy="save the adapter again with peft's save_pretrained",
         )
-    coft_eps = float(config.get("eps", 6e-5)) if config.get("coft") else None
     if dialect in ("peft-0.13", "peft-0.15"):
-        return _old_rotation(path, parts, config, dialect, coft_eps)
+        return _old_rotation(path, parts, config, dialect)
     part, v = next(iter(parts.items()))
     if v.ndim != 2 or v.shape[0] < 1:
-        raise ShapeError(
-            "a generator must be (blocks, b(b-1)/2)",
-            module=path,
-            tensor=part,
-            shape=tuple(v.shape),
-            remedy="restore the file",
-        )
+        raise _misshapen("a generator must be (blocks, b(b-1)/2)", path, part, v)
     try:
         rotations.block_size_of(v.shape[1])
     except ShapeError as error:
-        raise ShapeError(
-            error.message, module=path, tensor=part, shape=tuple(v.shape), remedy="restore the file"
-        ) from None
+        raise _misshapen(error.message, path, part, v) from None
     _check_shared(path, v, config)
     cayley = Cayley()
     if config.get("use_cayley_neumann"):
         cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=dialect == "peft-0.21")
-    if coft_eps is not None:
-        # ‖Q‖_F ≤ eps / √rows (peft ≥ 0.16: the clamp is on the skew-symmetric matrix); clamped anew by every live
-        # forward, so a file may not be
-        v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), coft_eps))
+    radius = coft_radius(config, v.shape[0])
+    if radius is not None:
+        # peft ≥ 0.16: the clamp is on the skew-symmetric matrix; clamped anew by every live forward, so a file may not be
+        v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), radius))
     side: rotations.Side = "embedding" if part.startswith("oft_embedding") else "input"
     return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
 
 
-def _old_rotation(
-    path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str, coft_eps: float | None
-) -> Rotation:
-    a = parts["oft_r"] if "oft_r" in parts else next(iter(parts.values()))
+def _misshapen(message: str, path: str, part: str, tensor: Tensor) -> ShapeError:
+    return ShapeError(message, module=path, tensor=part, shape=tuple(tensor.shape), remedy="restore the file")
+
+
+def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
     if "oft_r" not in parts:
         raise AdapterError("oft_s without oft_r", module=path, remedy="restore the whole file")
+    a = parts["oft_r"]
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
-        raise ShapeError(
-            "oft_r must be (blocks, b, b) with b ≥ 2",
-            module=path,
-            tensor="oft_r",
-            shape=tuple(a.shape),
-            remedy="restore the file",
-        )
+        raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", path, "oft_r", a)
     _check_shared(path, a, config)
     scale = parts.get("oft_s")
     if scale is not None and (scale.ndim != 2 or scale.shape[1] != 1):
-        raise ShapeError(
-            "oft_s must be (out, 1)", module=path, tensor="oft_s", shape=tuple(scale.shape), remedy="restore the file"
-        )
+        raise _misshapen("oft_s must be (out, 1)", path, "oft_s", scale)
     a = a.to(torch.float64)
     rows, b, _ = a.shape
-    if coft_eps is not None:
-        # ‖A‖_F ≤ eps · ⌈out/r⌉² / √rows on the raw matrix, r blocks a row; ≤ 0.13 has ⌈out/r⌉ = b
+    radius = coft_radius(config, rows, b if scale is None else -(-scale.shape[0] // rows))
+    if radius is not None:  # on the raw matrix
         if scale is not None and config.get("block_share"):
             raise DialectError(
                 "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the number of blocks a row, which its files do not hold",
                 module=path,
                 remedy="run one forward in peft 0.15 and save again with `coft: false`",
             )
-        width = b if scale is None else -(-scale.shape[0] // rows)
-        a = _clamp(a, coft_eps * width * width)
+        a = _clamp(a, radius)
     q = (a - a.transpose(1, 2)) / 2
     return Rotation(
         generator=rotations.vector(q),
@@ -1064,16 +998,18 @@ def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
         )
 
 
+def coft_radius(config: Mapping[str, Any], rows: int, width: int = 1) -> float | None:
+    """COFT's bound of each block's Frobenius norm, ``eps / √rows``; None without COFT.
+
+    Args:
+        config: of the adapter.
+        rows: blocks of the generator.
+        width: of peft ≤ 0.15, which bounds by ``eps · width²``: ⌈out/r⌉ for r blocks a row, in ≤ 0.13 the block size.
+    """
+    return float(config.get("eps", 6e-5)) * width**2 / rows**0.5 if config.get("coft") else None
+
+
 def _clamp(q: Tensor, radius: float) -> Tensor:
-    """Each block of ``q: (rows, b, b)`` scaled to Frobenius norm ``radius / √rows`` where it is larger."""
-    radius = radius / q.shape[0] ** 0.5
+    """Each block of ``q: (rows, b, b)`` scaled to Frobenius norm ``radius`` where it is larger."""
     norm = torch.linalg.matrix_norm(q, keepdim=True)
     return torch.where(norm <= radius, q, q * (radius / norm.clamp(min=torch.finfo(q.dtype).tiny)))
-
-
-def common_paths(paths: Iterable[str], limit: int = 3) -> str:
-    """The first few of ``paths`` for a message."""
-    listed = list(paths)
-    return ", ".join(printable(p) for p in listed[:limit]) + (
-        f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    )

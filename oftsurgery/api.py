@@ -16,15 +16,17 @@ from torch import nn
 from . import codecs, configs, files, shards, undo_file
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
+from .dtypes import float_dtype
 from .errors import AdapterError, StateError, printable
 from .idle import is_idle
 from .live_store import LiveStore
+from .progress import Progress, shown
 from .record import FoldRecord
 from .ties import modules_of
 
 if TYPE_CHECKING:
     from .calibration import InputsOf
-    from .checkpoint import CheckpointPlan, Format, Progress
+    from .checkpoint import CheckpointPlan, Format
     from .checks import CheckpointReport
     from .codecs import Rounding
     from .compare import VerifyReport
@@ -145,7 +147,11 @@ def fold(
     if live.live_layers(model):
         return _fold_wrapped(model, adapter, mode, batches, undo, inplace=inplace, progress=progress)
     names, adapters = _resolve(model, adapter)
-    with _undo_writer(undo) as writer, _bar(progress, "fold") as step, _calibrated(batches, progress) as calibrate:
+    with (
+        _undo_writer(undo) as writer,
+        shown(progress, "fold", "layer") as step,
+        _calibrated(batches, progress) as calibrate,
+    ):
         return live_model.fold_model(  # type: ignore[return-value]
             model,
             adapters,
@@ -195,7 +201,7 @@ def _calibrated(
         return
     from . import inputs
 
-    with _bar(progress, "calibrate", "batch") as step:
+    with shown(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             paths = [r.path for r in plan.rotate if r.format.quantised and r.chain[0].side != "embedding"]
@@ -228,7 +234,11 @@ def _fold_wrapped(
     base = model if inplace else live.unwrap(model)
     stripped = live.strip(live_model.inner_model(model)) if inplace else []
     try:
-        with _undo_writer(undo) as writer, _bar(progress, "fold") as step, _calibrated(batches, progress) as calibrate:
+        with (
+            _undo_writer(undo) as writer,
+            shown(progress, "fold", "layer") as step,
+            _calibrated(batches, progress) as calibrate,
+        ):
             return live_model.fold_model(  # type: ignore[return-value]
                 base,
                 adapters,
@@ -289,7 +299,7 @@ def unfold(
         source = LiveStore(base) if isinstance(base, nn.Module) else _folder(base)
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
-    with _bar(progress, "unfold") as step:
+    with shown(progress, "unfold", "layer") as step:
         return live_model.unfold_model(  # type: ignore[return-value]
             folded, adapters or [], rounding=rounding, inplace=inplace, progress=step
         )
@@ -344,9 +354,9 @@ def plan_fold(
         quantization = checkpoint.Quantization(
             codec,
             double_quant,
-            _float_dtype(compute_dtype),
+            float_dtype(compute_dtype),
             tuple(skip_modules) if skip_modules is not None else None,
-            None if load_dtype is None else _float_dtype(load_dtype),
+            None if load_dtype is None else float_dtype(load_dtype),
         )
     elif double_quant:
         raise StateError(
@@ -446,7 +456,7 @@ def fold_checkpoint(
 
         batches = _tokenised(calibration, plan)
         plan = replace(plan, calibration=inputs.fingerprint(batches))
-    with _byte_bar(progress, "fold") as step:
+    with shown(progress, "fold") as step:
         beside = _Beside(step)
         inputs_of = (
             inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch) if batches is not None else None
@@ -545,7 +555,7 @@ def unfold_checkpoint(
     else:
         assert adapter is not None  # noqa: S101 - checked above
         plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
-    with _byte_bar(progress, "unfold") as step:
+    with shown(progress, "unfold") as step:
         return checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
@@ -577,7 +587,7 @@ def extract(
 
     for model in (base, merged):
         _check_model(model)
-    with _bar(progress, "extract") as step:
+    with shown(progress, "extract", "layer") as step:
         return extractors.extract_from_models(base, merged, block_size, progress=step)
 
 
@@ -586,7 +596,7 @@ def extract_checkpoint(
     merged: str | PathLike[str],
     block_size: int | None = None,
     *,
-    progress: bool | live_model.Progress = False,
+    progress: bool | Progress = False,
 ) -> ExtractedAdapter:
     """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
 
@@ -599,15 +609,9 @@ def extract_checkpoint(
     """
     from . import extractors
 
-    pair = [shards.open_checkpoint(files.find_checkpoint(source)) for source in (base, merged)]
-    with _bar(progress is True, "extract") as step:
-        return extractors.extract_from_checkpoints(
-            pair[0],
-            pair[1],
-            block_size,
-            base_name=str(base),
-            progress=step if isinstance(progress, bool) else progress,
-        )
+    here, there = (shards.open_checkpoint(files.find_checkpoint(source)) for source in (base, merged))
+    with shown(progress, "extract", "layer") as step:
+        return extractors.extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
 
 def verify_checkpoint(
@@ -778,7 +782,7 @@ def export_onnx(
     tokenizer: object = None,
     verify: bool = True,
     force: bool = False,
-    progress: bool | live_model.Progress = False,
+    progress: bool | Progress = False,
 ) -> OnnxReport:
     """Export a model as ``destination/model.onnx``, opset 20, and prove the graph against torch.
 
@@ -831,7 +835,7 @@ def export_onnx(
         tokenizer = folder if tokenizer is None else tokenizer
         model = onnx_export.load_model(folder)
     _check_model(model)
-    with _stage_bar(progress) as step:
+    with shown(progress, "export", "stage") as step:
         return onnx_export.export_model(
             model,
             Path(destination),
@@ -845,12 +849,6 @@ def export_onnx(
             force=force,
             progress=step,
         )
-
-
-def _float_dtype(name: str) -> torch.dtype:
-    if name not in ("float32", "float16", "bfloat16"):
-        raise StateError(f"unknown dtype {printable(name)!r}", remedy="float32, float16 or bfloat16")
-    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def parse_size(size: int | str) -> int:
@@ -906,60 +904,3 @@ def _loaded(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
             remedy="fold(peft_model) folds live adapters; load_adapter(path) reads one from files",
         )
     return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
-
-
-@contextmanager
-def _bar(show: bool, verb: str, unit: str = "layer") -> Iterator[live_model.Progress | None]:
-    if not show:
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=verb, unit=unit) as bar:
-
-        def step(done: int, total: int, path: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(printable(path, 40), refresh=False)
-            bar.update(done - bar.n)
-
-        yield step
-
-
-@contextmanager
-def _byte_bar(progress: bool | Progress, verb: str) -> Iterator[Progress | None]:
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(desc=verb, unit="B", unit_scale=True) as bar:
-
-        def step(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(printable(what, 40), refresh=False)
-            bar.update(done - bar.n)
-
-        yield step
-
-
-@contextmanager
-def _stage_bar(progress: bool | live_model.Progress) -> Iterator[live_model.Progress | None]:
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(desc="export", unit="stage") as bar:
-
-        def step(done: int, total: int, what: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(what, refresh=False)
-            bar.update(done - bar.n)
-
-        yield step

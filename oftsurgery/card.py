@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, StateError, printable
+from .errors import CheckpointError, StateError, needs, printable
 from .record import FoldRecord, ModuleRecord
 from .shards import inside
 
@@ -48,23 +50,16 @@ _TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
 # tags that tell of the format, which another export may change
 _FORMAT_TAGS = frozenset({"bitsandbytes", "nf4", "fp4", "int8", "4-bit", "8-bit", "onnx"})
 _OURS = ("base_model_relation", "library_name")
-_PIPELINES: Mapping[str, str] = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-}
-_AUTO: Mapping[str, str] = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+#: end of an architecture's name → the class that loads it, and the Hub's name of its task
+_TASKS: Mapping[str, tuple[str | None, str | None]] = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "ForImageClassification": (None, "image-classification"),
 }
 _GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
@@ -125,7 +120,7 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
         "base_model": next(iter(bases), None),
         "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
         "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
-        "pipeline_tag": next((task for end, task in _PIPELINES.items() if architecture.endswith(end)), None),
+        "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
         + [width for width, of in (("4-bit", {"nf4", "fp4"}), ("8-bit", {"int8"})) if quantised & of]
         + (["onnx"] if onnx else []),
@@ -165,7 +160,7 @@ def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) ->
         card = _parse(text)
         parts = _split(card.text)
         known = parts is not None
-        before, after = parts if parts is not None else (card.text.rstrip() + "\n\n", "\n")
+        before, _, after = parts if parts is not None else (card.text.rstrip() + "\n\n", "", "\n")
         card.text = before + new + after
     for key, value in facts.items():
         if key == "tags":
@@ -183,9 +178,9 @@ def removed(text: str) -> str | None:
     parts = _split(card.text)
     if parts is None:
         return text
-    if not _own("".join(parts)):
+    card.text = parts[0] + parts[2]
+    if not _own(card.text):
         return None
-    card.text = "".join(parts)
     card.data["tags"] = [
         t for t in card.data.get("tags") or [] if t not in _FORMAT_TAGS | {"oft", "oftsurgery"}
     ] or None
@@ -205,13 +200,13 @@ def merged(mine: str, theirs: str) -> str:
     parts, others = _split(card.text), _split(there.text)
     if parts is None:
         return mine
-    own, foreign = _own("".join(parts)), _own(there.text if others is None else "".join(others))
+    before, new, after = parts
+    own, foreign = _own(before + after), _own(there.text if others is None else others[0] + others[2])
     if own and foreign and own != foreign:
         raise StateError(
             "people wrote into the card in the folder, and into the one in the repository, and not the same",
             remedy=f"bring both texts together in the folder's {CARD}, around the marked section, and in the repository's",
         )
-    new = card.text[len(parts[0]) : len(card.text) - len(parts[1])]
     if own or not foreign:
         return amended(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
     return amended(theirs, new, card.data.to_dict(), "")
@@ -225,14 +220,14 @@ def named(text: str, repo_id: str, revision: str | None = None, *, pictures: Col
     parts = _split(card.text)
     if parts is None:
         return text
-    new = card.text[len(parts[0]) : len(card.text) - len(parts[1])]
+    before, new, after = parts
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision is not None else "")
     new = new.replace(
         'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
     )
     new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
     shown = "".join(f"![{_PICTURES.get(name, name)}]({name})\n\n" for name in pictures)
-    card.text = parts[0] + new.replace(_LOAD, shown + _LOAD, 1) + parts[1]
+    card.text = before + new.replace(_LOAD, shown + _LOAD, 1) + after
     return str(card)
 
 
@@ -265,10 +260,10 @@ def _parse(text: str) -> Any:
         ) from error
 
 
-def _split(text: str) -> tuple[str, str] | None:
-    """What stands before and after the marked section, or None without one."""
-    start, end = text.find(BEGIN), text.rfind(END)
-    return None if start < 0 or end < start else (text[:start], text[end + len(END) :])
+def _split(text: str) -> tuple[str, str, str] | None:
+    """What stands before the marked section, the section, and what stands after it; None without one."""
+    start, end = text.find(BEGIN), text.rfind(END) + len(END)
+    return None if start < 0 or end < start + len(END) else (text[:start], text[start:end], text[end:])
 
 
 def _own(text: str) -> str:
@@ -282,17 +277,39 @@ def _own(text: str) -> str:
 
 def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str], *, exact: bool) -> str:
     """The marked section, marks included."""
-    parts = [
-        BEGIN,
-        "## How this model was made",
-        *(_fold(fold, i if record.earlier else 0) for i, fold in enumerate((*record.earlier, record), start=1)),
-        _LOAD,
-        _loading(record, config, files),
-        "## How to undo it",
-        _undoing(files, exact=exact),
-        END,
-    ]
-    return "\n\n".join(parts)
+    architecture = _architecture(config)
+    model = (_task(architecture)[0] or architecture) if "model_type" in config else ""
+    words = {"input_ids"} <= {*map(str, _onnx_facts(record, "inputs", []))} <= _TOKENIZED
+    tokenizer = "tokenizer_config.json" in files
+    text = _template().render(
+        begin=BEGIN,
+        end=END,
+        load=_LOAD,
+        folds=(*record.earlier, record),
+        graph=min((name for name in files if name.endswith(".onnx")), default=None),
+        runs=words and tokenizer,
+        model=model,
+        tokenizer=tokenizer,
+        generates=model in _GENERATES,
+        quantised=bool(config.get("quantization_config")),
+        exact=exact,
+    )
+    return str(text)
+
+
+@cache
+def _template() -> Any:
+    with needs("jinja2", "pip install jinja2"):
+        import jinja2
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - what is from files is escaped for Markdown
+    environment.filters |= {"code": _code, "escaped": _escaped}
+    environment.globals |= {"rows": _rows, "worst_first": _worst_first, "median": _median, "shown": _SHOWN}
+    text = resources.files(__package__) / "templates" / "card.md.jinja"
+    return environment.from_string(text.read_text(encoding="utf-8"))
+
+
+def _task(architecture: str) -> tuple[str | None, str | None]:
+    return next((task for end, task in _TASKS.items() if architecture.endswith(end)), (None, None))
 
 
 def _title(record: FoldRecord) -> str:
@@ -303,9 +320,7 @@ def _title(record: FoldRecord) -> str:
     return " + ".join(map(_escaped, parts)) or "Folded model"
 
 
-def _fold(fold: FoldRecord, number: int) -> str:
-    if not fold.adapters:
-        return f"Exported by oftsurgery {_escaped(fold.versions.get('oftsurgery', ''))}, with nothing folded in."
+def _rows(fold: FoldRecord) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for a in fold.adapters:
         writer = f", written by peft {a.peft_version}" if a.peft_version else ""
@@ -316,7 +331,8 @@ def _fold(fold: FoldRecord, number: int) -> str:
             ("its fingerprint", _code(a.fingerprint)),
             ("trained on", _code(a.base_model)),
         ]
-    rows += [
+    return [
+        *rows,
         ("base", _base(fold)),
         ("stored as", ", ".join(_code(label) for label in sorted({m.format for m in fold.modules.values()}))),
         ("rounding", _code(fold.rounding)),
@@ -324,10 +340,6 @@ def _fold(fold: FoldRecord, number: int) -> str:
         ("replaced by the adapter's own", ", ".join(_code(name) for name in _few(sorted(fold.saved)))),
         ("versions", _escaped(", ".join(f"{name} {version}" for name, version in fold.versions.items()))),
     ]
-    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
-    heading = f"### Fold {number}\n\n" if number else ""
-    text = "An orthogonal fine-tuning (OFT) adapter was folded into the weights themselves: it is no longer needed."
-    return f"{heading}{text}\n\n" + "\n".join(table) + "\n\n" + _errors(fold.modules)
 
 
 def _base(fold: FoldRecord) -> str:
@@ -341,57 +353,12 @@ def _base(fold: FoldRecord) -> str:
     return f"quantised to {_code(fold.base['quantize'])}{double} first, as in the adapter's training, then rotated"
 
 
-def _errors(modules: Mapping[str, ModuleRecord]) -> str:
-    if not modules:
-        return "No weight was rotated."
-    worst = sorted(modules.items(), key=lambda item: (-item[1].error, item[0]))
-    median = statistics.median(m.error for m in modules.values())
-    lines = [
-        "What it cost: the relative error of storing each rotated weight, ‖stored − exact‖ / ‖exact‖ (Frobenius).",
-        f"The median over {len(modules)} modules is {median:.2e}. The largest first:",
-        "",
-        "| module | stored as | error | largest angle (rad) | orthogonality defect |",
-        "|---|---|---:|---:|---:|",
-        *(
-            f"| {_code(path)} | {_code(m.format)} | {m.error:.2e} | {m.angle:.3f} | {m.defect:.1e} |"
-            for path, m in worst[:_SHOWN]
-        ),
-    ]
-    if len(worst) > _SHOWN:
-        lines += ["", f"And {len(worst) - _SHOWN} more, all in `oftsurgery.json`."]
-    return "\n".join(lines)
+def _worst_first(fold: FoldRecord) -> list[tuple[str, ModuleRecord]]:
+    return sorted(fold.modules.items(), key=lambda item: (-item[1].error, item[0]))
 
 
-def _loading(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> str:
-    graphs = sorted(name for name in files if name.endswith(".onnx"))
-    tokenizer = "tokenizer_config.json" in files
-    if graphs:
-        return _python(_onnx(graphs[0], record, files))
-    architecture = _architecture(config)
-    if "model_type" not in config or not architecture:
-        lines = [
-            "from pathlib import Path",
-            "",
-            "from safetensors.torch import load_file",
-            "",
-            'folder = "."',
-            "tensors = {}",
-        ]
-        lines += ['for path in sorted(Path(folder).glob("*.safetensors")):', "    tensors.update(load_file(path))"]
-        return _python(lines)
-    auto = next((auto for end, auto in _AUTO.items() if architecture.endswith(end)), architecture)
-    lines = [f"from transformers import {', '.join(sorted([auto, *['AutoTokenizer'] * tokenizer]))}", ""]
-    lines += [f'model = {auto}.from_pretrained(".")']
-    if tokenizer:
-        lines += ['tokenizer = AutoTokenizer.from_pretrained(".")']
-        lines += ['inputs = tokenizer("The quick brown fox", return_tensors="pt")']
-        lines += [
-            "outputs = model.generate(**inputs, max_new_tokens=20)"
-            if auto in _GENERATES
-            else "outputs = model(**inputs)"
-        ]
-    needs = "transformers and bitsandbytes" if config.get("quantization_config") else "transformers"
-    return f"With {needs}:\n\n" + _python(lines)
+def _median(fold: FoldRecord) -> float:
+    return statistics.median(m.error for m in fold.modules.values())
 
 
 def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
@@ -399,35 +366,6 @@ def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
     facts = record.extra.get("onnx")
     found = facts.get(name) if isinstance(facts, Mapping) else None
     return found if isinstance(found, type(default)) else default
-
-
-def _onnx(graph: str, record: FoldRecord, files: Collection[str]) -> list[str]:
-    words = {"input_ids"} <= {*map(str, _onnx_facts(record, "inputs", []))} <= _TOKENIZED
-    runs = words and "tokenizer_config.json" in files
-    lines = ["import onnxruntime", *["from transformers import AutoTokenizer"] * runs, "", 'folder = "."']
-    lines += [f'session = onnxruntime.InferenceSession(f"{{folder}}/{graph}")']
-    if not runs:
-        return [*lines, "print([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    lines += ['inputs = tokenizer("The quick brown fox", return_tensors="np")']
-    return [*lines, "outputs = session.run(None, {i.name: inputs[i.name] for i in session.get_inputs()})"]
-
-
-def _undoing(files: Collection[str], *, exact: bool) -> str:
-    if any(name.endswith(".onnx") for name in files):
-        return "Nothing is folded back out of an ONNX graph: export the base instead."
-    rotated = "$ oftsurgery unfold . RESTORED --adapter ADAPTER   # rotated back; states the error that rounding leaves"
-    if not exact:
-        return "RESTORED is the folder to write, ADAPTER the adapter that was folded.\n\n" + _fenced(
-            "console", [rotated]
-        )
-    restored = (
-        "$ oftsurgery unfold . RESTORED --base BASE         # exact, checked against the hashes in oftsurgery.json"
-    )
-    return (
-        "RESTORED is the folder to write, BASE the checkpoint that was folded, ADAPTER the adapter. Either:\n\n"
-        + _fenced("console", [restored, rotated])
-    )
 
 
 def _formats(record: FoldRecord) -> set[str]:
@@ -442,14 +380,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _few(names: Sequence[str]) -> Iterable[str]:
     return names if len(names) <= _SHOWN else [*names[:_SHOWN], "…"]
-
-
-def _python(lines: Sequence[str]) -> str:
-    return _fenced("python", lines)
-
-
-def _fenced(language: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
 
 
 def _code(text: object) -> str:

@@ -14,15 +14,30 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import oftsurgery  # its modules are imported when they are first used
 
 from ._version import __version__
+from .errors import (
+    CalibrationWarning,
+    ConversionWarning,
+    ExtractionWarning,
+    OFTSurgeryError,
+    RoundingWarning,
+    StateError,
+    UnfoldWarning,
+    printable,
+    without_tokens,
+)
+from .progress import Progress, bar, without_bars
 
 if TYPE_CHECKING:
-    from .adapter import OFTAdapter
-    from .hub import PushReport
-    from .record import FoldRecord
+    import oftsurgery.api
+    from oftsurgery import CheckpointReport, FoldRecord, OFTAdapter, OnnxReport, PushReport
 
 __all__ = ["export_main", "main"]
 
@@ -30,8 +45,11 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_REFUSED, EXIT_ENVIRONMENT, EXIT_INTERRUPTED = 0
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
+DTYPES = ("float32", "float16", "bfloat16")
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
+
+Run = Callable[[argparse.Namespace], int]
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -39,8 +57,6 @@ EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        from .errors import without_tokens
-
         super().error(without_tokens(message))  # an argument in the wrong place may be one
 
 
@@ -52,33 +68,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = partial(_command, commands)
 
-    plan = _command(
-        commands, "plan", "show what a fold would do, and what it needs", "oftsurgery plan BASE ADAPTER --format bf16"
-    )
+    plan = command("plan", "show what a fold would do, and what it needs", "BASE ADAPTER --format bf16", _plan)
     _sources(plan)
     _fold_settings(plan, FORMATS, "same")
-    _output(plan)
-    plan.set_defaults(run=_plan)
 
-    fold = _command(
-        commands,
-        "fold",
-        "fold an adapter into a checkpoint",
-        "oftsurgery fold BASE ADAPTER OUTPUT --format nf4 --double-quant",
+    fold = command(
+        "fold", "fold an adapter into a checkpoint", "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold
     )
     _sources(fold)
     fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     _fold_settings(fold, FORMATS, "same")
     _undo(fold)
     _run_settings(fold)
-    fold.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
-    _output(fold)
-    fold.set_defaults(run=_fold)
+    fold.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
 
-    unfold = _command(
-        commands, "unfold", "take the last fold out of a checkpoint", "oftsurgery unfold FOLDED OUTPUT --base BASE"
-    )
+    unfold = command("unfold", "take the last fold out of a checkpoint", "FOLDED OUTPUT --base BASE", _unfold)
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
     unfold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
     how = unfold.add_mutually_exclusive_group(required=True)
@@ -90,21 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         help="adapter that was folded: rotates back, and states the error; several in the live order",
     )
     _rounding(unfold)
-    unfold.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="largest file, as the Hub's tools write it (default: %(default)s)",
-    )
+    _shard_size(unfold)
     _run_settings(unfold)
-    _output(unfold)
-    unfold.set_defaults(run=_unfold)
 
-    extract = _command(
-        commands,
-        "extract",
-        "get an adapter back out of a checkpoint that it was folded into",
-        "oftsurgery extract BASE FOLDED OUTPUT",
+    extract = command(
+        "extract", "get an adapter back out of a checkpoint that it was folded into", "BASE FOLDED OUTPUT", _extract
     )
     extract.add_argument(
         "base", metavar="BASE", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format"
@@ -118,19 +114,16 @@ def _parser() -> argparse.ArgumentParser:
         help="of the rotations (default: detected; named, it gives the best ones for any difference)",
     )
     extract.add_argument("--force", action="store_true", help="replace the output folder")
-    _output(extract)
-    extract.set_defaults(run=_extract)
 
-    _adapter_commands(commands)
+    _adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER", None))
 
-    export = _command(commands, "export", "fold and export in one step", _EXPORT_EXAMPLE)
-    _export_arguments(export)
+    _export_arguments(command("export", "fold and export in one step", _EXPORT_EXAMPLE, _export))
 
-    verify = _command(
-        commands,
+    verify = command(
         "verify",
         "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter",
-        "oftsurgery verify FOLDED BASE ADAPTER",
+        "FOLDED BASE ADAPTER",
+        _verify,
     )
     verify.add_argument("folded", metavar="FOLDED", help="checkpoint; without BASE and ADAPTER its hashes alone")
     verify.add_argument("base", metavar="BASE", nargs="?", help="folder or Hub id of the model that was folded")
@@ -141,26 +134,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ERROR",
         help="largest relative error that passes (default: what storing the exact weight costs)",
     )
-    _output(verify)
-    verify.set_defaults(run=_verify)
 
-    doctor = _command(
-        commands,
-        "doctor",
-        "find and explain what is wrong with a checkpoint or an adapter",
-        "oftsurgery doctor PATH --base BASE",
+    doctor = command(
+        "doctor", "find and explain what is wrong with a checkpoint or an adapter", "PATH --base BASE", _doctor
     )
     doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
     doctor.add_argument("--base", help="checkpoint that was folded")
     doctor.add_argument("--adapter", help="adapter that was folded")
-    _output(doctor)
-    doctor.set_defaults(run=_doctor)
 
-    report = _command(
-        commands,
+    report = command(
         "report",
         "draw what a fold cost, and what the fine-tune moved, as one HTML page",
-        "oftsurgery report FOLDER --html report.html",
+        "FOLDER --html report.html",
+        _report,
     )
     report.add_argument("source", metavar="FOLDER|RECORD", help="folder that carries a fold, or its oftsurgery.json")
     report.add_argument("--html", metavar="FILE", help="page to write (default, without --png: report.html)")
@@ -173,88 +159,69 @@ def _parser() -> argparse.ArgumentParser:
         help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, to show too",
     )
     report.add_argument("--force", action="store_true", help="replace files that exist")
-    _output(report)
-    report.set_defaults(run=_report)
 
-    show = _command(
-        commands, "show", "print what is folded into a checkpoint, from its oftsurgery.json", "oftsurgery show FOLDER"
-    )
+    show = command("show", "print what is folded into a checkpoint, from its oftsurgery.json", "FOLDER", _show)
     show.add_argument("folder", metavar="FOLDER")
-    _output(show)
-    show.set_defaults(run=_show)
 
-    push = _command(
-        commands,
+    push = command(
         "push",
         "push an exported folder to a Hub repository, its files and no others",
-        "oftsurgery push FOLDER owner/name --dry-run",
+        "FOLDER owner/name --dry-run",
+        _push,
     )
     push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
     push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO_ID)
     push.add_argument("--dry-run", action="store_true", help="list files, sizes and the target, and send nothing")
     _push_settings(push)
-    _output(push)
-    push.set_defaults(run=_push)
+
+    _outputs(commands)
     return parser
 
 
-def _adapter_commands(commands: Any) -> None:
-    adapter = _command(
-        commands, "adapter", "show, convert and compute with adapters", "oftsurgery adapter show ADAPTER"
-    )
+def _adapter_commands(adapter: argparse.ArgumentParser) -> None:
     verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, example: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        parser = _command(verbs, name, text, f"oftsurgery adapter {name} {example}")
-        parser.set_defaults(run=run)
+    def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> argparse.ArgumentParser:
+        parser = _command(verbs, name, text, example, run)
+        parser.add_argument("adapter", metavar="ADAPTER", nargs=nargs, help="folder or Hub id")
         return parser
 
     def output(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
         parser.add_argument("--force", action="store_true", help="replace the output folder")
 
-    one: dict[str, Any] = {"metavar": "ADAPTER", "help": "folder or Hub id"}
-    show = verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
-    show.add_argument("adapter", **one)
+    verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
     convert = verb(
         "convert", "write an adapter of any peft release as peft 0.21 reads it", "ADAPTER OUTPUT", _adapter_convert
     )
-    convert.add_argument("adapter", **one)
     convert.add_argument(
         "--dialect", help="which releases' arithmetic it is of, where its files do not tell (peft-0.17 …)"
     )
     output(convert)
     scale = verb("scale", "turn by a multiple of each angle; -1 is the inverse", "ADAPTER 0.5 OUTPUT", _adapter_scale)
-    scale.add_argument("adapter", **one)
     scale.add_argument("alpha", metavar="ALPHA", type=float, help="factor of the angles")
     output(scale)
-    compose = verb(
-        "compose",
-        "make one adapter of several in the live order, as peft's active adapters",
-        "ADAPTER OTHER OUTPUT",
-        _adapter_compose,
+    text = "make one adapter of several in the live order, as peft's active adapters"
+    output(verb("compose", text, "ADAPTER OTHER OUTPUT", _adapter_compose, "+"))
+    blend = verb(
+        "blend", "average several, or add them up", "ADAPTER OTHER OUTPUT --weights 0.5 0.5", _adapter_blend, "+"
     )
-    compose.add_argument("adapter", nargs="+", **one)
-    output(compose)
-    blend = verb("blend", "average several, or add them up", "ADAPTER OTHER OUTPUT --weights 0.5 0.5", _adapter_blend)
-    blend.add_argument("adapter", nargs="+", **one)
     output(blend)
     blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
-    for parser in (show, convert, scale, compose, blend):
-        _output(parser)
+    _outputs(verbs)
 
 
 _REPO_ID = (
     "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
 )
-_EXPORT_EXAMPLE = "{prog} --base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
+_DRY_RUN = "show the plan and write nothing"
+_EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
 
 
-def _command(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
-    example = example.format(prog=f"oftsurgery {name}")
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: {example}"
-    )
+def _command(commands: Any, name: str, text: str, example: str, run: Run | None) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.epilog = f"example: {parser.prog} {example}"
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -276,14 +243,11 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
         "--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)"
     )
     parser.add_argument(
-        "--compute-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float32",
-        help="bnb_4bit_compute_dtype of the config",
+        "--compute-dtype", choices=DTYPES, default="float32", help="bnb_4bit_compute_dtype of the config"
     )
     parser.add_argument(
         "--load-dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="dtype in which the trainer loaded the model (default: the config's)",
     )
     parser.add_argument(
@@ -302,6 +266,10 @@ def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], defa
         help="texts to choose the rounding on, some hundred of the kind that the model is for: .txt (one a line), .jsonl "
         "or .parquet ('text'); loads the model and runs it",
     )
+    _shard_size(parser)
+
+
+def _shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size",
         default="5GB",
@@ -349,6 +317,13 @@ def _push_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask about a derived name")
 
 
+def _outputs(commands: Any) -> None:
+    """How much each of them prints, and in which form: the last of their arguments."""
+    for parser in commands.choices.values():
+        if parser.get_default("run") is not None:
+            _output(parser)
+
+
 def _output(parser: argparse.ArgumentParser) -> None:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="print errors only")
@@ -367,16 +342,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _fold_settings(parser, EXPORT_FORMATS, "bnb")
     _undo(parser)
     _run_settings(parser)
-    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+    parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
     parser.add_argument(
         "--verify", action="store_true", help="check every weight of the output against base and adapter"
     )
     onnx = parser.add_argument_group("--format onnx, onnx-quantized")
-    onnx.add_argument(
-        "--dtype",
-        choices=("float16", "float32"),
-        help="of the graph (default: float16)",
-    )
+    onnx.add_argument("--dtype", choices=("float16", "float32"), help="of the graph (default: float16)")
     onnx.add_argument(
         "--with-past", action="store_true", help="with the key-value cache, for generation (onnxruntime-genai)"
     )
@@ -385,8 +356,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO_ID}")
     _push_settings(parser)
-    _output(parser)
-    parser.set_defaults(run=_export, usage_error=parser.error)
+    parser.set_defaults(usage_error=parser.error)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -402,28 +372,18 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(
         prog="tools/export.py",
         description="Fold an OFT adapter into a checkpoint and export it.",
-        epilog=f"example: {_EXPORT_EXAMPLE.format(prog='python tools/export.py')}",
+        epilog=f"example: python tools/export.py {_EXPORT_EXAMPLE}",
     )
+    parser.set_defaults(run=_export)
     _export_arguments(parser)
+    _output(parser)
     return _run(parser.parse_args(argv))
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .errors import (
-        CalibrationWarning,
-        ConversionWarning,
-        DiskError,
-        ExtractionWarning,
-        HubError,
-        MissingDependencyError,
-        OFTSurgeryError,
-        RoundingWarning,
-        UnfoldWarning,
-    )
-
     # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    run: Callable[[argparse.Namespace], int] = args.run
+    run: Run = args.run
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning(args)
@@ -431,14 +391,15 @@ def _run(args: argparse.Namespace) -> int:
                 warnings.simplefilter("always", category)
             return run(args)
     except KeyboardInterrupt:
-        if run is _push or getattr(args, "pushing", False):
+        if getattr(args, "pushing", False):
             print("interrupted: what is uploaded is kept, and not yet seen; push again to go on", file=sys.stderr)
         else:
             print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OFTSurgeryError as error:
         print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_ENVIRONMENT if isinstance(error, (DiskError, HubError, MissingDependencyError)) else EXIT_REFUSED
+        # the errors of disk, network and missing packages are the system's own kinds too
+        return EXIT_ENVIRONMENT if isinstance(error, (OSError, ImportError)) else EXIT_REFUSED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nobody to tell
         return EXIT_ENVIRONMENT
@@ -473,53 +434,50 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from . import api
-
-    facts = api.plan_fold(args.base, args.adapter, **_settings(args)).to_dict()
+    facts = oftsurgery.api.plan_fold(args.base, args.adapter, **_settings(args)).to_dict()
     if args.json:
         _print_json(facts)
-        return EXIT_OK
-    if args.quiet:
-        return EXIT_OK
-    rows = [
-        (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
-        for f in facts["folds"]
-    ]
-    _table(("module", "shape", "from", "to", "block size"), rows)
-    print()
-    for label, value in (
-        ("folds", len(facts["folds"])),
-        ("other weights converted", facts["converts"]),
-        ("tensors copied", facts["copies"]),
-        ("replaced by the adapter's own", len(facts["replaces"])),
-        ("files carried over", ", ".join(facts["carried"]) or "none"),
-        ("shards", len(facts["shards"])),
-        ("disk", _size(facts["bytes"])),
-        ("largest weight in float32", _size(facts["largest_weight_bytes"])),
-    ):
-        print(f"{label}: {value}")
+    elif not args.quiet:
+        rows = [
+            (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
+            for f in facts["folds"]
+        ]
+        _table(("module", "shape", "from", "to", "block size"), rows)
+        print()
+        _facts(
+            ("folds", str(len(facts["folds"]))),
+            ("other weights converted", str(facts["converts"])),
+            ("tensors copied", str(facts["copies"])),
+            ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("files carried over", ", ".join(facts["carried"]) or "none"),
+            ("shards", str(len(facts["shards"]))),
+            ("disk", _size(facts["bytes"])),
+            ("largest weight in float32", _size(facts["largest_weight_bytes"])),
+            limit=10_000,
+        )
     return EXIT_OK
 
 
 def _fold(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _plan(args)
-    from . import api
+    _say_record(args, _folded(args, args.output, force=args.force), args.output)
+    return EXIT_OK
 
-    with _Progress(args) as progress:
-        record = api.fold_checkpoint(
+
+def _folded(args: argparse.Namespace, output: str | Path, *, force: bool) -> FoldRecord:
+    with _progress(args) as progress:
+        return oftsurgery.api.fold_checkpoint(
             args.base,
             args.adapter,
-            args.output,
+            output,
             **_settings(args),
             calibration=args.calibration,
             device=args.device,
             resume=args.resume,
-            force=args.force,
+            force=force,
             progress=progress,
         )
-    _say_record(args, record, args.output)
-    return EXIT_OK
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -542,32 +500,26 @@ def _export(args: argparse.Namespace) -> int:
         args.json, args.quiet = False, True
     code = _export_onnx(args) if onnx else _export_checkpoint(args)
     if code == EXIT_OK and args.push_to_hub is not None:
-        args.folder, args.repo_id, args.pushing = args.output, args.push_to_hub or None, True
         args.json = both
-        code = _push(args)
+        record = oftsurgery.api.read_record(args.output)
+        beside = {"record": record.to_dict() if record is not None else None}
+        code = _send(args, args.output, args.push_to_hub or None, args.token, beside)
     return code
 
 
 def _export_checkpoint(args: argparse.Namespace) -> int:
     code = _fold(args)
-    if code == EXIT_OK and args.verify:
-        args.folded, args.tolerance = args.output, None
-        quiet = args.json or args.quiet
-        code = (EXIT_OK if _checked(args).ok else EXIT_CHECK_FAILED) if quiet else _verify(args)
-    return code
+    return _checked(args, args.output) if code == EXIT_OK and args.verify else code
 
 
 def _export_onnx(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from . import api
     from .onnx_graph import require_onnx
     from .staging import check_apart, scratch
 
     require_onnx()  # before a fold that may take hours
 
-    def export(source: str | Path) -> Any:
-        return api.export_onnx(
+    def export(source: str | Path) -> None:
+        report = oftsurgery.api.export_onnx(
             source,
             args.output,
             args.dtype or "float16",
@@ -577,44 +529,28 @@ def _export_onnx(args: argparse.Namespace) -> int:
             force=args.force,
             progress=False if args.quiet or args.json else _say_stage,
         )
+        _say_onnx(args, report)
 
-    code = EXIT_OK
     if not args.adapter:
-        report = export(args.base)
-    else:
-        for what, given in (("base", [args.base]), ("adapter", args.adapter)):
-            check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
-        with scratch(Path(args.output), force=args.force) as folded:
-            with _Progress(args) as progress:
-                api.fold_checkpoint(
-                    args.base,
-                    args.adapter,
-                    folded,
-                    **_settings(args),
-                    calibration=args.calibration,
-                    device=args.device,
-                    resume=args.resume,
-                    force=True,
-                    progress=progress,
-                )
-            if args.verify:
-                args.folded, args.tolerance = folded, None
-                checked = _checked(args)
-                code = EXIT_OK if checked.ok else EXIT_CHECK_FAILED
-                if not args.json:
-                    _say_checked(args, checked)
-            report = export(folded)
-    _say_onnx(args, report)
+        export(args.base)
+        return EXIT_OK
+    for what, given in (("base", [args.base]), ("adapter", args.adapter)):
+        check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
+    with scratch(Path(args.output), force=args.force) as folded:
+        _folded(args, folded, force=True)
+        code = _checked(args, folded) if args.verify else EXIT_OK
+        export(folded)
     return code
 
 
-def _say_onnx(args: argparse.Namespace, report: Any) -> None:
+def _say_onnx(args: argparse.Namespace, report: OnnxReport) -> None:
     if args.json:
         _print_json(report.to_dict())
     elif not args.quiet:
-        print(
-            f"wrote {args.output}: {_size(report.nbytes)} of weights in {report.dtype}{_what_stays_quantised(report)}"
-        )
+        quantised = f", {len(report.quantized)} layers quantised" * bool(report.quantized or report.dequantized)
+        print(f"wrote {args.output}: {_size(report.nbytes)} of weights in {report.dtype}{quantised}")
+        for path, reason in report.dequantized.items():
+            print(f"{printable(path)} is dequantised: {reason}")
         if report.verified:
             print(
                 f"largest difference from torch: {report.worst:.1e} of the largest value, in {len(report.checks)} comparisons"
@@ -630,17 +566,6 @@ def _say_onnx(args: argparse.Namespace, report: Any) -> None:
             )
 
 
-def _what_stays_quantised(report: Any) -> str:
-    if not report.quantized and not report.dequantized:
-        return ""
-    from .errors import printable
-
-    text = f", {len(report.quantized)} layers quantised"
-    return text + "".join(
-        f"\n{printable(path)} is dequantised: {reason}" for path, reason in report.dequantized.items()
-    )
-
-
 def _say_stage(done: int, total: int, what: str) -> None:
     if done < total:
         print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
@@ -648,17 +573,13 @@ def _say_stage(done: int, total: int, what: str) -> None:
 
 def _check_push(args: argparse.Namespace) -> None:
     """Find out before the fold, which may take hours, whether the push can begin at all."""
-    from . import hub
-
     if not args.push_to_hub:
         _check_can_ask(args)
     args.token = _read_token(args)
-    hub.login(args.token)
+    oftsurgery.hub.login(args.token)
 
 
 def _check_can_ask(args: argparse.Namespace) -> None:
-    from .errors import StateError
-
     if not args.yes and not sys.stdin.isatty():
         raise StateError(
             "a repository's name that is derived needs your consent, and there is no terminal to ask on",
@@ -676,51 +597,43 @@ def _read_token(args: argparse.Namespace) -> str | None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from . import hub
-
-    token = args.token if getattr(args, "pushing", False) else _read_token(args)
+    args.pushing = True
+    token = _read_token(args)
     if args.repo_id is None and not args.dry_run:
         _check_can_ask(args)
-    report = hub.plan_push(
-        args.folder,
-        args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        token=token,
+    return _send(args, args.folder, args.repo_id, token)
+
+
+def _send(
+    args: argparse.Namespace,
+    folder: str,
+    repo_id: str | None,
+    token: str | None,
+    beside: Mapping[str, Any] | None = None,
+) -> int:
+    """Push, and print what was pushed: as JSON within what stands ``beside`` it."""
+    args.pushing = True
+    report = oftsurgery.hub.plan_push(
+        folder, repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr, token=token
     )
     if not args.quiet and not args.json:
         _say_push(report)
-    if args.dry_run:
-        if args.json:
-            _print_json(report.to_dict())
-        return EXIT_OK
-    if report.derived and not args.yes:
-        print(f"push {len(report.files)} files to {report.repo_id}? [y/N] ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            print("nothing was pushed", file=sys.stderr)
-            return EXIT_REFUSED
-    with _Progress(args) as progress, _hub_bars(args):
-        report = hub.send(report, commit_message=args.commit_message, token=token, progress=progress)
+    if not args.dry_run:
+        if report.derived and not args.yes:
+            print(f"push {len(report.files)} files to {report.repo_id}? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                print("nothing was pushed", file=sys.stderr)
+                return EXIT_REFUSED
+        with _progress(args) as progress, _hub_bars(args):
+            report = oftsurgery.hub.send(report, commit_message=args.commit_message, token=token, progress=progress)
     if args.json:
-        _print_json(_pushed(args, report))
-    elif not args.quiet:
+        _print_json(report.to_dict() if beside is None else {**beside, "push": report.to_dict()})
+    elif not args.quiet and not args.dry_run:
         print(f"pushed: {report.pull_request or report.url}")
     return EXIT_OK
 
 
-def _pushed(args: argparse.Namespace, report: PushReport) -> dict[str, Any]:
-    if not getattr(args, "pushing", False):
-        return report.to_dict()
-    from . import api
-
-    record = api.read_record(args.folder)
-    return {"record": record.to_dict() if record is not None else None, "push": report.to_dict()}
-
-
 def _say_push(report: PushReport) -> None:
-    from .errors import printable
-
     _table(
         ("file", "size", ""),
         [
@@ -729,39 +642,27 @@ def _say_push(report: PushReport) -> None:
         ],
     )
     print()
-    for label, value in (
+    _facts(
         ("to", report.repo_id),
         ("branch", report.revision),
         ("as", "a pull request" if report.create_pr else None),
         ("visibility", "private" if report.private else None),
         ("in all", f"{len(report.files)} files, {_size(report.nbytes)}"),
         ("no part of the export, not sent", ", ".join(report.left_out)),
-    ):
-        if value:
-            print(f"{label}: {printable(value, 400)}")
+    )
 
 
-@contextmanager
-def _hub_bars(args: argparse.Namespace) -> Iterator[None]:
+def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
     """The client's own bars on a terminal, for nothing else shows how far a large file is."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    quiet = args.quiet or args.json or not sys.stderr.isatty()
-    if not quiet or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+    unwanted = args.quiet or args.json or not sys.stderr.isatty()
+    return without_bars(unwanted and not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)
 
 
 def _unfold(args: argparse.Namespace) -> int:
-    from . import api
-
-    with _Progress(args) as progress:
-        record = api.unfold_checkpoint(
+    with _progress(args) as progress:
+        record = oftsurgery.api.unfold_checkpoint(
             args.folded,
             args.output,
             base=args.base,
@@ -779,15 +680,11 @@ def _unfold(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    from . import api
-
     def step(done: int, total: int, path: str) -> None:
-        from .errors import printable
-
         if args.verbose:
             print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
 
-    adapter = api.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
+    adapter = oftsurgery.api.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
     adapter.save(args.output, force=args.force)
     if args.json:
         _print_json(adapter.to_dict())
@@ -812,11 +709,7 @@ def _extract(args: argparse.Namespace) -> int:
 
 
 def _adapter_show(args: argparse.Namespace) -> int:
-    from . import api
-    from .adapter import describe
-
-    adapter = api.load_adapter(args.adapter)
-    facts = describe(adapter)
+    facts = oftsurgery.adapter.describe(oftsurgery.load_adapter(args.adapter))
     if args.json:
         _print_json(facts)
     elif not args.quiet:
@@ -840,37 +733,25 @@ def _adapter_show(args: argparse.Namespace) -> int:
 
 
 def _adapter_convert(args: argparse.Namespace) -> int:
-    from . import api
-
-    return _write_adapter(args, api.load_adapter(args.adapter, dialect=args.dialect))
+    return _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
 
 
 def _adapter_scale(args: argparse.Namespace) -> int:
-    from . import api
-
-    return _write_adapter(args, api.load_adapter(args.adapter).scaled(args.alpha))
+    return _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
 
 
 def _adapter_compose(args: argparse.Namespace) -> int:
-    from functools import reduce
-
-    from . import api
-    from .adapter import OFTAdapter
-
-    return _write_adapter(args, reduce(OFTAdapter.compose, map(api.load_adapter, args.adapter)))
+    return _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
 
 
 def _adapter_blend(args: argparse.Namespace) -> int:
-    from . import api
-    from .adapter import blend
-    from .errors import StateError
-
     if len(args.weights) != len(args.adapter):
         raise StateError(
             f"{len(args.adapter)} adapters and {len(args.weights)} weights",
             remedy="one weight for each: --weights 0.5 0.5",
         )
-    return _write_adapter(args, blend(zip(map(api.load_adapter, args.adapter), args.weights, strict=True)))
+    parts = zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)
+    return _write_adapter(args, oftsurgery.blend(parts))
 
 
 def _write_adapter(args: argparse.Namespace, adapter: OFTAdapter) -> int:
@@ -883,58 +764,54 @@ def _write_adapter(args: argparse.Namespace, adapter: OFTAdapter) -> int:
     return EXIT_OK
 
 
-def _checked(args: argparse.Namespace) -> Any:
-    from . import api
-
-    return api.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
-
-
 def _verify(args: argparse.Namespace) -> int:
-    report = _checked(args)
-    if args.json:
+    return _checked(args, args.folded, args.tolerance, as_json=args.json)
+
+
+def _checked(
+    args: argparse.Namespace, folded: str | Path, tolerance: float | None = None, *, as_json: bool = False
+) -> int:
+    """Compare with base and adapter, and print what was found: with ``--json`` only ``as_json``."""
+    report = oftsurgery.api.verify_checkpoint(folded, args.base, args.adapter or None, tolerance=tolerance)
+    if as_json:
         _print_json(report.to_dict())
-    else:
-        _say_checked(args, report)
+    elif not args.json and not args.quiet:
+        _say_checked(report)
     return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
-def _say_checked(args: argparse.Namespace, report: Any) -> None:
-    from .errors import printable
-
-    if not args.quiet:
-        rows = [
-            (
-                path,
-                f"{c.error:.3e}",
-                f"{c.rounding:.3e}",
-                f"{c.gain:+.0%}" if c.rounding else "-",
-                "-" if c.rho is None else f"{c.rho:.2f}",
-                "-" if c.kept is None else f"{c.kept:.1%}",
-                {True: "yes", False: "NO", None: "-"}[c.recorded],
-                "ok" if report.passes(c) else "FAILED",
-            )
-            for path, c in report.worst_first
-        ]
-        if rows:
-            _table(("module", "error", "plain rounding", "of its square", "ρ", "kept", "as recorded", ""), rows)
-        for name, why in report.wrong.items():
-            print(f"{printable(name)}: {printable(why)}")
-        if report.config is not None:
-            print(f"config.json: {printable(report.config)}")
-        if report.tensors:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in report.looked_at.items())
-            print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} wrong")
-        wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
-        for name, state in wrong:
-            print(f"{printable(name)}: {state.upper()} since it was recorded")
-        if report.files and not wrong:
-            print(f"{len(report.files)} files are as recorded")
+def _say_checked(report: CheckpointReport) -> None:
+    rows = [
+        (
+            path,
+            f"{c.error:.3e}",
+            f"{c.rounding:.3e}",
+            f"{c.gain:+.0%}" if c.rounding else "-",
+            _figure(c.rho, ".2f"),
+            _figure(c.kept, ".1%"),
+            {True: "yes", False: "NO", None: "-"}[c.recorded],
+            "ok" if report.passes(c) else "FAILED",
+        )
+        for path, c in report.worst_first
+    ]
+    if rows:
+        _table(("module", "error", "plain rounding", "of its square", "ρ", "kept", "as recorded", ""), rows)
+    for name, why in report.wrong.items():
+        print(f"{printable(name)}: {printable(why)}")
+    if report.config is not None:
+        print(f"config.json: {printable(report.config)}")
+    if report.tensors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.looked_at.items())
+        print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} wrong")
+    wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
+    for name, state in wrong:
+        print(f"{printable(name)}: {state.upper()} since it was recorded")
+    if report.files and not wrong:
+        print(f"{len(report.files)} files are as recorded")
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from .diagnosis import doctor
-
-    findings = doctor(args.path, base=args.base, adapter=args.adapter)
+    findings = oftsurgery.doctor(args.path, base=args.base, adapter=args.adapter)
     if args.json:
         _print_json([f.to_dict() for f in findings])
     elif not args.quiet:
@@ -945,13 +822,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from . import api
     from .page import headline
 
     html = args.html or (None if args.png else "report.html")
-    record, _ = api.record_of(args.source)
-    api.report(args.source, html, png=args.png, verified=args.verified, force=args.force)
+    oftsurgery.report(args.source, html, png=args.png, verified=args.verified, force=args.force)
     if args.json:
+        record, _ = oftsurgery.api.record_of(args.source)
         _print_json({"html": html, "png": args.png, **headline(record)})
     elif not args.quiet:
         print("wrote " + " and ".join(filter(None, (html, args.png))))
@@ -959,9 +835,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from . import api
-
-    record = api.read_record(args.folder)
+    record = oftsurgery.api.read_record(args.folder)
     if args.json:
         _print_json(record.to_dict() if record is not None else None)
     elif record is None:
@@ -988,31 +862,23 @@ def _graph(fold: FoldRecord) -> str:
 
 
 def _show_fold(fold: FoldRecord) -> None:
-    from .errors import printable
-
     for a in fold.adapters:
-        rows = {
-            "adapter": a.source,
-            "  dialect": a.dialect + (f", written by peft {a.peft_version}" if a.peft_version else ""),
-            "  fingerprint": a.fingerprint,
-            "  sha256": a.sha256,
-            "  trained on": a.base_model,
-        }
-        for label, value in rows.items():
-            if value:
-                print(f"{label}: {printable(value)}")
-    base = ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)
-    for label, text in (
-        ("base", base),
+        _facts(
+            ("adapter", a.source),
+            ("  dialect", a.dialect + (f", written by peft {a.peft_version}" if a.peft_version else "")),
+            ("  fingerprint", a.fingerprint),
+            ("  sha256", a.sha256),
+            ("  trained on", a.base_model),
+        )
+    _facts(
+        ("base", ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)),
         ("rounding", fold.rounding),
         ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph(fold)),
         ("written by a newer version, not understood", ", ".join(n for n in fold.extra if n != "onnx")),
-    ):
-        if text:
-            print(f"{label}: {printable(text, 400)}")
+    )
     modules = [
         (
             path,
@@ -1023,9 +889,9 @@ def _show_fold(fold: FoldRecord) -> None:
             f"{m.defect:.1e}",
             f"{m.angle:.3f}",
             m.rounding,
-            "-" if m.nearest is None else f"{m.nearest:.3e}",
-            "-" if m.rho is None else f"{m.rho:.2f}",
-            "-" if m.effect_kept is None else f"{m.effect_kept:.1%}",
+            _figure(m.nearest, ".3e"),
+            _figure(m.rho, ".2f"),
+            _figure(m.effect_kept, ".1%"),
         )
         for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
     ]
@@ -1049,9 +915,18 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from .errors import printable
+def _facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
+    """What is known, a line each."""
+    for label, value in rows:
+        if value:
+            print(f"{label}: {printable(value, limit)}")
 
+
+def _figure(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     cells = [list(head), *([printable(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:
@@ -1066,45 +941,29 @@ def _size(nbytes: int) -> str:
     return f"{nbytes:.2f} GB"
 
 
-class _Progress:
+_EVERY_S = 10.0  # between two lines of progress
+
+
+@contextmanager
+def _progress(args: argparse.Namespace) -> Iterator[Progress]:
     """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q``
     or ``--json``.
     """
+    last = time.monotonic()
 
-    EVERY_S = 10.0
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if args.verbose:
+            print(f"{_size(done)} of {_size(total)}: {printable(what)}", file=sys.stderr)
+        elif time.monotonic() - last >= _EVERY_S or done == total:
+            last = time.monotonic()
+            part = f"{_size(done)} of {_size(total)} ({done / total:.0%})" if total else "nothing to read"
+            print(part, file=sys.stderr)
 
-    def __init__(self, args: argparse.Namespace, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.quiet = args.quiet or args.json
-        self.verbose = args.verbose
-        self.bar: Any = None
-        self.last = time.monotonic()
-
-    def __enter__(self) -> Callable[[int, int, str], None]:
-        if not self.quiet and not self.verbose and self.stream.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(unit="B", unit_scale=True, file=self.stream)
-        return self._step
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def _step(self, done: int, total: int, what: str) -> None:
-        from .errors import printable
-
-        if self.quiet:
-            return
-        if self.bar is not None:
-            self.bar.total = total
-            self.bar.set_postfix_str(printable(what, 40), refresh=False)
-            self.bar.update(done - self.bar.n)
-        elif self.verbose:
-            print(f"{_size(done)} of {_size(total)}: {printable(what)}", file=self.stream)
-        elif time.monotonic() - self.last >= self.EVERY_S or done == total:
-            self.last = time.monotonic()
-            print(
-                f"{_size(done)} of {_size(total)} ({done / total:.0%})" if total else "nothing to read",
-                file=self.stream,
-            )
+    if args.quiet or args.json:
+        yield lambda *_: None
+    elif args.verbose or not sys.stderr.isatty():
+        yield line
+    else:
+        with bar() as step:
+            yield step

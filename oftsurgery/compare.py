@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from . import peft_live
 from .errors import MatchError, NonFiniteError, ShapeError, StateError, printable
 from .model import inner_model, modules_of, record_of
+from .record import plain
 
-__all__ = ["OutputError", "VerifyReport", "verify"]
+__all__ = ["OutputError", "VerifyReport", "batches_of", "eval_mode", "verify"]
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers."""
-        return {
-            "modules": {path: asdict(e) for path, e in self.modules.items()},
-            "outputs": {name: asdict(e) for name, e in self.outputs.items()},
-            "batches": self.batches,
-            "plain": {name: asdict(e) for name, e in self.plain.items()},
-            "uncalled": list(self.uncalled),
-        }
+        return dict(plain(self))
 
     def __str__(self) -> str:
         rows = [
@@ -122,6 +117,10 @@ class _Meter:
         return OutputError(relative, self.max_abs, self.distance / self.vectors if self.vectors else 0.0)
 
 
+def _measured(meters: Mapping[str, _Meter]) -> Mapping[str, OutputError]:
+    return MappingProxyType({name: meter.result() for name, meter in meters.items()})
+
+
 @torch.no_grad()
 def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Module | None = None) -> VerifyReport:
     """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to
@@ -160,8 +159,8 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
     outputs: dict[str, _Meter] = {}
     beside: dict[str, _Meter] = {}
     batches = 0
-    with _eval_mode(folded), _eval_mode(reference), _eval_mode(folded if plain is None else plain):
-        for args, kwargs in _batches(inputs):
+    with eval_mode(folded), eval_mode(reference), eval_mode(folded if plain is None else plain):
+        for args, kwargs in batches_of(inputs):
             with _compared(modules, mine, theirs):
                 expected = dict(_tensors(reference(*args, **kwargs)))
             got = dict(_tensors(folded(*args, **kwargs)))
@@ -177,13 +176,9 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
             batches += 1
     if not batches:
         raise StateError("no inputs to compare on", remedy="give at least one batch")
-    return VerifyReport(
-        MappingProxyType({path: meter.result() for path, meter in modules.items() if meter.calls}),
-        MappingProxyType({name: meter.result() for name, meter in outputs.items()}),
-        batches,
-        MappingProxyType({name: meter.result() for name, meter in beside.items()}),
-        tuple(path for path, meter in modules.items() if not meter.calls),
-    )
+    called = {path: meter for path, meter in modules.items() if meter.calls}
+    uncalled = tuple(path for path in modules if path not in called)
+    return VerifyReport(_measured(called), _measured(outputs), batches, _measured(beside), uncalled)
 
 
 @contextmanager
@@ -209,7 +204,8 @@ def _compared(
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module gets its training flag back."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -219,7 +215,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _batches(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """``(args, kwargs)`` of a model's forward for each batch of ``inputs``, of which :func:`verify` says what they are."""
     if isinstance(inputs, (Tensor, tuple, Mapping)) or not isinstance(inputs, Iterable):
         inputs = [inputs]
     for batch in inputs:
@@ -242,3 +239,6 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from _tensors(item, f"{name}.{i}".lstrip("."))
+
+
+_batches, _eval_mode = batches_of, eval_mode  # inputs.py still asks for them by these names

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingDependencyError
+from .errors import needs
 from .record import FoldRecord
 from .summary import LEVELS, Scale, Stack, check_figures, degrees, layout, percent
 
@@ -32,12 +32,8 @@ def figures(record: FoldRecord) -> dict[str, bytes]:
         MissingDependencyError: matplotlib is not installed.
     """
     check_figures(record)
-    try:
+    with needs("matplotlib", "pip install 'oftsurgery[report]'"):
         import matplotlib as mpl
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed", remedy="pip install 'oftsurgery[report]'"
-        ) from error
     if not record.modules:
         return {}
     errors = {path: m.error for path, m in record.modules.items()}

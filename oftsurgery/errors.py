@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -39,7 +40,10 @@ __all__ = [
     "UnfoldWarning",
     "UntieWarning",
     "WeakAdapterWarning",
+    "causes",
+    "needs",
     "printable",
+    "told_of",
     "warn_caller",
     "without_tokens",
 ]
@@ -63,6 +67,14 @@ def printable(text: object, limit: int = 200) -> str:
     text = without_tokens(str(text))
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     return out if len(out) <= limit else out[: limit - 1] + "…"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -133,20 +145,29 @@ class OFTSurgeryError(Exception):
         """The same error, told of ``module``, unless it already names one."""
         if self.module is not None:
             return self
-        fields = {k: getattr(self, k) for k in _FIELDS} | {"module": module}
-        return _rebuild(type(self), self.message, fields)
+        return _rebuild(type(self), self.message, self._fields | {"module": module})
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        names = ("tensor", "module", "shape", "expected", "format", "path", "remedy")
+        return {name: getattr(self, name) for name in names}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # keyword-only arguments do not survive Exception's own pickling (multiprocessing, concurrent.futures)
-        fields = {k: getattr(self, k) for k in _FIELDS}
-        return (_rebuild, (type(self), self.message, fields))
-
-
-_FIELDS = ("tensor", "module", "shape", "expected", "format", "path", "remedy")
+        return (_rebuild, (type(self), self.message, self._fields))
 
 
 def _rebuild(cls: type[OFTSurgeryError], message: str, fields: dict[str, Any]) -> OFTSurgeryError:
     return cls(message, **fields)
+
+
+@contextmanager
+def told_of(module: str) -> Iterator[None]:
+    """Errors in the body as :meth:`OFTSurgeryError.within` tells them of ``module``."""
+    try:
+        yield
+    except OFTSurgeryError as error:
+        raise error.within(module) from error.__cause__
 
 
 class AdapterError(OFTSurgeryError):
@@ -213,6 +234,15 @@ class UndoError(OFTSurgeryError):
 
 class MissingDependencyError(OFTSurgeryError, ImportError):
     """An optional dependency is not installed; the remedy names the extra that brings it."""
+
+
+@contextmanager
+def needs(package: str, remedy: str) -> Iterator[None]:
+    """An import in the body that fails is a :class:`MissingDependencyError` of ``package``."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(f"{package} is not installed", remedy=remedy) from error
 
 
 class RoundingWarning(UserWarning):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -11,23 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import peft_live
-from .adapter import OFTAdapter, common_paths
+from . import live, peft_live
+from .adapter import OFTAdapter
 from .codecs import EncodedWeight
 from .errors import (
     ExtractionError,
     ExtractionWarning,
     FormatError,
     MatchError,
-    OFTSurgeryError,
     StateError,
     printable,
+    told_of,
     warn_caller,
 )
 from .extraction import BlockSizeCurve, ExtractedRotation, choose_block_size, extract_encoded, unrotated
 from .folder_store import FolderStore
 from .layers import Layer
-from .model import Progress, inner_model, modules_of
+from .model import inner_model, modules_of
+from .progress import Progress
 from .shards import Checkpoint
 
 __all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
@@ -101,7 +102,7 @@ def _extract(
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
     for pair in pairs:
-        with _within(pair.path):
+        with told_of(pair.path):
             base, merged = pair.read()
             if base.format.shape != merged.format.shape:
                 unexplained.append(pair.path)
@@ -112,7 +113,7 @@ def _extract(
     if not turned:
         raise ExtractionError(
             "no weight is rotated"
-            + (f"; {len(unexplained)} tensors differ otherwise: {common_paths(unexplained)}" if unexplained else ""),
+            + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
             remedy="give the base and the model that an adapter was merged into",
         )
     sizes = dict.fromkeys((f for _, f in changed.values()), block_size or 0)
@@ -120,7 +121,7 @@ def _extract(
         sizes = _detect(turned, changed)
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
-        with _within(pair.path):
+        with told_of(pair.path):
             found = extract_encoded(*pair.read(), sizes[changed[pair.path][1]], embedding=pair.embedding)
         if found.explained > 0 or block_size is not None:
             report[pair.path] = found
@@ -137,20 +138,6 @@ def _extract(
     )
     _say(adapter)
     return adapter
-
-
-class _within:  # noqa: N801 - reads as a function
-    """Errors inside are told of this module."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OFTSurgeryError):
-            raise error.within(self.path) from error.__cause__
 
 
 def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
@@ -183,22 +170,26 @@ def _say(adapter: ExtractedAdapter) -> None:
     bounded = [path for path, r in adapter.report.items() if r.bounded]
     if bounded:
         said.append(
-            f"{len(bounded)} turn by nearly π, more than a generator holds, and were bounded: {common_paths(bounded)}"
+            f"{len(bounded)} turn by nearly π, more than a generator holds, and were bounded: {_first(bounded)}"
         )
     if adapter.unexplained:
         said.append(
-            f"{len(adapter.unexplained)} tensors differ by no rotation, and are not in the adapter: {common_paths(adapter.unexplained)}"
+            f"{len(adapter.unexplained)} tensors differ by no rotation, and are not in the adapter: {_first(adapter.unexplained)}"
         )
     if said:
         warn_caller("; ".join(said), ExtractionWarning)
 
 
+def _first(names: Iterable[str], limit: int = 3) -> str:
+    found = list(names)
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return ", ".join(map(printable, found[:limit])) + more
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, up to the narrower's dtype."""
     a, b = a.detach().cpu(), b.detach().cpu()
-    if a.shape != b.shape:
-        return False
-    if a.is_floating_point() != b.is_floating_point():
+    if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
     narrow = min((a.dtype, b.dtype), key=lambda d: (d.itemsize, d != a.dtype))
     return torch.equal(a.to(narrow), b.to(narrow))
@@ -212,8 +203,7 @@ def extract_from_models(
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
-        live = [m for m in model.modules() if type(m).__module__ == "oftsurgery.live"]
-        if live or peft_live.has_live_layers(inner_model(model)):
+        if live.live_layers(model) or peft_live.has_live_layers(inner_model(model)):
             raise StateError(
                 f"the {name} carries live adapters",
                 remedy="fold them first (oftsurgery.fold), or give the plain model",

@@ -6,16 +6,16 @@ The disk is touched here, in :mod:`~oftsurgery.shards` (tensors), :mod:`~oftsurg
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .errors import AdapterError, CheckpointError, MissingDependencyError, printable
+from .errors import AdapterError, CheckpointError, needs, printable
+from .shards import sha256_of
 
 __all__ = ["AdapterFiles", "find_adapter", "find_checkpoint", "read_adapter"]
 
@@ -43,17 +43,13 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
         raise AdapterError(
             "an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}"
         )
-    if (
-        not isinstance(path_or_repo, str)
-        or str(path_or_repo).count("/") != 1
-        or str(path_or_repo).startswith((".", "~", "/"))
-    ):
+    if not _is_hub_id(path_or_repo):
         raise AdapterError(
             "no such folder",
             path=path,
             remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'",
         )
-    return _download(str(path_or_repo), revision)
+    return _download(str(path_or_repo), revision, (CONFIG, TENSORS))
 
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None, whole: bool = False) -> Path:
@@ -66,35 +62,28 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None =
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
-    if (
-        path.exists()
-        or not isinstance(path_or_repo, str)
-        or str(path_or_repo).count("/") != 1
-        or str(path_or_repo).startswith((".", "~", "/"))
-    ):
+    if path.exists() or not _is_hub_id(path_or_repo):
         raise CheckpointError(
             "no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
         )
     try:
-        return _download(
-            str(path_or_repo),
-            revision,
-            None
-            if whole
-            else ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"],
-        )
+        return _download(str(path_or_repo), revision, None if whole else _NEEDED)
     except AdapterError as error:
         raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
 
 
-def _download(repo: str, revision: str | None, patterns: Sequence[str] | None = (CONFIG, TENSORS)) -> Path:
-    try:
+# what a fold needs of a repository
+_NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
+
+
+def _is_hub_id(place: str | PathLike[str]) -> bool:
+    return isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
+
+
+def _download(repo: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+    with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingDependencyError(
-            "huggingface-hub is not installed", remedy="pip install huggingface-hub, or give a local folder"
-        ) from error
     try:
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns))
@@ -133,28 +122,21 @@ def read_adapter(folder: Path) -> AdapterFiles:
         raise AdapterError(
             f"the folder has no {TENSORS}", path=folder, remedy="save the adapter again with peft's save_pretrained"
         )
-    return _read_json(config_path), _read_tensors(tensors_path), _sha256(tensors_path)
+    return _read_json(config_path), _read_tensors(tensors_path), sha256_of(tensors_path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    def wrong(message: str) -> AdapterError:
+        return AdapterError(message, path=path, remedy="restore the file that peft wrote")
+
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterError(
-            f"a config of {path.stat().st_size} bytes is no config",
-            path=path,
-            remedy="restore the file that peft wrote",
-        )
+        raise wrong(f"a config of {path.stat().st_size} bytes is no config")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"the config is no JSON ({printable(error)})", path=path, remedy="restore the file that peft wrote"
-        ) from error
+        raise wrong(f"the config is no JSON ({printable(error)})") from error
     if not isinstance(config, dict):
-        raise AdapterError(
-            f"the config is a JSON {type(config).__name__}, not an object",
-            path=path,
-            remedy="restore the file that peft wrote",
-        )
+        raise wrong(f"the config is a JSON {type(config).__name__}, not an object")
     return config
 
 
@@ -163,20 +145,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        tensors: Mapping[str, Tensor] = load_file(path)
+        return dict(load_file(path))
     except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(
             f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})",
             path=path,
             remedy="copy or download the file again",
         ) from error
-    return dict(tensors)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )

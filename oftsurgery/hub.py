@@ -24,19 +24,18 @@ from .errors import (
     CheckpointError,
     HubError,
     IntegrityError,
-    MissingDependencyError,
     OFTSurgeryError,
     StateError,
+    causes,
+    needs,
     printable,
     without_tokens,
 )
-from .record import FoldRecord
+from .progress import Progress
+from .record import FoldRecord, plain
 from .shards import inside
 
 __all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
-
-#: called with (bytes done, bytes in all, what)
-Progress = Callable[[int, int, str], None]
 
 _TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data")
 _LARGE = 10_000_000  # bytes from which a file is uploaded by itself, before the commit
@@ -85,11 +84,7 @@ class PushReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "files": dict(self.files), "bytes": self.nbytes} | {
-            "changed": list(self.changed),
-            "left_out": list(self.left_out),
-            "pictures": list(self.pictures),
-        }
+        return plain(vars(self)) | {"bytes": self.nbytes, "pictures": list(self.pictures)}  # type: ignore[no-any-return]
 
 
 def push_to_hub(
@@ -258,14 +253,14 @@ def send(
         return sending.run(message)
 
 
+@dataclass
 class _Sending:
     """One push: what it has done so far."""
 
-    def __init__(self, report: PushReport, api: Any, progress: Progress | None) -> None:
-        self.report = report
-        self.api = api
-        self.progress = progress
-        self.uploaded: dict[str, int] = {}
+    report: PushReport
+    api: Any
+    progress: Progress | None
+    uploaded: dict[str, int] = field(default_factory=dict)
 
     def left(self) -> str:
         """What an error says about the state of things."""
@@ -402,12 +397,8 @@ def _card(folder: Path, there: Path | None, report: PushReport) -> str:
 
 
 def _token(token: str | None) -> str:
-    try:
+    with needs("huggingface-hub", "pip install huggingface-hub"):
         from huggingface_hub import get_token
-    except ImportError as error:
-        raise MissingDependencyError(
-            "huggingface-hub is not installed", remedy="pip install huggingface-hub"
-        ) from error
     found = token or get_token()
     if not found:
         raise HubError("no token of the Hub", remedy=_LOGIN)
@@ -458,9 +449,7 @@ def _talking(doing: str, token: str, left: Callable[[], str] | str) -> Iterator[
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    chain = [*causes(error)]
     answered = next((e for e in chain if getattr(e, "response", None) is not None), None)
     if answered is None:
         name = type(chain[-1]).__name__

@@ -21,18 +21,19 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import codecs, peft_live, rotations
-from .adapter import Cayley, OFTAdapter, Rotation
+from .adapter import Cayley, OFTAdapter, Rotation, coft_radius
 from .codecs import EncodedWeight
 from .engine import warn_of_idle
-from .errors import AdapterError, FormatError, MatchError, OFTSurgeryError, StateError, printable
+from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of
 from .hashing import hash_tensors
 from .layers import Layer
 from .live_store import LiveStore
@@ -254,16 +255,13 @@ class LiveLayer(nn.Module):
         if layer._is_4bit:
             self._stay_differentiable(layer)
 
-    @classmethod
-    def _takes(cls, layer: Layer) -> bool:
-        raise NotImplementedError
-
     def _check_base(self, layer: Layer) -> Layer:
-        if not self._takes(layer):
+        meant = _class_for(layer)
+        if not isinstance(self, meant):
             raise FormatError(
                 f"live.{type(self).__name__} does not take a {type(layer.module).__name__}",
                 module=layer.path,
-                remedy=f"for this one there is live.{_class_for(layer).__name__}",
+                remedy=f"for this one there is live.{meant.__name__}",
             )
         return layer
 
@@ -374,15 +372,7 @@ class LiveLayer(nn.Module):
         return self._disabled
 
     def _check_known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.oft_R]
-        if unknown:
-            raise StateError(
-                f"the layer has no adapter {', '.join(map(printable, unknown))}",
-                module=self._name,
-                remedy=f"it has {', '.join(map(printable, self.oft_R)) or 'none'}",
-            )
-        if len(set(names)) < len(names):
-            raise StateError("an adapter is named twice", module=self._name, remedy="name each adapter once")
+        _check_known(names, [*self.oft_R], "the layer has no adapter", self._name)
 
     def _rotations(self, names: Sequence[str]) -> list[LiveRotation]:
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
@@ -504,11 +494,9 @@ class LiveLayer(nn.Module):
                 remedy="unmerge() first, then merge all of them at once: merge(adapter_names=[…])",
             )
         layer = Layer(self._name, self.base_layer)
-        try:
+        with told_of(self._name):
             encoded, home = layer.read()
             folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
-        except OFTSurgeryError as error:
-            raise error.within(self._name) from error.__cause__
         held = _Held.of(layer)
         layer.write(folded.encoded, park=False)
         if not self._shared:
@@ -544,17 +532,9 @@ class LiveLayer(nn.Module):
 class Linear4bit(LiveLayer):
     """Live layer over :class:`bitsandbytes.nn.Linear4bit` (NF4, FP4)."""
 
-    @classmethod
-    def _takes(cls, layer: Layer) -> bool:
-        return layer.kind != "embedding" and layer._is_4bit
-
 
 class Linear8bitLt(LiveLayer):
     """Live layer over :class:`bitsandbytes.nn.Linear8bitLt`."""
-
-    @classmethod
-    def _takes(cls, layer: Layer) -> bool:
-        return layer.kind != "embedding" and layer._is_8bit
 
 
 class Linear(LiveLayer):
@@ -562,23 +542,17 @@ class Linear(LiveLayer):
     :class:`torch.nn.Conv2d`.
     """
 
-    @classmethod
-    def _takes(cls, layer: Layer) -> bool:
-        return layer.kind != "embedding" and not layer._is_4bit and not layer._is_8bit
-
 
 class Embedding(LiveLayer):
     """Live layer over :class:`torch.nn.Embedding` and bitsandbytes' quantised ones: rotates the embeddings that it
     looks up.
     """
 
-    @classmethod
-    def _takes(cls, layer: Layer) -> bool:
-        return layer.kind == "embedding"
-
 
 def _class_for(layer: Layer) -> type[LiveLayer]:
-    return next(c for c in (Embedding, Linear4bit, Linear8bitLt, Linear) if c._takes(layer))
+    if layer.kind == "embedding":
+        return Embedding
+    return Linear4bit if layer._is_4bit else Linear8bitLt if layer._is_8bit else Linear
 
 
 def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
@@ -703,7 +677,7 @@ def wrap_model(
                 radius = _radius(adapter, rotation)
                 if base in layers:
                     layers[base].add_adapter(name, rotation, radius=radius)
-                    journal.append(lambda layer=layers[base], name=name: layer.delete_adapter(name))  # type: ignore[misc]
+                    journal.append(partial(layers[base].delete_adapter, name))
                 else:
                     journal.append(_restore_4bit(base))
                     layers[base] = _class_for(Layer(path, base))(
@@ -758,7 +732,7 @@ def _swap(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo])
         for name, child in list(parent._modules.items()):
             if id(child) in table:
                 parent._modules[name] = table[id(child)]
-                journal.append(lambda parent=parent, name=name, child=child: parent._modules.update({name: child}))  # type: ignore[misc]
+                journal.append(partial(parent._modules.__setitem__, name, child))
 
 
 def _separate(
@@ -782,7 +756,7 @@ def _separate(
                 own._parameters[key] = parameter
         above, _, name = path.rpartition(".")
         slots = inner_model(modules[above])._modules
-        journal.append(lambda slots=slots, name=name, base=base: slots.update({name: base}))  # type: ignore[misc]
+        journal.append(partial(slots.__setitem__, name, base))
         slots[name] = own
         twins[own] = (base,)
     return twins
@@ -804,7 +778,7 @@ def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
             if not isinstance(module, cls) or _FAST in module.__dict__ or not hasattr(module, name):
                 continue
             if any(isinstance(m, LiveLayer) for m in module.modules()):
-                journal.append(lambda module=module, name=name: _take_fast_path(module, name))  # type: ignore[misc]
+                journal.append(partial(_take_fast_path, module, name))
                 _leave_fast_path(module, name, slow)
 
 
@@ -841,22 +815,19 @@ def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[U
         for name, parameter in module._parameters.items():
             wanted = f"{path}.{name}".lstrip(".") in trained
             if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point():
-                journal.append(lambda parameter=parameter, was=parameter.requires_grad: parameter.requires_grad_(was))  # type: ignore[misc]
+                journal.append(partial(setattr, parameter, "requires_grad", not wanted))
                 parameter.requires_grad_(wanted)
 
 
 def _radius(adapter: OFTAdapter, rotation: Rotation) -> float | None:
     """COFT's bound of ``‖Q‖_F`` a block, by the adapter's dialect; None without COFT."""
-    if not adapter.config.get("coft"):
-        return None
-    eps, rows, b = float(adapter.config.get("eps", 6e-5)), rotation.generator.shape[0], rotation.block_size
+    rows, width = rotation.generator.shape[0], 1
     if adapter.dialect == "peft-0.13":
-        eps *= b * b
+        width = rotation.block_size
     elif adapter.dialect == "peft-0.15":
         out = 0 if rotation.scale is None else rotation.scale.shape[0]
-        r = int(adapter.config["r"]) if adapter.config.get("block_share") else rows
-        eps *= (-(-out // r)) ** 2
-    return float(eps / math.sqrt(rows))
+        width = -(-out // (int(adapter.config.get("r") or rows) if adapter.config.get("block_share") else rows))
+    return coft_radius(adapter.config, rows, width)
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -887,8 +858,6 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     layers = _wrapped(model)
     _check_names(layers, names)
-    if len(set(names)) < len(names):
-        raise StateError("an adapter is named twice", remedy="name each adapter once")
     wanted = {path: [name for name in names if name in layer.oft_R] for path, layer in layers.items()}
     for path, layer in layers.items():
         layer._check_chain(layer._rotations(wanted[path]))
@@ -1003,12 +972,12 @@ def strip(model: nn.Module) -> list[Undo]:
         for cls, (name, slow) in _FAST_PATHS.items():
             if isinstance(module, cls) and _FAST in module.__dict__:
                 _take_fast_path(module, name)
-                journal.append(lambda module=module, name=name, slow=slow: _leave_fast_path(module, name, slow))  # type: ignore[misc]
+                journal.append(partial(_leave_fast_path, module, name, slow))
     for layer in layers.values():
         base: Any = layer.base_layer
         if layer._packed_before is not None:
             base.support_avx512bf16_for_cpu = layer._packed_before
-            journal.append(lambda base=base: setattr(base, "support_avx512bf16_for_cpu", False))  # type: ignore[misc]
+            journal.append(partial(setattr, base, "support_avx512bf16_for_cpu", False))
     origins = inner.__dict__.pop(_ATTRIBUTE, {})
     journal.append(lambda: inner.__dict__.update({_ATTRIBUTE: origins}))
     return journal
@@ -1036,13 +1005,20 @@ def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
 
 
 def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
-    known = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    known = dict.fromkeys(name for layer in layers.values() for name in layer.oft_R)
+    _check_known(names, known, "the model has no live adapter")
+
+
+def _check_known(names: Sequence[str], known: Collection[str], none: str, module: str | None = None) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise StateError(
-            f"the model has no live adapter {', '.join(map(printable, unknown))}",
-            remedy=f"it has {', '.join(map(printable, known))}",
+            f"{none} {', '.join(map(printable, unknown))}",
+            module=module,
+            remedy=f"it has {', '.join(map(printable, known)) or 'none'}",
         )
+    if len(set(names)) < len(names):
+        raise StateError("an adapter is named twice", module=module, remedy="name each adapter once")
 
 
 # --- dispatchers ------------------------------------------------------------------------------------------------------
@@ -1099,7 +1075,7 @@ def _dispatch(
 ) -> LiveLayer | None:
     base = target.base_layer if isinstance(target, LiveLayer) else target
     layer = Layer(type(base).__name__, base)
-    if not isinstance(base, nn.Linear) or not kw.get(loaded, True) or not cls._takes(layer):
+    if not isinstance(base, nn.Linear) or not kw.get(loaded, True) or _class_for(layer) is not cls:
         return None
     rotation, radius, dropout = _from_settings(kw, base.in_features)
     if isinstance(target, LiveLayer):
@@ -1141,8 +1117,8 @@ def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, floa
     cayley = Cayley()
     if s["use_cayley_neumann"]:
         cayley = Cayley(_number(s, "num_cayley_neumann_terms", numbers.Integral, 0, 1000))
-    radius = _number(s, "eps", numbers.Real, 0) / math.sqrt(rows) if s["coft"] else None
-    return Rotation(generator, cayley), radius, float(_number(s, "module_dropout", numbers.Real, 0, 1))
+    _number(s, "eps", numbers.Real, 0)
+    return Rotation(generator, cayley), coft_radius(s, rows), float(_number(s, "module_dropout", numbers.Real, 0, 1))
 
 
 def _number(

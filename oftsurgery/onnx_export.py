@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -15,25 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from . import card, configs, export, live, naming, onnx_graph, onnx_run, peft_live
-from .errors import CheckpointError, ExportError, MissingDependencyError, OFTSurgeryError, StateError, printable
+from .dtypes import NAMED
+from .errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
 from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
-from .record import FoldRecord
-from .shards import inside, read_json
+from .progress import Progress, without_bars
+from .record import FoldRecord, plain
+from .shards import inside, read_json, to_disk
 from .staging import Staging, check_apart, disk_errors
 
-__all__ = ["OnnxCheck", "OnnxReport", "Progress", "export_model", "load_model"]
+__all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
 
 GRAPH = "model.onnx"
 
-#: called before each stage with (stages done, stages in all, what comes)
-Progress = Callable[[int, int, str], None]
-
 _STAGES = 7
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-
-#: largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
+#: dtypes of a graph, and the largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
 
 _NAN_REMEDY = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
@@ -104,9 +100,8 @@ class OnnxReport:
     generation: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "versions", MappingProxyType(dict(self.versions)))
-        object.__setattr__(self, "quantized", MappingProxyType(dict(self.quantized)))
-        object.__setattr__(self, "dequantized", MappingProxyType(dict(self.dequantized)))
+        for name in ("quantized", "dequantized", "versions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
     def worst(self) -> float | None:
@@ -115,11 +110,7 @@ class OnnxReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        plain |= {name: dict(plain[name]) for name in ("quantized", "dequantized", "versions")}
-        plain |= {name: list(plain[name]) for name in ("inputs", "outputs", "repacked")}
-        plain["checks"] = [asdict(c) for c in self.checks]
-        return plain
+        return dict(plain(self))
 
 
 def export_model(
@@ -173,7 +164,8 @@ def export_model(
             with staging.writing(GRAPH) as path:
                 nbytes = onnx_graph.write(graph, path)
             for written in staging.folder.glob(f"{GRAPH}*"):
-                _sync(written)
+                with written.open("rb+") as file:
+                    to_disk(file)
             report = OnnxReport(
                 dtype=dtype,
                 opset=onnx_graph.OPSET,
@@ -208,12 +200,9 @@ def load_model(folder: Path) -> nn.Module:
         CheckpointError: transformers has no such model, or its weights are not all there.
         MissingDependencyError: transformers is not installed.
     """
-    try:
+    with needs("transformers", "pip install 'oftsurgery[peft]'"):
         import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            "transformers is not installed", remedy="pip install 'oftsurgery[peft]'"
-        ) from error
+        from transformers.utils import logging
     config = read_json(inside(folder, "config.json"))
     names = config.get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
@@ -223,7 +212,10 @@ def load_model(folder: Path) -> nn.Module:
             path=folder,
             remedy="load the model yourself and give it to oftsurgery.export_onnx",
         )
-    with naming.quiet(), _without_bars():
+    with (
+        naming.quiet(),
+        without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
+    ):
         try:
             model, found = cls.from_pretrained(
                 folder,
@@ -248,19 +240,6 @@ def load_model(folder: Path) -> nn.Module:
             remedy="oftsurgery doctor says what is wrong with it",
         )
     return model  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _outputs(task: Task, reference: nn.Module) -> list[str]:
@@ -297,14 +276,9 @@ def _checked_dtype(dtype: str) -> torch.dtype:
             format="bfloat16",
             remedy="dtype='float16', or 'float32' where float16 overflows",
         )
-    if name not in _DTYPES:
+    if name not in _TOLERANCE:
         raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
-    return _DTYPES[name]
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    return NAMED[name]
 
 
 # --- proof ------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from . import codecs
 from .codecs import WeightFormat
-from .errors import ExportError, MissingDependencyError, NonFiniteError, OFTSurgeryError, StateError, printable
+from .dtypes import name_of
+from .errors import ExportError, NonFiniteError, OFTSurgeryError, StateError, causes, needs, printable
 from .layers import Layer, offloaded
 from .model import inner_model
 from .sharing import share_model
@@ -53,11 +54,9 @@ def require_onnx() -> None:
     Raises:
         MissingDependencyError: one is not installed.
     """
-    try:
-        for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+    for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
+        with needs(name, "pip install 'oftsurgery[onnx]'"):
             importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(f"{name} is not installed", remedy="pip install 'oftsurgery[onnx]'") from error
 
 
 # --- the model over placeholders --------------------------------------------------------------------------------------
@@ -97,13 +96,8 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) ->
     """
     copy: Any = _bare_copy(model)
     _run_all_experts(copy)
-    builder = _Builder(dtype, quantized, _kept_in_float32(model, dtype))
-    for path, original, module in _pairs(model, copy):
-        layer = Layer(path, original)
-        new = builder.replacement(layer) if layer.bitsandbytes else builder.emptied(layer, module)
-        copy = _put(copy, module, new)
-    if getattr(getattr(copy, "config", None), "dtype", None) is not None:
-        copy.config.dtype = dtype
+    builder = _Builder(dtype, quantized, _dtypes(model, dtype))
+    copy = _rebuilt(model, copy, builder.placeholder, dtype)
     values = {
         name: builder.reads[id(p)]
         for name, p in (*copy.named_parameters(remove_duplicate=False), *copy.named_buffers(remove_duplicate=False))
@@ -115,12 +109,12 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) ->
 class _Builder:
     """Puts placeholders in place of weights, and notes what each stands for."""
 
-    def __init__(self, dtype: torch.dtype, quantized: bool, in_float32: Callable[[str], bool]) -> None:
+    def __init__(self, dtype: torch.dtype, quantized: bool, dtype_of: Callable[[str], torch.dtype]) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.dtype = dtype
         self.quantized = quantized
-        self.in_float32 = in_float32
+        self.dtype_of = dtype_of
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps them alive
         self.tied: dict[int, nn.Parameter] = {}  # by the original's
@@ -137,12 +131,15 @@ class _Builder:
     def parameter(self, original: Tensor, name: str, shape: Sequence[int], read: Read) -> nn.Parameter:
         """One placeholder for each tensor of the model, so that what is tied stays so."""
         if id(original) not in self.tied:
-            dtype = torch.float32 if self.in_float32(name) else self.dtype
+            dtype = self.dtype_of(name)
             with self.fake:
                 new = nn.Parameter(torch.empty(tuple(shape), dtype=dtype), requires_grad=False)
             self.reads[id(new)] = lambda: _narrowed(read(), dtype, name)
             self.tied[id(original)] = new
         return self.tied[id(original)]
+
+    def placeholder(self, layer: Layer, module: nn.Module) -> nn.Module:
+        return self.replacement(layer) if layer.bitsandbytes else self.emptied(layer, module)
 
     def emptied(self, layer: Layer, module: nn.Module) -> nn.Module:
         """``module`` with placeholders for its own parameters; buffers are small, and stay."""
@@ -166,7 +163,7 @@ class _Builder:
             value = _value(layer.module, local).cpu()
             # transformers computes its own (rotary frequencies) in float32, whatever the dtype of the weights
             computed = local in module._non_persistent_buffers_set and hasattr(module, "config")
-            if value.is_floating_point() and not computed and not self.in_float32(name):
+            if value.is_floating_point() and not computed and self.dtype_of(name) == self.dtype:
                 value = _narrowed(value, self.dtype, name)
             module._buffers[local] = value
         return module
@@ -185,8 +182,8 @@ class _Builder:
         if keep and reason is None:
             f = encoded.format
             self.kept[layer.path] = home.label
-            dtype = torch.float32 if self.in_float32(f"{layer.path}.weight") else self.dtype
-            new = (_Int8Linear if f.codec == "int8" else _Bnb4Linear)(f, dtype)
+            kind = _Int8Linear if f.codec == "int8" else _Bnb4Linear
+            new = kind(f, self.dtype_of(f"{layer.path}.weight"))
             for local, (shape, dtype, read) in _codes(layer).items():
                 new.register_buffer(local, self.empty(shape, dtype, read))
         else:
@@ -194,13 +191,11 @@ class _Builder:
                 self.dequantised[layer.path] = reason
             rows, columns = encoded.format.shape
             new = _plain(layer)
-            new.weight = self.parameter(
-                weight, f"{layer.path}.weight", (rows, columns), lambda: codecs.decode(layer.read()[0]).cpu()
-            )
+            read = functools.partial(_decoded, layer)
+            new.weight = self.parameter(weight, f"{layer.path}.weight", (rows, columns), read)
         if bias is not None:
-            new.bias = self.parameter(
-                bias, f"{layer.path}.bias", bias.shape, functools.partial(_value, layer.module, "bias")
-            )
+            read = functools.partial(_value, layer.module, "bias")
+            new.bias = self.parameter(bias, f"{layer.path}.bias", bias.shape, read)
         return new.eval()  # type: ignore[no-any-return]
 
 
@@ -313,18 +308,7 @@ def reference(model: nn.Module) -> nn.Module:
     """What the graph is compared with: a copy of ``model`` on the CPU that computes in float32 with the exact weights,
     each decoded when it is read, so that there is one at a time.
     """
-    copy: Any = _bare_copy(model)
-    for path, original, module in _pairs(model, copy):
-        layer = Layer(path, original)
-        new: Any = module
-        if layer.bitsandbytes:
-            new = _plain(layer)
-            new.bias = module._parameters.get("bias")
-        _compute_in_float32(layer, new)
-        copy = _put(copy, module, new.eval())
-    if getattr(getattr(copy, "config", None), "dtype", None) is not None:
-        copy.config.dtype = torch.float32
-    return copy  # type: ignore[no-any-return]
+    return _rebuilt(model, _bare_copy(model), _in_float32, torch.float32)
 
 
 def _plain(layer: Layer) -> nn.Module:
@@ -336,8 +320,14 @@ def _plain(layer: Layer) -> nn.Module:
     return nn.Linear(columns, rows, bias=False, device="meta")
 
 
-def _compute_in_float32(layer: Layer, new: nn.Module) -> None:
-    """Give ``new`` the values of the layer's module: small ones as they are, large ones to be read when they are used."""
+def _in_float32(layer: Layer, module: nn.Module) -> nn.Module:
+    """The module of a copy, or what stands for it, with the values of the layer's: small ones as they are, large ones to be
+    read when they are used.
+    """
+    new: Any = module
+    if layer.bitsandbytes:
+        new = _plain(layer)
+        new.bias = module._parameters.get("bias")
     original = layer.module
     reads: dict[str, Read] = {}
     for local, parameter in original._parameters.items():
@@ -353,6 +343,7 @@ def _compute_in_float32(layer: Layer, new: nn.Module) -> None:
         if buffer is not None:
             new._buffers[local] = _float32(original, local)
     _read_on_access(new, reads)
+    return new.eval()  # type: ignore[no-any-return]
 
 
 def _decoded(layer: Layer) -> Tensor:
@@ -395,10 +386,19 @@ def _bare_copy(model: nn.Module) -> nn.Module:
     return copy.eval()
 
 
-def _pairs(model: nn.Module, copy: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
-    """``(path, module of the model, module of its copy)``, each once."""
+def _rebuilt(
+    model: nn.Module, copy: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], dtype: torch.dtype
+) -> nn.Module:
+    """A copy of ``model`` that computes in ``dtype``, with what ``make`` gives for each layer in the place of the copy's
+    module.
+    """
     copies = dict(copy.named_modules())
-    return [(path, m, copies[path]) for path, m in inner_model(model).named_modules()]
+    for path, original in inner_model(model).named_modules():
+        copy = _put(copy, copies[path], make(Layer(path, original), copies[path]))
+    config: Any = getattr(copy, "config", None)
+    if getattr(config, "dtype", None) is not None:
+        config.dtype = dtype
+    return copy
 
 
 def _put(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
@@ -434,22 +434,21 @@ def _narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     new = value.cpu().to(dtype)
     if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
         raise NonFiniteError(
-            f"the weight is not finite in {str(dtype).removeprefix('torch.')}",
+            f"the weight is not finite in {name_of(dtype)}",
             tensor=name,
             remedy="export it as dtype='float32' (--dtype float32)",
         )
     return new
 
 
-def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which tensors transformers itself keeps in float32 in a half-precision model (T5's ``wo``)."""
-    parts = set(getattr(model, "_keep_in_fp32_modules", None) or ()) | set(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
-    if dtype == torch.float32 or not parts:
-        return lambda _: False
-    pattern = re.compile("|".join(rf"(^|\.){re.escape(p)}($|\.)" for p in sorted(parts)))
-    return lambda name: pattern.search(name) is not None
+def _dtypes(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype of each tensor in the graph: transformers itself keeps some in float32 in a half-precision model (T5's
+    ``wo``).
+    """
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    parts = sorted({part for name in names for part in getattr(model, name, None) or ()})
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(p)}($|\.)" for p in parts))
+    return lambda name: torch.float32 if parts and pattern.search(name) else dtype
 
 
 _EXPERTS = "oftsurgery_all_experts"
@@ -519,7 +518,8 @@ def capture(
     from onnxscript import optimizer
 
     args = tuple(tensor.contiguous() for tensor, _ in inputs.values())  # strides would become symbols
-    dims = _dims(inputs)
+    auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
+    dims = tuple({a: auto if name is None else dynamic for a, name in axes.items()} for _, axes in inputs.values())
     trail = _Trail(module)
     step("capture with torch.export")
     with _quiet():
@@ -552,14 +552,6 @@ def capture(
     for part in (model, model.graph, *nodes, *found):
         part.metadata_props.clear()  # paths and lines of this machine, and torch's own view of the graph
     return model
-
-
-def _dims(inputs: Mapping[str, tuple[Tensor, Mapping[int, str | None]]]) -> tuple[dict[int, Any], ...]:
-    hint = torch.export.Dim
-    return tuple(
-        {axis: hint.AUTO if name is None else hint.DYNAMIC for axis, name in axes.items()}
-        for _, axes in inputs.values()
-    )
 
 
 class _Trail:
@@ -611,9 +603,7 @@ def _not_captured(error: Exception, module: str) -> ExportError:
 
 def _not_translated(error: Exception, program: Any) -> ExportError:
     """Of an operator that has no translation: the deepest exception names it, and the captured graph says where it is."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    *_, cause = causes(error)
     reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     where = next((path for graph in _graphs(program) for path in _where(graph, reason)), None)
     return ExportError(
@@ -644,14 +634,11 @@ def _own_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (OFTSurgeryError, OSError)):
-            cause = cause.__cause__
-        if cause is not None:
-            raise cause from None
-        deepest: BaseException = error  # passes wrap each other's errors in their own words
-        while deepest.__cause__ is not None:
-            deepest = deepest.__cause__
+        chain = [*causes(error)]  # passes wrap each other's errors in their own words
+        own = next((cause for cause in chain if isinstance(cause, (OFTSurgeryError, OSError))), None)
+        if own is not None:
+            raise own from None
+        deepest = chain[-1]
         raise ExportError(
             f"the graph cannot be {what}: {type(deepest).__name__}: {printable(deepest, 400)}",
             remedy="report it, with the model's config",

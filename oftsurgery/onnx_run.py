@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Process", "Value"]
 
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(bool)": "bool",
-}
+# where numpy has another name of a dtype than onnxruntime
+_DTYPES = {"float": "float32", "double": "float64"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Value:
 
 
 class Process:
-    """onnxruntime with a graph, on the CPU.
+    """onnxruntime with a graph, on the CPU, until the end of the context.
 
     Args:
         path: of the graph.
@@ -59,44 +55,37 @@ class Process:
     """
 
     def __init__(self, path: Path, *, lean: bool = False) -> None:
-        self._command = [sys.executable, "-m", __name__, str(path), "lean" if lean else "usual"]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.inputs: tuple[Value, ...] = ()
-        self.outputs: tuple[Value, ...] = ()
-
-    def __enter__(self) -> Process:
         # modules are found where this process finds them, and nowhere else
-        path = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        places = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            [sys.executable, "-m", __name__, str(path), "lean" if lean else "usual"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": places, "PYTHONSAFEPATH": "1"},
         )
         try:
-            self.inputs, self.outputs = self._answer("load")
+            self.inputs, self.outputs = (tuple(Value(*facts) for facts in part) for part in self._answer("load"))
         except BaseException:
-            self.__exit__()
+            self._end()
             raise
+
+    def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        self._end()
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Outputs in the graph's order."""
-        assert self._process is not None  # noqa: S101 - used as a context
-        assert self._process.stdin is not None  # noqa: S101
         try:
-            pickle.dump(dict(feeds), self._process.stdin)
-            self._process.stdin.flush()
+            pickle.dump(dict(feeds), self._process.stdin)  # type: ignore[arg-type]
+            self._process.stdin.flush()  # type: ignore[union-attr]
         except OSError as error:
             raise self._ended("run") from error
         return self._answer("run")  # type: ignore[no-any-return]
 
     def _answer(self, what: str) -> Any:
-        assert self._process is not None  # noqa: S101
         try:
             answer, failed = pickle.load(self._process.stdout)  # type: ignore[arg-type]  # noqa: S301 - our own child
         except (EOFError, pickle.UnpicklingError) as error:
@@ -108,13 +97,17 @@ class Process:
             )
         return answer
 
+    def _end(self) -> bytes:
+        """What it said, if it is at work still."""
+        if self._process.returncode is not None:
+            return b""
+        self._process.kill()
+        return self._process.communicate()[1]
+
     def _ended(self, what: str) -> ExportError:
-        process, self._process = self._process, None
-        assert process is not None  # noqa: S101
-        process.kill()
-        said = process.communicate()[1].decode(errors="replace").strip().splitlines()
+        said = self._end().decode(errors="replace").strip().splitlines() or ["it said nothing"]
         return ExportError(
-            f"onnxruntime ended with code {process.returncode} when it had to {what} the graph: {printable(said[-1] if said else 'it said nothing', 400)}",
+            f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}",
             remedy="is there enough memory? verify=False (--no-verify) writes the graph without running it",
         )
 
@@ -137,7 +130,7 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
     except Exception as error:
         say(str(error), failed=True)
         return
-    say((tuple(map(_value, session.get_inputs())), tuple(map(_value, session.get_outputs()))))
+    say((tuple(map(_facts, session.get_inputs())), tuple(map(_facts, session.get_outputs()))))
     names = [o.name for o in session.get_outputs()]
     while True:
         try:
@@ -150,14 +143,13 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
             say(str(error), failed=True)
 
 
-def _value(found: Any) -> Value:
+def _facts(found: Any) -> tuple[str, str, tuple[str | int, ...]]:
+    """Those of a :class:`Value`."""
     kind = found.type.removeprefix("tensor(").removesuffix(")")
-    return Value(found.name, _DTYPES.get(found.type, kind), tuple(found.shape))
+    return found.name, _DTYPES.get(kind, kind), tuple(found.shape)
 
 
 if __name__ == "__main__":
-    from oftsurgery.onnx_run import _serve as serve  # so that what is pickled is of the package, not of __main__
-
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints, prints beside the answers
-    serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, out)
+    _serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, out)

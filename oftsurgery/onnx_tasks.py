@@ -99,9 +99,10 @@ def _set_config(model: nn.Module, **settings: Any) -> None:
                 setattr(config, name, value)
 
 
-def _without_flash(model: nn.Module) -> None:
+def _set_up(model: nn.Module, *, use_cache: bool) -> None:
+    _set_config(model, use_cache=use_cache, return_dict=True)
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if implementation not in (None, "eager", "sdpa"):
+    if implementation not in (None, "eager", "sdpa"):  # no flash attention
         _set_config(model, _attn_implementation="sdpa")
 
 
@@ -166,8 +167,7 @@ class TextTask(Task):
         self.longest = max(1, min(_LONGEST, positions - first))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        _set_config(model, use_cache=False, return_dict=True)
-        _without_flash(model)
+        _set_up(model, use_cache=False)
         return _Named(model, self.names, lambda m, tensors: m(**dict(zip(self.names, tensors, strict=True))))
 
     def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - of integers
@@ -255,8 +255,7 @@ class CacheTask(TextTask):
         self.layers: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        _set_config(model, use_cache=True, return_dict=True)
-        _without_flash(model)
+        _set_up(model, use_cache=True)
         return _WithCache(model, self.names)
 
     def outputs(self, reference: nn.Module) -> list[str]:
@@ -395,8 +394,7 @@ class ExampleTask(Task):
         self.captured = self.examples
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        _set_config(model, use_cache=False, return_dict=True)
-        _without_flash(model)
+        _set_up(model, use_cache=False)
         if self.by_name:
             return _Named(
                 model, [*self.examples], lambda m, tensors: m(**dict(zip(self.examples, tensors, strict=True)))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import groupby
 from typing import Any
 
 from ._version import __version__
-from .errors import MissingDependencyError, StateError, printable
+from .errors import StateError, needs, printable
 from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .summary import (
     LEVELS,
@@ -52,22 +52,22 @@ class _Metric:
         id: of the section, and of the field in the record.
         title: of its map.
         column: its name in tables.
-        text: what it is.
         scale: of its colours, from its values.
         show: a value with its unit.
         unit: of the values in cells.
         short: a value without it.
+        extreme: what its largest value is called (of a ``wanted`` one, the value farthest below); None: not told.
         wanted: what a value should be, from which it is told how far below it lies; None: small is good.
     """
 
     id: str
     title: str
     column: str
-    text: str
     scale: Callable[[Sequence[float]], Scale]
     show: Callable[[float], str]
     unit: str
     short: Callable[[float], str]
+    extreme: str | None
     wanted: float | None = None
 
     def of(self, module: ModuleRecord) -> float | None:
@@ -89,88 +89,70 @@ _METRICS = (
         "error",
         "Error of storing the rotated weights",
         "error",
-        "How far each stored weight is from the exactly rotated one, ‖stored − exact‖ / ‖exact‖. The format's own grid "
-        "costs this: with 4 bits about 9 % is usual, and quantising the base cost about as much before.",
         Scale.of_errors,
         percent,
         "in %",
         _percents,
+        "worst",
     ),
     _Metric(
         "kept",
         "Kept: is the adapter still there?",
         "kept",
-        f"How much of what the adapter changed is in the stored weights, ⟨stored − base, exact − base⟩ / ‖exact − base‖². At 100 % "
-        f"all of it; below {ENOUGH:.0%} (marked !) the rounding has put a part back; at 0 % nothing is left of it. Of calibrated weights it "
-        "is measured on the layer's outputs.",
         Scale.to_one,
         lambda v: f"{100 * (1 - v):.1f}\N{NO-BREAK SPACE}%",
         "in %",
         lambda v: f"{100 * (1 - v):.0f}",
+        "least",
         wanted=1.0,
     ),
     _Metric(
         "rho",
         "ρ: the rounding beside the adapter",
         "ρ",
-        "The error beside what the adapter changed, ‖stored − exact‖ / ‖exact − base‖. It says nothing of the error's direction: a "
-        "weight may err by more than the adapter changed and still hold all of it.",
         Scale.to_one,
         lambda v: f"{v:.2f}",
         "a ratio",
         lambda v: f"{v:.2f}",
+        "worst",
     ),
     _Metric(
         "output_error",
         "Error of the layers' outputs",
         "output error",
-        "‖X (stored − exact)ᵀ‖ / ‖X exactᵀ‖ over the calibration texts' inputs X: what the error does to what the layer "
-        "computes.",
         Scale.of_errors,
         percent,
         "in %",
         _percents,
+        None,
     ),
     _Metric(
         "angle",
         "What the fine-tune moved",
         "angle",
-        "The largest angle by which the adapter turns any direction of a module's inputs. 0° is a module that the "
-        "fine-tune left alone.",
         Scale.from_zero,
         degrees,
         "in degrees",
         lambda v: degrees(v).removesuffix("°"),
+        "largest",
     ),
     _Metric(
         "defect",
         "Orthogonality defects",
         "defect",
-        "The largest ‖RᵀR − I‖₂ of a module's rotations R: how far from orthogonal they are. A truncated Neumann series "
-        "(peft's default) has a defect, which the live adapter has too and the fold reproduces.",
         Scale.of_defects,
         scientific,
         "a pure number",
         scientific,
+        "largest",
     ),
 )
 
-_WORDS = (
-    ("error", "‖stored − exact‖ / ‖exact‖ (Frobenius): rounding of the exactly rotated weight to its storage format."),
-    (
-        "plain rounding",
-        "What the error would have been with bitsandbytes' own rounding, each value to its nearest code.",
-    ),
-    ("kept", "⟨stored − base, exact − base⟩ / ‖exact − base‖²: how much of what the adapter changed is there."),
-    ("ρ", "‖stored − exact‖ / ‖exact − base‖: the error beside what the adapter changed."),
-    ("output error", "The same error measured on a layer's outputs over calibration texts."),
-    ("angle", "The largest angle between a direction and its rotated self, over the module's blocks."),
-    ("defect", "‖RᵀR − I‖₂, 0 for an orthogonal R."),
-    (
-        "1 − cos",
-        "Mean of one minus the cosine between the two models' output vectors: 0 where they agree in direction.",
-    ),
-)
+# metric that rounding decides → the record's field of it with plain rounding, and that one's name and title in tables
+_PLAIN = {
+    "error": ("nearest", "plain rounding", "what the error would have been with plain rounding"),
+    "output_error": ("output_nearest", "plain, output", "the output error with plain rounding"),
+}
 
 
 def render(
@@ -217,12 +199,12 @@ def render(
         "sizes": _sizes(record, files or {}),
         "earlier": _earlier(record),
         "onnx": _onnx(record.extra.get("onnx")),
-        "words": _WORDS,
+        "enough": f"{ENOUGH:.0%}",
         "levels": range(LEVELS),
         "version": __version__,
     }
     facts["sections"] = [
-        *((m["id"], m["title"]) for m in maps),
+        *((m["id"], m["metric"].title) for m in maps),
         *([("histogram", "How the errors are spread")] if facts["histogram"] else []),
         *((check.section["id"], check.section["title"]) for check in checks),
         ("modules", "Every module"),
@@ -251,11 +233,9 @@ def headline(record: FoldRecord) -> dict[str, Any]:
 
 @cache
 def _template() -> Any:
-    try:
+    with needs("jinja2", "pip install jinja2"):
         import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("jinja2 is not installed", remedy="pip install jinja2") from error
-    from markupsafe import Markup
+        from markupsafe import Markup
 
     folder = resources.files(__package__) / "templates"
     html, style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
@@ -309,48 +289,39 @@ def _subtitle(record: FoldRecord, name: str | None) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> dict[str, str]:
+def _verdict(record: FoldRecord, checks: Sequence[_Check]) -> tuple[str, str, str]:
+    """``(tone, word, text)``"""
     modules = record.modules
+    weights = _count(len(modules), "weight")
     failed = [path for check in checks for path in check.failed]
     if failed:
-        return {
-            "tone": "warn",
-            "word": "Not as it should be.",
-            "text": f"{_count(len(failed), 'weight')} failed the comparison with base and adapter, the worst {printable(failed[0])}.",
-        }
+        text = f"{_count(len(failed), 'weight')} failed the comparison with base and adapter, the worst {printable(failed[0])}."
+        return "warn", "Not as it should be.", text
     if not modules:
-        return {"tone": "plain", "word": "Nothing was rotated.", "text": "The record names no weight."}
+        return "plain", "Nothing was rotated.", "The record names no weight."
     kept, weak = record.kept, record.weak
+    if kept is not None and weak:
+        worst = next(iter(weak))
+        first = "" if record.rounding == "preserve" else 'rounding="preserve", '
+        text = (
+            f"{kept:.0%} of what the adapter changed is kept; in {len(weak)} of {weights} less than {ENOUGH:.0%} (least in "
+            f"{printable(worst)}: {weak[worst]:.0%}). What helps: {first}calibrated rounding, int8 or bf16 as the format, or keeping the "
+            "adapter live."
+        )
+        return "warn", "Lost." if kept < 0.5 else "Partly lost.", text
     if kept is not None:
-        if weak:
-            worst = next(iter(weak))
-            first = "" if record.rounding == "preserve" else 'rounding="preserve", '
-            return {
-                "tone": "warn",
-                "word": "Lost." if kept < 0.5 else "Partly lost.",
-                "text": f"{kept:.0%} of what the adapter changed is kept; in {len(weak)} of {_count(len(modules), 'weight')} less than "
-                f"{ENOUGH:.0%} (least in {printable(worst)}: {weak[worst]:.0%}). What helps: {first}calibrated rounding, int8 or bf16 as "
-                "the format, or keeping the adapter live.",
-            }
         least = min((m.effect_kept, path) for path, m in modules.items() if m.effect_kept is not None)
-        return {
-            "tone": "good",
-            "word": "The adapter is still there.",
-            "text": f"{kept:.1%} of what the adapter changed is kept, over all weights; {least[0]:.1%} at least, in {printable(least[1])}.",
-        }
-    error = max(m.error for m in modules.values())
-    if error <= _ALMOST_EXACT:
-        return {
-            "tone": "good",
-            "word": "Stored almost exactly.",
-            "text": f"No weight is further than {percent(error)} from what the adapter computes.",
-        }
-    return {
-        "tone": "plain",
-        "word": "Rounded.",
-        "text": f"Weights are {percent(statistics.median(m.error for m in modules.values()))} in the median from what the adapter "
-        f"computes, {percent(error)} at most. The record does not tell how much of the adapter is kept.",
-    }
+        text = f"{kept:.1%} of what the adapter changed is kept, over all weights; {least[0]:.1%} at least, in {printable(least[1])}."
+        return "good", "The adapter is still there.", text
+    errors = [m.error for m in modules.values()]
+    if max(errors) <= _ALMOST_EXACT:
+        text = f"No weight is further than {percent(max(errors))} from what the adapter computes."
+        return "good", "Stored almost exactly.", text
+    text = (
+        f"Weights are {percent(statistics.median(errors))} in the median from what the adapter computes, {percent(max(errors))} at most. "
+        "The record does not tell how much of the adapter is kept."
+    )
+    return "plain", "Rounded.", text
 
 
 def _cards(record: FoldRecord, checks: Sequence[_Check], files: Mapping[str, int]) -> list[dict[str, str]]:
@@ -361,22 +332,13 @@ def _cards(record: FoldRecord, checks: Sequence[_Check], files: Mapping[str, int
         if not values:
             continue
         worst = max(values, key=lambda path: values[path])
-        if metric.id in ("error", "output_error"):
+        if metric.id in _PLAIN:
             plain = _plain_median(metric, record)
-            spread = [metric.show(_quantile(list(values.values()), share)) for share in (0.25, 0.75)]
-            note = (
-                f"plain rounding: {metric.show(plain)}" if plain is not None else f"half between {' and '.join(spread)}"
-            )
+            note = f"half between {_middle_half(values.values(), metric.show)}"
+            note = note if plain is None else f"plain rounding: {metric.show(plain)}"
             cards.append(_card(f"{metric.column}, median", metric.show(statistics.median(values.values())), note))
-        if metric.id != "output_error":
-            what = {
-                "error": "error, worst",
-                "kept": "kept, least",
-                "rho": "ρ, worst",
-                "angle": "angle, largest",
-                "defect": "defect, largest",
-            }
-            cards.append(_card(what[metric.id], metric.show(values[worst]), path=printable(worst)))
+        if metric.extreme:
+            cards.append(_card(f"{metric.column}, {metric.extreme}", metric.show(values[worst]), path=printable(worst)))
     cards += [card for check in checks for card in check.cards]
     sizes = _before_after(record, files)
     if sizes is not None:
@@ -395,8 +357,7 @@ def _plain_median(metric: _Metric, record: FoldRecord) -> float | None:
     """Median of what plain rounding would have cost, where it was measured and something else was done."""
     if not _compared(record):
         return None
-    name = {"error": "nearest", "output_error": "output_nearest"}.get(metric.id, "")
-    values = [v for m in record.modules.values() if (v := getattr(m, name, None)) is not None]
+    values = [v for m in record.modules.values() if (v := getattr(m, _PLAIN[metric.id][0])) is not None]
     return statistics.median(values) if values else None
 
 
@@ -435,13 +396,10 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
         }
 
     loose = [path for path in place.loose if path in values]
-    drawn = sorted(loose, key=lambda path: -values[path])[:_LOOSE] if len(loose) > _LOOSE else loose
+    drawn = loose if len(loose) <= _LOOSE else sorted(loose, key=lambda path: -values[path])[:_LOOSE]
     return {
         "id": f"map-{metric.id}",
-        "title": metric.title,
-        "column": metric.column,
-        "text": metric.text,
-        "unit": metric.unit,
+        "metric": metric,
         "reading": _reading(metric, values, place),
         "low": metric.show(scale.low),
         "high": metric.show(scale.high),
@@ -470,12 +428,7 @@ def _stack(stack: Stack, stacks: int, cell: Callable[[Sequence[str]], dict[str, 
     if len(layers) < len(stack.layers):
         notes.append(f"{len(stack.layers) - len(layers)} more layers are in the table of modules only")
     heads = [kind.rpartition(".") for kind in kinds]
-    groups: list[dict[str, Any]] = []
-    for group, _, _ in heads:
-        if groups and groups[-1]["name"] == printable(group):
-            groups[-1]["span"] += 1
-        else:
-            groups.append({"name": printable(group), "span": 1})
+    groups = [{"name": name, "span": len([*same])} for name, same in groupby(printable(group) for group, _, _ in heads)]
     return {
         "name": printable(stack.name),
         "note": "".join(f"; {note}" for note in notes),
@@ -548,8 +501,7 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
     _, plain = histogram(nearest, borders=borders) if nearest else ([], [0] * len(counts))
     top = max([*mine, *plain])
     return {
-        "text": f"How many weights have which error; the middle half lies between "
-        f"{percent(_quantile(errors, 0.25))} and {percent(_quantile(errors, 0.75))}.",
+        "text": f"How many weights have which error; the middle half lies between {_middle_half(errors, percent)}.",
         "plain": bool(nearest),
         "rows": [
             {
@@ -562,12 +514,11 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
     }
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def _middle_half(values: Iterable[float], show: Callable[[float], str]) -> str:
+    """Between what the middle half of the values lies."""
+    values = list(values)
+    first, _, last = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return f"{show(first)} and {show(last)}"
 
 
 # --- what verify measured ---------------------------------------------------------------------------------------------
@@ -624,6 +575,7 @@ def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
         [printable(name), percent(relative), scientific(largest), scientific(cosine)]
         for name, (relative, largest, cosine) in outputs.items()
     ]
+    head = ["output", "relative error", "largest difference", "1 − cos"]
     cards = [
         _card(f"end to end, {printable(name)}", scientific(cosine), f"1 − cos; relative error {percent(relative)}")
         for name, (relative, _, cosine) in list(outputs.items())[:2]
@@ -633,13 +585,7 @@ def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
             "id": "end-to-end",
             "title": "End to end",
             "text": f"The folded model beside the reference, over {_count(batches, 'batch', 'batches')} of inputs.",
-            "tables": [
-                {
-                    "caption": "How far the models' outputs are apart",
-                    "head": ["output", "relative error", "largest difference", "1 − cos"],
-                    "rows": rows,
-                }
-            ],
+            "tables": [_table("How far the models' outputs are apart", head, rows)],
         },
         cards,
         [],
@@ -668,26 +614,21 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
     )
     tables = []
     if failed:
-        tables.append(
-            {
-                "caption": "Weights that failed",
-                "head": ["module", "error", "plain rounding", "as recorded"],
-                "rows": [
-                    [
-                        printable(path),
-                        percent(errors[path]),
-                        percent(_figure(modules[path]["rounding"])),
-                        {True: "yes", False: "no"}.get(modules[path]["recorded"], "not recorded"),
-                    ]
-                    for path in failed[:_LOOSE]
-                ],
-            }
-        )
+        rows = [
+            [
+                printable(path),
+                percent(errors[path]),
+                percent(_figure(modules[path]["rounding"])),
+                {True: "yes", False: "no"}.get(modules[path]["recorded"], "not recorded"),
+            ]
+            for path in failed[:_LOOSE]
+        ]
+        tables.append(_table("Weights that failed", ["module", "error", "plain rounding", "as recorded"], rows))
     if wrong:
         caption = "Tensors and settings that are not what base and adapter give"
-        tables.append({"caption": caption, "head": ["what"], "rows": [[w] for w in wrong[:_LOOSE]]})
+        tables.append(_table(caption, ["what"], [[w] for w in wrong[:_LOOSE]]))
     if changed:
-        tables.append({"caption": "Files that are not as recorded", "head": ["file"], "rows": [[c] for c in changed]})
+        tables.append(_table("Files that are not as recorded", ["file"], [[c] for c in changed]))
     return _Check(
         {"id": "weights", "title": "Weight by weight", "text": text, "tables": tables},
         [_card("verified", f"{len(modules) - len(failed)} of {len(modules)}", "weights, against base and adapter")],
@@ -699,68 +640,60 @@ def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
 # --- the table of modules ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Column:
+    """A column of the modules' table: name, title, what it holds of the module at a path, and how that is shown."""
+
+    name: str
+    title: str
+    of: Callable[[str], Any]
+    show: Callable[[Any], str] = printable
+    number: bool = False
+
+    def cell(self, path: str) -> dict[str, Any]:
+        value = self.of(path)
+        key = None if not self.number else "" if value is None else repr(float(value))
+        text = "–" if value is None else self.show(value)
+        return {"key": key, "text": text, "weak": self.name == "kept" and (value or 0) > 1 - ENOUGH}
+
+
 def _modules(
     record: FoldRecord, shown: Sequence[str], rows: Mapping[str, str], checks: Sequence[_Check]
 ) -> dict[str, Any]:
-    columns: list[tuple[str, str, Callable[[str], tuple[float | None, str]]]] = []
-
-    def number(name: str, title: str, of: Callable[[str], float | None], show: Callable[[float], str]) -> None:
-        if any(of(path) is not None for path in record.modules):
-            columns.append((name, title, lambda p: (of(p), "–" if (v := of(p)) is None else show(v))))
-
-    def of(field: str) -> Callable[[str], float | None]:
-        return lambda path: getattr(record.modules[path], field, None)
+    def field(name: str) -> Callable[[str], Any]:
+        return lambda path: getattr(record.modules[path], name)
 
     def drawn(metric: _Metric) -> Callable[[str], float | None]:
         return lambda path: metric.of(record.modules[path])
 
+    columns: list[_Column] = []
     for metric in _METRICS:
-        number(metric.column, metric.title, drawn(metric), metric.show)
-        if metric.id == "error" and _compared(record):
-            number("plain rounding", "what the error would have been with plain rounding", of("nearest"), percent)
-        if metric.id == "output_error" and _compared(record):
-            number("plain, output", "the output error with plain rounding", of("output_nearest"), percent)
+        columns.append(_Column(metric.column, metric.title, drawn(metric), metric.show, number=True))
+        if metric.id in _PLAIN and _compared(record):
+            of, name, title = _PLAIN[metric.id]
+            columns.append(_Column(name, title, field(of), percent, number=True))
     for name, title, values in (check.column for check in checks):
-        number(name, title, values.get, percent)
-    texts: list[tuple[str, str, Callable[[ModuleRecord], str]]] = [
-        ("format", "how the weight is stored", lambda m: m.format),
-        ("rounding", "how this weight was rounded", lambda m: m.rounding),
-        ("side", "of the weight that the rotation is on", lambda m: m.side),
-        (
+        columns.append(_Column(name, title, values.get, percent, number=True))
+    columns = [column for column in columns if any(column.of(path) is not None for path in record.modules)]
+    columns += [
+        _Column("format", "how the weight is stored", field("format")),
+        _Column("rounding", "how this weight was rounded", field("rounding")),
+        _Column("side", "of the weight that the rotation is on", field("side")),
+        _Column(
             "block",
             "size of the rotation's blocks; several adapters have one each",
-            lambda m: "+".join(map(str, m.block_size)),
+            field("block_size"),
+            lambda sizes: "+".join(map(str, sizes)),
         ),
-        ("backend", "what computed the fold", lambda m: m.backend),
+        _Column("backend", "what computed the fold", field("backend")),
     ]
     left = len(record.modules) - len(shown)
     return {
         "text": _count(len(record.modules), "weight")
         + (f"; here the {len(shown)} with the largest errors, `oftsurgery show` lists all." if left else "."),
-        "columns": [
-            {"name": "module", "title": "path in the model", "number": False, "sorted": False},
-            *({"name": n, "title": t, "number": True, "sorted": n == "error"} for n, t, _ in columns),
-            *({"name": n, "title": t, "number": False, "sorted": False} for n, t, _ in texts),
-        ],
+        "columns": [_Column("module", "path in the model", str), *columns],
         "rows": [
-            {
-                "id": rows[path],
-                "path": printable(path),
-                "cells": [
-                    *(
-                        {
-                            "key": "" if v is None else repr(float(v)),
-                            "text": text,
-                            "weak": n == "kept" and (v or 0) > 1 - ENOUGH,
-                        }
-                        for n, (v, text) in ((n, get(path)) for n, _, get in columns)
-                    ),
-                    *(
-                        {"key": None, "text": printable(get(record.modules[path])), "weak": False}
-                        for _, _, get in texts
-                    ),
-                ],
-            }
+            {"id": rows[path], "path": printable(path), "cells": [column.cell(path) for column in columns]}
             for path in shown
         ],
     }
@@ -768,45 +701,42 @@ def _modules(
 
 # --- provenance -------------------------------------------------------------------------------------------------------
 
-_Fact = tuple[str, str, bool]
+# name, text, and whether that is code
+_Fact = tuple[str, str] | tuple[str, str, bool]
 
 
 def _adapter(adapter: AdapterInfo, index: int, count: int) -> dict[str, Any]:
     facts: list[_Fact] = [
-        ("name", _last(adapter.source), False),
-        ("dialect", printable(adapter.dialect), False),
+        ("name", _last(adapter.source)),
+        ("dialect", printable(adapter.dialect)),
         ("fingerprint", printable(adapter.fingerprint), True),
         (
             "SHA-256 of its tensors",
             printable(adapter.sha256) if adapter.sha256 else "not from a file",
             bool(adapter.sha256),
         ),
-        (
-            "base model in its config",
-            printable(_last(adapter.base_model)) if adapter.base_model else "not named",
-            False,
-        ),
-        ("peft version in its config", printable(adapter.peft_version or "not named"), False),
+        ("base model in its config", _last(adapter.base_model) if adapter.base_model else "not named"),
+        ("peft version in its config", printable(adapter.peft_version or "not named")),
     ]
     return {"title": "The adapter" if count == 1 else f"Adapter {index} of {count}, in the live order", "facts": facts}
 
 
 def _fold(record: FoldRecord) -> list[_Fact]:
-    facts: list[_Fact] = [("rounding", printable(record.rounding), False)]
+    facts: list[_Fact] = [("rounding", printable(record.rounding))]
     into = record.base.get("fold_into")
     if into is not None:
         said = {
             "quantized": "the quantised base, which a QOFT adapter is trained on",
             "original": "the original weights",
         }
-        facts.append(("which weights were rotated", said.get(into, printable(into)), False))
-    facts += [(printable(k), printable(v), False) for k, v in record.base.items() if k != "fold_into" and v is not None]
+        facts.append(("which weights were rotated", said.get(into, printable(into))))
+    facts += [(printable(k), printable(v)) for k, v in record.base.items() if k != "fold_into" and v is not None]
     if record.saved:
-        facts.append(("replaced by the adapter's own", f"{_count(len(record.saved), 'tensor')}", False))
+        facts.append(("replaced by the adapter's own", f"{_count(len(record.saved), 'tensor')}"))
     untied = [path for path, m in record.modules.items() if m.untied]
     if untied:
-        facts.append(("untied", ", ".join(map(printable, untied[:10])), False))
-    facts.append(("versions", ", ".join(f"{printable(k)} {printable(v)}" for k, v in record.versions.items()), False))
+        facts.append(("untied", ", ".join(map(printable, untied[:10]))))
+    facts.append(("versions", ", ".join(f"{printable(k)} {printable(v)}" for k, v in record.versions.items())))
     return facts
 
 
@@ -824,7 +754,7 @@ def _sizes(record: FoldRecord, files: Mapping[str, int]) -> dict[str, Any] | Non
         if key in sizes
     ]
     rows += [[f"in the folder: {what}", size(n), f"{n:,}"] for what, n in files.items() if n]
-    return {"caption": "Sizes", "head": ["what", "size", "bytes"], "rows": rows} if rows else None
+    return _table("Sizes", ["what", "size", "bytes"], rows) if rows else None
 
 
 def _earlier(record: FoldRecord) -> dict[str, Any] | None:
@@ -845,7 +775,7 @@ def _earlier(record: FoldRecord) -> dict[str, Any] | None:
     if not rows:
         return None
     head = ["fold", "adapter", "dialect", "fingerprint", "weights", "median error", "worst error"]
-    return {"caption": "What the model carried before this fold", "words": 4, "head": head, "rows": rows}
+    return _table("What the model carried before this fold", head, rows, words=4)
 
 
 def _onnx(value: object) -> dict[str, Any] | None:
@@ -857,13 +787,13 @@ def _onnx(value: object) -> dict[str, Any] | None:
     for key, item in value.items():
         name = printable(key).replace("_", " ")
         if key == "nbytes" and is_figure(item):
-            facts.append(("weights of the graph", size(item), False))
+            facts.append(("weights of the graph", size(item)))
         elif key == "checks" and isinstance(item, (list, tuple)) and all(map(_is_check, item)):
             if item:
                 tables.append(_comparisons(item))
         elif isinstance(item, Mapping) and len(item) > 6 and all(isinstance(v, str) for v in item.values()):
             counts = Counter(item.values()).most_common(10)
-            facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts), False))
+            facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts)))
         else:
             facts += _flat(item, name)
     return {"facts": facts, "tables": tables}
@@ -881,7 +811,7 @@ def _comparisons(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for c in checks[:_LOOSE]
     ]
     caption = "onnxruntime beside torch: largest difference, relative to the largest value"
-    return {"caption": caption, "head": ["inputs", *map(printable, outputs)], "rows": rows}
+    return _table(caption, ["inputs", *map(printable, outputs)], rows)
 
 
 def _flat(value: object, name: str) -> list[_Fact]:
@@ -889,11 +819,16 @@ def _flat(value: object, name: str) -> list[_Fact]:
     if isinstance(value, Mapping):
         return [fact for key, item in value.items() for fact in _flat(item, f"{name} {printable(key)}")][:200]
     if isinstance(value, (list, tuple)):
-        return [(name, ", ".join(printable(v) for v in value[:50]) or "none", False)]
+        return [(name, ", ".join(printable(v) for v in value[:50]) or "none")]
     if value is None:
         return []
     shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else printable(value)
-    return [(name, f"{value:.4g}" if isinstance(value, float) else shown, False)]
+    return [(name, f"{value:.4g}" if isinstance(value, float) else shown)]
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> dict[str, Any]:
+    """A table of which the first ``words`` columns hold words, and the others figures."""
+    return {"caption": caption, "head": head, "rows": rows, "words": words}
 
 
 def _count(n: int, one: str, many: str | None = None) -> str:

@@ -23,17 +23,14 @@ def _peft_class(obj: object, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)
 
 
-def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((path, m) for path, m in model.named_modules() if _peft_class(m, "BaseTunerLayer"))
-
-
-def _saved_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((path, m) for path, m in model.named_modules() if _peft_class(m, "ModulesToSaveWrapper"))
+def _all_of(name: str, model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """``(path, module)`` of a model's modules of peft's class ``name``."""
+    return ((path, m) for path, m in model.named_modules() if _peft_class(m, name))
 
 
 def has_live_layers(model: nn.Module) -> bool:
     """Whether the model is a PeftModel, or holds peft's layers (transformers' ``add_adapter``)."""
-    return _peft_class(model, "PeftModel") or any(True for _ in _tuner_layers(model))
+    return _peft_class(model, "PeftModel") or any(True for _ in _all_of("BaseTunerLayer", model))
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -54,7 +51,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     from peft import __version__ as peft_version
 
     base = base_of(model)
-    layers = list(_tuner_layers(base))
+    layers = list(_all_of("BaseTunerLayer", base))
     for path, layer in layers:
         if not type(layer).__module__.startswith("peft.tuners.oft."):
             raise StateError(
@@ -95,7 +92,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
 def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
     """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``): their old values are nowhere."""
     base = base_of(model)
-    layers = list(_tuner_layers(base))
+    layers = list(_all_of("BaseTunerLayer", base))
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
     inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
@@ -139,7 +136,7 @@ def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str)
         for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
             if name in getattr(layer, part, {}):
                 yield f"base_model.model.{path}.{part}", getattr(layer, part)[name].detach().clone()
-    for path, wrapper in _saved_wrappers(base):
+    for path, wrapper in _all_of("ModulesToSaveWrapper", base):
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
                 yield f"base_model.model.{path}.{key}", tensor.detach().clone()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import metadata
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._version import __version__
 from .adapter import OFTAdapter
@@ -19,7 +20,7 @@ from .adapter import OFTAdapter
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "versions"]
+__all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "plain", "versions"]
 
 #: a weight that keeps less of what the adapter changed is told of
 ENOUGH = 0.9
@@ -43,6 +44,10 @@ def _number(value: object) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
 
 
+def _whole(value: object) -> bool:
+    return type(value) is int
+
+
 def _text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -51,37 +56,52 @@ def _text_or_none(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-# annotation of a field → whether a value read from JSON is of it; fields of other types are checked where they are read
-_CHECKS: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
-    {
-        "str": _text,
-        "str | None": _text_or_none,
-        "bool": lambda v: isinstance(v, bool),
-        "int": lambda v: type(v) is int,
-        "float": _number,
-        "float | None": lambda v: v is None or _number(v),
-        "tuple[str, ...]": lambda v: isinstance(v, (list, tuple)) and all(map(_text, v)),
-        "tuple[int, ...]": lambda v: isinstance(v, (list, tuple)) and all(type(n) is int for n in v),
-        "Mapping[str, str]": lambda v: isinstance(v, Mapping) and all(map(_text, v.values())),
-        "Mapping[str, int]": lambda v: isinstance(v, Mapping) and all(type(n) is int for n in v.values()),
-        "Mapping[str, str | None]": lambda v: isinstance(v, Mapping) and all(map(_text_or_none, v.values())),
-    }
-)
+def _all_of(mapping: object, is_one: Callable[[object], bool]) -> bool:
+    return isinstance(mapping, Mapping) and all(map(is_one, mapping.values()))
+
+
+# annotation of a field → whether a value read from JSON is of it
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": _text,
+    "str | None": _text_or_none,
+    "bool": lambda v: isinstance(v, bool),
+    "int": _whole,
+    "float": _number,
+    "float | None": lambda v: v is None or _number(v),
+    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(map(_whole, v)),
+    "tuple[str, ...]": lambda v: isinstance(v, tuple) and all(map(_text, v)),
+    "Mapping[str, str]": lambda v: _all_of(v, _text),
+    "Mapping[str, int]": lambda v: _all_of(v, _whole),
+    "Mapping[str, str | None]": lambda v: _all_of(v, _text_or_none),
+}
+# annotation of a field that holds records → how they are read from JSON, each with its own checks
+_READERS: dict[str, Callable[[Any], Any]] = {}
 
 
 class _Stored:
     """Dataclasses that are written as JSON and read again, by this version or another.
 
     Fields that only a newer version knows wait in ``extra`` and are written again; those that an older version did not
-    write yet have defaults.
+    write yet have defaults. A class with a field whose annotation has no check cannot be defined.
     """
 
     extra: Mapping[str, Any]
+    _FOLLOWING: ClassVar[tuple[str, ...]] = ()  # properties that are written too, for other readers
+
+    def __init_subclass__(cls) -> None:
+        several, by_path = f"tuple[{cls.__name__}, ...]", f"Mapping[str, {cls.__name__}]"
+        _CHECKS.update({several: lambda _: True, by_path: lambda v: isinstance(v, Mapping)})
+        _READERS[several] = lambda records: tuple(cls.from_dict(r) for r in records)
+        _READERS[by_path] = lambda records: {path: cls.from_dict(r) for path, r in records.items()}
+        for name, annotation in inspect.get_annotations(cls).items():
+            if name != "extra" and annotation not in _CHECKS:
+                raise TypeError(f"{cls.__name__}.{name}: there is no check of a value from JSON for {annotation}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
-        return {name: _plain(value) for name, value in own.items()} | dict(self.extra)
+        following = {name: getattr(self, name) for name in self._FOLLOWING}
+        return {name: plain(value) for name, value in own.items()} | dict(self.extra) | following
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -90,21 +110,19 @@ class _Stored:
         Raises:
             TypeError: a field is missing or of another type.
         """
-        return cls(**cls._arguments(data))
-
-    @classmethod
-    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(data, Mapping):
             raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
+        given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._FOLLOWING)}}
         for name, f in known.items():
-            if name not in data:
-                if f.default is MISSING and f.default_factory is MISSING:
-                    raise TypeError(f"{cls.__name__} without {name!r}")
-            elif not _CHECKS.get(str(f.type), lambda _: True)(data[name]):
-                raise TypeError(f"{cls.__name__}.{name} is {str(data[name])[:40]!r}")
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in data.items() if n in known}
-        return given | {"extra": {n: v for n, v in data.items() if n not in known}}
+            if name in data:
+                value = tuple(data[name]) if isinstance(data[name], list) else data[name]
+                if not _CHECKS[str(f.type)](value):
+                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}")
+                given[name] = _READERS.get(str(f.type), lambda v: v)(value)
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise TypeError(f"{cls.__name__} without {name!r}")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -118,12 +136,15 @@ class _Stored:
         return (type(self).from_dict, (self.to_dict(),))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Frozen dataclasses, mappings and tuples as plain dicts and lists."""
     if isinstance(value, _Stored):
         return value.to_dict()
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -256,6 +277,7 @@ class FoldRecord(_Stored):
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    _FOLLOWING = ("kept",)
 
     @property
     def worst(self) -> tuple[str, ModuleRecord] | None:
@@ -302,22 +324,7 @@ class FoldRecord(_Stored):
             for r in (*self.earlier, self)
         ]
         facts = {"adapters": folds[-1], "earlier": folds[:-1], "rounding": self.rounding, "versions": self.versions}
-        return json.dumps(_plain(facts) | more, sort_keys=True, ensure_ascii=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; :attr:`kept` is among them, for other readers."""
-        return super().to_dict() | {"kept": self.kept}
+        return json.dumps(plain(facts) | more, sort_keys=True, ensure_ascii=False)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-
-    @classmethod
-    def _arguments(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        found = super()._arguments(data)
-        found["extra"].pop("kept", None)  # follows from the modules
-        if not isinstance(found["modules"], Mapping):
-            raise TypeError(f"{cls.__name__}.modules is {str(found['modules'])[:40]!r}")
-        found["adapters"] = tuple(AdapterInfo.from_dict(a) for a in found["adapters"])
-        found["modules"] = {path: ModuleRecord.from_dict(m) for path, m in found["modules"].items()}
-        found["earlier"] = tuple(cls.from_dict(r) for r in found.get("earlier", ()))
-        return found

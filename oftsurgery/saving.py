@@ -31,14 +31,9 @@ def write_adapter(
     key = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
     needed = sum(t.nbytes for t in tensors.values()) + (1 << 16)
     with Staging(destination, key, needed=needed, resume=False, force=force, resumable=False) as staging:
-        with staging.writing(TENSORS) as path:
-            writer = ShardWriter(path, {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()}, {"format": "pt"})
-            try:
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                writer.close()
-            except BaseException:
-                writer.abort()
-                raise
+        shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        with staging.writing(TENSORS) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
         staging.put_json(CONFIG, config)
         staging.publish()

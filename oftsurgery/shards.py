@@ -15,41 +15,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
+from .dtypes import DTYPE_NAMES, DTYPES
 from .errors import CheckpointError, printable
 
-__all__ = ["Checkpoint", "ShardWriter", "TensorEntry", "open_checkpoint", "sha256_of"]
+__all__ = ["DTYPES", "Checkpoint", "ShardWriter", "TensorEntry", "in_shards", "open_checkpoint", "sha256_of"]
+
+T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-
-#: safetensors' names of dtypes
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "C64": torch.complex64,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-    }
-)
-DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_CONFIG_BYTES = 4 << 20
@@ -102,18 +82,10 @@ class Checkpoint:
         """The tensor ``name``, in memory of its own."""
         entry = self.entries[name]
         buffer = bytearray(entry.nbytes)
-        with (self.folder / entry.file).open("rb", buffering=0) as file:
+        with (self.folder / entry.file).open("rb") as file:
             file.seek(entry.start)
-            view = memoryview(buffer)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(
-                        "the shard ended early: it changed while it was read",
-                        tensor=name,
-                        path=self.folder / entry.file,
-                    )
-                view = view[count:]
+            if file.readinto(buffer) < entry.nbytes:
+                raise self._ended(entry)
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
@@ -127,13 +99,14 @@ class Checkpoint:
             while left:
                 chunk = file.read(min(left, _CHUNK))
                 if not chunk:
-                    raise CheckpointError(
-                        "the shard ended early: it changed while it was read",
-                        tensor=name,
-                        path=self.folder / entry.file,
-                    )
+                    raise self._ended(entry)
                 left -= len(chunk)
                 yield chunk
+
+    def _ended(self, entry: TensorEntry) -> CheckpointError:
+        return CheckpointError(
+            "the shard ended early: it changed while it was read", tensor=entry.name, path=self.folder / entry.file
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -142,6 +115,10 @@ class Checkpoint:
         """
         stats = {name: (self.folder / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
+
+
+def _damaged(message: str, path: object, tensor: str | None = None) -> CheckpointError:
+    return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -227,9 +204,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         plain, there = path.is_file(), os.path.lexists(path)
     except OSError as error:
-        raise CheckpointError(
-            f"no name of a file ({printable(error.strerror)})", path=name, remedy="download the checkpoint again"
-        ) from error
+        raise _damaged(f"no name of a file ({printable(error.strerror)})", name) from error
     if not plain:
         # a pipe or a device would be read for ever
         what = (
@@ -237,7 +212,7 @@ def inside(folder: Path, name: str) -> Path:
             if there
             else "a file of the checkpoint is missing"
         )
-        raise CheckpointError(what, path=path, remedy="download the checkpoint again")
+        raise _damaged(what, path)
     target, root = path.resolve(), folder.resolve()
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
@@ -253,28 +228,17 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
     index = read_json(inside(folder, INDEX))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(
-            "the index has no `weight_map` of file names", path=folder / INDEX, remedy="download the checkpoint again"
-        )
+        raise _damaged("the index has no `weight_map` of file names", folder / INDEX)
     return weight_map
 
 
 def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], folder: Path) -> None:
     for name, file in weight_map.items():
         if name not in entries:
-            raise CheckpointError(
-                "the index names a tensor that its shards lack",
-                tensor=name,
-                path=folder / INDEX,
-                remedy="download the checkpoint again",
-            )
+            raise _damaged("the index names a tensor that its shards lack", folder / INDEX, name)
         if entries[name].file != file:
-            raise CheckpointError(
-                f"the index says {printable(file)}, but the tensor is in {printable(entries[name].file)}",
-                tensor=name,
-                path=folder / INDEX,
-                remedy="download the checkpoint again",
-            )
+            there = printable(entries[name].file)
+            raise _damaged(f"the index says {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
         raise CheckpointError(
@@ -304,27 +268,15 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > limit:
-            raise CheckpointError(
-                f"a JSON file of {path.stat().st_size} bytes is not read",
-                path=path,
-                remedy="download the checkpoint again",
-            )
+            raise _damaged(f"a JSON file of {path.stat().st_size} bytes is not read", path)
         data = path.read_bytes()
         if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
-            raise CheckpointError(
-                f"JSON of more than {_MAX_JSON_PARTS} parts is not read",
-                path=path,
-                remedy="download the checkpoint again",
-            )
+            raise _damaged(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path)
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(
-            f"no JSON that can be read ({printable(error)})", path=path, remedy="download the checkpoint again"
-        ) from error
+        raise _damaged(f"no JSON that can be read ({printable(error)})", path) from error
     if not isinstance(value, dict):
-        raise CheckpointError(
-            f"a JSON {type(value).__name__}, not an object", path=path, remedy="download the checkpoint again"
-        )
+        raise _damaged(f"a JSON {type(value).__name__}, not an object", path)
     return value
 
 
@@ -384,7 +336,8 @@ class ShardWriter:
 
     The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first,
     so that all are aligned), each at a place known beforehand; tensors of a size not known beforehand (small JSON
-    blobs) come last, and the header, for which room was left, at the very end.
+    blobs) come last, and the header, for which room was left, at the very end. As a context manager it closes a whole
+    file, and aborts after an error.
 
     Args:
         path: of the file; must not exist.
@@ -442,11 +395,9 @@ class ShardWriter:
             self._file.seek(8 + self._room + self._end)
             self._file.write(data)
             self._place(name, torch.uint8, (len(data),), len(data))
-        text = _dump(self._header)
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + text + b" " * (self._room - len(text)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(header_bytes(self._header, self._room))
+        to_disk(self._file)
         self._file.close()
 
     def abort(self) -> None:
@@ -472,10 +423,44 @@ def _dump(header: Mapping[str, Any]) -> bytes:
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def header_bytes(header: Mapping[str, Any], room: int) -> bytes:
+    """What a safetensors file begins with, where ``room`` bytes were left for the header's JSON."""
+    return struct.pack("<Q", room) + _dump(header).ljust(room)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Do not return before what was written is on the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def in_shards(sized: Iterable[tuple[T, int]], limit: int) -> dict[str, list[T]]:
+    """``{file name: members}``: shards of at most ``limit`` bytes, named as the Hub's tools name them.
+
+    Args:
+        sized: ``(member, bytes)`` in order; none is split, however large.
+        limit: of a shard.
+
+    >>> in_shards([("a", 3), ("b", 3), ("c", 9)], 6)
+    {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
+    """
+    groups: list[list[T]] = [[]]
+    size = 0
+    for member, nbytes in sized:
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(member)
+        size += nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
 def sha256_of(path: Path) -> str:

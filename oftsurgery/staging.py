@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from .errors import CheckpointError, DiskError, StateError, printable
-from .shards import read_json, sha256_of
+from .shards import read_json, sha256_of, to_disk
 
-__all__ = ["Staging", "check_apart", "disk_errors", "scratch", "write_files"]
+__all__ = ["Replacement", "Staging", "check_apart", "disk_errors", "scratch", "write_files"]
 
 _STATE = ".state.json"
 
@@ -95,7 +95,7 @@ class Staging:
 
     def _check_destination(self) -> None:
         if not self.force and _exists(self.destination):
-            raise _destination_exists(self.destination)
+            raise _exists_already("destination", self.destination)
 
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
@@ -209,15 +209,13 @@ class Staging:
             self._save_state()
 
     def _save_state(self) -> None:
-        path = self.folder / (_STATE + ".new")
-        _write_synced(path, json.dumps(self.state).encode())
-        path.replace(self.folder / _STATE)
-        _sync_folder(self.folder)
+        with Replacement(self.folder / _STATE) as new:
+            _write_synced(new.beside, json.dumps(self.state).encode())
+            new.put()
 
     def put_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``value`` as the file ``name``."""
-        with self.writing(name) as path:
-            _write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        self.put_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def put_text(self, name: str, text: str) -> None:
         """Write ``text`` as the file ``name``."""
@@ -228,8 +226,7 @@ class Staging:
         """Copy a file's contents to the file ``name``."""
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
-            writer.flush()
-            os.fsync(writer.fileno())
+            to_disk(writer)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of the file ``name``, a few megabytes at a time."""
@@ -268,6 +265,29 @@ class Staging:
             self._recover()
 
 
+class Replacement:
+    """A file to be written as ``beside``, until :meth:`put` puts it in the place of ``path``. At the end of the context
+    nothing else of it is there.
+    """
+
+    def __init__(self, path: Path, mark: str | None = None) -> None:
+        self.path = path
+        self.beside = path.parent / f".{path.name}.{mark or f'{os.getpid()}.new'}"
+
+    def put(self) -> None:
+        """Replace what is at ``path`` by the whole file, which is on the disk."""
+        with disk_errors(self.path):
+            self.beside.replace(self.path)
+            _sync_folder(self.path.parent)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.beside.unlink()
+
+
 def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
     """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
 
@@ -286,24 +306,17 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
         if not force and _exists(path):
-            raise StateError(
-                "the file exists", path=path, remedy="name another, or replace it with force=True (--force)"
-            )
+            raise _exists_already("file", path)
     if make is not None:
         with disk_errors(make):
             make.mkdir(exist_ok=True)
-    waiting = {path: path.parent / f".{path.name}.{os.getpid()}.new" for path in files}
-    try:
-        for path, data in files.items():
-            with disk_errors(path):
-                _write_synced(waiting[path], data)
-        for path, new in waiting.items():
-            with disk_errors(path):
-                new.replace(path)
-                _sync_folder(path.parent)
-    finally:
-        for new in waiting.values():
-            new.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Replacement(path)) for path in files]
+        for new in waiting:
+            with disk_errors(new.path):
+                _write_synced(new.beside, files[new.path])
+        for new in waiting:
+            new.put()
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
@@ -327,7 +340,7 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
         StateError: the destination exists: said before the work that it would be for.
     """
     if _exists(destination) and not force:
-        raise _destination_exists(destination)
+        raise _exists_already("destination", destination)
     path = destination.parent / f".{destination.name}.folded"
     try:
         yield path
@@ -337,10 +350,8 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
                 _remove(path)
 
 
-def _destination_exists(path: Path) -> StateError:
-    return StateError(
-        "the destination exists", path=path, remedy="name another, or replace it with force=True (--force)"
-    )
+def _exists_already(what: str, path: Path) -> StateError:
+    return StateError(f"the {what} exists", path=path, remedy="name another, or replace it with force=True (--force)")
 
 
 def _exists(path: Path) -> bool:
@@ -368,8 +379,7 @@ def _sound(shards: object) -> bool:
 def _write_synced(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        to_disk(file)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -219,22 +219,20 @@ def check_figures(record: FoldRecord) -> None:
         CheckpointError: one is not a finite number.
     """
     for path, module in record.modules.items():
-        for name in ("error", "defect", "angle", "nearest", "rho", "change", "output_error", "output_nearest"):
-            value = getattr(module, name, None)
-            needed = name in ("error", "defect", "angle")
-            if (value is None and not needed) or is_figure(value):
+        for name in (*_NEEDED, "nearest", "rho", "change", "output_error", "output_nearest", *_SIGNED):
+            value = getattr(module, name)
+            if value is None and name not in _NEEDED:
                 continue
-            raise CheckpointError(
-                f"the record's {name} is no finite number", module=path, remedy="restore the record that the fold wrote"
-            )
-        for name in ("kept", "output_kept"):  # which may be negative
-            value = getattr(module, name, None)
-            if value is not None and not math.isfinite(value):
+            if not is_figure(abs(value) if name in _SIGNED else value):
                 raise CheckpointError(
                     f"the record's {name} is no finite number",
                     module=path,
                     remedy="restore the record that the fold wrote",
                 )
+
+
+_NEEDED = ("error", "defect", "angle")
+_SIGNED = ("kept", "output_kept")  # which may be negative
 
 
 def is_figure(value: object) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import CalibrationError, MissingDependencyError
+from .errors import CalibrationError, needs
 
 __all__ = ["read_texts"]
 
@@ -56,13 +56,9 @@ def _jsonl(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Iterator[str]:
-    try:
+    with needs("pyarrow", "pip install 'oftsurgery[parquet]', or give a .txt or .jsonl file"):
         from pyarrow import ArrowException, types
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pyarrow is not installed", remedy="pip install 'oftsurgery[parquet]', or give a .txt or .jsonl file"
-        ) from error
     try:
         with ParquetFile(path) as file:
             schema = file.schema_arrow

@@ -10,7 +10,6 @@ import contextlib
 import json
 import lzma
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,13 @@ from torch import Tensor
 
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
+from .dtypes import NAMED, name_of
 from .errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from .hashing import hash_tensors
 from .record import FoldRecord
-from .shards import read_header
-from .staging import disk_errors
-from .undo import DTYPES, UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence, read_format
+from .shards import header_bytes, read_header, to_disk
+from .staging import Replacement, disk_errors
+from .undo import UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence, read_format
 
 __all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
 
@@ -36,7 +36,6 @@ VERSION = 1
 
 _ROOM = 504  # of the header, which is written last: metadata and two tensors
 _MAX_MANIFEST = 256 << 20
-_CHUNK = 8 << 20
 
 
 def check_free(path: Path, *, force: bool = False) -> None:
@@ -143,11 +142,10 @@ class UndoWriter(UndoParts):
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         check_free(path, force=force)
-        self.path = path
         self._force = force
-        self._temporary = path.parent / f".{path.name}.oftsurgery"
-        with disk_errors(self._temporary):
-            self._file: BinaryIO = self._temporary.open("wb")
+        self._new = Replacement(path, "oftsurgery")
+        with disk_errors(self._new.beside):
+            self._file: BinaryIO = self._new.beside.open("wb")
             self._file.write(bytes(8 + _ROOM))
         super().__init__(self._file)
 
@@ -155,9 +153,8 @@ class UndoWriter(UndoParts):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)
+        with self._new:
+            self._file.close()
 
     def finish(
         self,
@@ -183,16 +180,14 @@ class UndoWriter(UndoParts):
             "config": None if config is None else dict(config),
         }
         packed = lzma.compress(json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode())
-        with disk_errors(self._temporary):
-            data = self.nbytes
+        with disk_errors(self._new.beside):
             self._file.write(packed)
             self._file.seek(0)
-            self._file.write(_header(data, packed))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.write(_header(self.nbytes, packed))
+            to_disk(self._file)
             self._file.close()
-            check_free(self.path, force=self._force)
-            self._temporary.replace(self.path)
+        check_free(self._new.path, force=self._force)
+        self._new.put()
 
 
 def _header(data: int, manifest: bytes) -> bytes:
@@ -201,8 +196,7 @@ def _header(data: int, manifest: bytes) -> bytes:
         "data": {"dtype": "U8", "shape": [data], "data_offsets": [0, data]},
         "manifest": {"dtype": "U8", "shape": [len(manifest)], "data_offsets": [data, data + len(manifest)]},
     }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    return struct.pack("<Q", _ROOM) + text + b" " * (_ROOM - len(text))
+    return header_bytes(entries, _ROOM)
 
 
 def _hash(content: bytes) -> str:
@@ -214,7 +208,7 @@ def described(tensor: Tensor | None) -> dict[str, Any] | None:
     if tensor is None:
         return None
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "hex": raw.hex()}
+    return {"dtype": name_of(tensor.dtype), "shape": list(tensor.shape), "hex": raw.hex()}
 
 
 def _tensor(described: Mapping[str, Any] | None) -> Tensor | None:
@@ -222,7 +216,7 @@ def _tensor(described: Mapping[str, Any] | None) -> Tensor | None:
     if described is None:
         return None
     raw = bytearray.fromhex(described["hex"])
-    return torch.frombuffer(raw, dtype=DTYPES[described["dtype"]]).reshape(described["shape"])
+    return torch.frombuffer(raw, dtype=NAMED[described["dtype"]]).reshape(described["shape"])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -310,23 +304,21 @@ class UndoRecord:
         try:
             return {name: _tensor(f) for name, f in self.weights[path].get("files", {}).items()}
         except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise self._damaged() from error
+            raise _damaged(self.path) from error
 
     def _data(self, facts: Mapping[str, Any]) -> bytes:
         data = facts.get("data")
         if not isinstance(data, list) or len(data) != 3:
-            raise self._damaged()
+            raise _damaged(self.path)
         return self._read(data[:2], data[2])
 
     def _read(self, place: Any, expected: str) -> bytes:
         good = isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)
         if not good or place[0] + place[1] > self._nbytes:
-            raise self._damaged()
-        with disk_errors(self.path), self.path.open("rb") as file:
-            file.seek(self._start + place[0])
-            content = file.read(place[1])
+            raise _damaged(self.path)
+        content = _bytes_at(self.path, self._start + place[0], place[1])
         if _hash(content) != expected:
-            raise self._damaged()
+            raise _damaged(self.path)
         return content
 
     @contextlib.contextmanager
@@ -338,9 +330,6 @@ class UndoRecord:
                 error.message, module=name, format=error.format, path=self.path, remedy=error.remedy
             ) from error
 
-    def _damaged(self) -> UndoError:
-        return UndoError("the undo record is damaged", path=self.path, remedy="restore the file, or unfold with base=…")
-
     def check_last(self, record: FoldRecord | None) -> None:
         """Refuse a model or checkpoint whose ``record`` says that its last fold is another one.
 
@@ -349,23 +338,26 @@ class UndoRecord:
         """
         if record is None or _same_fold(record, self.fold):
             return
-        mine = ", ".join(printable(a.source) for a in self.fold.adapters)
+        mine = _sources(self.fold)
         later = [*record.earlier, record]
         places = [i for i, fold in enumerate(later) if _same_fold(fold, self.fold)]
         if places:
             over = later[places[-1] + 1 :]
-            names = "; ".join(", ".join(printable(a.source) for a in fold.adapters) for fold in over)
+            names = "; ".join(map(_sources, over))
             raise StateError(
                 f"the record's fold (of {mine}) is not the last one: {len(over)} later ones lie on top of it (of {names})",
                 path=self.path,
                 remedy="take those out first, the last one first, each with its own record",
             )
-        last = ", ".join(printable(a.source) for a in record.adapters)
         raise StateError(
-            f"the undo record is of another fold: it is of {mine}, the last fold of {last}",
+            f"the undo record is of another fold: it is of {mine}, the last fold of {_sources(record)}",
             path=self.path,
             remedy="give the record that was written with this fold",
         )
+
+
+def _sources(fold: FoldRecord) -> str:
+    return ", ".join(printable(a.source) for a in fold.adapters)
 
 
 def _same_fold(a: FoldRecord, b: FoldRecord) -> bool:
@@ -376,6 +368,20 @@ def _same_fold(a: FoldRecord, b: FoldRecord) -> bool:
     return facts(a) == facts(b)
 
 
+def _damaged(path: Path) -> UndoError:
+    return UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
+
+
+def _no_record(message: str, path: Path) -> UndoError:
+    return UndoError(message, path=path, remedy="give the file that fold(…, undo=…) wrote")
+
+
+def _bytes_at(path: Path, start: int, nbytes: int) -> bytes:
+    with disk_errors(path), path.open("rb") as file:
+        file.seek(start)
+        return file.read(nbytes)
+
+
 def open_undo(path: Path) -> UndoRecord:
     """Read an undo record's manifest.
 
@@ -383,36 +389,24 @@ def open_undo(path: Path) -> UndoRecord:
         UndoError: no undo record, one of a newer version, or a damaged one.
     """
     if not path.is_file():
-        raise UndoError(
-            "no such file" if not os.path.lexists(path) else "an undo record is a plain file",
-            path=path,
-            remedy="give the file that fold(…, undo=…) wrote",
-        )
+        raise _no_record("an undo record is a plain file" if os.path.lexists(path) else "no such file", path)
     try:
         entries, metadata = read_header(path)
     except (CheckpointError, ValueError) as error:
-        raise UndoError(
-            "no undo record, or a truncated or damaged one",
-            path=path,
-            remedy="give the file that fold(…, undo=…) wrote",
-        ) from error
+        raise _no_record("no undo record, or a truncated or damaged one", path) from error
     if metadata.get("format") != FORMAT:
-        raise UndoError(
-            "a safetensors file, but no undo record", path=path, remedy="give the file that fold(…, undo=…) wrote"
-        )
+        raise _no_record("a safetensors file, but no undo record", path)
     if metadata.get("version") != str(VERSION):
         raise UndoError(
             f"an undo record of version {printable(metadata.get('version'))}; this oftsurgery reads {VERSION}",
             path=path,
             remedy="use the oftsurgery that wrote it, or a newer one",
         )
-    damaged = UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
+    damaged = _damaged(path)
     found = {e.name: e for e in entries}
     if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
         raise damaged
-    with disk_errors(path), path.open("rb") as file:
-        file.seek(found["manifest"].start)
-        packed = file.read(found["manifest"].nbytes)
+    packed = _bytes_at(path, found["manifest"].start, found["manifest"].nbytes)
     if _hash(packed) != metadata.get("manifest"):
         raise damaged
     try:

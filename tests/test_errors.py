@@ -27,7 +27,10 @@ FIELDS: dict[str, Any] = {
 
 def test_the_tree() -> None:
     assert set(errors.__all__) == {c.__name__ for c in CLASSES + WARNINGS} | {
+        "causes",
+        "needs",
         "printable",
+        "told_of",
         "warn_caller",
         "without_tokens",
     }

@@ -259,6 +259,15 @@ def test_a_record_that_says_nonsense_is_refused_with_the_field(case: str, tmp_pa
         FoldRecord.from_dict(data)
 
 
+def test_a_field_that_no_check_knows_is_an_error_of_the_class() -> None:
+    from oftsurgery.record import _Stored
+
+    with pytest.raises(TypeError, match=r"New\.names: there is no check of a value from JSON for set\[str\]"):
+
+        class New(_Stored):
+            names: set[str]
+
+
 def test_a_record_of_records_without_end_is_refused(tmp_path: Path) -> None:
     data = '{"adapters": [], "modules": {}, "earlier": [' * 400 + "]}" * 400
     (tmp_path / RECORD).write_text(data)

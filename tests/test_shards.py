@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import oftsurgery
-from oftsurgery.shards import DTYPES, ShardWriter, open_checkpoint, sha256_of
+from oftsurgery.dtypes import DTYPES
+from oftsurgery.shards import ShardWriter, open_checkpoint, sha256_of
 
 CheckpointError = oftsurgery.CheckpointError
 
@@ -104,6 +106,19 @@ def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
     writer.abort()
     with pytest.raises(FileExistsError):
         ShardWriter(tmp_path / "a", {}, {})
+
+
+def test_as_a_context_the_writer_closes_what_is_whole_and_finishes_nothing_else(tmp_path: Path) -> None:
+    shapes = {"x": (torch.float32, (2,))}
+    with ShardWriter(tmp_path / "model.safetensors", shapes, {}) as writer:
+        writer.write("x", torch.ones(2))
+    assert load_file(tmp_path / "model.safetensors")["x"].tolist() == [1, 1]
+    with pytest.raises(AssertionError, match="1 tensors were not written"), ShardWriter(tmp_path / "a", shapes, {}):
+        pass
+    with contextlib.suppress(KeyError), ShardWriter(tmp_path / "b", shapes, {}) as writer:
+        writer.write("x", torch.ones(2))
+        raise KeyError
+    assert (tmp_path / "b").read_bytes()[:8] == bytes(8)  # no header
 
 
 def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from oftsurgery.errors import DiskError, StateError
-from oftsurgery.staging import Staging
+from oftsurgery.staging import Replacement, Staging
 
 
 def staging(
@@ -126,6 +126,23 @@ def test_the_space_that_finished_shards_take_is_not_asked_for_again(tmp_path: Pa
     assert names(tmp_path / ".out.oftsurgery") == {".state.json", "one"}  # kept, for a larger disk
     with staging(tmp_path, resume=True, needed=1_000_000) as stage:
         assert stage.finished("one") == {}
+
+
+def test_a_replacement_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with contextlib.suppress(Stop), Replacement(path) as new:
+        new.beside.write_bytes(b"half")
+        assert path.read_bytes() == b"old"
+        raise Stop
+    assert names(tmp_path) == {"a"}
+    assert path.read_bytes() == b"old"
+    with Replacement(path, "mark") as new:
+        new.beside.write_bytes(b"new")
+        assert names(tmp_path) == {"a", ".a.mark"}
+        new.put()
+    assert names(tmp_path) == {"a"}
+    assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])

@@ -132,13 +132,14 @@ def held_out(count: int) -> list[str]:
 
 
 @cache
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """MiniLM's own."""
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
 def embed(model: nn.Module, sentences: Sequence[str]) -> Tensor:
     """(sentences, 384): the mean of the last hidden states over each sentence's tokens, of which the first 48 count."""
-    batch = _tokenizer()(list(sentences), padding=True, truncation=True, max_length=48, return_tensors="pt")
+    batch = tokenizer()(list(sentences), padding=True, truncation=True, max_length=48, return_tensors="pt")
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)
     return (hidden * mask).sum(1) / mask.sum(1)

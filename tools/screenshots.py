@@ -32,7 +32,7 @@ def minilm(folder: Path) -> Path:
     if not adapter.exists():
         list(demo.fine_tune("NF4", adapter, steps=60, rate=4e-3, size=16))
     folded = oftsurgery.fold(demo.load_base("NF4"), adapter)
-    text = demo._tokenizer()(demo.held_out(16), padding=True, return_tensors="pt")
+    text = demo.tokenizer()(demo.held_out(16), padding=True, return_tensors="pt")
     live = demo.compute_in_float32(demo.load_live("NF4", adapter))
     checked = oftsurgery.verify(demo.compute_in_float32(folded), live, dict(text))
     oftsurgery.report(folded.oftsurgery, folder / "minilm.html", png=folder, verified=checked, force=True)

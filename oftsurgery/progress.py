@@ -1,0 +1,56 @@
+"""How far a task is: one kind of function that is told, and the bar that shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .errors import printable
+
+__all__ = ["Progress", "bar", "shown", "without_bars"]
+
+#: called with (done, all there is to do, what it is about), both in bytes, weights, batches or stages
+Progress = Callable[[int, int, str], None]
+
+
+@contextmanager
+def bar(task: str | None = None, unit: str = "B") -> Iterator[Progress]:
+    """A bar on the standard error, and the function that moves it.
+
+    Args:
+        task: stands before the bar.
+        unit: of what is counted; bytes are shown as kB, MB …
+    """
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=task, unit=unit, unit_scale=unit == "B") as line:
+
+        def step(done: int, total: int, what: str) -> None:
+            line.total = total
+            line.set_postfix_str(printable(what, 40), refresh=False)
+            line.update(done - line.n)
+
+        yield step
+
+
+@contextmanager
+def shown(progress: bool | Progress, task: str, unit: str = "B") -> Iterator[Progress | None]:
+    """What a task is to tell of its progress: the caller's own function; for True one that moves a :func:`bar`."""
+    if progress is True:
+        with bar(task, unit) as step:
+            yield step
+    else:
+        yield progress or None
+
+
+@contextmanager
+def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
+    """Without a library's own bars, which are ``shown`` so far: its functions ``hide`` and ``show`` them."""
+    if not shown:
+        yield
+        return
+    hide()
+    try:
+        yield
+    finally:
+        show()
