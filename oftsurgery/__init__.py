@@ -24,6 +24,7 @@ from .errors import (
     ExtractionWarning,
     FormatError,
     HubError,
+    IdleWarning,
     IntegrityError,
     MatchError,
     MissingDependencyError,

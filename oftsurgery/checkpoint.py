@@ -27,6 +27,7 @@ from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
+from .dtypes import DENSE, DTYPES, FLOATS, name_of
 from .engine import (
     Arithmetic,
     Keeper,
@@ -39,13 +40,14 @@ from .engine import (
     undone,
 )
 from .errors import FormatError, IntegrityError, StateError, UndoError, printable
-from .folder_store import FLOATS, FolderStore, Quantization, canonical, load_weight, quantise
+from .folder_store import FolderStore, Quantization, canonical, load_weight, quantise
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
 from .hashing import hash_tensors
 from .naming import is_companion
 from .plan import FoldPlan, Rotate, plan_changes
+from .progress import Progress
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
-from .shards import DTYPES, Checkpoint, ShardWriter
+from .shards import Checkpoint, ShardWriter
 from .staging import Staging, check_apart
 from .ties import FLAG
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
@@ -63,16 +65,9 @@ __all__ = [
 ]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-DENSE: Mapping[str, torch.dtype] = MappingProxyType(
-    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-)
 QUANTISED = ("nf4", "fp4", "int8")
 
 RECORD = "oftsurgery.json"
-
-#: called with (bytes done, bytes in all, what)
-Progress = Callable[[int, int, str], None]
-
 
 #: raises where a tensor, as loading has it and as it is stored, is not what it must be
 Check = Callable[[EncodedWeight, EncodedWeight], None]
@@ -457,7 +452,7 @@ def _recorded(q: Quantization | None) -> dict[str, str | None]:
         "quantize": q.codec,
         "double_quant": json.dumps(q.double_quant),
         "skip_modules": None if q.skip is None else json.dumps(q.skip),
-        "dtype": None if q.dtype is None else str(q.dtype).removeprefix("torch."),
+        "dtype": None if q.dtype is None else name_of(q.dtype),
     }
 
 
@@ -624,7 +619,7 @@ class _Builder:
         is to be a part.
         """
         entry, stored = self.entries[name], self.store.dtype(name)
-        floats = entry.dtype in FLOATS
+        floats = stored in FLOATS
         loaded = (self.store.loaded_dtype(target or name) or stored) if floats else stored
         into = DENSE.get(self.format, loaded) if floats else stored
         if not target and stored == loaded == into:
@@ -641,7 +636,7 @@ class _Builder:
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The model's tensor ``target`` from the stored one ``name``."""
         entry = self.entries[name]
-        if target in self.values and entry.dtype not in FLOATS:
+        if target in self.values and DTYPES[entry.dtype] not in FLOATS:
             raise FormatError(
                 "the adapter brings its own values for a weight that is stored quantised",
                 tensor=target,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .dtypes import DENSE, name_of
 from .errors import CheckpointError, printable
 from .record import AdapterInfo, FoldRecord
 from .shards import inside, read_json
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 RECORD = "oftsurgery.json"
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # weights in any form, what is written anew, and what belongs to a place rather than to the model
 _NOT_CARRIED = (
@@ -65,15 +65,15 @@ def output_config(
     new = copy.deepcopy(dict(config))
     if not new:
         return new
-    if format in _DTYPES:
+    if format in DENSE:
         new.pop("quantization_config", None)
         for sub in _with_text(new):
             if sub is new or "dtype" in sub or "torch_dtype" in sub:
-                sub["dtype"] = sub["torch_dtype"] = _DTYPES[format]
+                sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
     elif quantization is not None:
         new["quantization_config"] = _bnb_config(quantization)
         if quantization.dtype is not None:
-            new["dtype"] = new["torch_dtype"] = str(quantization.dtype).removeprefix("torch.")
+            new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
     for sub in _with_text(new):
         readable_rope(sub)
         if untied and "tie_word_embeddings" in sub:
@@ -115,7 +115,7 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": str(q.compute_dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": name_of(q.compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": q.codec if four else "fp4",
         "bnb_4bit_use_double_quant": q.double_quant,

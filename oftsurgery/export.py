@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from . import codecs, companions, configs, peft_live
-from .checkpoint import DENSE
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Saving
+from .dtypes import FORMAT_OF, NAMED
 from .errors import FormatError, StateError
 from .folder_store import Quantization
 from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
@@ -27,8 +27,6 @@ from .staging import Staging
 from .ties import inner_model, modules_of, ties_of
 
 __all__ = ["config_files", "save_model"]
-
-_FORMAT_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
 def save_model(
@@ -41,7 +39,7 @@ def save_model(
             "the model carries live peft adapters",
             remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)",
         )
-    if dtype is not None and dtype not in _FORMAT_OF:
+    if dtype is not None and dtype not in FORMAT_OF:
         raise StateError(
             f"unknown dtype {dtype}",
             remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
@@ -64,7 +62,7 @@ def save_model(
 
 
 def _format(dtype: torch.dtype | None) -> str:
-    return _FORMAT_OF[dtype] if dtype is not None else "same"
+    return FORMAT_OF[dtype] if dtype is not None else "same"
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
@@ -126,7 +124,7 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
             outputs = {name: (into.dtype, into.shape[::-1])}
         return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
     stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    if stored not in _SAVEABLE:
+    if stored not in NAMED.values():
         raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
     plain = {name: (stored, tuple(tensor.shape))}
 
@@ -139,22 +137,6 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
 
 def _item_of(name: str, outputs: Outputs, read: Callable[[], Mapping[str, Tensor]]) -> Item:
     return Item(name, outputs, size_of(outputs), read, lambda made: made)
-
-
-_SAVEABLE = frozenset(
-    {
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    }
-)
 
 
 def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: bool) -> Mapping[str, Tensor]:

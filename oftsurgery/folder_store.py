@@ -16,19 +16,17 @@ from . import codecs, companions, configs
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
+from .dtypes import DTYPES, FLOATS
 from .errors import FormatError, printable
 from .idle import is_idle
 from .layers import Layer
 from .naming import architecture_of, is_companion, locate
 from .plan import LayerInfo
 from .record import FoldRecord
-from .shards import DTYPES, Checkpoint
+from .shards import Checkpoint
 from .ties import Ties
 
-__all__ = ["FLOATS", "FolderStore", "Quantization", "load_weight", "quantise"]
-
-#: safetensors' names of the dtypes that hold weights
-FLOATS = ("F64", "F32", "F16", "BF16")
+__all__ = ["FolderStore", "Quantization", "load_weight", "quantise"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class FolderStore:
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
-        return matrix and entry.dtype in FLOATS
+        return matrix and DTYPES[entry.dtype] in FLOATS
 
     def is_embedding(self, name: str) -> bool:
         """Whether the weight is an embedding's."""
@@ -259,15 +257,11 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if isinstance(dtype, torch.dtype):
         return dtype
-    stored = (_dtype(source, name) for name, entry in source.entries.items() if entry.dtype in FLOATS)
-    return next(stored, torch.float32)
+    return next((DTYPES[e.dtype] for e in source.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
 
 
 def _dtype(source: Checkpoint, name: str) -> torch.dtype:
-    entry = source.entries[name]
-    if entry.dtype not in DTYPES:
-        raise FormatError(f"torch has no dtype for safetensors' {printable(entry.dtype)}", tensor=name)
-    return DTYPES[entry.dtype]
+    return DTYPES[source.entries[name].dtype]
 
 
 def _format_of(source: Checkpoint, name: str, *, transposed: bool) -> WeightFormat:

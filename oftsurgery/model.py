@@ -31,13 +31,13 @@ from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .live_store import LiveStore, record_of, set_record
 from .plan import FoldPlan, Replace, Store, plan_changes
+from .progress import Progress
 from .record import ModuleRecord
 from .sharing import share_model
 from .ties import FLAG, inner_model, modules_of, parts_with_flag, tensors_in
 from .undo_file import UndoRecord, UndoWriter
 
 __all__ = [
-    "Progress",
     "fold_model",
     "inner_model",
     "modules_of",
@@ -50,9 +50,6 @@ __all__ = [
     "undo_model",
     "unfold_model",
 ]
-
-#: called after each module with (modules done, modules in all, module path)
-Progress = Callable[[int, int, str], None]
 
 
 def fold_model(
