@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,7 +26,7 @@ from .ties import modules_of
 
 if TYPE_CHECKING:
     from .calibration import InputsOf
-    from .checkpoint import CheckpointPlan, Format
+    from .checkpoint import CheckpointPlan, Format, Quantization
     from .checks import CheckpointReport
     from .codecs import Rounding
     from .compare import VerifyReport
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
 
 __all__ = [
+    "FoldSettings",
     "export_onnx",
     "export_safetensors",
     "extract",
@@ -326,52 +327,62 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
     return live.wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class FoldSettings:
+    """What :func:`fold_checkpoint` takes that decides what is written."""
+
+    format: Format = "same"
+    quantize: str | None = None
+    double_quant: bool = False
+    compute_dtype: str = "float32"
+    load_dtype: str | None = None
+    skip_modules: Sequence[str] | None = None
+    fold_into: Literal["quantized", "original"] = "quantized"
+    rounding: Rounding | Literal["calibrated"] | None = None
+    undo: str | PathLike[str] | None = None
+    max_shard_size: int | str = "5GB"
+
+    def quantization(self) -> Quantization | None:
+        """How a plain source is quantised first.
+
+        Raises:
+            StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
+        """
+        from .checkpoint import QUANTISED, Quantization
+
+        codec = self.quantize or (self.format if self.format in QUANTISED else None)
+        if codec is not None:
+            skip = tuple(self.skip_modules) if self.skip_modules is not None else None
+            dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
+            return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
+        if self.double_quant:
+            raise StateError(
+                "double quantisation of a checkpoint that is not to be quantised",
+                remedy="name the 4-bit type too: quantize='nf4'",
+            )
+        return None
+
+
 def plan_fold(
     source: str | PathLike[str],
     adapter: AdapterLike | Sequence[AdapterLike],
-    *,
-    format: Format = "same",
-    quantize: str | None = None,
-    double_quant: bool = False,
-    compute_dtype: str = "float32",
-    load_dtype: str | None = None,
-    skip_modules: Sequence[str] | None = None,
-    fold_into: Literal["quantized", "original"] = "quantized",
-    rounding: Rounding | Literal["calibrated"] | None = None,
-    undo: str | PathLike[str] | None = None,
-    max_shard_size: int | str = "5GB",
+    settings: FoldSettings = FoldSettings(),
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` with the same arguments would do, from headers and JSON alone; same errors, nothing
+    """What :func:`fold_checkpoint` with these settings would do, from headers and JSON alone; same errors, nothing
     written.
     """
     from . import checkpoint
 
-    mode: Rounding | Literal["calibrated"] = rounding or "preserve"
-
-    codec = quantize or (format if format in checkpoint.QUANTISED else None)
-    quantization = None
-    if codec is not None:
-        quantization = checkpoint.Quantization(
-            codec,
-            double_quant,
-            float_dtype(compute_dtype),
-            tuple(skip_modules) if skip_modules is not None else None,
-            None if load_dtype is None else float_dtype(load_dtype),
-        )
-    elif double_quant:
-        raise StateError(
-            "double quantisation of a checkpoint that is not to be quantised",
-            remedy="name the 4-bit type too: quantize='nf4'",
-        )
+    mode: Rounding | Literal["calibrated"] = settings.rounding or "preserve"
     plan = checkpoint.plan_checkpoint(
         shards.open_checkpoint(files.find_checkpoint(source)),
         _loaded(adapter),
-        format=format,
-        quantization=quantization,
-        fold_into=fold_into,
+        format=settings.format,
+        quantization=settings.quantization(),
+        fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
-        undo=None if undo is None else Path(undo).expanduser(),
-        max_shard_bytes=parse_size(max_shard_size),
+        undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        max_shard_bytes=parse_size(settings.max_shard_size),
     )
     return replace(plan, rounding=mode)
 
@@ -436,20 +447,10 @@ def fold_checkpoint(
     from . import checkpoint
 
     mode = _rounding(rounding, calibration)
-    plan = plan_fold(
-        source,
-        adapter,
-        format=format,
-        quantize=quantize,
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-        load_dtype=load_dtype,
-        skip_modules=skip_modules,
-        fold_into=fold_into,
-        rounding=mode,
-        undo=undo,
-        max_shard_size=max_shard_size,
+    settings = FoldSettings(
+        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
     )
+    plan = plan_fold(source, adapter, settings)
     batches = None
     if mode == "calibrated":
         from . import inputs

@@ -434,7 +434,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    facts = oftsurgery.api.plan_fold(args.base, args.adapter, **_settings(args)).to_dict()
+    settings = oftsurgery.api.FoldSettings(**_settings(args))
+    facts = oftsurgery.api.plan_fold(args.base, args.adapter, settings).to_dict()
     if args.json:
         _print_json(facts)
     elif not args.quiet:

@@ -131,7 +131,7 @@ def write_rest(
     *,
     source: Path | None,
     jsons: Mapping[str, Mapping[str, Any]],
-    carried: Sequence[str] = (),
+    carried: Sequence[Path] = (),
     exact: bool,
     before: int | None = None,
 ) -> FoldRecord | None:
@@ -140,8 +140,9 @@ def write_rest(
     Args:
         files: of weights that were written.
         record: that the folder carries, or None.
-        source: folder that the card and the ``carried`` files are from.
+        source: folder of the model, for the card.
         jsons: ``{file name: contents}``; ``config.json`` is among them, if there is any.
+        carried: other files that are copied.
         exact: the weights' formats are those of the source.
         before: bytes of the source's tensors, for the record; None where they are not the same model's.
     """
@@ -150,9 +151,8 @@ def write_rest(
     if len(files) > 1:
         weight_map = {e.name: file for file, entries in held.items() for e in entries}
         staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    for name in carried:
-        assert source is not None  # noqa: S101 - they are from there
-        staging.copy(source / name, name)
+    for path in carried:
+        staging.copy(path, path.name)
     for name, value in jsons.items():
         if value:
             staging.put_json(name, value)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import card, configs, export, live, naming, onnx_graph, onnx_run, peft_live
+from . import configs, export, live, naming, onnx_graph, onnx_run, peft_live
 from .dtypes import NAMED
 from .errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
+from .folder_writer import write_rest
 from .model import inner_model, record_of
 from .onnx_tasks import CacheTask, Task, task_of
 from .progress import Progress, without_bars
@@ -356,29 +357,22 @@ def _write_rest(
     record: FoldRecord | None,
     report: OnnxReport,
 ) -> OnnxReport:
+    carried = []
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(staging.folder)
     else:
         folder = Path(tokenizer) if tokenizer is not None else _home_of(model)
         if folder is not None:
-            for name in configs.carried_files(folder):
-                if name in _TOKENIZER:
-                    staging.copy(folder / name, name)
-    for name, value in export.config_files(model, dtype).items():
-        staging.put_json(name, value)
+            carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
+    jsons = export.config_files(model, dtype)
     if isinstance(task, CacheTask):
         genai = _genai_config(model, task)
         if genai is not None:
-            staging.put_json("genai_config.json", genai)
+            jsons["genai_config.json"] = genai
             report = replace(report, generation=True)
     record = FoldRecord((), {}) if record is None else configs.public_record(record)
     record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    config: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
-    text = card.written_card(_home_of(model), record, config, staging.names(), exact=False)
-    if text is not None:
-        staging.put_text(card.CARD, text)
-    record = replace(record, files=staging.hashes(but=configs.NOT_HASHED))
-    staging.put_json(configs.RECORD, record.to_dict())
+    write_rest(staging, (), record, source=_home_of(model), jsons=jsons, carried=carried, exact=False)
     return report
 
 
