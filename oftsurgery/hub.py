@@ -449,11 +449,13 @@ def _talking(doing: str, token: str, left: Callable[[], str] | str) -> Iterator[
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     chain = [*causes(error)]
     answered = next((e for e in chain if getattr(e, "response", None) is not None), None)
     if answered is None:
         name = type(chain[-1]).__name__
-        if any(type(e).__name__ == "OfflineModeIsEnabled" for e in chain):
+        if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
             return "the Hub's client is in offline mode", "unset HF_HUB_OFFLINE"
         if isinstance(error, ValueError) and "metadata in README.md" in str(error):
             return _short(error), "correct the metadata of the model card, README.md"
