@@ -6,6 +6,8 @@ The default tests are a sample; ``-m slow`` runs every model in every way, the 2
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -30,7 +32,7 @@ from test_model import quantise, state_bytes
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError, cli, onnx_export
+from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError, cli, onnx_export, onnx_run
 
 
 def folded(
@@ -1049,3 +1051,21 @@ def test_a_model_that_fixes_its_length_exports_with_example_inputs(tmp_path: Pat
     given = {"input_ids": batch(2, 8)[0]}
     oftsurgery.export_onnx(model, tmp_path / "out", "float32", example_inputs=given)
     assert session(tmp_path / "out").get_inputs()[0].shape == ["batch", 8]
+
+
+def test_a_runtime_that_crashes_or_refuses_is_an_error_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    oftsurgery.export_onnx(nn.Linear(2, 2), tmp_path / "out", "float32", example_inputs=torch.ones(1, 2), verify=False)
+    path.write_bytes((tmp_path / "out" / "model.onnx").read_bytes())
+    with onnx_run.Process(path) as process:
+        (given,) = process.inputs
+        assert (given.dtype, given.shape[1]) == ("float32", 2)
+        with pytest.raises(ExportError, match="onnxruntime cannot run the graph: Required inputs"):
+            process.run({"z": torch.ones(1, 2).numpy()})
+        assert process.run({given.name: torch.ones(1, 2).numpy()})[0].shape == (1, 2)
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises(ExportError, match="onnxruntime ended with code -9 when it had to run the graph: it said"):
+            process.run({given.name: torch.ones(1, 2).numpy()})
+    path.write_bytes(b"no graph")
+    with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):
+        onnx_run.Process(path)

@@ -715,3 +715,22 @@ def test_a_record_that_says_nonsense(places: Places, tmp_path: Path) -> None:
         elif value == "[":
             with pytest.raises(oftsurgery.CheckpointError, match="`skip_modules` is no JSON"):
                 oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter)
+
+
+def test_the_page_shows_what_is_wrong(places: Places, tmp_path: Path) -> None:
+    base, adapter = places.base("llama"), places.adapter("llama", "q_proj")
+    quiet_fold(base, adapter, tmp_path / "out")
+    right = oftsurgery.report(tmp_path / "out", verified=oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter))
+    assert "All 21 tensors of the model were looked at." in right
+    assert "Not as it should be." not in right
+    found = tensors(tmp_path / "out")
+    found[NORM] += 1
+    found[Q][0] += 1
+    save_file(found, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    report = oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter)
+    assert report.tensors[Q].why is not None
+    assert "its record has other contents" in report.tensors[Q].why
+    page = oftsurgery.report(tmp_path / "out", verified=json.loads(json.dumps(report.to_dict())))
+    assert f"{NORM}: not what the source has" in page
+    assert page.count(f"{Q}: ") == 0  # which is in the table of weights that failed
+    assert "Not as it should be." in page
