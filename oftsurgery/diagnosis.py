@@ -40,10 +40,10 @@ from .errors import (
     printable,
 )
 from .folder_store import FolderStore, load_weight
+from .formats import FORMATS, owner_of
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of, record_of
-from .naming import split_companion
 from .plan import plan_changes
 from .record import ENOUGH, FoldRecord
 from .shards import CONFIG, INDEX, SINGLE, Checkpoint, TensorEntry, inside, open_checkpoint, read_header, read_json
@@ -54,7 +54,9 @@ __all__ = ["Finding", "doctor"]
 Severity = Literal["error", "warning", "note"]
 _ORDER: Mapping[str, int] = {"error": 0, "warning": 1, "note": 2}
 
-FOLD = "oftsurgery fold BASE ADAPTER OUTPUT"
+FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED OUTPUT --adapter ADAPTER"
+
+Numbers = dict[str, float | int | str | None]
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ _CODES: tuple[tuple[type[OFTSurgeryError], str], ...] = (
 
 def _of_error(error: OFTSurgeryError, subject: str = "") -> Finding:
     code = next((code for cls, code in _CODES if isinstance(error, cls)), "refused")
-    evidence: dict[str, float | int | str | None] = {}
+    evidence: Numbers = {}
     if error.shape is not None:
         evidence["shape"] = "×".join(map(str, error.shape))
     if error.expected is not None:
@@ -188,14 +190,9 @@ def _noting(found: list[Finding], subject: str = "") -> Iterator[None]:
 
 
 def _not_finite(name: str, count: int, total: int) -> Finding:
-    return Finding(
-        "error",
-        "non-finite",
-        "the tensor holds NaN or infinity: all that it takes part in is NaN",
-        printable(name),
-        {"values": count, "of": total},
-        "restore it from the checkpoint that it was made from; it cannot be folded",
-    )
+    message = "the tensor holds NaN or infinity: all that it takes part in is NaN"
+    remedy = "restore it from the checkpoint that it was made from; it cannot be folded"
+    return Finding("error", "non-finite", message, printable(name), {"values": count, "of": total}, remedy)
 
 
 def _bad_values(tensor: Tensor) -> int:
@@ -260,16 +257,12 @@ def _open(folder: Path, found: list[Finding]) -> Checkpoint | None:
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         held = sum(e.nbytes for e in checkpoint.entries.values())
         if isinstance(stated, (int, float)) and stated != held:
-            found.append(
-                Finding(
-                    "note",
-                    "index-size",
-                    "the index states another total size than its shards hold",
-                    INDEX,
-                    {"stated_bytes": stated, "held_bytes": held},
-                    f'set "total_size" to {held} in {INDEX}',
-                )
+            message, remedy = (
+                "the index states another total size than its shards hold",
+                f'set "total_size" to {held} in {INDEX}',
             )
+            sizes: Numbers = {"stated_bytes": stated, "held_bytes": held}
+            found.append(Finding("note", "index-size", message, INDEX, sizes, remedy))
     return checkpoint
 
 
@@ -295,13 +288,14 @@ def _index(folder: Path) -> tuple[Finding, Checkpoint] | None:
     absent = [n for n, file in weight_map.items() if n not in entries and file not in lost]
     elsewhere = [n for n, file in weight_map.items() if n in entries and entries[n].file != file]
     unlisted = [n for n in entries if n not in weight_map]
-    if not (lost or absent or elsewhere or unlisted or twice):
+    wrong = lost + absent + elsewhere + unlisted + twice
+    if not wrong:
         return None
     finding = Finding(
         "error",
         "index",
         "the index and its shards disagree: transformers fills what it does not find with random numbers, or does not load at all",
-        printable((lost + absent + elsewhere + unlisted + twice)[0]),
+        printable(wrong[0]),
         {
             "shards": len(set(weight_map.values())),
             "shards_missing_or_damaged": len(lost),
@@ -312,7 +306,7 @@ def _index(folder: Path) -> tuple[Finding, Checkpoint] | None:
             "in_two_shards": len(twice),
         },
         "download the checkpoint again, or restore the index that belongs to these shards",
-        tuple(map(printable, (lost + absent + elsewhere + unlisted + twice)[1:])),
+        tuple(map(printable, wrong[1:])),
     )
     names = tuple(sorted({e.file for e in entries.values()}))
     try:
@@ -323,18 +317,13 @@ def _index(folder: Path) -> tuple[Finding, Checkpoint] | None:
 
 
 def _stray_shards(checkpoint: Checkpoint) -> list[Finding]:
-    stray = sorted(p.name for p in checkpoint.folder.glob("model*.safetensors") if p.name not in checkpoint.files)
+    stray = sorted(p for p in checkpoint.folder.glob("model*.safetensors") if p.name not in checkpoint.files)
+    message = "a file of weights that is no part of the checkpoint: nothing reads it"
+    remedy = "remove it, unless the index is the wrong one"
     return [
-        Finding(
-            "note",
-            "stray-shard",
-            "a file of weights that is no part of the checkpoint: nothing reads it",
-            printable(name),
-            {"bytes": (checkpoint.folder / name).stat().st_size},
-            "remove it, unless the index is the wrong one",
-        )
-        for name in stray
-        if (checkpoint.folder / name).is_file()
+        Finding("note", "stray-shard", message, printable(p.name), {"bytes": p.stat().st_size}, remedy)
+        for p in stray
+        if p.is_file()
     ]
 
 
@@ -354,7 +343,7 @@ def _rope(config: Mapping[str, Any]) -> list[Finding]:
         nested = {k: v for k, v in rope.items() if isinstance(v, Mapping)}
         if missing:
             add = printable(json.dumps(missing, sort_keys=True), 500)
-            numbers: dict[str, float | int | str | None] = {
+            numbers: Numbers = {
                 "rope_theta": rope.get("rope_theta"),
                 "transformers_4_uses": part.get("rope_theta", default),
             }
@@ -384,21 +373,9 @@ def _default_theta(model_type: object) -> float:
 
 def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
     settings = checkpoint.config.get("quantization_config")
-    names = checkpoint.entries
-    held = {
-        "4-bit": sum(".quant_state.bitsandbytes__" in n for n in names),
-        "int8": sum(n.endswith(".SCB") for n in names),
-    }
     if settings is not None and not isinstance(settings, Mapping):
-        return [
-            Finding(
-                "error",
-                "stale-config",
-                "`quantization_config` is no JSON object",
-                "config.json",
-                remedy="restore the config.json that was saved",
-            )
-        ]
+        message, remedy = "`quantization_config` is no JSON object", "restore the config.json that was saved"
+        return [Finding("error", "stale-config", message, "config.json", remedy=remedy)]
     method = "bitsandbytes" if settings is None else settings.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         message = "the config says that another library quantised the weights: oftsurgery knows bitsandbytes' formats and plain ones"
@@ -406,17 +383,11 @@ def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
         return [
             Finding("error", "other-quantiser", message, "config.json", found, "dequantise it with that library first")
         ]
-    evidence: dict[str, float | int | str | None] = {f"{kind}_weights": n for kind, n in held.items()}
-    stated = (
-        None
-        if settings is None
-        else "4-bit"
-        if settings.get("load_in_4bit")
-        else "int8"
-        if settings.get("load_in_8bit")
-        else None
-    )
-    evidence["config_says"] = stated
+    kinds = [kind for kind in FORMATS.values() if kind.quantised]
+    held = {kind.width: sum(kind.evidence_in in n for n in checkpoint.entries) for kind in kinds}
+    asked = (kind.width for kind in kinds if settings is not None and settings.get(next(iter(kind.loading))))
+    stated = next(asked, None)
+    evidence: Numbers = {f"{width}_weights": n for width, n in held.items()} | {"config_says": stated}
     if settings is not None and not any(held.values()):
         message = "the config says that bitsandbytes quantised the weights, but all are plain: from_pretrained fails, or quantises them once more"
         remedy = 'remove "quantization_config" from config.json'
@@ -448,7 +419,7 @@ def _weights(checkpoint: Checkpoint) -> list[Finding]:
                 done.update(group)
                 found += _quantised(checkpoint, name, states)
                 continue
-        owner = _owner(name)
+        owner = owner_of(name)
         if owner is not None:
             if owner not in entries:
                 found.append(_missing(owner, name, "statistics of a weight that is not there"))
@@ -459,27 +430,18 @@ def _weights(checkpoint: Checkpoint) -> list[Finding]:
     return found
 
 
-def _owner(name: str) -> str | None:
-    """The weight that a statistic belongs to; None for what is none."""
-    if name.endswith((".SCB", ".weight_format")):
-        return name.rpartition(".")[0] + ".weight"
-    weight, suffix = split_companion(name)
-    return weight if suffix else None
-
-
 def _values(name: str, tensor: Tensor) -> list[Finding]:
     bad = _bad_values(tensor)
     return [_not_finite(name, bad, tensor.numel())] if bad else []
 
 
 def _missing(subject: str, what: str, message: str) -> Finding:
-    return Finding(
-        "error",
-        "missing-companions",
-        f"{message}: it cannot be loaded",
-        printable(subject),
-        {"tensor": printable(what)},
+    remedy, evidence = (
         f"save the model again, whole, or start from its base: {FOLD} --quantize nf4",
+        {"tensor": printable(what)},
+    )
+    return Finding(
+        "error", "missing-companions", f"{message}: it cannot be loaded", printable(subject), evidence, remedy
     )
 
 
@@ -525,33 +487,26 @@ def _cpu_packing(checkpoint: Checkpoint, name: str) -> Finding | None:
     except OFTSurgeryError:
         return None  # found when it is decoded
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
-    if (
-        len(shape) != 2
-        or shape[1] % blocksize
-        or absmax.shape != (shape[1] // blocksize, shape[0])
-        or entries[name].dtype != "U8"
-    ):
+    if len(shape) != 2 or shape[1] % blocksize or entries[name].dtype != "U8":
         return None
-    numbers: dict[str, float | int | str | None] = {
+    if absmax.shape != (shape[1] // blocksize, shape[0]):
+        return None
+    numbers: Numbers = {
         "weight_shape": "×".join(map(str, entries[name].shape)),
         "absmax_shape": "×".join(map(str, absmax.shape)),
         "absmax_dtype": absmax.dtype,
     }
     tiled = entries[name].shape == (shape[0], shape[1] // 2) and shape[1] != 2
     with torch.no_grad():
-        numbers["relative_error"] = _misread(
-            checkpoint.read(name), checkpoint.read(f"{name}.absmax"), packed, tiled=tiled
-        )
+        stored = (checkpoint.read(name), checkpoint.read(f"{name}.absmax"))
+        numbers["relative_error"] = _misread(*stored, packed, tiled=tiled)
     what = "its codes are tiled and its absmax is transposed" if tiled else "its absmax is transposed"
-    return Finding(
-        "error",
-        "cpu-packed" if tiled else "absmax-transposed",
-        f"saved after a CPU eval forward, in bitsandbytes' packing for that CPU: {what}; read as a checkpoint it is noise",
-        printable(name),
-        numbers,
+    message = f"saved after a CPU eval forward, in bitsandbytes' packing for that CPU: {what}; read as a checkpoint it is noise"
+    remedy = (
         "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
-        f"or fold on disk: {FOLD} --quantize {packed['quant_type']}",
+        f"or fold on disk: {FOLD} --quantize {packed['quant_type']}"
     )
+    return Finding("error", "cpu-packed" if tiled else "absmax-transposed", message, printable(name), numbers, remedy)
 
 
 def _misread(weight: Tensor, absmax: Tensor, packed: Mapping[str, Any], *, tiled: bool) -> float | None:
@@ -559,18 +514,14 @@ def _misread(weight: Tensor, absmax: Tensor, packed: Mapping[str, Any], *, tiled
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
     format_ = WeightFormat(packed["quant_type"], shape, blocksize=blocksize)
     try:
-        flat, stats = (
-            codecs.unpack_cpu_layout(weight, absmax, shape, blocksize)
-            if tiled
-            else (weight, absmax.t().reshape(-1).float())
-        )
-        right = codecs.decode(EncodedWeight(format_, {"weight": flat, "absmax": stats}))
-        wrong = codecs.decode(
-            EncodedWeight(format_, {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()})
-        )
+        right = {"weight": weight, "absmax": absmax.t().reshape(-1).float()}
+        if tiled:
+            right["weight"], right["absmax"] = codecs.unpack_cpu_layout(weight, absmax, shape, blocksize)
+        wrong = {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()}
+        values = [codecs.decode(EncodedWeight(format_, tensors)) for tensors in (wrong, right)]
     except OFTSurgeryError:
         return None
-    return relative_error(wrong, right)
+    return relative_error(*values)
 
 
 # --- the record -------------------------------------------------------------------------------------------------------
@@ -583,52 +534,29 @@ def _record(
     all_prints = [a.fingerprint for r in (*record.earlier, record) for a in r.adapters]
     for fingerprint in dict.fromkeys(p for p in all_prints if all_prints.count(p) > 1):
         names = [a for r in (*record.earlier, record) for a in r.adapters if a.fingerprint == fingerprint]
-        found.append(
-            Finding(
-                "error",
-                "folded-twice",
-                "the record says that this adapter was folded in more than once",
-                printable(names[0].source or fingerprint),
-                {"times": all_prints.count(fingerprint)},
-                "take the last fold out: oftsurgery unfold FOLDED OUTPUT --adapter ADAPTER",
-            )
-        )
+        message = "the record says that this adapter was folded in more than once"
+        remedy, times = f"take the last fold out: {UNFOLD}", all_prints.count(fingerprint)
+        subject = printable(names[0].source or fingerprint)
+        found.append(Finding("error", "folded-twice", message, subject, {"times": times}, remedy))
     if adapter is not None and adapter.fingerprint in record.fingerprints():
-        found.append(
-            Finding(
-                "warning",
-                "already-folded",
-                "this adapter is folded in already: folding it again would rotate twice, and is refused",
-                printable(adapter.source or adapter.fingerprint),
-                {"adapters_folded": len(all_prints)},
-                "use the checkpoint as it is, or take it out: oftsurgery unfold FOLDED OUTPUT --adapter ADAPTER",
-            )
-        )
+        message = "this adapter is folded in already: folding it again would rotate twice, and is refused"
+        remedy, folds = f"use the checkpoint as it is, or take it out: {UNFOLD}", {"adapters_folded": len(all_prints)}
+        subject = printable(adapter.source or adapter.fingerprint)
+        found.append(Finding("warning", "already-folded", message, subject, folds, remedy))
     for path, module in record.modules.items():
         with _noting(found, path):
             encoded = stored(path)
             if encoded is None:
-                raise MatchError(
-                    "the record names a module that is not there",
-                    module=path,
-                    remedy="restore the record that belongs to the weights",
-                )
+                remedy = "restore the record that belongs to the weights"
+                raise MatchError("the record names a module that is not there", module=path, remedy=remedy)
             after = encoded.fingerprint
             if after == module.after:
                 continue
-            unfolded = after == module.before
-            found.append(
-                Finding(
-                    "error",
-                    "record",
-                    "the record says that the weight is folded, but it is the base's"
-                    if unfolded
-                    else "the weight is not the one that the record was written for: changed since, or a record of another checkpoint",
-                    printable(path),
-                    {"recorded": module.after, "found": after, "base": module.before, "format": encoded.format.label},
-                    f"fold again: {FOLD}",
-                )
-            )
+            message = "the weight is not the one that the record was written for: changed since, or a record of another checkpoint"
+            if after == module.before:
+                message = "the record says that the weight is folded, but it is the base's"
+            hashes = {"recorded": module.after, "found": after, "base": module.before, "format": encoded.format.label}
+            found.append(Finding("error", "record", message, printable(path), hashes, f"fold again: {FOLD}"))
     return found
 
 
@@ -656,15 +584,12 @@ def _convolutions(adapter: OFTAdapter, store: FolderStore) -> list[Finding]:
 
 
 def _convolution(path: str, kernel: Iterable[int]) -> Finding:
-    return Finding(
-        "error",
-        "convolution",
+    message = (
         "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
-        "computes the same, and peft's own merge is off by about as much as the weight itself",
-        printable(path),
-        {"kernel": "×".join(map(str, kernel))},
-        "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+        "computes the same, and peft's own merge is off by about as much as the weight itself"
     )
+    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+    return Finding("error", "convolution", message, printable(path), {"kernel": "×".join(map(str, kernel))}, remedy)
 
 
 def _folded(
@@ -711,7 +636,7 @@ def _kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list
         return []
     overall = math.fsum(kept * change for kept, change in parts.values()) / total
     least = min(parts, key=lambda path: parts[path][0])
-    evidence: dict[str, float | int | str | None] = {
+    evidence: Numbers = {
         "kept": overall,
         "least": parts[least][0],
         "weights": len(parts),
@@ -720,18 +645,10 @@ def _kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list
     text = f"{round(overall, 2) + 0.0:.0%} of what the adapter changes is in the merged weights"
     if overall >= ENOUGH or calibrated:
         return [Finding("note", "kept", text, printable(least), evidence)]
-    return [
-        Finding(
-            "warning",
-            "adapter-lost",
-            f"{text}: rounding to the format's levels has put the rest back, and the model computes nearly what its base does"
-            if overall < 0.5
-            else f"{text}: rounding to the format's levels has put the rest back",
-            printable(least),
-            evidence,
-            'fold the base again with --rounding preserve (rounding="preserve"), which keeps it in the same format',
-        )
-    ]
+    text += ": rounding to the format's levels has put the rest back"
+    text += ", and the model computes nearly what its base does" if overall < 0.5 else ""
+    remedy = 'fold the base again with --rounding preserve (rounding="preserve"), which keeps it in the same format'
+    return [Finding("warning", "adapter-lost", text, printable(least), evidence, remedy)]
 
 
 _TRANSPOSED = (
@@ -794,7 +711,7 @@ def _judge(
     if far.get(nearest, math.inf) > (_COARSEST if nearest == "right_fold" else limit):
         nearest = "none"
     severity, code, message = _MESSAGES[nearest]
-    evidence: dict[str, float | int | str | None] = {f"from_the_{k}": v for k, v in far.items()}
+    evidence: Numbers = {f"from_the_{k}": v for k, v in far.items()}
     evidence |= {
         "rounding": rounding,
         "rotation_effect": effect,
@@ -900,73 +817,36 @@ def _dialect(adapter: OFTAdapter, subject: str) -> list[Finding]:
         if r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any()))
     }
     largest = max((r.angle for r in adapter.modules.values()), default=0.0)
-    numbers: dict[str, float | int | str | None] = {
+    numbers: Numbers = {
         "modules": len(adapter.modules),
         "largest_angle": largest,
         "dialect": adapter.dialect,
     }
+    read, code = f"oftsurgery reads it rightly: {FOLD}", ""
     if not turned and not adapter.saved:
         terms = next(iter(adapter.modules.values())).cayley.terms
-        why = (
-            "a Neumann series of one term is the identity, whatever the weights"
-            if terms == 1
-            else "its rotations are all zero: it is untrained"
-        )
+        why = "its rotations are all zero: it is untrained"
+        if terms == 1:
+            why = "a Neumann series of one term is the identity, whatever the weights"
         numbers["neumann_terms"] = terms
-        return [
-            Finding(
-                "warning",
-                "no-effect",
-                f"the adapter changes nothing: {why}",
-                printable(subject),
-                numbers,
-                "train it, or check its config",
-            )
-        ]
-    if adapter.dialect == "peft-0.15":
+        code, message, read = "no-effect", f"the adapter changes nothing: {why}", "train it, or check its config"
+    elif adapter.dialect == "peft-0.15":
+        code = "loads-as-identity"
         message = (
             "written by peft 0.14 or 0.15: newer peft drops its tensors (oft_r, oft_s) with no more than a warning about missing keys, "
             "and computes the base model"
         )
-        return [
-            Finding(
-                "warning",
-                "loads-as-identity",
-                message,
-                printable(subject),
-                numbers,
-                f"oftsurgery reads it rightly: {FOLD}",
-            )
-        ]
-    if adapter.dialect == "peft-0.13":
+    elif adapter.dialect == "peft-0.13":
+        code = "refused-by-newer-peft"
         message = "written by peft ≤ 0.13: newer peft refuses it and asks to train it again"
-        return [
-            Finding(
-                "warning",
-                "refused-by-newer-peft",
-                message,
-                printable(subject),
-                numbers,
-                f"oftsurgery reads it rightly: {FOLD}",
-            )
-        ]
-    if adapter.dialect == "peft-0.17":
+    elif adapter.dialect == "peft-0.17":
         apart = {path: _series_apart(r) for path, r in adapter.modules.items()}
         worst = max(apart, key=lambda path: apart[path])
         if apart[worst] > 1e-6:
-            message = "written by peft 0.16 or 0.17: newer peft computes it by another Neumann series, after a warning"
             numbers |= {"worst_module": printable(worst), "largest_difference_of_R": apart[worst]}
-            return [
-                Finding(
-                    "warning",
-                    "other-series",
-                    message,
-                    printable(subject),
-                    numbers,
-                    f"oftsurgery computes it as trained: {FOLD}",
-                )
-            ]
-    return []
+            code, read = "other-series", f"oftsurgery computes it as trained: {FOLD}"
+            message = "written by peft 0.16 or 0.17: newer peft computes it by another Neumann series, after a warning"
+    return [Finding("warning", code, message, printable(subject), numbers, read)] if code else []
 
 
 def _series_apart(r: Rotation) -> float:
@@ -1041,25 +921,13 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
         encoded, _ = Layer(path, module).read()
         wanted = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if None not in wanted and encoded.format.shape == wanted[::-1] and wanted[0] != wanted[1]:
-            evidence: dict[str, float | int | str | None] = {
-                "shape": "×".join(map(str, encoded.format.shape)),
-                "layer": f"{wanted[0]}×{wanted[1]}",
-            }
+            evidence: Numbers = {"shape": "×".join(map(str, encoded.format.shape)), "layer": f"{wanted[0]}×{wanted[1]}"}
             message = "the weight has its layer's shape transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without rotating them"
-            found.append(
-                Finding(
-                    "error",
-                    "transposed",
-                    message,
-                    printable(path),
-                    evidence,
-                    f"load the base again and fold it: {FOLD}",
-                )
-            )
-            return found
+            remedy = f"load the base again and fold it: {FOLD}"
+            return [Finding("error", "transposed", message, printable(path), evidence, remedy)]
         codecs.decode(encoded)  # refuses what is not finite, or does not fit together
         if _packed(module):
-            numbers: dict[str, float | int | str | None] = {
+            numbers: Numbers = {
                 "weight_shape": "×".join(map(str, weight.shape)),
                 "absmax_shape": "×".join(map(str, _state(module).absmax.shape)),
                 "rounding_of_absmax": 2.0**-9,
@@ -1085,7 +953,7 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
         inner = layer.get_base_layer()
         if layer.merged_adapters:
             quantised = any(c.__module__.startswith("bitsandbytes.") for c in type(inner).__mro__)
-            numbers: dict[str, float | int | str | None] = {
+            numbers: Numbers = {
                 "merged_adapters": len(layer.merged_adapters),
                 "peft": _peft_version(),
             }

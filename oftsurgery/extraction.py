@@ -129,8 +129,8 @@ def extract_encoded(
             remedy="give a divisor of all rotated layers' features, or None to detect one for each width",
         )
     with rotations.full_precision("cpu"):
-        base, w, m = _seen_by_the_adapter(_on_cpu(base), _on_cpu(merged), block_size)
-        storing = _Storing(base, merged.format, _rounding_of(base, _on_cpu(merged)))
+        base, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), block_size)
+        storing = _Storing(base, merged.format, _rounding_of(base, merged.cpu()))
         return _extract(storing, w, m, block_size, embedding=embedding)
 
 
@@ -196,16 +196,9 @@ def _extract(storing: _Storing, w: Tensor, m: Tensor, b: int, *, embedding: bool
 
 def _check_shapes(base: EncodedWeight, merged: EncodedWeight) -> None:
     if base.format.shape != merged.format.shape or len(base.format.shape) != 2:
-        raise ShapeError(
-            "base and merged weight are not of one shape (out, in)",
-            shape=merged.format.shape,
-            expected=base.format.shape,
-            remedy="give the base that was merged",
-        )
-
-
-def _on_cpu(encoded: EncodedWeight) -> EncodedWeight:
-    return EncodedWeight(encoded.format, {k: t.detach().cpu() for k, t in encoded.tensors.items()})
+        shape, expected, remedy = merged.format.shape, base.format.shape, "give the base that was merged"
+        message = "base and merged weight are not of one shape (out, in)"
+        raise ShapeError(message, shape=shape, expected=expected, remedy=remedy)
 
 
 def _seen_by_the_adapter(base: EncodedWeight, merged: EncodedWeight, b: int) -> tuple[EncodedWeight, Tensor, Tensor]:
@@ -262,7 +255,7 @@ def _refine(
     """``r`` of the rows refined against how ``m`` was stored, in how many steps (0: it could not be), and how far it then
     is from predicting the stored values of the other rows, squared (None: it was not refined).
     """
-    if storing.into.codec == "dense" and storing.into.dtype in (torch.float32, torch.float64):
+    if not storing.into.quantised and storing.into.dtype in (torch.float32, torch.float64):
         return r, 0, None
     b = r.shape[-1]
     best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
@@ -336,7 +329,7 @@ class BlockSizeCurve:
         _check_shapes(base, merged)
         features = base.format.shape[1]
         with rotations.full_precision("cpu"):
-            w, m = codecs.decode(_on_cpu(base)), codecs.decode(_on_cpu(merged))
+            w, m = codecs.decode(base.cpu()), codecs.decode(merged.cpu())
             if merged.format.quantised and not base.format.quantised:
                 w_quantised = codecs.decode(codecs.encode(w, merged.format))
                 if _norm2(m - w_quantised) < _norm2(m - w):
@@ -384,7 +377,7 @@ def choose_block_size(curves: list[BlockSizeCurve]) -> int:
 
 def unrotated(base: EncodedWeight, merged: EncodedWeight) -> bool:
     """Whether ``merged`` is ``base`` itself, perhaps stored in another format."""
-    base, merged = _on_cpu(base), _on_cpu(merged)
+    base, merged = base.cpu(), merged.cpu()
     w, m = codecs.decode(base), codecs.decode(merged)
     change = relative_error(m, w)
     if change == 0:

@@ -20,7 +20,7 @@ from .calibration import InputsOf, LayerInputs
 from .checkpoint import CheckpointPlan, Part
 from .compare import _batches, _eval_mode
 from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
-from .folder_store import Quantization
+from .formats import FORMATS
 from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
@@ -62,10 +62,8 @@ def read_batches(calibration: Any) -> list[Batch]:
         if any(isinstance(v, (str, bytes)) or _is_texts(v) for v in (*args, *kwargs.values())):
             raise _text()
         if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
-            raise CalibrationError(
-                f"calibration batch {i} holds no tensor",
-                remedy="give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments",
-            )
+            remedy = "give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments"
+            raise CalibrationError(f"calibration batch {i} holds no tensor", remedy=remedy)
     return batches
 
 
@@ -92,11 +90,9 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer is data of any kind, and its class raises what it likes
-        raise CalibrationError(
-            f"the checkpoint's tokenizer cannot be loaded ({type(error).__name__}: {printable(error)})",
-            path=folder,
-            remedy="put its files beside the weights, or load the model and fold it in memory, with tokenised batches",
-        ) from error
+        message = f"the checkpoint's tokenizer cannot be loaded ({type(error).__name__}: {printable(error)})"
+        remedy = "put its files beside the weights, or load the model and fold it in memory, with tokenised batches"
+        raise CalibrationError(message, path=folder, remedy=remedy) from error
     length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
     size = TEXTS
     if tokenizer.pad_token is None:
@@ -112,11 +108,8 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
     special = torch.tensor(tokenizer.all_special_ids)
     if all(bool(torch.isin(kwargs["input_ids"], special).all()) for _, kwargs in batches):
         # transformers makes up a tokenizer without words where the files have none
-        raise CalibrationError(
-            "the checkpoint's tokenizer makes nothing of the texts but special tokens",
-            path=folder,
-            remedy="put the tokenizer's files beside the weights",
-        )
+        message = "the checkpoint's tokenizer makes nothing of the texts but special tokens"
+        raise CalibrationError(message, path=folder, remedy="put the tokenizer's files beside the weights")
     return batches
 
 
@@ -152,11 +145,9 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     transformers = _transformers()
     cls = getattr(transformers, plan.store.architecture.name or "", None)
     if cls is None or not hasattr(cls, "from_pretrained"):
-        raise CalibrationError(
-            "transformers does not know the model's class, and a calibration must run the model",
-            path=plan.source.folder,
-            remedy="load the model yourself and fold it in memory; code from a checkpoint is never run",
-        )
+        message = "transformers does not know the model's class, and a calibration must run the model"
+        remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
     config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
     stored = plan.source.config.get("quantization_config")
     settings: dict[str, Any] = {"dtype": "auto"}
@@ -166,7 +157,12 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     if q is not None:
         settings["dtype"] = q.dtype or "auto"
         if plan.fold_into == "quantized":
-            settings["quantization_config"] = _bnb_config(transformers, q)
+            settings["quantization_config"] = transformers.BitsAndBytesConfig(
+                **FORMATS[q.codec].loading,
+                bnb_4bit_use_double_quant=q.double_quant,
+                bnb_4bit_compute_dtype=q.compute_dtype,
+                llm_int8_skip_modules=None if q.skip is None else list(q.skip),
+            )
     if device != "cpu":
         settings["device_map"] = {"": device}
     try:
@@ -175,25 +171,10 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
                 plan.source.folder, config=config, local_files_only=True, use_safetensors=True, **settings
             )
     except Exception as error:  # whatever transformers raises at files that it cannot use
-        raise CalibrationError(
-            f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})",
-            path=plan.source.folder,
-            remedy="load the model yourself and fold it in memory",
-        ) from error
+        message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
+        remedy = "load the model yourself and fold it in memory"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy) from error
     return model
-
-
-def _bnb_config(transformers: Any, q: Quantization) -> Any:
-    skip = None if q.skip is None else list(q.skip)
-    if q.codec == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=q.codec,
-        bnb_4bit_use_double_quant=q.double_quant,
-        bnb_4bit_compute_dtype=q.compute_dtype,
-        llm_int8_skip_modules=skip,
-    )
 
 
 def _to(batches: Sequence[Batch], device: str) -> list[Batch]:
@@ -443,11 +424,9 @@ class _Ears:
         if inputs is not None and not bool(
             torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()
         ):
-            raise CalibrationError(
-                "on the calibration the live model gives this layer NaN, infinity or what overflows",
-                module=path,
-                remedy="check the batches (a row that is all padding?) and the model's dtype",
-            )
+            message = "on the calibration the live model gives this layer NaN, infinity or what overflows"
+            remedy = "check the batches (a row that is all padding?) and the model's dtype"
+            raise CalibrationError(message, module=path, remedy=remedy)
         return inputs
 
     def _add(self, into: _Sum, x: Tensor) -> None:

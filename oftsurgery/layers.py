@@ -8,31 +8,25 @@ are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-
 
 from __future__ import annotations
 
-import copy
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from . import codecs
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
+from .formats import FORMATS, Format, of_parameter
+from .formats.four_bit import FourBit, copy_quant_state
+from .formats.int8 import Int8
 
 __all__ = ["Kind", "Layer", "alias_parameter", "copy_quant_state"]
 
 Kind = Literal["linear", "embedding", "conv"]
 
 Undo = Callable[[], None]
-
-
-def _bnb_class(obj: object, *names: str) -> bool:
-    """Whether ``obj`` is of one of bitsandbytes' classes (or derived), without importing it: without it no model can
-    hold any.
-    """
-    return any(c.__name__ in names and c.__module__.startswith("bitsandbytes.") for c in type(obj).__mro__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,36 +42,30 @@ class Layer:
     def kind(self) -> Kind:
         """Raises FormatError for modules whose weight cannot be folded."""
         m = self.module
-        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise FormatError(
-                "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter on it does nothing, and a fold would",
-                module=self.path,
-                remedy="leave it out of the adapter (`exclude_modules`)",
-            )
         if isinstance(m, nn.Embedding):
             return "embedding"
-        if isinstance(m, nn.Conv2d):
-            if tuple(m.kernel_size) != (1, 1):
-                raise FormatError(
-                    f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
-                    "so no weight computes the same",
-                    module=self.path,
-                    remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
-                )
-            if m.groups != 1:
-                raise FormatError(
-                    "a grouped convolution cannot be folded",
-                    module=self.path,
-                    remedy="train the adapter without it (`exclude_modules`)",
-                )
+        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            message = "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter on it does nothing, and a fold would"
+            remedy = "leave it out of the adapter (`exclude_modules`)"
+        elif isinstance(m, nn.Conv2d) and tuple(m.kernel_size) != (1, 1):
+            message = (
+                f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
+                "so no weight computes the same"
+            )
+            remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+        elif isinstance(m, nn.Conv2d) and m.groups != 1:
+            message, remedy = (
+                "a grouped convolution cannot be folded",
+                "train the adapter without it (`exclude_modules`)",
+            )
+        elif isinstance(m, nn.Conv2d):
             return "conv"
-        if isinstance(m, nn.Linear) or self._is_conv1d:
+        elif isinstance(m, nn.Linear) or self._is_conv1d:
             return "linear"
-        raise FormatError(
-            f"a {type(m).__name__} has no weight that OFT rotates and oftsurgery knows",
-            module=self.path,
-            remedy="known are torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers",
-        )
+        else:
+            message = f"a {type(m).__name__} has no weight that OFT rotates and oftsurgery knows"
+            remedy = "known are torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers"
+        raise FormatError(message, module=self.path, remedy=remedy)
 
     @property
     def _is_conv1d(self) -> bool:
@@ -86,30 +74,28 @@ class Layer:
         )
 
     @property
+    def _bnb(self) -> Format | None:
+        """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
+        return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
+
+    @property
     def _is_4bit(self) -> bool:
-        return _bnb_class(self.module, "Linear4bit", "Embedding4bit") or _bnb_class(
-            getattr(self.module, "weight", None), "Params4bit"
-        )
+        return isinstance(self._bnb, FourBit)
 
     @property
     def _is_8bit(self) -> bool:
-        return _bnb_class(self.module, "Linear8bitLt", "Embedding8bit") or _bnb_class(
-            getattr(self.module, "weight", None), "Int8Params"
-        )
+        return isinstance(self._bnb, Int8)
 
     @property
     def bitsandbytes(self) -> bool:
         """Whether the module or its weight is bitsandbytes' own, quantised or not."""
-        return self._is_4bit or self._is_8bit
+        return self._bnb is not None
 
     @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
-        weight = self.module._parameters.get("weight")
-        return (
-            self._is_4bit
-            and not (weight is not None and weight.is_floating_point() and getattr(weight, "quant_state", None) is None)
-        ) or (self._is_8bit and weight is not None and weight.dtype == torch.int8)
+        bnb = self._bnb
+        return bnb is not None and bnb.is_live(self.module._parameters.get("weight"))
 
     @property
     def repacked(self) -> bool:
@@ -129,46 +115,28 @@ class Layer:
         )
 
     def _weight(self) -> Tensor:
-        module = self.module
+        module, trouble = self.module, ("", "")
+        weight: Any = module._parameters.get("weight")
         if nn.utils.parametrize.is_parametrized(module, "weight"):
-            raise StateError(
-                "the weight is parametrised (torch.nn.utils.parametrize)",
-                module=self.path,
-                remedy="remove_parametrizations(module, 'weight') first",
-            )
-        if module._parameters.get("weight") is None:
-            raise StateError(
+            how = "remove_parametrizations(module, 'weight') first"
+            trouble = ("the weight is parametrised (torch.nn.utils.parametrize)", how)
+        elif weight is None:
+            trouble = (
                 "the weight is no parameter of the module itself: it is computed from others (weight_norm, spectral_norm, pruning), or there is none",
-                module=self.path,
-                remedy="make it one first: remove_weight_norm, remove_spectral_norm, prune.remove",
+                "make it one first: remove_weight_norm, remove_spectral_norm, prune.remove",
             )
-        weight: Any = module.weight
-        if nn.parameter.is_lazy(weight):
-            raise StateError(
-                "the module is lazy and has no weight yet", module=self.path, remedy="run one forward first"
-            )
-        if not isinstance(weight, Tensor):
-            raise FormatError(
-                f"the module's weight is a {type(weight).__name__}, not a tensor",
-                module=self.path,
-                remedy="give a torch model",
-            )
-        if weight.is_meta:
-            hook = self._offload_hook
-            if hook is None:
-                raise StateError(
-                    "the weight is on the meta device: it has no values",
-                    module=self.path,
-                    remedy="load the model's weights first",
-                )
-            return hook.weights_map["weight"]  # type: ignore[no-any-return]
-        if type(weight.data).__name__ == "DTensor":
-            raise StateError(
-                "the weight is sharded over processes (DTensor)",
-                module=self.path,
-                remedy="gather the model in one process first",
-            )
-        return weight
+        elif nn.parameter.is_lazy(weight):
+            trouble = ("the module is lazy and has no weight yet", "run one forward first")
+        elif not isinstance(weight, Tensor):
+            message = f"the module's weight is a {type(weight).__name__}, not a tensor"
+            raise FormatError(message, module=self.path, remedy="give a torch model")
+        elif weight.is_meta and self._offload_hook is None:
+            trouble = ("the weight is on the meta device: it has no values", "load the model's weights first")
+        elif type(weight.data).__name__ == "DTensor":
+            trouble = ("the weight is sharded over processes (DTensor)", "gather the model in one process first")
+        if trouble[0]:
+            raise StateError(trouble[0], module=self.path, remedy=trouble[1])
+        return offloaded(module, "weight") if weight.is_meta else weight
 
     def read(self) -> tuple[EncodedWeight, WeightFormat]:
         """The stored weight, sharing the module's tensors, and the format that it goes back to.
@@ -181,23 +149,15 @@ class Layer:
             StateError: not loaded, sharded, parametrised, or not quantised yet.
         """
         weight = self._weight()
-        if self._is_4bit:
-            return self._read_4bit(weight)
-        if self._is_8bit and weight.dtype == torch.int8:
-            return self._read_8bit(weight)
-        if self._is_8bit and not getattr(weight, "has_fp16_weights", True):
-            raise StateError(
-                "the 8-bit layer is not quantised yet",
-                module=self.path,
-                remedy="move the model to its device first: model.to(device)",
-            )
+        bnb, hook = self._bnb, self._offload_hook
+        offloaded = None if hook is None else hook.weights_map
+        found = None if bnb is None else bnb.read_live(self.module, weight, offloaded, self.path)
+        if found is not None:
+            return found
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise FormatError(
-                f"a {type(self.module).__name__} with a weight of {weight.dtype} is stored in a way that oftsurgery does not know",
-                module=self.path,
-                shape=tuple(weight.shape),
-                remedy="load the model unquantised or with bitsandbytes",
-            )
+            message = f"a {type(self.module).__name__} with a weight of {weight.dtype} is stored in a way that oftsurgery does not know"
+            remedy, shape = "load the model unquantised or with bitsandbytes", tuple(weight.shape)
+            raise FormatError(message, module=self.path, shape=shape, remedy=remedy)
         encoded = codecs.dense(self._canonical(weight.detach()))
         return encoded, encoded.format
 
@@ -211,83 +171,6 @@ class Layer:
         if self._is_conv1d:
             return weight.t().contiguous()
         return weight.reshape(*weight.shape, 1, 1) if isinstance(self.module, nn.Conv2d) else weight
-
-    def _read_4bit(self, weight: Tensor) -> tuple[EncodedWeight, WeightFormat]:
-        if self._offload_hook is not None:
-            raise StateError(
-                "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight",
-                module=self.path,
-                remedy="keep 4-bit layers on a device (device_map), or fold the checkpoint on disk",
-            )
-        state = getattr(weight, "quant_state", None) or getattr(self.module, "quant_state", None)
-        if state is None:
-            if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
-                raise StateError(
-                    "the 4-bit layer is not quantised yet",
-                    module=self.path,
-                    remedy="move the model to its device first: model.to(device)",
-                )
-            raise FormatError(
-                "the 4-bit layer has lost its quant_state", module=self.path, format="4-bit", remedy="reload the model"
-            )
-        if state.quant_type not in ("nf4", "fp4"):
-            raise FormatError(
-                "unknown 4-bit type", module=self.path, format=str(state.quant_type), remedy="quantise with nf4 or fp4"
-            )
-        shape = tuple(state.shape)
-        data = weight.detach()
-        if getattr(state, "packing_format_for_cpu", False):
-            packed, absmax = codecs.unpack_cpu_layout(data, state.absmax, (shape[0], shape[1]), state.blocksize)
-            now = WeightFormat(state.quant_type, shape, state.original_dtype, state.blocksize)
-            home = replace(
-                now,
-                nested_blocksize=256 if state.original_nested or getattr(weight, "compress_statistics", False) else 0,
-                storage=getattr(state, "original_storage_type", torch.uint8),
-            )
-            return EncodedWeight(now, {"weight": packed, "absmax": absmax, "quant_map": state.code}), home
-        if state.absmax.ndim != 1:
-            # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
-            # transposed
-            raise StateError(
-                "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
-                module=self.path,
-                tensor="absmax",
-                shape=tuple(state.absmax.shape),
-                remedy="load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU",
-            )
-        nested = state.state2.blocksize if state.nested else 0
-        tensors = {"weight": data, "absmax": state.absmax, "quant_map": state.code}
-        if state.nested:
-            tensors |= {
-                "nested_absmax": state.state2.absmax,
-                "nested_quant_map": state.state2.code,
-                "nested_offset": state.offset,
-            }
-        now = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
-        # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
-        undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
-        return EncodedWeight(now, tensors), replace(now, nested_blocksize=256) if undone else now
-
-    def _read_8bit(self, weight: Tensor) -> tuple[EncodedWeight, WeightFormat]:
-        hook = self._offload_hook
-        if hook is not None:
-            scb = hook.weights_map.get("SCB")
-        else:
-            scb = getattr(weight, "SCB", None)
-            if scb is None:
-                scb = getattr(getattr(self.module, "state", None), "SCB", None)
-        if scb is None:
-            raise FormatError(
-                "the int8 layer has lost its SCB statistics",
-                module=self.path,
-                tensor="SCB",
-                format="int8",
-                remedy="reload the model",
-            )
-        encoded = EncodedWeight(
-            WeightFormat("int8", tuple(weight.shape), torch.float16), {"weight": weight.detach(), "SCB": scb}
-        )
-        return encoded, encoded.format
 
     # --- putting another weight in its place ---
 
@@ -342,7 +225,7 @@ class Layer:
         # memory
         hook: Any = self._offload_hook
         tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
-        if encoded.format.codec == "dense":
+        if not encoded.format.quantised:
             tensors = {"weight": self._stored(tensors["weight"])}
         before = hook.weights_map
 
@@ -354,75 +237,9 @@ class Layer:
         return undo
 
     def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
-        t = encoded.tensors
-        if encoded.format.codec == "dense":
-            return self._new_dense(old, self._stored(t["weight"]))
-        if encoded.format.codec == "int8":
-            return type(old)(  # type: ignore[no-any-return]
-                t["weight"],
-                requires_grad=old.requires_grad,
-                has_fp16_weights=old.has_fp16_weights,
-                CB=t["weight"],
-                SCB=t["SCB"],
-            )
-        return self._new_4bit(old, encoded)
-
-    def _new_dense(self, old: Any, data: Tensor) -> nn.Parameter:
-        if _bnb_class(old, "Int8Params"):
-            return type(old)(data, requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)  # type: ignore[no-any-return]
-        new = nn.Parameter(data, requires_grad=old.requires_grad)
-        new.__dict__.update(
-            old.__dict__
-        )  # what frameworks note on parameters (sequence_parallel, _is_hf_initialized …)
-        return new
-
-    def _new_4bit(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
-        from bitsandbytes.functional import QuantState
-
-        t, f = encoded.tensors, encoded.format
-        nested = None
-        if f.nested_blocksize:
-            nested = QuantState(
-                absmax=t["nested_absmax"], blocksize=f.nested_blocksize, code=t["nested_quant_map"], dtype=torch.float32
-            )
-        state = QuantState(
-            absmax=t["absmax"],
-            shape=torch.Size(f.shape),
-            code=t["quant_map"],
-            blocksize=f.blocksize,
-            quant_type=f.codec,
-            dtype=f.dtype,
-            offset=t.get("nested_offset"),
-            state2=nested,
-        )
-        if not _bnb_class(old, "Params4bit"):
-            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
-            # in the same way
-            from bitsandbytes.nn import Params4bit
-
-            old = Params4bit(
-                old.data,
-                old.requires_grad,
-                state,
-                f.blocksize,
-                bool(nested),
-                f.codec,
-                f.storage,
-                self.module,
-                bnb_quantized=True,
-            )
-        # the constructor's own arguments and nothing else: __dict__ may carry torch.compile's attributes
-        return type(old)(  # type: ignore[no-any-return]
-            t["weight"],
-            requires_grad=old.requires_grad,
-            quant_state=state,
-            blocksize=old.blocksize,
-            compress_statistics=old.compress_statistics,
-            quant_type=old.quant_type,
-            quant_storage=old.quant_storage,
-            module=old.module,
-            bnb_quantized=True,
-        )
+        if encoded.format.quantised:
+            return encoded.format.kind.parameter_of(encoded, old, self.module)
+        return of_parameter(old).plain_parameter(old, self._stored(encoded.tensors["weight"]))
 
 
 def _park(parameter: Any, beside: list[tuple[Any, str, Any]]) -> Undo | None:
@@ -453,37 +270,14 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
     """
     hook = Layer("", module)._offload_hook
     if hook is None:
-        raise StateError(
-            "the tensor is on the meta device: it has no values", tensor=name, remedy="load the model's weights first"
-        )
+        message = "the tensor is on the meta device: it has no values"
+        raise StateError(message, tensor=name, remedy="load the model's weights first")
     return hook.weights_map[name]  # type: ignore[no-any-return]
-
-
-def copy_quant_state(state: Any) -> Any:
-    """A QuantState of its own over the same tensors: bitsandbytes changes states in place (``to``, CPU packing)."""
-    new = copy.copy(state)
-    if getattr(new, "state2", None) is not None:
-        new.state2 = copy.copy(new.state2)
-    return new
 
 
 def alias_parameter(parameter: nn.Parameter) -> nn.Parameter:
     """A Parameter of its own, of the same class and attributes, over the same storage."""
-    if _bnb_class(parameter, "Params4bit"):
-        new = copy.copy(parameter)
-        if new.quant_state is not None:  # type: ignore[attr-defined]
-            new.quant_state = copy_quant_state(new.quant_state)  # type: ignore[attr-defined]
-        return new
-    if _bnb_class(parameter, "Int8Params"):
-        p: Any = parameter
-        return type(p)(p.data, requires_grad=p.requires_grad, has_fp16_weights=p.has_fp16_weights, CB=p.CB, SCB=p.SCB)  # type: ignore[no-any-return]
-    new = copy.copy(parameter)
-    if type(parameter) is not nn.Parameter and type(new) is nn.Parameter:
-        raise StateError(
-            f"a parameter of class {type(parameter).__name__} cannot be shared between two models",
-            remedy="fold with inplace=True, or a plain torch model",
-        )
-    return new
+    return of_parameter(parameter).alias(parameter)
 
 
 def quant_states(module: nn.Module) -> Mapping[int, Any]:

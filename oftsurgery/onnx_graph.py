@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from . import codecs
-from .codecs import WeightFormat
+from .codecs import EncodedWeight, WeightFormat
 from .dtypes import name_of
 from .errors import ExportError, NonFiniteError, OFTSurgeryError, StateError, causes, needs, printable
+from .formats.base import OPSET
 from .layers import Layer, offloaded
 from .model import inner_model
 from .sharing import share_model
 
 __all__ = ["OPSET", "Prepared", "capture", "external", "prepare", "reference", "require_onnx", "size_of", "write"]
 
-OPSET = 20
-
 Read = Callable[[], Tensor]
-
-#: block sizes of com.microsoft::MatMulBnb4 (onnxruntime's contrib operators, since 1.17)
-_BLOCKSIZES = (16, 32, 64, 128, 256)
 
 #: larger models have their weights in a file of their own; beyond 2 GB protobuf leaves no choice, and below it a single
 #: file takes several copies in memory
@@ -148,9 +144,8 @@ class _Builder:
                 continue
             name = f"{layer.path}.{local}".lstrip(".")
             if nn.parameter.is_lazy(original):
-                raise StateError(
-                    "the module is lazy and has no weight yet", module=layer.path, remedy="run one forward first"
-                )
+                message, remedy = "the module is lazy and has no weight yet", "run one forward first"
+                raise StateError(message, module=layer.path, remedy=remedy)
             if original.is_floating_point():
                 read = functools.partial(_value, layer.module, local)
                 _set(module, local, self.parameter(original, name, original.shape, read))
@@ -182,16 +177,18 @@ class _Builder:
         if keep and reason is None:
             f = encoded.format
             self.kept[layer.path] = home.label
-            kind = _Int8Linear if f.codec == "int8" else _Bnb4Linear
-            new = kind(f, self.dtype_of(f"{layer.path}.weight"))
-            for local, (shape, dtype, read) in _codes(layer).items():
-                new.register_buffer(local, self.empty(shape, dtype, read))
+            new = _QuantizedLinear(f, self.dtype_of(f"{layer.path}.weight"))
+            # 4-bit: codes (out·in/2,) uint8 as bitsandbytes packs them and the absmax, double quantisation undone; int8:
+            # codes (out, in) and SCB/127
+            for local, part in (("qweight", f.kind.codes), (f.kind.graph_scales, f.kind.steps)):
+                like, read = part(encoded), functools.partial(_read, layer, part)
+                new.register_buffer(local, self.empty(like.shape, like.dtype, read))
         else:
             if reason is not None:
                 self.dequantised[layer.path] = reason
             rows, columns = encoded.format.shape
             new = _plain(layer)
-            read = functools.partial(_decoded, layer)
+            read = functools.partial(_read, layer, codecs.decode)
             new.weight = self.parameter(weight, f"{layer.path}.weight", (rows, columns), read)
         if bias is not None:
             read = functools.partial(_value, layer.module, "bias")
@@ -205,42 +202,13 @@ def _obstacle(layer: Layer, f: WeightFormat, *, tied: bool) -> str | None:
         return f"an {layer.kind}: only linear layers can stay quantised"
     if tied:
         return "its weight is shared with a module that is dequantised"
-    if f.codec == "int8":
-        return None
-    if f.blocksize not in _BLOCKSIZES:
-        return f"MatMulBnb4 has no block size of {f.blocksize}, only {', '.join(map(str, _BLOCKSIZES))}"
-    if f.shape[1] % f.blocksize:
-        return f"{f.shape[1]} input features are no multiple of the block size {f.blocksize}"
-    return None
-
-
-def _codes(layer: Layer) -> dict[str, tuple[tuple[int, ...], torch.dtype, Read]]:
-    """Initializers of a layer that stays quantised: ``{local name: (shape, dtype, value)}``.
-
-    4-bit: ``qweight (out·in/2,) uint8`` as bitsandbytes packs it and ``absmax (out·in/blocksize,) float32``, double
-    quantisation undone. int8: ``qweight (out, in)`` and ``scale (out,) float32``, ``SCB/127``.
-    """
-    f = layer.read()[0].format
-    n = f.shape[0] * f.shape[1]
-
-    def tensor(name: str) -> Tensor:
-        encoded = layer.read()[0]
-        single = replace(encoded.format, nested_blocksize=0, storage=torch.uint8)
-        return codecs.restate(encoded, single if f.codec != "int8" else f)[name].detach().cpu()
-
-    if f.codec == "int8":
-        return {
-            "qweight": (f.shape, torch.int8, lambda: tensor("weight")),
-            "scale": ((f.shape[0],), torch.float32, lambda: tensor("SCB").reshape(-1).float() / 127),
-        }
-    return {
-        "qweight": ((n // 2,), torch.uint8, lambda: tensor("weight").reshape(-1)),
-        "absmax": ((n // f.blocksize,), torch.float32, lambda: tensor("absmax").reshape(-1).float()),
-    }
+    return f.kind.graph_obstacle(f)
 
 
 class _QuantizedLinear(nn.Module):
     """A linear layer whose codes go into the graph; it can be captured and not run."""
+
+    qweight: Tensor
 
     def __init__(self, format: WeightFormat, dtype: torch.dtype) -> None:
         super().__init__()
@@ -256,52 +224,9 @@ class _QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         torch._check(x.shape[-1] == self.in_features)  # type: ignore[no-untyped-call]  # torch knows nothing of the operator
-        y = self.product(x)
+        f, scales = self.format, getattr(self, self.format.kind.graph_scales)
+        y = f.kind.graph_product(x, self.qweight, scales, f)
         return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _Bnb4Linear(_QuantizedLinear):
-    qweight: Tensor
-    absmax: Tensor
-
-    def product(self, x: Tensor) -> Tensor:
-        # scales in float32 whatever the graph's dtype: narrowing would change them, and onnxruntime's CPU kernel takes
-        # no other
-        y = torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulBnb4",
-            (x.float(), self.qweight, self.absmax),
-            {
-                "K": self.in_features,
-                "N": self.out_features,
-                "block_size": self.format.blocksize,
-                "quant_type": int(self.format.codec == "nf4"),
-            },
-            dtype=torch.float32,
-            shape=(*x.shape[:-1], self.out_features),
-            version=1,
-        )
-        return y.to(x.dtype)
-
-
-class _Int8Linear(_QuantizedLinear):
-    qweight: Tensor
-    scale: Tensor
-
-    def product(self, x: Tensor) -> Tensor:
-        # along the rows and then transposed: with the scales along the columns onnxruntime would quantise the
-        # activations too
-        weight = torch.onnx.ops.symbolic(
-            "DequantizeLinear",
-            (self.qweight, self.scale),
-            {"axis": 0},
-            dtype=torch.float32,
-            shape=self.format.shape,
-            version=OPSET,
-        )
-        return x @ weight.to(x.dtype).t()
 
 
 def reference(model: nn.Module) -> nn.Module:
@@ -334,7 +259,7 @@ def _in_float32(layer: Layer, module: nn.Module) -> nn.Module:
         if parameter is None:
             continue
         if local == "weight" and layer.bitsandbytes:
-            reads[local] = functools.partial(_decoded, layer)
+            reads[local] = functools.partial(_read, layer, codecs.decode)
         elif parameter.is_floating_point() and parameter.numel() > 1 << 18 and not isinstance(original, nn.RNNBase):
             reads[local] = functools.partial(_float32, original, local)
         else:
@@ -346,8 +271,8 @@ def _in_float32(layer: Layer, module: nn.Module) -> nn.Module:
     return new.eval()  # type: ignore[no-any-return]
 
 
-def _decoded(layer: Layer) -> Tensor:
-    return codecs.decode(layer.read()[0]).cpu()
+def _read(layer: Layer, part: Callable[[EncodedWeight], Tensor]) -> Tensor:
+    return part(layer.read()[0]).detach().cpu()
 
 
 def _float32(module: nn.Module, local: str) -> Tensor:
@@ -433,11 +358,8 @@ def _narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Raises NonFiniteError where the narrower dtype has no such number."""
     new = value.cpu().to(dtype)
     if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
-        raise NonFiniteError(
-            f"the weight is not finite in {name_of(dtype)}",
-            tensor=name,
-            remedy="export it as dtype='float32' (--dtype float32)",
-        )
+        message = f"the weight is not finite in {name_of(dtype)}"
+        raise NonFiniteError(message, tensor=name, remedy="export it as dtype='float32' (--dtype float32)")
     return new
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ __all__ = [
     "CLIP",
     "MISFIT",
     "MOST",
-    "STRONG",
     "Scales",
     "applies",
     "encode_rows",
@@ -47,6 +45,7 @@ __all__ = [
     "sample_of",
     "scales_of",
     "solve",
+    "span",
     "stored_as",
     "whole_rows",
 ]
@@ -54,10 +53,9 @@ __all__ = [
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
 MOST = 16 * STEPS
-#: a block is strong where the rotation moves its weights by more than this (their root mean square, in units of the
-#: scale; about half a step between the levels near zero): there nearest rounding keeps 96 to 98 % of the change, and a scale
-#: that fits the rotated block errs less
-STRONG = {"nf4": 1 / 18, "fp4": 1 / 12, "int8": 1 / 254}
+#: a block is strong where the rotation moves its weights by more than its format says (``Format.strong``: their root mean
+#: square, in units of the scale; about half a step between the levels near zero): there nearest rounding keeps 96 to 98 %
+#: of the change, and a scale that fits the rotated block errs less
 #: … or where its largest weight exceeds the base's scale by more than this factor
 CLIP = 1.1
 #: the most weights that ω is found from, about: of larger ones, some rows of each part
@@ -128,10 +126,8 @@ def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
     Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
     quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
     """
-    if encoded.format.codec == "int8":
-        return Scales(encoded.tensors["SCB"].detach().reshape(-1).to(torch.float32))
     t = codecs.restate(encoded, into)
-    values = codecs.decode_absmax(EncodedWeight(into, t))
+    values = EncodedWeight(into, t).scales
     if not into.nested_blocksize:
         return Scales(values)
     table, factors, offset = (t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset"))
@@ -140,12 +136,11 @@ def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
 
 def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Tensor]:
     """The statistics of ``own`` with other scales, or codes of scales: tensors under their local names."""
-    if into.codec == "int8":
-        return {"SCB": stated}
+    found = {into.kind.scales_name: stated}
     if own.table is None or own.factors is None or own.offset is None:
-        return {"absmax": stated}
+        return found
     nested = {"nested_quant_map": own.table, "nested_absmax": own.factors, "nested_offset": own.offset}
-    return {"absmax": stated, **{name: tensor.detach().clone() for name, tensor in nested.items()}}
+    return found | {name: tensor.detach().clone() for name, tensor in nested.items()}
 
 
 # --- the relaxation ---------------------------------------------------------------------------------------------------
@@ -166,10 +161,14 @@ def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
     return [(i * unit, min(i * unit + unit, rows)) for i in chosen]
 
 
-@cache
-def limits(codec: str) -> tuple[float, float]:
+def limits(f: WeightFormat) -> tuple[float, float]:
     """(the largest mean square of δ, the largest |w|) of a weak block, in units of its scale."""
-    return STRONG[codec] ** 2, CLIP
+    return f.kind.strong**2, CLIP
+
+
+def span(start: int, stop: int, features: int, size: int) -> slice:
+    """Of rows ``start`` to ``stop``, where one entry is of ``size`` weights."""
+    return slice(start * features // size, -(-stop * features // size))
 
 
 def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
@@ -180,37 +179,42 @@ def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
     return math.lcm(rows, *(r.block_size for r in chain if r.side == "output"))
 
 
-def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, codec: str) -> Tensor:
+def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, f: WeightFormat) -> Tensor:
     """Which blocks are to be scaled anew and rounded to nearest: ``(blocks,)`` bool.
 
     Args:
         base, exact: ``(blocks, blocksize)`` float32, padded with zeros.
         scales: ``(blocks,)``.
         count: weights of each block, ``(blocks,)``.
+        f: of the weight.
     """
-    square, most = limits(codec)
+    square, most = limits(f)
     unit = scales.abs().clamp(min=1e-38)
     moved = ((exact - base) / unit.unsqueeze(-1)).square().sum(-1)
     strong = (moved > square * count) | (exact.abs().amax(-1) > most * scales.abs())
-    return strong | (scales < 0) if codec == "int8" else strong
+    return strong if f.kind.either_sign else strong | (scales < 0)
 
 
-def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat) -> int | None:
+def relaxation(
+    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[Rotation] = ()
+) -> int | None:
     """The steps of the ω that keeps the change of the weak blocks of a sample; None where most of its blocks are strong.
 
     Each evaluation takes the nearest levels of the whole sample, as the encoding does.
 
     Args:
-        parts: of each range of rows ``(base, exact, scales)``: ``(rows, in)`` float32 twice, and the scales of their
-            blocks.
+        rows_of: gives ``(base, exact)``, both ``(rows, in)`` float32, of a range of rows.
+        own: the scales of the whole weight.
         f: of the weight.
+        chain: what rotates it.
     """
     values, moves, powers = [], [], []
     strong_blocks = blocks = 0
-    for base, exact, scales in parts:
-        size = _blocksize(f)
-        v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
-        strong = is_strong(v, w, scales, _counts(base.numel(), size, scales), f.codec)
+    for start, stop in sample_of(f.shape[0], f.shape[1], whole_rows(f, chain)):
+        base, exact = rows_of(start, stop)
+        scales = own.values[span(start, stop, f.shape[1], f.block)]
+        v, w = codecs.blocks_of(base.reshape(-1), f.block), codecs.blocks_of(exact.reshape(-1), f.block)
+        strong = is_strong(v, w, scales, _counts(base.numel(), f.block, scales), f)
         strong_blocks, blocks = strong_blocks + int(strong.sum()), blocks + strong.numel()
         weak = ~strong & (scales != 0)
         s = scales[weak].unsqueeze(-1)
@@ -226,7 +230,7 @@ def relaxation(parts: Sequence[tuple[Tensor, Tensor, Tensor]], f: WeightFormat) 
         return 0
 
     def kept(steps: int) -> float:
-        levels = codecs.nearest_levels(v + d * relaxation_of(steps), f.codec)
+        levels = f.kind.nearest_levels(v + d * relaxation_of(steps))
         return float((weight * (levels - v)).sum()) / need
 
     return solve(lambda steps: [kept(k) for k in steps])
@@ -252,10 +256,6 @@ def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
                 break
             low, at_low = k, at
     return low if 1 - at_low <= abs(at_high - 1) else high
-
-
-def _blocksize(f: WeightFormat) -> int:
-    return f.shape[1] if f.codec == "int8" else f.blocksize
 
 
 def _counts(n: int, size: int, scales: Tensor) -> Tensor:
@@ -284,16 +284,15 @@ def encode_rows(
         the stored codes (packed, or int8), what stands for the scales of these rows' blocks (codes of them with double
         quantisation), and those scales; None where the base's statistics would clip a strong block.
     """
-    size, n = _blocksize(f), base.numel()
+    size, n = f.block, base.numel()
     v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
     here = slice(first, first + v.shape[0])
     seen = scales.values[here].clone()
     stated = seen if scales.codes is None else scales.codes[here].clone()
-    strong = is_strong(v, w, seen, _counts(n, size, seen), f.codec)
+    strong = is_strong(v, w, seen, _counts(n, size, seen), f)
     at = strong.nonzero().squeeze(-1)
     if at.numel():
-        flat = w[at].reshape(-1)
-        wanted = w[at].abs().amax(-1) if f.codec == "int8" else codecs.grid_scales(flat, f)
+        wanted = f.kind.good_scales(w[at])
         codes, seen[at] = scales.nearest(wanted, first + at)
         # the best scale may itself clip, or be larger than the largest weight; beside the other blocks' scales, what a
         # block of nearly zeros loses is nothing
@@ -305,11 +304,9 @@ def encode_rows(
             stated[at] = codes
     factor = torch.where(strong, 1.0, relaxation_of(steps)).unsqueeze(-1)
     target = torch.where(strong.unsqueeze(-1), w, v + (w - v) * factor).reshape(-1)[:n].to(torch.float32)
-    if f.codec == "int8":
-        return codecs.int8_codes(target.reshape(exact.shape), seen), stated, seen
-    return codecs.scaled_codes(target, seen, f), stated, seen
+    return f.kind.codes_at(target, seen, f), stated, seen
 
 
 def stored_as(f: WeightFormat, codes: Tensor, scales: Tensor) -> EncodedWeight:
     """Codes and the scales of their blocks as a weight without double quantisation."""
-    return EncodedWeight(f, {"weight": codes, "SCB" if f.codec == "int8" else "absmax": scales})
+    return EncodedWeight(f, {"weight": codes, f.kind.scales_name: scales})

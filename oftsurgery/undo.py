@@ -31,10 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import codecs, rotations
+from . import codecs, preserve, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import IntegrityError, NonFiniteError, UndoError
+from .formats import FORMATS
 from .hashing import hash_tensors
 from .weight import _in_weight_order
 
@@ -399,25 +400,16 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
     A 4-bit weight's absmax is rounded to bfloat16 first, as bitsandbytes rounds it when a CPU forward repacks a layer:
     the prediction is the same before and after.
     """
-    f, t = after.format, {k: v.detach().cpu() for k, v in after.tensors.items()}
-    weight = t["weight"].contiguous().reshape(-1)
-    if f.codec == "dense":
-        return lambda first, end: weight[first:end].to(torch.float64)
-    if f.codec == "int8":
-        scb = t["SCB"].reshape(-1).to(torch.float64) / 127.0
-        return lambda first, end: (
-            weight[first:end].to(torch.float64).reshape(-1, f.shape[1])
-            * scb[first // f.shape[1] : end // f.shape[1], None]
-        ).reshape(-1)
-    codes = weight.view(torch.uint8)
-    absmax = codecs.decode_absmax(EncodedWeight(f, t)).to(torch.bfloat16).to(torch.float64)
-    levels = codecs.levels_of(f.codec, torch.device("cpu")).to(torch.float64)
+    f, kind, after = after.format, after.format.kind, after.cpu()
+    codes = kind.codes(after).contiguous().reshape(-1)
+    if not f.quantised:
+        return lambda first, end: codes[first:end].to(torch.float64)
+    steps, n = _folded_scales(after) / kind.unit, kind.packed
 
     def values(first: int, end: int) -> Tensor:
-        packed = codes[first // 2 : -(-end // 2)]
-        flat = levels[torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1)[: end - first].to(torch.int64)]
-        scales = absmax[first // f.blocksize : -(-end // f.blocksize)]
-        return (codecs.blocks_of(flat, f.blocksize) * scales.unsqueeze(-1)).reshape(-1)[: end - first]
+        numbers = kind.numbers(codes[first // n : -(-end // n)])[: end - first].to(torch.float64)
+        here = steps[first // f.block : -(-end // f.block)]
+        return (codecs.blocks_of(numbers, f.block) * here.unsqueeze(-1)).reshape(-1)[: end - first]
 
     return values
 
@@ -428,10 +420,8 @@ _RELAXATION_BITS = 20
 
 def _folded_scales(after: EncodedWeight) -> Tensor:
     """The scales of the folded weight's blocks or rows, float64; of 4 bits rounded as in :func:`_folded_values`."""
-    t = {k: v.detach().cpu() for k, v in after.tensors.items()}
-    if after.format.codec == "int8":
-        return t["SCB"].reshape(-1).to(torch.float64)
-    return codecs.decode_absmax(EncodedWeight(after.format, t)).to(torch.bfloat16).to(torch.float64)
+    kind = after.format.kind
+    return kind.evidence(after.cpu())[kind.scales_name].to(torch.float64)
 
 
 def _chunks(
@@ -521,81 +511,42 @@ class _Nested:
         return codes, self.table[codes].astype(np.float64) * scale + self.offset
 
 
-def _code_4bit(
+def _code_quantised(
     io: _Streams,
     f: WeightFormat,
     after: EncodedWeight,
     stages: Sequence[_Stage],
-    present: int,
+    ranked: Tensor,
     nested: _Nested | None,
     relaxation: int | None,
     true: Mapping[str, Array] | None,
-) -> dict[str, Array]:
-    """``codes`` (n,) uint8 and ``absmax`` of a 4-bit weight."""
+) -> tuple[Tensor, Array]:
+    """The codes (n,) and the scales of a quantised weight; ``ranked``: codes in the order of their levels."""
+    kind, order = f.kind, ranked.view(torch.uint8).numpy()
     kept = None if relaxation is None else _folded_scales(after)
     n = math.prod(f.shape)
-    levels = codecs.levels_of(f.codec, torch.device("cpu")).to(torch.float64).tolist()
-    # sorted, negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
-    by_rank = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
-    ranks = np.zeros(16, np.int32)
-    ranks[by_rank] = np.arange(len(by_rank))
-    level = torch.tensor([levels[c] for c in by_rank], dtype=torch.float64)
-    bounds = (level[1:] + level[:-1]) / 2
-    wide = torch.cat([bounds.new_full((1,), -torch.inf), bounds, bounds.new_full((1,), torch.inf)])
+    ranks = np.zeros(256, np.int32)
+    ranks[order] = np.arange(len(order))
     codes = np.empty(n, np.uint8)
-    absmax = np.empty(-(-n // f.blocksize), np.float32 if nested is None else np.uint8)
+    scales = np.empty(-(-n // f.block), np.float32 if nested is None else np.uint8)
     for first, x in _chunks(after, stages, f.blocksize, relaxation):
         here = slice(first, first + x.numel())
-        of = slice(first // f.blocksize, -(-here.stop // f.blocksize))
-        blocks = codecs.blocks_of(x, f.blocksize)
+        of = slice(first // f.block, -(-here.stop // f.block))
+        blocks = codecs.blocks_of(x, f.block)
         peaks = blocks.abs().amax(-1) if kept is None else kept[of]
-        given = None if true is None else true["absmax"][of]
+        given = None if true is None else true[kind.scales_name][of]
         if nested is None:
-            absmax[of] = scales = _statistics(io, given, peaks)
+            scales[of] = seen = _statistics(io, given, peaks)
         else:
-            absmax[of], scales = nested.code(io, given, peaks, of.start)
-        divisors = torch.from_numpy(scales.astype(np.float64))
-        t = (blocks / torch.where(divisors == 0, 1.0, divisors).unsqueeze(-1)).reshape(-1)[: x.numel()]
-        near = torch.bucketize(t, bounds)
-        up = ((t > level[near]) | (near == 0)) & (near < len(by_rank) - 1)
-        margin = torch.where(up, wide[near + 1] - t, t - wide[near]) * 4096
+            scales[of], seen = nested.code(io, given, peaks, of.start)
+        divisors = torch.from_numpy(seen.astype(np.float64))
+        numbers = blocks * kind.unit / torch.where(divisors == 0, 1.0, divisors).unsqueeze(-1)
         wanted = None if true is None else ranks[true["codes"][here]]
-        found = _ranks(io, wanted, near, up, margin)
-        if found.min() < 0 or found.max() >= len(by_rank):
+        found = _ranks(io, wanted, *kind.near(numbers.reshape(-1)[: x.numel()], ranked))
+        if found.min() < 0 or found.max() >= len(order):
             raise _damaged()
-        codes[here] = np.array(by_rank, np.uint8)[found]
-    return {"codes": codes, "absmax": absmax}
-
-
-def _code_int8(
-    io: _Streams,
-    f: WeightFormat,
-    after: EncodedWeight,
-    stages: Sequence[_Stage],
-    relaxation: int | None,
-    true: Mapping[str, Array] | None,
-) -> dict[str, Array]:
-    """``codes`` (n,) int8 and ``SCB`` (out,) of an int8 weight."""
-    rows, columns = f.shape
-    codes, scb = np.empty(rows * columns, np.int8), np.empty(rows, np.float32)
-    kept = None if relaxation is None else _folded_scales(after)
-    for first, x in _chunks(after, stages, 0, relaxation):
-        here = slice(first, first + x.numel())
-        of = slice(first // columns, here.stop // columns)
-        by_row = x.reshape(-1, columns)
-        given = None if true is None else true["SCB"][of]
-        scb[of] = _statistics(io, given, by_row.abs().amax(-1) if kept is None else kept[of])
-        divisors = torch.from_numpy(scb[of].astype(np.float64))
-        t = (by_row * 127.0 / torch.where(divisors == 0, 1.0, divisors).unsqueeze(-1)).reshape(-1)
-        near = torch.clamp(torch.round(t), -127, 127)
-        up = ((t > near) | (near == -127)) & (near < 127)
-        margin = (0.5 - (t - near).abs()) * 1024
-        wanted = None if true is None else true["codes"][here].astype(np.int32)
-        found = _ranks(io, wanted, near, up, margin)
-        if found.min() < -128 or found.max() > 127:
-            raise _damaged()
-        codes[here] = found
-    return {"codes": codes, "SCB": scb}
+        codes[here] = order[found]
+    return torch.from_numpy(codes).view(ranked.dtype), scales
 
 
 _MANTISSA = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
@@ -632,22 +583,12 @@ def _monotone(patterns: Array) -> Array:
 
 # --- one weight -------------------------------------------------------------------------------------------------------
 
-_TABLES = ("quant_map", "nested_quant_map")
-
 
 def evidence(folded: EncodedWeight) -> str:
     """Content hash of what the prediction is made from; the same before and after bitsandbytes repacks a 4-bit weight
     at a CPU forward.
     """
-    t = {k: v.detach().cpu() for k, v in folded.tensors.items()}
-    if folded.format.codec == "dense":
-        return hash_tensors({"weight": t["weight"]})
-    if folded.format.codec == "int8":
-        return hash_tensors({"weight": t["weight"], "SCB": t["SCB"].reshape(-1)})
-    codes = t["weight"].contiguous().reshape(-1).view(torch.uint8)
-    return hash_tensors(
-        {"codes": codes, "absmax": codecs.decode_absmax(EncodedWeight(folded.format, t)).to(torch.bfloat16)}
-    )
+    return hash_tensors(folded.format.kind.evidence(folded.cpu()))
 
 
 @_on_the_cpu
@@ -672,8 +613,8 @@ def encode_weight(
     Raises:
         IntegrityError: the entry does not give ``before`` back.
     """
-    before = EncodedWeight(before.format, {k: t.detach().cpu() for k, t in before.tensors.items()})
-    tables = {k: _bytes(before.tensors[k]) for k in _TABLES if k in before.tensors}
+    before = before.cpu()
+    tables = {k: _bytes(before.tensors[k]) for k in before.format.kind.shared if k in before.tensors}
     facts: dict[str, Any] = {
         "format": {
             **asdict(before.format),
@@ -690,7 +631,7 @@ def encode_weight(
     io = _Streams()
     stored = [_bytes(t) for k, t in before.tensors.items() if k not in tables]
     if _predictable(before, after):
-        if relaxation is not None and _same_blocks(before.format, after.format):
+        if relaxation is not None and preserve.applies(before.format, after.format):
             facts["relaxation"] = round(relaxation * _power(_RELAXATION_BITS))
         try:
             facts["stages"], stages = _put_stages(io, chain, before.format.shape, max(noise, 2.0**-24))
@@ -755,20 +696,10 @@ def _predictable(before: EncodedWeight, after: EncodedWeight) -> bool:
     f, t = before.format, before.tensors
     if len(f.shape) != 2 or f.shape != after.format.shape or min(f.shape) < 1:
         return False
-    if f.codec == "dense":
-        return f.dtype in _MANTISSA and set(t) == {"weight"}
-    dtypes = {name: tensor.dtype for name, tensor in t.items() if name not in ("weight", *_TABLES)}
-    if f.codec == "int8":
-        return dtypes == {"SCB": torch.float32}
-    if f.nested_blocksize:
-        wanted = {"absmax": torch.uint8, "nested_absmax": torch.float32, "nested_offset": torch.float32}
-        return dtypes == wanted and t["nested_quant_map"].dtype == torch.float32
-    return dtypes == {"absmax": torch.float32}
-
-
-def _same_blocks(f: WeightFormat, g: WeightFormat) -> bool:
-    """Whether two weights' scales are of the same blocks."""
-    return f.quantised and (f.codec, f.blocksize, f.shape) == (g.codec, g.blocksize, g.shape)
+    # bytes of codes, and of tables that many weights share, may be of any dtype
+    wanted = {name: dtype for name, (dtype, _) in f.kind.layout(f).items() if name not in ("", "weight", "quant_map")}
+    found = {name: tensor.dtype for name, tensor in t.items() if name not in ("weight", "quant_map")}
+    return found == wanted and (f.quantised or f.dtype in _MANTISSA)
 
 
 def _relaxation(facts: Mapping[str, Any], f: WeightFormat, after: EncodedWeight) -> int | None:
@@ -776,7 +707,7 @@ def _relaxation(facts: Mapping[str, Any], f: WeightFormat, after: EncodedWeight)
     found = facts.get("relaxation")
     if found is None:
         return None
-    if type(found) is not int or not 0 < found < 1 << (_RELAXATION_BITS + 17) or not _same_blocks(f, after.format):
+    if type(found) is not int or not 0 < found < 1 << (_RELAXATION_BITS + 17) or not preserve.applies(f, after.format):
         raise _damaged()
     return found
 
@@ -791,35 +722,27 @@ def _code(
     true: Mapping[str, Tensor] | None,
 ) -> dict[str, bytes]:
     """The tensors' bytes but for ``tables``, predicted; ``facts`` is completed when writing."""
-    n = math.prod(f.shape)
-    if f.codec == "dense":
+    kind = f.kind
+    if not f.quantised:
         chunks = _chunks(after, stages, 0)
         return {"weight": _code_dense(io, f, chunks, None if true is None else _patterns(true["weight"])).tobytes()}
     given = None if true is None else {k: _flat(t) for k, t in true.items()}
-    if f.codec == "int8":
-        if given is not None:
-            given["codes"] = given["weight"]
-        found = _code_int8(io, f, after, stages, _relaxation(facts, f, after), given)
-        return {"weight": found["codes"].tobytes(), "SCB": found["SCB"].tobytes()}
-    if given is not None:
-        packed = given["weight"].view(np.uint8)
-        codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)
-        given["codes"] = codes[:n]
-        facts["present"] = sum(1 << c for c in np.unique(codes[:n]).tolist())
-        facts["pad"] = int(codes[n]) if n % 2 else 0
-    present, pad = facts.get("present"), facts.get("pad")
-    if type(present) is not int or not 0 < present < 1 << 16 or pad not in range(16):
+    if true is not None and given is not None:
+        codes = kind.spell(true["weight"], math.prod(f.shape), facts)
+        given["codes"] = codes.view(torch.uint8).numpy()
+    ranked = kind.ranks(facts)
+    if ranked is None:
         raise _damaged()
     nested, out = None, {}
     if f.nested_blocksize:
-        blocks = -(-n // (f.blocksize * f.nested_blocksize))
+        blocks = -(-math.prod(f.shape) // (f.blocksize * f.nested_blocksize))
         for name, size in (("nested_absmax", 4 * blocks), ("nested_offset", 4)):
             out[name] = io.raw(None if given is None else given[name].tobytes(), size)
         scale, offset = (np.frombuffer(out[name], np.float32) for name in ("nested_absmax", "nested_offset"))
         nested = _Nested(scale, _flat(tables["nested_quant_map"]), float(offset[0]), f.nested_blocksize)
-    found = _code_4bit(io, f, after, stages, present, nested, _relaxation(facts, f, after), given)
-    codes = np.append(found["codes"], np.full(n % 2, pad, np.uint8))
-    return {"weight": (codes[::2] << 4 | codes[1::2]).tobytes(), "absmax": found["absmax"].tobytes(), **out}
+    relaxation = _relaxation(facts, f, after)
+    codes, scales = _code_quantised(io, f, after, stages, ranked, nested, relaxation, given)
+    return {"weight": _bytes(kind.unspell(codes, facts)), kind.scales_name: scales.tobytes(), **out}
 
 
 # --- one plain tensor -------------------------------------------------------------------------------------------------
@@ -947,10 +870,10 @@ def read_format(facts: object, shape: tuple[int, ...]) -> WeightFormat:
         raise _damaged()
     names = {"codec", "shape", "dtype", "blocksize", "nested_blocksize", "storage"}
     numbers = [facts.get("blocksize"), facts.get("nested_blocksize")]
-    good = set(facts) == names and facts["codec"] in codecs.CODECS and facts["shape"] == list(shape)
+    good = set(facts) == names and facts["codec"] in FORMATS and facts["shape"] == list(shape)
     good = good and facts["dtype"] in DTYPES and facts["storage"] in DTYPES
     good = good and all(type(n) is int and 0 <= n <= 1 << 16 for n in numbers)
-    if not good or (facts["codec"] in codecs._LEVELS and facts["blocksize"] < 2):
+    if not good or facts["blocksize"] < FORMATS[facts["codec"]].least_blocksize:
         raise _damaged()
     return WeightFormat(
         facts["codec"],

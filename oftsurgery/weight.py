@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar, overload
+from dataclasses import fields, replace
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from . import codecs, kernels, preserve, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, Rounding, WeightFormat
 from .errors import MatchError, NonFiniteError, ShapeError
+from .kernels import FoldedWeight
 from .record import ModuleRecord
 
 __all__ = [
@@ -31,45 +32,6 @@ __all__ = [
 W = TypeVar("W", Tensor, EncodedWeight)
 
 
-@dataclass(frozen=True, eq=False)
-class FoldedWeight:
-    """A folded (or unfolded) weight and what storing it cost.
-
-    Attributes:
-        encoded: the new weight, in the format of the old one.
-        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
-            float32.
-        backend: what computed it, a key of :func:`oftsurgery.backends`.
-        rounding: how it was rounded: ``"nearest"`` where another one has no part in the format.
-        nearest: what ``error`` is with plain rounding; None where that was not measured.
-        rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
-            changed nothing.
-        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
-        change: ``‖exact - base‖``; None where it was not measured.
-        relaxation: the factor by which the change was over-relaxed before it was rounded.
-        output_error, output_nearest, output_kept, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
-    """
-
-    encoded: EncodedWeight
-    error: float
-    backend: str = "reference"
-    rounding: str = "nearest"
-    nearest: float | None = None
-    rho: float | None = None
-    kept: float | None = None
-    change: float | None = None
-    relaxation: float = 1.0
-    output_error: float | None = None
-    output_nearest: float | None = None
-    output_kept: float | None = None
-    uncalibrated: str | None = None
-
-    @property
-    def kept_scales(self) -> float | None:
-        """The relaxation, where the weight has the scales that it had before; else None."""
-        return self.relaxation if self.rounding == "preserve" else None
-
-
 def begin_record(
     encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
 ) -> Callable[[FoldedWeight], ModuleRecord]:
@@ -81,27 +43,17 @@ def begin_record(
     def end(folded: FoldedWeight) -> ModuleRecord:
         after = folded.encoded.fingerprint
         before, measures = known()
+        figures: dict[str, Any] = {f.name: getattr(folded, f.name) for f in fields(folded) if f.name != "encoded"}
         return ModuleRecord(
             format=folded.encoded.format.label,
             side="+".join(dict.fromkeys(r.side for r in chain)),
             block_size=tuple(r.block_size for r in chain),
-            error=folded.error,
             defect=max(defect for defect, _ in measures),
             angle=max(angle for _, angle in measures),
             before=before,
             after=after,
             untied=untied,
-            backend=folded.backend,
-            rounding=folded.rounding,
-            nearest=folded.nearest,
-            rho=folded.rho,
-            kept=folded.kept,
-            change=folded.change,
-            relaxation=folded.relaxation,
-            output_error=folded.output_error,
-            output_nearest=folded.output_nearest,
-            output_kept=folded.output_kept,
-            uncalibrated=folded.uncalibrated,
+            **figures,
         )
 
     return end
@@ -182,27 +134,20 @@ def _recode(
     used = codecs.rounding_of(into, rounding)
     f = encoded.format
     if len(f.shape) != 2:
-        raise ShapeError(
-            "a rotation needs a weight of two dimensions",
-            shape=f.shape,
-            remedy="reshape a 1×1 convolution to (out, in)",
-        )
+        remedy = "reshape a 1×1 convolution to (out, in)"
+        raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
         order = _in_weight_order(chain, inverse=inverse)
         fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
         if fast is not None:
-            stored, cost, backend = fast
-            return FoldedWeight(stored, backend=backend, **cost._asdict())
+            return fast
         base = codecs.decode(encoded)
         exact = rotate_chain(base, chain, inverse=inverse)
         if not bool(torch.isfinite(exact).all()):
-            raise NonFiniteError(
-                "the rotated weight holds NaN or infinity",
-                format=f.label,
-                remedy="check the adapter: its rotation or scale is not finite",
-            )
+            remedy = "check the adapter: its rotation or scale is not finite"
+            raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
         new, steps = None, 0
         if used == "preserve":
             new, steps = _preserved(encoded, base, exact, chain, into)
@@ -224,23 +169,12 @@ def _preserved(
     if not preserve.applies(encoded.format, into):
         return None, 0
     own = preserve.scales_of(encoded, into)
-    rows, features = into.shape
-    size = into.blocksize or features
-    parts = []
-    for start, stop in preserve.sample_of(rows, features, preserve.whole_rows(into, chain)):
-        blocks = slice(start * features // size, -(-stop * features // size))
-        parts.append((base[start:stop], exact[start:stop], own.values[blocks]))
-    steps = preserve.relaxation(parts, into)
-    single = replace(into, nested_blocksize=0, storage=torch.uint8)
-    stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, single)
+    steps = preserve.relaxation(lambda start, stop: (base[start:stop], exact[start:stop]), own, into, chain)
+    stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, into.single)
     if steps is None or stored is None:
         return None, 0
     codes, scales, _ = stored
-    if into.blocksize:
-        levels = codecs.levels_of(into.codec, codes.device).clone()
-        statistics = {"quant_map": levels, **preserve.put_scales(own, into, scales)}
-        return EncodedWeight(into, {"weight": codecs.as_storage(codes, into), **statistics}), steps
-    return EncodedWeight(into, {"weight": codes, "SCB": scales}), steps
+    return into.kind.assemble(into, codes, preserve.put_scales(own, into, scales)), steps
 
 
 def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:

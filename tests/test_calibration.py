@@ -24,6 +24,7 @@ import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError, codecs, inputs
 from oftsurgery.calibration import LayerInputs, compensate, fold_calibrated
 from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.four_bit import LEVELS
 from oftsurgery.model import _plan, warn_of_rounding
 
 FORMATS = {
@@ -65,9 +66,9 @@ def by_hand(exact: Tensor, start: EncodedWeight, hessian: Tensor, damping: float
         levels = torch.arange(-127, 128, dtype=torch.float64) / 127
         scales = start.tensors["SCB"].double().unsqueeze(1).expand(rows, features)
     else:
-        levels = torch.tensor(codecs._LEVELS[f.codec], dtype=torch.float64)
+        levels = torch.tensor(LEVELS[f.codec], dtype=torch.float64)
         levels = levels / levels.abs().max()
-        blocks = codecs.decode_absmax(start).double()
+        blocks = start.scales.double()
         scales = blocks.repeat_interleave(f.blocksize)[: rows * features].reshape(rows, features)
     h = hessian.double()
     h = h + damping * h.diagonal().mean() * torch.eye(features, dtype=torch.float64)

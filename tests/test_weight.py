@@ -20,7 +20,8 @@ from oftsurgery import codecs, kernels
 from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
-from oftsurgery.kernels import fold_cpu
+from oftsurgery.formats import four_bit
+from oftsurgery.kernels import blockwise, fold_cpu
 from oftsurgery.weight import fold_encoded, fold_weight, relative_error, unfold_encoded, unfold_weight
 
 NEUMANN = Cayley(terms=5)
@@ -257,8 +258,8 @@ def _check_surroundings(
     assert (expected.backend, back.backend) == (backend, backend)
     cleared = ("levels_of", "bounds_of", "_byte_table")
     for name in cleared:  # tables are kept: none may be made in these surroundings and be wrong for later
-        getattr(codecs, name).cache_clear()
-    fold_cpu._tables.cache_clear()
+        getattr(four_bit, name).cache_clear()
+    blockwise.tables.cache_clear()
     fold_cpu._cells.cache_clear()
     if surrounding is not SURROUNDINGS["default device meta"]:  # bitsandbytes cannot make its own table there
         bnbf.name2qmap.clear()

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from importlib import import_module, util
 from types import ModuleType
 from typing import TypeVar, cast
@@ -33,10 +34,10 @@ from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
-from .blockwise import Cost, widen
+from .blockwise import FoldedWeight, widen
 from .pool import start
 
-__all__ = ["Cost", "backends", "fold", "measure", "start", "use_backend"]
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "start", "use_backend"]
 
 T = TypeVar("T")
 
@@ -47,8 +48,6 @@ _MAX_BLOCK = 512
 _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
 #: why a fast path is not to be used (again) in this process
 _broken: dict[str, str] = {}
-
-Result = tuple[EncodedWeight, Cost, str]
 
 
 def backends() -> dict[str, str]:
@@ -115,8 +114,8 @@ def fold(
     *,
     inverse: bool,
     rounding: str = "nearest",
-) -> Result | None:
-    """The folded weight, what storing it cost and the backend that computed it; None where the reference is to.
+) -> FoldedWeight | None:
+    """The folded weight; None where the reference is to.
 
     Args:
         order: the rotations in the order in which they touch the weight.
@@ -134,13 +133,13 @@ def fold(
         name = forced or ("numba" if encoded.tensors["weight"].device.type == "cpu" else "triton")
         result = _serve(name, lambda driver: _fused(driver, encoded, order, into, rounding, inverse=inverse))
         if result is not None:
-            return (*result, name)
+            return replace(result, backend=name)
     from . import tiled
 
     device = encoded.tensors["weight"].device
     blocks = [(r, r.blocks.to(device)) for r in order]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
-    return None if tiles is None else (*tiles, "tiled")
+    return None if tiles is None else replace(tiles, backend="tiled")
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
@@ -167,7 +166,7 @@ def _fused(
     rounding: str,
     *,
     inverse: bool,
-) -> tuple[EncodedWeight, Cost] | None:
+) -> FoldedWeight | None:
     matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
     if matrices is None:
         return None

@@ -1,5 +1,5 @@
-"""What the drivers of the fused kernels share: a weight's codes and scales, room for the new ones, and the end of
-double quantisation.
+"""What the drivers of the kernels share: the course of a fold and what it costs, tables of levels, room for the new codes
+and scales, and the end of double quantisation.
 """
 
 from __future__ import annotations
@@ -7,41 +7,61 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oftsurgery import codecs
+from oftsurgery import codecs, preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.four_bit import LEVELS
 
-__all__ = ["NOT_FINITE", "Cost", "Sums", "allocate", "nested_error", "source", "statistics_of", "tensors_of", "widen"]
+__all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables", "widen"]
 
 #: bits of infinity: of |value| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
 
 
-class Cost(NamedTuple):
-    """What storing a rotated weight cost.
+@dataclass(frozen=True, eq=False)
+class FoldedWeight:
+    """A folded (or unfolded) weight and what storing it cost.
 
     Attributes:
-        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius).
-        nearest: the same with plain rounding.
-        rho: ``‖stored - exact‖ / ‖exact - base‖``; None where the rotation changed nothing.
-        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``; None where the rotation changed nothing.
-        change: ``‖exact - base‖``.
-        rounding: how the weight was rounded.
-        relaxation: ω of :mod:`oftsurgery.preserve`; 1 where the change was not over-relaxed.
+        encoded: the new weight, in the format of the old one.
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
+            float32.
+        backend: what computed it, a key of :func:`oftsurgery.backends`.
+        rounding: how it was rounded: ``"nearest"`` where another one has no part in the format.
+        nearest: what ``error`` is with plain rounding; None where that was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
+            changed nothing.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        change: ``‖exact - base‖``; None where it was not measured.
+        relaxation: the factor by which the change was over-relaxed before it was rounded.
+        output_error, output_nearest, output_kept, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
     """
 
+    encoded: EncodedWeight
     error: float
+    backend: str = "reference"
+    rounding: str = "nearest"
     nearest: float | None = None
     rho: float | None = None
     kept: float | None = None
     change: float | None = None
-    rounding: str = "nearest"
     relaxation: float = 1.0
+    output_error: float | None = None
+    output_nearest: float | None = None
+    output_kept: float | None = None
+    uncalibrated: str | None = None
+
+    @property
+    def kept_scales(self) -> float | None:
+        """The relaxation, where the weight has the scales that it had before; else None."""
+        return self.relaxation if self.rounding == "preserve" else None
 
 
 class Sums(NamedTuple):
@@ -55,11 +75,11 @@ class Sums(NamedTuple):
     change: float
     held: float
 
-    def cost(self, into: WeightFormat, rounding: str, relaxation: float = 1.0) -> Cost:
-        """The :class:`Cost` of storing the weight as ``into``."""
+    def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
+        """``stored``, and what it cost."""
         # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to
         # speak of
-        least = self.norm * 2**-44 if into.quantised else 0.0
+        least = self.norm * 2**-44 if stored.format.quantised else 0.0
         error, nearest = (None if e is None else 0.0 if e < least else max(0.0, e) for e in (self.error, self.nearest))
         assert error is not None  # noqa: S101 - only plain rounding may be unmeasured
         rho = math.sqrt(error / self.change) if self.change else None
@@ -67,57 +87,75 @@ class Sums(NamedTuple):
         if kept is not None and not math.isfinite(kept):
             kept = None
         size = self.norm or 1.0
-        plain = None if nearest is None else math.sqrt(nearest / size)
-        return Cost(math.sqrt(error / size), plain, rho, kept, math.sqrt(self.change), rounding, relaxation)
-
-
-def source(encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
-    """The codes and their scales, contiguous; None where something is missing or does not fit (the reference says
-    what).
-    """
-    f, t = encoded.format, encoded.tensors
-    weight = t.get("weight")
-    if weight is None:
-        return None
-    weight = weight.detach()
-    if f.codec == "int8":
-        scb = t.get("SCB")
-        if (
-            scb is None
-            or weight.dtype != torch.int8
-            or tuple(weight.shape) != f.shape
-            or scb.numel() != f.shape[0]
-            or not weight.is_contiguous()
-        ):
-            return None
-        return weight, scb.detach().reshape(-1).to(torch.float32) / 127.0
-    if f.codec == "dense":
-        return (
-            (weight, weight)
-            if weight.dtype == f.dtype and tuple(weight.shape) == f.shape and weight.is_contiguous()
-            else None
+        return FoldedWeight(
+            stored,
+            math.sqrt(error / size),
+            rounding=rounding,
+            nearest=None if nearest is None else math.sqrt(nearest / size),
+            rho=rho,
+            kept=kept,
+            change=math.sqrt(self.change),
+            relaxation=relaxation,
         )
-    packed = weight.contiguous().reshape(-1).view(torch.uint8)
-    absmax = codecs.decode_absmax(encoded)
-    codecs.check_4bit(encoded, packed, absmax)
-    return packed, absmax.contiguous()
+
+
+class Fold(ABC):
+    """One fold of a weight, by a path that goes over it in passes.
+
+    Attributes:
+        encoded: the weight.
+        into: the format to store it in.
+        finite: whether all that was met so far is.
+    """
+
+    def __init__(self, encoded: EncodedWeight, into: WeightFormat) -> None:
+        self.encoded, self.into, self.finite = encoded, into, True
+
+    def run(self, rounding: str) -> FoldedWeight | None:
+        """The folded weight; None where NaN or infinity came up."""
+        if rounding == "preserve":
+            kept = self.keep() if preserve.applies(self.encoded.format, self.into) else None
+            if kept is not None or not self.finite:
+                return kept
+            rounding = codecs.rounding_of(self.into, "grid")
+        return self.round(rounding)
+
+    @abstractmethod
+    def keep(self) -> FoldedWeight | None:
+        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`. None where most blocks are
+        strong, or the base's statistics do not hold what the strong ones need.
+        """
+
+    @abstractmethod
+    def round(self, rounding: str) -> FoldedWeight | None:
+        """Every block scaled by its own values."""
+
+
+@cache
+def tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels look 4-bit codes up in: levels by code, sorted levels, bounds between them (the last one twice), codes of
+    the sorted levels; (16,) each. Zeros for the other formats.
+    """
+    if codec not in LEVELS:
+        unused = torch.zeros(16, dtype=torch.float32, device=device)
+        return unused, unused, unused, unused.to(torch.int32)
+    levels = codecs.levels_of(codec, device)
+    bounds, order = codecs.bounds_of(codec, device)
+    return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
 
 
 def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """Room for the new codes, their scales, and with double quantisation three moments a block."""
-    n = math.prod(into.shape)
+    layout, kind = into.kind.layout(into.single), into.kind
 
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def room(dtype: torch.dtype, *shape: int) -> Tensor:
         # both named: the caller may have set defaults of their own
         return _large_pages(torch.empty(shape, dtype=dtype, device=device))
 
-    if into.codec == "int8":
-        return room(*into.shape, dtype=torch.int8), room(into.shape[0]), None
-    if into.codec == "dense":
-        return room(*into.shape, dtype=into.dtype), room(0), None
-    blocks = -(-n // into.blocksize)
-    moments = room(blocks, 3) if into.nested_blocksize else None
-    return room(n // 2, 1, dtype=torch.uint8), room(blocks), moments
+    dtype, shape = layout["weight"]
+    _, blocks = layout.get(kind.scales_name, (None, None))
+    codes, scales = room(dtype, *(shape or ())), room(torch.float32, *(blocks or (0,)))
+    return codes, scales, room(torch.float32, len(scales), 3) if into.nested_blocksize else None
 
 
 _PAGE = 2 << 20
@@ -140,21 +178,6 @@ def _large_pages(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def tensors_of(into: WeightFormat, result: Tensor, statistics: dict[str, Tensor]) -> EncodedWeight:
-    """The new weight from its codes and statistics."""
-    if into.codec in ("dense", "int8"):
-        return EncodedWeight(into, {"weight": result, **statistics})
-    levels = codecs.levels_of(into.codec, result.device).clone()
-    return EncodedWeight(into, {"weight": codecs.as_storage(result, into), "quant_map": levels, **statistics})
-
-
-def statistics_of(into: WeightFormat, scales: Tensor) -> dict[str, Tensor]:
-    """The statistics that hold new scales."""
-    if into.codec == "dense":
-        return {}
-    return {"SCB": scales} if into.codec == "int8" else codecs.encode_absmax(scales, into)
-
-
 def nested_error(
     into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
 ) -> tuple[float, float]:
@@ -162,7 +185,7 @@ def nested_error(
     (exact - base)`` of codes that were chosen without.
     """
     # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
-    seen = codecs.decode_absmax(EncodedWeight(into, statistics))
+    seen = EncodedWeight(into, statistics).scales
     wide = scales.to(torch.float64)
     delta = seen.to(torch.float64).sub_(wide)
     cross, power, along = moments.to(torch.float64).unbind(1)

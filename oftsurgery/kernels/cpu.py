@@ -385,17 +385,8 @@ def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
     """
     if not CELLS:
         return _constant(0, i32x.vector)  # never called
-    cell = b.fptosi(
-        _call(
-            b,
-            "llvm.fmuladd.v16f32",
-            f32x.vector,
-            x,
-            _constant(CELL_FACTOR, f32x.vector),
-            _constant(16.0, f32x.vector),
-        ),
-        i32x.vector,
-    )
+    place = (_constant(CELL_FACTOR, f32x.vector), _constant(16.0, f32x.vector))
+    cell = b.fptosi(_call(b, "llvm.fmuladd.v16f32", f32x.vector, x, *place), i32x.vector)
     base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
     bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
     return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
@@ -472,10 +463,8 @@ def store_ints(b, address, value):
 def look_up(b, address, index):
     """Of 32 values at ``address`` those of ``index``, 0 to 31."""
     if _AVX512:
-        low, high = (
-            _load(b, address, f32x.vector, 4),
-            _load(b, b.add(address, ir.Constant(address.type, 64)), f32x.vector, 4),
-        )
+        low, above = _load(b, address, f32x.vector, 4), b.add(address, ir.Constant(address.type, 64))
+        high = _load(b, above, f32x.vector, 4)
         return _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, low, index, high)
     value = ir.Constant(f32x.vector, ir.Undefined)
     for lane in range(LANES):
@@ -575,18 +564,7 @@ def store_bf16(b, address, x):
 _BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
 
 
-def _emit_product(
-    b: Any,
-    element: ir.Type,
-    vectors: int,
-    x: Any,
-    x_stride: Any,
-    m: Any,
-    m_stride: Any,
-    y: Any,
-    y_stride: Any,
-    depth: Any,
-) -> Any:
+def _emit_product(b, element, vectors, x, x_stride, m, m_stride, y, y_stride, depth):
     """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
     bits = 32 if element == _F else 64
     lanes = _BLOCK_LANES * 32 // bits
@@ -645,7 +623,8 @@ def product64(b, *args):
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
-_inline = njit(inline="never", nogil=True, error_model="numpy", boundscheck=False)
+_SETTINGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+_inline = njit(inline="never", **_SETTINGS)
 _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
@@ -773,12 +752,8 @@ def _encode_4bit(
         # in a short last block bitsandbytes bounds the absmax itself
         store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
         done += size
-    base_low, base_high, bounds_low, bounds_high = (
-        load_ints(cells),
-        load_ints(cells + 64),
-        load(cells + 128),
-        load(cells + 192),
-    )
+    base_low, base_high = load_ints(cells), load_ints(cells + 64)
+    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
     if by_cell and blocksize % (4 * LANES) == 0 and count % blocksize == 0 and as_float(top) > float32(1e-18):
         _encode_whole_blocks(
             base, x, first, count, codes, scales, blocksize, levels,
@@ -834,22 +809,9 @@ def _encode_4bit(
 
 @_inline
 def _encode_whole_blocks(
-    base,
-    x,
-    first,
-    count,
-    codes,
-    scales,
-    blocksize,
-    levels,
-    base_low,
-    base_high,
-    bounds_low,
-    bounds_high,
-    moments,
-    top,
-    sums,
-):
+    base, x, first, count, codes, scales, blocksize, levels, base_low, base_high, bounds_low, bounds_high, moments,
+    top, sums,
+):  # fmt: skip
     """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them ``top``: the usual
     case. What the sums leave out is far below float32's rounding of the largest block's.
     """
@@ -1189,25 +1151,9 @@ def _open(errors, search, power, enough):
 
 @_inline
 def _encode_best(
-    base,
-    x,
-    first,
-    count,
-    codes,
-    scales,
-    blocksize,
-    levels,
-    bounds,
-    order,
-    by_cell,
-    cells,
-    moments,
-    plain,
-    search,
-    work,
-    mode,
-    sums,
-):
+    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, plain, search,
+    work, mode, sums,
+):  # fmt: skip
     """As :func:`_encode_4bit`, with better scales of the blocks; ``mode`` SCALES: those alone, GIVEN: codes for the
     scales that are there.
 
@@ -1220,12 +1166,8 @@ def _encode_best(
         _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums)
     if mode == SCALES:
         return
-    base_low, base_high, bounds_low, bounds_high = (
-        load_ints(cells),
-        load_ints(cells + 64),
-        load(cells + 128),
-        load(cells + 192),
-    )
+    base_low, base_high = load_ints(cells), load_ints(cells + 64)
+    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     error, kept = fill64(0.0), fill64(0.0)
     done = 0
@@ -1419,12 +1361,8 @@ def _keep_4bit(
     their scales the base's statistics do not hold.
     """
     own, numbers = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS)
-    base_low, base_high, bounds_low, bounds_high = (
-        load_ints(cells),
-        load_ints(cells + 64),
-        load(cells + 128),
-        load(cells + 192),
-    )
+    base_low, base_high = load_ints(cells), load_ints(cells + 64)
+    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     largest = int32(0)
@@ -1518,24 +1456,14 @@ def _sample(base, x, first, count, blocksize, keep, place, sums):
     sums[0] += total64(need)
 
 
-@njit(
-    types.void(*[int64] * 9, float64[::1], float64[::1]),
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-    boundscheck=False,
-)
+@njit(types.void(*[int64] * 9, float64[::1], float64[::1]), cache=True, **_SETTINGS)
 def projections(planes, plane, first, last, int8, levels_at, bounds_at, by_cell, cells, relaxations, out):
     """For each of ``relaxations`` ω, Σ weight (level(base + ω change) - base) of values ``first`` to ``last`` of a
     sample, in ``out``.
     """
     levels, bounds = load(levels_at), load(bounds_at)
-    base_low, base_high, bounds_low, bounds_high = (
-        load_ints(cells),
-        load_ints(cells + 64),
-        load(cells + 128),
-        load(cells + 192),
-    )
+    base_low, base_high = load_ints(cells), load_ints(cells + 64)
+    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     many, few = fill(float32(127.0)), fill(float32(1.0 / 127.0))
     out[:] = 0.0
@@ -1668,13 +1596,7 @@ def _encode_dense(kind, base, x, count, first, out, sums):
     sums[5] += total64(kept)
 
 
-@njit(
-    types.void(*[int64] * 37, float64[::1]),
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-    boundscheck=False,
-)
+@njit(types.void(*[int64] * 37, float64[::1]), cache=True, **_SETTINGS)
 def fold_tile(
     kind, codes, scales, blocksize, levels,
     new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
@@ -1767,10 +1689,8 @@ def fold_tile(
 
 @njit(
     types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
-    nogil=True,
     cache=True,
-    error_model="numpy",
-    boundscheck=False,
+    **_SETTINGS,
 )
 def nested_error(scales, codes, levels, nested, offset, blocksize, moments):
     """:func:`oftsurgery.kernels.blockwise.nested_error` of statistics that are stored as ``codes``."""
@@ -1845,10 +1765,8 @@ def _invert(a):
 
 @njit(
     types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]),
-    nogil=True,
     cache=True,
-    error_model="numpy",
-    boundscheck=False,
+    **_SETTINGS,
 )
 def rotation_blocks(v, b, first, last, power, weight, scratch, out):
     """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16
@@ -1946,11 +1864,7 @@ def _squares(x):
 
 
 @njit(
-    types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]),
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-    boundscheck=False,
+    types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]), cache=True, **_SETTINGS
 )
 def angle_bounds(v, b, wide, first, last, scratch, out):
     """A bound above the largest θ of each skew-symmetric generator ``first`` to ``last``, in ``out``: with eigenvalues
@@ -1973,10 +1887,8 @@ def angle_bounds(v, b, wide, first, last, scratch, out):
 
 @njit(
     types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
-    nogil=True,
     cache=True,
-    error_model="numpy",
-    boundscheck=False,
+    **_SETTINGS,
 )
 def largest_angle(v, b, wide, first, last, floor, q, basis):
     """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor``

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oftsurgery import codecs, preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.four_bit import FourBit
 
 from . import blockwise, cpu
 from .pool import run
@@ -26,7 +27,6 @@ _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
 _MAX_BLOCK = 512
 
-_DENSE = {torch.float32: cpu.F32, torch.float16: cpu.F16, torch.bfloat16: cpu.BF16}
 _local = threading.local()
 
 
@@ -49,26 +49,13 @@ class _Side:
 
 
 def _side(f: WeightFormat) -> _Side | None:
-    if f.codec == "int8":
-        return _Side(cpu.INT8)
-    if f.codec == "dense":
-        kind = _DENSE.get(f.dtype)
-        return None if kind is None or (kind == cpu.F16 and not cpu.HAS_F16) else _Side(kind)
-    if f.blocksize < cpu.LANES or f.blocksize % cpu.LANES:
+    kind = getattr(cpu, f.kind.kernel(f), None)
+    if kind is None or (kind == cpu.F16 and not cpu.HAS_F16) or f.blocksize % cpu.LANES:
         return None
-    return _Side(cpu.FOUR_BIT, f.blocksize, f.shape[1] % f.blocksize != 0)
+    return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
 
 
-@cache
-def _tables(codec: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Levels by code, sorted levels, bounds between them, codes of the sorted levels: (16,) each."""
-    device = torch.device("cpu")
-    if codec not in ("nf4", "fp4"):
-        unused = torch.zeros(16, dtype=torch.float32, device=device)
-        return unused, unused, unused, unused.to(torch.int32)
-    levels = codecs.levels_of(codec, device)
-    bounds, order = codecs.bounds_of(codec, device)
-    return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
+_CPU = torch.device("cpu")
 
 
 @cache
@@ -76,7 +63,7 @@ def _cells(codec: str) -> tuple[bool, np.ndarray]:
     """Whether :func:`oftsurgery.kernels.cpu.rank_by_cell` serves the codec's levels, and its table: 32 int32, 32
     float32.
     """
-    _, _, bounds, order = (t.numpy() for t in _tables(codec))
+    _, _, bounds, order = (t.numpy() for t in blockwise.tables(codec, _CPU))
     bounds = bounds[:15]
     # a value's cell grows with it, so one in a higher cell than a bound is above it; no bound is at the edge of its own,
     # where the kernel's rounding would matter
@@ -98,20 +85,20 @@ _RATIOS = (
     0.65, 0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.035, 1.07, 1.11, 1.155, 1.21, 1.275, 1.35, 1.45, 1.58, 1.76, 2.05, 2.5,
     3.3, 5.0, 9.0,
 )  # fmt: skip
-_FARTHER = {"nf4": (), "fp4": (20.0, 70.0)}
 
 
 @cache
-def _search(codec: str, rounding: str) -> np.ndarray:
+def _search(kind: FourBit, rounding: str) -> np.ndarray:
     """What the kernel looks scales up in: see :func:`oftsurgery.kernels.cpu._try_ratios`."""
-    _, levels, bounds, _ = (t.numpy().astype(np.float64) for t in _tables(codec))
+    codec = kind.name
+    _, levels, bounds, _ = (t.numpy().astype(np.float64) for t in blockwise.tables(codec, _CPU))
     bounds = bounds[:15]
     mirrored = bool((levels == -levels[::-1]).all())  # the signs apart, half as many levels
     if mirrored:
         levels, bounds = levels[8:], bounds[8:]
     # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last
     factor, shift = (32 * (1 - 1e-5), 0.0) if mirrored else (16 * (1 - 1e-5), 16.0)
-    ratios = np.array(codecs.GRID if rounding == "grid" else (*_RATIOS, *_FARTHER[codec]))
+    ratios = np.array(codecs.GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
     count = len(ratios)
     nothing = 1.01 / np.abs(bounds).min()  # from here on all codes are zero
     table = np.zeros(cpu.CELL_TABLES + 64 * count, dtype=np.float32)
@@ -145,6 +132,10 @@ def _search(codec: str, rounding: str) -> np.ndarray:
                 middle, half = levels[(bounds * ratio < edges[cell]).sum()], 0.0
             table[at + cell], table[at + 32 + cell] = middle * ratio, half * ratio
     return table
+
+
+def _search_for(into: WeightFormat, rounding: str) -> np.ndarray | None:
+    return _search(into.kind, rounding) if isinstance(into.kind, FourBit) else None
 
 
 @dataclass(frozen=True)
@@ -189,7 +180,7 @@ def fold(
     matrices: Tensor,
     scale: Tensor | None,
     rounding: str,
-) -> tuple[EncodedWeight, blockwise.Cost] | None:
+) -> blockwise.FoldedWeight | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
     Args:
@@ -208,21 +199,14 @@ def fold(
     if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
         return None
     tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
-    source = blockwise.source(encoded)
+    source = f.kind.source(encoded)
     if tiles is None or source is None:
         return None
     factors = None if scale is None else scale.to(torch.float32).contiguous()
-    run_ = _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors)
-    if rounding == "preserve":
-        if preserve.applies(f, into):
-            kept = run_.keep()
-            if kept is not None or not run_.finite:
-                return kept
-        rounding = codecs.rounding_of(into, "grid")
-    return run_.round(rounding)
+    return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
-class _Fold:
+class _Fold(blockwise.Fold):
     """One fold of a weight: its tiles, and the passes over them."""
 
     def __init__(
@@ -237,10 +221,10 @@ class _Fold:
         matrices: Tensor,
         factors: Tensor | None,
     ) -> None:
-        self.encoded, self.into, self.new, self.tiles = encoded, into, new, tiles
-        self.finite = True
+        super().__init__(encoded, into)
+        self.new, self.tiles = new, tiles
         self._old, self._held = old, (weight, scales, matrices, factors)
-        self._levels = _tables(into.codec)
+        self._levels = blockwise.tables(into.codec, _CPU)
         self._by_cell, self._cells = _cells(into.codec)
 
     def _pass(
@@ -260,7 +244,7 @@ class _Fold:
         weight, old_scales, matrices, factors = self._held
         rows, features = self.encoded.format.shape
         _, levels, bounds, order = self._levels
-        old_levels = _tables(self.encoded.format.codec)[0]
+        old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
         first = (old.kind, weight.data_ptr(), old_scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind)
         then = (
             scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
@@ -299,21 +283,20 @@ class _Fold:
             for row in range(begin, end, step)
         ]
 
-    def round(self, rounding: str) -> tuple[EncodedWeight, blockwise.Cost] | None:
-        """Every block scaled by its own values."""
+    def round(self, rounding: str) -> blockwise.FoldedWeight | None:
         into = self.into
-        result, scales, moments = blockwise.allocate(into, torch.device("cpu"))
+        result, scales, moments = blockwise.allocate(into, _CPU)
         places = self._places([(0, into.shape[0])])
         to = [result.data_ptr()] * len(places)
         best = rounding != "nearest"
-        search = _search(into.codec, rounding) if best else None
+        search = _search_for(into, rounding) if best else None
         plain = torch.empty_like(scales) if best and moments is not None else None
         mode = cpu.NEAREST if not best else cpu.BEST if moments is None else cpu.SCALES
         total = self._pass(mode, places, to, scales, search=search, moments=moments, plain=plain)
         if not self.finite:
             return None
         norm, error, _, nearest, change, held, _, _ = map(float, total)
-        statistics = blockwise.statistics_of(into, scales)
+        statistics = into.kind.statistics(scales, into)
         if not best:
             if moments is not None:
                 more, more_held = _nested_error(into, scales, statistics, moments)
@@ -321,38 +304,33 @@ class _Fold:
             nearest = error
         elif plain is not None and moments is not None:
             # codes for the scales that the reader will see
-            seen = codecs.decode_absmax(EncodedWeight(into, statistics)).contiguous()
+            seen = EncodedWeight(into, statistics).scales.contiguous()
             again = self._pass(cpu.GIVEN, places, to, seen, search=search)
             error, held = float(again[1]), float(again[5])
-            nearest += _nested_error(into, plain, codecs.encode_absmax(plain, into), moments)[0]
+            nearest += _nested_error(into, plain, into.kind.statistics(plain, into), moments)[0]
         sums = blockwise.Sums(norm, error, nearest, change, held)
-        return blockwise.tensors_of(into, result, statistics), sums.cost(into, rounding)
+        return sums.folded(into.kind.assemble(into, result, statistics), rounding)
 
-    def keep(self) -> tuple[EncodedWeight, blockwise.Cost] | None:
-        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`. None where most blocks are
-        strong, or the base's statistics do not hold what the strong ones need.
-        """
+    def keep(self) -> blockwise.FoldedWeight | None:
         into, rows = self.into, self.into.shape[0]
         own = preserve.scales_of(self.encoded, into)
         options = _Keep(own, into)
         steps = self._steps(options)
         if steps is None:
             return None
-        result, scales, _ = blockwise.allocate(replace(into, nested_blocksize=0), torch.device("cpu"))
+        result, scales, _ = blockwise.allocate(into.single, _CPU)
         places = self._places([(0, rows)])
         options.numbers[0] = preserve.relaxation_of(steps) - 1
         total = self._pass(
             cpu.KEEP, places, [result.data_ptr()] * len(places), scales,
-            search=_search(into.codec, "grid") if into.codec != "int8" else None, keep=options.table,
+            search=_search_for(into, "grid"), keep=options.table,
         )  # fmt: skip
         norm, error, _, _, change, held, _, misfits = map(float, total)
         if not self.finite or misfits:
             return None
         statistics = preserve.put_scales(own, into, scales if options.codes is None else options.codes)
         sums = blockwise.Sums(norm, error, None, change, held)
-        return blockwise.tensors_of(into, result, statistics), sums.cost(
-            into, "preserve", preserve.relaxation_of(steps)
-        )
+        return sums.folded(into.kind.assemble(into, result, statistics), "preserve", preserve.relaxation_of(steps))
 
     def _steps(self, options: _Keep) -> int | None:
         """:func:`oftsurgery.preserve.relaxation` of this weight."""
@@ -370,7 +348,7 @@ class _Fold:
                 places.append(place)
                 to.append(starts[begin] + 4 * (place[0] - begin) * features)
         total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
-        blocks = -(-planes.shape[1] // (features if self.into.codec == "int8" else self.into.blocksize))
+        blocks = -(-planes.shape[1] // self.into.block)
         if not self.finite or 2 * total[6] > blocks:
             return None
         if not total[0] > 0:
@@ -385,7 +363,7 @@ class _Fold:
             def task(i: int) -> None:
                 cpu.projections(
                     planes.ctypes.data, planes.strides[0], i * chunk, min(i * chunk + chunk, planes.shape[1]),
-                    self.into.codec == "int8", levels.data_ptr(), bounds.data_ptr(),
+                    self.new.kind == cpu.INT8, levels.data_ptr(), bounds.data_ptr(),
                     self._by_cell, self._cells.ctypes.data, relaxations, sums[i],
                 )  # fmt: skip
 
@@ -415,7 +393,7 @@ class _Keep:
     def __init__(self, own: preserve.Scales, into: WeightFormat) -> None:
         self.own = own
         self._values = own.values.contiguous()
-        square, clip = preserve.limits(into.codec)
+        square, clip = preserve.limits(into)
         largest = float(self._values.abs().max())
         offset = 0.0 if own.offset is None else float(own.offset)
         self.numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest or 1], np.float32)

@@ -15,9 +15,9 @@ from oftsurgery import codecs, preserve, rotations
 from oftsurgery.adapter import Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 
-from .blockwise import Cost, Sums
+from .blockwise import Fold, FoldedWeight, Sums
 
-__all__ = ["fold"]
+__all__ = ["fold", "rows_of"]
 
 _TILE_WEIGHTS = 1 << 18
 _MOST_WEIGHTS = 1 << 22
@@ -30,7 +30,7 @@ def fold(
     rounding: str,
     *,
     inverse: bool,
-) -> tuple[EncodedWeight, Cost] | None:
+) -> FoldedWeight | None:
     """The reference's result and its cost, with temporaries of a tile's size.
 
     Args:
@@ -47,37 +47,29 @@ def fold(
     step *= max(1, _TILE_WEIGHTS // (step * features))
     if step >= rows or step * features > _MOST_WEIGHTS:
         return None
-    run = _Fold(_single(encoded), into, ordered, step, inverse=inverse)
-    if rounding == "preserve":
-        if preserve.applies(encoded.format, into):
-            kept = run.keep(encoded)
-            if kept is not None or not run.finite:
-                return kept
-        rounding = codecs.rounding_of(into, "grid")
-    return run.round(rounding)
+    return _Fold(encoded, into, ordered, step, inverse=inverse).run(rounding)
 
 
-class _Fold:
+class _Fold(Fold):
     """One fold of a weight, some rows at a time."""
 
     def __init__(
         self,
-        old: EncodedWeight,
+        encoded: EncodedWeight,
         into: WeightFormat,
         ordered: Sequence[tuple[Rotation, Tensor]],
         step: int,
         *,
         inverse: bool,
     ) -> None:
-        self.old, self.into, self.ordered, self.step, self.inverse = old, into, ordered, step, inverse
-        self.rows, self.features = old.format.shape
-        self.single = replace(into, nested_blocksize=0, storage=torch.uint8)
-        self.finite = True
+        super().__init__(encoded, into)
+        self.old, self.ordered, self.step, self.inverse = encoded.single(), ordered, step, inverse
+        self.rows, self.features = encoded.format.shape
         self.norm = self.error = self.nearest = self.change = self.held = 0.0
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the weight before and after the rotation."""
-        base = weight = codecs.decode(_rows(self.old, start, stop))
+        base = weight = codecs.decode(rows_of(self.old, start, stop))
         for rotation, blocks in self.ordered:
             weight = _rotate(weight, rotation, blocks, start, inverse=self.inverse)
         return base, weight
@@ -86,7 +78,7 @@ class _Fold:
         return ((start, min(start + self.step, self.rows)) for start in range(0, self.rows, self.step))
 
     def _form(self, weight: Tensor) -> WeightFormat:
-        return replace(self.single, shape=(weight.shape[0], weight.shape[1]))
+        return replace(self.into.single, shape=(weight.shape[0], weight.shape[1]))
 
     def _measure(self, base: Tensor, weight: Tensor) -> None:
         self.norm += _square(weight)
@@ -99,26 +91,24 @@ class _Fold:
         self.held += float((miss.to(torch.float64) * (weight - base)).sum())
 
     def _done(
-        self, new: dict[str, Tensor], rounding: str, nearest: float | None, relaxation: float = 1.0
-    ) -> tuple[EncodedWeight, Cost]:
-        if self.into.blocksize:
-            new["weight"] = codecs.as_storage(new["weight"], self.into)
+        self,
+        codes: Tensor,
+        statistics: dict[str, Tensor],
+        rounding: str,
+        nearest: float | None,
+        relaxation: float = 1.0,
+    ) -> FoldedWeight:
         sums = Sums(self.norm, self.error, nearest, self.change, self.held)
-        return EncodedWeight(self.into, new), sums.cost(self.into, rounding, relaxation)
+        return sums.folded(self.into.kind.assemble(self.into, codes, statistics), rounding, relaxation)
 
-    def keep(self, encoded: EncodedWeight) -> tuple[EncodedWeight, Cost] | None:
-        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.preserve`."""
-        into, own = self.into, preserve.scales_of(encoded, self.into)
-        size = into.blocksize or self.features
-        unit = preserve.whole_rows(into, [r for r, _ in self.ordered])
-        parts = []
-        for start, stop in preserve.sample_of(self.rows, self.features, unit):
-            base, weight = self.exact(start, stop)
-            parts.append((base, weight, own.values[_slice(start, stop, self.features, size)]))
-        if not all(math.isfinite(_square(weight)) for _, weight, _ in parts):
-            self.finite = False
-            return None
-        steps = preserve.relaxation(parts, into)
+    def _sample(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        base, weight = self.exact(start, stop)
+        self.finite = self.finite and math.isfinite(_square(weight))
+        return base, weight
+
+    def keep(self) -> FoldedWeight | None:
+        into, own = self.into, preserve.scales_of(self.encoded, self.into)
+        steps = preserve.relaxation(self._sample, own, into, [r for r, _ in self.ordered])
         if steps is None:
             return None
         new: dict[str, Tensor] = {}
@@ -126,7 +116,7 @@ class _Fold:
         for start, stop in self._tiles():
             base, weight = self.exact(start, stop)
             self._measure(base, weight)
-            here = _slice(start, stop, self.features, size)
+            here = preserve.span(start, stop, self.features, into.block)
             form = self._form(weight)
             stored = preserve.encode_rows(base, weight, own, here.start, steps, form) if self.finite else None
             if stored is None:
@@ -134,18 +124,15 @@ class _Fold:
             codes, scales[here], seen = stored
             part = preserve.stored_as(form, codes, seen)
             self._store(base, weight, part)
-            _place(new, part, start, self.rows, self.features)
-        if into.blocksize:
-            new["quant_map"] = codecs.levels_of(into.codec, scales.device).clone()
-        new |= preserve.put_scales(own, into, scales)
-        return self._done(new, "preserve", None, preserve.relaxation_of(steps))
+            _place(new, part, start, self.rows)
+        statistics = preserve.put_scales(own, into, scales)
+        return self._done(new["weight"], statistics, "preserve", None, preserve.relaxation_of(steps))
 
-    def round(self, rounding: str) -> tuple[EncodedWeight, Cost] | None:
-        """Every block scaled by its own values."""
+    def round(self, rounding: str) -> FoldedWeight | None:
         self.norm = self.error = self.nearest = self.change = self.held = 0.0
         new: dict[str, Tensor] = {}
-        plain_absmax: list[Tensor] = []
-        best, into, features = rounding != "nearest", self.into, self.features
+        plain: list[Tensor] = []
+        best, into, kind = rounding != "nearest", self.into, self.into.kind
         for start, stop in self._tiles():
             base, weight = self.exact(start, stop)
             self._measure(base, weight)
@@ -154,71 +141,48 @@ class _Fold:
             part = codecs.encode(weight, self._form(weight), rounding)
             if not into.nested_blocksize:
                 self._store(base, weight, part)
-                if best:
-                    self.nearest += _square(codecs.decode(codecs.encode(weight, part.format)) - weight)
-            elif best:
-                plain_absmax.append(codecs.encode(weight, part.format).tensors["absmax"])
-            _place(new, part, start, self.rows, features)
-        if into.blocksize:
-            new |= codecs.encode_absmax(new.pop("absmax"), into)
+            if best:
+                nearest = codecs.encode(weight, part.format)
+                if into.nested_blocksize:
+                    plain.append(nearest.tensors[kind.scales_name])
+                else:
+                    self.nearest += _square(codecs.decode(nearest) - weight)
+            _place(new, part, start, self.rows)
+        codes = new.pop("weight")
+        statistics = kind.statistics(new[kind.scales_name], into) if into.quantised else {}
         if into.nested_blocksize:
             # for the statistics that the reader will see: the error, and with the best scales the codes
-            seen = codecs.decode_absmax(EncodedWeight(into, new))
-            plain_seen = None
-            if best:
-                plain = codecs.encode_absmax(torch.cat(plain_absmax), into)
-                plain_seen = codecs.decode_absmax(EncodedWeight(into, plain))
+            seen = EncodedWeight(into, statistics).scales
+            plain_seen = EncodedWeight(into, kind.statistics(torch.cat(plain), into)).scales if best else None
             for start, stop in self._tiles():
-                self._nested(new, seen, plain_seen, start, stop)
-        return self._done(new, rounding, self.nearest if best else self.error)
+                self._nested(codes, seen, plain_seen, start, stop)
+        return self._done(codes, statistics, rounding, self.nearest if best else self.error)
 
-    def _nested(self, new: dict[str, Tensor], seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> None:
+    def _nested(self, codes: Tensor, seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> None:
         """The rows' codes and error with double quantisation's scales."""
         base, weight = self.exact(start, stop)
         form = self._form(weight)
-        of, here = _slice(start, stop, self.features, form.blocksize), _slice(start, stop, self.features, 2)
+        kind = form.kind
+        of, here = (preserve.span(start, stop, self.features, size) for size in (form.block, kind.packed))
         if plain_seen is not None:
-            new["weight"][here] = codecs.scaled_codes(weight.to(torch.float32).reshape(-1), seen[of], form)
+            codes[here] = kind.codes_at(weight.to(torch.float32).reshape(-1), seen[of], form)
             plain = preserve.stored_as(form, codecs.encode(weight, form).tensors["weight"], plain_seen[of])
             self.nearest += _square(codecs.decode(plain) - weight)
-        self._store(base, weight, preserve.stored_as(form, new["weight"][here], seen[of]))
+        self._store(base, weight, preserve.stored_as(form, codes[here], seen[of]))
 
 
-def _slice(start: int, stop: int, features: int, size: int) -> slice:
-    """Of rows ``start`` to ``stop``, where one entry is of ``size`` weights."""
-    return slice(start * features // size, -(-stop * features // size))
+def rows_of(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
+    """Some rows of a weight from :meth:`EncodedWeight.single`."""
+    f = replace(encoded.format, shape=(stop - start, encoded.format.shape[1]))
+    entries = f.kind.entries(f).items()
+    return EncodedWeight(f, {n: encoded.tensors[n][preserve.span(start, stop, f.shape[1], k)] for n, k in entries})
 
 
-def _single(encoded: EncodedWeight) -> EncodedWeight:
-    """With absmax un-nested and packed codes as bytes, which rows can be cut from."""
-    f, t = encoded.format, encoded.tensors
-    if "absmax" not in t:
-        return encoded
-    packed = t["weight"].detach().contiguous().reshape(-1).view(torch.uint8)
-    absmax = codecs.decode_absmax(encoded)
-    codecs.check_4bit(encoded, packed, absmax)
-    return EncodedWeight(replace(f, nested_blocksize=0, storage=torch.uint8), {"weight": packed, "absmax": absmax})
-
-
-def _rows(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
-    f, t = encoded.format, encoded.tensors
-    features = f.shape[1]
-    part = replace(f, shape=(stop - start, features))
-    if "absmax" not in t:
-        return EncodedWeight(part, {name: tensor[start:stop] for name, tensor in t.items()})
-    packed = t["weight"][_slice(start, stop, features, 2)]
-    absmax = t["absmax"][_slice(start, stop, features, f.blocksize)]
-    return EncodedWeight(part, {"weight": packed, "absmax": absmax})
-
-
-def _place(new: dict[str, Tensor], part: EncodedWeight, start: int, rows: int, features: int) -> None:
-    f = part.format
-    four_bit = "absmax" in part.tensors
-    for name, tensor in part.tensors.items():
-        if name == "quant_map":
-            new[name] = tensor
-            continue
-        weights = {"weight": 2, "absmax": f.blocksize}[name] if four_bit else features
+def _place(new: dict[str, Tensor], part: EncodedWeight, start: int, rows: int) -> None:
+    """Put the tensors of some rows, from row ``start`` on, into those of ``rows``, but for those that all weights share."""
+    features = part.format.shape[1]
+    for name, weights in part.format.kind.entries(part.format).items():
+        tensor = part.tensors[name]
         if name not in new:
             new[name] = tensor.new_empty(-(-rows * features // weights), *tensor.shape[1:])
         first = start * features // weights

@@ -1,0 +1,62 @@
+"""Plain tensors, as a storage format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from oftsurgery.errors import FormatError
+
+from .base import EncodedWeight, Format, Layout, Read, WeightFormat, finite
+
+__all__ = ["Dense"]
+
+_KERNELS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class Dense(Format):
+    """``weight`` of the weight's shape, in a dtype of floats."""
+
+    quantised = False
+
+    def layout(self, f: WeightFormat) -> Layout:
+        return {"weight": (f.dtype, f.shape)}
+
+    def entries(self, f: WeightFormat) -> dict[str, int]:
+        return {"weight": f.shape[1]}
+
+    def check(self, encoded: EncodedWeight) -> None:
+        (weight,) = encoded.require("weight")
+        shape, expected = tuple(weight.shape), encoded.format.shape
+        if not weight.is_floating_point():
+            message = f"a dense weight must be floating point, this is {weight.dtype}"
+            raise FormatError(message, remedy="dequantise it first")
+        if shape != expected:
+            raise encoded.misfit("the stored weight does not have its format's shape", None, shape, expected)
+
+    def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
+        stored = finite(weight.to(f.dtype), f"the weight is not finite in {f.label}", f)
+        return EncodedWeight(f, {"weight": stored})
+
+    def decode(self, encoded: EncodedWeight) -> Tensor:
+        self.check(encoded)
+        weight = self.codes(encoded)
+        return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+    def gather(
+        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> EncodedWeight:
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            message = f"a weight of {dtype} is stored in a way that oftsurgery does not know"
+            raise FormatError(message, tensor=weight, remedy="dequantise it first")
+        return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
+
+    def kernel(self, f: WeightFormat) -> str:
+        return _KERNELS.get(f.dtype, "")
+
+    def source(self, encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
+        self.check(encoded)
+        weight = self.codes(encoded)
+        return (weight, weight) if weight.dtype == encoded.format.dtype and weight.is_contiguous() else None

@@ -1,0 +1,543 @@
+"""bitsandbytes' NF4 and FP4, as storage formats (Dettmers et al. 2023, "QLoRA").
+
+Flat blocks of ``blocksize`` lie over the row-major weight, so that a block straddles rows where ``in`` is no multiple;
+two codes make a byte, the first in the high nibble; each block is scaled by its absmax. Double quantisation stores the
+absmax itself as uint8 in blocks of 256 around their mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.errors import FormatError, StateError
+
+from .base import (
+    RELOAD,
+    EncodedWeight,
+    Format,
+    Layout,
+    Live,
+    Offloaded,
+    Read,
+    WeightFormat,
+    blocks_of,
+    bnb_class,
+    finite,
+)
+from .scales import TINY, best_scales, grid_scales
+
+__all__ = ["LEVELS", "FourBit", "bounds_of", "copy_quant_state", "levels_of", "unpack_cpu_layout", "unpack_state"]
+
+# Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
+LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
+    {
+        "nf4": (
+            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        ),
+        "fp4": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
+    }
+)  # fmt: skip
+
+_QUANT_STATE = ".quant_state.bitsandbytes__"
+_AGAIN = "quantise the model again"
+#: block sizes of com.microsoft::MatMulBnb4 (onnxruntime's contrib operators, since 1.17)
+_GRAPH_BLOCKSIZES = (16, 32, 64, 128, 256)
+
+
+@cache
+def levels_of(codec: str, device: torch.device) -> Tensor:
+    """The 16 levels, (16,) float32 in [-1, 1], by code."""
+    levels = torch.tensor(LEVELS[codec], dtype=torch.float32, device=device)
+    return levels / levels.abs().max()
+
+
+@cache
+def bounds_of(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between the sorted levels (15,), and the code of each sorted level (16,)."""
+    levels = levels_of(codec, device)
+    order = torch.argsort(levels)
+    return (levels[order[:-1]] + levels[order[1:]]) / 2, order
+
+
+@cache
+def _byte_table(codec: str, device: torch.device) -> Tensor:
+    """(256, 2) float32: a packed byte to its two levels, first code in the high nibble."""
+    byte = torch.arange(256, device=device)
+    levels = levels_of(codec, device)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=-1)
+
+
+class FourBit(Format):
+    """Packed codes and their statistics; beside them a checkpoint has their state, JSON in a uint8 tensor.
+
+    Args:
+        name: ``"nf4"`` or ``"fp4"``.
+        strong: see :class:`Format`.
+        farther: scales, in units of absmax, from which :mod:`oftsurgery.kernels.fold_cpu` searches too.
+    """
+
+    roundings = ("nearest", "preserve", "grid", "mse")
+    scales_name = "absmax"
+    packed = 2
+    either_sign = True
+    shared = ("quant_map", "nested_quant_map")
+    least_blocksize = 2
+    width = "4-bit"
+    evidence_in = _QUANT_STATE
+    modules, parameter = ("Linear4bit", "Embedding4bit"), "Params4bit"
+    graph_scales = "absmax"
+
+    def __init__(self, name: str, strong: float, farther: tuple[float, ...] = ()) -> None:
+        self.name, self.strong, self.farther = name, strong, farther
+        self.loading = MappingProxyType({"load_in_4bit": True, "bnb_4bit_quant_type": name})
+
+    # --- values ---
+
+    def layout(self, f: WeightFormat) -> Layout:
+        n = math.prod(f.shape)
+        blocks = -(-n // f.blocksize)
+        single: Layout = {
+            "weight": (f.storage, (-(-n // 2) // f.storage.itemsize, 1)),
+            "absmax": (torch.float32, (blocks,)),
+            "quant_map": (torch.float32, (16,)),
+            "": (torch.uint8, None),
+        }
+        if not f.nested_blocksize:
+            return single
+        return single | {
+            "absmax": (torch.uint8, (blocks,)),
+            "nested_absmax": (torch.float32, (-(-blocks // f.nested_blocksize),)),
+            "nested_quant_map": (torch.float32, (256,)),
+            "nested_offset": (torch.float32, ()),
+        }
+
+    def entries(self, f: WeightFormat) -> dict[str, int]:
+        return {"weight": 2, "absmax": f.blocksize}
+
+    def check(self, encoded: EncodedWeight) -> None:
+        packed, absmax = encoded.require("weight", "absmax")
+        f, n = encoded.format, math.prod(encoded.format.shape)
+        nbytes, expected = packed.numel() * packed.dtype.itemsize, -(-n // 2)
+        if nbytes != expected:
+            message = "the packed codes do not hold the weight's elements"
+            raise encoded.misfit(message, "weight", (nbytes,), (expected,))
+        blocks = -(-n // max(f.blocksize, 1))
+        if f.blocksize < 2 or absmax.numel() != blocks:
+            message = f"absmax does not hold one value a block of {f.blocksize}"
+            raise encoded.misfit(message, "absmax", (absmax.numel(),), (blocks,))
+        quant_map = encoded.tensors.get("quant_map")
+        if quant_map is None:
+            return
+        levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
+        if given.shape != levels.shape or not torch.allclose(given, levels, rtol=0, atol=1e-3):
+            raise FormatError(
+                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else",
+                tensor="quant_map",
+                format=f.label,
+                remedy="quantise the model again with a stock bitsandbytes",
+            )
+
+    def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
+        flat = finite(weight.detach().to(torch.float32).reshape(-1), "the weight to quantise is not finite", f)
+        if rounding != "nearest":
+            ways = best_scales if rounding == "mse" else grid_scales
+            scales = ways(blocks_of(flat, f.blocksize), *self.levels(flat.device)[:2])
+            statistics = self.statistics(scales, f)
+            if f.nested_blocksize:  # codes for what the reader will see
+                scales = self.scales(EncodedWeight(f, statistics))
+            return self.assemble(f, self.codes_at(flat, scales, f), statistics)
+        n = flat.numel()
+        whole = n - n % f.blocksize
+        rows = flat[:whole].reshape(-1, f.blocksize)
+        absmax = rows.abs().amax(-1)
+        scaled = (rows * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).reshape(-1)
+        if whole < n:
+            # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
+            last = flat[whole:].abs().max().clamp(min=TINY)
+            absmax = torch.cat([absmax, last.reshape(1)])
+            scaled = torch.cat([scaled, flat[whole:] / last])
+        return self.assemble(f, self._nearest(scaled), self.statistics(absmax, f))
+
+    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
+        t = dict(encoded.tensors)
+        if encoded.format.nested_blocksize != into.nested_blocksize:
+            t |= self.statistics(self.scales(encoded), into)
+        if encoded.format.storage != into.storage:
+            t["weight"] = self._held(self.codes(encoded).unsqueeze(1), into)
+        return t
+
+    def codes(self, encoded: EncodedWeight) -> Tensor:
+        return encoded.tensors["weight"].detach().contiguous().reshape(-1).view(torch.uint8)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        return _byte_table(self.name, codes.device)[codes.to(torch.int64)].reshape(-1)
+
+    def pack(self, codes: Tensor, f: WeightFormat) -> Tensor:
+        return self._held(self._packed(codes.reshape(-1)), f)
+
+    def _packed(self, codes: Tensor) -> Tensor:
+        """``(n,)`` codes two a byte, ``(⌈n/2⌉, 1)``; an odd last one beside that of zero."""
+        if codes.numel() % 2:
+            bounds, order = bounds_of(self.name, codes.device)
+            codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
+        return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
+
+    def _nearest(self, scaled: Tensor) -> Tensor:
+        """The nearest codes of ``(n,)`` values in units of their scale, packed."""
+        bounds, order = bounds_of(self.name, scaled.device)
+        return self._packed(order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8))
+
+    def _held(self, packed: Tensor, f: WeightFormat) -> Tensor:
+        """Packed bytes ``(⌈n/2⌉, 1)`` as the dtype that holds them."""
+        if f.storage == packed.dtype:
+            return packed
+        if packed.numel() % f.storage.itemsize:
+            message = f"{packed.numel()} packed bytes are no whole number of {f.storage}"
+            raise FormatError(message, format=f.label, remedy="use quant_storage=torch.uint8")
+        return packed.reshape(-1).view(f.storage).unsqueeze(1)
+
+    def scales(self, encoded: EncodedWeight) -> Tensor:
+        (absmax,) = encoded.require("absmax")
+        f = encoded.format
+        if not f.nested_blocksize:
+            if not absmax.is_floating_point():
+                message = "absmax is quantised, but its nested statistics are missing"
+                raise FormatError(message, tensor="absmax", format=f.label, remedy=RELOAD)
+            return absmax.reshape(-1).to(torch.float32)
+        nested_absmax, nested_map, offset = encoded.require("nested_absmax", "nested_quant_map", "nested_offset")
+        for name, tensor, expected in (
+            ("nested_quant_map", nested_map, 256),
+            ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize)),
+        ):
+            if tensor.numel() != expected:
+                message = f"{name} does not hold what absmax needs"
+                raise encoded.misfit(message, name, (tensor.numel(),), (expected,))
+        values = torch.index_select(nested_map.to(torch.float32), 0, absmax.reshape(-1).to(torch.int32))
+        scaled = blocks_of(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
+        return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
+
+    def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
+        if not f.nested_blocksize:
+            return {"absmax": scales}
+        # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 %
+        # of the cases
+        from bitsandbytes.functional import quantize_blockwise
+
+        offset = finite(scales.mean(), "the mean of absmax, which double quantisation stores, is not finite", f)
+        codes, state = quantize_blockwise(scales - offset, blocksize=f.nested_blocksize)
+        nested = {"nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
+        return {"absmax": codes, **nested}
+
+    def assemble(self, f: WeightFormat, codes: Tensor, statistics: Mapping[str, Tensor]) -> EncodedWeight:
+        levels = levels_of(self.name, codes.device).clone()
+        return EncodedWeight(f, {"weight": self._held(codes, f), "quant_map": levels, **statistics})
+
+    def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        bounds, order = bounds_of(self.name, device)
+        return levels_of(self.name, device)[order], bounds, order.to(torch.uint8)
+
+    def nearest_levels(self, scaled: Tensor) -> Tensor:
+        levels, bounds, _ = self.levels(scaled.device)
+        return levels[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)]
+
+    def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+        rows, s = blocks_of(weight, f.blocksize), scales.unsqueeze(-1)
+        scaled = torch.where(s.abs() >= TINY, rows * (1.0 / s), rows / s)  # where 1/s overflows, divide
+        return self._nearest(torch.where(s != 0, scaled, 0.0).reshape(-1)[: weight.numel()])
+
+    def good_scales(self, blocks: Tensor) -> Tensor:
+        return grid_scales(blocks, *self.levels(blocks.device)[:2])
+
+    # --- in a checkpoint ---
+
+    def names(self, weight: str) -> dict[str, str]:
+        plain = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        return {"weight": weight, **{p: f"{weight}.{p}" for p in plain}, "": weight + _QUANT_STATE + self.name}
+
+    def mark(self, encoded: EncodedWeight) -> Tensor:
+        f = encoded.format
+        fields: dict[str, Any] = {
+            "quant_type": f.codec,
+            "blocksize": f.blocksize,
+            "dtype": str(f.dtype).removeprefix("torch."),
+            "shape": list(f.shape),
+        }
+        if f.nested_blocksize:
+            offset = float(encoded.tensors["nested_offset"])
+            fields |= {"nested_blocksize": f.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
+        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    def shows(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
+        return self.names(weight)[""] in names
+
+    def gather(
+        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> EncodedWeight:
+        named = self.names(weight)
+        fields = unpack_state(read(named[""]), named[""])
+        if fields["quant_type"] != self.name:
+            message = f"the packed state says {fields['quant_type']}, its name another type"
+            raise FormatError(message, tensor=named[""], remedy=_AGAIN)
+        if -(-math.prod(fields["shape"]) // 2) != math.prod(shape) * dtype.itemsize:
+            said = "×".join(map(str, fields["shape"]))
+            message = f"the stored bytes are not those of a weight of {said}, which its packed state says it is"
+            raise FormatError(message, tensor=weight, shape=shape, format=self.name, remedy=_AGAIN)
+        if len(shape) > 1 and sorted(shape)[-2] != 1:
+            raise self._cpu_packed(weight, shape)
+        nested = named["nested_absmax"] in names
+        wanted = ["absmax"] + ["nested_absmax", "nested_quant_map"] * (nested or "nested_offset" in fields)
+        missing = [named[k] for k in wanted if named[k] not in names]
+        if missing:
+            message = "a 4-bit weight without its statistics"
+            raise FormatError(message, tensor=missing[0], format=self.name, remedy="save it again, whole")
+        if nested and ("nested_offset" not in fields or "nested_blocksize" not in fields):
+            message = "the packed state lacks what its nested statistics need"
+            raise FormatError(message, tensor=named[""], format=self.name, remedy=_AGAIN)
+        tensors = {k: read(n) for k, n in named.items() if k == "weight" or (k and n in names)}
+        if tensors["absmax"].ndim > 1 and min(tensors["absmax"].shape) > 1:
+            raise self._cpu_packed(named["absmax"], tuple(tensors["absmax"].shape))
+        if nested:
+            tensors["nested_offset"] = torch.tensor(float(fields["nested_offset"]))
+        sizes = (fields["blocksize"], fields["nested_blocksize"] if nested else 0)
+        stated_dtype = getattr(torch, fields["dtype"])
+        return EncodedWeight(WeightFormat(self.name, tuple(fields["shape"]), stated_dtype, *sizes, dtype), tensors)
+
+    def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
+        # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
+        # out), which read flat is noise
+        return FormatError(
+            "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise",
+            tensor=tensor,
+            shape=shape,
+            format=self.name,
+            remedy="start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward",
+        )
+
+    def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
+        return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
+
+    # --- undo records ---
+
+    def evidence(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+        # a CPU forward that repacks the weight rounds absmax so
+        return {"codes": self.codes(encoded), "absmax": self.scales(encoded).to(torch.bfloat16)}
+
+    def spell(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
+        packed = stored.contiguous().reshape(-1).view(torch.uint8)
+        codes = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1)
+        facts["present"] = sum(1 << c for c in range(16) if bool((codes[:n] == c).any()))
+        facts["pad"] = int(codes[n]) if n % 2 else 0
+        return codes[:n]
+
+    def unspell(self, codes: Tensor, facts: Mapping[str, Any]) -> Tensor:
+        codes = torch.cat([codes, codes.new_full((len(codes) % 2,), facts["pad"])])
+        return codes[::2] << 4 | codes[1::2]
+
+    def ranks(self, facts: Mapping[str, Any]) -> Tensor | None:
+        present = facts.get("present")
+        if type(present) is not int or not 0 < present < 1 << 16 or facts.get("pad") not in range(16):
+            return None
+        levels = levels_of(self.name, torch.device("cpu")).tolist()
+        # negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
+        there = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
+        return torch.tensor(there, dtype=torch.uint8)
+
+    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        level = levels_of(self.name, torch.device("cpu")).to(torch.float64)[ranks.to(torch.int64)]
+        bounds = (level[1:] + level[:-1]) / 2
+        infinite = bounds.new_full((1,), torch.inf)
+        wide = torch.cat([-infinite, bounds, infinite])
+        near = torch.bucketize(numbers, bounds)
+        up = ((numbers > level[near]) | (near == 0)) & (near < len(ranks) - 1)
+        return near, up, torch.where(up, wide[near + 1] - numbers, numbers - wide[near]) * 4096
+
+    # --- in kernels and graphs ---
+
+    def kernel(self, f: WeightFormat) -> str:
+        return "FOUR_BIT"
+
+    def graph_obstacle(self, f: WeightFormat) -> str | None:
+        if f.blocksize not in _GRAPH_BLOCKSIZES:
+            known = ", ".join(map(str, _GRAPH_BLOCKSIZES))
+            return f"MatMulBnb4 has no block size of {f.blocksize}, only {known}"
+        if f.shape[1] % f.blocksize:
+            return f"{f.shape[1]} input features are no multiple of the block size {f.blocksize}"
+        return None
+
+    def graph_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+        # scales in float32 whatever the graph's dtype: narrowing would change them, and onnxruntime's CPU kernel takes
+        # no other
+        rows, columns = f.shape
+        y = torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulBnb4",
+            (x.float(), codes, scales),
+            {"K": columns, "N": rows, "block_size": f.blocksize, "quant_type": int(self.name == "nf4")},
+            dtype=torch.float32,
+            shape=(*x.shape[:-1], rows),
+            version=1,
+        )
+        return y.to(x.dtype)
+
+    # --- in a live model ---
+
+    def is_live(self, weight: Any) -> bool:
+        return weight is None or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
+
+    def read_live(self, module: Any, weight: Any, offloaded: Offloaded, path: str) -> Live:
+        if offloaded is not None:
+            raise StateError(
+                "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight",
+                module=path,
+                remedy="keep 4-bit layers on a device (device_map), or fold the checkpoint on disk",
+            )
+        state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+        if state is None:
+            if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
+                remedy = "move the model to its device first: model.to(device)"
+                raise StateError("the 4-bit layer is not quantised yet", module=path, remedy=remedy)
+            message = "the 4-bit layer has lost its quant_state"
+            raise FormatError(message, module=path, format="4-bit", remedy="reload the model")
+        if state.quant_type not in LEVELS:
+            known, given = " or ".join(LEVELS), str(state.quant_type)
+            raise FormatError("unknown 4-bit type", module=path, format=given, remedy=f"quantise with {known}")
+        shape, data = tuple(state.shape), weight.detach()
+        if getattr(state, "packing_format_for_cpu", False):
+            packed, absmax = unpack_cpu_layout(data, state.absmax, (shape[0], shape[1]), state.blocksize)
+            now = WeightFormat(state.quant_type, shape, state.original_dtype, state.blocksize)
+            nested = 256 if state.original_nested or getattr(weight, "compress_statistics", False) else 0
+            home = replace(now, nested_blocksize=nested, storage=getattr(state, "original_storage_type", torch.uint8))
+            return EncodedWeight(now, {"weight": packed, "absmax": absmax, "quant_map": state.code}), home
+        if state.absmax.ndim != 1:
+            # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
+            # transposed
+            raise StateError(
+                "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
+                module=path,
+                tensor="absmax",
+                shape=tuple(state.absmax.shape),
+                remedy="load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU",
+            )
+        tensors, nested = {"weight": data, "absmax": state.absmax, "quant_map": state.code}, 0
+        if state.nested:
+            inner, nested = state.state2, state.state2.blocksize
+            tensors |= {"nested_absmax": inner.absmax, "nested_quant_map": inner.code, "nested_offset": state.offset}
+        now = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
+        # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
+        undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
+        return EncodedWeight(now, tensors), replace(now, nested_blocksize=256) if undone else now
+
+    def parameter_of(self, encoded: EncodedWeight, old: Any, module: Any) -> nn.Parameter:
+        from bitsandbytes.functional import QuantState
+        from bitsandbytes.nn import Params4bit
+
+        t, f = encoded.tensors, encoded.format
+        nested = None
+        if f.nested_blocksize:
+            inner, code = t["nested_absmax"], t["nested_quant_map"]
+            nested = QuantState(absmax=inner, blocksize=f.nested_blocksize, code=code, dtype=torch.float32)
+        state = QuantState(
+            absmax=t["absmax"],
+            shape=torch.Size(f.shape),
+            code=t["quant_map"],
+            blocksize=f.blocksize,
+            quant_type=f.codec,
+            dtype=f.dtype,
+            offset=t.get("nested_offset"),
+            state2=nested,
+        )
+        if not bnb_class(old, self.parameter):
+            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
+            # in the same way
+            settings = (f.blocksize, bool(nested), f.codec, f.storage, module)
+            old = Params4bit(old.data, old.requires_grad, state, *settings, bnb_quantized=True)
+        # the constructor's own arguments and nothing else: __dict__ may carry torch.compile's attributes
+        names = ("requires_grad", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+        kept = {name: getattr(old, name) for name in names}
+        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept)  # type: ignore[no-any-return]
+
+    def alias(self, parameter: Any) -> nn.Parameter:
+        new: Any = copy.copy(parameter)
+        if new.quant_state is not None:
+            new.quant_state = copy_quant_state(new.quant_state)
+        return new  # type: ignore[no-any-return]
+
+
+def copy_quant_state(state: Any) -> Any:
+    """A QuantState of its own over the same tensors: bitsandbytes changes states in place (``to``, CPU packing)."""
+    new = copy.copy(state)
+    if getattr(new, "state2", None) is not None:
+        new.state2 = copy.copy(new.state2)
+    return new
+
+
+def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
+    """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on
+    AVX512-BF16 machines.
+
+    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16.
+    The codes come back exactly; the rounding of absmax (2⁻⁹ relative) is lost.
+
+    Args:
+        weight: ``(out, in/2)`` uint8, tiled.
+        absmax: ``(in/blocksize, out)`` bfloat16.
+        shape: ``(out, in)``.
+        blocksize: of the 4-bit blocks.
+
+    Returns:
+        packed codes ``(out·in/2, 1)`` uint8 in the checkpoint's layout, and absmax ``(out·in/blocksize,)`` float32.
+    """
+    rows, columns = shape
+    if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
+        raise FormatError(
+            "a CPU-packed weight of a shape that bitsandbytes cannot pack",
+            tensor="weight",
+            shape=tuple(weight.shape),
+            expected=(rows, columns // 2),
+            remedy=RELOAD,
+        )
+    tiles = weight.reshape(-1, 32)
+    codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
+    codes = codes.transpose(1, 2).reshape(-1)
+    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
+
+
+_FIELDS: Mapping[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+_MAX_BLOB = 1 << 12
+# bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
+_BLOCKSIZES = tuple(1 << n for n in range(1, 13))
+
+
+def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
+    """The JSON object in the uint8 tensor ``name``, its fields checked.
+
+    Raises:
+        FormatError: no such object, or fields that no bitsandbytes release writes.
+    """
+    try:
+        if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
+            raise ValueError("no blob of JSON")
+        fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
+        good = isinstance(fields, dict) and all(isinstance(fields[k], t) for k, t in _FIELDS.items())
+        good = good and fields["quant_type"] in LEVELS and fields["dtype"] in ("float32", "float16", "bfloat16")
+        good = good and fields["shape"] != [] and all(type(n) is int and n > 0 for n in fields["shape"])
+        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256)) if good else ()
+        good = good and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
+        good = good and isinstance(fields.get("nested_offset", 0.0), float)
+        good = good and fields.get("nested_dtype", "float32") == "float32"
+    except (ValueError, KeyError, RecursionError, TypeError):
+        good = False
+    if not good:
+        raise FormatError("the packed quantisation state is no such thing", tensor=name, remedy=_AGAIN)
+    return fields  # type: ignore[no-any-return]
