@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import card, codecs, companions, configs
+from . import card, codecs, configs, formats
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, WeightFormat
@@ -43,7 +43,6 @@ from .errors import FormatError, IntegrityError, StateError, UndoError, printabl
 from .folder_store import FolderStore, Quantization, canonical, load_weight, quantise
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
 from .hashing import hash_tensors
-from .naming import is_companion
 from .plan import FoldPlan, Rotate, plan_changes
 from .progress import Progress
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
@@ -65,7 +64,7 @@ __all__ = [
 ]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-QUANTISED = ("nf4", "fp4", "int8")
+QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
 
 RECORD = "oftsurgery.json"
 
@@ -410,7 +409,7 @@ def _undone(job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[E
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with(job, replace(part, restore=read))
     before = undo.format(path, part.into.shape)
-    outputs = dict(companions.spread_shapes(part.output, before) if before.quantised else job.outputs)
+    outputs = dict(formats.spread_shapes(part.output, before) if before.quantised else job.outputs)
     beside = {}
     for suffix, tensor in undo.files(path).items():
         output = part.output.removesuffix("weight") + suffix
@@ -510,11 +509,8 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             format=printable(method),
             remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
         )
-    quantised = any(
-        companions.state_name(n, source.entries) or n.removesuffix("weight") + "SCB" in source.entries
-        for n in source.entries
-        if n.endswith("weight")
-    )
+    weights = [n for n in source.entries if n.endswith("weight")]
+    quantised = any(formats.of_names(n, source.entries, store.dtype(n)).quantised for n in weights)
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
             f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
@@ -589,9 +585,9 @@ class _Builder:
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
                 continue
-            if is_companion(name, self.entries):
+            if formats.is_companion(name, self.entries):
                 continue  # comes with its weight
-            group = companions.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+            group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
             done.update(group)
             if target in self.touched or self._converts(target, name):
                 made.append(self._of_tensor(target, name, name, group))
@@ -607,10 +603,8 @@ class _Builder:
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        stored_quantised = companions.state_name(name, self.entries) is not None or (
-            self.entries[name].dtype == "I8" and name.removesuffix("weight") + "SCB" in self.entries
-        )
-        return self.store.quantises(target) or (stored_quantised and self.format in DENSE)
+        stored = formats.of_names(name, self.entries, self.store.dtype(name))
+        return self.store.quantises(target) or (stored.quantised and self.format in DENSE)
 
     # --- one job of a kind ---
 
@@ -647,7 +641,7 @@ class _Builder:
         if not (self.touched.get(target) or converts or len(group) > 1):
             return self._plain(name, target, output)
         part = self._weight(target, output, untied=untied)
-        outputs = companions.spread_shapes(output, part.into)
+        outputs = formats.spread_shapes(output, part.into)
         transposed = name in self.architecture.transposed
         if not part.into.quantised:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
@@ -660,10 +654,11 @@ class _Builder:
         if untied:  # an output head, which loading leaves as it is
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        if self.format in DENSE:
-            into = WeightFormat("dense", stored.shape, DENSE[self.format])
-        else:
-            into = replace(loaded, dtype=torch.float16) if loaded.codec == "int8" else loaded
+        into = (
+            WeightFormat("dense", stored.shape, DENSE[self.format])
+            if self.format in DENSE
+            else loaded.kind.home(loaded)
+        )
         if self.fold_into == "original" and name in self.rotate:
             base = None
         return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
@@ -677,7 +672,7 @@ class _Builder:
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
         parts = [self._made(name) for name in unit.model]
         if split_up:
-            outputs = {n: o for p in parts for n, o in companions.spread_shapes(p.output, p.into).items()}
+            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
         else:
             outputs = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
         return self._unit_job(unit, outputs, parts)
@@ -714,7 +709,7 @@ class _Builder:
         unit = self.store.unit(name)
         if unit is not None:
             part = self._made(name, untied=True)
-            return self._unit_job(unit, companions.spread_shapes(name, part.into), [part])
+            return self._unit_job(unit, formats.spread_shapes(name, part.into), [part])
         holder = self.store.holder(name)
         return self._of_tensor(name, holder, name, (holder,), untied=True)
 
@@ -928,7 +923,9 @@ class _Run:
         if set(job.outputs) == set(job.unit.stored):
             found = job.unit.store({name: encoded.tensors["weight"] for name, (_, encoded) in new.items()})
             return {name: tensor.to(job.outputs[name][0]) for name, tensor in found.items()}
-        return {n: t for part, encoded in new.values() for n, t in companions.spread(part.output, encoded).items()}
+        return {
+            n: t for part, encoded in new.values() for n, t in encoded.format.kind.spread(part.output, encoded).items()
+        }
 
     def _changed(self, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
@@ -982,7 +979,7 @@ class _Run:
     def _laid_out(self, job: Job, part: Part, new: EncodedWeight) -> Mapping[str, Tensor]:
         """The job's outputs, in the shapes that the checkpoint holds them in."""
         if new.format.quantised:
-            found = companions.spread(part.output, new) | dict(part.beside)
+            found = new.format.kind.spread(part.output, new) | dict(part.beside)
             return {name: found[name] for name in job.outputs}
         weight = new.tensors["weight"]
         shape = job.outputs[part.output][1]
@@ -1025,10 +1022,10 @@ def _part(shard: Shard) -> str:
 
 def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
     """What :func:`~oftsurgery.undo_file.described` gives of small tensors beside a weight that are not what
-    :func:`~oftsurgery.companions.spread` makes of it, by the ends of their names.
+    :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
     """
-    usual = companions.spread(name, weight)
-    there = companions.companion_names(name, source.entries)
+    usual = weight.format.kind.spread(name, weight)
+    there = formats.companion_names(name, source.entries)
     found = {}
     for n in {*usual, *there} - {name}:
         stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None

@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import codecs, companions, configs, measures
+from . import codecs, configs, measures
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import CheckpointError, MatchError, OFTSurgeryError, StateError
+from .formats.four_bit import unpack_state
 from .loaded import Loaded, Stored
 from .record import FoldRecord
 from .shards import DTYPES, Checkpoint, inside, sha256_of
@@ -455,13 +456,13 @@ def _parts_unlike(stored: Stored, expected: Stored, *, fixed: bool = False) -> s
     """How a quantised weight's tensors differ from what they should be; in what does not depend on the weight alone
     where ``fixed``.
     """
-    got, want = (s.parts or companions.spread("weight", s.weight) for s in (stored, expected))
+    got, want = (s.parts or s.weight.format.kind.spread("weight", s.weight) for s in (stored, expected))
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
             return f"its {name} is missing" if name not in got else f"it has a {name} too many"
         a, b = got[name], want[name]
         if "quant_state" in name:
-            alike = fixed or companions.unpack_state(a, name) == companions.unpack_state(b, name)
+            alike = fixed or unpack_state(a, name) == unpack_state(b, name)
         elif fixed and not name.endswith(("quant_map", "weight_format")):
             alike = a.dtype == b.dtype and a.shape == b.shape
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .dtypes import DENSE, name_of
 from .errors import CheckpointError, printable
+from .formats import FORMATS
 from .record import AdapterInfo, FoldRecord
 from .shards import inside, read_json
 
@@ -111,7 +112,7 @@ def readable_rope(config: dict[str, Any]) -> None:
 
 def _bnb_config(q: Quantization) -> dict[str, Any]:
     """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
-    four = q.codec != "int8"
+    four = "load_in_4bit" in FORMATS[q.codec].loading
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,

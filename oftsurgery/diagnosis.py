@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions, configs, files, measures, peft_live, rotations
+from . import codecs, configs, files, measures, peft_live, rotations
 from .adapter import OFTAdapter, Rotation, parse_adapter
 from .checkpoint import plan_checkpoint
 from .codecs import EncodedWeight, WeightFormat
+from .dtypes import DTYPES
 from .errors import (
     AdapterError,
     CheckpointError,
@@ -40,7 +41,8 @@ from .errors import (
     printable,
 )
 from .folder_store import FolderStore, load_weight
-from .formats import FORMATS, owner_of
+from .formats import FORMATS, companion_names, of_names, owner_of
+from .formats.four_bit import unpack_state
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of, record_of
@@ -413,7 +415,7 @@ def _weights(checkpoint: Checkpoint) -> list[Finding]:
         if name in done:
             continue
         if name.endswith("weight"):
-            group = companions.companion_names(name, entries)
+            group = companion_names(name, entries)
             states = len([n for n in group if ".quant_state." in n])
             if len(group) > 1 or entries[name].dtype in ("U8", "I8"):
                 done.update(group)
@@ -480,10 +482,10 @@ def _cpu_packing(checkpoint: Checkpoint, name: str) -> Finding | None:
     bfloat16 ``(in/blocksize, out)``.
     """
     entries = checkpoint.entries
-    state, absmax = companions.state_name(name, entries), entries[f"{name}.absmax"]
-    assert state is not None  # noqa: S101 - the caller has looked
+    kind = of_names(name, entries, DTYPES[entries[name].dtype])
+    state, absmax = kind.names(name)[""], entries[f"{name}.absmax"]
     try:
-        packed = companions.unpack_state(checkpoint.read(state), state)
+        packed = unpack_state(checkpoint.read(state), state)
     except OFTSurgeryError:
         return None  # found when it is decoded
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions, configs, peft_live
+from . import codecs, configs, peft_live
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Saving
 from .dtypes import FORMAT_OF, NAMED
 from .errors import FormatError, StateError
 from .folder_store import Quantization
 from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
+from .formats import spread_shapes
 from .layers import Layer, offloaded
 from .live_store import record_of
 from .record import FoldRecord
@@ -117,7 +118,7 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
     if local == "weight" and layer.quantised:
         _, home = layer.read()
         into = home if dtype is None else WeightFormat("dense", home.shape, dtype)
-        outputs = companions.spread_shapes(name, into)
+        outputs = spread_shapes(name, into)
         conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         if conv1d:
             # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
@@ -141,10 +142,10 @@ def _item_of(name: str, outputs: Outputs, read: Callable[[], Mapping[str, Tensor
 
 def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: bool) -> Mapping[str, Tensor]:
     encoded, _ = layer.read()
-    if into.codec == "dense":
+    if not into.quantised:
         weight = codecs.encode(codecs.decode(encoded), into).tensors["weight"]
         return {name: weight.t() if transpose else weight}
-    return companions.spread(name, EncodedWeight(into, codecs.restate(encoded, into)))
+    return into.kind.spread(name, EncodedWeight(into, codecs.restate(encoded, into)))
 
 
 def _source(model: nn.Module) -> Path | None:

@@ -4,7 +4,7 @@ weight, without building it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions, configs
+from . import codecs, configs, formats
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
@@ -20,7 +20,7 @@ from .dtypes import DTYPES, FLOATS
 from .errors import FormatError, printable
 from .idle import is_idle
 from .layers import Layer
-from .naming import architecture_of, is_companion, locate
+from .naming import architecture_of, locate
 from .plan import LayerInfo
 from .record import FoldRecord
 from .shards import Checkpoint
@@ -113,11 +113,11 @@ class FolderStore:
         """
         a = self.architecture
         unknown = [n for n, unit in a.units.items() if not unit.model]
-        return dict.fromkeys(n for n in [*a.stored, *a.made, *a.tied, *unknown] if not self._is_companion(n))
-
-    def _is_companion(self, name: str) -> bool:
-        holder = self.holder(name)
-        return is_companion(holder, self.source.entries)
+        return dict.fromkeys(
+            n
+            for n in [*a.stored, *a.made, *a.tied, *unknown]
+            if not formats.is_companion(self.holder(n), self.source.entries)
+        )
 
     def is_weight(self, name: str) -> bool:
         """Whether the tensor is a weight that a rotation may be on, stored in any format."""
@@ -126,7 +126,7 @@ class FolderStore:
             return len(self.shape(name)) == 2
         if holder not in self.source.entries:
             return False
-        if len(companions.companion_names(holder, self.source.entries)) > 1:
+        if len(formats.companion_names(holder, self.source.entries)) > 1:
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
@@ -204,9 +204,7 @@ class FolderStore:
             return stored
         dtype = self.loaded_dtype(name) or stored.dtype
         if self.quantises(name):
-            return WeightFormat(
-                q.codec, stored.shape, dtype, *((64, 256 if q.double_quant else 0) if q.codec != "int8" else ())
-            )
+            return formats.FORMATS[q.codec].loaded_as(stored.shape, dtype, q.double_quant)
         return replace(stored, dtype=dtype)
 
     def quantises(self, name: str) -> bool:
@@ -265,16 +263,10 @@ def _dtype(source: Checkpoint, name: str) -> torch.dtype:
 
 
 def _format_of(source: Checkpoint, name: str, *, transposed: bool) -> WeightFormat:
-    entry = source.entries[name]
-    dtype, shape = _dtype(source, name), entry.shape
-    state = companions.state_name(name, source.entries)
-    read: Callable[[str], Tensor] = lambda n: source.read(n) if n == state else torch.empty(0)  # noqa: E731
-    if state is None:
-        if transposed and dtype != torch.int8:
-            shape = shape[::-1]
-        if len(shape) == 4 and shape[2:] == (1, 1):
-            shape = shape[:2]
-    return companions.gather(name, source.entries, read, shape, dtype).format
+    dtype, shape = _dtype(source, name), source.entries[name].shape
+    if not formats.of_names(name, source.entries, dtype).quantised:
+        shape = shape[::-1] if transposed else shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+    return formats.format_of(name, source.entries, source.read, shape, dtype)
 
 
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
@@ -285,7 +277,7 @@ def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWe
         name: of the weight's tensor.
         transposed: a plain weight is held ``(in, out)``.
     """
-    encoded = companions.gather(name, source.entries, source.read, source.entries[name].shape, _dtype(source, name))
+    encoded = formats.gather(name, source.entries, source.read, source.entries[name].shape, _dtype(source, name))
     return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)
 
 
@@ -307,6 +299,5 @@ def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     weight = codecs.encode(plain, WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
     if not into.quantised:
         return EncodedWeight(into, {"weight": weight})
-    if into.codec == "int8":
-        return codecs.encode(weight.to(torch.float16), replace(into, dtype=torch.float16))
-    return codecs.encode(weight, into)
+    home = into.kind.home(into)
+    return codecs.encode(weight.to(home.dtype), home)

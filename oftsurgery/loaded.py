@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import codecs, companions
+from . import codecs, formats
 from .codecs import EncodedWeight
 from .errors import CheckpointError, printable
 from .shards import DTYPES, Checkpoint
@@ -218,7 +218,7 @@ class Loaded:
         weight, module = tensors[source], source.removesuffix("weight")
         if len(tensors) == 1:
             return _plain(weight)
-        encoded = companions.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
+        encoded = formats.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
         return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
@@ -288,12 +288,9 @@ class Loaded:
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
     entries = checkpoint.entries
-    found = companions.companion_names(name, entries)
-    if companions.state_name(name, entries) is not None:
-        return tuple(n for n in found if n.startswith(name))
-    if entries[name].dtype == "I8" and name.removesuffix("weight") + "SCB" in found:
-        return tuple(n for n in found if not n.startswith(f"{name}."))
-    return (name,)
+    kind = formats.of_names(name, entries, DTYPES[entries[name].dtype])
+    beside = kind.names(name).values() if kind.quantised else ()
+    return (name, *(n for n in beside if n in entries and n != name))
 
 
 @contextlib.contextmanager

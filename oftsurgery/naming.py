@@ -20,6 +20,7 @@ from torch import nn
 
 from .conversion import Unit, unit_of
 from .errors import CheckpointError, MatchError, MissingDependencyError, StateError, printable
+from .formats import owner_of
 from .ties import Ties, modules_of, tensors_in, ties_of
 
 __all__ = ["Architecture", "architecture_of", "locate"]
@@ -226,11 +227,13 @@ def _known(
     patterns: dict[str, str] = {}
     for name in shapes:
         # companions (weight.absmax, SCB) follow their weight; the tables know weights alone
-        weight, companion = split_companion(name)
+        owner = owner_of(name)
+        weight = owner if owner is not None and owner in shapes else name
         target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
         if target not in state and weight in state:  # as transformers' loading has it
             target, pattern = rename_source_key(weight, [], [], model.base_model_prefix, state)
-        renamed[name] = target + companion
+        rest = name.removeprefix(weight.removesuffix("weight"))
+        renamed[name] = target if weight == name else target.removesuffix("weight") + rest
         if pattern is not None:
             patterns.setdefault(target, pattern)
             parts.setdefault(target, {})[name] = (apply_renamings(weight, renamings), target)
@@ -293,32 +296,6 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
             remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)",
         ) from error
     return lambda path: not should_convert_module(path, keep)
-
-
-_COMPANIONS = (
-    ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-    ".nested_absmax",
-    ".nested_quant_map",
-    ".quant_map",
-    ".absmax",
-)
-
-
-def split_companion(name: str) -> tuple[str, str]:
-    """``("a.weight", ".absmax")`` for ``"a.weight.absmax"``; ``(name, "")`` for what is no companion of a 4-bit weight."""
-    for suffix in _COMPANIONS:
-        if name.endswith(".weight" + suffix):
-            return name.removesuffix(suffix), suffix
-    return name, ""
-
-
-def is_companion(name: str, names: Collection[str]) -> bool:
-    """Whether the tensor ``name`` among ``names`` belongs to a quantised weight beside it."""
-    if name.rpartition(".")[2] in ("SCB", "weight_format"):
-        return name.rpartition(".")[0] + ".weight" in names
-    weight, suffix = split_companion(name)
-    return bool(suffix) and weight in names
 
 
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:

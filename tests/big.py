@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.companions import spread, spread_shapes
+from oftsurgery.formats import spread_shapes
 from oftsurgery.shards import ShardWriter
 
 
@@ -92,7 +92,7 @@ def _quantised(formats: dict[str, WeightFormat], generator: torch.Generator) -> 
             "absmax": 0.05 + 0.05 * torch.rand(n // f.blocksize, generator=generator),
             "quant_map": bnbf.get_4bit_type("nf4", device="cpu"),
         }
-        yield from spread(weight, EncodedWeight(f, tensors)).items()
+        yield from f.kind.spread(weight, EncodedWeight(f, tensors)).items()
 
 
 def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32) -> None:

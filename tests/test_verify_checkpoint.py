@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery import checks, cli, codecs, companions
+from oftsurgery import checks, cli, codecs
 from oftsurgery.shards import open_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -614,7 +614,7 @@ def test_one_part_of_a_tensor_that_the_model_splits(places: Places, tmp_path: Pa
     )
     # quantised as one tensor, which transformers cannot split
     quantised = oftsurgery.WeightFormat("nf4", (192, 64), blocksize=64)
-    parts = companions.spread(name, codecs.encode(whole, quantised))
+    parts = quantised.kind.spread(name, codecs.encode(whole, quantised))
     folder = written(tmp_path / "quantised", base, {n: t for n, t in found.items() if n != name} | parts)
     report = oftsurgery.verify_checkpoint(folder, base, adapter)
     assert set(report.wrong) == {name, *(f"layers.0.self_attn.{n}_proj.weight" for n in "qkv")}
