@@ -50,6 +50,7 @@ from .shards import Checkpoint, ShardWriter
 from .staging import Staging, check_apart
 from .ties import FLAG
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
+from .weight import fold_encoded
 
 __all__ = [
     "CheckpointPlan",
@@ -939,7 +940,11 @@ class _Run:
             new = self._replaced(job, part, before)
         if part.rotate is not None:
             return self._rotated(job, part, part.rotate, before, new)
-        return new if new.format == part.into else codecs.encode(codecs.decode(new), part.into)
+        if new.format == part.into:
+            return new
+        if part.matrix:
+            return fold_encoded(new, (), part.into, "nearest").encoded
+        return codecs.encode(new.tensors["weight"], part.into)
 
     def _as_loaded(self, part: Part, stored: EncodedWeight) -> EncodedWeight:
         on_device = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})

@@ -24,11 +24,12 @@ from torch import Tensor
 from . import codecs, configs, measures
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
+from .dtypes import DTYPES
 from .errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from .formats.four_bit import unpack_state
 from .loaded import Loaded, Stored
 from .record import FoldRecord
-from .shards import DTYPES, Checkpoint, inside, sha256_of
+from .shards import Checkpoint, inside, sha256_of
 
 __all__ = ["CheckpointReport", "FileCheck", "TensorCheck", "WeightCheck", "check_checkpoint", "check_files"]
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from . import codecs, formats
 from .codecs import EncodedWeight
+from .dtypes import DTYPES
 from .errors import CheckpointError, printable
-from .shards import DTYPES, Checkpoint
+from .shards import Checkpoint
 
 __all__ = ["Loaded", "Stored"]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ from torch import Tensor
 from .dtypes import DTYPE_NAMES, DTYPES
 from .errors import CheckpointError, printable
 
-__all__ = ["DTYPES", "Checkpoint", "ShardWriter", "TensorEntry", "in_shards", "open_checkpoint", "sha256_of"]
+__all__ = ["Checkpoint", "ShardWriter", "TensorEntry", "open_checkpoint", "sha256_of"]
 
-T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -438,29 +437,6 @@ def _bytes_of(tensor: Tensor) -> Iterator[Any]:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def in_shards(sized: Iterable[tuple[T, int]], limit: int) -> dict[str, list[T]]:
-    """``{file name: members}``: shards of at most ``limit`` bytes, named as the Hub's tools name them.
-
-    Args:
-        sized: ``(member, bytes)`` in order; none is split, however large.
-        limit: of a shard.
-
-    >>> in_shards([("a", 3), ("b", 3), ("c", 9)], 6)
-    {'model-00001-of-00002.safetensors': ['a', 'b'], 'model-00002-of-00002.safetensors': ['c']}
-    """
-    groups: list[list[T]] = [[]]
-    size = 0
-    for member, nbytes in sized:
-        if groups[-1] and size + nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(member)
-        size += nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
 def sha256_of(path: Path) -> str:

@@ -453,7 +453,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         "int8",
         {},
         lambda t, c: t.pop(f"{K[:-6]}SCB"),
-        {K, f"{K[:-6]}weight_format"},
+        {K},
         "cannot be run",
     ),
     "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "off what base and adapter give"),
