@@ -24,8 +24,8 @@ from .formats import FORMATS
 from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
-from .naming import quiet, without_code
 from .plan import in_names_of
+from .skeleton import quiet, without_code
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 

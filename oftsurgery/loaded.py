@@ -8,13 +8,12 @@ that it does not know, the names are those in the files.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +25,13 @@ from .codecs import EncodedWeight
 from .dtypes import DTYPES
 from .errors import CheckpointError, printable
 from .shards import Checkpoint
+from .skeleton import quiet, skeleton
 
 __all__ = ["Loaded", "Stored"]
 
 # transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-# fields whose values lead to code, and what has no say in names
-_CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class Loaded:
         self._parts = {name: _parts(name, checkpoint) for name in checkpoint.entries}
         beside = {part for parts in self._parts.values() for part in parts[1:]}
         stored = [name for name in checkpoint.entries if name not in beside]
-        self.model = _skeleton(checkpoint.config, dtype, len(stored))
+        self.model = skeleton(checkpoint.config, dtype, len(stored))
         if self.model is None:
             self._from.update((name, name) for name in stored)
             self.sources.update((name, name) for name in stored)
@@ -167,7 +165,7 @@ class Loaded:
         given = {id(getattr(*self._holder(name))): name for name in self._from if name in self._state}
         # of two that are both stored, equal ones need no tie and others get none
         self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= self._from.keys()}
-        with _quiet():
+        with quiet():
             self.model.tie_weights(missing_keys=self._state.keys() - self._from.keys(), recompute_mapping=False)
         self.model.all_tied_weights_keys = dict(self._pairs)
         self._held = {name: id(getattr(*self._holder(name))) for name in self._state}
@@ -292,57 +290,3 @@ def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     kind = formats.of_names(name, entries, DTYPES[entries[name].dtype])
     beside = kind.names(name).values() if kind.quantised else ()
     return (name, *(n for n in beside if n in entries and n != name))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
-    return {k: _without_code(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
-
-
-def _skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
-    """The model of ``config``'s class on the meta device; None without transformers, or where it does not know the class."""
-    if "model_type" not in config:
-        return None
-    try:
-        import transformers
-        import transformers.conversion_mapping
-    except ImportError:
-        return None
-    from torch.nn.modules.module import register_module_module_registration_hook
-
-    built, most = itertools.count(), 10 * tensors + 10_000
-
-    def bounded(*_: object) -> None:
-        if next(built) > most:  # a config may ask for 10⁹ layers
-            raise ValueError("it asks for many more modules than the checkpoint has tensors")
-
-    handle = register_module_module_registration_hook(bounded)
-    try:
-        with _quiet(), torch.device("meta"):
-            parsed = transformers.AutoConfig.for_model(**_without_code(config))
-            named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
-            return transformers.AutoModel.from_config(parsed, dtype=dtype)
-    except Exception as error:  # a config is data of any kind, and its class raises what it likes
-        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-            raise CheckpointError(
-                f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
-                tensor="config.json",
-                remedy="restore the config.json that belongs to the checkpoint",
-            ) from error
-        return None
-    finally:
-        handle.remove()

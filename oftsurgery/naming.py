@@ -7,9 +7,8 @@ for checkpoints of most text models.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 
 from .conversion import Unit, unit_of
-from .errors import CheckpointError, MatchError, MissingDependencyError, StateError, printable
+from .errors import MatchError, MissingDependencyError, StateError, printable
 from .formats import owner_of
+from .skeleton import skeleton
 from .ties import Ties, modules_of, tensors_in, ties_of
 
 __all__ = ["Architecture", "architecture_of", "locate"]
@@ -100,7 +100,7 @@ def architecture_of(
         skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides
             :attr:`Architecture.linears` alone.
     """
-    model = _meta_model(config, dtype, len(shapes))
+    model = skeleton(config, dtype, len(shapes))
     if model is None:
         return _unknown(config, shapes)
     return _known(model, shapes, dtype, skip)
@@ -123,92 +123,6 @@ def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
         base_prefix="",
         name=None,
     )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-# whose code transformers would fetch from the Hub and run, or that has no say in names
-_NOT_FOR_NAMES = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
-_MODULES, _MODULES_PER_TENSOR = 10_000, 10
-
-
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without fields that lead to code, here and in its parts."""
-    found = {}
-    for key, value in config.items():
-        if not key.lstrip("_").removesuffix("_internal").startswith(_NOT_FOR_NAMES):
-            found[key] = without_code(value) if isinstance(value, Mapping) else value
-    return found
-
-
-@contextlib.contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """A model of more modules than ``count`` is not built to its end: a config may ask for 10⁹ layers."""
-    from torch.nn.modules.module import register_module_module_registration_hook
-
-    built = 0
-
-    def hook(*_: object) -> None:
-        nonlocal built
-        built += 1
-        if built > count:
-            raise CheckpointError(
-                "the config asks for many more modules than the checkpoint has tensors",
-                tensor="config.json",
-                remedy="restore the config.json that belongs to the checkpoint",
-            )
-
-    handle = register_module_module_registration_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _meta_model(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
-    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not
-    know the class.
-    """
-    if "model_type" not in config:
-        return None
-    try:
-        import transformers
-    except ImportError:
-        return None
-    if not isinstance(config["model_type"], str):
-        raise CheckpointError(
-            "`model_type` is no string",
-            tensor="config.json",
-            remedy="restore the config.json that belongs to the checkpoint",
-        )
-    plain = without_code(config)
-    try:
-        with quiet(), torch.device("meta"), _at_most(_MODULES_PER_TENSOR * tensors + _MODULES):
-            parsed = transformers.AutoConfig.for_model(**plain)
-            architectures = config.get("architectures") or []
-            cls = getattr(transformers, str(architectures[0]), None) if architectures else None
-            if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-                return transformers.AutoModel.from_config(parsed, dtype=dtype)
-            known: Any = cls
-            return known._from_config(parsed, dtype=dtype)
-    except Exception as error:  # a config is data of any kind, and its class raises what it likes
-        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
-            raise CheckpointError(
-                f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
-                tensor="config.json",
-                remedy="restore the config.json that belongs to the checkpoint",
-            ) from error
-        return None
 
 
 def _known(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import configs, export, live, naming, onnx_graph, onnx_run, peft_live
+from . import configs, export, live, onnx_graph, onnx_run, peft_live
 from .dtypes import NAMED
 from .errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
 from .folder_writer import write_rest
@@ -22,6 +22,7 @@ from .onnx_tasks import CacheTask, Task, task_of
 from .progress import Progress, without_bars
 from .record import FoldRecord, plain
 from .shards import inside, read_json, to_disk
+from .skeleton import quiet
 from .staging import Staging, check_apart, disk_errors
 
 __all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
@@ -214,7 +215,7 @@ def load_model(folder: Path) -> nn.Module:
             remedy="load the model yourself and give it to oftsurgery.export_onnx",
         )
     with (
-        naming.quiet(),
+        quiet(),
         without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
     ):
         try:
