@@ -731,7 +731,7 @@ def _code(
         codes = kind.spell(true["weight"], math.prod(f.shape), facts)
         given["codes"] = codes.view(torch.uint8).numpy()
     ranked = kind.ranks(facts)
-    if ranked is None:
+    if ranked is None or (f.nested_blocksize and "nested_quant_map" not in tables):
         raise _damaged()
     nested, out = None, {}
     if f.nested_blocksize:
@@ -873,7 +873,8 @@ def read_format(facts: object, shape: tuple[int, ...]) -> WeightFormat:
     good = set(facts) == names and facts["codec"] in FORMATS and facts["shape"] == list(shape)
     good = good and facts["dtype"] in DTYPES and facts["storage"] in DTYPES
     good = good and all(type(n) is int and 0 <= n <= 1 << 16 for n in numbers)
-    if not good or facts["blocksize"] < FORMATS[facts["codec"]].least_blocksize:
+    least = FORMATS[facts["codec"]].least_blocksize if good else 0
+    if not good or facts["blocksize"] < least or (facts["nested_blocksize"] and not least):
         raise _damaged()
     return WeightFormat(
         facts["codec"],

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from independent import seeded
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from oftsurgery import codecs, formats
+from oftsurgery import Rotation, codecs, formats, undo
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats import FORMATS
+from oftsurgery.formats.int8 import Int8
+from oftsurgery.weight import fold_encoded
 
 CASES = {
     "dense": WeightFormat("dense", (6, 128), torch.bfloat16),
@@ -83,3 +89,47 @@ def test_a_dense_weight_is_loaded_in_its_dtype() -> None:
     plain = torch.randn(6, 128, generator=seeded(0))
     got = codecs.load(codecs.dense(plain), FORMATS["dense"].loaded_as((6, 128), torch.bfloat16, False))
     assert torch.equal(got.tensors["weight"], plain.bfloat16())
+
+
+class FourBitRows(Int8):
+    """Int8 with fewer levels."""
+
+    name, unit, strong = "rows", 7.0, 1 / 14
+
+    def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        codes = torch.arange(-7, 8, device=device, dtype=torch.int8)
+        return codes / 7, (codes[1:] - 0.5) / 7, codes
+
+    def nearest_levels(self, scaled: Tensor) -> Tensor:
+        return torch.round(scaled * 7).clamp(-7, 7) / 7
+
+    def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+        scaled = weight.reshape(f.shape) / scales.unsqueeze(-1)
+        return torch.round(7 * scaled).clamp(-7, 7).to(torch.int8)
+
+    def ranks(self, facts: Mapping[str, Any]) -> Tensor:
+        return torch.arange(-7, 8).to(torch.int8)
+
+    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        near = torch.round(numbers).clamp(-7, 7)
+        up = ((numbers > near) | (near == -7)) & (near < 7)
+        return near + 7, up, (0.5 - (numbers - near).abs()) * 1024
+
+    def kernel(self, f: WeightFormat) -> str:
+        return ""
+
+
+@pytest.mark.parametrize("rows", [600, 3000], ids=["reference", "tiled"])
+def test_a_class_and_a_row_are_all_that_a_new_format_takes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "rows", FourBitRows())
+    f = WeightFormat("rows", (rows, 128), torch.float16)
+    plain = torch.randn(f.shape, generator=seeded(rows))
+    before = codecs.encode(plain, f)
+    assert (codecs.decode(before) - plain).abs().max() <= plain.abs().max() / 14 * 1.001
+    rotation = Rotation(0.001 * torch.randn(8, 120, generator=seeded(1)))
+    folded = fold_encoded(before, [rotation], rounding="preserve")
+    assert (folded.backend, folded.rounding) == ("reference" if rows == 600 else "tiled", "preserve")
+    assert folded.kept == pytest.approx(1, abs=0.2)
+    entry = undo.encode_weight(before, folded.encoded, [rotation], noise=folded.error, relaxation=folded.kept_scales)
+    assert len(entry.data) < plain.numel() / 4
+    assert undo.decode_weight(entry, folded.encoded).fingerprint == before.fingerprint
