@@ -24,8 +24,10 @@ import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError, codecs, inputs
 from oftsurgery.calibration import LayerInputs, compensate, fold_calibrated
 from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.engine import _warn_of_rounding as warn_of_rounding
 from oftsurgery.formats.four_bit import LEVELS
-from oftsurgery.model import _plan, warn_of_rounding
+from oftsurgery.live_store import LiveStore
+from oftsurgery.plan import plan_changes
 
 FORMATS = {
     "nf4": WeightFormat("nf4", (24, 128), blocksize=64),
@@ -487,7 +489,7 @@ def gathered(
     model: nn.Module, adapter: Path, data: Any, paths: Sequence[str] = ("q", "k", "v", "down", "idle"), **kw: Any
 ) -> dict[str, LayerInputs | None]:
     adapters = [oftsurgery.load_adapter(adapter)]
-    _plan(model, adapters)
+    plan_changes(LiveStore(model), adapters)
     calibration = inputs.Calibration(model, adapters, paths, inputs.read_batches(data), **kw)
     return {path: calibration(path) for path in paths}
 

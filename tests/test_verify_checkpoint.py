@@ -454,7 +454,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K[:-6]}SCB"),
         {K},
-        "cannot be run",
+        "without its SCB statistics",
     ),
     "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "off what base and adapter give"),
     "rotated nf4, quant_map": (
@@ -493,7 +493,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: c["quantization_config"].update(llm_int8_skip_modules=["k_proj"]),
         {K, K.replace("0", "1"), "lm_head.weight"},
-        "cannot be run",
+        "without its SCB statistics",
     ),
     "Conv1D": (
         ("gpt2", ("c_attn",), {}),
