@@ -161,11 +161,8 @@ def test_without_a_class_names_are_as_they_are(tmp_path: Path, config: dict[str,
     ],
     ids=str,
 )
-def test_a_config_that_no_model_has_is_refused_or_no_class(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_config_that_no_model_has_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    if isinstance(config["model_type"], str):
-        with pytest.raises(CheckpointError, match="cannot build it from this config"):
-            Loaded(open_checkpoint(tmp_path))
-    else:
-        assert Loaded(open_checkpoint(tmp_path)).model is None
+    with pytest.raises(CheckpointError, match="cannot build it from this config|`model_type` is no string"):
+        Loaded(open_checkpoint(tmp_path))

@@ -493,7 +493,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: c["quantization_config"].update(llm_int8_skip_modules=["k_proj"]),
         {K, K.replace("0", "1"), "lm_head.weight"},
-        "without its SCB statistics",
+        "cannot be run",
     ),
     "Conv1D": (
         ("gpt2", ("c_attn",), {}),
