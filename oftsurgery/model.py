@@ -92,7 +92,8 @@ def fold_model(
         already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
     # everything is checked before anything is copied or changed; live layers hide their base layers until they are
     # taken out
-    plan = None if live else plan_changes(LiveStore(model), adapters)
+    given = LiveStore(model)
+    plan = None if live else plan_changes(given, adapters)
     with transaction() as journal:
         work = peft_live.base_of(inner_model(model)) if live else model
         if not inplace:
@@ -100,7 +101,7 @@ def fold_model(
         if live:
             peft_live.strip(work, journal)
         store = LiveStore(work)
-        ties = store.ties  # as they are before anything changes
+        ties = store.ties if live else given.ties  # as they are before anything changes
         plan = plan or plan_changes(store, adapters)
         keep = None if undo is None else Keeper(undo, plan, already or {})
         brought = {place for change in plan.replace for place in change.places}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,14 +23,19 @@ class Ties:
         groups: names that are one tensor, in the model's order.
         flagged: names that transformers ties while the config's ``tie_word_embeddings`` is set.
         flag: that setting; None where there is none.
-        flag_is_read: a module's forward reads the setting, so that clearing it changes what the model computes (UMT5), or
-            its config class does, and makes something else of it (T5).
+        asked: whether a module's forward reads the setting, so that clearing it changes what the model computes (UMT5), or
+            its config class does, and makes something else of it (T5); found out where something comes apart.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
     flagged: frozenset[str] = frozenset()
     flag: bool | None = None
-    flag_is_read: bool = False
+    asked: Callable[[], bool] = field(default=bool, compare=False)
+
+    @cached_property
+    def flag_is_read(self) -> bool:
+        """Whether the setting means more than which tensors are tied."""
+        return self.asked()
 
     def group(self, name: str) -> tuple[str, ...]:
         """All names of the tensor ``name``, that one alone where it is not tied."""
@@ -49,7 +55,8 @@ class Ties:
         """Whether ``tie_word_embeddings`` must be cleared where these groups come apart: transformers 4 would tie them
         again while it is set. (Release 5 leaves tensors alone that a checkpoint holds with different values.)
         """
-        return bool(self.flag and not self.flag_is_read and any(self.flagged.intersection(g) for g in apart))
+        broken = any(self.flagged.intersection(group) for group in apart)
+        return bool(self.flag and broken and not self.flag_is_read)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -84,7 +91,7 @@ def ties_of(model: nn.Module) -> Ties:
         groups=tuple(tuple(g) for g in _groups(modules).values() if len(g) > 1),
         flagged=flagged,
         flag=getattr(config, FLAG, None),
-        flag_is_read=any(FLAG in _names_in(m) for m in modules.values()) or _means_more(config),
+        asked=lambda: any(FLAG in _names_in(m) for m in modules.values()) or _means_more(config),
     )
 
 
