@@ -39,7 +39,7 @@ from .engine import (
     originals,
     undone,
 )
-from .errors import FormatError, IntegrityError, StateError, UndoError, printable
+from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
 from .folder_store import FolderStore, Quantization, canonical, load_weight, quantise
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
 from .hashing import hash_tensors
@@ -510,8 +510,7 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             format=printable(method),
             remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
         )
-    weights = [n for n in source.entries if n.endswith("weight")]
-    quantised = any(formats.of_names(n, source.entries, store.dtype(n)).quantised for n in weights)
+    quantised = any(map(store.is_quantised, source.entries))
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
             f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
@@ -582,7 +581,7 @@ class _Builder:
                 continue
             unit = self.architecture.units.get(name)
             target = name if unit is not None and name in self.touched else self.architecture.renamed[name]
-            if unit is not None and target != name and self._touches(unit):
+            if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
                 continue
@@ -598,14 +597,20 @@ class _Builder:
         return made
 
     def _touches(self, unit: Unit) -> bool:
-        if any(name in self.touched for name in unit.stored):
-            return False  # one by one, by the checkpoint's own names
-        return any(name in self.touched or self.store.quantises(name) for name in unit.model)
+        made = any(name in self.touched or self.store.quantises(name) for name in unit.model)
+        own = next((name for name in unit.stored if name in self.touched), None)
+        if own is not None and made:
+            raise MatchError(
+                "the fold would change both the checkpoint's own tensor and what transformers makes of it as it loads",
+                tensor=own,
+                remedy="name the model's modules in the adapter, as the class has them: "
+                + ", ".join(printable(name.removesuffix(".weight")) for name in unit.model),
+            )
+        return made
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        stored = formats.of_names(name, self.entries, self.store.dtype(name))
-        return self.store.quantises(target) or (stored.quantised and self.format in DENSE)
+        return self.store.quantises(target) or (self.format in DENSE and self.store.is_quantised(name))
 
     # --- one job of a kind ---
 
@@ -918,7 +923,7 @@ class _Run:
             (part,) = job.parts
             stored = loaded if isinstance(loaded, EncodedWeight) else codecs.dense(loaded)
             return self._laid_out(job, part, self._changed(job, part, stored))
-        tied = self.plan.store.architecture.tied
+        tied = (job.origin or self.plan.store).architecture.tied
         made = {part: codecs.dense(loaded[tied.get(part.name, part.name)]) for part in job.parts}
         new = {part.name: (part, self._changed(job, part, tensor)) for part, tensor in made.items()}
         if set(job.outputs) == set(job.unit.stored):
@@ -952,7 +957,7 @@ class _Run:
 
     def _replaced(self, job: Job, part: Part, before: EncodedWeight) -> EncodedWeight:
         assert part.values is not None  # noqa: S101 - by construction
-        values = part.values.to(part.into.dtype if part.rotate is None else before.format.dtype)
+        values = part.values.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
         old = self._native(job, before.tensors["weight"])
         for name in self.named.get(part.name, ()):
             self.saved[name] = hash_tensors({name: old})

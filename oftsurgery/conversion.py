@@ -106,7 +106,7 @@ def _tried(
 ) -> dict[str, Tensor]:
     try:
         return convert(tensors)
-    except Exception:
+    except Exception:  # a conversion raises what it likes; such a unit is not known, and refused where it changes
         return {}
 
 

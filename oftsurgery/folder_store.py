@@ -83,8 +83,9 @@ class FolderStore:
     @cached_property
     def names(self) -> Collection[str]:
         a = self.architecture
-        known = a.modules.keys() if a.modules else (n.removesuffix(".weight") for n in a.renamed.values())
-        return dict.fromkeys([*known, *(n.removesuffix(".weight") for n in a.units)])
+        # what the class has, what the files have beside it, and what transformers makes something else of
+        weights = (n.removesuffix(".weight") for n in (*a.renamed.values(), *a.units) if n.endswith(".weight"))
+        return dict.fromkeys([*a.modules, *weights])
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         found = locate(wanted := list(names), self.architecture)
@@ -126,11 +127,15 @@ class FolderStore:
             return len(self.shape(name)) == 2
         if holder not in self.source.entries:
             return False
-        if len(formats.companion_names(holder, self.source.entries)) > 1:
+        if self.is_quantised(holder):
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
         return matrix and DTYPES[entry.dtype] in FLOATS
+
+    def is_quantised(self, stored: str) -> bool:
+        """Whether a tensor of the checkpoint is a quantised weight: integers alone are none."""
+        return stored.endswith("weight") and len(formats.companion_names(stored, self.source.entries)) > 1
 
     def is_embedding(self, name: str) -> bool:
         """Whether the weight is an embedding's."""
@@ -155,7 +160,7 @@ class FolderStore:
             check_known(unit, path, back=True)
         kind: Literal["linear", "embedding", "conv"] = "embedding" if rotation.side == "embedding" else "linear"
         format_ = self.loaded(name)
-        identity = hash((path, name))
+        identity = id(modules[path]) if path in modules else hash(name)
         if path in modules:
             if is_idle(
                 modules, path, quantised=self.quantization is not None or "quantization_config" in self.source.config

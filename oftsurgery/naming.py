@@ -254,7 +254,8 @@ def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], b
     for rule in rules:
         found: dict[str, str] = {}
         for name in wanted:
-            found.update(dict.fromkeys([name], *called(rule(name))) if called(rule(name)) else {})
+            for target in called(rule(name)):
+                found[name] = target
         if len(found) > len(best):
             best = found
         if len(found) == len(wanted):

@@ -179,15 +179,7 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
     """
     _check_given(store, adapters, inverse=inverse)
-    paths = list(dict.fromkeys(path for a in adapters for path in a.modules))
-    found = store.locate(f"{path}.weight" for path in paths)
-    chains: dict[str, list[Rotation]] = {}
-    for adapter in adapters:
-        lost = [path for path in adapter.modules if f"{path}.weight" not in found]
-        if lost:
-            raise not_found(lost, store.names, adapter)
-        for path, rotation in adapter.modules.items():
-            chains.setdefault(found[f"{path}.weight"], []).append(rotation)
+    chains = _chains(store, adapters)
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
@@ -227,17 +219,33 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
     )
 
 
+def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rotation]]:
+    """``{name of a weight: its rotations in the live order}``."""
+    paths = dict.fromkeys(path for a in adapters for path in a.modules)
+    found = store.locate(f"{path}.weight" for path in paths)
+    chains: dict[str, list[Rotation]] = {}
+    for adapter in adapters:
+        lost = [path for path in adapter.modules if f"{path}.weight" not in found]
+        if lost:
+            raise not_found(lost, store.names, adapter)
+        mine: dict[str, str] = {}
+        for path, rotation in adapter.modules.items():
+            name = found[f"{path}.weight"]
+            if mine.setdefault(name, path) != path:
+                raise _one_module(mine[name], path)
+            chains.setdefault(name, []).append(rotation)
+    return chains
+
+
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
     """``adapter`` by the names that the store's model has, as far as it has them."""
-    modules = store.locate(f"{path}.weight" for path in adapter.modules)
+    found = store.locate(f"{path}.weight" for path in adapter.modules)
     own = store.locate(adapter.saved)
-    return dataclasses.replace(
-        adapter,
-        modules={
-            modules.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()
-        },
-        saved={own.get(name, name): tensor for name, tensor in adapter.saved.items()},
-    )
+    modules = {found.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()}
+    if len(modules) < len(adapter.modules):
+        return adapter  # two names of one module, which planning refuses
+    saved = {own.get(name, name): tensor for name, tensor in adapter.saved.items()}
+    return dataclasses.replace(adapter, modules=modules, saved=saved)
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
@@ -356,8 +364,12 @@ def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
         path = name.removesuffix(".weight")
         other = seen.setdefault(info.identity, path)
         if other != path:
-            raise MatchError(
-                f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
-                module=path,
-                remedy="the model shares this module between places; train the adapter on one of them",
-            )
+            raise _one_module(other, path)
+
+
+def _one_module(other: str, path: str) -> MatchError:
+    return MatchError(
+        f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
+        module=path,
+        remedy="the model shares this module between places, or has two names for it; train the adapter on one of them",
+    )

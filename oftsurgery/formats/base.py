@@ -175,6 +175,9 @@ class Format:
     of a weight's tensor in a checkpoint, which ends in ``weight``. A quantised weight is made of *codes*, which stand
     for *numbers*; a number divided by :attr:`unit` is a level in [-1, 1], and a level times its block's scale is the
     weight.
+
+    A method that raises NotImplementedError is for the subclass to write; the plain format has no codes and writes only
+    those that a plain weight is asked for.
     """
 
     name = "dense"  #: key of FORMATS
