@@ -256,7 +256,8 @@ def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
         seen = set()
         for name in group:
             tensor: Any = store.tensor(name)
-            if id(tensor) in seen:  # transformers' save_pretrained leaves out one of two that share a storage
+            # transformers' save_pretrained leaves out one of two that share a storage
+            if id(tensor) in seen and type(tensor) is nn.Parameter:
                 tensor = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
                 _put(store.modules, name, tensor, journal)
             seen.add(id(tensor))

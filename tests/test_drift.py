@@ -30,19 +30,11 @@ from checkpoints import (
 from independent import relative
 from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_agreement import noted, quietly
+from test_agreement import SIZES, noted, quietly
 from torch import Tensor
 
 import oftsurgery
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 GROUPED = SIZES | {"num_key_value_heads": 2}
 BART: dict[str, Any] = {
     "vocab_size": 96,
@@ -369,6 +361,19 @@ def test_a_head_with_a_tied_bias_trained(base: Base, tmp_path: Path) -> None:
     assert torch.equal(head.decoder.weight, own.weight)
     assert torch.equal(head.decoder.bias, own.bias)
     assert torch.equal(head.bias, was.bias)
+
+
+def test_records_of_earlier_commits_name_modules_as_the_adapter_does(base: Base, tmp_path: Path) -> None:
+    source = base("LlamaForCausalLM", tie_word_embeddings=True)
+    adapter = saved(trained(load(source, "LlamaForCausalLM").model, ["q_proj"]), tmp_path / "adapter")
+    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk")
+    record = json.loads((tmp_path / "disk" / "oftsurgery.json").read_text())
+    record["modules"] = {path.removeprefix("model."): module for path, module in record["modules"].items()}
+    assert not any(path.startswith("model.") for path in record["modules"])
+    (tmp_path / "disk" / "oftsurgery.json").write_text(json.dumps(record))
+    assert oftsurgery.verify_checkpoint(tmp_path / "disk", source, adapter).ok
+    oftsurgery.unfold_checkpoint(tmp_path / "disk", tmp_path / "back", base=source)
+    assert differing(tensors(tmp_path / "back"), tensors(source)) == []
 
 
 # --- unfolding --------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from checkpoints import (
 )
 from independent import fold
 from safetensors.torch import load_file, save_file
+from test_loaded import BART
 from torch import Tensor
 
 import oftsurgery
@@ -43,17 +44,6 @@ from oftsurgery.shards import open_checkpoint
 
 Tensors = dict[str, Tensor]
 
-BART = {
-    "vocab_size": 64,
-    "d_model": 64,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "max_position_embeddings": 32,
-}
 UMT5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4}
 MAMBA = {
     "vocab_size": 64,
