@@ -376,6 +376,32 @@ def test_records_of_earlier_commits_name_modules_as_the_adapter_does(base: Base,
     assert differing(tensors(tmp_path / "back"), tensors(source)) == []
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]], ids=lambda t: t[1])
+def test_a_fold_that_unties_is_resumed_to_the_same_bytes(base: Base, tmp_path: Path, targets: list[str]) -> None:
+    """Interrupted between shards: the untied tensor is in the last, the one that it was tied to in the first."""
+    source = base("LlamaForCausalLM", tie_word_embeddings=True)
+    adapter = saved(trained(load(source, "LlamaForCausalLM"), targets, modules_to_save=None), tmp_path / "adapter")
+
+    def fold(name: str, **options: Any) -> None:
+        undo = tmp_path / f"{name}.undo"
+        quietly(
+            oftsurgery.fold_checkpoint, source, adapter, tmp_path / name, max_shard_size="50KB", undo=undo, **options
+        )
+
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    fold("whole")
+    with pytest.raises(KeyboardInterrupt):
+        fold("killed", progress=interrupt)
+    assert not (tmp_path / "killed").exists()
+    assert list((tmp_path / ".killed.oftsurgery").glob("*.safetensors"))
+    fold("killed", resume=True)
+    assert file_bytes(tmp_path / "killed") == file_bytes(tmp_path / "whole")
+    assert (tmp_path / "killed.undo").read_bytes() == (tmp_path / "whole.undo").read_bytes()
+
+
 # --- unfolding --------------------------------------------------------------------------------------------------------
 
 
