@@ -49,18 +49,101 @@ DTYPES = ("float32", "float16", "bfloat16")
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 EXPORT_FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 
-Run = Callable[[argparse.Namespace], int]
+Run = Callable[[argparse.Namespace], int | None]  # None: done
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _switch(text: str) -> dict[str, Any]:
+    return {"action": "store_true", "help": text}
+
+
+_REPO_ID = (
+    "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
+)
+_EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
+_ROUNDED = (
+    "of quantised weights: so that what the adapter changed is kept (preserve), as bitsandbytes rounds (nearest), "
+    "with the scale of each 4-bit block that errs least (mse), or nearly that in half the time (grid)"
+)
+#: what several commands take
+_SHARED: Mapping[str, dict[str, Any]] = {
+    "base": {"metavar": "BASE", "help": "folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised"},
+    "adapter": {
+        "metavar": "ADAPTER",
+        "nargs": "+",
+        "help": "folder or Hub id of the adapter; several in the live order",
+    },
+    "output": {"metavar": "OUTPUT", "help": "folder to write; must not exist"},
+    "--format": {"choices": FORMATS, "default": "same", "help": "what to write (default: %(default)s)"},
+    "--quantize": {
+        "choices": ("nf4", "fp4", "int8"),
+        "help": "quantise a plain base first, as the trainer's loading did",
+    },
+    "--double-quant": _switch("with double quantisation (bnb_4bit_use_double_quant)"),
+    "--compute-dtype": {"choices": DTYPES, "default": "float32", "help": "bnb_4bit_compute_dtype of the config"},
+    "--load-dtype": {
+        "choices": DTYPES,
+        "help": "dtype in which the trainer loaded the model (default: the config's)",
+    },
+    "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules left unquantised (llm_int8_skip_modules)"},
+    "--fold-into": {
+        "choices": ("quantized", "original"),
+        "default": "quantized",
+        "help": "rotate the quantised base, which the adapter was trained on, or the original weights "
+        "(default: %(default)s)",
+    },
+    "--rounding": {
+        "choices": (*ROUNDINGS, "calibrated"),
+        "help": f"{_ROUNDED}, or by what the layers compute on the texts of --calibration, which implies it "
+        "(default: preserve)",
+    },
+    "--calibration": {
+        "metavar": "FILE",
+        "help": "texts to choose the rounding on, some hundred of the kind that the model is for: .txt (one a line), "
+        ".jsonl or .parquet ('text'); loads the model and runs it",
+    },
+    "--max-shard-size": {
+        "default": "5GB",
+        "metavar": "SIZE",
+        "help": "largest file, as the Hub's tools write it (default: %(default)s)",
+    },
+    "--undo": {
+        "metavar": "FILE",
+        "help": "write an undo record too: `oftsurgery unfold --undo FILE` restores exactly",
+    },
+    "--device": {"default": "cpu", "help": "where the arithmetic runs (default: %(default)s)"},
+    "--resume": _switch("go on with the unfinished work of a run that was killed"),
+    "--force": _switch("replace the output folder, when all is written and not before"),
+    "--dry-run": _switch("show the plan and write nothing"),
+    "--private": {"action": "store_true", "default": None, "help": "make the repository a private one"},
+    "--revision": {"metavar": "BRANCH", "help": "branch to commit to, made if there is none"},
+    "--commit-message": {"metavar": "TEXT", "help": "of the commit"},
+    "--create-pr": _switch("open a pull request instead of committing"),
+    "--token": {
+        "help": "'-' reads it from the standard input (default: HF_TOKEN, or what `hf auth login` stored); one that "
+        "stands here is seen in the list of processes",
+    },
+    "--yes": _switch("do not ask about a derived name"),
+}
+_QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
+_FOLDING = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size")
+_RUNNING = ("--device", "--resume", "--force")
+_PUSHING = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         super().error(without_tokens(message))  # an argument in the wrong place may be one
 
+    def add_shared(self, *names: str, **settings: Any) -> None:
+        """Arguments that other commands take too, with ``settings`` of this one's own."""
+        for name in names:
+            self.add_argument(name, **_SHARED[name] | settings)
 
-def _parser() -> argparse.ArgumentParser:
+
+def _parser() -> _Parser:
     parser = _Parser(
         prog="oftsurgery",
         description="Fold orthogonal fine-tuning (OFT, OFTv2, QOFT) adapters into checkpoints on disk, and take them out again.",
@@ -71,22 +154,15 @@ def _parser() -> argparse.ArgumentParser:
     command = partial(_command, commands)
 
     plan = command("plan", "show what a fold would do, and what it needs", "BASE ADAPTER --format bf16", _plan)
-    _sources(plan)
-    _fold_settings(plan, FORMATS, "same")
+    plan.add_shared("base", "adapter", "--format", *_FOLDING)
 
-    fold = command(
-        "fold", "fold an adapter into a checkpoint", "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold
-    )
-    _sources(fold)
-    fold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
-    _fold_settings(fold, FORMATS, "same")
-    _undo(fold)
-    _run_settings(fold)
-    fold.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    text = "fold an adapter into a checkpoint"
+    fold = command("fold", text, "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold)
+    fold.add_shared("base", "adapter", "output", "--format", *_FOLDING, "--undo", *_RUNNING, "--dry-run")
 
     unfold = command("unfold", "take the last fold out of a checkpoint", "FOLDED OUTPUT --base BASE", _unfold)
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
-    unfold.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
+    unfold.add_shared("output")
     how = unfold.add_mutually_exclusive_group(required=True)
     how.add_argument("--base", help="checkpoint that was folded: restores exactly")
     how.add_argument("--undo", metavar="FILE", help="undo record that was written with the fold: restores exactly")
@@ -95,39 +171,31 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="adapter that was folded: rotates back, and states the error; several in the live order",
     )
-    _rounding(unfold)
-    _shard_size(unfold)
-    _run_settings(unfold)
+    unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{_ROUNDED} (default: %(default)s)")
+    unfold.add_shared("--max-shard-size", *_RUNNING)
 
-    extract = command(
-        "extract", "get an adapter back out of a checkpoint that it was folded into", "BASE FOLDED OUTPUT", _extract
-    )
-    extract.add_argument(
-        "base", metavar="BASE", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format"
-    )
+    text = "get an adapter back out of a checkpoint that it was folded into"
+    extract = command("extract", text, "BASE FOLDED OUTPUT", _extract)
+    extract.add_shared("base", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format")
     extract.add_argument("merged", metavar="MERGED", help="what became of it, in any format")
-    extract.add_argument("output", metavar="OUTPUT", help="adapter's folder to write; must not exist")
+    extract.add_shared("output", help="adapter's folder to write; must not exist")
     extract.add_argument(
         "--block-size",
         type=int,
         metavar="B",
         help="of the rotations (default: detected; named, it gives the best ones for any difference)",
     )
-    extract.add_argument("--force", action="store_true", help="replace the output folder")
+    extract.add_shared("--force", help="replace the output folder")
 
-    _adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER", None))
+    _adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
 
     _export_arguments(command("export", "fold and export in one step", _EXPORT_EXAMPLE, _export))
 
-    verify = command(
-        "verify",
-        "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter",
-        "FOLDED BASE ADAPTER",
-        _verify,
-    )
+    text = "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter"
+    verify = command("verify", text, "FOLDED BASE ADAPTER", _verify)
     verify.add_argument("folded", metavar="FOLDED", help="checkpoint; without BASE and ADAPTER its hashes alone")
-    verify.add_argument("base", metavar="BASE", nargs="?", help="folder or Hub id of the model that was folded")
-    verify.add_argument("adapter", metavar="ADAPTER", nargs="*", help="and of the adapter; several in the live order")
+    verify.add_shared("base", nargs="?", help="folder or Hub id of the model that was folded")
+    verify.add_shared("adapter", nargs="*", help="and of the adapter; several in the live order")
     verify.add_argument(
         "--tolerance",
         type=float,
@@ -135,19 +203,14 @@ def _parser() -> argparse.ArgumentParser:
         help="largest relative error that passes (default: what storing the exact weight costs)",
     )
 
-    doctor = command(
-        "doctor", "find and explain what is wrong with a checkpoint or an adapter", "PATH --base BASE", _doctor
-    )
+    text = "find and explain what is wrong with a checkpoint or an adapter"
+    doctor = command("doctor", text, "PATH --base BASE", _doctor)
     doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
     doctor.add_argument("--base", help="checkpoint that was folded")
     doctor.add_argument("--adapter", help="adapter that was folded")
 
-    report = command(
-        "report",
-        "draw what a fold cost, and what the fine-tune moved, as one HTML page",
-        "FOLDER --html report.html",
-        _report,
-    )
+    text = "draw what a fold cost, and what the fine-tune moved, as one HTML page"
+    report = command("report", text, "FOLDER --html report.html", _report)
     report.add_argument("source", metavar="FOLDER|RECORD", help="folder that carries a fold, or its oftsurgery.json")
     report.add_argument("--html", metavar="FILE", help="page to write (default, without --png: report.html)")
     report.add_argument("--png", metavar="DIR", help="folder to write errors.png and angles.png to, for a model card")
@@ -158,42 +221,37 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, to show too",
     )
-    report.add_argument("--force", action="store_true", help="replace files that exist")
+    report.add_shared("--force", help="replace files that exist")
 
     show = command("show", "print what is folded into a checkpoint, from its oftsurgery.json", "FOLDER", _show)
     show.add_argument("folder", metavar="FOLDER")
 
-    push = command(
-        "push",
-        "push an exported folder to a Hub repository, its files and no others",
-        "FOLDER owner/name --dry-run",
-        _push,
-    )
+    text = "push an exported folder to a Hub repository, its files and no others"
+    push = command("push", text, "FOLDER owner/name --dry-run", _push)
     push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
     push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO_ID)
-    push.add_argument("--dry-run", action="store_true", help="list files, sizes and the target, and send nothing")
-    _push_settings(push)
+    push.add_shared("--dry-run", help="list files, sizes and the target, and send nothing")
+    push.add_shared(*_PUSHING)
 
     _outputs(commands)
     return parser
 
 
-def _adapter_commands(adapter: argparse.ArgumentParser) -> None:
+def _adapter_commands(adapter: _Parser) -> None:
     verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> _Parser:
         parser = _command(verbs, name, text, example, run)
-        parser.add_argument("adapter", metavar="ADAPTER", nargs=nargs, help="folder or Hub id")
+        parser.add_shared("adapter", nargs=nargs, help="folder or Hub id")
         return parser
 
-    def output(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("output", metavar="OUTPUT", help="folder to write; must not exist")
-        parser.add_argument("--force", action="store_true", help="replace the output folder")
+    def output(parser: _Parser) -> None:
+        parser.add_shared("output")
+        parser.add_shared("--force", help="replace the output folder")
 
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
-    convert = verb(
-        "convert", "write an adapter of any peft release as peft 0.21 reads it", "ADAPTER OUTPUT", _adapter_convert
-    )
+    text = "write an adapter of any peft release as peft 0.21 reads it"
+    convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
     convert.add_argument(
         "--dialect", help="which releases' arithmetic it is of, where its files do not tell (peft-0.17 …)"
     )
@@ -203,118 +261,18 @@ def _adapter_commands(adapter: argparse.ArgumentParser) -> None:
     output(scale)
     text = "make one adapter of several in the live order, as peft's active adapters"
     output(verb("compose", text, "ADAPTER OTHER OUTPUT", _adapter_compose, "+"))
-    blend = verb(
-        "blend", "average several, or add them up", "ADAPTER OTHER OUTPUT --weights 0.5 0.5", _adapter_blend, "+"
-    )
+    example = "ADAPTER OTHER OUTPUT --weights 0.5 0.5"
+    blend = verb("blend", "average several, or add them up", example, _adapter_blend, "+")
     output(blend)
     blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
     _outputs(verbs)
 
 
-_REPO_ID = (
-    "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
-)
-_DRY_RUN = "show the plan and write nothing"
-_EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
-
-
-def _command(commands: Any, name: str, text: str, example: str, run: Run | None) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _command(commands: Any, name: str, text: str, example: str, run: Run | None = None) -> _Parser:
+    parser: _Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.epilog = f"example: {parser.prog} {example}"
     parser.set_defaults(run=run)
     return parser
-
-
-def _sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "base", metavar="BASE", help="folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised"
-    )
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", nargs="+", help="folder or Hub id of the adapter; several in the live order"
-    )
-
-
-def _fold_settings(parser: argparse.ArgumentParser, formats: Sequence[str], default: str) -> None:
-    parser.add_argument("--format", choices=formats, default=default, help="what to write (default: %(default)s)")
-    parser.add_argument(
-        "--quantize", choices=("nf4", "fp4", "int8"), help="quantise a plain base first, as the trainer's loading did"
-    )
-    parser.add_argument(
-        "--double-quant", action="store_true", help="with double quantisation (bnb_4bit_use_double_quant)"
-    )
-    parser.add_argument(
-        "--compute-dtype", choices=DTYPES, default="float32", help="bnb_4bit_compute_dtype of the config"
-    )
-    parser.add_argument(
-        "--load-dtype",
-        choices=DTYPES,
-        help="dtype in which the trainer loaded the model (default: the config's)",
-    )
-    parser.add_argument(
-        "--skip-modules", nargs="+", metavar="NAME", help="modules left unquantised (llm_int8_skip_modules)"
-    )
-    parser.add_argument(
-        "--fold-into",
-        choices=("quantized", "original"),
-        default="quantized",
-        help="rotate the quantised base, which the adapter was trained on, or the original weights (default: %(default)s)",
-    )
-    _rounding(parser, calibrated=True)
-    parser.add_argument(
-        "--calibration",
-        metavar="FILE",
-        help="texts to choose the rounding on, some hundred of the kind that the model is for: .txt (one a line), .jsonl "
-        "or .parquet ('text'); loads the model and runs it",
-    )
-    _shard_size(parser)
-
-
-def _shard_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="SIZE",
-        help="largest file, as the Hub's tools write it (default: %(default)s)",
-    )
-
-
-def _rounding(parser: argparse.ArgumentParser, *, calibrated: bool = False) -> None:
-    data = ", or by what the layers compute on the texts of --calibration, which implies it" if calibrated else ""
-    parser.add_argument(
-        "--rounding",
-        choices=(*ROUNDINGS, "calibrated") if calibrated else ROUNDINGS,
-        default=None if calibrated else "preserve",
-        help="of quantised weights: so that what the adapter changed is kept (preserve), as bitsandbytes rounds (nearest), "
-        "with the scale of each 4-bit block that errs least (mse), or nearly that in half the time (grid)"
-        f"{data} (default: preserve)",
-    )
-
-
-def _undo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--undo", metavar="FILE", help="write an undo record too: `oftsurgery unfold --undo FILE` restores exactly"
-    )
-
-
-def _run_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="where the arithmetic runs (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished work of a run that was killed")
-    parser.add_argument(
-        "--force", action="store_true", help="replace the output folder, when all is written and not before"
-    )
-
-
-def _push_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to, made if there is none")
-    parser.add_argument("--commit-message", metavar="TEXT", help="of the commit")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument(
-        "--token",
-        help="'-' reads it from the standard input (default: HF_TOKEN, or what `hf auth login` stored); one that stands "
-        "here is seen in the list of processes",
-    )
-    parser.add_argument("--yes", action="store_true", help="do not ask about a derived name")
 
 
 def _outputs(commands: Any) -> None:
@@ -324,14 +282,14 @@ def _outputs(commands: Any) -> None:
             _output(parser)
 
 
-def _output(parser: argparse.ArgumentParser) -> None:
+def _output(parser: _Parser) -> None:
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    volume.add_argument("-v", "--verbose", action="store_true", help="name every weight")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on the standard output")
+    volume.add_argument("-q", "--quiet", **_switch("print errors only"))
+    volume.add_argument("-v", "--verbose", **_switch("name every weight"))
+    parser.add_argument("--json", **_switch("print the result as JSON on the standard output"))
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
+def _export_arguments(parser: _Parser) -> None:
     parser.add_argument("--base", required=True, help="folder or Hub id of the model")
     parser.add_argument(
         "--adapter",
@@ -339,23 +297,15 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or Hub id of the adapter; several in the live order. The ONNX formats do without, and export the base as it is",
     )
     parser.add_argument("--output", required=True, help="folder to write; must not exist")
-    _fold_settings(parser, EXPORT_FORMATS, "bnb")
-    _undo(parser)
-    _run_settings(parser)
-    parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
-    parser.add_argument(
-        "--verify", action="store_true", help="check every weight of the output against base and adapter"
-    )
+    parser.add_shared("--format", choices=EXPORT_FORMATS, default="bnb")
+    parser.add_shared(*_FOLDING, "--undo", *_RUNNING, "--dry-run")
+    parser.add_argument("--verify", **_switch("check every weight of the output against base and adapter"))
     onnx = parser.add_argument_group("--format onnx, onnx-quantized")
     onnx.add_argument("--dtype", choices=("float16", "float32"), help="of the graph (default: float16)")
-    onnx.add_argument(
-        "--with-past", action="store_true", help="with the key-value cache, for generation (onnxruntime-genai)"
-    )
-    onnx.add_argument(
-        "--no-verify", action="store_true", help="do not compare the graph with torch; the record says so"
-    )
+    onnx.add_argument("--with-past", **_switch("with the key-value cache, for generation (onnxruntime-genai)"))
+    onnx.add_argument("--no-verify", **_switch("do not compare the graph with torch; the record says so"))
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO_ID}")
-    _push_settings(parser)
+    parser.add_shared(*_PUSHING)
     parser.set_defaults(usage_error=parser.error)
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 __all__ = [
@@ -77,6 +78,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
+def _quoted(text: str) -> str:
+    return repr(printable(text))
+
+
 def _shape(shape: Iterable[int]) -> str:
     return "×".join(str(n) for n in shape) or "scalar"
 
@@ -113,39 +118,28 @@ class OFTSurgeryError(Exception):
         self.shape = tuple(shape) if shape is not None else None
         self.expected = tuple(expected) if expected is not None else None
         self.format = format
-        self.path = None if path is None else str(path)
         self.remedy = remedy
-        super().__init__(self._text())
-        self.path = (
-            None if path is None else str(path)
-        )  # again: ImportError's own __init__ clears an attribute of that name
+        place = None if path is None else str(path)
+        super().__init__(self._text(place))
+        self.path = place  # after ImportError's own __init__, which clears an attribute of that name
 
-    def _text(self) -> str:
-        facts: list[str] = []
-        if self.module is not None:
-            facts.append(f"module {printable(self.module)!r}")
-        if self.tensor is not None:
-            facts.append(f"tensor {printable(self.tensor)!r}")
-        if self.format is not None:
-            facts.append(f"format {printable(self.format)}")
-        if self.shape is not None:
-            facts.append(f"shape {_shape(self.shape)}")
-        if self.expected is not None:
-            facts.append(f"expected {_shape(self.expected)}")
-        if self.path is not None:
-            facts.append(f"at {printable(self.path)}")
-        text = self.message
-        if facts:
-            text += f" [{', '.join(facts)}]"
-        if self.remedy:
-            text += f" Remedy: {self.remedy}"
-        return text
+    def _text(self, place: str | None) -> str:
+        facts: list[tuple[str, Any, Callable[[Any], str]]] = [
+            ("module", self.module, _quoted),
+            ("tensor", self.tensor, _quoted),
+            ("format", self.format, printable),
+            ("shape", self.shape, _shape),
+            ("expected", self.expected, _shape),
+            ("at", place, printable),
+        ]
+        known = ", ".join(f"{name} {shown(fact)}" for name, fact, shown in facts if fact is not None)
+        return self.message + f" [{known}]" * bool(known) + f" Remedy: {self.remedy}" * bool(self.remedy)
 
     def within(self, module: str) -> OFTSurgeryError:
         """The same error, told of ``module``, unless it already names one."""
         if self.module is not None:
             return self
-        return _rebuild(type(self), self.message, self._fields | {"module": module})
+        return type(self)(self.message, **(self._fields | {"module": module}))
 
     @property
     def _fields(self) -> dict[str, Any]:
@@ -154,11 +148,7 @@ class OFTSurgeryError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # keyword-only arguments do not survive Exception's own pickling (multiprocessing, concurrent.futures)
-        return (_rebuild, (type(self), self.message, self._fields))
-
-
-def _rebuild(cls: type[OFTSurgeryError], message: str, fields: dict[str, Any]) -> OFTSurgeryError:
-    return cls(message, **fields)
+        return (partial(type(self), **self._fields), (self.message,))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib import metadata
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ._version import __version__
@@ -26,13 +26,9 @@ __all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "plain", "vers
 ENOUGH = 0.9
 
 
-def versions() -> dict[str, str]:
+@cache  # reading packages' metadata takes longer than folding a small layer
+def versions() -> Mapping[str, str]:
     """Versions of what took part in a fold, those of its libraries that are installed."""
-    return dict(_versions())
-
-
-@cache
-def _versions() -> dict[str, str]:  # reading packages' metadata takes longer than folding a small layer
     found = {"oftsurgery": __version__, "python": platform.python_version()}
     for name in ("torch", "bitsandbytes", "peft", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -40,39 +36,34 @@ def _versions() -> dict[str, str]:  # reading packages' metadata takes longer th
     return found
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 63)
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _whole(value: object) -> bool:
-    return type(value) is int
+def _number(value: Any) -> bool:
+    return isinstance(value, float) or (_is(int)(value) and abs(value) < 1 << 63)
 
 
-def _text(value: object) -> bool:
-    return isinstance(value, str)
+def _tuple_of(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(_is(*kinds), value))
 
 
-def _text_or_none(value: object) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _all_of(mapping: object, is_one: Callable[[object], bool]) -> bool:
-    return isinstance(mapping, Mapping) and all(map(is_one, mapping.values()))
+def _mapping_to(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(_is(*kinds), value.values()))
 
 
 # annotation of a field → whether a value read from JSON is of it
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "str": _text,
-    "str | None": _text_or_none,
-    "bool": lambda v: isinstance(v, bool),
-    "int": _whole,
+    "str": _is(str),
+    "str | None": _is(str, NoneType),
+    "bool": _is(bool),
     "float": _number,
-    "float | None": lambda v: v is None or _number(v),
-    "tuple[int, ...]": lambda v: isinstance(v, tuple) and all(map(_whole, v)),
-    "tuple[str, ...]": lambda v: isinstance(v, tuple) and all(map(_text, v)),
-    "Mapping[str, str]": lambda v: _all_of(v, _text),
-    "Mapping[str, int]": lambda v: _all_of(v, _whole),
-    "Mapping[str, str | None]": lambda v: _all_of(v, _text_or_none),
+    "float | None": lambda value: value is None or _number(value),
+    "tuple[int, ...]": _tuple_of(int),
+    "tuple[str, ...]": _tuple_of(str),
+    "Mapping[str, str]": _mapping_to(str),
+    "Mapping[str, int]": _mapping_to(int),
+    "Mapping[str, str | None]": _mapping_to(str, NoneType),
 }
 # annotation of a field that holds records → how they are read from JSON, each with its own checks
 _READERS: dict[str, Callable[[Any], Any]] = {}
@@ -314,8 +305,7 @@ class FoldRecord(_Stored):
 
     def fingerprints(self) -> set[str]:
         """Of all adapters that the model carries, this record's and the earlier ones'."""
-        mine = {a.fingerprint for a in self.adapters}
-        return mine.union(*(r.fingerprints() for r in self.earlier)) if self.earlier else mine
+        return {a.fingerprint for a in self.adapters}.union(*(r.fingerprints() for r in self.earlier))
 
     def header(self, **more: Any) -> str:
         """JSON for the metadata of safetensors files: what is known before the first of them is written."""
