@@ -6,37 +6,51 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from . import codecs, configs, files, shards, undo_file
+from . import (
+    checkpoint,
+    checks,
+    codecs,
+    configs,
+    drawing,
+    export,
+    extractors,
+    files,
+    inputs,
+    live,
+    onnx_export,
+    page,
+    shards,
+    staging,
+    texts,
+    undo_file,
+)
 from . import model as live_model
 from .adapter import Dialect, OFTAdapter, parse_adapter
+from .calibration import InputsOf
+from .checkpoint import CheckpointPlan, Format, Quantization
+from .checks import CheckpointReport
+from .codecs import Rounding
+from .compare import VerifyReport
 from .dtypes import float_dtype
 from .errors import AdapterError, StateError, printable
+from .extractors import ExtractedAdapter
+from .folder_store import FolderStore
 from .idle import is_idle
+from .inputs import Batch
 from .live_store import LiveStore
+from .onnx_export import OnnxReport
+from .plan import FoldPlan
 from .progress import Progress, shown
 from .record import FoldRecord
 from .ties import modules_of
-
-if TYPE_CHECKING:
-    from .calibration import InputsOf
-    from .checkpoint import CheckpointPlan, Format, Quantization
-    from .checks import CheckpointReport
-    from .codecs import Rounding
-    from .compare import VerifyReport
-    from .extractors import ExtractedAdapter
-    from .folder_store import FolderStore
-    from .inputs import Batch
-    from .onnx_export import OnnxReport
-    from .plan import FoldPlan
-
-    Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
 
 __all__ = [
     "FoldSettings",
@@ -58,6 +72,7 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 AdapterLike = OFTAdapter | str | PathLike[str]
+Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
 
 
 def load_adapter(
@@ -137,32 +152,40 @@ def fold(
         After any error the model is as it was.
     """
     mode = _rounding(rounding, calibration)
-    from . import live
-
     _check_model(model)
-    batches = None
-    if mode == "calibrated":
-        from . import inputs
-
-        batches = inputs.read_batches(calibration)
-    if live.live_layers(model):
-        return _fold_wrapped(model, adapter, mode, batches, undo, inplace=inplace, progress=progress)
-    names, adapters = _resolve(model, adapter)
+    batches = inputs.read_batches(calibration) if mode == "calibrated" else None
     with (
+        _prepared(model, adapter, inplace=inplace) as fold_prepared,
         _undo_writer(undo) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrated(batches, progress) as calibrate,
     ):
-        return live_model.fold_model(  # type: ignore[return-value]
-            model,
-            adapters,
-            names=names,
-            rounding=mode,
-            calibrate=calibrate,
-            undo=writer,
-            inplace=inplace,
-            progress=step,
+        return fold_prepared(rounding=mode, calibrate=calibrate, undo=writer, progress=step)  # type: ignore[return-value]
+
+
+@contextmanager
+def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Callable[..., nn.Module]]:
+    """``fold_model`` of a model and what is to be folded into it: of one that :func:`wrap` gave, the active adapters as
+    they are trained now, into the plain model.
+    """
+    if not live.live_layers(model):
+        names, adapters = _resolve(model, adapter)
+        yield partial(live_model.fold_model, model, adapters, names=names, inplace=inplace)
+        return
+    if adapter is not None:
+        raise StateError(
+            "the model carries live adapters, and an adapter to fold was given too",
+            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
         )
+    trained, already = live.read_live(model), live.original_hashes(model)
+    base = model if inplace else live.unwrap(model)
+    stripped = live.strip(live_model.inner_model(model)) if inplace else []
+    try:
+        yield partial(live_model.fold_model, base, trained, already=already, inplace=True)
+    except BaseException:
+        for step_back in reversed(stripped):
+            step_back()
+        raise
 
 
 def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_file.UndoWriter | None]:
@@ -200,8 +223,6 @@ def _calibrated(
     if batches is None:
         yield None
         return
-    from . import inputs
-
     with shown(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
@@ -209,51 +230,6 @@ def _calibrated(
             return inputs.Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate
-
-
-def _fold_wrapped(
-    model: M,
-    adapter: object,
-    rounding: str,
-    batches: Sequence[Batch] | None,
-    undo: str | PathLike[str] | None,
-    *,
-    inplace: bool,
-    progress: bool,
-) -> M:
-    """Fold the active adapters of a model that :func:`wrap` gave, as they are trained now; the result is the plain
-    model.
-    """
-    from . import live
-
-    if adapter is not None:
-        raise StateError(
-            "the model carries live adapters, and an adapter to fold was given too",
-            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
-        )
-    adapters, already = live.read_live(model), live.original_hashes(model)
-    base = model if inplace else live.unwrap(model)
-    stripped = live.strip(live_model.inner_model(model)) if inplace else []
-    try:
-        with (
-            _undo_writer(undo) as writer,
-            shown(progress, "fold", "layer") as step,
-            _calibrated(batches, progress) as calibrate,
-        ):
-            return live_model.fold_model(  # type: ignore[return-value]
-                base,
-                adapters,
-                already=already,
-                rounding=rounding,
-                calibrate=calibrate,
-                undo=writer,
-                inplace=True,
-                progress=step,
-            )
-    except BaseException:
-        for step_back in reversed(stripped):
-            step_back()
-        raise
 
 
 def unfold(
@@ -288,16 +264,15 @@ def unfold(
     """
     codecs.check_rounding(rounding)
     _check_model(folded)
-    if sum(given is not None for given in (adapter, base, undo)) != 1:
-        raise StateError(
-            "unfold needs one of the adapter, the base and an undo record",
-            remedy="unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
-        )
+    _check_one(
+        (adapter, base, undo),
+        "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
+    )
     if undo is not None:
         record = undo_file.open_undo(Path(undo).expanduser())
         return live_model.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
-        source = LiveStore(base) if isinstance(base, nn.Module) else _folder(base)
+        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(_opened(base))
         return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
@@ -321,8 +296,6 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
     Raises:
         as :func:`fold`; after any error the model is as it was.
     """
-    from . import live
-
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
     return live.wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
 
@@ -348,9 +321,7 @@ class FoldSettings:
         Raises:
             StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
         """
-        from .checkpoint import QUANTISED, Quantization
-
-        codec = self.quantize or (self.format if self.format in QUANTISED else None)
+        codec = self.quantize or (self.format if self.format in checkpoint.QUANTISED else None)
         if codec is not None:
             skip = tuple(self.skip_modules) if self.skip_modules is not None else None
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
@@ -371,11 +342,9 @@ def plan_fold(
     """What :func:`fold_checkpoint` with these settings would do, from headers and JSON alone; same errors, nothing
     written.
     """
-    from . import checkpoint
-
     mode: Rounding | Literal["calibrated"] = settings.rounding or "preserve"
     plan = checkpoint.plan_checkpoint(
-        shards.open_checkpoint(files.find_checkpoint(source)),
+        _opened(source),
         _loaded(adapter),
         format=settings.format,
         quantization=settings.quantization(),
@@ -444,8 +413,6 @@ def fold_checkpoint(
         CalibrationError: no texts, no tokenizer, or a model that transformers does not know.
         DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
     """
-    from . import checkpoint
-
     mode = _rounding(rounding, calibration)
     settings = FoldSettings(
         format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
@@ -453,8 +420,6 @@ def fold_checkpoint(
     plan = plan_fold(source, adapter, settings)
     batches = None
     if mode == "calibrated":
-        from . import inputs
-
         batches = _tokenised(calibration, plan)
         plan = replace(plan, calibration=inputs.fingerprint(batches))
     with shown(progress, "fold") as step:
@@ -476,8 +441,6 @@ def fold_checkpoint(
 
 
 def _tokenised(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
-    from . import inputs, texts
-
     if isinstance(calibration, (str, PathLike)):
         calibration = texts.read_texts(Path(calibration).expanduser())
     if isinstance(calibration, (list, tuple)) and calibration and all(isinstance(t, str) for t in calibration):
@@ -538,19 +501,11 @@ def unfold_checkpoint(
         UndoError: ``undo`` is no undo record, or a damaged one.
         and those of :func:`fold_checkpoint`.
     """
-    from . import checkpoint
-
-    if sum(given is not None for given in (adapter, base, undo)) != 1:
-        raise StateError(
-            "unfold needs one of the adapter, the base and an undo record",
-            remedy="adapter=… rotates back, base=… and undo=… restore exactly",
-        )
-    source = shards.open_checkpoint(files.find_checkpoint(folded))
+    _check_one((adapter, base, undo), "adapter=… rotates back, base=… and undo=… restore exactly")
+    source = _opened(folded)
     size = parse_size(max_shard_size)
     if base is not None:
-        plan = checkpoint.plan_restore(
-            source, shards.open_checkpoint(files.find_checkpoint(base)), max_shard_bytes=size
-        )
+        plan = checkpoint.plan_restore(source, _opened(base), max_shard_bytes=size)
     elif undo is not None:
         plan = checkpoint.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
     else:
@@ -584,8 +539,6 @@ def extract(
     Warns:
         ExtractionWarning: rotations do not explain all of the difference.
     """
-    from . import extractors
-
     for model in (base, merged):
         _check_model(model)
     with shown(progress, "extract", "layer") as step:
@@ -608,9 +561,7 @@ def extract_checkpoint(
 
     Raises, warns: as :func:`extract`; CheckpointError for files that cannot be used.
     """
-    from . import extractors
-
-    here, there = (shards.open_checkpoint(files.find_checkpoint(source)) for source in (base, merged))
+    here, there = _opened(base), _opened(merged)
     with shown(progress, "extract", "layer") as step:
         return extractors.extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
@@ -640,8 +591,6 @@ def verify_checkpoint(
         StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.
         and those of :func:`fold_checkpoint` for inputs that do not belong together.
     """
-    from . import checks
-
     if (base is None) != (adapter is None):
         raise StateError(
             "a base without an adapter, or an adapter without its base",
@@ -653,7 +602,7 @@ def verify_checkpoint(
     opened = shards.open_checkpoint(folder)
     return checks.check_checkpoint(
         opened,
-        shards.open_checkpoint(files.find_checkpoint(base)),
+        _opened(base),
         _loaded(adapter),
         tolerance=tolerance,
         idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
@@ -666,8 +615,6 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: no such folder, or a record that cannot be read.
     """
-    from . import configs
-
     return configs.record_in(files.find_checkpoint(folder))
 
 
@@ -698,8 +645,6 @@ def report(
         MissingDependencyError: ``png`` without matplotlib.
         DiskError: the disk did not take a file; nothing is left half-written.
     """
-    from . import drawing, page, staging
-
     record, folder = record_of(source)
     given = [verified] if isinstance(verified, (Mapping, str, PathLike)) or hasattr(verified, "to_dict") else verified
     results = [_result_of(v) for v in given]  # type: ignore[arg-type]
@@ -765,8 +710,6 @@ def export_safetensors(
         FormatError: a tensor that cannot be saved.
         DiskError: the disk did not take it; nothing is left behind.
     """
-    from . import export
-
     return export.save_model(
         model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force
     )
@@ -825,12 +768,8 @@ def export_onnx(
         MissingDependencyError: the packages of the ``onnx`` extra are not installed.
         DiskError: the disk did not take it; nothing is left behind.
     """
-    from . import onnx_export
-
     record = None
     if isinstance(model, (str, PathLike)):
-        from . import configs
-
         folder = files.find_checkpoint(model)
         record = configs.record_in(folder)
         tokenizer = folder if tokenizer is None else tokenizer
@@ -870,10 +809,13 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _folder(source: str | PathLike[str]) -> FolderStore:
-    from .folder_store import FolderStore
+def _opened(source: str | PathLike[str]) -> shards.Checkpoint:
+    return shards.open_checkpoint(files.find_checkpoint(source))
 
-    return FolderStore(shards.open_checkpoint(files.find_checkpoint(source)))
+
+def _check_one(given: Sequence[object], remedy: str) -> None:
+    if sum(way is not None for way in given) != 1:
+        raise StateError("unfold needs one of the adapter, the base and an undo record", remedy=remedy)
 
 
 def _resolve(
@@ -881,12 +823,10 @@ def _resolve(
 ) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
     given = [] if adapter is None else list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    live = getattr(live_model.inner_model(model), "peft_config", {})
-    if isinstance(live, Mapping) and live and all(isinstance(a, str) for a in given):
+    configs_of_peft = getattr(live_model.inner_model(model), "peft_config", {})
+    if isinstance(configs_of_peft, Mapping) and configs_of_peft and all(isinstance(a, str) for a in given):
         return [str(a) for a in given] or None, None
-    if adapter is None:
-        return None, None
-    return None, _loaded(adapter)
+    return None, None if adapter is None else _loaded(adapter)
 
 
 def _check_model(model: object) -> None:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -339,7 +340,7 @@ def _run(args: argparse.Namespace) -> int:
             warnings.showwarning = _print_warning(args)
             for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
                 warnings.simplefilter("always", category)
-            return run(args)
+            return run(args) or EXIT_OK
     except KeyboardInterrupt:
         if getattr(args, "pushing", False):
             print("interrupted: what is uploaded is kept, and not yet seen; push again to go on", file=sys.stderr)
@@ -369,31 +370,23 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         format_ = args.quantize or "same"
     elif format_ == "onnx":  # rotated weights that are not quantised once more
         format_ = "fp32" if args.dtype == "float32" else "fp16"
-    return {
-        "format": format_,
-        "quantize": args.quantize,
-        "double_quant": args.double_quant,
-        "compute_dtype": args.compute_dtype,
-        "load_dtype": args.load_dtype,
-        "skip_modules": args.skip_modules,
-        "fold_into": args.fold_into,
-        "rounding": args.rounding or ("calibrated" if args.calibration else None),
-        "undo": getattr(args, "undo", None),
-        "max_shard_size": args.max_shard_size,
-    }
+    settings = {field.name: getattr(args, field.name, None) for field in fields(oftsurgery.api.FoldSettings)}
+    return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _taken(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def _plan(args: argparse.Namespace) -> None:
     settings = oftsurgery.api.FoldSettings(**_settings(args))
     facts = oftsurgery.api.plan_fold(args.base, args.adapter, settings).to_dict()
-    if args.json:
-        _print_json(facts)
-    elif not args.quiet:
+    if _in_words(args, facts):
         rows = [
             (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
             for f in facts["folds"]
         ]
-        _table(("module", "shape", "from", "to", "block size"), rows)
+        _table("module  shape  from  to  block size", rows)
         print()
         _facts(
             ("folds", str(len(facts["folds"]))),
@@ -406,14 +399,13 @@ def _plan(args: argparse.Namespace) -> int:
             ("largest weight in float32", _size(facts["largest_weight_bytes"])),
             limit=10_000,
         )
-    return EXIT_OK
 
 
-def _fold(args: argparse.Namespace) -> int:
+def _fold(args: argparse.Namespace) -> None:
     if args.dry_run:
-        return _plan(args)
-    _say_record(args, _folded(args, args.output, force=args.force), args.output)
-    return EXIT_OK
+        _plan(args)
+    else:
+        _say_record(args, _folded(args, args.output, force=args.force))
 
 
 def _folded(args: argparse.Namespace, output: str | Path, *, force: bool) -> FoldRecord:
@@ -423,9 +415,7 @@ def _folded(args: argparse.Namespace, output: str | Path, *, force: bool) -> Fol
             args.adapter,
             output,
             **_settings(args),
-            calibration=args.calibration,
-            device=args.device,
-            resume=args.resume,
+            **_taken(args, "calibration", "device", "resume"),
             force=force,
             progress=progress,
         )
@@ -440,27 +430,34 @@ def _export(args: argparse.Namespace) -> int:
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
     if args.dry_run:
-        code = _plan(args)
+        _plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:
             print(f"pushed to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
+        return EXIT_OK
+    export = _export_onnx if onnx else _export_checkpoint
+    return export(args) if args.push_to_hub is None else _export_and_push(args, export)
+
+
+def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
+    # before the fold, which may take hours: whether the push can begin at all
+    if not args.push_to_hub:
+        _check_can_ask(args)
+    _read_token(args)
+    oftsurgery.hub.login(args.token)
+    as_json = args.json  # one document for the two
+    args.json, args.quiet = False, args.quiet or as_json
+    code = export(args)
+    if code != EXIT_OK:
         return code
-    if args.push_to_hub is not None:
-        _check_push(args)
-    both = args.json and args.push_to_hub is not None  # one JSON document for the two
-    if both:
-        args.json, args.quiet = False, True
-    code = _export_onnx(args) if onnx else _export_checkpoint(args)
-    if code == EXIT_OK and args.push_to_hub is not None:
-        args.json = both
-        record = oftsurgery.api.read_record(args.output)
-        beside = {"record": record.to_dict() if record is not None else None}
-        code = _send(args, args.output, args.push_to_hub or None, args.token, beside)
-    return code
+    args.json = as_json
+    record = oftsurgery.api.read_record(args.output)
+    beside = {"record": record.to_dict() if record is not None else None}
+    return _send(args, args.output, args.push_to_hub or None, beside)
 
 
 def _export_checkpoint(args: argparse.Namespace) -> int:
-    code = _fold(args)
-    return _checked(args, args.output) if code == EXIT_OK and args.verify else code
+    _say_record(args, _folded(args, args.output, force=args.force))
+    return _checked(args, args.output) if args.verify else EXIT_OK
 
 
 def _export_onnx(args: argparse.Namespace) -> int:
@@ -495,9 +492,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
 
 
 def _say_onnx(args: argparse.Namespace, report: OnnxReport) -> None:
-    if args.json:
-        _print_json(report.to_dict())
-    elif not args.quiet:
+    if _in_words(args, report):
         quantised = f", {len(report.quantized)} layers quantised" * bool(report.quantized or report.dequantized)
         print(f"wrote {args.output}: {_size(report.nbytes)} of weights in {report.dtype}{quantised}")
         for path, reason in report.dequantized.items():
@@ -511,23 +506,13 @@ def _say_onnx(args: argparse.Namespace, report: OnnxReport) -> None:
                 f"{len(report.repacked)} weights had been repacked by a CPU forward, their scales rounded to bfloat16"
             )
         if args.verbose:
-            _table(
-                ("inputs", "output", "difference"),
-                [(c.inputs, n, f"{e:.1e}") for c in report.checks for n, e in c.errors.items()],
-            )
+            differences = [(c.inputs, name, e) for c in report.checks for name, e in c.errors.items()]
+            _table("inputs  output  difference:.1e", differences)
 
 
 def _say_stage(done: int, total: int, what: str) -> None:
     if done < total:
         print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
-
-
-def _check_push(args: argparse.Namespace) -> None:
-    """Find out before the fold, which may take hours, whether the push can begin at all."""
-    if not args.push_to_hub:
-        _check_can_ask(args)
-    args.token = _read_token(args)
-    oftsurgery.hub.login(args.token)
 
 
 def _check_can_ask(args: argparse.Namespace) -> None:
@@ -538,35 +523,25 @@ def _check_can_ask(args: argparse.Namespace) -> None:
         )
 
 
-def _read_token(args: argparse.Namespace) -> str | None:
+def _read_token(args: argparse.Namespace) -> None:
     if args.token == "-":  # noqa: S105 - no token
-        return sys.stdin.readline().strip()
-    if args.token and not args.quiet:
+        args.token = sys.stdin.readline().strip()
+    elif args.token and not args.quiet:
         print("oftsurgery: --token shows in the list of processes: use HF_TOKEN or --token -", file=sys.stderr)
-    token: str | None = args.token
-    return token
 
 
 def _push(args: argparse.Namespace) -> int:
     args.pushing = True
-    token = _read_token(args)
+    _read_token(args)
     if args.repo_id is None and not args.dry_run:
         _check_can_ask(args)
-    return _send(args, args.folder, args.repo_id, token)
+    return _send(args, args.folder, args.repo_id)
 
 
-def _send(
-    args: argparse.Namespace,
-    folder: str,
-    repo_id: str | None,
-    token: str | None,
-    beside: Mapping[str, Any] | None = None,
-) -> int:
+def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Mapping[str, Any] | None = None) -> int:
     """Push, and print what was pushed: as JSON within what stands ``beside`` it."""
     args.pushing = True
-    report = oftsurgery.hub.plan_push(
-        folder, repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr, token=token
-    )
+    report = oftsurgery.hub.plan_push(folder, repo_id, **_taken(args, "private", "revision", "create_pr", "token"))
     if not args.quiet and not args.json:
         _say_push(report)
     if not args.dry_run:
@@ -576,22 +551,17 @@ def _send(
                 print("nothing was pushed", file=sys.stderr)
                 return EXIT_REFUSED
         with _progress(args) as progress, _hub_bars(args):
-            report = oftsurgery.hub.send(report, commit_message=args.commit_message, token=token, progress=progress)
+            report = oftsurgery.hub.send(report, **_taken(args, "commit_message", "token"), progress=progress)
     if args.json:
-        _print_json(report.to_dict() if beside is None else {**beside, "push": report.to_dict()})
+        _print_json(report if beside is None else {**beside, "push": report.to_dict()})
     elif not args.quiet and not args.dry_run:
         print(f"pushed: {report.pull_request or report.url}")
     return EXIT_OK
 
 
 def _say_push(report: PushReport) -> None:
-    _table(
-        ("file", "size", ""),
-        [
-            (name, _size(size), "CHANGED since the export" * (name in report.changed))
-            for name, size in report.files.items()
-        ],
-    )
+    changed = dict.fromkeys(report.changed, "CHANGED since the export")
+    _table("file  size  ", [(name, _size(size), changed.get(name, "")) for name, size in report.files.items()])
     print()
     _facts(
         ("to", report.repo_id),
@@ -611,142 +581,97 @@ def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
     return without_bars(unwanted and not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)
 
 
-def _unfold(args: argparse.Namespace) -> int:
+def _unfold(args: argparse.Namespace) -> None:
+    names = ("base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
     with _progress(args) as progress:
-        record = oftsurgery.api.unfold_checkpoint(
-            args.folded,
-            args.output,
-            base=args.base,
-            adapter=args.adapter,
-            undo=args.undo,
-            rounding=args.rounding,
-            max_shard_size=args.max_shard_size,
-            device=args.device,
-            resume=args.resume,
-            force=args.force,
-            progress=progress,
-        )
-    _say_record(args, record, args.output)
-    return EXIT_OK
+        record = oftsurgery.api.unfold_checkpoint(args.folded, args.output, **_taken(args, *names), progress=progress)
+    _say_record(args, record)
 
 
-def _extract(args: argparse.Namespace) -> int:
+def _extract(args: argparse.Namespace) -> None:
     def step(done: int, total: int, path: str) -> None:
         if args.verbose:
             print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
 
     adapter = oftsurgery.api.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
     adapter.save(args.output, force=args.force)
-    if args.json:
-        _print_json(adapter.to_dict())
-    elif not args.quiet:
-        rows = [
-            (
-                path,
-                r.rotation.side,
-                str(r.rotation.block_size),
-                f"{r.rotation.angle:.3f}",
-                f"{r.change:.2e}",
-                f"{r.residual:.2e}",
-                f"{r.rounding:.2e}",
-                f"{r.explained:.1%}",
-                f"{r.error:.1%}" if r.error >= 1e-3 else f"{r.error:.1e}",
-            )
-            for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error)
-        ]
-        _table(("module", "side", "block size", "angle", "change", "residual", "rounding", "explained", "error"), rows)
+    if _in_words(args, adapter):
+        rows: list[_Row] = []
+        for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error):
+            turn = r.rotation
+            error = f"{r.error:.1%}" if r.error >= 1e-3 else f"{r.error:.1e}"
+            figures = (turn.angle, r.change, r.residual, r.rounding, r.explained)
+            rows.append((path, turn.side, turn.block_size, *figures, error))
+        head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
+        _table(head, rows)
         print(f"wrote {args.output}: {len(rows)} rotations explain {adapter.explained:.1%} of the difference")
-    return EXIT_OK
 
 
-def _adapter_show(args: argparse.Namespace) -> int:
+def _adapter_show(args: argparse.Namespace) -> None:
     facts = oftsurgery.adapter.describe(oftsurgery.load_adapter(args.adapter))
-    if args.json:
-        _print_json(facts)
-    elif not args.quiet:
-        rows = [
-            (
-                path,
-                m["side"],
-                f"{m['blocks']}×{m['block_size']}" + (" shared" if m["shared"] else ""),
-                m["map"],
-                f"{m['angle']:.4f}",
-                f"{m['defect']:.1e}",
-                "oft_s" if m["scale"] else "",
-            )
-            for path, m in facts["modules"].items()
-        ]
-        _table(("module", "side", "blocks", "map", "angle", "defect", "scale"), rows)
+    if _in_words(args, facts):
+        rows = []
+        for path, m in facts["modules"].items():
+            blocks = f"{m['blocks']}×{m['block_size']}" + " shared" * m["shared"]
+            rows.append((path, m["side"], blocks, m["map"], m["angle"], m["defect"], "oft_s" if m["scale"] else ""))
+        _table("module  side  blocks  map  angle:.4f  defect:.1e  scale", rows)
         print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
         if facts["saved"]:
             print(f"its own tensors: {', '.join(facts['saved'])}")
-    return EXIT_OK
 
 
-def _adapter_convert(args: argparse.Namespace) -> int:
-    return _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
+def _adapter_convert(args: argparse.Namespace) -> None:
+    _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
 
 
-def _adapter_scale(args: argparse.Namespace) -> int:
-    return _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
+def _adapter_scale(args: argparse.Namespace) -> None:
+    _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
 
 
-def _adapter_compose(args: argparse.Namespace) -> int:
-    return _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
+def _adapter_compose(args: argparse.Namespace) -> None:
+    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
 
 
-def _adapter_blend(args: argparse.Namespace) -> int:
+def _adapter_blend(args: argparse.Namespace) -> None:
     if len(args.weights) != len(args.adapter):
         raise StateError(
             f"{len(args.adapter)} adapters and {len(args.weights)} weights",
             remedy="one weight for each: --weights 0.5 0.5",
         )
     parts = zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)
-    return _write_adapter(args, oftsurgery.blend(parts))
+    _write_adapter(args, oftsurgery.blend(parts))
 
 
-def _write_adapter(args: argparse.Namespace, adapter: OFTAdapter) -> int:
+def _write_adapter(args: argparse.Namespace, adapter: OFTAdapter) -> None:
     residuals = adapter.save(args.output, force=args.force)
-    if args.json:
-        worst = max(residuals.values())
-        _print_json({"output": args.output, "residual": worst, "modules": dict(residuals)})
-    elif not args.quiet:
+    facts = {"output": args.output, "residual": max(residuals.values()), "modules": dict(residuals)}
+    if _in_words(args, facts):
         print(f"wrote {args.output}: {len(residuals)} modules")
-    return EXIT_OK
 
 
 def _verify(args: argparse.Namespace) -> int:
-    return _checked(args, args.folded, args.tolerance, as_json=args.json)
-
-
-def _checked(
-    args: argparse.Namespace, folded: str | Path, tolerance: float | None = None, *, as_json: bool = False
-) -> int:
-    """Compare with base and adapter, and print what was found: with ``--json`` only ``as_json``."""
-    report = oftsurgery.api.verify_checkpoint(folded, args.base, args.adapter or None, tolerance=tolerance)
-    if as_json:
-        _print_json(report.to_dict())
-    elif not args.json and not args.quiet:
+    report = oftsurgery.api.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
+    if _in_words(args, report):
         _say_checked(report)
     return EXIT_OK if report.ok else EXIT_CHECK_FAILED
 
 
+def _checked(args: argparse.Namespace, folded: str | Path) -> int:
+    """``oftsurgery verify`` of what was folded, in words alone: the JSON is the fold's."""
+    verify = {"folded": folded, "tolerance": None, "json": False, "quiet": args.quiet or args.json}
+    return _verify(argparse.Namespace(**vars(args) | verify))
+
+
 def _say_checked(report: CheckpointReport) -> None:
-    rows = [
-        (
-            path,
-            f"{c.error:.3e}",
-            f"{c.rounding:.3e}",
-            f"{c.gain:+.0%}" if c.rounding else "-",
-            _figure(c.rho, ".2f"),
-            _figure(c.kept, ".1%"),
-            {True: "yes", False: "NO", None: "-"}[c.recorded],
-            "ok" if report.passes(c) else "FAILED",
-        )
-        for path, c in report.worst_first
-    ]
+    rows: list[_Row] = []
+    for path, c in report.worst_first:
+        recorded = {True: "yes", False: "NO", None: None}[c.recorded]
+        gain = c.gain if c.rounding else None
+        passes = "ok" if report.passes(c) else "FAILED"
+        rows.append((path, c.error, c.rounding, gain, c.rho, c.kept, recorded, passes))
     if rows:
-        _table(("module", "error", "plain rounding", "of its square", "ρ", "kept", "as recorded", ""), rows)
+        head = "module  error:.3e  plain rounding:.3e  of its square:+.0%  ρ:.2f  kept:.1%  as recorded  "
+        _table(head, rows)
     for name, why in report.wrong.items():
         print(f"{printable(name)}: {printable(why)}")
     if report.config is not None:
@@ -763,16 +688,14 @@ def _say_checked(report: CheckpointReport) -> None:
 
 def _doctor(args: argparse.Namespace) -> int:
     findings = oftsurgery.doctor(args.path, base=args.base, adapter=args.adapter)
-    if args.json:
-        _print_json([f.to_dict() for f in findings])
-    elif not args.quiet:
+    if _in_words(args, [f.to_dict() for f in findings]):
         for finding in findings:
             print(f"{finding}\n")
         print("nothing found" if not findings else f"{len(findings)} findings")
     return EXIT_CHECK_FAILED if any(f.severity == "error" for f in findings) else EXIT_OK
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(args: argparse.Namespace) -> None:
     from .page import headline
 
     html = args.html or (None if args.png else "report.html")
@@ -782,16 +705,11 @@ def _report(args: argparse.Namespace) -> int:
         _print_json({"html": html, "png": args.png, **headline(record)})
     elif not args.quiet:
         print("wrote " + " and ".join(filter(None, (html, args.png))))
-    return EXIT_OK
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> None:
     record = oftsurgery.api.read_record(args.folder)
-    if args.json:
-        _print_json(record.to_dict() if record is not None else None)
-    elif record is None:
-        print("nothing is folded in")
-    elif not args.quiet:
+    if _in_words(args, record) and record is not None:
         folds = (*record.earlier, record)
         for i, fold in enumerate(folds, start=1):
             print(f"fold {i} of {len(folds)}")
@@ -801,7 +719,8 @@ def _show(args: argparse.Namespace) -> int:
             f"files with a recorded hash: {len(record.files)}"
             + (" (oftsurgery verify checks them)" * bool(record.files))
         )
-    return EXIT_OK
+    elif record is None and not args.json:
+        print("nothing is folded in")
 
 
 def _graph(fold: FoldRecord) -> str:
@@ -830,40 +749,35 @@ def _show_fold(fold: FoldRecord) -> None:
         ("graph", _graph(fold)),
         ("written by a newer version, not understood", ", ".join(n for n in fold.extra if n != "onnx")),
     )
-    modules = [
-        (
-            path,
-            m.format,
-            m.side,
-            "+".join(map(str, m.block_size)),
-            f"{m.error:.3e}",
-            f"{m.defect:.1e}",
-            f"{m.angle:.3f}",
-            m.rounding,
-            _figure(m.nearest, ".3e"),
-            _figure(m.rho, ".2f"),
-            _figure(m.effect_kept, ".1%"),
+    rows: list[_Row] = []
+    for path, m in sorted(fold.modules.items(), key=lambda item: -item[1].error):
+        sizes = "+".join(map(str, m.block_size))
+        rows.append(
+            (path, m.format, m.side, sizes, m.error, m.defect, m.angle, m.rounding, m.nearest, m.rho, m.effect_kept)
         )
-        for path, m in sorted(fold.modules.items(), key=lambda i: -i[1].error)
-    ]
-    columns = ("module", "format", "side", "block size", "error", "defect", "angle", "rounding", "plain", "ρ", "kept")
-    _table(columns, modules)
+    head = "module  format  side  block size  error:.3e  defect:.1e  angle:.3f  rounding  plain:.3e  ρ:.2f  kept:.1%"
+    _table(head, rows)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def _say_record(args: argparse.Namespace, record: FoldRecord | None, output: str) -> None:
+def _in_words(args: argparse.Namespace, result: object) -> bool:
+    """Print a result with ``--json``; otherwise whether to tell of it."""
     if args.json:
-        _print_json(record.to_dict() if record is not None else None)
-    elif not args.quiet:
+        _print_json(result)
+    return not args.json and not args.quiet
+
+
+def _print_json(result: Any) -> None:
+    print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, indent=2))
+
+
+def _say_record(args: argparse.Namespace, record: FoldRecord | None) -> None:
+    if _in_words(args, record):
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
         kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
-        print(f"wrote {output}{carried}{kept}")
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
+        print(f"wrote {args.output}{carried}{kept}")
 
 
 def _facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
@@ -873,15 +787,22 @@ def _facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
             print(f"{label}: {printable(value, limit)}")
 
 
-def _figure(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+_Row = Sequence[str | float | None]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    cells = [list(head), *([printable(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+def _table(head: str, rows: Sequence[_Row]) -> None:
+    """Columns, whose names stand two spaces apart in ``head``, each with the format of its figures."""
+    names, _, formats = zip(*(column.partition(":") for column in head.split("  ")), strict=True)
+    cells = [names, *([_cell(*pair) for pair in zip(row, formats, strict=True)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: str | float | None, spec: str) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    return "-" if value is None else format(value, spec)
 
 
 def _size(nbytes: int) -> str:
