@@ -8,14 +8,14 @@ oftsurgery wrote there itself. The text is a function of the record and the file
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, StateError, needs, printable
-from .record import FoldRecord, ModuleRecord
+from .record import FoldRecord
 from .shards import inside
 
 __all__ = [
@@ -36,7 +36,6 @@ BEGIN = "<!-- oftsurgery: what follows is written anew by each export; write abo
 END = "<!-- oftsurgery: end -->"
 
 _MAX_BYTES = 4 << 20
-_SHOWN = 10  # modules in the table of errors
 
 # metadata that go from a base's card to those of what is made from it
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -111,10 +110,8 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
     oldest = (*record.earlier, record)[0]
     bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
     onnx = any(name.endswith(".onnx") for name in files)
-    formats = (
-        {str(f).partition(" ")[0] for f in _onnx_facts(record, "quantized", {}).values()} if onnx else _formats(record)
-    )
-    quantised = formats & {"nf4", "fp4", "int8"}
+    stored = _onnx_facts(record, "quantized", {}).values() if onnx else [m.format for m in record.modules.values()]
+    quantised = {str(label).partition(" ")[0] for label in stored} & {"nf4", "fp4", "int8"}
     architecture = _architecture(config)
     found = {
         "base_model": next(iter(bases), None),
@@ -302,8 +299,7 @@ def _template() -> Any:
     with needs("jinja2", "pip install jinja2"):
         import jinja2
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - what is from files is escaped for Markdown
-    environment.filters |= {"code": _code, "escaped": _escaped}
-    environment.globals |= {"rows": _rows, "worst_first": _worst_first, "median": _median, "shown": _SHOWN}
+    environment.filters |= {"code": _code, "escaped": _escaped, "median": statistics.median}
     text = resources.files(__package__) / "templates" / "card.md.jinja"
     return environment.from_string(text.read_text(encoding="utf-8"))
 
@@ -320,47 +316,6 @@ def _title(record: FoldRecord) -> str:
     return " + ".join(map(_escaped, parts)) or "Folded model"
 
 
-def _rows(fold: FoldRecord) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for a in fold.adapters:
-        writer = f", written by peft {a.peft_version}" if a.peft_version else ""
-        rows += [
-            ("adapter", _code(a.source)),
-            ("its dialect", _code(a.dialect) + _escaped(writer)),
-            ("its SHA-256", _code(a.sha256)),
-            ("its fingerprint", _code(a.fingerprint)),
-            ("trained on", _code(a.base_model)),
-        ]
-    return [
-        *rows,
-        ("base", _base(fold)),
-        ("stored as", ", ".join(_code(label) for label in sorted({m.format for m in fold.modules.values()}))),
-        ("rounding", _code(fold.rounding)),
-        ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
-        ("replaced by the adapter's own", ", ".join(_code(name) for name in _few(sorted(fold.saved)))),
-        ("versions", _escaped(", ".join(f"{name} {version}" for name, version in fold.versions.items()))),
-    ]
-
-
-def _base(fold: FoldRecord) -> str:
-    if not fold.base:
-        return "as it was in memory"
-    if fold.base.get("quantize") is None:
-        return "as it was stored"
-    double = " with double quantisation" if fold.base.get("double_quant") == "true" else ""
-    if fold.base.get("fold_into") == "original":
-        return f"the original weights were rotated, then stored as {_code(fold.base['quantize'])}{double}"
-    return f"quantised to {_code(fold.base['quantize'])}{double} first, as in the adapter's training, then rotated"
-
-
-def _worst_first(fold: FoldRecord) -> list[tuple[str, ModuleRecord]]:
-    return sorted(fold.modules.items(), key=lambda item: (-item[1].error, item[0]))
-
-
-def _median(fold: FoldRecord) -> float:
-    return statistics.median(m.error for m in fold.modules.values())
-
-
 def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
     """A field of the record's section on an ONNX graph."""
     facts = record.extra.get("onnx")
@@ -368,18 +323,10 @@ def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
     return found if isinstance(found, type(default)) else default
 
 
-def _formats(record: FoldRecord) -> set[str]:
-    return {m.format.partition(" ")[0] for m in record.modules.values()}
-
-
 def _architecture(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else ""
     return first if isinstance(first, str) and first.isidentifier() and first.isascii() else ""
-
-
-def _few(names: Sequence[str]) -> Iterable[str]:
-    return names if len(names) <= _SHOWN else [*names[:_SHOWN], "…"]
 
 
 def _code(text: object) -> str:
