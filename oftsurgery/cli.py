@@ -13,8 +13,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from functools import partial, reduce
 from pathlib import Path
@@ -34,7 +34,7 @@ from .errors import (
     printable,
     without_tokens,
 )
-from .progress import Progress, bar, without_bars
+from .progress import Progress, shown, without_bars
 
 if TYPE_CHECKING:
     import oftsurgery.api
@@ -409,16 +409,15 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _folded(args: argparse.Namespace, output: str | Path, *, force: bool) -> FoldRecord:
-    with _progress(args) as progress:
-        return oftsurgery.api.fold_checkpoint(
-            args.base,
-            args.adapter,
-            output,
-            **_settings(args),
-            **_taken(args, "calibration", "device", "resume"),
-            force=force,
-            progress=progress,
-        )
+    return oftsurgery.api.fold_checkpoint(
+        args.base,
+        args.adapter,
+        output,
+        **_settings(args),
+        **_taken(args, "calibration", "device", "resume"),
+        force=force,
+        progress=_progress(args),
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -550,8 +549,8 @@ def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Ma
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 print("nothing was pushed", file=sys.stderr)
                 return EXIT_REFUSED
-        with _progress(args) as progress, _hub_bars(args):
-            report = oftsurgery.hub.send(report, **_taken(args, "commit_message", "token"), progress=progress)
+        with shown(_progress(args), "push") as step, _hub_bars(args):
+            report = oftsurgery.hub.send(report, **_taken(args, "commit_message", "token"), progress=step)
     if args.json:
         _print_json(report if beside is None else {**beside, "push": report.to_dict()})
     elif not args.quiet and not args.dry_run:
@@ -583,9 +582,8 @@ def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 def _unfold(args: argparse.Namespace) -> None:
     names = ("base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
-    with _progress(args) as progress:
-        record = oftsurgery.api.unfold_checkpoint(args.folded, args.output, **_taken(args, *names), progress=progress)
-    _say_record(args, record)
+    settings = _taken(args, *names)
+    _say_record(args, oftsurgery.api.unfold_checkpoint(args.folded, args.output, **settings, progress=_progress(args)))
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -816,8 +814,7 @@ def _size(nbytes: int) -> str:
 _EVERY_S = 10.0  # between two lines of progress
 
 
-@contextmanager
-def _progress(args: argparse.Namespace) -> Iterator[Progress]:
+def _progress(args: argparse.Namespace) -> bool | Progress:
     """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q``
     or ``--json``.
     """
@@ -833,9 +830,5 @@ def _progress(args: argparse.Namespace) -> Iterator[Progress]:
             print(part, file=sys.stderr)
 
     if args.quiet or args.json:
-        yield lambda *_: None
-    elif args.verbose or not sys.stderr.isatty():
-        yield line
-    else:
-        with bar() as step:
-            yield step
+        return False
+    return line if args.verbose or not sys.stderr.isatty() else True

@@ -7,20 +7,25 @@ from contextlib import contextmanager
 
 from .errors import printable
 
-__all__ = ["Progress", "bar", "shown", "without_bars"]
+__all__ = ["Progress", "shown", "without_bars"]
 
 #: called with (done, all there is to do, what it is about), both in bytes, weights, batches or stages
 Progress = Callable[[int, int, str], None]
 
 
 @contextmanager
-def bar(task: str | None = None, unit: str = "B") -> Iterator[Progress]:
-    """A bar on the standard error, and the function that moves it.
+def shown(progress: bool | Progress, task: str, unit: str = "B") -> Iterator[Progress | None]:
+    """What a task is to tell of its progress: the caller's own function; for True one that moves a bar on the standard
+    error.
 
     Args:
+        progress: True, the caller's function, or False for nobody.
         task: stands before the bar.
         unit: of what is counted; bytes are shown as kB, MB …
     """
+    if progress is not True:
+        yield progress or None
+        return
     from tqdm.auto import tqdm
 
     with tqdm(desc=task, unit=unit, unit_scale=unit == "B") as line:
@@ -34,23 +39,12 @@ def bar(task: str | None = None, unit: str = "B") -> Iterator[Progress]:
 
 
 @contextmanager
-def shown(progress: bool | Progress, task: str, unit: str = "B") -> Iterator[Progress | None]:
-    """What a task is to tell of its progress: the caller's own function; for True one that moves a :func:`bar`."""
-    if progress is True:
-        with bar(task, unit) as step:
-            yield step
-    else:
-        yield progress or None
-
-
-@contextmanager
 def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
     """Without a library's own bars, which are ``shown`` so far: its functions ``hide`` and ``show`` them."""
-    if not shown:
-        yield
-        return
-    hide()
+    if shown:
+        hide()
     try:
         yield
     finally:
-        show()
+        if shown:
+            show()
