@@ -9,35 +9,9 @@ bitsandbytes-quantised weights.
 import importlib as _importlib
 import typing as _typing
 
+from . import errors as _errors
 from ._version import __version__
-from .errors import (
-    AdapterError,
-    BackendWarning,
-    CalibrationError,
-    CalibrationWarning,
-    CheckpointError,
-    ConversionWarning,
-    DialectError,
-    DiskError,
-    ExportError,
-    ExtractionError,
-    ExtractionWarning,
-    FormatError,
-    HubError,
-    IdleWarning,
-    IntegrityError,
-    MatchError,
-    MissingDependencyError,
-    NonFiniteError,
-    OFTSurgeryError,
-    RoundingWarning,
-    ShapeError,
-    StateError,
-    UndoError,
-    UnfoldWarning,
-    UntieWarning,
-    WeakAdapterWarning,
-)
+from .errors import *  # noqa: F403 - errors and warnings are public, all of them
 
 if _typing.TYPE_CHECKING:
     from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
@@ -70,49 +44,23 @@ if _typing.TYPE_CHECKING:
 
 __all__ = [
     "DIALECTS",
-    "AdapterError",
     "AdapterInfo",
-    "BackendWarning",
-    "CalibrationError",
-    "CalibrationWarning",
     "Cayley",
-    "CheckpointError",
     "CheckpointReport",
-    "ConversionWarning",
-    "DialectError",
-    "DiskError",
     "EncodedWeight",
-    "ExportError",
     "ExtractedAdapter",
     "ExtractedRotation",
-    "ExtractionError",
-    "ExtractionWarning",
     "Finding",
     "FoldRecord",
-    "FormatError",
-    "HubError",
-    "IdleWarning",
-    "IntegrityError",
-    "MatchError",
-    "MissingDependencyError",
     "ModuleRecord",
-    "NonFiniteError",
     "OFTAdapter",
-    "OFTSurgeryError",
     "OnnxCheck",
     "OnnxReport",
     "OutputError",
     "PushReport",
     "Rotation",
-    "RoundingWarning",
-    "ShapeError",
-    "StateError",
     "TensorCheck",
-    "UndoError",
-    "UnfoldWarning",
-    "UntieWarning",
     "VerifyReport",
-    "WeakAdapterWarning",
     "WeightCheck",
     "WeightFormat",
     "__version__",
@@ -140,9 +88,9 @@ __all__ = [
     "verify_checkpoint",
     "wrap",
 ]
+__all__ += _errors.__all__
 
-# module → what it gives: a name is imported at its first use, so that the command line can answer `--help` without
-# torch
+# module → what it gives, imported at its first use: the command line answers `--help` without torch
 _EXPORTS = {
     "adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
     "api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "

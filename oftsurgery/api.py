@@ -72,6 +72,7 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 AdapterLike = OFTAdapter | str | PathLike[str]
+Mode = Rounding | Literal["calibrated"]
 Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
 
 
@@ -192,9 +193,7 @@ def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[und
     return nullcontext() if path is None else undo_file.UndoWriter(Path(path).expanduser())
 
 
-def _rounding(
-    rounding: Rounding | Literal["calibrated"] | None, calibration: object
-) -> Rounding | Literal["calibrated"]:
+def _rounding(rounding: Mode | None, calibration: object) -> Mode:
     """The mode of a fold.
 
     Raises:
@@ -339,10 +338,8 @@ def plan_fold(
     adapter: AdapterLike | Sequence[AdapterLike],
     settings: FoldSettings = FoldSettings(),
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` with these settings would do, from headers and JSON alone; same errors, nothing
-    written.
-    """
-    mode: Rounding | Literal["calibrated"] = settings.rounding or "preserve"
+    """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
+    mode: Mode = settings.rounding or "preserve"
     plan = checkpoint.plan_checkpoint(
         _opened(source),
         _loaded(adapter),
@@ -423,10 +420,10 @@ def fold_checkpoint(
         batches = _tokenised(calibration, plan)
         plan = replace(plan, calibration=inputs.fingerprint(batches))
     with shown(progress, "fold") as step:
-        beside = _Beside(step)
-        inputs_of = (
-            inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch) if batches is not None else None
-        )
+        beside = _Beside(step or (lambda *_: None))
+        inputs_of = None
+        if batches is not None:
+            inputs_of = inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch)
         record = checkpoint.run_plan(
             plan,
             Path(destination),
@@ -448,21 +445,19 @@ def _tokenised(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
     return inputs.read_batches(calibration)
 
 
+@dataclass
 class _Beside:
     """Tells of a calibration's batches within the progress in bytes, which stands still meanwhile."""
 
-    def __init__(self, step: Progress | None) -> None:
-        self._step = step
-        self._at = (0, 0)
+    step: Progress
+    at: tuple[int, int] = (0, 0)
 
     def bytes(self, done: int, total: int, what: str) -> None:
-        self._at = (done, total)
-        if self._step is not None:
-            self._step(done, total, what)
+        self.at = (done, total)
+        self.step(done, total, what)
 
     def batch(self, done: int, total: int, _: str) -> None:
-        if self._step is not None:
-            self._step(*self._at, f"calibration: batch {done} of {total}")
+        self.step(*self.at, f"calibration: batch {done} of {total}")
 
 
 def unfold_checkpoint(
@@ -801,9 +796,8 @@ def parse_size(size: int | str) -> int:
     5000000000
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\s*", str(size), re.IGNORECASE)
-    nbytes = (
-        int(float(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index((match[2] or "B").upper())) if match else 0
-    )
+    units = ("B", "KB", "MB", "GB", "TB")
+    nbytes = int(float(match[1]) * 1000 ** units.index((match[2] or "B").upper())) if match else 0
     if nbytes < 1:
         raise StateError(f"no size: {printable(size)!r}", remedy="a number of bytes, or '500MB', '5GB'")
     return nbytes
@@ -838,8 +832,8 @@ def _check_model(model: object) -> None:
 
 
 def _loaded(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
-    given = [adapter] if isinstance(adapter, (OFTAdapter, str, PathLike)) else adapter
-    if not isinstance(given, (list, tuple)) or not all(isinstance(a, (OFTAdapter, str, PathLike)) for a in given):
+    given: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
+    if not all(isinstance(a, (OFTAdapter, str, PathLike)) for a in given):
         raise AdapterError(
             f"an adapter is an OFTAdapter, a folder or a Hub id, or a list of them, not a {type(adapter).__name__}",
             remedy="fold(peft_model) folds live adapters; load_adapter(path) reads one from files",

@@ -149,16 +149,12 @@ def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) ->
     """``text`` with ``new`` between its marks (at its end, where it has none), and ``facts`` in its metadata; a card of
     its own for None.
     """
-    if text is None:
-        card = _parse("")
-        card.text = f"\n# {title}\n\n{new}\n"
-        known = False
-    else:
-        card = _parse(text)
-        parts = _split(card.text)
-        known = parts is not None
-        before, _, after = parts if parts is not None else (card.text.rstrip() + "\n\n", "", "\n")
-        card.text = before + new + after
+    card = _parse(text or "")
+    parts = _split(card.text)
+    known = parts is not None
+    head = f"\n# {title}\n\n" if text is None else card.text.rstrip() + "\n\n"
+    before, _, after = parts or (head, "", "\n")
+    card.text = before + new + after
     for key, value in facts.items():
         if key == "tags":
             there = card.data.get("tags") or []
@@ -244,9 +240,8 @@ def _parse(text: str) -> Any:
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
     from yaml import YAMLError  # type: ignore[import-untyped]
 
-    text = text.replace(
-        "\r\n", "\n"
-    )  # one kind of line ends, or those of the metadata would change with each amendment
+    # one kind of line ends, or those of the metadata would change with each amendment
+    text = text.replace("\r\n", "\n")
     # ModelCard rewrites results that it finds; of what others wrote, RepoCard keeps all
     kind = RepoCard if text else ModelCard
     try:

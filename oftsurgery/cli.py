@@ -60,9 +60,7 @@ def _switch(text: str) -> dict[str, Any]:
     return {"action": "store_true", "help": text}
 
 
-_REPO_ID = (
-    "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
-)
+_REPO = "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
 _EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
 _ROUNDED = (
     "of quantised weights: so that what the adapter changed is kept (preserve), as bitsandbytes rounds (nearest), "
@@ -84,10 +82,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     },
     "--double-quant": _switch("with double quantisation (bnb_4bit_use_double_quant)"),
     "--compute-dtype": {"choices": DTYPES, "default": "float32", "help": "bnb_4bit_compute_dtype of the config"},
-    "--load-dtype": {
-        "choices": DTYPES,
-        "help": "dtype in which the trainer loaded the model (default: the config's)",
-    },
+    "--load-dtype": {"choices": DTYPES, "help": "dtype in which the trainer loaded the model (default: the config's)"},
     "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules left unquantised (llm_int8_skip_modules)"},
     "--fold-into": {
         "choices": ("quantized", "original"),
@@ -110,10 +105,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "metavar": "SIZE",
         "help": "largest file, as the Hub's tools write it (default: %(default)s)",
     },
-    "--undo": {
-        "metavar": "FILE",
-        "help": "write an undo record too: `oftsurgery unfold --undo FILE` restores exactly",
-    },
+    "--undo": {"metavar": "FILE", "help": "write an undo record too: `oftsurgery unfold --undo FILE` restores exactly"},
     "--device": {"default": "cpu", "help": "where the arithmetic runs (default: %(default)s)"},
     "--resume": _switch("go on with the unfinished work of a run that was killed"),
     "--force": _switch("replace the output folder, when all is written and not before"),
@@ -188,7 +180,8 @@ def _parser() -> _Parser:
     )
     extract.add_shared("--force", help="replace the output folder")
 
-    _adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
+    adapter = command("adapter", "show, convert and compute with adapters", "show ADAPTER")
+    _adapter_commands(adapter)
 
     _export_arguments(command("export", "fold and export in one step", _EXPORT_EXAMPLE, _export))
 
@@ -230,11 +223,13 @@ def _parser() -> _Parser:
     text = "push an exported folder to a Hub repository, its files and no others"
     push = command("push", text, "FOLDER owner/name --dry-run", _push)
     push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
-    push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO_ID)
+    push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO)
     push.add_shared("--dry-run", help="list files, sizes and the target, and send nothing")
     push.add_shared(*_PUSHING)
 
-    _outputs(commands)
+    for leaf in commands.choices.values():
+        if leaf is not adapter:
+            _output(leaf)
     return parser
 
 
@@ -266,7 +261,8 @@ def _adapter_commands(adapter: _Parser) -> None:
     blend = verb("blend", "average several, or add them up", example, _adapter_blend, "+")
     output(blend)
     blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
-    _outputs(verbs)
+    for leaf in verbs.choices.values():
+        _output(leaf)
 
 
 def _command(commands: Any, name: str, text: str, example: str, run: Run | None = None) -> _Parser:
@@ -276,14 +272,8 @@ def _command(commands: Any, name: str, text: str, example: str, run: Run | None 
     return parser
 
 
-def _outputs(commands: Any) -> None:
-    """How much each of them prints, and in which form: the last of their arguments."""
-    for parser in commands.choices.values():
-        if parser.get_default("run") is not None:
-            _output(parser)
-
-
 def _output(parser: _Parser) -> None:
+    """How much a command prints, and in which form: the last of its arguments."""
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", **_switch("print errors only"))
     volume.add_argument("-v", "--verbose", **_switch("name every weight"))
@@ -305,7 +295,7 @@ def _export_arguments(parser: _Parser) -> None:
     onnx.add_argument("--dtype", choices=("float16", "float32"), help="of the graph (default: float16)")
     onnx.add_argument("--with-past", **_switch("with the key-value cache, for generation (onnxruntime-genai)"))
     onnx.add_argument("--no-verify", **_switch("do not compare the graph with torch; the record says so"))
-    parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO_ID}")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
     parser.add_shared(*_PUSHING)
     parser.set_defaults(usage_error=parser.error)
 
@@ -337,15 +327,14 @@ def _run(args: argparse.Namespace) -> int:
     run: Run = args.run
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _print_warning(args)
+            warnings.showwarning = partial(_print_warning, args)
             for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
                 warnings.simplefilter("always", category)
             return run(args) or EXIT_OK
     except KeyboardInterrupt:
-        if getattr(args, "pushing", False):
-            print("interrupted: what is uploaded is kept, and not yet seen; push again to go on", file=sys.stderr)
-        else:
-            print("interrupted: what is finished is kept; go on with --resume", file=sys.stderr)
+        pushed = "what is uploaded is kept, and not yet seen; push again to go on"
+        folded = "what is finished is kept; go on with --resume"
+        print(f"interrupted: {pushed if getattr(args, 'pushing', False) else folded}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OFTSurgeryError as error:
         print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
@@ -356,12 +345,9 @@ def _run(args: argparse.Namespace) -> int:
         return EXIT_ENVIRONMENT
 
 
-def _print_warning(args: argparse.Namespace) -> Callable[..., None]:
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if not args.quiet and category.__module__.startswith("oftsurgery"):
-            print(f"{category.__name__}: {message}", file=sys.stderr)
-
-    return show
+def _print_warning(args: argparse.Namespace, message: Warning | str, category: type[Warning], *_: object) -> None:
+    if not args.quiet and category.__module__.startswith("oftsurgery"):
+        print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -439,9 +425,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
     # before the fold, which may take hours: whether the push can begin at all
-    if not args.push_to_hub:
-        _check_can_ask(args)
-    _read_token(args)
+    _read_token(args, asks=not args.push_to_hub)
     oftsurgery.hub.login(args.token)
     as_json = args.json  # one document for the two
     args.json, args.quiet = False, args.quiet or as_json
@@ -497,13 +481,11 @@ def _say_onnx(args: argparse.Namespace, report: OnnxReport) -> None:
         for path, reason in report.dequantized.items():
             print(f"{printable(path)} is dequantised: {reason}")
         if report.verified:
-            print(
-                f"largest difference from torch: {report.worst:.1e} of the largest value, in {len(report.checks)} comparisons"
-            )
+            worst = f"{report.worst:.1e} of the largest value"
+            print(f"largest difference from torch: {worst}, in {len(report.checks)} comparisons")
         if report.repacked:
-            print(
-                f"{len(report.repacked)} weights had been repacked by a CPU forward, their scales rounded to bfloat16"
-            )
+            count = len(report.repacked)
+            print(f"{count} weights had been repacked by a CPU forward, their scales rounded to bfloat16")
         if args.verbose:
             differences = [(c.inputs, name, e) for c in report.checks for name, e in c.errors.items()]
             _table("inputs  output  difference:.1e", differences)
@@ -514,15 +496,13 @@ def _say_stage(done: int, total: int, what: str) -> None:
         print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
 
 
-def _check_can_ask(args: argparse.Namespace) -> None:
-    if not args.yes and not sys.stdin.isatty():
+def _read_token(args: argparse.Namespace, *, asks: bool) -> None:
+    """Read the token, unless the push ``asks`` for a consent that nobody is there to give."""
+    if asks and not args.yes and not sys.stdin.isatty():
         raise StateError(
             "a repository's name that is derived needs your consent, and there is no terminal to ask on",
             remedy="name the repository, or consent with --yes",
         )
-
-
-def _read_token(args: argparse.Namespace) -> None:
     if args.token == "-":  # noqa: S105 - no token
         args.token = sys.stdin.readline().strip()
     elif args.token and not args.quiet:
@@ -531,9 +511,7 @@ def _read_token(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> int:
     args.pushing = True
-    _read_token(args)
-    if args.repo_id is None and not args.dry_run:
-        _check_can_ask(args)
+    _read_token(args, asks=args.repo_id is None and not args.dry_run)
     return _send(args, args.folder, args.repo_id)
 
 
@@ -551,9 +529,8 @@ def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Ma
                 return EXIT_REFUSED
         with shown(_progress(args), "push") as step, _hub_bars(args):
             report = oftsurgery.hub.send(report, **_taken(args, "commit_message", "token"), progress=step)
-    if args.json:
-        _print_json(report if beside is None else {**beside, "push": report.to_dict()})
-    elif not args.quiet and not args.dry_run:
+    said = report if beside is None else {**beside, "push": report.to_dict()}
+    if _in_words(args, said) and not args.dry_run:
         print(f"pushed: {report.pull_request or report.url}")
     return EXIT_OK
 
@@ -698,10 +675,8 @@ def _report(args: argparse.Namespace) -> None:
 
     html = args.html or (None if args.png else "report.html")
     oftsurgery.report(args.source, html, png=args.png, verified=args.verified, force=args.force)
-    if args.json:
-        record, _ = oftsurgery.api.record_of(args.source)
-        _print_json({"html": html, "png": args.png, **headline(record)})
-    elif not args.quiet:
+    record, _ = oftsurgery.api.record_of(args.source)
+    if _in_words(args, {"html": html, "png": args.png, **headline(record)}):
         print("wrote " + " and ".join(filter(None, (html, args.png))))
 
 
@@ -713,10 +688,8 @@ def _show(args: argparse.Namespace) -> None:
             print(f"fold {i} of {len(folds)}")
             _show_fold(fold)
             print()
-        print(
-            f"files with a recorded hash: {len(record.files)}"
-            + (" (oftsurgery verify checks them)" * bool(record.files))
-        )
+        checks = " (oftsurgery verify checks them)" * bool(record.files)
+        print(f"files with a recorded hash: {len(record.files)}{checks}")
     elif record is None and not args.json:
         print("nothing is folded in")
 
@@ -760,15 +733,11 @@ def _show_fold(fold: FoldRecord) -> None:
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def _in_words(args: argparse.Namespace, result: object) -> bool:
-    """Print a result with ``--json``; otherwise whether to tell of it."""
+def _in_words(args: argparse.Namespace, result: Any) -> bool:
+    """Whether to tell of a result in words; ``--json`` prints it here."""
     if args.json:
-        _print_json(result)
+        print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, indent=2))
     return not args.json and not args.quiet
-
-
-def _print_json(result: Any) -> None:
-    print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, indent=2))
 
 
 def _say_record(args: argparse.Namespace, record: FoldRecord | None) -> None:

@@ -41,12 +41,6 @@ __all__ = [
     "UnfoldWarning",
     "UntieWarning",
     "WeakAdapterWarning",
-    "causes",
-    "needs",
-    "printable",
-    "told_of",
-    "warn_caller",
-    "without_tokens",
 ]
 
 
@@ -70,12 +64,11 @@ def printable(text: object, limit: int = 200) -> str:
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _quoted(text: str) -> str:
