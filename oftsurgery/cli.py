@@ -395,14 +395,9 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def _folded(args: argparse.Namespace, output: str | Path, *, force: bool) -> FoldRecord:
+    settings = _settings(args) | _taken(args, "calibration", "device", "resume")
     return oftsurgery.api.fold_checkpoint(
-        args.base,
-        args.adapter,
-        output,
-        **_settings(args),
-        **_taken(args, "calibration", "device", "resume"),
-        force=force,
-        progress=_progress(args),
+        args.base, args.adapter, output, **settings, force=force, progress=_progress(args)
     )
 
 
@@ -425,7 +420,7 @@ def _export(args: argparse.Namespace) -> int:
 
 def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
     # before the fold, which may take hours: whether the push can begin at all
-    _read_token(args, asks=not args.push_to_hub)
+    _prepare_push(args, asks=not args.push_to_hub)
     oftsurgery.hub.login(args.token)
     as_json = args.json  # one document for the two
     args.json, args.quiet = False, args.quiet or as_json
@@ -496,8 +491,8 @@ def _say_stage(done: int, total: int, what: str) -> None:
         print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
 
 
-def _read_token(args: argparse.Namespace, *, asks: bool) -> None:
-    """Read the token, unless the push ``asks`` for a consent that nobody is there to give."""
+def _prepare_push(args: argparse.Namespace, *, asks: bool) -> None:
+    """What a push needs of the standard input: somebody to consent where it ``asks``, and the token where that is there."""
     if asks and not args.yes and not sys.stdin.isatty():
         raise StateError(
             "a repository's name that is derived needs your consent, and there is no terminal to ask on",
@@ -511,7 +506,7 @@ def _read_token(args: argparse.Namespace, *, asks: bool) -> None:
 
 def _push(args: argparse.Namespace) -> int:
     args.pushing = True
-    _read_token(args, asks=args.repo_id is None and not args.dry_run)
+    _prepare_push(args, asks=args.repo_id is None and not args.dry_run)
     return _send(args, args.folder, args.repo_id)
 
 
@@ -558,9 +553,9 @@ def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 
 def _unfold(args: argparse.Namespace) -> None:
-    names = ("base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
-    settings = _taken(args, *names)
-    _say_record(args, oftsurgery.api.unfold_checkpoint(args.folded, args.output, **settings, progress=_progress(args)))
+    settings = _taken(args, "base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
+    record = oftsurgery.api.unfold_checkpoint(args.folded, args.output, **settings, progress=_progress(args))
+    _say_record(args, record)
 
 
 def _extract(args: argparse.Namespace) -> None:
