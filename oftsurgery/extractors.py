@@ -24,7 +24,7 @@ from .errors import (
     told_of,
     warn_caller,
 )
-from .extraction import BlockSizeCurve, ExtractedRotation, choose_block_size, extract_encoded, unrotated
+from .extraction import ExtractedRotation, block_size_curve, choose_block_size, extract_encoded, unrotated
 from .folder_store import FolderStore
 from .layers import Layer
 from .model import inner_model, modules_of
@@ -116,13 +116,12 @@ def _extract(
             + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
             remedy="give the base and the model that an adapter was merged into",
         )
-    sizes = dict.fromkeys((f for _, f in changed.values()), block_size or 0)
-    if block_size is None:
-        sizes = _detect(turned, changed)
+    sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
         with told_of(pair.path):
-            found = extract_encoded(*pair.read(), sizes[changed[pair.path][1]], embedding=pair.embedding)
+            size = sizes[changed[pair.path][1]] if block_size is None else block_size
+            found = extract_encoded(*pair.read(), size, embedding=pair.embedding)
         if found.explained > 0 or block_size is not None:
             report[pair.path] = found
         else:
@@ -148,7 +147,7 @@ def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> di
         # the more rows, the clearer
         group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
         try:
-            found[width] = choose_block_size([BlockSizeCurve.of(*pair.read()) for pair in group])
+            found[width] = choose_block_size([block_size_curve(*pair.read()) for pair in group])
         except ExtractionError as error:
             unsure[width] = error
     others = set(found.values())

@@ -7,14 +7,13 @@ The disk is touched here, in :mod:`~oftsurgery.shards` (tensors), :mod:`~oftsurg
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .errors import AdapterError, CheckpointError, needs, printable
+from .errors import AdapterError, CheckpointError, OFTSurgeryError, needs, printable
 from .shards import sha256_of
 
 __all__ = ["AdapterFiles", "find_adapter", "find_checkpoint", "read_adapter"]
@@ -49,10 +48,10 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
             path=path,
             remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'",
         )
-    return _download(str(path_or_repo), revision, (CONFIG, TENSORS))
+    return _download(str(path_or_repo), [CONFIG, TENSORS], AdapterError, revision)
 
 
-def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None, whole: bool = False) -> Path:
+def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
     needs, or the ``whole`` of it.
 
@@ -66,31 +65,28 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None =
         raise CheckpointError(
             "no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
         )
-    try:
-        return _download(str(path_or_repo), revision, None if whole else _NEEDED)
-    except AdapterError as error:
-        raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
+    return _download(str(path_or_repo), None if whole else _NEEDED, CheckpointError)
 
 
 # what a fold needs of a repository
-_NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
+_NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
 
 
 def _is_hub_id(place: str | PathLike[str]) -> bool:
     return isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
 
 
-def _download(repo: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+def _download(
+    repo: str, patterns: list[str] | None, refusal: type[OFTSurgeryError], revision: str | None = None
+) -> Path:
     with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns))
-        )
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AdapterError(
+        raise refusal(
             f"neither a folder nor a Hub repository that can be read ({printable(reason)})",
             path=repo,
             remedy="check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache",

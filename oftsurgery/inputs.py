@@ -6,8 +6,9 @@ rounded by then; the order in which layers are folded does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from . import live, rotations
 from .adapter import OFTAdapter
 from .calibration import InputsOf, LayerInputs
-from .checkpoint import CheckpointPlan, Part
-from .compare import _batches, _eval_mode
-from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
+from .checkpoint import CheckpointPlan
+from .compare import batches_of, eval_mode
+from .errors import CalibrationError, OFTSurgeryError, needs, printable
 from .formats import FORMATS
 from .hashing import hash_tensors
 from .layers import Layer
@@ -40,6 +41,8 @@ HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
 #: tokens of a text from a file, and texts a batch
 TEXT_TOKENS, TEXTS = 512, 16
 
+_TRANSFORMERS = ("transformers", "pip install 'oftsurgery[peft]': a calibration must run the model")
+
 #: of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
 
@@ -53,7 +56,7 @@ def read_batches(calibration: Any) -> list[Batch]:
     """
     if isinstance(calibration, (str, bytes)):
         raise _text()
-    batches = list(_batches(calibration))
+    batches = list(batches_of(calibration))
     if not batches:
         raise CalibrationError(
             "the calibration holds no batches", remedy="give at least one, better some hundred texts"
@@ -86,7 +89,8 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
         CalibrationError: the checkpoint has no tokenizer that transformers reads without the checkpoint's own code.
         MissingDependencyError: transformers is not installed.
     """
-    transformers = _transformers()
+    with needs(*_TRANSFORMERS):
+        import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer is data of any kind, and its class raises what it likes
@@ -125,24 +129,20 @@ def of_checkpoint(
         CalibrationError: transformers does not know the class, or cannot load it.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and _calibrates(p)]
-    found: list[Calibration] = []
+    quantised = [part.rotate for part in plan.parts if part.rotate is not None and part.into.quantised]
+    wanted = [rotate.path for rotate in quantised if rotate.chain[0].side != "embedding"]
 
-    def inputs_of(path: str) -> LayerInputs | None:
-        if not found:
-            adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
-            found.append(Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress))
-        return found[0](path)
+    @cache
+    def calibration() -> Calibration:
+        adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
+        return Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress)
 
-    return inputs_of
-
-
-def _calibrates(part: Part) -> bool:
-    return part.rotate is not None and part.into.quantised and part.rotate.chain[0].side != "embedding"
+    return lambda path: calibration()(path)
 
 
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:
-    transformers = _transformers()
+    with needs(*_TRANSFORMERS):
+        import transformers
     cls = getattr(transformers, plan.store.architecture.name or "", None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         message = "transformers does not know the model's class, and a calibration must run the model"
@@ -184,17 +184,6 @@ def _to(batches: Sequence[Batch], device: str) -> list[Batch]:
     return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in batches]
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            "transformers is not installed, and a calibration must run the model",
-            remedy="pip install 'oftsurgery[peft]'",
-        ) from error
-    return transformers
-
-
 class Calibration:
     """The inputs of a model's layers over a calibration's batches, gathered pass by pass as they are asked for.
 
@@ -220,12 +209,13 @@ class Calibration:
         named = {f"calibration_{i}": adapter for i, adapter in enumerate(adapters)}
         self._live = inner_model(live.wrap_model(model, named))
         self._modules = modules_of(self._live)
-        self._waiting = list(paths)
         self._batches = batches
         self._progress = progress
         self._ready: dict[str, LayerInputs | None] = {}
         self._done = 0
-        self._passes = _passes({path: self._features(path) for path in paths}, pass_bytes)
+        layers: dict[str, Any] = {path: self._modules[path] for path in paths}
+        # paths whose inputs were not asked for yet, by the pass that gathers them
+        self._passes = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, pass_bytes)
         sizes = [_length(batch) for batch in batches]
         self._held_out = torch.split(_split(sum(sizes)), sizes)
         for module in self._live.modules():
@@ -233,27 +223,20 @@ class Calibration:
             if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
-    def _features(self, path: str) -> int:
-        module: Any = self._modules[path]
-        return int(module._shape[1])
-
     def __call__(self, path: str) -> LayerInputs | None:
         """The inputs of the layer at ``path``, which are forgotten with this; None where the batches never reached it.
 
         Raises:
             CalibrationError: the model does not take a batch, or computes NaN or infinity from it.
         """
+        waiting = next(paths for paths in self._passes if path in paths)
         if path not in self._ready:
-            paths = next(p for p in self._passes if path in p)
-            self._ready = self._gather([p for p in paths if p in self._waiting])
-        self._waiting.remove(path)
+            ears = self._run(waiting, share=True)
+            if ears.apart:
+                ears = self._run(waiting, share=False)
+            self._ready = {p: ears.heard(p) for p in waiting}
+        waiting.remove(path)
         return self._ready.pop(path)
-
-    def _gather(self, paths: Sequence[str]) -> dict[str, LayerInputs | None]:
-        ears = self._run(paths, share=True)
-        if ears.apart:
-            ears = self._run(paths, share=False)
-        return {path: ears.heard(path) for path in paths}
 
     def _run(self, paths: Sequence[str], *, share: bool) -> _Ears:
         ears = _Ears(self._held_out, share=share)
@@ -262,11 +245,14 @@ class Calibration:
             for path in paths
         ]
         try:
-            with _eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _eager():
+            with eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _stance("force_eager"):
                 for i, batch in enumerate(self._batches):
                     ears.listen(i, batch)
                     self._forward(i, batch)
-                    self._step()
+                    self._done += 1
+                    if self._progress is not None:
+                        total = max(len(self._passes) * len(self._batches), self._done)
+                        self._progress(self._done, total, "calibration")
         finally:
             for hook in hooks:
                 hook.remove()
@@ -284,22 +270,9 @@ class Calibration:
                 remedy="give batches as its forward takes them, on its device",
             ) from error
 
-    def _step(self) -> None:
-        self._done += 1
-        total = max(len(self._passes) * len(self._batches), self._done)
-        if self._progress is not None:
-            self._progress(self._done, total, "calibration")
 
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """What is compiled runs as it is written: hooks are heard, and nothing is compiled anew for them."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    if stance is None:
-        yield
-        return
-    with stance("force_eager"):
-        yield
+# what is compiled runs as it is written: hooks are heard, and nothing is compiled anew for them
+_stance: Any = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
