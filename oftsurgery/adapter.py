@@ -148,9 +148,8 @@ class Rotation:
         """
         n, b = self.generator.shape[0], self.block_size
         out, features = shape
-        shared = n == 1 and self.shared
         if self.side == "output":
-            r = -(-out // b) if shared else n
+            r = -(-out // b) if self._one_for_all else n
             fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
             if fits and self.whole and r * b != out:
                 raise ShapeError(
@@ -161,7 +160,7 @@ class Rotation:
                 )
             rotated, width = "output features", out
         else:
-            fits = features % b == 0 and (shared or n == features // b)
+            fits = features % b == 0 and (self._one_for_all or n == features // b)
             rotated, width = "features" if self.side == "embedding" else "input features", features
         if not fits:
             raise ShapeError(
@@ -316,9 +315,7 @@ def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
     size, shared = _common(members)
     # log R has the eigenvalues -2i·atan λ where Q has iλ; half of it keeps the sign of Q
     logs = [w * rotations.map_eigenvalues(r._generators(size), torch.atan) for r, w in parts]
-    half = logs[0]
-    for other in logs[1:]:  # a shared one is added to every block
-        half = half + other
+    half = sum(logs[1:], start=logs[0])  # a shared one is added to every block
     angle = 2 * float(torch.linalg.matrix_norm(half, ord=2).max())
     if angle > 2 * math.atan(rotations.MAX_NORM):
         raise AdapterError(
@@ -326,15 +323,15 @@ def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
             remedy="use smaller weights",
         )
     generator = rotations.vector(rotations.map_eigenvalues(half, torch.tan))
-    scale = None
-    if any(r.scale is not None for r in members):
-        if any(r.scale is not None and bool((r.scale <= 0).any()) for r in members):
-            raise AdapterError(
-                "oft_s holds values that are not positive, which have no powers",
-                tensor="oft_s",
-                remedy="fold the adapter as it is",
-            )
-        scale = sum(w * r.scale.double().log() for r, w in parts if r.scale is not None).exp()  # type: ignore[union-attr]
+    scales = [(r.scale.double(), w) for r, w in parts if r.scale is not None]
+    if any(bool((scale <= 0).any()) for scale, _ in scales):
+        raise AdapterError(
+            "oft_s holds values that are not positive, which have no powers",
+            tensor="oft_s",
+            remedy="fold the adapter as it is",
+        )
+    powers = [w * scale.log() for scale, w in scales]
+    scale = sum(powers[1:], start=powers[0]).exp() if powers else None
     side = members[0].side
     return Rotation(generator, side=side, scale=scale, shared=shared, whole=side == "output")
 
@@ -516,7 +513,7 @@ def _mixed(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter
     return _made(adapters, source, mean)
 
 
-# what a derived adapter keeps of its origins' configs, where they agree
+# what is kept of a config: by a derived adapter where its origins agree, and by what is saved
 _CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
@@ -622,11 +619,11 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         with told_of(path):
             _check_expressible(r)
             exact[path], residuals[path] = r.exact()
-    sizes = _block_settings(exact, adapter.config)
+    settings = _block_settings(exact, adapter.config)
     tensors: dict[str, Tensor] = {}
     for path, r in exact.items():
         part = "oft_embedding_R" if r.side == "embedding" else "oft_R"
-        size = sizes["oft_block_size"] if sizes["expand"] else r.block_size
+        size = settings["oft_block_size"] or r.block_size
         q = rotations.vector(r._generators(size)).to(torch.float32)
         tensors[f"{_PREFIX}{path}.{part}.weight"] = q.contiguous()
     for name, value in adapter.saved.items():
@@ -634,10 +631,9 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         inside = f"{owner}.base_layer.{local}" if owner in exact else name
         tensors[_PREFIX + inside] = value.detach().cpu().contiguous().clone()
     config = {
-        "auto_mapping": adapter.config.get("auto_mapping"),
-        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        **{name: adapter.config.get(name) for name in (*_CARRIED, "modules_to_save")},
+        **settings,
         "bias": adapter.config.get("bias") or "none",
-        "block_share": bool(sizes["block_share"]),
         "coft": False,  # the clamp is in the generators
         "eps": 6e-05,
         "exclude_modules": None,
@@ -647,19 +643,14 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         "layers_pattern": None,
         "layers_to_transform": None,
         "module_dropout": 0.0,
-        "modules_to_save": adapter.config.get("modules_to_save"),
         "num_cayley_neumann_terms": 5,
-        "oft_block_size": sizes["oft_block_size"],
         "peft_type": "OFT",
         "peft_version": _WRITTEN_AS,
-        "r": sizes["r"],
-        "revision": adapter.config.get("revision"),
         # one pattern that matches these paths and no other: a list would match every path that ends in one
         "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
-        "task_type": adapter.config.get("task_type"),
         "use_cayley_neumann": False,
     }
-    return config, tensors, residuals
+    return dict(sorted(config.items())), tensors, residuals
 
 
 def _check_expressible(r: Rotation) -> None:
@@ -677,8 +668,8 @@ def _check_expressible(r: Rotation) -> None:
 
 
 def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
-    """How one config describes the block sizes of all modules: ``r``, ``oft_block_size``, ``block_share``, and whether
-    blocks must be written larger than they are.
+    """How one config describes the blocks of all modules: ``r`` or ``oft_block_size``, the other being 0, and
+    ``block_share``. They are written in blocks of ``oft_block_size``, which may be larger than they are.
     """
     shared = {r._one_for_all for r in modules.values()}
     sizes = {r.block_size for r in modules.values()}
@@ -690,7 +681,8 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
             module=whole,
             remedy="save them as two adapters",
         )
-    settings = {"r": 0, "oft_block_size": max(sizes), "block_share": shared.pop(), "expand": False}
+    size = math.lcm(*sizes)
+    settings = {"r": 0, "oft_block_size": size, "block_share": shared.pop()}
     if len(sizes) == 1:
         return settings
     if settings["block_share"]:
@@ -703,7 +695,6 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
         return settings | {"r": r, "oft_block_size": 0}
     if len(counts) == 1:
         return settings | {"r": counts.pop(), "oft_block_size": 0}
-    size = math.lcm(*sizes)
     for path, r in modules.items():
         features = r.generator.shape[0] * r.block_size
         if features % size:
@@ -713,7 +704,7 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
                 module=path,
                 remedy="save modules of one size each as an adapter",
             )
-    return settings | {"oft_block_size": size, "expand": True}
+    return settings
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
@@ -818,9 +809,9 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 continue  # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias): not used live
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             # with bias="all" peft saves the biases of `modules_to_save` under two keys
-            if target in saved and not _same(saved[target], tensor):
+            earlier = saved.setdefault(target, tensor)
+            if earlier is not tensor and not (earlier.dtype == tensor.dtype and torch.equal(earlier, tensor)):
                 raise MatchError("two keys name one tensor of the model", **where, remedy="remove one of the keys")
-            saved[target] = tensor
     if not raw:
         raise AdapterError(
             f"the adapter has {len(saved)} tensors, but none is a rotation (oft_R, oft_embedding_R, oft_r)",
@@ -833,10 +824,6 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
 def _finite(tensor: Tensor) -> bool:
     # one pass and no mask: on the CPU torch.isfinite takes five times as long
     return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 # --- dialects ---------------------------------------------------------------------------------------------------------
@@ -881,26 +868,24 @@ def _detect_dialect(
 
 
 def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], source: str | None) -> list[str]:
-    scaled = [path for path, parts in raw.items() if "oft_s" in parts]
-    if "oft_block_size" in config:
-        for path, parts in raw.items():
-            missing = {"oft_r", "oft_s"} - set(parts)
-            if missing:
-                raise AdapterError(
-                    f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",
-                    module=path,
-                    path=source,
-                    remedy="restore the whole file",
-                )
-        return ["peft-0.15"]
-    if scaled:
-        raise DialectError(
-            "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that",
-            module=scaled[0],
-            path=source,
-            remedy="restore the adapter_config.json that belongs to these tensors",
-        )
-    return ["peft-0.13"]
+    scaled = "oft_block_size" in config
+    for path, parts in raw.items():
+        missing = {"oft_r", "oft_s"} - set(parts)
+        if scaled and missing:
+            raise AdapterError(
+                f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",
+                module=path,
+                path=source,
+                remedy="restore the whole file",
+            )
+        if not scaled and "oft_s" in parts:
+            raise DialectError(
+                "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that",
+                module=path,
+                path=source,
+                remedy="restore the adapter_config.json that belongs to these tensors",
+            )
+    return ["peft-0.15" if scaled else "peft-0.13"]
 
 
 def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
@@ -959,9 +944,7 @@ def _misshapen(message: str, path: str, part: str, tensor: Tensor) -> ShapeError
 
 
 def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
-    if "oft_r" not in parts:
-        raise AdapterError("oft_s without oft_r", module=path, remedy="restore the whole file")
-    a = parts["oft_r"]
+    a = parts["oft_r"]  # which a module of these dialects has, with oft_s in peft 0.14 and 0.15
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
         raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", path, "oft_r", a)
     _check_shared(path, a, config)

@@ -27,9 +27,9 @@ from .errors import (
 from .extraction import ExtractedRotation, block_size_curve, choose_block_size, extract_encoded, unrotated
 from .folder_store import FolderStore
 from .layers import Layer
-from .model import inner_model, modules_of
 from .progress import Progress
 from .shards import Checkpoint
+from .ties import inner_model, modules_of, tensors_in
 
 __all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
 
@@ -185,8 +185,10 @@ def _first(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(map(printable, found[:limit])) + more
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, up to the narrower's dtype."""
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are there and one, up to the narrower's dtype."""
+    if a is None or b is None:
+        return False
     a, b = a.detach().cpu(), b.detach().cpu()
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
@@ -226,22 +228,16 @@ def extract_from_models(
         pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
-    return _extract(pairs, _differing(_tensors(base), _tensors(merged), covered), block_size, name_or_path, progress)
+    return _extract(pairs, _differing(tensors_in(here), tensors_in(there), covered), block_size, name_or_path, progress)
 
 
 def _reader(base: Layer, merged: Layer) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
     return lambda: (base.read()[0], merged.read()[0])
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    inner = inner_model(model)
-    named = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
-
-
 def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered: Collection[str]) -> Iterator[str]:
     for name in dict.fromkeys((*here, *there)):
-        if name not in covered and (name not in here or name not in there or not _same(here[name], there[name])):
+        if name not in covered and not _same(here.get(name), there.get(name)):
             yield name
 
 
@@ -290,8 +286,7 @@ def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[s
     plain = [n for n in here.tensors if n not in weights and n not in tied]
     found = there.locate(plain)
     for name in plain:
-        mine, other = here.tensor(name), there.tensor(found[name]) if name in found else None
-        if mine is None or other is None or not _same(mine, other):
+        if not _same(here.tensor(name), there.tensor(found[name]) if name in found else None):
             yield name
     known = {*weights.values(), *found.values()}
     yield from (n for n in there.tensors if n not in known and n not in tied)

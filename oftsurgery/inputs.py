@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,32 +55,27 @@ def read_batches(calibration: Any) -> list[Batch]:
     Raises:
         CalibrationError: there are none, or they are text.
     """
-    if isinstance(calibration, (str, bytes)):
-        raise _text()
-    batches = list(batches_of(calibration))
+    batches = list(batches_of([calibration] if _is_text(calibration) else calibration))
     if not batches:
         raise CalibrationError(
             "the calibration holds no batches", remedy="give at least one, better some hundred texts"
         )
     for i, (args, kwargs) in enumerate(batches):
-        if any(isinstance(v, (str, bytes)) or _is_texts(v) for v in (*args, *kwargs.values())):
-            raise _text()
-        if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
+        values = (*args, *kwargs.values())
+        if any(_is_text(v) or (isinstance(v, (list, tuple)) and any(map(_is_text, v))) for v in values):
+            raise CalibrationError(
+                "the calibration is text, and a model in memory comes without its tokenizer",
+                remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
+                "range(0, len(texts), 16)]",
+            )
+        if not any(isinstance(v, Tensor) for v in values):
             remedy = "give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments"
             raise CalibrationError(f"calibration batch {i} holds no tensor", remedy=remedy)
     return batches
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, (str, bytes)) for v in value)
-
-
-def _text() -> CalibrationError:
-    return CalibrationError(
-        "the calibration is text, and a model in memory comes without its tokenizer",
-        remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
-        "range(0, len(texts), 16)]",
-    )
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, bytes))
 
 
 def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
@@ -98,10 +94,9 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
         remedy = "put its files beside the weights, or load the model and fold it in memory, with tokenised batches"
         raise CalibrationError(message, path=folder, remedy=remedy) from error
     length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
-    size = TEXTS
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        size = TEXTS if tokenizer.pad_token is not None else 1
+    size = TEXTS if tokenizer.pad_token is not None else 1
     batches = []
     for i in range(0, len(texts), size):
         batch = tokenizer(
@@ -318,28 +313,21 @@ def _split(count: int) -> Tensor:
     return held_out
 
 
+@dataclass(eq=False)
 class _Sum:
     """The inputs of one layer, or of several that are given the same."""
 
-    def __init__(self) -> None:
-        self.hessian: Tensor | None = None
-        self.tokens = 0
-        self.held_out: list[Tensor] = []
+    hessian: Tensor
+    tokens: int = 0
+    held_out: list[Tensor] = field(default_factory=list)
 
     def add(self, kept: Tensor, held_out: Tensor) -> None:
         """Rows of inputs, ``(n, in)`` both."""
-        if self.hessian is None:
-            self.hessian = torch.zeros((kept.shape[1],) * 2, dtype=torch.float32, device=kept.device)
         kept = kept.to(torch.float32)
         with rotations.full_precision(kept.device.type):
             self.hessian.addmm_(kept.t(), kept)
         self.tokens += kept.shape[0]
         self.held_out.append(held_out.to(torch.float32, copy=True))
-
-    def result(self) -> LayerInputs | None:
-        if self.hessian is None:
-            return None
-        return LayerInputs(self.hessian, self.tokens, torch.cat(self.held_out)[:HELD_OUT_TOKENS])
 
 
 class _Ears:
@@ -354,9 +342,9 @@ class _Ears:
     def __init__(self, held_out: Sequence[Tensor], *, share: bool) -> None:
         self._held_out = held_out
         self._share = share
-        self._by_sequence = any(bool(which.any()) for which in held_out)
-        parts = sum(bool(which.any()) for which in held_out) if self._by_sequence else len(held_out)
-        self._room = max(1, HELD_OUT_TOKENS // parts)  # of each batch
+        divided = sum(bool(which.any()) for which in held_out)
+        self._by_sequence = divided > 0
+        self._room = max(1, HELD_OUT_TOKENS // (divided or len(held_out)))  # of each batch
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
@@ -382,7 +370,7 @@ class _Ears:
             self.apart |= self._leader.setdefault(path, leader) != leader
             if leader == path:
                 self._last = (path, x, version)
-                self._add(self._sums.setdefault(path, _Sum()), module._features_last(x.detach()))
+                self._add(path, module._features_last(x.detach()))
 
         return hook
 
@@ -393,17 +381,17 @@ class _Ears:
             CalibrationError: NaN or infinity among it.
         """
         found = self._sums.get(self._leader.get(path, path))
-        inputs = None if found is None else found.result()
-        if inputs is not None and not bool(
-            torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()
-        ):
+        if found is None:
+            return None
+        inputs = LayerInputs(found.hessian, found.tokens, torch.cat(found.held_out)[:HELD_OUT_TOKENS])
+        if not bool(torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()):
             message = "on the calibration the live model gives this layer NaN, infinity or what overflows"
             remedy = "check the batches (a row that is all padding?) and the model's dtype"
             raise CalibrationError(message, module=path, remedy=remedy)
         return inputs
 
-    def _add(self, into: _Sum, x: Tensor) -> None:
-        """``x: (…, in)``; padding is left out where the batch's mask names it."""
+    def _add(self, path: str, x: Tensor) -> None:
+        """``x: (…, in)`` to the sum of ``path``; padding is left out where the batch's mask names it."""
         rows = x.reshape(-1, x.shape[-1])
         count, sequences = rows.shape[0], len(self._which)
         whole = x.shape[0] in (sequences, count) and count % max(sequences, 1) == 0  # sequences one after the other
@@ -414,7 +402,9 @@ class _Ears:
         if self._mask is not None and whole and self._mask.numel() == count:
             mask = self._mask.to(x.device)
             rows, held_out = rows[mask], held_out[mask]
-        into.add(rows[~held_out], _evenly(rows[held_out], self._room))
+        if path not in self._sums:
+            self._sums[path] = _Sum(rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float32))
+        self._sums[path].add(rows[~held_out], _evenly(rows[held_out], self._room))
 
 
 def _evenly(rows: Tensor, count: int) -> Tensor:
