@@ -260,9 +260,7 @@ def _generator(r: Tensor) -> Tensor:
 
 
 def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
-    """Block size in which all of ``parts``, rotations of one module, are block-diagonal, and whether one block still
-    serves all.
-    """
+    """The block size that all rotations of one module can be written in, and whether one block still serves all."""
     if len({r.side for r in parts}) > 1:
         raise MatchError(
             f"rotations on different sides of one weight: {', '.join(r.side for r in parts)}",
@@ -599,7 +597,10 @@ def parse_adapter(
         )
     raw, saved = _group(tensors, source)
     name = _detect_dialect(config, raw, dialect, source)
-    modules = {path: _rotation(path, parts, config, name) for path, parts in sorted(raw.items())}
+    modules: dict[str, Rotation] = {}
+    for path, parts in sorted(raw.items()):
+        with told_of(path):
+            modules[path] = _rotation(parts, config, name)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
@@ -610,9 +611,7 @@ _WRITTEN_AS = "0.21.2"
 
 
 def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
-    """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as peft 0.21 would save the adapter, with the
-    exact Cayley map; see :meth:`OFTAdapter.save`.
-    """
+    """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
     for path, r in adapter.modules.items():
@@ -784,7 +783,7 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 **where,
                 remedy="save the adapter with peft's save_pretrained",
             )
-        name = key[len(_PREFIX) :]
+        name = key.removeprefix(_PREFIX)
         match = _PARTS.match(name)
         if match and tensor.dtype not in FLOATS:
             raise AdapterError(
@@ -804,9 +803,8 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 **where,
                 remedy="save OFT adapters alone, with peft's save_pretrained",
             )
-        else:
-            if ".original_module." in name:
-                continue  # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias): not used live
+        # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias) is not used live
+        elif ".original_module." not in name:
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             # with bias="all" peft saves the biases of `modules_to_save` under two keys
             earlier = saved.setdefault(target, tensor)
@@ -849,22 +847,21 @@ def _detect_dialect(
         candidates = ["peft-0.21"]  # embeddings came with 0.19, whatever the config has lost
     else:
         candidates = _new_dialects(config, source)
-    if named is not None:
-        if named not in candidates:
-            raise DialectError(
-                f"named {named}, but the files are of {' or '.join(candidates)}",
-                path=source,
-                remedy="leave the dialect out",
-            )
-        return named
-    if len(candidates) > 1:
+    fitting = [dialect for dialect in candidates if named in (None, dialect)]
+    if not fitting:
+        raise DialectError(
+            f"named {named}, but the files are of {' or '.join(candidates)}",
+            path=source,
+            remedy="leave the dialect out",
+        )
+    if len(fitting) > 1:
         raise DialectError(
             f"the files do not tell the dialect: {' or '.join(candidates)} (config: use_cayley_neumann={config.get('use_cayley_neumann')!r}, "
             f"peft_version={printable(config.get('peft_version'))!r})",
             path=source,
             remedy="name it: load_adapter(…, dialect=…), by the peft release that trained it",
         )
-    return candidates[0]
+    return fitting[0]
 
 
 def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], source: str | None) -> list[str]:
@@ -911,23 +908,21 @@ def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
 # --- rotations --------------------------------------------------------------------------------------------------------
 
 
-def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
-    if len(parts) > 1 and set(parts) != {"oft_r", "oft_s"}:
-        raise AdapterError(
-            f"one module has {' and '.join(sorted(parts))}",
-            module=path,
-            remedy="save the adapter again with peft's save_pretrained",
-        )
+def _rotation(parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
     if dialect in ("peft-0.13", "peft-0.15"):
-        return _old_rotation(path, parts, config, dialect)
+        return _old_rotation(parts, config, dialect)
+    if len(parts) > 1:
+        raise AdapterError(
+            f"one module has {' and '.join(sorted(parts))}", remedy="save the adapter again with peft's save_pretrained"
+        )
     part, v = next(iter(parts.items()))
     if v.ndim != 2 or v.shape[0] < 1:
-        raise _misshapen("a generator must be (blocks, b(b-1)/2)", path, part, v)
+        raise _misshapen("a generator must be (blocks, b(b-1)/2)", part, v)
     try:
         rotations.block_size_of(v.shape[1])
     except ShapeError as error:
-        raise _misshapen(error.message, path, part, v) from None
-    _check_shared(path, v, config)
+        raise _misshapen(error.message, part, v) from None
+    _check_shared(v, config)
     cayley = Cayley()
     if config.get("use_cayley_neumann"):
         cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=dialect == "peft-0.21")
@@ -939,18 +934,18 @@ def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
     return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
 
 
-def _misshapen(message: str, path: str, part: str, tensor: Tensor) -> ShapeError:
-    return ShapeError(message, module=path, tensor=part, shape=tuple(tensor.shape), remedy="restore the file")
+def _misshapen(message: str, part: str, tensor: Tensor) -> ShapeError:
+    return ShapeError(message, tensor=part, shape=tensor.shape, remedy="restore the file")
 
 
-def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
+def _old_rotation(parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
     a = parts["oft_r"]  # which a module of these dialects has, with oft_s in peft 0.14 and 0.15
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
-        raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", path, "oft_r", a)
-    _check_shared(path, a, config)
+        raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", "oft_r", a)
+    _check_shared(a, config)
     scale = parts.get("oft_s")
     if scale is not None and (scale.ndim != 2 or scale.shape[1] != 1):
-        raise _misshapen("oft_s must be (out, 1)", path, "oft_s", scale)
+        raise _misshapen("oft_s must be (out, 1)", "oft_s", scale)
     a = a.to(torch.float64)
     rows, b, _ = a.shape
     radius = coft_radius(config, rows, b if scale is None else -(-scale.shape[0] // rows))
@@ -958,25 +953,22 @@ def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, A
         if scale is not None and config.get("block_share"):
             raise DialectError(
                 "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the number of blocks a row, which its files do not hold",
-                module=path,
                 remedy="run one forward in peft 0.15 and save again with `coft: false`",
             )
         a = _clamp(a, radius)
-    q = (a - a.transpose(1, 2)) / 2
     return Rotation(
-        generator=rotations.vector(q),
+        generator=rotations.vector((a - a.transpose(1, 2)) / 2),
         side="output" if dialect == "peft-0.13" else "input",
         scale=None if scale is None else scale.reshape(-1),
         shared=bool(config.get("block_share")),
     )
 
 
-def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
+def _check_shared(rows: Tensor, config: Mapping[str, Any]) -> None:
     if config.get("block_share") and rows.shape[0] != 1:
         raise ShapeError(
             "`block_share` is set, but the generator has more than one row",
-            module=path,
-            shape=tuple(rows.shape),
+            shape=rows.shape,
             remedy="restore the config",
         )
 

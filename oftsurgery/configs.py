@@ -129,8 +129,7 @@ def record_in(folder: Path) -> FoldRecord | None:
     Raises:
         CheckpointError: there is one that cannot be read.
     """
-    path = folder / RECORD
-    return record_at(inside(folder, RECORD)) if os.path.lexists(path) else None
+    return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
 
 
 def record_at(path: Path) -> FoldRecord:

@@ -127,7 +127,9 @@ def extract_encoded(
             remedy="give a divisor of all rotated layers' features, or None to detect one for each width",
         )
     with rotations.full_precision("cpu"):
-        base, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), block_size)
+        base, w, m = _seen_by_the_adapter(
+            base.cpu(), merged.cpu(), lambda w, m: _residual2(w, m, _fit(w, m, block_size))
+        )
         store = partial(fold_encoded, base, into=merged.format, rounding=_rounding_of(base, merged.cpu()))
         coarse = merged.format.quantised or merged.format.dtype not in (torch.float32, torch.float64)
         return _extract(store, w, m, block_size, _STEPS if coarse else 0, embedding=embedding)
@@ -148,13 +150,10 @@ def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
 def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedding: bool) -> ExtractedRotation:
     """The rotation in blocks of ``b``, refined in at most ``most`` steps."""
     norm = _norm2(m)
+    r, steps, _ = _refine(store, w, m, b, slice(None), slice(0), most)
     halves = (slice(0, None, 2), slice(1, None, 2))
-    parts = [_fit(w[rows], m[rows], b) for rows in halves]
-    r, steps, _ = _refine(store, w, m, _fit(w, m, b), slice(None), slice(0), most)
-    stored: list[float | None] = [None, None]
-    if steps:
-        for i, rows in enumerate(halves):
-            parts[i], _, stored[i] = _refine(store, w, m, parts[i], rows, halves[1 - i], steps)
+    refined = [_refine(store, w, m, b, rows, others, steps) for rows, others in (halves, halves[::-1])]
+    parts, stored = [part for part, _, _ in refined], [missed for _, _, missed in refined]
     q, bounded = _bounded_generator(r)
     q_halves = [_bounded_generator(part)[0] for part in parts]
     spread = _REFINED if steps else _PLAIN
@@ -192,15 +191,17 @@ def _check_shapes(base: EncodedWeight, merged: EncodedWeight) -> None:
         raise ShapeError(message, shape=shape, expected=expected, remedy=remedy)
 
 
-def _seen_by_the_adapter(base: EncodedWeight, merged: EncodedWeight, b: int) -> tuple[EncodedWeight, Tensor, Tensor]:
+def _seen_by_the_adapter(
+    base: EncodedWeight, merged: EncodedWeight, distance: Callable[[Tensor, Tensor], float]
+) -> tuple[EncodedWeight, Tensor, Tensor]:
     """``(base, W, W')``. A QOFT adapter was trained on the dequantised quantised base: where the merged weight is
-    quantised and the base is plain, the base is quantised so too, if that fits better.
+    quantised and the base is plain, the base is quantised so too, if that lies nearer by ``distance``.
     """
     w, m = codecs.decode(base), codecs.decode(merged)
     if merged.format.quantised and not base.format.quantised:
         quantised = codecs.encode(w, merged.format)
         w_quantised = codecs.decode(quantised)
-        if _residual2(w_quantised, m, _fit(w_quantised, m, b)) < _residual2(w, m, _fit(w, m, b)):
+        if distance(w_quantised, m) < distance(w, m):
             return quantised, w_quantised, m
     return base, w, m
 
@@ -241,14 +242,14 @@ def _norm2(x: Tensor) -> float:
 
 
 def _refine(
-    store: _Storing, w: Tensor, m: Tensor, r: Tensor, rows: slice, others: slice, steps: int
+    store: _Storing, w: Tensor, m: Tensor, b: int, rows: slice, others: slice, steps: int
 ) -> tuple[Tensor, int, float | None]:
-    """``r`` of the rows refined against how ``m`` was stored, in how many steps (0: it could not be), and how far it then
-    is from predicting the stored values of the other rows, squared (None: it was not refined).
+    """The fit of the rows, refined against how ``m`` was stored, in how many of at most ``steps`` steps, and how far it
+    then is from predicting the stored values of the other rows, squared (None: it was not refined).
     """
+    r = _fit(w[rows], m[rows], b)
     if not steps:
         return r, 0, None
-    b = r.shape[-1]
     best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
     for step in range(steps + 1):
         rotation = Rotation(rotations.vector(_bounded_generator(r)[0]), shared=False)
@@ -265,9 +266,7 @@ def _refine(
 
 
 def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
-    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, and whether one had to be bounded: a rotation by nearly π in
-    some plane gets the largest generator there instead.
-    """
+    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, bounded where one is by nearly π, and whether one was."""
     near = rotations.generator_norm(r) > rotations.MAX_NORM
     q = torch.empty_like(r)
     if not bool(near.all()):
@@ -278,6 +277,7 @@ def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
 
 
 def _bounded(r: Tensor) -> Tensor:
+    """The generator of ``r: (b, b)``, in the planes of a rotation by nearly π the largest one."""
     # R = S + K, symmetric and skew, commute: with eigenvalues cos φ and i sin φ, Q is -K/(1 + cos φ), whose modulus
     # tan(φ/2) is bounded in the planes where cos φ is nearly -1
     cosines, v = torch.linalg.eigh((r + r.mT) / 2)
@@ -311,11 +311,7 @@ def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, fl
     _check_shapes(base, merged)
     features = base.format.shape[1]
     with rotations.full_precision("cpu"):
-        w, m = codecs.decode(base.cpu()), codecs.decode(merged.cpu())
-        if merged.format.quantised and not base.format.quantised:
-            w_quantised = codecs.decode(codecs.encode(w, merged.format))
-            if _norm2(m - w_quantised) < _norm2(m - w):
-                w = w_quantised
+        _, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), lambda w, m: _norm2(m - w))
         norm = _norm2(m)
         held_out = {1: max(math.sqrt(_norm2(m - w) / norm), _FLOOR)}
         for b in (d for d in range(2, min(features, _LARGEST) + 1) if features % d == 0):

@@ -97,7 +97,7 @@ def _extract(
         differing: names of other tensors that are not the same.
         block_size: of all, or None to detect one for each width.
         base_name: for the config.
-        progress: called after each weight that is compared, and again after each that is fitted.
+        progress: called after each weight that is fitted.
     """
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
@@ -154,7 +154,8 @@ def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> di
     for width, why in unsure.items():
         if len(others) != 1 or width % min(others):
             raise why
-    return {**dict.fromkeys(unsure, min(others, default=0)), **found}
+        found[width] = min(others)
+    return found
 
 
 def _say(adapter: ExtractedAdapter) -> None:
@@ -264,9 +265,8 @@ def extract_from_checkpoints(
             path=merged.folder,
             remedy="give two checkpoints of one model",
         )
-    own = {n: found[n] for n in names if n not in here.architecture.tied}
-    # a head that a fold untied
-    own |= {n: found[n] for n in names if n in here.architecture.tied and found[n] not in there.architecture.tied}
+    # a tied head counts where a fold untied it
+    own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
     pairs = [
         _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
         for n, other in own.items()
