@@ -148,6 +148,7 @@ class Rotation:
         """
         n, b = self.generator.shape[0], self.block_size
         out, features = shape
+        remedy = "use the base model that the adapter was trained on (its `base_model_name_or_path`)"
         if self.side == "output":
             r = -(-out // b) if self._one_for_all else n
             fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
@@ -163,12 +164,8 @@ class Rotation:
             fits = features % b == 0 and (self._one_for_all or n == features // b)
             rotated, width = "features" if self.side == "embedding" else "input features", features
         if not fits:
-            raise ShapeError(
-                f"{n} blocks of size {b} do not cover the {width} {rotated}",
-                module=module,
-                shape=shape,
-                remedy="use the base model that the adapter was trained on (its `base_model_name_or_path`)",
-            )
+            message = f"{n} blocks of size {b} do not cover the {width} {rotated}"
+            raise ShapeError(message, module=module, shape=shape, remedy=remedy)
         if self.scale is not None and self.scale.shape != (out,):
             raise ShapeError(
                 "oft_s does not fit the output features",
@@ -176,7 +173,7 @@ class Rotation:
                 tensor="oft_s",
                 shape=tuple(self.scale.shape),
                 expected=(out,),
-                remedy="use the base model that the adapter was trained on",
+                remedy=remedy,
             )
 
     def fold_into(self, weight: Tensor) -> Tensor:
@@ -235,14 +232,10 @@ class Rotation:
         return rotations.block_diagonal(q, size, shared=self._one_for_all)
 
 
-# smallest singular value of a truncated series that still points at a rotation
-_SINGULAR = 1e-6
-
-
 def _nearest(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:
     """The rotations that are nearest to ``r: (n, b, b)``, and how far away the farthest is."""
     nearest, values = rotations.nearest_rotation(r)
-    if float(values.min()) < _SINGULAR:
+    if float(values.min()) < 1e-6:  # smaller ones point nowhere
         raise AdapterError(f"{singular}: no rotation is nearest to it", remedy=remedy)
     return nearest, float(torch.linalg.matrix_norm(r - nearest, ord=2).max())
 
@@ -540,13 +533,9 @@ def _made(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tupl
     return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
 
 
-# below this, a nearest rotation is the rounding of float64
-_RESIDUAL = 1e-12
-
-
 def _warn_converted(residuals: Mapping[str, float]) -> None:
     """One :class:`ConversionWarning` for all modules."""
-    changed = {path: r for path, r in residuals.items() if r > _RESIDUAL}
+    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # less is float64's rounding
     if changed:
         worst = max(changed, key=lambda path: changed[path])
         warn_caller(
@@ -606,9 +595,6 @@ def parse_adapter(
 
 # --- and back ---------------------------------------------------------------------------------------------------------
 
-# the release whose format spread_adapter writes; readers go by it
-_WRITTEN_AS = "0.21.2"
-
 
 def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
     """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
@@ -644,7 +630,7 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         "module_dropout": 0.0,
         "num_cayley_neumann_terms": 5,
         "peft_type": "OFT",
-        "peft_version": _WRITTEN_AS,
+        "peft_version": "0.21.2",  # whose format this is; readers go by it
         # one pattern that matches these paths and no other: a list would match every path that ends in one
         "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
         "use_cayley_neumann": False,
@@ -766,6 +752,7 @@ def _wrong_config(what: str) -> AdapterError:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 _PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
+_OLD_PARTS = {"oft_r", "oft_s"}  # peft ≤ 0.15
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
 )
@@ -832,8 +819,8 @@ def _detect_dialect(
 ) -> str:
     if named is not None and named not in DIALECTS:
         raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"one of {', '.join(DIALECTS)}")
-    old = [path for path, parts in raw.items() if "oft_r" in parts or "oft_s" in parts]
-    new = [path for path, parts in raw.items() if "oft_R.weight" in parts or "oft_embedding_R.weight" in parts]
+    old = [path for path, parts in raw.items() if parts.keys() & _OLD_PARTS]
+    new = {part for parts in raw.values() for part in parts} - _OLD_PARTS
     if old and new:
         raise DialectError(
             "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter",
@@ -843,7 +830,7 @@ def _detect_dialect(
         )
     if old:
         candidates = _old_dialects(config, raw, source)
-    elif any("oft_embedding_R.weight" in parts for parts in raw.values()):
+    elif "oft_embedding_R.weight" in new:
         candidates = ["peft-0.21"]  # embeddings came with 0.19, whatever the config has lost
     else:
         candidates = _new_dialects(config, source)
@@ -867,7 +854,7 @@ def _detect_dialect(
 def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], source: str | None) -> list[str]:
     scaled = "oft_block_size" in config
     for path, parts in raw.items():
-        missing = {"oft_r", "oft_s"} - set(parts)
+        missing = _OLD_PARTS - parts.keys()
         if scaled and missing:
             raise AdapterError(
                 f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",

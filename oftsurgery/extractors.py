@@ -90,14 +90,8 @@ def _extract(
     base_name: str | None,
     progress: Progress | None,
 ) -> ExtractedAdapter:
-    """One adapter from pairs of weights, of which two are in memory at a time.
-
-    Args:
-        pairs: of all weights that a rotation may be on.
-        differing: names of other tensors that are not the same.
-        block_size: of all, or None to detect one for each width.
-        base_name: for the config.
-        progress: called after each weight that is fitted.
+    """One adapter from pairs of all weights that a rotation may be on, of which two are in memory at a time; ``differing``
+    names other tensors that are not the same.
     """
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []

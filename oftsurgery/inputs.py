@@ -7,7 +7,7 @@ rounded by then; the order in which layers are folded does not matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -233,24 +233,21 @@ class Calibration:
         waiting.remove(path)
         return self._ready.pop(path)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _run(self, paths: Sequence[str], *, share: bool) -> _Ears:
         ears = _Ears(self._held_out, share=share)
-        hooks = [
-            self._modules[path].register_forward_pre_hook(ears.at(path, self._modules[path]), with_kwargs=True)
-            for path in paths
-        ]
-        try:
-            with eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _stance("force_eager"):
-                for i, batch in enumerate(self._batches):
-                    ears.listen(i, batch)
-                    self._forward(i, batch)
-                    self._done += 1
-                    if self._progress is not None:
-                        total = max(len(self._passes) * len(self._batches), self._done)
-                        self._progress(self._done, total, "calibration")
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, eval_mode(self._live), _stance("force_eager"):
+            for path in paths:
+                module = self._modules[path]
+                hooks.enter_context(module.register_forward_pre_hook(ears.at(path, module), with_kwargs=True))
+            for i, batch in enumerate(self._batches):
+                ears.listen(i, batch)
+                self._forward(i, batch)
+                self._done += 1
+                if self._progress is not None:
+                    total = max(len(self._passes) * len(self._batches), self._done)
+                    self._progress(self._done, total, "calibration")
         return ears
 
     def _forward(self, number: int, batch: Batch) -> None:
@@ -331,12 +328,8 @@ class _Sum:
 
 
 class _Ears:
-    """Hooks that add up what layers are given. Layers given one tensor one after the other (queries, keys and values)
-    share a sum.
-
-    Args:
-        held_out: of each batch, which of its sequences are held out.
-        share: look for such layers.
+    """Hooks that add up what layers are given, and keep some of the sequences that are ``held_out`` of each batch. Where
+    they ``share``, layers given one tensor one after the other (queries, keys and values) have one sum.
     """
 
     def __init__(self, held_out: Sequence[Tensor], *, share: bool) -> None:
