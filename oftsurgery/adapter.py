@@ -344,9 +344,9 @@ class OFTAdapter:
     """
 
     modules: Mapping[str, Rotation]
-    saved: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
     dialect: str = "peft-0.21"
-    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
     fingerprint: str = field(init=False)
@@ -666,7 +666,7 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
             module=whole,
             remedy="save them as two adapters",
         )
-    size = math.lcm(*sizes)
+    size, listed = math.lcm(*sizes), ", ".join(map(str, sorted(sizes)))
     settings = {"r": 0, "oft_block_size": size, "block_share": shared.pop()}
     if len(sizes) == 1:
         return settings
@@ -674,7 +674,7 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
         r = config.get("r")
         if not (isinstance(r, int) and r > 0 and not config.get("oft_block_size")):
             raise AdapterError(
-                f"shared blocks of sizes {', '.join(map(str, sorted(sizes)))}, which one config of peft's cannot say",
+                f"shared blocks of sizes {listed}, which one config of peft's cannot say",
                 remedy="save modules of one size each as an adapter",
             )
         return settings | {"r": r, "oft_block_size": 0}
@@ -684,7 +684,7 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
         features = r.generator.shape[0] * r.block_size
         if features % size:
             raise AdapterError(
-                f"blocks of sizes {', '.join(map(str, sorted(sizes)))}: one config of peft's gives all modules one size, "
+                f"blocks of sizes {listed}: one config of peft's gives all modules one size, "
                 f"and their common one, {size}, does not divide the {features} features",
                 module=path,
                 remedy="save modules of one size each as an adapter",
@@ -874,8 +874,8 @@ def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tens
 
 def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
     version = config.get("peft_version")
-    release = re.match(r"(\d+)\.(\d+)", version) if version else None
-    after = bool(release) and (int(release[1]), int(release[2])) >= (0, 18)  # type: ignore[index]
+    release = re.match(r"(\d+)\.(\d+)", version or "")
+    after = release is not None and (int(release[1]), int(release[2])) >= (0, 18)
     if config.get("use_cayley_neumann") is False:
         return ["peft-0.21" if after else "peft-0.17"]  # the exact map is the same in both
     if "use_cayley_neumann" not in config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,9 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     size = TEXTS if tokenizer.pad_token is not None else 1
-    batches = []
-    for i in range(0, len(texts), size):
-        batch = tokenizer(
-            list(texts[i : i + size]), padding=size > 1, truncation=True, max_length=length, return_tensors="pt"
-        )
-        if batch["input_ids"].numel():
-            batches.append(((), dict(batch)))
+    read = partial(tokenizer, padding=size > 1, truncation=True, max_length=length, return_tensors="pt")
+    encoded = (read(list(texts[i : i + size])) for i in range(0, len(texts), size))
+    batches: list[Batch] = [((), dict(batch)) for batch in encoded if batch["input_ids"].numel()]
     special = torch.tensor(tokenizer.all_special_ids)
     if all(bool(torch.isin(kwargs["input_ids"], special).all()) for _, kwargs in batches):
         # transformers makes up a tokenizer without words where the files have none
