@@ -565,11 +565,9 @@ def parse_adapter(
     source: str | None = None,
     sha256: str | None = None,
 ) -> OFTAdapter:
-    """An adapter from its parsed ``adapter_config.json`` and tensors.
+    """An adapter from its parsed ``adapter_config.json`` and its tensors, ``{key as peft saves it: tensor}``.
 
     Args:
-        config: the parsed JSON object.
-        tensors: ``{key as peft saves it: tensor}``.
         dialect: names the dialect where the files do not tell it; refused where they contradict it.
         source: where it came from, for messages and records.
         sha256: of the file of tensors.
@@ -961,12 +959,10 @@ def _check_shared(rows: Tensor, config: Mapping[str, Any]) -> None:
 
 
 def coft_radius(config: Mapping[str, Any], rows: int, width: int = 1) -> float | None:
-    """COFT's bound of each block's Frobenius norm, ``eps / √rows``; None without COFT.
+    """COFT's bound of each block's Frobenius norm, ``eps / √rows`` for a generator of ``rows`` blocks; None without COFT.
 
-    Args:
-        config: of the adapter.
-        rows: blocks of the generator.
-        width: of peft ≤ 0.15, which bounds by ``eps · width²``: ⌈out/r⌉ for r blocks a row, in ≤ 0.13 the block size.
+    peft ≤ 0.15 has ``eps · width²`` in place of ``eps``, with a ``width`` of ⌈out/r⌉ for r blocks a row, in ≤ 0.13 of
+    the block size.
     """
     return float(config.get("eps", 6e-5)) * width**2 / rows**0.5 if config.get("coft") else None
 

@@ -178,13 +178,8 @@ def _to(batches: Sequence[Batch], device: str) -> list[Batch]:
 class Calibration:
     """The inputs of a model's layers over a calibration's batches, gathered pass by pass as they are asked for.
 
-    Args:
-        model: that is to be folded, without the adapters; what is run is a copy over the same tensors, with them live.
-        adapters: in the live order.
-        paths: of the layers whose inputs will be asked for, in about this order.
-        batches: from :func:`read_batches`.
-        progress: called after each batch.
-        pass_bytes: of the Hessians in memory at once, unless one alone takes more.
+    What is run is a copy of ``model`` over the same tensors, with ``adapters`` live in their order. The layers at ``paths``
+    will be asked for, in about this order; their Hessians take ``pass_bytes`` of memory at once, unless one alone takes more.
     """
 
     def __init__(
