@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -174,10 +174,9 @@ def _say(adapter: ExtractedAdapter) -> None:
         warn_caller("; ".join(said), ExtractionWarning)
 
 
-def _first(names: Iterable[str], limit: int = 3) -> str:
-    found = list(names)
-    more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(map(printable, found[:limit])) + more
+def _first(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

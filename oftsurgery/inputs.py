@@ -6,7 +6,7 @@ rounded by then; the order in which layers are folded does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,14 +27,12 @@ from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
 from .plan import in_names_of
+from .progress import Progress
 from .skeleton import quiet, without_code
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
-
-#: called with (batches done, batches in all, what)
-Progress = Callable[[int, int, str], None]
 
 #: one sequence in this many is held out, and so many of their tokens are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
@@ -42,10 +40,10 @@ HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
 #: tokens of a text from a file, and texts a batch
 TEXT_TOKENS, TEXTS = 512, 16
 
-_TRANSFORMERS = ("transformers", "pip install 'oftsurgery[peft]': a calibration must run the model")
-
 #: of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
+
+_TRANSFORMERS = ("transformers", "pip install 'oftsurgery[peft]': a calibration must run the model")
 
 
 def read_batches(calibration: Any) -> list[Batch]:
@@ -134,8 +132,8 @@ def of_checkpoint(
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     with needs(*_TRANSFORMERS):
         import transformers
-    cls = getattr(transformers, plan.store.architecture.name or "", None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
+    cls: Any = getattr(transformers, plan.store.architecture.name or "", None)
+    if not hasattr(cls, "from_pretrained"):
         message = "transformers does not know the model's class, and a calibration must run the model"
         remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
