@@ -26,7 +26,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 import oftsurgery
 from oftsurgery import Rotation, codecs, rotations
 from oftsurgery.codecs import WeightFormat
-from oftsurgery.extraction import BlockSizeCurve, choose_block_size
+from oftsurgery.extraction import block_size_curve, choose_block_size
 
 FORMATS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -116,7 +116,7 @@ def one(w: Tensor, form: str, target: float, b: int) -> str:
     base = codecs.encode(w, formats[form])
     merged = oftsurgery.fold_weight(base, Rotation(v * target / size, shared=False))
     try:
-        return "found" if choose_block_size([BlockSizeCurve.of(base, merged)]) == b else "wrong"
+        return "found" if choose_block_size([block_size_curve(base, merged)]) == b else "wrong"
     except oftsurgery.ExtractionError:
         return "asked"
 

@@ -148,9 +148,9 @@ class Rotation:
         """
         n, b = self.generator.shape[0], self.block_size
         out, features = shape
-        shared = n == 1 and self.shared
+        remedy = "use the base model that the adapter was trained on (its `base_model_name_or_path`)"
         if self.side == "output":
-            r = -(-out // b) if shared else n
+            r = -(-out // b) if self._one_for_all else n
             fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
             if fits and self.whole and r * b != out:
                 raise ShapeError(
@@ -161,15 +161,11 @@ class Rotation:
                 )
             rotated, width = "output features", out
         else:
-            fits = features % b == 0 and (shared or n == features // b)
+            fits = features % b == 0 and (self._one_for_all or n == features // b)
             rotated, width = "features" if self.side == "embedding" else "input features", features
         if not fits:
-            raise ShapeError(
-                f"{n} blocks of size {b} do not cover the {width} {rotated}",
-                module=module,
-                shape=shape,
-                remedy="use the base model that the adapter was trained on (its `base_model_name_or_path`)",
-            )
+            message = f"{n} blocks of size {b} do not cover the {width} {rotated}"
+            raise ShapeError(message, module=module, shape=shape, remedy=remedy)
         if self.scale is not None and self.scale.shape != (out,):
             raise ShapeError(
                 "oft_s does not fit the output features",
@@ -177,7 +173,7 @@ class Rotation:
                 tensor="oft_s",
                 shape=tuple(self.scale.shape),
                 expected=(out,),
-                remedy="use the base model that the adapter was trained on",
+                remedy=remedy,
             )
 
     def fold_into(self, weight: Tensor) -> Tensor:
@@ -236,14 +232,10 @@ class Rotation:
         return rotations.block_diagonal(q, size, shared=self._one_for_all)
 
 
-# smallest singular value of a truncated series that still points at a rotation
-_SINGULAR = 1e-6
-
-
 def _nearest(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:
     """The rotations that are nearest to ``r: (n, b, b)``, and how far away the farthest is."""
     nearest, values = rotations.nearest_rotation(r)
-    if float(values.min()) < _SINGULAR:
+    if float(values.min()) < 1e-6:  # smaller ones point nowhere
         raise AdapterError(f"{singular}: no rotation is nearest to it", remedy=remedy)
     return nearest, float(torch.linalg.matrix_norm(r - nearest, ord=2).max())
 
@@ -261,9 +253,7 @@ def _generator(r: Tensor) -> Tensor:
 
 
 def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
-    """Block size in which all of ``parts``, rotations of one module, are block-diagonal, and whether one block still
-    serves all.
-    """
+    """The block size that all rotations of one module can be written in, and whether one block still serves all."""
     if len({r.side for r in parts}) > 1:
         raise MatchError(
             f"rotations on different sides of one weight: {', '.join(r.side for r in parts)}",
@@ -316,9 +306,7 @@ def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
     size, shared = _common(members)
     # log R has the eigenvalues -2i·atan λ where Q has iλ; half of it keeps the sign of Q
     logs = [w * rotations.map_eigenvalues(r._generators(size), torch.atan) for r, w in parts]
-    half = logs[0]
-    for other in logs[1:]:  # a shared one is added to every block
-        half = half + other
+    half = sum(logs[1:], start=logs[0])  # a shared one is added to every block
     angle = 2 * float(torch.linalg.matrix_norm(half, ord=2).max())
     if angle > 2 * math.atan(rotations.MAX_NORM):
         raise AdapterError(
@@ -326,15 +314,15 @@ def _weighted(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
             remedy="use smaller weights",
         )
     generator = rotations.vector(rotations.map_eigenvalues(half, torch.tan))
-    scale = None
-    if any(r.scale is not None for r in members):
-        if any(r.scale is not None and bool((r.scale <= 0).any()) for r in members):
-            raise AdapterError(
-                "oft_s holds values that are not positive, which have no powers",
-                tensor="oft_s",
-                remedy="fold the adapter as it is",
-            )
-        scale = sum(w * r.scale.double().log() for r, w in parts if r.scale is not None).exp()  # type: ignore[union-attr]
+    scales = [(r.scale.double(), w) for r, w in parts if r.scale is not None]
+    if any(bool((scale <= 0).any()) for scale, _ in scales):
+        raise AdapterError(
+            "oft_s holds values that are not positive, which have no powers",
+            tensor="oft_s",
+            remedy="fold the adapter as it is",
+        )
+    powers = [w * scale.log() for scale, w in scales]
+    scale = sum(powers[1:], start=powers[0]).exp() if powers else None
     side = members[0].side
     return Rotation(generator, side=side, scale=scale, shared=shared, whole=side == "output")
 
@@ -356,9 +344,9 @@ class OFTAdapter:
     """
 
     modules: Mapping[str, Rotation]
-    saved: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
     dialect: str = "peft-0.21"
-    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
     fingerprint: str = field(init=False)
@@ -516,7 +504,7 @@ def _mixed(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter
     return _made(adapters, source, mean)
 
 
-# what a derived adapter keeps of its origins' configs, where they agree
+# what is kept of a config: by a derived adapter where its origins agree, and by what is saved
 _CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
@@ -545,13 +533,9 @@ def _made(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tupl
     return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
 
 
-# below this, a nearest rotation is the rounding of float64
-_RESIDUAL = 1e-12
-
-
 def _warn_converted(residuals: Mapping[str, float]) -> None:
     """One :class:`ConversionWarning` for all modules."""
-    changed = {path: r for path, r in residuals.items() if r > _RESIDUAL}
+    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # less is float64's rounding
     if changed:
         worst = max(changed, key=lambda path: changed[path])
         warn_caller(
@@ -581,11 +565,9 @@ def parse_adapter(
     source: str | None = None,
     sha256: str | None = None,
 ) -> OFTAdapter:
-    """An adapter from its parsed ``adapter_config.json`` and tensors.
+    """An adapter from its parsed ``adapter_config.json`` and its tensors, ``{key as peft saves it: tensor}``.
 
     Args:
-        config: the parsed JSON object.
-        tensors: ``{key as peft saves it: tensor}``.
         dialect: names the dialect where the files do not tell it; refused where they contradict it.
         source: where it came from, for messages and records.
         sha256: of the file of tensors.
@@ -602,31 +584,29 @@ def parse_adapter(
         )
     raw, saved = _group(tensors, source)
     name = _detect_dialect(config, raw, dialect, source)
-    modules = {path: _rotation(path, parts, config, name) for path, parts in sorted(raw.items())}
+    modules: dict[str, Rotation] = {}
+    for path, parts in sorted(raw.items()):
+        with told_of(path):
+            modules[path] = _rotation(parts, config, name)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
 
-# the release whose format spread_adapter writes; readers go by it
-_WRITTEN_AS = "0.21.2"
-
 
 def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
-    """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as peft 0.21 would save the adapter, with the
-    exact Cayley map; see :meth:`OFTAdapter.save`.
-    """
+    """The mirror of :func:`parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
     for path, r in adapter.modules.items():
         with told_of(path):
             _check_expressible(r)
             exact[path], residuals[path] = r.exact()
-    sizes = _block_settings(exact, adapter.config)
+    settings = _block_settings(exact, adapter.config)
     tensors: dict[str, Tensor] = {}
     for path, r in exact.items():
         part = "oft_embedding_R" if r.side == "embedding" else "oft_R"
-        size = sizes["oft_block_size"] if sizes["expand"] else r.block_size
+        size = settings["oft_block_size"] or r.block_size
         q = rotations.vector(r._generators(size)).to(torch.float32)
         tensors[f"{_PREFIX}{path}.{part}.weight"] = q.contiguous()
     for name, value in adapter.saved.items():
@@ -634,10 +614,9 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         inside = f"{owner}.base_layer.{local}" if owner in exact else name
         tensors[_PREFIX + inside] = value.detach().cpu().contiguous().clone()
     config = {
-        "auto_mapping": adapter.config.get("auto_mapping"),
-        "base_model_name_or_path": adapter.config.get("base_model_name_or_path"),
+        **{name: adapter.config.get(name) for name in (*_CARRIED, "modules_to_save")},
+        **settings,
         "bias": adapter.config.get("bias") or "none",
-        "block_share": bool(sizes["block_share"]),
         "coft": False,  # the clamp is in the generators
         "eps": 6e-05,
         "exclude_modules": None,
@@ -647,19 +626,14 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
         "layers_pattern": None,
         "layers_to_transform": None,
         "module_dropout": 0.0,
-        "modules_to_save": adapter.config.get("modules_to_save"),
         "num_cayley_neumann_terms": 5,
-        "oft_block_size": sizes["oft_block_size"],
         "peft_type": "OFT",
-        "peft_version": _WRITTEN_AS,
-        "r": sizes["r"],
-        "revision": adapter.config.get("revision"),
+        "peft_version": "0.21.2",  # whose format this is; readers go by it
         # one pattern that matches these paths and no other: a list would match every path that ends in one
         "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
-        "task_type": adapter.config.get("task_type"),
         "use_cayley_neumann": False,
     }
-    return config, tensors, residuals
+    return dict(sorted(config.items())), tensors, residuals
 
 
 def _check_expressible(r: Rotation) -> None:
@@ -677,8 +651,8 @@ def _check_expressible(r: Rotation) -> None:
 
 
 def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
-    """How one config describes the block sizes of all modules: ``r``, ``oft_block_size``, ``block_share``, and whether
-    blocks must be written larger than they are.
+    """How one config describes the blocks of all modules: ``r`` or ``oft_block_size``, the other being 0, and
+    ``block_share``. They are written in blocks of ``oft_block_size``, which may be larger than they are.
     """
     shared = {r._one_for_all for r in modules.values()}
     sizes = {r.block_size for r in modules.values()}
@@ -690,30 +664,30 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
             module=whole,
             remedy="save them as two adapters",
         )
-    settings = {"r": 0, "oft_block_size": max(sizes), "block_share": shared.pop(), "expand": False}
+    size, listed = math.lcm(*sizes), ", ".join(map(str, sorted(sizes)))
+    settings = {"r": 0, "oft_block_size": size, "block_share": shared.pop()}
     if len(sizes) == 1:
         return settings
     if settings["block_share"]:
         r = config.get("r")
         if not (isinstance(r, int) and r > 0 and not config.get("oft_block_size")):
             raise AdapterError(
-                f"shared blocks of sizes {', '.join(map(str, sorted(sizes)))}, which one config of peft's cannot say",
+                f"shared blocks of sizes {listed}, which one config of peft's cannot say",
                 remedy="save modules of one size each as an adapter",
             )
         return settings | {"r": r, "oft_block_size": 0}
     if len(counts) == 1:
         return settings | {"r": counts.pop(), "oft_block_size": 0}
-    size = math.lcm(*sizes)
     for path, r in modules.items():
         features = r.generator.shape[0] * r.block_size
         if features % size:
             raise AdapterError(
-                f"blocks of sizes {', '.join(map(str, sorted(sizes)))}: one config of peft's gives all modules one size, "
+                f"blocks of sizes {listed}: one config of peft's gives all modules one size, "
                 f"and their common one, {size}, does not divide the {features} features",
                 module=path,
                 remedy="save modules of one size each as an adapter",
             )
-    return settings | {"oft_block_size": size, "expand": True}
+    return settings
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
@@ -776,6 +750,7 @@ def _wrong_config(what: str) -> AdapterError:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 _PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
+_OLD_PARTS = {"oft_r", "oft_s"}  # peft ≤ 0.15
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
 )
@@ -793,7 +768,7 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 **where,
                 remedy="save the adapter with peft's save_pretrained",
             )
-        name = key[len(_PREFIX) :]
+        name = key.removeprefix(_PREFIX)
         match = _PARTS.match(name)
         if match and tensor.dtype not in FLOATS:
             raise AdapterError(
@@ -813,14 +788,13 @@ def _group(tensors: Mapping[str, Tensor], source: str | None) -> tuple[dict[str,
                 **where,
                 remedy="save OFT adapters alone, with peft's save_pretrained",
             )
-        else:
-            if ".original_module." in name:
-                continue  # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias): not used live
+        # the frozen original of a module in `modules_to_save` (with bias="all" peft saves its bias) is not used live
+        elif ".original_module." not in name:
             target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
             # with bias="all" peft saves the biases of `modules_to_save` under two keys
-            if target in saved and not _same(saved[target], tensor):
+            earlier = saved.setdefault(target, tensor)
+            if earlier is not tensor and not (earlier.dtype == tensor.dtype and torch.equal(earlier, tensor)):
                 raise MatchError("two keys name one tensor of the model", **where, remedy="remove one of the keys")
-            saved[target] = tensor
     if not raw:
         raise AdapterError(
             f"the adapter has {len(saved)} tensors, but none is a rotation (oft_R, oft_embedding_R, oft_r)",
@@ -835,10 +809,6 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
-
-
 # --- dialects ---------------------------------------------------------------------------------------------------------
 
 
@@ -847,8 +817,8 @@ def _detect_dialect(
 ) -> str:
     if named is not None and named not in DIALECTS:
         raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"one of {', '.join(DIALECTS)}")
-    old = [path for path, parts in raw.items() if "oft_r" in parts or "oft_s" in parts]
-    new = [path for path, parts in raw.items() if "oft_R.weight" in parts or "oft_embedding_R.weight" in parts]
+    old = [path for path, parts in raw.items() if parts.keys() & _OLD_PARTS]
+    new = {part for parts in raw.values() for part in parts} - _OLD_PARTS
     if old and new:
         raise DialectError(
             "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter",
@@ -858,55 +828,52 @@ def _detect_dialect(
         )
     if old:
         candidates = _old_dialects(config, raw, source)
-    elif any("oft_embedding_R.weight" in parts for parts in raw.values()):
+    elif "oft_embedding_R.weight" in new:
         candidates = ["peft-0.21"]  # embeddings came with 0.19, whatever the config has lost
     else:
         candidates = _new_dialects(config, source)
-    if named is not None:
-        if named not in candidates:
-            raise DialectError(
-                f"named {named}, but the files are of {' or '.join(candidates)}",
-                path=source,
-                remedy="leave the dialect out",
-            )
-        return named
-    if len(candidates) > 1:
+    fitting = [dialect for dialect in candidates if named in (None, dialect)]
+    if not fitting:
+        raise DialectError(
+            f"named {named}, but the files are of {' or '.join(candidates)}",
+            path=source,
+            remedy="leave the dialect out",
+        )
+    if len(fitting) > 1:
         raise DialectError(
             f"the files do not tell the dialect: {' or '.join(candidates)} (config: use_cayley_neumann={config.get('use_cayley_neumann')!r}, "
             f"peft_version={printable(config.get('peft_version'))!r})",
             path=source,
             remedy="name it: load_adapter(…, dialect=…), by the peft release that trained it",
         )
-    return candidates[0]
+    return fitting[0]
 
 
 def _old_dialects(config: Mapping[str, Any], raw: Mapping[str, Mapping[str, Tensor]], source: str | None) -> list[str]:
-    scaled = [path for path, parts in raw.items() if "oft_s" in parts]
-    if "oft_block_size" in config:
-        for path, parts in raw.items():
-            missing = {"oft_r", "oft_s"} - set(parts)
-            if missing:
-                raise AdapterError(
-                    f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",
-                    module=path,
-                    path=source,
-                    remedy="restore the whole file",
-                )
-        return ["peft-0.15"]
-    if scaled:
-        raise DialectError(
-            "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that",
-            module=scaled[0],
-            path=source,
-            remedy="restore the adapter_config.json that belongs to these tensors",
-        )
-    return ["peft-0.13"]
+    scaled = "oft_block_size" in config
+    for path, parts in raw.items():
+        missing = _OLD_PARTS - parts.keys()
+        if scaled and missing:
+            raise AdapterError(
+                f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing",
+                module=path,
+                path=source,
+                remedy="restore the whole file",
+            )
+        if not scaled and "oft_s" in parts:
+            raise DialectError(
+                "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that",
+                module=path,
+                path=source,
+                remedy="restore the adapter_config.json that belongs to these tensors",
+            )
+    return ["peft-0.15" if scaled else "peft-0.13"]
 
 
 def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
     version = config.get("peft_version")
-    release = re.match(r"(\d+)\.(\d+)", version) if version else None
-    after = bool(release) and (int(release[1]), int(release[2])) >= (0, 18)  # type: ignore[index]
+    release = re.match(r"(\d+)\.(\d+)", version or "")
+    after = release is not None and (int(release[1]), int(release[2])) >= (0, 18)
     if config.get("use_cayley_neumann") is False:
         return ["peft-0.21" if after else "peft-0.17"]  # the exact map is the same in both
     if "use_cayley_neumann" not in config:
@@ -926,23 +893,21 @@ def _new_dialects(config: Mapping[str, Any], source: str | None) -> list[str]:
 # --- rotations --------------------------------------------------------------------------------------------------------
 
 
-def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
-    if len(parts) > 1 and set(parts) != {"oft_r", "oft_s"}:
-        raise AdapterError(
-            f"one module has {' and '.join(sorted(parts))}",
-            module=path,
-            remedy="save the adapter again with peft's save_pretrained",
-        )
+def _rotation(parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
     if dialect in ("peft-0.13", "peft-0.15"):
-        return _old_rotation(path, parts, config, dialect)
+        return _old_rotation(parts, config, dialect)
+    if len(parts) > 1:
+        raise AdapterError(
+            f"one module has {' and '.join(sorted(parts))}", remedy="save the adapter again with peft's save_pretrained"
+        )
     part, v = next(iter(parts.items()))
     if v.ndim != 2 or v.shape[0] < 1:
-        raise _misshapen("a generator must be (blocks, b(b-1)/2)", path, part, v)
+        raise _misshapen("a generator must be (blocks, b(b-1)/2)", part, v)
     try:
         rotations.block_size_of(v.shape[1])
     except ShapeError as error:
-        raise _misshapen(error.message, path, part, v) from None
-    _check_shared(path, v, config)
+        raise _misshapen(error.message, part, v) from None
+    _check_shared(v, config)
     cayley = Cayley()
     if config.get("use_cayley_neumann"):
         cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=dialect == "peft-0.21")
@@ -954,20 +919,18 @@ def _rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any],
     return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
 
 
-def _misshapen(message: str, path: str, part: str, tensor: Tensor) -> ShapeError:
-    return ShapeError(message, module=path, tensor=part, shape=tuple(tensor.shape), remedy="restore the file")
+def _misshapen(message: str, part: str, tensor: Tensor) -> ShapeError:
+    return ShapeError(message, tensor=part, shape=tensor.shape, remedy="restore the file")
 
 
-def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
-    if "oft_r" not in parts:
-        raise AdapterError("oft_s without oft_r", module=path, remedy="restore the whole file")
-    a = parts["oft_r"]
+def _old_rotation(parts: Mapping[str, Tensor], config: Mapping[str, Any], dialect: str) -> Rotation:
+    a = parts["oft_r"]  # which a module of these dialects has, with oft_s in peft 0.14 and 0.15
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
-        raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", path, "oft_r", a)
-    _check_shared(path, a, config)
+        raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", "oft_r", a)
+    _check_shared(a, config)
     scale = parts.get("oft_s")
     if scale is not None and (scale.ndim != 2 or scale.shape[1] != 1):
-        raise _misshapen("oft_s must be (out, 1)", path, "oft_s", scale)
+        raise _misshapen("oft_s must be (out, 1)", "oft_s", scale)
     a = a.to(torch.float64)
     rows, b, _ = a.shape
     radius = coft_radius(config, rows, b if scale is None else -(-scale.shape[0] // rows))
@@ -975,36 +938,31 @@ def _old_rotation(path: str, parts: Mapping[str, Tensor], config: Mapping[str, A
         if scale is not None and config.get("block_share"):
             raise DialectError(
                 "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the number of blocks a row, which its files do not hold",
-                module=path,
                 remedy="run one forward in peft 0.15 and save again with `coft: false`",
             )
         a = _clamp(a, radius)
-    q = (a - a.transpose(1, 2)) / 2
     return Rotation(
-        generator=rotations.vector(q),
+        generator=rotations.vector((a - a.transpose(1, 2)) / 2),
         side="output" if dialect == "peft-0.13" else "input",
         scale=None if scale is None else scale.reshape(-1),
         shared=bool(config.get("block_share")),
     )
 
 
-def _check_shared(path: str, rows: Tensor, config: Mapping[str, Any]) -> None:
+def _check_shared(rows: Tensor, config: Mapping[str, Any]) -> None:
     if config.get("block_share") and rows.shape[0] != 1:
         raise ShapeError(
             "`block_share` is set, but the generator has more than one row",
-            module=path,
-            shape=tuple(rows.shape),
+            shape=rows.shape,
             remedy="restore the config",
         )
 
 
 def coft_radius(config: Mapping[str, Any], rows: int, width: int = 1) -> float | None:
-    """COFT's bound of each block's Frobenius norm, ``eps / √rows``; None without COFT.
+    """COFT's bound of each block's Frobenius norm, ``eps / √rows`` for a generator of ``rows`` blocks; None without COFT.
 
-    Args:
-        config: of the adapter.
-        rows: blocks of the generator.
-        width: of peft ≤ 0.15, which bounds by ``eps · width²``: ⌈out/r⌉ for r blocks a row, in ≤ 0.13 the block size.
+    peft ≤ 0.15 has ``eps · width²`` in place of ``eps``, with a ``width`` of ⌈out/r⌉ for r blocks a row, in ≤ 0.13 of
+    the block size.
     """
     return float(config.get("eps", 6e-5)) * width**2 / rows**0.5 if config.get("coft") else None
 

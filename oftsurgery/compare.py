@@ -239,6 +239,3 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from _tensors(item, f"{name}.{i}".lstrip("."))
-
-
-_batches, _eval_mode = batches_of, eval_mode  # inputs.py still asks for them by these names

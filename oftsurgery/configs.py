@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,24 +32,13 @@ __all__ = [
 
 RECORD = "oftsurgery.json"
 
-# weights in any form, what is written anew, and what belongs to a place rather than to the model
-_NOT_CARRIED = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".pkl",
-    ".py",
-    ".undo",
+_NOT_CARRIED = re.compile(
+    r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
+    rf"|config\.json|{re.escape(RECORD)}|README\.md"  # what is written anew
+    r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
+    r"|.*(?i:\.py)",  # code
+    re.DOTALL,
 )
-_WRITTEN_ANEW = ("config.json", RECORD, "README.md")
 
 #: what the record has no hash of: itself, and the card, which people edit
 NOT_HASHED = (RECORD, "README.md")
@@ -77,10 +67,8 @@ def output_config(
             new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
     for sub in _with_text(new):
         readable_rope(sub)
-        if untied and "tie_word_embeddings" in sub:
+        if untied and (sub is new or "tie_word_embeddings" in sub):
             sub["tie_word_embeddings"] = False
-    if untied:
-        new["tie_word_embeddings"] = False
     return new
 
 
@@ -94,7 +82,7 @@ def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[
 
 
 def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [config, *(c for c in (config.get("text_config"),) if isinstance(c, dict))]
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
 
 
 def readable_rope(config: dict[str, Any]) -> None:
@@ -134,19 +122,8 @@ def carried_files(folder: Path) -> tuple[str, ...]:
     """Names of the files beside the weights that go along: tokenizer, generation config, template, licence …; plain
     files of the top folder. The card is written anew.
     """
-    names = []
-    for path in sorted(folder.iterdir()):
-        hidden = path.name.startswith(".")
-        weights = path.name.lower().endswith(_NOT_CARRIED)
-        if (
-            path.is_file()
-            and not hidden
-            and not weights
-            and path.name not in _WRITTEN_ANEW
-            and not path.name.startswith("adapter_")
-        ):
-            names.append(inside(folder, path.name).name)  # a link could publish any file of the user's
-    return tuple(names)
+    names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
+    return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user's
 
 
 def record_in(folder: Path) -> FoldRecord | None:
@@ -155,8 +132,7 @@ def record_in(folder: Path) -> FoldRecord | None:
     Raises:
         CheckpointError: there is one that cannot be read.
     """
-    path = folder / RECORD
-    return record_at(inside(folder, RECORD)) if os.path.lexists(path) else None
+    return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
 
 
 def record_at(path: Path) -> FoldRecord:

@@ -16,19 +16,20 @@ of the difference is a rotation, and how large its blocks are, by predicting the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import codecs, preserve, rotations
 from .adapter import Rotation
-from .codecs import EncodedWeight, WeightFormat
+from .codecs import EncodedWeight
 from .errors import ExtractionError, NonFiniteError, ShapeError
 from .weight import FoldedWeight, fold_encoded, relative_error
 
-__all__ = ["BlockSizeCurve", "ExtractedRotation", "choose_block_size", "extract_encoded", "extract_rotation"]
+__all__ = ["ExtractedRotation", "block_size_curve", "choose_block_size", "extract_encoded", "extract_rotation"]
 
 # a held-out residual within this of the least counts as the least: the smallest such block size is taken
 _WITHIN = 1.02
@@ -75,12 +76,9 @@ class ExtractedRotation:
 
     def to_dict(self) -> dict[str, float | int | bool | str]:
         """The figures, as plain values."""
-        names = ("change", "residual", "rounding", "explained", "error", "angle_error", "bounded")
-        facts: dict[str, float | int | bool | str] = {
-            "block_size": self.rotation.block_size,
-            "side": self.rotation.side,
-        }
-        return facts | {"angle": self.rotation.angle} | {name: getattr(self, name) for name in names}
+        r = self.rotation
+        figures = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rotation"}
+        return {"block_size": r.block_size, "side": r.side, "angle": r.angle, **figures}
 
 
 def extract_rotation(
@@ -110,10 +108,10 @@ def extract_rotation(
     >>> found.rotation.generator.round(decimals=6).tolist(), found.explained > 0.999
     ([[0.1], [0.2]], True)
     """
-    pair = [w if isinstance(w, EncodedWeight) else codecs.dense(w) for w in (base, merged)]
+    before, after = (w if isinstance(w, EncodedWeight) else codecs.dense(w) for w in (base, merged))
     if block_size is None:
-        block_size = choose_block_size([BlockSizeCurve.of(pair[0], pair[1])])
-    return extract_encoded(pair[0], pair[1], block_size, embedding=embedding)
+        block_size = choose_block_size([block_size_curve(before, after)])
+    return extract_encoded(before, after, block_size, embedding=embedding)
 
 
 def extract_encoded(
@@ -129,22 +127,16 @@ def extract_encoded(
             remedy="give a divisor of all rotated layers' features, or None to detect one for each width",
         )
     with rotations.full_precision("cpu"):
-        base, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), block_size)
-        storing = _Storing(base, merged.format, _rounding_of(base, merged.cpu()))
-        return _extract(storing, w, m, block_size, embedding=embedding)
+        base, w, m = _seen_by_the_adapter(
+            base.cpu(), merged.cpu(), lambda w, m: _residual2(w, m, _fit(w, m, block_size))
+        )
+        store = partial(fold_encoded, base, into=merged.format, rounding=_rounding_of(base, merged.cpu()))
+        coarse = merged.format.quantised or merged.format.dtype not in (torch.float32, torch.float64)
+        return _extract(store, w, m, block_size, _STEPS if coarse else 0, embedding=embedding)
 
 
-@dataclass(frozen=True, eq=False)
-class _Storing:
-    """How the merged weight was stored: the base that was folded, the format and the rounding."""
-
-    base: EncodedWeight
-    into: WeightFormat
-    rounding: str
-
-    def __call__(self, rotation: Rotation) -> FoldedWeight:
-        """The base with ``rotation`` folded in so."""
-        return fold_encoded(self.base, [rotation], self.into, self.rounding)
+#: the base that was folded with rotations in it, stored as the merged weight was
+_Storing = Callable[[Sequence[Rotation]], FoldedWeight]
 
 
 def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
@@ -155,15 +147,13 @@ def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
     return "preserve" if float((own == new).to(torch.float32).mean()) > 0.5 else "nearest"
 
 
-def _extract(storing: _Storing, w: Tensor, m: Tensor, b: int, *, embedding: bool) -> ExtractedRotation:
+def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedding: bool) -> ExtractedRotation:
+    """The rotation in blocks of ``b``, refined in at most ``most`` steps."""
     norm = _norm2(m)
+    r, steps, _ = _refine(store, w, m, b, slice(None), slice(0), most)
     halves = (slice(0, None, 2), slice(1, None, 2))
-    parts = [_fit(w[rows], m[rows], b) for rows in halves]
-    r, steps, _ = _refine(storing, w, m, _fit(w, m, b), slice(None), slice(0), _STEPS)
-    stored: list[float | None] = [None, None]
-    if steps:
-        for i, rows in enumerate(halves):
-            parts[i], _, stored[i] = _refine(storing, w, m, parts[i], rows, halves[1 - i], steps)
+    refined = [_refine(store, w, m, b, rows, others, steps) for rows, others in (halves, halves[::-1])]
+    parts, stored = [part for part, _, _ in refined], [missed for _, _, missed in refined]
     q, bounded = _bounded_generator(r)
     q_halves = [_bounded_generator(part)[0] for part in parts]
     spread = _REFINED if steps else _PLAIN
@@ -176,7 +166,7 @@ def _extract(storing: _Storing, w: Tensor, m: Tensor, b: int, *, embedding: bool
     )
     change = _norm2(m - w) / norm
     residual = _residual2(w, m, rotations.cayley(q)) / norm
-    rounding = storing(rotation).error ** 2
+    rounding = store([rotation]).error ** 2
     held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
     explained = 1 - (held_out - rounding) / (change - rounding) if change > rounding else 0.0
     if stored[0] is not None and stored[1] is not None:
@@ -201,15 +191,17 @@ def _check_shapes(base: EncodedWeight, merged: EncodedWeight) -> None:
         raise ShapeError(message, shape=shape, expected=expected, remedy=remedy)
 
 
-def _seen_by_the_adapter(base: EncodedWeight, merged: EncodedWeight, b: int) -> tuple[EncodedWeight, Tensor, Tensor]:
+def _seen_by_the_adapter(
+    base: EncodedWeight, merged: EncodedWeight, distance: Callable[[Tensor, Tensor], float]
+) -> tuple[EncodedWeight, Tensor, Tensor]:
     """``(base, W, W')``. A QOFT adapter was trained on the dequantised quantised base: where the merged weight is
-    quantised and the base is plain, the base is quantised so too, if that fits better.
+    quantised and the base is plain, the base is quantised so too, if that lies nearer by ``distance``.
     """
     w, m = codecs.decode(base), codecs.decode(merged)
     if merged.format.quantised and not base.format.quantised:
         quantised = codecs.encode(w, merged.format)
         w_quantised = codecs.decode(quantised)
-        if _residual2(w_quantised, m, _fit(w_quantised, m, b)) < _residual2(w, m, _fit(w, m, b)):
+        if distance(w_quantised, m) < distance(w, m):
             return quantised, w_quantised, m
     return base, w, m
 
@@ -250,18 +242,18 @@ def _norm2(x: Tensor) -> float:
 
 
 def _refine(
-    storing: _Storing, w: Tensor, m: Tensor, r: Tensor, rows: slice, others: slice, steps: int
+    store: _Storing, w: Tensor, m: Tensor, b: int, rows: slice, others: slice, steps: int
 ) -> tuple[Tensor, int, float | None]:
-    """``r`` of the rows refined against how ``m`` was stored, in how many steps (0: it could not be), and how far it then
-    is from predicting the stored values of the other rows, squared (None: it was not refined).
+    """The fit of the rows, refined against how ``m`` was stored, in how many of at most ``steps`` steps, and how far it
+    then is from predicting the stored values of the other rows, squared (None: it was not refined).
     """
-    if not storing.into.quantised and storing.into.dtype in (torch.float32, torch.float64):
+    r = _fit(w[rows], m[rows], b)
+    if not steps:
         return r, 0, None
-    b = r.shape[-1]
     best, least, taken, held_out = r, _residual2(w[rows], m[rows], r), 0, None
     for step in range(steps + 1):
         rotation = Rotation(rotations.vector(_bounded_generator(r)[0]), shared=False)
-        difference = m - codecs.decode(storing(rotation).encoded)
+        difference = m - codecs.decode(store([rotation]).encoded)
         mismatch = _norm2(difference[rows])
         if mismatch < least:
             best, least, taken, held_out = r, mismatch, step, _norm2(difference[others])
@@ -274,21 +266,18 @@ def _refine(
 
 
 def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
-    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, and whether one had to be bounded: a rotation by nearly π in
-    some plane gets the largest generator there instead.
-    """
+    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, bounded where one is by nearly π, and whether one was."""
     near = rotations.generator_norm(r) > rotations.MAX_NORM
-    if not bool(near.any()):
-        return rotations.generator_of(r), False
     q = torch.empty_like(r)
-    if bool((~near).any()):
+    if not bool(near.all()):
         q[~near] = rotations.generator_of(r[~near])
     for i in near.nonzero().reshape(-1).tolist():
         q[i] = _bounded(r[i])
-    return q, True
+    return q, bool(near.any())
 
 
 def _bounded(r: Tensor) -> Tensor:
+    """The generator of ``r: (b, b)``, in the planes of a rotation by nearly π the largest one."""
     # R = S + K, symmetric and skew, commute: with eigenvalues cos φ and i sin φ, Q is -K/(1 + cos φ), whose modulus
     # tan(φ/2) is bounded in the planes where cos φ is nearly -1
     cosines, v = torch.linalg.eigh((r + r.mT) / 2)
@@ -310,58 +299,42 @@ def _bounded(r: Tensor) -> Tensor:
 # --- the block size ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BlockSizeCurve:
+def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, float]:
     """How well rotations of each block size predict rows that they were not fitted to.
 
-    Attributes:
-        features: of the weight.
-        held_out: ``{block size: ‖W' - W Rᵀ‖ / ‖W'‖}`` over both halves of the rows, each with the ``R`` of the other; 1 is
-            no rotation. Not all divisors need be there.
+    Measured for the divisors of the input features up to 512, from small to large, until none can be better.
+
+    Returns:
+        ``{block size: ‖W' - W Rᵀ‖ / ‖W'‖}`` over both halves of the rows, each with the ``R`` of the other, in units of
+        the least; 1 is no rotation.
     """
-
-    features: int
-    held_out: Mapping[int, float]
-
-    @classmethod
-    def of(cls, base: EncodedWeight, merged: EncodedWeight) -> BlockSizeCurve:
-        """Measure all divisors of the input features up to 512, from small to large, until none can be better."""
-        _check_shapes(base, merged)
-        features = base.format.shape[1]
-        with rotations.full_precision("cpu"):
-            w, m = codecs.decode(base.cpu()), codecs.decode(merged.cpu())
-            if merged.format.quantised and not base.format.quantised:
-                w_quantised = codecs.decode(codecs.encode(w, merged.format))
-                if _norm2(m - w_quantised) < _norm2(m - w):
-                    w = w_quantised
-            norm = _norm2(m)
-            held_out = {1: max(math.sqrt(_norm2(m - w) / norm), _FLOOR)}
-            for b in (d for d in range(2, min(features, _LARGEST) + 1) if features % d == 0):
-                squares = sum(_residual2(w[1 - i :: 2], m[1 - i :: 2], _fit(w[i::2], m[i::2], b)) for i in (0, 1))
-                held_out[b] = max(math.sqrt(squares / norm), _FLOOR)
-                best = min(held_out, key=lambda size: held_out[size])
-                if b >= 4 * best and held_out[1] > _CLEAR * held_out[best]:
-                    break
-        if not all(map(math.isfinite, held_out.values())):
-            raise NonFiniteError("a held-out residual is not finite", remedy="check both weights")
-        return cls(features, held_out)
-
-    @property
-    def relative(self) -> dict[int, float]:
-        """The residuals over the least of them."""
-        least = min(self.held_out.values())
-        return {b: h / least for b, h in self.held_out.items()}
+    _check_shapes(base, merged)
+    features = base.format.shape[1]
+    with rotations.full_precision("cpu"):
+        _, w, m = _seen_by_the_adapter(base.cpu(), merged.cpu(), lambda w, m: _norm2(m - w))
+        norm = _norm2(m)
+        held_out = {1: max(math.sqrt(_norm2(m - w) / norm), _FLOOR)}
+        for b in (d for d in range(2, min(features, _LARGEST) + 1) if features % d == 0):
+            squares = sum(_residual2(w[1 - i :: 2], m[1 - i :: 2], _fit(w[i::2], m[i::2], b)) for i in (0, 1))
+            held_out[b] = max(math.sqrt(squares / norm), _FLOOR)
+            best = min(held_out, key=lambda size: held_out[size])
+            if b >= 4 * best and held_out[1] > _CLEAR * held_out[best]:
+                break
+    if not all(map(math.isfinite, held_out.values())):
+        raise NonFiniteError("a held-out residual is not finite", remedy="check both weights")
+    least = min(held_out.values())
+    return {b: residual / least for b, residual in held_out.items()}
 
 
-def choose_block_size(curves: list[BlockSizeCurve]) -> int:
-    """The smallest block size whose held-out residual is within 2 % of the least, over all of ``curves`` (of weights of
-    one width) together.
+def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
+    """The smallest block size whose held-out residual is within 2 % of the least, over all of ``curves`` (from
+    :func:`block_size_curve`, of weights of one width) together.
 
     Raises:
         ExtractionError: no rotation predicts the other half's rows clearly better than none, or two sizes do as well.
     """
-    sizes = set.intersection(*(set(c.held_out) for c in curves))
-    pooled = {b: sum(c.relative[b] for c in curves) / len(curves) for b in sorted(sizes)}
+    sizes = set.intersection(*map(set, curves))
+    pooled = {b: sum(curve[b] for curve in curves) / len(curves) for b in sorted(sizes)}
     least = min(pooled.values())
     chosen = min(b for b, h in pooled.items() if h <= _WITHIN * least)
     if chosen == 1 or pooled[1] <= _CLEAR * least or pooled[chosen] > _NEAR * least:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -24,12 +24,12 @@ from .errors import (
     told_of,
     warn_caller,
 )
-from .extraction import BlockSizeCurve, ExtractedRotation, choose_block_size, extract_encoded, unrotated
+from .extraction import ExtractedRotation, block_size_curve, choose_block_size, extract_encoded, unrotated
 from .folder_store import FolderStore
 from .layers import Layer
-from .model import inner_model, modules_of
 from .progress import Progress
 from .shards import Checkpoint
+from .ties import inner_model, modules_of, tensors_in
 
 __all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
 
@@ -90,14 +90,8 @@ def _extract(
     base_name: str | None,
     progress: Progress | None,
 ) -> ExtractedAdapter:
-    """One adapter from pairs of weights, of which two are in memory at a time.
-
-    Args:
-        pairs: of all weights that a rotation may be on.
-        differing: names of other tensors that are not the same.
-        block_size: of all, or None to detect one for each width.
-        base_name: for the config.
-        progress: called after each weight that is compared, and again after each that is fitted.
+    """One adapter from pairs of all weights that a rotation may be on, of which two are in memory at a time; ``differing``
+    names other tensors that are not the same.
     """
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
@@ -116,13 +110,12 @@ def _extract(
             + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
             remedy="give the base and the model that an adapter was merged into",
         )
-    sizes = dict.fromkeys((f for _, f in changed.values()), block_size or 0)
-    if block_size is None:
-        sizes = _detect(turned, changed)
+    sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
         with told_of(pair.path):
-            found = extract_encoded(*pair.read(), sizes[changed[pair.path][1]], embedding=pair.embedding)
+            size = sizes[changed[pair.path][1]] if block_size is None else block_size
+            found = extract_encoded(*pair.read(), size, embedding=pair.embedding)
         if found.explained > 0 or block_size is not None:
             report[pair.path] = found
         else:
@@ -148,14 +141,15 @@ def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> di
         # the more rows, the clearer
         group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
         try:
-            found[width] = choose_block_size([BlockSizeCurve.of(*pair.read()) for pair in group])
+            found[width] = choose_block_size([block_size_curve(*pair.read()) for pair in group])
         except ExtractionError as error:
             unsure[width] = error
     others = set(found.values())
     for width, why in unsure.items():
         if len(others) != 1 or width % min(others):
             raise why
-    return {**dict.fromkeys(unsure, min(others, default=0)), **found}
+        found[width] = min(others)
+    return found
 
 
 def _say(adapter: ExtractedAdapter) -> None:
@@ -180,14 +174,15 @@ def _say(adapter: ExtractedAdapter) -> None:
         warn_caller("; ".join(said), ExtractionWarning)
 
 
-def _first(names: Iterable[str], limit: int = 3) -> str:
-    found = list(names)
-    more = f" and {len(found) - limit} more" if len(found) > limit else ""
-    return ", ".join(map(printable, found[:limit])) + more
+def _first(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one, up to the narrower's dtype."""
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are there and one, up to the narrower's dtype."""
+    if a is None or b is None:
+        return False
     a, b = a.detach().cpu(), b.detach().cpu()
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
@@ -227,22 +222,16 @@ def extract_from_models(
         pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
-    return _extract(pairs, _differing(_tensors(base), _tensors(merged), covered), block_size, name_or_path, progress)
+    return _extract(pairs, _differing(tensors_in(here), tensors_in(there), covered), block_size, name_or_path, progress)
 
 
 def _reader(base: Layer, merged: Layer) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
     return lambda: (base.read()[0], merged.read()[0])
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    inner = inner_model(model)
-    named = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
-
-
 def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered: Collection[str]) -> Iterator[str]:
     for name in dict.fromkeys((*here, *there)):
-        if name not in covered and (name not in here or name not in there or not _same(here[name], there[name])):
+        if name not in covered and not _same(here.get(name), there.get(name)):
             yield name
 
 
@@ -269,9 +258,8 @@ def extract_from_checkpoints(
             path=merged.folder,
             remedy="give two checkpoints of one model",
         )
-    own = {n: found[n] for n in names if n not in here.architecture.tied}
-    # a head that a fold untied
-    own |= {n: found[n] for n in names if n in here.architecture.tied and found[n] not in there.architecture.tied}
+    # a tied head counts where a fold untied it
+    own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
     pairs = [
         _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
         for n, other in own.items()
@@ -291,8 +279,7 @@ def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[s
     plain = [n for n in here.tensors if n not in weights and n not in tied]
     found = there.locate(plain)
     for name in plain:
-        mine, other = here.tensor(name), there.tensor(found[name]) if name in found else None
-        if mine is None or other is None or not _same(mine, other):
+        if not _same(here.tensor(name), there.tensor(found[name]) if name in found else None):
             yield name
     known = {*weights.values(), *found.values()}
     yield from (n for n in there.tensors if n not in known and n not in tied)

@@ -7,17 +7,16 @@ The disk is touched here, in :mod:`~oftsurgery.shards` (tensors), :mod:`~oftsurg
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .errors import AdapterError, CheckpointError, needs, printable
+from .errors import AdapterError, CheckpointError, OFTSurgeryError, needs, printable
 from .shards import sha256_of
 
-__all__ = ["AdapterFiles", "find_adapter", "find_checkpoint", "read_adapter"]
+__all__ = ["find_adapter", "find_checkpoint", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -25,8 +24,6 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 # peft's configs are a few kB; a larger one is not a config
 _MAX_CONFIG_BYTES = 4 << 20
-
-AdapterFiles = tuple[dict[str, Any], dict[str, Tensor], str]
 
 
 def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
@@ -37,67 +34,58 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
         AdapterError: neither a folder nor a repository with an adapter.
     """
     path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    if path.exists() and not path.is_dir():
         raise AdapterError(
             "an adapter is a folder, this is a file", path=path, remedy=f"give the folder that holds {CONFIG}"
         )
-    if not _is_hub_id(path_or_repo):
-        raise AdapterError(
-            "no such folder",
-            path=path,
-            remedy="give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'",
-        )
-    return _download(str(path_or_repo), revision, (CONFIG, TENSORS))
+    where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
+    return _find(path_or_repo, [CONFIG, TENSORS], AdapterError, where, revision)
 
 
-def find_checkpoint(path_or_repo: str | PathLike[str], *, revision: str | None = None, whole: bool = False) -> Path:
+def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
     needs, or the ``whole`` of it.
 
     Raises:
         CheckpointError: neither a folder nor a repository that can be read.
     """
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or not _is_hub_id(path_or_repo):
-        raise CheckpointError(
-            "no such folder", path=path, remedy="give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
-        )
-    try:
-        return _download(str(path_or_repo), revision, None if whole else _NEEDED)
-    except AdapterError as error:
-        raise CheckpointError(error.message, path=error.path, remedy=error.remedy) from error
+    where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
+    return _find(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
 
 
 # what a fold needs of a repository
-_NEEDED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
+_NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
 
 
-def _is_hub_id(place: str | PathLike[str]) -> bool:
-    return isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
-
-
-def _download(repo: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+def _find(
+    place: str | PathLike[str],
+    patterns: list[str] | None,
+    refusal: type[OFTSurgeryError],
+    where: str,
+    revision: str | None = None,
+) -> Path:
+    """A local folder, or the files of a Hub repository that ``patterns`` match."""
+    path = Path(place).expanduser()
+    if path.is_dir():
+        return path
+    is_hub_id = isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
+    if path.exists() or not is_hub_id:
+        raise refusal("no such folder", path=path, remedy=where)
     with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=None if patterns is None else list(patterns))
-        )
+        return Path(snapshot_download(str(place), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise AdapterError(
+        raise refusal(
             f"neither a folder nor a Hub repository that can be read ({printable(reason)})",
-            path=repo,
+            path=place,
             remedy="check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache",
         ) from error
 
 
-def read_adapter(folder: Path) -> AdapterFiles:
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
 
     Raises:

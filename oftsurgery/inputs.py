@@ -6,8 +6,10 @@ rounded by then; the order in which layers are folded does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,20 @@ from torch import Tensor, nn
 from . import live, rotations
 from .adapter import OFTAdapter
 from .calibration import InputsOf, LayerInputs
-from .checkpoint import CheckpointPlan, Part
-from .compare import _batches, _eval_mode
-from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
+from .checkpoint import CheckpointPlan
+from .compare import batches_of, eval_mode
+from .errors import CalibrationError, OFTSurgeryError, needs, printable
 from .formats import FORMATS
 from .hashing import hash_tensors
 from .layers import Layer
 from .model import inner_model, modules_of
 from .plan import in_names_of
+from .progress import Progress
 from .skeleton import quiet, without_code
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
-
-#: called with (batches done, batches in all, what)
-Progress = Callable[[int, int, str], None]
 
 #: one sequence in this many is held out, and so many of their tokens are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
@@ -43,6 +43,8 @@ TEXT_TOKENS, TEXTS = 512, 16
 #: of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
 
+_TRANSFORMERS = ("transformers", "pip install 'oftsurgery[peft]': a calibration must run the model")
+
 
 def read_batches(calibration: Any) -> list[Batch]:
     """The batches of a calibration as ``(args, kwargs)`` of the model's forward: of a tensor, a tuple of arguments or a
@@ -51,32 +53,27 @@ def read_batches(calibration: Any) -> list[Batch]:
     Raises:
         CalibrationError: there are none, or they are text.
     """
-    if isinstance(calibration, (str, bytes)):
-        raise _text()
-    batches = list(_batches(calibration))
+    batches = list(batches_of([calibration] if _is_text(calibration) else calibration))
     if not batches:
         raise CalibrationError(
             "the calibration holds no batches", remedy="give at least one, better some hundred texts"
         )
     for i, (args, kwargs) in enumerate(batches):
-        if any(isinstance(v, (str, bytes)) or _is_texts(v) for v in (*args, *kwargs.values())):
-            raise _text()
-        if not any(isinstance(v, Tensor) for v in (*args, *kwargs.values())):
+        values = (*args, *kwargs.values())
+        if any(_is_text(v) or (isinstance(v, (list, tuple)) and any(map(_is_text, v))) for v in values):
+            raise CalibrationError(
+                "the calibration is text, and a model in memory comes without its tokenizer",
+                remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
+                "range(0, len(texts), 16)]",
+            )
+        if not any(isinstance(v, Tensor) for v in values):
             remedy = "give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments"
             raise CalibrationError(f"calibration batch {i} holds no tensor", remedy=remedy)
     return batches
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and any(isinstance(v, (str, bytes)) for v in value)
-
-
-def _text() -> CalibrationError:
-    return CalibrationError(
-        "the calibration is text, and a model in memory comes without its tokenizer",
-        remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
-        "range(0, len(texts), 16)]",
-    )
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, bytes))
 
 
 def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
@@ -86,7 +83,8 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
         CalibrationError: the checkpoint has no tokenizer that transformers reads without the checkpoint's own code.
         MissingDependencyError: transformers is not installed.
     """
-    transformers = _transformers()
+    with needs(*_TRANSFORMERS):
+        import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a tokenizer is data of any kind, and its class raises what it likes
@@ -94,17 +92,12 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
         remedy = "put its files beside the weights, or load the model and fold it in memory, with tokenised batches"
         raise CalibrationError(message, path=folder, remedy=remedy) from error
     length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
-    size = TEXTS
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        size = TEXTS if tokenizer.pad_token is not None else 1
-    batches = []
-    for i in range(0, len(texts), size):
-        batch = tokenizer(
-            list(texts[i : i + size]), padding=size > 1, truncation=True, max_length=length, return_tensors="pt"
-        )
-        if batch["input_ids"].numel():
-            batches.append(((), dict(batch)))
+    size = TEXTS if tokenizer.pad_token is not None else 1
+    read = partial(tokenizer, padding=size > 1, truncation=True, max_length=length, return_tensors="pt")
+    encoded = (read(list(texts[i : i + size])) for i in range(0, len(texts), size))
+    batches: list[Batch] = [((), dict(batch)) for batch in encoded if batch["input_ids"].numel()]
     special = torch.tensor(tokenizer.all_special_ids)
     if all(bool(torch.isin(kwargs["input_ids"], special).all()) for _, kwargs in batches):
         # transformers makes up a tokenizer without words where the files have none
@@ -125,26 +118,22 @@ def of_checkpoint(
         CalibrationError: transformers does not know the class, or cannot load it.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and _calibrates(p)]
-    found: list[Calibration] = []
+    quantised = [part.rotate for part in plan.parts if part.rotate is not None and part.into.quantised]
+    wanted = [rotate.path for rotate in quantised if rotate.chain[0].side != "embedding"]
 
-    def inputs_of(path: str) -> LayerInputs | None:
-        if not found:
-            adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
-            found.append(Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress))
-        return found[0](path)
+    @cache
+    def calibration() -> Calibration:
+        adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
+        return Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress)
 
-    return inputs_of
-
-
-def _calibrates(part: Part) -> bool:
-    return part.rotate is not None and part.into.quantised and part.rotate.chain[0].side != "embedding"
+    return lambda path: calibration()(path)
 
 
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:
-    transformers = _transformers()
-    cls = getattr(transformers, plan.store.architecture.name or "", None)
-    if cls is None or not hasattr(cls, "from_pretrained"):
+    with needs(*_TRANSFORMERS):
+        import transformers
+    cls: Any = getattr(transformers, plan.store.architecture.name or "", None)
+    if not hasattr(cls, "from_pretrained"):
         message = "transformers does not know the model's class, and a calibration must run the model"
         remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
@@ -184,27 +173,11 @@ def _to(batches: Sequence[Batch], device: str) -> list[Batch]:
     return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in batches]
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingDependencyError(
-            "transformers is not installed, and a calibration must run the model",
-            remedy="pip install 'oftsurgery[peft]'",
-        ) from error
-    return transformers
-
-
 class Calibration:
     """The inputs of a model's layers over a calibration's batches, gathered pass by pass as they are asked for.
 
-    Args:
-        model: that is to be folded, without the adapters; what is run is a copy over the same tensors, with them live.
-        adapters: in the live order.
-        paths: of the layers whose inputs will be asked for, in about this order.
-        batches: from :func:`read_batches`.
-        progress: called after each batch.
-        pass_bytes: of the Hessians in memory at once, unless one alone takes more.
+    What is run is a copy of ``model`` over the same tensors, with ``adapters`` live in their order. The layers at ``paths``
+    will be asked for, in about this order; their Hessians take ``pass_bytes`` of memory at once, unless one alone takes more.
     """
 
     def __init__(
@@ -220,12 +193,13 @@ class Calibration:
         named = {f"calibration_{i}": adapter for i, adapter in enumerate(adapters)}
         self._live = inner_model(live.wrap_model(model, named))
         self._modules = modules_of(self._live)
-        self._waiting = list(paths)
         self._batches = batches
         self._progress = progress
         self._ready: dict[str, LayerInputs | None] = {}
         self._done = 0
-        self._passes = _passes({path: self._features(path) for path in paths}, pass_bytes)
+        layers: dict[str, Any] = {path: self._modules[path] for path in paths}
+        # paths whose inputs were not asked for yet, by the pass that gathers them
+        self._passes = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, pass_bytes)
         sizes = [_length(batch) for batch in batches]
         self._held_out = torch.split(_split(sum(sizes)), sizes)
         for module in self._live.modules():
@@ -233,43 +207,36 @@ class Calibration:
             if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
-    def _features(self, path: str) -> int:
-        module: Any = self._modules[path]
-        return int(module._shape[1])
-
     def __call__(self, path: str) -> LayerInputs | None:
         """The inputs of the layer at ``path``, which are forgotten with this; None where the batches never reached it.
 
         Raises:
             CalibrationError: the model does not take a batch, or computes NaN or infinity from it.
         """
+        waiting = next(paths for paths in self._passes if path in paths)
         if path not in self._ready:
-            paths = next(p for p in self._passes if path in p)
-            self._ready = self._gather([p for p in paths if p in self._waiting])
-        self._waiting.remove(path)
+            ears = self._run(waiting, share=True)
+            if ears.apart:
+                ears = self._run(waiting, share=False)
+            self._ready = {p: ears.heard(p) for p in waiting}
+        waiting.remove(path)
         return self._ready.pop(path)
 
-    def _gather(self, paths: Sequence[str]) -> dict[str, LayerInputs | None]:
-        ears = self._run(paths, share=True)
-        if ears.apart:
-            ears = self._run(paths, share=False)
-        return {path: ears.heard(path) for path in paths}
-
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _run(self, paths: Sequence[str], *, share: bool) -> _Ears:
         ears = _Ears(self._held_out, share=share)
-        hooks = [
-            self._modules[path].register_forward_pre_hook(ears.at(path, self._modules[path]), with_kwargs=True)
-            for path in paths
-        ]
-        try:
-            with _eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _eager():
-                for i, batch in enumerate(self._batches):
-                    ears.listen(i, batch)
-                    self._forward(i, batch)
-                    self._step()
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, eval_mode(self._live), _stance("force_eager"):
+            for path in paths:
+                module = self._modules[path]
+                hooks.enter_context(module.register_forward_pre_hook(ears.at(path, module), with_kwargs=True))
+            for i, batch in enumerate(self._batches):
+                ears.listen(i, batch)
+                self._forward(i, batch)
+                self._done += 1
+                if self._progress is not None:
+                    total = max(len(self._passes) * len(self._batches), self._done)
+                    self._progress(self._done, total, "calibration")
         return ears
 
     def _forward(self, number: int, batch: Batch) -> None:
@@ -284,22 +251,9 @@ class Calibration:
                 remedy="give batches as its forward takes them, on its device",
             ) from error
 
-    def _step(self) -> None:
-        self._done += 1
-        total = max(len(self._passes) * len(self._batches), self._done)
-        if self._progress is not None:
-            self._progress(self._done, total, "calibration")
 
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """What is compiled runs as it is written: hooks are heard, and nothing is compiled anew for them."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    if stance is None:
-        yield
-        return
-    with stance("force_eager"):
-        yield
+# what is compiled runs as it is written: hooks are heard, and nothing is compiled anew for them
+_stance: Any = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
 
 
 def fingerprint(batches: Sequence[Batch]) -> str:
@@ -345,45 +299,34 @@ def _split(count: int) -> Tensor:
     return held_out
 
 
+@dataclass(eq=False)
 class _Sum:
     """The inputs of one layer, or of several that are given the same."""
 
-    def __init__(self) -> None:
-        self.hessian: Tensor | None = None
-        self.tokens = 0
-        self.held_out: list[Tensor] = []
+    hessian: Tensor
+    tokens: int = 0
+    held_out: list[Tensor] = field(default_factory=list)
 
     def add(self, kept: Tensor, held_out: Tensor) -> None:
         """Rows of inputs, ``(n, in)`` both."""
-        if self.hessian is None:
-            self.hessian = torch.zeros((kept.shape[1],) * 2, dtype=torch.float32, device=kept.device)
         kept = kept.to(torch.float32)
         with rotations.full_precision(kept.device.type):
             self.hessian.addmm_(kept.t(), kept)
         self.tokens += kept.shape[0]
         self.held_out.append(held_out.to(torch.float32, copy=True))
 
-    def result(self) -> LayerInputs | None:
-        if self.hessian is None:
-            return None
-        return LayerInputs(self.hessian, self.tokens, torch.cat(self.held_out)[:HELD_OUT_TOKENS])
-
 
 class _Ears:
-    """Hooks that add up what layers are given. Layers given one tensor one after the other (queries, keys and values)
-    share a sum.
-
-    Args:
-        held_out: of each batch, which of its sequences are held out.
-        share: look for such layers.
+    """Hooks that add up what layers are given, and keep some of the sequences that are ``held_out`` of each batch. Where
+    they ``share``, layers given one tensor one after the other (queries, keys and values) have one sum.
     """
 
     def __init__(self, held_out: Sequence[Tensor], *, share: bool) -> None:
         self._held_out = held_out
         self._share = share
-        self._by_sequence = any(bool(which.any()) for which in held_out)
-        parts = sum(bool(which.any()) for which in held_out) if self._by_sequence else len(held_out)
-        self._room = max(1, HELD_OUT_TOKENS // parts)  # of each batch
+        divided = sum(bool(which.any()) for which in held_out)
+        self._by_sequence = divided > 0
+        self._room = max(1, HELD_OUT_TOKENS // (divided or len(held_out)))  # of each batch
         self._sums: dict[str, _Sum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
@@ -409,7 +352,7 @@ class _Ears:
             self.apart |= self._leader.setdefault(path, leader) != leader
             if leader == path:
                 self._last = (path, x, version)
-                self._add(self._sums.setdefault(path, _Sum()), module._features_last(x.detach()))
+                self._add(path, module._features_last(x.detach()))
 
         return hook
 
@@ -420,17 +363,17 @@ class _Ears:
             CalibrationError: NaN or infinity among it.
         """
         found = self._sums.get(self._leader.get(path, path))
-        inputs = None if found is None else found.result()
-        if inputs is not None and not bool(
-            torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()
-        ):
+        if found is None:
+            return None
+        inputs = LayerInputs(found.hessian, found.tokens, torch.cat(found.held_out)[:HELD_OUT_TOKENS])
+        if not bool(torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()):
             message = "on the calibration the live model gives this layer NaN, infinity or what overflows"
             remedy = "check the batches (a row that is all padding?) and the model's dtype"
             raise CalibrationError(message, module=path, remedy=remedy)
         return inputs
 
-    def _add(self, into: _Sum, x: Tensor) -> None:
-        """``x: (…, in)``; padding is left out where the batch's mask names it."""
+    def _add(self, path: str, x: Tensor) -> None:
+        """``x: (…, in)`` to the sum of ``path``; padding is left out where the batch's mask names it."""
         rows = x.reshape(-1, x.shape[-1])
         count, sequences = rows.shape[0], len(self._which)
         whole = x.shape[0] in (sequences, count) and count % max(sequences, 1) == 0  # sequences one after the other
@@ -441,7 +384,9 @@ class _Ears:
         if self._mask is not None and whole and self._mask.numel() == count:
             mask = self._mask.to(x.device)
             rows, held_out = rows[mask], held_out[mask]
-        into.add(rows[~held_out], _evenly(rows[held_out], self._room))
+        if path not in self._sums:
+            self._sums[path] = _Sum(rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float32))
+        self._sums[path].add(rows[~held_out], _evenly(rows[held_out], self._room))
 
 
 def _evenly(rows: Tensor, count: int) -> Tensor:

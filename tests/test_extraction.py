@@ -32,7 +32,7 @@ from oftsurgery import (
     extract_rotation,
 )
 from oftsurgery.codecs import WeightFormat
-from oftsurgery.extraction import BlockSizeCurve, choose_block_size
+from oftsurgery.extraction import block_size_curve, choose_block_size
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import demo
@@ -558,7 +558,7 @@ def grid(
                 true = Rotation(generator(n, b, norm, b), shared=False)
                 merged = oftsurgery.fold_weight(base, true)
                 try:
-                    yield form, norm, b, choose_block_size([BlockSizeCurve.of(base, merged)])
+                    yield form, norm, b, choose_block_size([block_size_curve(base, merged)])
                 except ExtractionError:
                     yield form, norm, b, None
 
