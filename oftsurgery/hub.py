@@ -140,9 +140,7 @@ def plan_push(
     """What :func:`push_to_hub` would send where; same errors as far as the folder goes."""
     path = Path(folder).expanduser()
     record, files, changed = _manifest(path)
-    sent = {*files}
     pictures = _pictures(record) if CARD in files else {}
-    files |= {name: len(data) for name, data in pictures.items()}
     return PushReport(
         folder=str(path),
         repo_id=_target(repo_id, record, path, token),
@@ -150,9 +148,9 @@ def plan_push(
         revision=revision,
         private=private,
         create_pr=create_pr,
-        files=MappingProxyType(files),
+        files=MappingProxyType(files | {name: len(data) for name, data in pictures.items()}),
         changed=changed,
-        left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in sent)),
+        left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in files)),
         pictures=MappingProxyType(pictures),
     )
 
@@ -238,7 +236,7 @@ def login(token: str | None = None) -> str:
         HubError: there is none, or the Hub does not accept it.
     """
     token = _token(token)
-    with _talking("asking who the token belongs to", token, ""):
+    with _talking("asking who the token belongs to", token):
         return str(_api(token).whoami()["name"])
 
 
@@ -264,9 +262,8 @@ class _Sending:
 
     def left(self) -> str:
         """What an error says about the state of things."""
-        files, done = self.report.files, self.uploaded
-        large = {n for n, size in files.items() if size >= _LARGE}
-        told = f"{len(done)} of {len(large)} large files are uploaded" if large else "nothing is uploaded"
+        large = sum(size >= _LARGE for size in self.report.files.values())
+        told = f"{len(self.uploaded)} of {large} large files are uploaded" if large else "nothing is uploaded"
         return f"{told}, and the repository shows nothing of this push"
 
     def run(self, message: str) -> PushReport:
@@ -308,6 +305,7 @@ class _Sending:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         report, folder = self.report, Path(self.report.folder)
+        contents: dict[str, bytes] = dict(report.pictures)
         with tempfile.TemporaryDirectory() as place:
             there = {s.rfilename for s in head.siblings or ()}
 
@@ -318,24 +316,18 @@ class _Sending:
                 return Path(self.api.hf_hub_download(report.repo_id, name, revision=head.sha, local_dir=place))
 
             stale = _stale(there, fetched(configs.RECORD), report)
-            readme = _card(folder, fetched(CARD), report) if CARD in report.files else None
-        additions = []
-        for name in report.files:
-            content: bytes | str | None = report.pictures.get(name)
-            if content is None:
-                content = readme.encode() if name == CARD and readme is not None else str(inside(folder, name))
-            additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
+            if CARD in report.files:
+                contents[CARD] = _card(folder, fetched(CARD), report).encode()
+        additions = [CommitOperationAdd(name, contents.get(name) or str(inside(folder, name))) for name in report.files]
         for addition in additions:
-            name = addition.path_in_repo
-            if report.files[name] < _LARGE:
-                continue
-            self.api.preupload_lfs_files(
-                report.repo_id, [addition], revision=report.revision, create_pr=report.create_pr, free_memory=False
-            )
-            self._step(name)
+            if report.files[addition.path_in_repo] >= _LARGE:
+                self.api.preupload_lfs_files(
+                    report.repo_id, [addition], revision=report.revision, create_pr=report.create_pr, free_memory=False
+                )
+                self._step(addition.path_in_repo)
         commit = self.api.create_commit(
             report.repo_id,
-            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale))],
+            [*additions, *map(CommitOperationDelete, sorted(stale))],
             commit_message=message,
             revision=report.revision,
             create_pr=report.create_pr,
@@ -413,17 +405,13 @@ def _api(token: str) -> Any:
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 _AGAIN = "push again, with `oftsurgery push` or push_to_hub: what is uploaded is not sent again"
+_MAY_WRITE = "use a token that may write to this repository (create one, for a new one)"
+_NAMES = "check the names, and what the token may see"
 _REASONS: Mapping[int, tuple[str, str]] = MappingProxyType(
     {
         401: ("the Hub does not accept the token", _LOGIN),
-        403: (
-            "the token does not allow this",
-            "use a token that may write to this repository (create one, for a new one)",
-        ),
-        404: (
-            "the Hub has no such repository, revision or file, or hides it from this token",
-            "check the names, and what the token may see",
-        ),
+        403: ("the token does not allow this", _MAY_WRITE),
+        404: ("the Hub has no such repository, revision or file, or hides it from this token", _NAMES),
         409: ("the repository is being changed by another request", f"wait for that; {_AGAIN}"),
         412: ("the branch was committed to again and again meanwhile", _AGAIN),
         429: ("the Hub was asked too often", _AGAIN),
@@ -432,7 +420,7 @@ _REASONS: Mapping[int, tuple[str, str]] = MappingProxyType(
 
 
 @contextmanager
-def _talking(doing: str, token: str, left: Callable[[], str] | str) -> Iterator[None]:
+def _talking(doing: str, token: str, left: Callable[[], str] = str) -> Iterator[None]:
     """The client's errors as :class:`HubError`, with what to do, and without the token or signed addresses."""
     from huggingface_hub import errors
 
@@ -442,8 +430,7 @@ def _talking(doing: str, token: str, left: Callable[[], str] | str) -> Iterator[
         raise
     except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
         reason, remedy = _explained(error)
-        state = left if isinstance(left, str) else left()
-        text = f"{doing}: {reason}" + (f"; {state}" if state else "")
+        text = "; ".join(filter(None, (f"{doing}: {reason}", left())))
         # `from None`: a traceback would print the client's own message, and what the server put in it
         raise HubError(without_tokens(text, token), remedy=remedy) from None
 
@@ -462,10 +449,10 @@ def _explained(error: BaseException) -> tuple[str, str]:
         return f"{name}: {_short(chain[-1])}", f"check the network; {_AGAIN}"
     response: Any = answered.response  # type: ignore[attr-defined]
     status = response.status_code
-    reason, remedy = _REASONS.get(
-        status,
-        ("the Hub failed", f"try again later; {_AGAIN}") if status >= 500 else ("the Hub refused", "see what it says"),
+    other = (
+        ("the Hub failed", f"try again later; {_AGAIN}") if status >= 500 else ("the Hub refused", "see what it says")
     )
+    reason, remedy = _REASONS.get(status, other)
     said = getattr(answered, "server_message", None) or response.headers.get("X-Error-Message") or ""
     reason += f" (HTTP {status}{': ' + _short(said) if said else ''})"
     wait = response.headers.get("Retry-After")

@@ -34,8 +34,6 @@ _STAGES = 7
 #: dtypes of a graph, and the largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
 
-_NAN_REMEDY = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
-
 _TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -130,7 +128,7 @@ def export_model(
     progress: Progress | None,
 ) -> OnnxReport:
     """:func:`oftsurgery.export_onnx`."""
-    dtype_ = _checked_dtype(dtype)
+    dtype = _checked_dtype(dtype)
     model = inner_model(model)
     if peft_live.has_live_layers(model) or live.live_layers(model):
         raise StateError(
@@ -151,7 +149,7 @@ def export_model(
         step("read the model")
         task = task_of(model, example_inputs, with_past=with_past)
         reference = onnx_graph.reference(model)
-        prepared = onnx_graph.prepare(model, dtype_, quantized=quantized)
+        prepared = onnx_graph.Prepared(model, NAMED[dtype], quantized=quantized)
         if quantized and not prepared.kept and not prepared.dequantised:
             raise StateError(
                 "no layer of the model is quantised: there are no codes to keep",
@@ -160,7 +158,7 @@ def export_model(
         needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
         with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
             outputs = _outputs(task, reference)
-            inputs = task.inputs(dtype_)
+            inputs = task.inputs(NAMED[dtype])
             graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
             step("write the graph")
             with staging.writing(GRAPH) as path:
@@ -168,6 +166,8 @@ def export_model(
             for written in staging.folder.glob(f"{GRAPH}*"):
                 with written.open("rb+") as file:
                     to_disk(file)
+            checks = _prove(task, reference, path, dtype, step) if verify else ()
+            genai = _genai_config(model, task) if isinstance(task, CacheTask) else None
             report = OnnxReport(
                 dtype=dtype,
                 opset=onnx_graph.OPSET,
@@ -176,19 +176,15 @@ def export_model(
                 nbytes=nbytes,
                 quantized=prepared.kept,
                 dequantized=prepared.dequantised,
-                repacked=prepared.repacked,
+                repacked=tuple(prepared.repacked),
                 tolerance=_TOLERANCE[dtype],
-                checks=(),
+                checks=checks,
                 verified=verify,
                 versions={n: metadata.version(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime")},
+                generation=genai is not None,
             )
-            if verify:
-                step("check the graph")
-                checks = _prove(task, reference, path, step)
-                report = replace(report, checks=checks)
-                _within_tolerance(report)
             with disk_errors(staging.folder):
-                report = _write_rest(staging, model, dtype_, task, tokenizer, record or record_of(model), report)
+                _write_rest(staging, model, genai, tokenizer, record or record_of(model), report)
             staging.publish()
     if progress is not None:
         progress(_STAGES, _STAGES, "done")
@@ -205,8 +201,7 @@ def load_model(folder: Path) -> nn.Module:
     with needs("transformers", "pip install 'oftsurgery[peft]'"):
         import transformers
         from transformers.utils import logging
-    config = read_json(inside(folder, "config.json"))
-    names = config.get("architectures") or ["AutoModel"]
+    names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
         raise CheckpointError(
@@ -214,33 +209,19 @@ def load_model(folder: Path) -> nn.Module:
             path=folder,
             remedy="load the model yourself and give it to oftsurgery.export_onnx",
         )
-    with (
-        quiet(),
-        without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar),
-    ):
-        try:
-            model, found = cls.from_pretrained(
-                folder,
-                dtype="auto",
-                output_loading_info=True,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"transformers cannot load the checkpoint: {printable(error, 400)}",
-                path=folder,
-                remedy="oftsurgery doctor says what is wrong with it",
-            ) from error
-    missing = sorted(found["missing_keys"]) + sorted(str(k) for k in found.get("mismatched_keys", ()))
+    bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
+    settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    remedy = "oftsurgery doctor says what is wrong with it"
+    try:
+        with quiet(), without_bars(*bars):
+            model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        message = f"transformers cannot load the checkpoint: {printable(error, 400)}"
+        raise CheckpointError(message, path=folder, remedy=remedy) from error
+    missing = [*sorted(found["missing_keys"]), *sorted(str(k) for k in found.get("mismatched_keys", ()))]
     if missing:
-        raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the model's tensors, or has them in another shape",
-            tensor=missing[0],
-            path=folder,
-            remedy="oftsurgery doctor says what is wrong with it",
-        )
+        message = f"the checkpoint lacks {len(missing)} of the model's tensors, or has them in another shape"
+        raise CheckpointError(message, tensor=missing[0], path=folder, remedy=remedy)
     return model  # type: ignore[no-any-return]
 
 
@@ -270,7 +251,7 @@ def _check_tokenizer(tokenizer: object) -> None:
         )
 
 
-def _checked_dtype(dtype: str) -> torch.dtype:
+def _checked_dtype(dtype: str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name in ("bfloat16", "bf16"):
         raise StateError(
@@ -280,15 +261,23 @@ def _checked_dtype(dtype: str) -> torch.dtype:
         )
     if name not in _TOLERANCE:
         raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
-    return NAMED[name]
+    return name
 
 
 # --- proof ------------------------------------------------------------------------------------------------------------
 
 
-def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], None]) -> tuple[OnnxCheck, ...]:
+def _prove(
+    task: Task, reference: nn.Module, path: Path, dtype: str, step: Callable[[str], None]
+) -> tuple[OnnxCheck, ...]:
+    """Comparisons that kept the tolerance.
+
+    Raises:
+        ExportError: the graph is not valid, or computes something else.
+    """
     import onnx
 
+    step("check the graph")
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
@@ -311,7 +300,20 @@ def _prove(task: Task, reference: nn.Module, path: Path, step: Callable[[str], N
         ]
     # of all comparisons: the one number that a regression gives for one text may be anything, zero too
     scale = {n: max(values[n][1] for _, values in found) or 1.0 for n in found[0][1]}
-    return tuple(OnnxCheck(label, {n: d / scale[n] for n, (d, _) in values.items()}) for label, values in found)
+    checks = [OnnxCheck(label, {n: d / scale[n] for n, (d, _) in values.items()}) for label, values in found]
+    bad = [(e, n, check.inputs) for check in checks for n, e in check.errors.items() if not e <= _TOLERANCE[dtype]]
+    if bad:
+        largest, name, inputs = max(bad, key=lambda b: b[0])
+        raise ExportError(
+            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, allowed are "
+            f"{_TOLERANCE[dtype]:.0e}, at {inputs} (and in {len({i for _, _, i in bad}) - 1} more of {len(checks)} comparisons)",
+            tensor=name,
+            format=dtype,
+            remedy="dtype='float32' (--dtype float32)"
+            if dtype == "float16"
+            else "report it, with the model's config; verify=False (--no-verify) writes it all the same",
+        )
+    return tuple(checks)
 
 
 def _difference(name: str, got: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -321,7 +323,8 @@ def _difference(name: str, got: Tensor, expected: Tensor) -> tuple[float, float]
     if not expected.numel():
         return 0.0, 0.0
     if bool(torch.isnan(expected).any()):
-        raise ExportError("torch's own output is not a number", tensor=name, remedy=_NAN_REMEDY)
+        remedy = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
+        raise ExportError("torch's own output is not a number", tensor=name, remedy=remedy)
     got, expected = got.double(), expected.double()
     same = got == expected  # infinities too, with which models mask their outputs
     difference = float(torch.where(same, 0, got - expected).abs().max())
@@ -330,34 +333,17 @@ def _difference(name: str, got: Tensor, expected: Tensor) -> tuple[float, float]
     return difference if difference == difference else float("inf"), largest  # NaN is not itself
 
 
-def _within_tolerance(report: OnnxReport) -> None:
-    bad = [(check, n, e) for check in report.checks for n, e in check.errors.items() if not e <= report.tolerance]
-    if not bad:
-        return
-    check, name, error = max(bad, key=lambda b: b[2])
-    raise ExportError(
-        f"onnxruntime does not compute what torch computes: the largest difference is {error:.1e} of the largest value, allowed are "
-        f"{report.tolerance:.0e}, at {check.inputs} (and in {len({c.inputs for c, _, _ in bad}) - 1} more of {len(report.checks)} comparisons)",
-        tensor=name,
-        format=report.dtype,
-        remedy="dtype='float32' (--dtype float32)"
-        if report.dtype == "float16"
-        else "report it, with the model's config; verify=False (--no-verify) writes it all the same",
-    )
-
-
 # --- the files beside the graph ---------------------------------------------------------------------------------------
 
 
 def _write_rest(
     staging: Staging,
     model: Any,
-    dtype: torch.dtype,
-    task: Task,
+    genai: dict[str, Any] | None,
     tokenizer: Any,
     record: FoldRecord | None,
     report: OnnxReport,
-) -> OnnxReport:
+) -> None:
     carried = []
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(staging.folder)
@@ -365,16 +351,12 @@ def _write_rest(
         folder = Path(tokenizer) if tokenizer is not None else _home_of(model)
         if folder is not None:
             carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
-    jsons = export.config_files(model, dtype)
-    if isinstance(task, CacheTask):
-        genai = _genai_config(model, task)
-        if genai is not None:
-            jsons["genai_config.json"] = genai
-            report = replace(report, generation=True)
+    jsons = export.config_files(model, NAMED[report.dtype])
+    if genai is not None:
+        jsons["genai_config.json"] = genai
     record = FoldRecord((), {}) if record is None else configs.public_record(record)
     record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
     write_rest(staging, (), record, source=_home_of(model), jsons=jsons, carried=carried, exact=False)
-    return report
 
 
 def _home_of(model: Any) -> Path | None:
@@ -415,7 +397,6 @@ def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
     bos, eos, pad = (tokens(f"{name}_token_id") for name in ("bos", "eos", "pad"))
     length = int(getattr(config, "max_position_embeddings", None) or 0)
     length = length if length > 0 else 4096
-    inputs = {n: n for n in task.names}
     return {
         "model": {
             "type": "decoder",
@@ -433,7 +414,7 @@ def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
                 "num_hidden_layers": len(task.layers),
                 "num_key_value_heads": heads,
                 "inputs": {
-                    **inputs,
+                    **{name: name for name in task.names},
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },

@@ -14,13 +14,14 @@ import importlib
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,10 +31,9 @@ from .dtypes import name_of
 from .errors import ExportError, NonFiniteError, OFTSurgeryError, StateError, causes, needs, printable
 from .formats.base import OPSET
 from .layers import Layer, offloaded
-from .model import inner_model
 from .sharing import share_model
 
-__all__ = ["OPSET", "Prepared", "capture", "external", "prepare", "reference", "require_onnx", "size_of", "write"]
+__all__ = ["OPSET", "Prepared", "capture", "external", "reference", "require_onnx", "write"]
 
 Read = Callable[[], Tensor]
 
@@ -58,27 +58,8 @@ def require_onnx() -> None:
 # --- the model over placeholders --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A structure to capture, and the values that go with it.
-
-    Attributes:
-        structure: a copy of the model whose parameters have no storage.
-        values: ``{tensor name in the structure: function that gives its value}``.
-        kept: ``{path: format}`` of the layers whose 4- or 8-bit codes the graph holds.
-        dequantised: ``{path: reason}`` of the quantised layers whose codes the graph does not hold.
-        repacked: paths of 4-bit layers that a CPU forward had repacked: their absmax is rounded to bfloat16 for good.
-    """
-
-    structure: nn.Module
-    values: Mapping[str, Read]
-    kept: Mapping[str, str]
-    dequantised: Mapping[str, str]
-    repacked: tuple[str, ...]
-
-
-def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) -> Prepared:
-    """The structure of ``model`` in ``dtype``, without the weights.
+    """A structure to capture in ``dtype``, and the values that go with it.
 
     Args:
         model: as it is; it stays so.
@@ -86,114 +67,99 @@ def prepare(model: nn.Module, dtype: torch.dtype, *, quantized: bool = False) ->
         quantized: keep the codes of 4-bit layers (as ``com.microsoft::MatMulBnb4``) and int8 ones (as
             ``DequantizeLinear``); otherwise everything is dequantised.
 
+    Attributes:
+        structure: a copy of the model whose parameters have no storage.
+        values: ``{tensor name in the structure: function that gives its value}``.
+        kept: ``{path: format}`` of the layers whose 4- or 8-bit codes the graph holds.
+        dequantised: ``{path: reason}`` of the quantised layers whose codes the graph does not hold.
+        repacked: paths of 4-bit layers that a CPU forward had repacked: their absmax is rounded to bfloat16 for good.
+
     Raises:
         StateError: weights that are not loaded, or in a state in which they cannot be read.
         FormatError: stored in a way that is not known.
     """
-    copy: Any = _bare_copy(model)
-    _run_all_experts(copy)
-    builder = _Builder(dtype, quantized, _dtypes(model, dtype))
-    copy = _rebuilt(model, copy, builder.placeholder, dtype)
-    values = {
-        name: builder.reads[id(p)]
-        for name, p in (*copy.named_parameters(remove_duplicate=False), *copy.named_buffers(remove_duplicate=False))
-        if id(p) in builder.reads
-    }
-    return Prepared(copy, values, builder.kept, builder.dequantised, tuple(builder.repacked))
 
-
-class _Builder:
-    """Puts placeholders in place of weights, and notes what each stands for."""
-
-    def __init__(self, dtype: torch.dtype, quantized: bool, dtype_of: Callable[[str], torch.dtype]) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, quantized: bool) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        self.dtype = dtype
-        self.quantized = quantized
-        self.dtype_of = dtype_of
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps them alive
-        self.tied: dict[int, nn.Parameter] = {}  # by the original's
         self.kept: dict[str, str] = {}
         self.dequantised: dict[str, str] = {}
         self.repacked: list[str] = []
+        self._dtype = dtype
+        self._quantized = quantized
+        self._dtype_of = _dtypes(model, dtype)
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps them alive
+        self._tied: dict[int, nn.Parameter] = {}  # by the original's
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, read: Read) -> Tensor:
-        with self.fake:
-            placeholder = torch.empty(tuple(shape), dtype=dtype)
-        self.reads[id(placeholder)] = read
-        return placeholder
+        self.structure = _rebuilt(model, self._placeholder, dtype)
+        _run_all_experts(self.structure)
+        tensors = (
+            *self.structure.named_parameters(remove_duplicate=False),
+            *self.structure.named_buffers(remove_duplicate=False),
+        )
+        self.values = {name: self._reads[id(t)] for name, t in tensors if id(t) in self._reads}
 
-    def parameter(self, original: Tensor, name: str, shape: Sequence[int], read: Read) -> nn.Parameter:
-        """One placeholder for each tensor of the model, so that what is tied stays so."""
-        if id(original) not in self.tied:
-            dtype = self.dtype_of(name)
-            with self.fake:
-                new = nn.Parameter(torch.empty(tuple(shape), dtype=dtype), requires_grad=False)
-            self.reads[id(new)] = lambda: _narrowed(read(), dtype, name)
-            self.tied[id(original)] = new
-        return self.tied[id(original)]
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        with self._fake:
+            return torch.empty(tuple(shape), dtype=dtype)
 
-    def placeholder(self, layer: Layer, module: nn.Module) -> nn.Module:
-        return self.replacement(layer) if layer.bitsandbytes else self.emptied(layer, module)
-
-    def emptied(self, layer: Layer, module: nn.Module) -> nn.Module:
-        """``module`` with placeholders for its own parameters; buffers are small, and stay."""
-        for local, original in layer.module._parameters.items():
-            if original is None:
-                continue
+    def _placeholder(self, layer: Layer, module: nn.Module) -> nn.Module:
+        """What stands for a layer in the graph: placeholders for its parameters; buffers are small, and stay."""
+        new: Any = self._quantised(layer) if layer.bitsandbytes else None
+        new = _dense(layer, module) if new is None else new
+        for local, original in _parameters(layer):
+            if local not in new._parameters:
+                continue  # codes are buffers
             name = f"{layer.path}.{local}".lstrip(".")
-            if nn.parameter.is_lazy(original):
-                message, remedy = "the module is lazy and has no weight yet", "run one forward first"
-                raise StateError(message, module=layer.path, remedy=remedy)
-            if original.is_floating_point():
-                read = functools.partial(_value, layer.module, local)
-                _set(module, local, self.parameter(original, name, original.shape, read))
+            if layer.bitsandbytes or original.is_floating_point():
+                shape = original.shape if local != "weight" else new.weight.shape
+                _set(new, local, self._parameter(original, name, shape, functools.partial(_value, layer, local)))
             else:
-                _set(module, local, nn.Parameter(_value(layer.module, local).cpu(), requires_grad=False))
-        for local, buffer in module._buffers.items():
-            if buffer is None:
+                _set(new, local, nn.Parameter(_value(layer, local), requires_grad=False))
+        for local, buffer in layer.module._buffers.items():
+            if buffer is None or local not in new._buffers:
                 continue
             name = f"{layer.path}.{local}".lstrip(".")
-            value = _value(layer.module, local).cpu()
+            value = _value(layer, local)
             # transformers computes its own (rotary frequencies) in float32, whatever the dtype of the weights
-            computed = local in module._non_persistent_buffers_set and hasattr(module, "config")
-            if value.is_floating_point() and not computed and self.dtype_of(name) == self.dtype:
-                value = _narrowed(value, self.dtype, name)
-            module._buffers[local] = value
-        return module
+            computed = local in new._non_persistent_buffers_set and hasattr(new, "config")
+            if value.is_floating_point() and not computed and self._dtype_of(name) == self._dtype:
+                value = _narrowed(value, self._dtype, name)
+            new._buffers[local] = value
+        return new  # type: ignore[no-any-return]
 
-    def replacement(self, layer: Layer) -> nn.Module:
-        """What stands for a bitsandbytes layer in the graph."""
+    def _parameter(self, original: Tensor, name: str, shape: Sequence[int], read: Read) -> nn.Parameter:
+        """One placeholder for each tensor of the model, so that what is tied stays so."""
+        if id(original) not in self._tied:
+            dtype = self._dtype_of(name)
+            new = nn.Parameter(self._empty(shape, dtype), requires_grad=False)
+            self._reads[id(new)] = lambda: _narrowed(read(), dtype, name)
+            self._tied[id(original)] = new
+        return self._tied[id(original)]
+
+    def _quantised(self, layer: Layer) -> _QuantizedLinear | None:
+        """A bitsandbytes layer with placeholders for its codes, or None where the graph does not hold them."""
         encoded, home = layer.read()
+        f = encoded.format
         if layer.repacked:
             self.repacked.append(layer.path)
-        weight = layer.module._parameters["weight"]
-        assert weight is not None  # noqa: S101 - it is quantised
-        keep = self.quantized and encoded.format.quantised
-        reason = _obstacle(layer, encoded.format, tied=id(weight) in self.tied) if keep else None
-        bias = layer.module._parameters.get("bias")
-        new: Any
-        if keep and reason is None:
-            f = encoded.format
-            self.kept[layer.path] = home.label
-            new = _QuantizedLinear(f, self.dtype_of(f"{layer.path}.weight"))
-            # 4-bit: codes (out·in/2,) uint8 as bitsandbytes packs them and the absmax, double quantisation undone; int8:
-            # codes (out, in) and SCB/127
-            for local, part in (("qweight", f.kind.codes), (f.kind.graph_scales, f.kind.steps)):
-                like, read = part(encoded), functools.partial(_read, layer, part)
-                new.register_buffer(local, self.empty(like.shape, like.dtype, read))
-        else:
-            if reason is not None:
-                self.dequantised[layer.path] = reason
-            rows, columns = encoded.format.shape
-            new = _plain(layer)
-            read = functools.partial(_read, layer, codecs.decode)
-            new.weight = self.parameter(weight, f"{layer.path}.weight", (rows, columns), read)
-        if bias is not None:
-            read = functools.partial(_value, layer.module, "bias")
-            new.bias = self.parameter(bias, f"{layer.path}.bias", bias.shape, read)
-        return new.eval()  # type: ignore[no-any-return]
+        if not self._quantized or not f.quantised:
+            return None
+        reason = _obstacle(layer, f, tied=id(layer.module._parameters["weight"]) in self._tied)
+        if reason is not None:
+            self.dequantised[layer.path] = reason
+            return None
+        self.kept[layer.path] = home.label
+        new = _QuantizedLinear(f, self._dtype_of(f"{layer.path}.weight"))
+        # 4-bit: codes (out·in/2,) uint8 as bitsandbytes packs them and the absmax, double quantisation undone; int8:
+        # codes (out, in) and SCB/127
+        for local, part in (("qweight", f.kind.codes), (f.kind.graph_scales, f.kind.steps)):
+            like = part(encoded)
+            placeholder = self._empty(like.shape, like.dtype)
+            self._reads[id(placeholder)] = functools.partial(_read, layer, part)
+            new.register_buffer(local, placeholder)
+        return new
 
 
 def _obstacle(layer: Layer, f: WeightFormat, *, tied: bool) -> str | None:
@@ -209,13 +175,14 @@ class _QuantizedLinear(nn.Module):
     """A linear layer whose codes go into the graph; it can be captured and not run."""
 
     qweight: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, format: WeightFormat, dtype: torch.dtype) -> None:
         super().__init__()
         self.format = format
         self.dtype = dtype
         self.out_features, self.in_features = format.shape
-        self.bias: nn.Parameter | None = None
+        self.register_parameter("bias", None)
 
     @property
     def weight(self) -> Tensor:
@@ -233,51 +200,65 @@ def reference(model: nn.Module) -> nn.Module:
     """What the graph is compared with: a copy of ``model`` on the CPU that computes in float32 with the exact weights,
     each decoded when it is read, so that there is one at a time.
     """
-    return _rebuilt(model, _bare_copy(model), _in_float32, torch.float32)
+    return _rebuilt(model, _in_float32, torch.float32)
 
 
-def _plain(layer: Layer) -> nn.Module:
-    """The dense counterpart of a bitsandbytes layer, without values or bias."""
+def _dense(layer: Layer, module: nn.Module) -> nn.Module:
+    """``module`` of a copy, or the plain counterpart of a bitsandbytes layer, without values."""
+    if not layer.bitsandbytes:
+        return module
     rows, columns = layer.read()[0].format.shape
     if layer.kind == "embedding":
         padding = getattr(layer.module, "padding_idx", None)
         return nn.Embedding(rows, columns, padding_idx=padding, device="meta")
-    return nn.Linear(columns, rows, bias=False, device="meta")
+    return nn.Linear(columns, rows, bias=layer.module._parameters.get("bias") is not None, device="meta")
 
 
 def _in_float32(layer: Layer, module: nn.Module) -> nn.Module:
     """The module of a copy, or what stands for it, with the values of the layer's: small ones as they are, large ones to be
     read when they are used.
     """
-    new: Any = module
-    if layer.bitsandbytes:
-        new = _plain(layer)
-        new.bias = module._parameters.get("bias")
-    original = layer.module
+    new = _dense(layer, module)
     reads: dict[str, Read] = {}
-    for local, parameter in original._parameters.items():
+    for local, parameter in _parameters(layer):
+        large = parameter.is_floating_point() and parameter.numel() > 1 << 18 and not isinstance(new, nn.RNNBase)
+        if large or (local == "weight" and layer.bitsandbytes):
+            reads[local] = functools.partial(_float32, layer, local)
+        else:
+            _set(new, local, nn.Parameter(_float32(layer, local), requires_grad=False))
+    for local, buffer in layer.module._buffers.items():
+        if buffer is not None:
+            new._buffers[local] = _float32(layer, local)
+    _read_on_access(new, reads)
+    return new
+
+
+def _parameters(layer: Layer) -> Iterator[tuple[str, nn.Parameter]]:
+    for local, parameter in layer.module._parameters.items():
         if parameter is None:
             continue
-        if local == "weight" and layer.bitsandbytes:
-            reads[local] = functools.partial(_read, layer, codecs.decode)
-        elif parameter.is_floating_point() and parameter.numel() > 1 << 18 and not isinstance(original, nn.RNNBase):
-            reads[local] = functools.partial(_float32, original, local)
-        else:
-            _set(new, local, nn.Parameter(_float32(original, local), requires_grad=False))
-    for local, buffer in original._buffers.items():
-        if buffer is not None:
-            new._buffers[local] = _float32(original, local)
-    _read_on_access(new, reads)
-    return new.eval()  # type: ignore[no-any-return]
+        if nn.parameter.is_lazy(parameter):
+            message, remedy = "the module is lazy and has no weight yet", "run one forward first"
+            raise StateError(message, module=layer.path, remedy=remedy)
+        yield local, parameter
 
 
 def _read(layer: Layer, part: Callable[[EncodedWeight], Tensor]) -> Tensor:
     return part(layer.read()[0]).detach().cpu()
 
 
-def _float32(module: nn.Module, local: str) -> Tensor:
-    """A tensor of a module, on the CPU; in float32 if it is floating point."""
-    value = _value(module, local).cpu()
+def _value(layer: Layer, local: str) -> Tensor:
+    """A parameter or buffer of a layer, decoded, on the CPU."""
+    if local == "weight" and layer.bitsandbytes:
+        return _read(layer, codecs.decode)
+    module = layer.module
+    tensor: Any = {**module._parameters, **module._buffers}[local]
+    return (offloaded(module, local) if tensor.is_meta else tensor).detach().cpu()
+
+
+def _float32(layer: Layer, local: str) -> Tensor:
+    """The same in float32, if it is floating point."""
+    value = _value(layer, local)
     return value.float() if value.is_floating_point() else value
 
 
@@ -300,43 +281,23 @@ def _read_on_access(module: nn.Module, reads: Mapping[str, Read]) -> None:
 # --- copies and values ------------------------------------------------------------------------------------------------
 
 
-def _bare_copy(model: nn.Module) -> nn.Module:
-    """The structure alone: no accelerate hooks, nothing compiled, in eval mode, for one forward without a cache."""
-    copy = share_model(inner_model(model))
-    for module in copy.modules():
+def _rebuilt(model: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """A copy of ``model`` for one forward in ``dtype``: no accelerate hooks, nothing compiled, in eval mode, and what
+    ``make`` gives for each layer in the place of the copy's module.
+    """
+    copies = dict(share_model(model).named_modules())
+    for module in copies.values():
         module._compiled_call_impl = None
         if "_hf_hook" in module.__dict__:
             for name in ("_hf_hook", "_old_forward", "forward"):
                 module.__dict__.pop(name, None)
-    return copy.eval()
-
-
-def _rebuilt(
-    model: nn.Module, copy: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], dtype: torch.dtype
-) -> nn.Module:
-    """A copy of ``model`` that computes in ``dtype``, with what ``make`` gives for each layer in the place of the copy's
-    module.
-    """
-    copies = dict(copy.named_modules())
-    for path, original in inner_model(model).named_modules():
-        copy = _put(copy, copies[path], make(Layer(path, original), copies[path]))
-    config: Any = getattr(copy, "config", None)
-    if getattr(config, "dtype", None) is not None:
-        config.dtype = dtype
-    return copy
-
-
-def _put(root: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """``root`` with ``new`` wherever ``old`` was."""
-    if old is new:
-        return root
-    if root is old:
-        return new
-    for module in root.modules():
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-    return root
+    made = {id(copies[path]): make(Layer(path, original), copies[path]) for path, original in model.named_modules()}
+    for module in copies.values():
+        module._modules.update({name: made[id(child)] for name, child in module._modules.items() if child is not None})
+    copy: Any = made[id(copies[""])].eval()
+    if getattr(getattr(copy, "config", None), "dtype", None) is not None:
+        copy.config.dtype = dtype
+    return copy  # type: ignore[no-any-return]
 
 
 def _set(module: nn.Module, local: str, parameter: nn.Parameter) -> None:
@@ -346,17 +307,9 @@ def _set(module: nn.Module, local: str, parameter: nn.Parameter) -> None:
         module._parameters[local] = parameter
 
 
-def _value(module: nn.Module, local: str) -> Tensor:
-    tensor: Tensor | None = module._parameters.get(local)
-    if tensor is None:
-        tensor = module._buffers[local]
-    assert tensor is not None  # noqa: S101 - callers ask for what is there
-    return (offloaded(module, local) if tensor.is_meta else tensor).detach()
-
-
 def _narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Raises NonFiniteError where the narrower dtype has no such number."""
-    new = value.cpu().to(dtype)
+    new = value.to(dtype)
     if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
         message = f"the weight is not finite in {name_of(dtype)}"
         raise NonFiniteError(message, tensor=name, remedy="export it as dtype='float32' (--dtype float32)")
@@ -415,7 +368,7 @@ def _all_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> 
 
 
 def capture(
-    module: nn.Module,
+    module: Any,
     inputs: Mapping[str, tuple[Tensor, Mapping[int, str | None]]],
     outputs: Sequence[str],
     values: Mapping[str, Read],
@@ -442,14 +395,13 @@ def capture(
     args = tuple(tensor.contiguous() for tensor, _ in inputs.values())  # strides would become symbols
     auto, dynamic = torch.export.Dim.AUTO, torch.export.Dim.DYNAMIC
     dims = tuple({a: auto if name is None else dynamic for a, name in axes.items()} for _, axes in inputs.values())
-    trail = _Trail(module)
     step("capture with torch.export")
     with _quiet():
         try:
-            with trail, torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # a failed capture prints its graph
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # a failed capture prints its graph
                 program = torch.export.export(module, args, dynamic_shapes=(dims,), strict=False)
         except Exception as error:
-            raise _not_captured(error, trail.deepest) from error
+            raise _not_captured(error, _deepest(error, module.model)) from error
         step("translate to ONNX")
         try:
             model = torch.onnx.export(
@@ -469,38 +421,17 @@ def capture(
         with _own_errors("optimised"):
             optimizer.optimize_ir(model, should_fold=_may_fold)
     _transpose_weights(model)
-    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
-    found = (*model.graph.inputs, *model.graph.initializers.values(), *(v for node in nodes for v in node.outputs))
-    for part in (model, model.graph, *nodes, *found):
+    nodes = ir.traversal.RecursiveGraphIterator(model.graph)
+    for part in (model, model.graph, *nodes, *_values(model.graph)):
         part.metadata_props.clear()  # paths and lines of this machine, and torch's own view of the graph
     return model
 
 
-class _Trail:
-    """Follows a forward from module to module, so that an error can be told of the one that it came from."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.deepest = ""
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for path, module in self.root.named_modules():
-            enter = functools.partial(self._enter, path.removeprefix(_PREFIX))
-            self._handles.append(module.register_forward_pre_hook(enter))
-            self._handles.append(
-                module.register_forward_hook(functools.partial(self._leave, path.removeprefix(_PREFIX)))
-            )
-
-    def _enter(self, path: str, *_: object) -> None:
-        self.deepest = path
-
-    def _leave(self, path: str, *_: object) -> None:
-        self.deepest = path.rpartition(".")[0]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+def _deepest(error: BaseException, model: nn.Module) -> str | None:
+    """Path of the module in whose forward an error came up, None for the model itself."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    return next(filter(None, (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))), None)
 
 
 _ADVICE = (
@@ -509,45 +440,36 @@ _ADVICE = (
 )
 
 
-def _not_captured(error: Exception, module: str) -> ExportError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+def _not_captured(error: Exception, module: str | None) -> ExportError:
+    reason = _first_line(error)
     if reason.startswith("Constraints violated"):  # torch names the axes by places in its own arguments
         return ExportError(
             "torch.export cannot capture the model: its code takes a batch or length for fixed",
             remedy="give example_inputs={'input_ids': …} of the size that it is to have: with them such an axis is fixed",
         )
-    return ExportError(
-        f"torch.export cannot capture the model: {type(error).__name__}: {printable(reason, 400)}",
-        module=module or None,
-        remedy=_ADVICE,
-    )
+    message = f"torch.export cannot capture the model: {type(error).__name__}: {printable(reason, 400)}"
+    return ExportError(message, module=module, remedy=_ADVICE)
 
 
 def _not_translated(error: Exception, program: Any) -> ExportError:
     """Of an operator that has no translation: the deepest exception names it, and the captured graph says where it is."""
     *_, cause = causes(error)
-    reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-    where = next((path for graph in _graphs(program) for path in _where(graph, reason)), None)
+    reason = _first_line(cause) or type(cause).__name__
+    graphs = [program.graph]
+    with contextlib.suppress(Exception):  # an error is being told already
+        graphs.append(program.run_decompositions().graph)  # as the exporter takes it apart further
+    operators = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    named = [node for node in operators if repr(node.target) in reason or str(node.target) in reason]
+    stacks = [[path for path, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in named]
     return ExportError(
         f"there is no ONNX operator for what the model computes: {printable(reason, 400)}",
-        module=where.removeprefix(_PREFIX) if where else None,
+        module=next((stack[-1].removeprefix(_PREFIX) for stack in stacks if stack), None),
         remedy="replace that module by one of plain torch operations",
     )
 
 
-def _graphs(program: Any) -> Iterator[Any]:
-    """As captured, and as the exporter takes it apart further."""
-    yield program.graph
-    with contextlib.suppress(Exception):  # an error is being told already
-        yield program.run_decompositions().graph
-
-
-def _where(graph: Any, reason: str) -> Iterator[str]:
-    """Paths of the modules whose operators ``reason`` names."""
-    for node in graph.nodes:
-        if node.op == "call_function" and (repr(node.target) in reason or str(node.target) in reason):
-            stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-            yield from stack[-1:]
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
 @contextmanager
@@ -573,23 +495,18 @@ _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch and onnxscript say about themselves while they work; the model's own warnings stay."""
-    loggers = [logging.getLogger(name) for name in _NOISY]
-    loggers += [
-        log
-        for name, log in logging.root.manager.loggerDict.items()
-        if name.startswith(tuple(f"{n}." for n in _NOISY)) and isinstance(log, logging.Logger)
-    ]
-    levels = [log.level for log in loggers]
+    names = {*_NOISY, *logging.root.manager.loggerDict}
+    levels = {log: log.level for log in map(logging.getLogger, names) if log.name.partition(".")[0] in _NOISY}
     with warnings.catch_warnings():
         for name in _NOISY:
             warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         try:
-            for log in loggers:
+            for log in levels:
                 log.setLevel(logging.ERROR)
             yield
         finally:
-            for log, level in zip(loggers, levels, strict=True):
+            for log, level in levels.items():
                 log.setLevel(level)
 
 
@@ -603,13 +520,11 @@ def _name_axes(model: Any, inputs: Mapping[str, tuple[Tensor, Mapping[int, str |
     import onnx_ir as ir
 
     names: dict[str, str] = {}
-    for i, (value, (input_name, axes)) in enumerate(
-        zip(model.graph.inputs, ((n, a) for n, (_, a) in inputs.items()), strict=True)
-    ):
-        for axis, name in axes.items():
+    for i, value in enumerate(model.graph.inputs):
+        for axis, name in inputs[value.name][1].items():
             dim = value.shape[axis]
             if isinstance(dim, ir.SymbolicDim) and dim.value and dim.value.isidentifier():
-                usual = "batch" if i == axis == 0 else re.sub(r"\W", "_", f"{input_name}_{axis}")
+                usual = "batch" if i == axis == 0 else re.sub(r"\W", "_", f"{value.name}_{axis}")
                 names.setdefault(dim.value, name or usual)
     longest_first = sorted(names, key=len, reverse=True)
     pattern = re.compile("|".join(rf"(?<!\w){re.escape(symbol)}(?!\w)" for symbol in longest_first))
@@ -621,11 +536,18 @@ def _name_axes(model: Any, inputs: Mapping[str, tuple[Tensor, Mapping[int, str |
             return int(dim.value)
         return pattern.sub(lambda m: names[m[0]], dim.value) if names else dim
 
-    graph = model.graph
-    nodes = ir.traversal.RecursiveGraphIterator(graph)
-    for value in (*graph.inputs, *graph.initializers.values(), *(v for node in nodes for v in node.outputs)):
+    for value in _values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+
+
+def _values(graph: Any) -> Iterator[Any]:
+    """All that has a name in a graph, those inside it included."""
+    import onnx_ir as ir
+
+    yield from (*graph.inputs, *graph.initializers.values())
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        yield from node.outputs
 
 
 def _fill(model: Any, values: Mapping[str, Read]) -> None:
@@ -634,20 +556,20 @@ def _fill(model: Any, values: Mapping[str, Read]) -> None:
     for name, value in list(graph.initializers.items()):
         if not name.startswith(_PREFIX):
             continue
-        read = values.get(name.removeprefix(_PREFIX))
-        if read is not None:
-            value.const_value = _lazy(name.removeprefix(_PREFIX), value.const_value.dtype, value.shape, read)
         graph.initializers.pop(name)
         value.name = name.removeprefix(_PREFIX)
+        read = values.get(value.name)
+        if read is not None:
+            array = functools.partial(lambda read: read().contiguous().numpy(), read)
+            value.const_value = _lazy(value.name, value.const_value.dtype, value.shape, array)
         graph.initializers.add(value)
 
 
-def _lazy(name: str, dtype: Any, shape: Any, read: Read) -> Any:
+def _lazy(name: str, dtype: Any, shape: Sequence[int], array: Callable[[], np.ndarray[Any, Any]]) -> Any:
+    """A tensor of a graph whose values are asked for when they are written."""
     import onnx_ir as ir
 
-    return ir.LazyTensor(
-        lambda: ir.tensor(read().contiguous().numpy(), name=name), dtype, ir.Shape(list(shape)), name=name
-    )
+    return ir.LazyTensor(lambda: ir.tensor(array(), name=name), dtype, ir.Shape(shape), name=name)
 
 
 def _may_fold(node: Any) -> bool | None:
@@ -669,20 +591,12 @@ def _transpose_weights(model: Any) -> None:
         if not users or value.is_graph_output() or not all(_transposes(node) for node in users):
             continue
         old = value.const_value
-        value.const_value = ir.LazyTensor(
-            functools.partial(_transposed, old), old.dtype, ir.Shape(list(old.shape)[::-1]), name=value.name
-        )
         value.shape = ir.Shape(list(old.shape)[::-1])
+        array = functools.partial(lambda old: np.ascontiguousarray(old.numpy().T), old)
+        value.const_value = _lazy(value.name, old.dtype, value.shape, array)
         for node in users:
             node.outputs[0].replace_all_uses_with(value)
             graph.remove(node, safe=True)
-
-
-def _transposed(tensor: Any) -> Any:
-    import numpy as np
-    import onnx_ir as ir
-
-    return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=tensor.name)
 
 
 def _transposes(node: Any) -> bool:
@@ -695,11 +609,6 @@ def _transposes(node: Any) -> bool:
         and not node.outputs[0].is_graph_output()
         and node.graph is not None
     )
-
-
-def size_of(model: Any) -> int:
-    """Bytes of a captured graph's weights."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def external(path: Path) -> Path:
@@ -715,7 +624,8 @@ def write(model: Any, path: Path) -> int:
     """
     import onnx_ir as ir
 
-    nbytes = size_of(model)
+    held = [value.const_value for value in model.graph.initializers.values()]
+    nbytes: int = sum(tensor.nbytes for tensor in held if tensor is not None)
     data = external(path).name if nbytes > _SINGLE_FILE_BYTES else None
     with _quiet(), _own_errors("written"):
         ir.save(model, path, external_data=data, size_threshold_bytes=1024, alignment=4096)

@@ -43,11 +43,20 @@ class Case:
 
 
 class Task:
-    """Base of the three kinds."""
+    """Base of the three kinds.
+
+    Attributes:
+        names: of the inputs.
+        by_name: the model takes them by name.
+    """
+
+    names: Sequence[str]
+    by_name = True
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to capture, with ``model`` as its attribute ``model``; it takes the inputs in order."""
-        raise NotImplementedError
+        _set_up(model, use_cache=False)
+        return _Named(model, self.names, by_name=self.by_name)
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         """``{name: (example, {dynamic axis: name})}``."""
@@ -91,19 +100,15 @@ def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
     return CacheTask(model) if with_past else TextTask(model)
 
 
-def _set_config(model: nn.Module, **settings: Any) -> None:
-    """On a copy's config, its submodules' included."""
+def _set_up(model: nn.Module, *, use_cache: bool) -> None:
+    """Settings of a copy's configs, its submodules' included."""
+    settings: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        settings["_attn_implementation"] = "sdpa"  # no flash attention
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         for name, value in settings.items():
             if hasattr(config, name):
                 setattr(config, name, value)
-
-
-def _set_up(model: nn.Module, *, use_cache: bool) -> None:
-    _set_config(model, use_cache=use_cache, return_dict=True)
-    implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if implementation not in (None, "eager", "sdpa"):  # no flash attention
-        _set_config(model, _attn_implementation="sdpa")
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -112,20 +117,20 @@ def _set_up(model: nn.Module, *, use_cache: bool) -> None:
 class _Named(nn.Module):
     """A model as a function of named tensors in a fixed order; notes the names of its outputs."""
 
-    def __init__(
-        self, model: nn.Module, inputs: Sequence[str], call: Callable[[nn.Module, Sequence[Tensor]], Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[str], *, by_name: bool) -> None:
         super().__init__()
         self.model = model
         self.inputs = tuple(inputs)
-        self.call = call
+        self.by_name = by_name
         self.names: list[str] = []
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.inputs, tensors, strict=True))
+        out = self.model(**given) if self.by_name else self.model(*tensors)
         # a graph has one name for each value: an output that is an input, a weight or another output is a copy of it
         taken = {id(t) for t in (*tensors, *self.model.parameters(), *self.model.buffers())}
         found: dict[str, Tensor] = {}
-        for name, tensor in _tensors(self.call(self.model, tensors)):
+        for name, tensor in _tensors(out):
             found[f"{name}_output" if name in self.inputs else name] = tensor.clone() if id(tensor) in taken else tensor
             taken.add(id(tensor))
         self.names = list(found)
@@ -166,14 +171,9 @@ class TextTask(Task):
         first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0  # RoBERTa counts from behind the padding
         self.longest = max(1, min(_LONGEST, positions - first))
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        _set_up(model, use_cache=False)
-        return _Named(model, self.names, lambda m, tensors: m(**dict(zip(self.names, tensors, strict=True))))
-
     def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - of integers
         given = self._feeds(2, min(5, self.longest), torch.Generator().manual_seed(0))
-        axes = {"decoder_input_ids": {0: BATCH, 1: DECODER}}
-        return {n: (t, dict(axes.get(n, {0: BATCH, 1: SEQUENCE}))) for n, t in given.items()}
+        return {n: (t, {0: BATCH, 1: DECODER if n == "decoder_input_ids" else SEQUENCE}) for n, t in given.items()}
 
     def outputs(self, reference: nn.Module) -> list[str]:
         wrapped: Any = self.wrap(reference)
@@ -293,11 +293,8 @@ class CacheTask(TextTask):
         batch, past, length = 2, 3, 2
         ids, mask = self.tokens(batch, past + length, torch.Generator().manual_seed(0))
         given = self._step(ids[:, past:], mask)
-        axes = {"attention_mask": {0: BATCH, 1: TOTAL}}
-        found: Inputs = {n: (t, dict(axes.get(n, {0: BATCH, 1: SEQUENCE}))) for n, t in given.items()}
-        for name, tensor in self._past(batch, past, dtype).items():
-            found[name] = (tensor, {0: BATCH, 2: PAST})
-        return found
+        found: Inputs = {n: (t, {0: BATCH, 1: TOTAL if n == "attention_mask" else SEQUENCE}) for n, t in given.items()}
+        return found | {n: (t, {0: BATCH, 2: PAST}) for n, t in self._past(batch, past, dtype).items()}
 
     def _step(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Inputs for the last tokens of a mask, but for the cache; positions as transformers' ``generate`` derives them
@@ -317,14 +314,13 @@ class CacheTask(TextTask):
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:  # noqa: ARG002
         """The prompt, then two tokens at once, then one at a time; torch computes the whole text without a cache."""
         generator = torch.Generator().manual_seed(1)
-        _set_config(reference, use_cache=False, return_dict=True)
-        dtype = torch.float32
+        _set_up(reference, use_cache=False)
         for batch, prompt in ((1, 1), (3, 2), (3, 17), (3, _LONGEST)):
             chunks = [max(1, min(prompt, self.longest - 4)), 2, 1, 1]
             total = sum(chunks)
             ids, mask = self.tokens(batch, total, generator)
             expected = reference(**self._step(ids, mask), use_cache=False).logits
-            past = self._past(batch, 0, dtype)
+            past = self._past(batch, 0, torch.float32)
             got, start = [], 0
             for width in chunks:
                 stop = start + width
@@ -391,15 +387,8 @@ class ExampleTask(Task):
         self.examples: dict[str, Tensor] = {
             str(n): (t.float() if t.is_floating_point() else t).detach().cpu() for n, t in found.items()
         }
+        self.names = [*self.examples]
         self.captured = self.examples
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        _set_up(model, use_cache=False)
-        if self.by_name:
-            return _Named(
-                model, [*self.examples], lambda m, tensors: m(**dict(zip(self.examples, tensors, strict=True)))
-            )
-        return _Named(model, [*self.examples], lambda m, tensors: m(*tensors))
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         return {
@@ -432,23 +421,19 @@ class ExampleTask(Task):
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
         """The examples, and the same with dynamic axes of other sizes: one, and a few more."""
         wrapped: Any = self.wrap(reference)
-        sizes = {a: t.shape[i] for n, t in self.examples.items() for i, a in enumerate(axes[n]) if isinstance(a, str)}
-        plain = {a: size for a, size in sizes.items() if re.fullmatch(r"\w+", a)}
-        for label, resize in (("as given", None), ("one", lambda _: 1), ("three more", lambda size: size + 3)):
-            if resize is not None and (not plain or len(plain) < len(sizes)):
-                continue
-            feeds = dict(self.examples)
-            if resize is not None:
-                feeds = {
-                    n: _resized(
-                        t, [resize(s) if isinstance(a, str) else s for a, s in zip(axes[n], t.shape, strict=True)]
-                    )
-                    for n, t in feeds.items()
-                }
+        sizes: dict[str, Callable[[int], int]] = {"as given": lambda size: size}
+        dynamic = {axis for name in self.examples for axis in axes[name] if isinstance(axis, str)}
+        if dynamic and all(re.fullmatch(r"\w+", axis) for axis in dynamic):
+            sizes |= {"one": lambda _: 1, "three more": lambda size: size + 3}
+        for label, resize in sizes.items():
+            feeds = {}
+            for name, tensor in self.examples.items():
+                named = zip(axes[name], tensor.shape, strict=True)
+                feeds[name] = _resized(tensor, [resize(n) if isinstance(axis, str) else n for axis, n in named])
             try:
                 values = wrapped(*feeds.values())
             except (RuntimeError, ValueError, IndexError):
-                if resize is None:
+                if label == "as given":
                     raise
                 continue  # not a size that the model itself takes
             got = run(feeds)

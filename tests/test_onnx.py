@@ -839,6 +839,8 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         empty = nn.Linear(4, 4)
     with pytest.raises(StateError, match="meta device"):
         oftsurgery.export_onnx(empty, tmp_path / "out", example_inputs=x)
+    with pytest.raises(StateError, match="the module is lazy and has no weight yet"):
+        oftsurgery.export_onnx(nn.LazyLinear(4), tmp_path / "out", example_inputs=x)
     with pytest.raises(StateError, match=r"example input 'input' is empty, shape \(0, 4\) Remedy: give one with"):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x[:0])
     with pytest.raises(StateError, match=r"no layer of the model is quantised.*Remedy: leave out quantized=True"):
