@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,7 @@ from .formats.four_bit import unpack_state
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of
-from .plan import Store, plan_changes
+from .plan import plan_changes
 from .record import ENOUGH, FoldRecord, plain, versions
 from .shards import CONFIG, INDEX, SINGLE, Checkpoint, TensorEntry, inside, open_checkpoint, read_header, read_json
 from .ties import tensors_in
@@ -47,6 +47,7 @@ FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED 
 
 Numbers = dict[str, float | int | str | None]
 Model = str | PathLike[str] | nn.Module
+Store = LiveStore | FolderStore
 
 
 @dataclass(frozen=True)
@@ -198,18 +199,7 @@ def _checkpoint_folder(folder: Path, base: Model | None, adapter: OFTAdapter | N
         store = FolderStore(checkpoint)
     with _noting(found, configs.RECORD):
         record = configs.record_in(folder)
-    if store is None:
-        return found
-    if record is not None:
-        found += _record(record, store, adapter if base is None else None)
-    if adapter is not None:
-        found += _convolutions(adapter, store)
-        if base is not None:
-            found += _folded(adapter, _store(base), store, record)
-        elif record is None or adapter.fingerprint not in record.fingerprints():
-            with _noting(found):
-                plan_checkpoint(checkpoint, [adapter])
-    return found
+    return found if store is None else found + _fold(store, record, base, adapter)
 
 
 def _open(folder: Path, found: list[Finding]) -> Checkpoint | None:
@@ -218,7 +208,8 @@ def _open(folder: Path, found: list[Finding]) -> Checkpoint | None:
         checkpoint = open_checkpoint(folder)
     except CheckpointError as error:
         readable = _by_its_shards(folder, found)
-        found += [_of_error(error)] if readable is None else []
+        if readable is None:
+            found.append(_of_error(error))
         return readable
     if len(checkpoint.files) > 1:
         metadata = read_json(folder / INDEX).get("metadata")
@@ -306,13 +297,11 @@ def _rope(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _default_theta(model_type: object) -> float:
     """``rope_theta`` of a model type's class where the config has none."""
-    try:
+    with suppress(ImportError, KeyError, TypeError):
         from transformers import CONFIG_MAPPING
 
-        default = getattr(CONFIG_MAPPING[str(model_type)], "default_theta", 10_000.0)
-    except (ImportError, KeyError):
-        return 10_000.0
-    return float(default) if isinstance(default, (int, float)) else 10_000.0
+        return float(getattr(CONFIG_MAPPING[str(model_type)], "default_theta", 10_000.0))
+    return 10_000.0
 
 
 def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
@@ -423,6 +412,7 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
     except OFTSurgeryError:
         return []  # found when it is decoded
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
+    format_ = WeightFormat(packed["quant_type"], shape, blocksize=blocksize)
     if len(shape) != 2 or shape[1] % blocksize or absmax.shape != (shape[1] // blocksize, shape[0]):
         return []
     tiled = own.shape == (shape[0], shape[1] // 2) and shape[1] != 2
@@ -432,7 +422,7 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
         "weight_shape": _times(own.shape),
         "absmax_shape": _times(absmax.shape),
         "absmax_dtype": absmax.dtype,
-        "relative_error": _misread(checkpoint.read(name), checkpoint.read(absmax.name), packed, tiled=tiled),
+        "relative_error": _misread(checkpoint.read(name), checkpoint.read(absmax.name), format_, tiled=tiled),
     }
     remedy = (
         "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
@@ -441,22 +431,29 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
     return [Finding("error", "cpu-packed" if tiled else "absmax-transposed", message, name, numbers, remedy)]
 
 
-def _misread(weight: Tensor, absmax: Tensor, packed: Mapping[str, Any], *, tiled: bool) -> float | None:
+def _misread(weight: Tensor, absmax: Tensor, format_: WeightFormat, *, tiled: bool) -> float | None:
     """Relative error of reading a CPU-packed weight as a checkpoint's."""
-    shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
-    format_ = WeightFormat(packed["quant_type"], shape, blocksize=blocksize)
+    out, features = format_.shape
+    wrong, right = (weight.reshape(-1, 1), absmax.reshape(-1).float()), (weight, absmax.t().reshape(-1).float())
     try:
-        right = {"weight": weight, "absmax": absmax.t().reshape(-1).float()}
         if tiled:
-            right["weight"], right["absmax"] = codecs.unpack_cpu_layout(weight, absmax, shape, blocksize)
-        wrong = {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()}
-        values = [codecs.decode(EncodedWeight(format_, tensors)) for tensors in (wrong, right)]
+            right = codecs.unpack_cpu_layout(weight, absmax, (out, features), format_.blocksize)
+        both = [EncodedWeight(format_, {"weight": codes, "absmax": scales}) for codes, scales in (wrong, right)]
+        return relative_error(*map(codecs.decode, both))
     except OFTSurgeryError:
         return None
-    return relative_error(*values)
 
 
-# --- the record -------------------------------------------------------------------------------------------------------
+# --- what is folded in, and what is to be -----------------------------------------------------------------------------
+
+
+def _fold(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    found = [] if record is None else _record(record, store, adapter if base is None else None)
+    if adapter is not None and base is not None:
+        found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
+    elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
+        found += _fits(adapter, store)
+    return found
 
 
 def _record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> list[Finding]:
@@ -474,6 +471,8 @@ def _record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> lis
         subject = adapter.source or adapter.fingerprint
         found.append(Finding("warning", "already-folded", message, subject, folds, remedy))
     for path, module in record.modules.items():
+        if isinstance(store, LiveStore) and path in store.modules and _packed(store.modules[path]):
+            continue  # a forward on the CPU packs a 4-bit weight and rounds its statistics: that is told of the layer
         with _noting(found, path):
             encoded = _weight(store, path)
             if encoded is None:
@@ -493,7 +492,7 @@ def _record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> lis
 # --- base, adapter and folded weights ---------------------------------------------------------------------------------
 
 
-def _store(base: Model) -> LiveStore | FolderStore:
+def _store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, _plain_paths(base))
     return FolderStore(open_checkpoint(files.find_checkpoint(base)))
@@ -501,7 +500,9 @@ def _store(base: Model) -> LiveStore | FolderStore:
 
 def _weight(store: Store, path: str) -> EncodedWeight | None:
     """The weight of the module at ``path`` as it is stored; None where there is none."""
-    name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
+    name: str | None = f"{path}.weight"
+    if isinstance(store, FolderStore):
+        name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
     return None if name is None else store.weight(name, WeightFormat("dense", ()))
 
 
@@ -528,28 +529,25 @@ def _folded(adapter: OFTAdapter, base: Store, folded: Store, record: FoldRecord 
     """
     found: list[Finding] = []
     kept: dict[str, tuple[float, float]] = {}
-    calibrated = False
+    recorded = record.modules if record is not None else {}
+    outputs = {path: m.output_kept for path, m in recorded.items() if m.output_kept is not None}
     for path, rotation in adapter.modules.items():
         with _noting(found, path):
             before, after = _weight(base, path), _weight(folded, path)
             if before is None or after is None:
-                raise MatchError(
-                    f"the adapter's module is not in the {'base' if before is None else 'folded'} model",
-                    module=path,
-                    remedy="give the base and the adapter that it was folded from",
-                )
+                message = f"the adapter's module is not in the {'base' if before is None else 'folded'} model"
+                remedy = "give the base and the adapter that it was folded from"
+                raise MatchError(message, module=path, remedy=remedy)
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge(path, rotation, before, after)
             found += [] if finding is None else [finding]
             if part is not None:
-                known = record.modules.get(path) if record is not None else None
-                outputs = known.output_kept if known is not None else None
-                kept[path] = part if outputs is None else (outputs, part[1])
-                calibrated = calibrated or outputs is not None
+                kept[path] = (outputs.get(path, part[0]), part[1])
     # worst first: the one that is farthest from the right fold
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
     # of a merge that is wrong there is nothing to say of how much it keeps
-    return found if any(f.severity == "error" for f in found) else found + _kept(kept, calibrated=calibrated)
+    wrong = any(f.severity == "error" for f in found)
+    return found if wrong else found + _kept(kept, calibrated=not outputs.keys().isdisjoint(kept))
 
 
 def _kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list[Finding]:
@@ -679,7 +677,7 @@ def _adapter_folder(folder: Path, base: Model | None) -> list[Finding]:
     return found
 
 
-def _fits(adapter: OFTAdapter, store: LiveStore | FolderStore) -> list[Finding]:
+def _fits(adapter: OFTAdapter, store: Store) -> list[Finding]:
     """What keeps an adapter from being folded in."""
     found: list[Finding] = []
     with _noting(found):
@@ -706,9 +704,8 @@ def _dialect(adapter: OFTAdapter, subject: str) -> list[Finding]:
     remedy = f"oftsurgery reads it rightly: {FOLD}"
     if not turns and not adapter.saved:
         terms = next(iter(modules)).cayley.terms
-        why = "its rotations are all zero: it is untrained"
-        if terms == 1:
-            why = "a Neumann series of one term is the identity, whatever the weights"
+        one = "a Neumann series of one term is the identity, whatever the weights"
+        why = one if terms == 1 else "its rotations are all zero: it is untrained"
         numbers["neumann_terms"] = terms
         code, message, remedy = "no-effect", f"the adapter changes nothing: {why}", "train it, or check its config"
     elif adapter.dialect == "peft-0.15":
@@ -748,24 +745,13 @@ def _plain_paths(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by the paths of the base model: peft's live layers are left out, what they wrap stands in their place."""
     prefix = "base_model.model." if peft_live.base_of(model) is not model else ""
     named = {path.removeprefix(prefix): m for path, m in modules_of(model).items()}
-    inner = {path for path in named if path.endswith(".base_layer")}
-    return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in inner}
+    return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in named}
 
 
 def _live(model: nn.Module, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     store = LiveStore(model, _plain_paths(model))
-    record, modules = store.record, store.modules
-    found = [finding for path, module in modules.items() for finding in _layer(path, module)]
-    found += _peft_layers(model)
-    if record is not None:
-        # a forward on the CPU packs a 4-bit weight and rounds its statistics: that is said above
-        checked = {path: m for path, m in record.modules.items() if path not in modules or not _packed(modules[path])}
-        found += _record(replace(record, modules=checked), store, adapter if base is None else None)
-    if adapter is not None and base is not None:
-        found += _folded(adapter, _store(base), store, record)
-    elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
-        found += _fits(adapter, store)
-    return found
+    found = [finding for path, module in store.modules.items() for finding in _layer(path, module)]
+    return found + _peft_layers(model) + _fold(store, store.record, base, adapter)
 
 
 def _state(module: nn.Module) -> Any:

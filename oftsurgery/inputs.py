@@ -18,7 +18,7 @@ from . import live, rotations
 from .adapter import OFTAdapter
 from .calibration import InputsOf, LayerInputs
 from .checkpoint import CheckpointPlan, Part
-from .compare import _batches, _eval_mode
+from .compare import batches_of, eval_mode
 from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
 from .formats import FORMATS
 from .hashing import hash_tensors
@@ -53,7 +53,7 @@ def read_batches(calibration: Any) -> list[Batch]:
     """
     if isinstance(calibration, (str, bytes)):
         raise _text()
-    batches = list(_batches(calibration))
+    batches = list(batches_of(calibration))
     if not batches:
         raise CalibrationError(
             "the calibration holds no batches", remedy="give at least one, better some hundred texts"
@@ -262,7 +262,7 @@ class Calibration:
             for path in paths
         ]
         try:
-            with _eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _eager():
+            with eval_mode(self._live), torch.inference_mode(False), torch.no_grad(), _eager():
                 for i, batch in enumerate(self._batches):
                     ears.listen(i, batch)
                     self._forward(i, batch)
