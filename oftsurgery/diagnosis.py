@@ -33,7 +33,7 @@ from .formats.four_bit import unpack_state
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of
-from .plan import plan_changes
+from .plan import Store, plan_changes
 from .record import ENOUGH, FoldRecord, plain, versions
 from .shards import CONFIG, INDEX, SINGLE, Checkpoint, TensorEntry, inside, open_checkpoint, read_header, read_json
 from .ties import tensors_in
@@ -47,7 +47,6 @@ FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED 
 
 Numbers = dict[str, float | int | str | None]
 Model = str | PathLike[str] | nn.Module
-Store = LiveStore | FolderStore
 
 
 @dataclass(frozen=True)
@@ -114,22 +113,19 @@ def doctor(
         CheckpointError: ``path_or_model`` or ``base`` does not exist.
         AdapterError: ``adapter`` is given and cannot be used (give it alone to have it examined).
     """
-    loaded = adapter if isinstance(adapter, OFTAdapter) or adapter is None else _load(adapter)
+    if adapter is not None and not isinstance(adapter, OFTAdapter):
+        config, tensors, sha256 = files.read_adapter(files.find_adapter(adapter))
+        adapter = parse_adapter(config, tensors, source=str(adapter), sha256=sha256)
     if isinstance(path_or_model, nn.Module):
-        found = _live(path_or_model, base, loaded)
+        found = _live(path_or_model, base, adapter)
     else:
         folder = files.find_checkpoint(path_or_model)
         is_adapter = (folder / files.CONFIG).exists() or (folder / files.TENSORS).exists()
         if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             found = _adapter_folder(folder, base)
         else:
-            found = _checkpoint_folder(folder, base, loaded)
+            found = _checkpoint_folder(folder, base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
-
-
-def _load(adapter: str | PathLike[str]) -> OFTAdapter:
-    config, tensors, sha256 = files.read_adapter(files.find_adapter(adapter))
-    return parse_adapter(config, tensors, source=str(adapter), sha256=sha256)
 
 
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:
@@ -199,7 +195,7 @@ def _checkpoint_folder(folder: Path, base: Model | None, adapter: OFTAdapter | N
         store = FolderStore(checkpoint)
     with _noting(found, configs.RECORD):
         record = configs.record_in(folder)
-    return found if store is None else found + _fold(store, record, base, adapter)
+    return found if store is None else found + _folds(store, record, base, adapter)
 
 
 def _open(folder: Path, found: list[Finding]) -> Checkpoint | None:
@@ -447,7 +443,7 @@ def _misread(weight: Tensor, absmax: Tensor, format_: WeightFormat, *, tiled: bo
 # --- what is folded in, and what is to be -----------------------------------------------------------------------------
 
 
-def _fold(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+def _folds(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     found = [] if record is None else _record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
         found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
@@ -686,7 +682,7 @@ def _fits(adapter: OFTAdapter, store: Store) -> list[Finding]:
             return found
         if isinstance(store, FolderStore):
             plan_checkpoint(store.source, [adapter])
-        else:
+        elif isinstance(store, LiveStore):
             store.record = None  # what is folded in is told of elsewhere
             plan_changes(store, [adapter])
     return found
@@ -751,7 +747,7 @@ def _plain_paths(model: nn.Module) -> dict[str, nn.Module]:
 def _live(model: nn.Module, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     store = LiveStore(model, _plain_paths(model))
     found = [finding for path, module in store.modules.items() for finding in _layer(path, module)]
-    return found + _peft_layers(model) + _fold(store, store.record, base, adapter)
+    return found + _peft_layers(model) + _folds(store, store.record, base, adapter)
 
 
 def _state(module: nn.Module) -> Any:
