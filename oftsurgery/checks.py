@@ -24,7 +24,7 @@ from torch import Tensor
 from . import codecs, configs, measures
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .dtypes import DTYPES
+from .dtypes import DTYPES, FLOATS
 from .errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from .formats.four_bit import unpack_state
 from .loaded import Loaded, Stored
@@ -32,8 +32,6 @@ from .record import FoldRecord
 from .shards import Checkpoint, inside, sha256_of
 
 __all__ = ["CheckpointReport", "FileCheck", "TensorCheck", "WeightCheck", "check_checkpoint", "check_files"]
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 #: what became of a recorded file
 FileCheck = Literal["ok", "changed", "missing"]
@@ -177,23 +175,20 @@ def check_files(folder: Path) -> CheckpointReport:
     """
     record = configs.record_in(folder)
     if record is None or not record.files:
-        raise StateError(
-            f"the folder has no {configs.RECORD}" if record is None else "the record has no hashes of files",
-            path=folder,
-            remedy="give the base and the adapter too: the weights are then compared with them",
-        )
+        message = f"the folder has no {configs.RECORD}" if record is None else "the record has no hashes of files"
+        remedy = "give the base and the adapter too: the weights are then compared with them"
+        raise StateError(message, path=folder, remedy=remedy)
     return CheckpointReport(MappingProxyType({}), None, _file_checks(folder, record))
 
 
 def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
-    return MappingProxyType({name: _file_check(folder, name, record.files[name]) for name in sorted(record.files)})
-
-
-def _file_check(folder: Path, name: str, sha256: str) -> FileCheck:
-    if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
-        return "missing"
-    # a record's names may lead anywhere, and links too: those are refused
-    return "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
+    found: dict[str, FileCheck] = {}
+    for name, sha256 in sorted(record.files.items()):
+        if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
+            found[name] = "missing"
+        else:  # a record's names may lead anywhere, and links too: those are refused
+            found[name] = "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
+    return MappingProxyType(found)
 
 
 def check_checkpoint(
@@ -235,11 +230,9 @@ def check_checkpoint(
     files = _file_checks(folded.folder, record) if record is not None else {}
     flags, now = before.tie_readers(), after.tie_readers()
     turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
-    config = (
-        f"`tie_word_embeddings` is not as in the source, and {turned[0]} computes something else by it"
-        if turned
-        else None
-    )
+    config = None
+    if turned:
+        config = f"`tie_word_embeddings` is not as in the source, and {turned[0]} computes something else by it"
     return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
 
 
@@ -257,7 +250,7 @@ class _Loading:
 
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
         said = record.base if record is not None else {}
-        stored = next((DTYPES[e.dtype] for e in base.entries.values() if e.dtype in _FLOATS), torch.float32)
+        stored = next((DTYPES[e.dtype] for e in base.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
         self.dtype = _dtype(said.get("dtype")) or _configured(base if said else folded) or stored
         dense = not _quantised(folded)
         self.codec = said.get("quantize") if said else None if dense or _quantised(base) else "stored"
@@ -302,10 +295,9 @@ class _Live:
 def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
     place = base.place(name)
     if place is None or base.sources[place] is None:
+        message = "the base has no such tensor, which the adapter names"
         remedy = "give the base that the adapter was trained on, of the same class"
-        raise MatchError(
-            "the base has no such tensor, which the adapter names", tensor=name, path=adapter.source, remedy=remedy
-        )
+        raise MatchError(message, tensor=name, path=adapter.source, remedy=remedy)
     return place
 
 
@@ -371,9 +363,8 @@ class _Comparison:
         if values is not None:
             base = Stored(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
         weight = base.weight.tensors["weight"]
-        if quantised or not how.cast or not weight.is_floating_point():
-            return base
-        if how.original and name in self.live.chains:
+        cast = how.cast and weight.is_floating_point() and not (how.original and name in self.live.chains)
+        if quantised or not cast:
             return base
         dtype = self.base.dtype_of(name) or weight.dtype
         base = base if dtype == weight.dtype else Stored(codecs.dense(weight.to(dtype)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -71,10 +72,8 @@ class VerifyReport:
         ]
         width = max((len(printable(name)) for name, _ in rows), default=0)
         lines = [f"{'':{width}}  relative   max abs    1 - cos"]
-        lines += [
-            f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}"
-            for name, e in rows
-        ]
+        for name, e in rows:
+            lines.append(f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}")
         lines += [f"{printable(name)}: never called on these inputs" for name in self.uncalled]
         return "\n".join(lines)
 
@@ -89,16 +88,12 @@ class _Meter:
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         self.calls += 1
         if a.shape != b.shape:
-            raise ShapeError(
-                "the two models' outputs differ in shape", tensor=name, shape=tuple(a.shape), expected=tuple(b.shape)
-            )
+            message = "the two models' outputs differ in shape"
+            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape)
         a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise NonFiniteError(
-                "an output holds NaN or infinity",
-                tensor=name,
-                remedy="check the inputs (a row that is all padding?) and both models",
-            )
+            remedy = "check the inputs (a row that is all padding?) and both models"
+            raise NonFiniteError("an output holds NaN or infinity", tensor=name, remedy=remedy)
         if not a.numel():
             return
         self.difference += float((a - b).square().sum())
@@ -106,9 +101,8 @@ class _Meter:
         self.max_abs = max(self.max_abs, float((a - b).abs().max()))
         rows_a, rows_b = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
         lengths = rows_a.norm(dim=-1) * rows_b.norm(dim=-1)
-        cosine = torch.where(
-            lengths > 0, (rows_a * rows_b).sum(-1) / lengths.clamp(min=1e-300), (rows_a == rows_b).all(-1).to(a)
-        )
+        cosine = (rows_a * rows_b).sum(-1) / lengths.clamp(min=1e-300)
+        cosine = torch.where(lengths > 0, cosine, (rows_a == rows_b).all(-1).to(a))
         self.distance += float((1 - cosine).sum())
         self.vectors += cosine.numel()
 
@@ -143,18 +137,12 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
     """
     mine, theirs = modules_of(folded), modules_of(peft_live.base_of(inner_model(reference)))
     record = record_of(folded)
-    paths = (
-        list(record.modules)
-        if record
-        else [p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear)]
-    )
+    linears = (p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear))
+    paths = list(record.modules if record is not None else linears)
     missing = [p for p in paths if p not in theirs]
     if missing:
-        raise MatchError(
-            "the reference model lacks a folded module",
-            module=missing[0],
-            remedy="give a model of the same architecture",
-        )
+        message, remedy = "the reference model lacks a folded module", "give a model of the same architecture"
+        raise MatchError(message, module=missing[0], remedy=remedy)
     modules = {path: _Meter() for path in paths}
     outputs: dict[str, _Meter] = {}
     beside: dict[str, _Meter] = {}
@@ -165,10 +153,9 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
                 expected = dict(_tensors(reference(*args, **kwargs)))
             got = dict(_tensors(folded(*args, **kwargs)))
             if got.keys() != expected.keys() or not got:
-                raise MatchError(
-                    f"the models' outputs differ: {', '.join(map(printable, got)) or 'none'}, and {', '.join(map(printable, expected)) or 'none'}",
-                    remedy="give models of the same class, with the same output settings (use_cache, return_dict)",
-                )
+                names = [", ".join(map(printable, side)) or "none" for side in (got, expected)]
+                remedy = "give models of the same class, with the same output settings (use_cache, return_dict)"
+                raise MatchError(f"the models' outputs differ: {names[0]}, and {names[1]}", remedy=remedy)
             for name, value in got.items():
                 outputs.setdefault(name, _Meter()).add(name, value, expected[name])
             for name, value in _tensors(plain(*args, **kwargs)) if plain is not None else ():
@@ -187,15 +174,12 @@ def _compared(
 ) -> Iterator[None]:
     """While the reference runs, give each of its modules' inputs to our module too."""
 
-    def hook_of(path: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            got = mine[path](*args, **kwargs)
-            for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
-                meters[path].add(f"{path} {name}".strip(), a, b)
+    def hook(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        got = mine[path](*args, **kwargs)
+        for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
+            meters[path].add(f"{path} {name}".strip(), a, b)
 
-        return hook
-
-    handles = [theirs[path].register_forward_hook(hook_of(path), with_kwargs=True) for path in meters]
+    handles = [theirs[path].register_forward_hook(partial(hook, path), with_kwargs=True) for path in meters]
     try:
         yield
     finally:
@@ -222,10 +206,8 @@ def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     for batch in inputs:
         if isinstance(batch, Mapping):
             yield (), dict(batch)
-        elif isinstance(batch, tuple):
-            yield batch, {}
         else:
-            yield (batch,), {}
+            yield batch if isinstance(batch, tuple) else (batch,), {}
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -233,9 +215,6 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name or "output", value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
+    elif isinstance(value, (Mapping, tuple, list)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _tensors(item, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from _tensors(item, f"{name}.{i}".lstrip("."))

@@ -153,15 +153,13 @@ class Loaded:
 
     def _tie(self) -> None:
         """Give each name of the model a parameter of its own, and have transformers tie those that nothing is stored for."""
-        fresh: dict[tuple[int, str], Tensor] = {}
         for name, tensor in self._state.items():
             module, attribute = self._holder(name)
-            parameter = attribute in module._parameters
-            if (id(module), attribute) not in fresh:
-                empty = torch.empty_like(tensor, device="meta")
-                held: Any = module._parameters if parameter else module._buffers
-                held[attribute] = nn.Parameter(empty, requires_grad=False) if parameter else empty
-                fresh[id(module), attribute] = held[attribute]
+            empty = torch.empty_like(tensor, device="meta")
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[attribute] = empty
         given = {id(getattr(*self._holder(name))): name for name in self._from if name in self._state}
         # of two that are both stored, equal ones need no tie and others get none
         self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= self._from.keys()}
@@ -257,18 +255,15 @@ class Loaded:
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        keep = HfQuantizer.get_modules_to_not_convert(
-            self.model, list(map(str, skip)) if isinstance(skip, list) else None, self.model._keep_in_fp32_modules
-        )
+        named = list(map(str, skip)) if isinstance(skip, list) else None
+        keep = HfQuantizer.get_modules_to_not_convert(self.model, named, self.model._keep_in_fp32_modules)
         modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
         try:
             return frozenset(f"{path}.weight" for path in modules if should_convert_module(path, keep))
         except re.error as error:
-            raise CheckpointError(
-                f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})",
-                path=self.checkpoint.folder,
-                remedy="restore the config.json and oftsurgery.json that belong to the checkpoint",
-            ) from error
+            message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+            remedy = "restore the config.json and oftsurgery.json that belong to the checkpoint"
+            raise CheckpointError(message, path=self.checkpoint.folder, remedy=remedy) from error
 
     def tie_readers(self) -> dict[str, bool]:
         """``{module path: tie_word_embeddings}`` of modules that compute by that setting, as the config writes it, whatever

@@ -105,15 +105,14 @@ def _number(part: str) -> bool:
 
 
 def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
-    values: dict[tuple[str, ...], dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    values: dict[tuple[tuple[str, ...], int], set[str]] = defaultdict(set)
     for _, parts, _ in members:
         for i, part in enumerate(parts):
-            if _number(part):
-                values[_template(parts)][i].add(part)
+            values[_template(parts), i].add(part)
     cells: dict[tuple[str, str], list[str]] = defaultdict(list)
     for layer, parts, path in members:
-        of = values[_template(parts)]
-        kind = ".".join("*" if len(of[i]) > _FEW else part for i, part in enumerate(parts))
+        template = _template(parts)
+        kind = ".".join("*" if len(values[template, i]) > _FEW else part for i, part in enumerate(parts))
         cells[layer, kind].append(path)
     return Stack(
         name,
@@ -158,13 +157,6 @@ class Scale:
         share = (value - low) / (high - low) if high > low else 0.0
         return min(LEVELS - 1, max(0, int(share * LEVELS)))
 
-    def borders(self, steps: int) -> list[float]:
-        """The ``steps + 1`` borders of as many steps."""
-        shares = [i / steps for i in range(steps + 1)]
-        if self.ratios:
-            return [self.low * (self.high / self.low) ** s for s in shares]
-        return [self.low + (self.high - self.low) * s for s in shares]
-
     @classmethod
     def of_errors(cls, values: Sequence[float]) -> Scale:
         """From the least to the largest. A spread of less than a tenth is not drawn as a large one; one of more than
@@ -205,7 +197,9 @@ def histogram(
         if high <= low * 1.001:  # all alike: one bar in the middle
             low, high = low * 0.9, high * 1.1 or 1.0
         ratios = high > 10 * low > 0
-        borders = Scale(max(low, high * 1e-4) if ratios else low, high, ratios).borders(bins)
+        low = max(low, high * 1e-4) if ratios else low
+        shares = [i / bins for i in range(bins + 1)]
+        borders = [low * (high / low) ** share if ratios else low + (high - low) * share for share in shares]
     counts = [0] * (len(borders) - 1)
     for value in values:
         counts[min(len(counts) - 1, max(0, bisect_right(borders, value) - 1))] += 1
@@ -224,11 +218,8 @@ def check_figures(record: FoldRecord) -> None:
             if value is None and name not in _NEEDED:
                 continue
             if not is_figure(abs(value) if name in _SIGNED else value):
-                raise CheckpointError(
-                    f"the record's {name} is no finite number",
-                    module=path,
-                    remedy="restore the record that the fold wrote",
-                )
+                remedy = "restore the record that the fold wrote"
+                raise CheckpointError(f"the record's {name} is no finite number", module=path, remedy=remedy)
 
 
 _NEEDED = ("error", "defect", "angle")
@@ -284,8 +275,6 @@ def size(nbytes: float) -> str:
     >>> size(999), size(23_400_000), size(5e9)
     ('999 B', '23.4 MB', '5.00 GB')
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5 or unit == "GB":
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:#.3g}".rstrip(".") + f" {unit}"
-        nbytes /= 1000
-    raise AssertionError
+    power = sum(nbytes >= 999.5 * 1000**i for i in range(3))
+    figure = f"{nbytes / 1000**power:#.3g}".rstrip(".") if power else f"{nbytes:.0f}"
+    return f"{figure} {('B', 'kB', 'MB', 'GB')[power]}"
