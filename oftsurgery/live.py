@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -35,9 +35,9 @@ from .codecs import EncodedWeight
 from .engine import warn_of_idle
 from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of
 from .hashing import hash_tensors
-from .layers import Layer
+from .layers import Held, Layer, Undo, offloaded, swap_modules
 from .live_store import LiveStore
-from .model import inner_model, modules_of, places_of, replace_tensor, transaction
+from .model import inner_model, modules_of, replace_tensor, separate_module, transaction
 from .plan import FoldPlan, in_names_of, plan_changes
 from .sharing import share_model
 from .weight import fold_encoded
@@ -64,8 +64,6 @@ __all__ = [
     "unwrap",
     "wrap_model",
 ]
-
-Undo = Callable[[], None]
 
 
 # --- one adapter's rotation of one layer ------------------------------------------------------------------------------
@@ -102,7 +100,7 @@ class LiveRotation(nn.Module):
             self.scale = None if rotation.scale is None else own(rotation.scale)
         self.cayley, self.side, self.radius, self.dropout = rotation.cayley, rotation.side, radius, dropout
 
-    def _generator(self) -> Tensor:
+    def _generator(self, *, write_back: bool) -> Tensor:
         """Clamped; the gradient passes the clamp as if it were not there, as peft's does."""
         v = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         if self.radius is None:
@@ -111,13 +109,13 @@ class LiveRotation(nn.Module):
             # each element of v stands in Q twice
             norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)
             clamped = torch.where(norm <= self.radius, v, v * (self.radius / norm))
-            if self.training:
+            if write_back:
                 self.weight.copy_(clamped)
         return v + (clamped - v).detach()
 
     def blocks(self) -> Tensor:
         """``(n, b, b)`` in float32 or better, differentiable: the live layer computes ``x · blockdiag(blocks)``."""
-        blocks = self.cayley(rotations.skew(self._generator()))
+        blocks = self.cayley(rotations.skew(self._generator(write_back=self.training)))
         n = blocks.shape[0]
         if self.training and self.dropout > 0 and n > 1:
             dropped = (torch.randperm(n, device=blocks.device) < int(self.dropout * n)).reshape(n, 1, 1)
@@ -127,12 +125,8 @@ class LiveRotation(nn.Module):
     @torch.no_grad()
     def rotation(self) -> Rotation:
         """What it computes now (dropout aside), as a frozen :class:`~oftsurgery.Rotation` of tensors of its own."""
-        training, self.training = self.training, False  # reading writes no clamped generator back
-        try:
-            generator = self._generator().clone()
-        finally:
-            self.training = training
-        return Rotation(generator, self.cayley, self.side, None if self.scale is None else self.scale.detach().clone())
+        generator, scale = self._generator(write_back=False), self.scale
+        return Rotation(generator.clone(), self.cayley, self.side, None if scale is None else scale.detach().clone())
 
     def extra_repr(self) -> str:
         n, elements = self.weight.shape
@@ -140,59 +134,6 @@ class LiveRotation(nn.Module):
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Held:
-    """What a merge took out of a base layer: its Parameter whole, with all of its quantisation state, in CPU memory.
-
-    Data and no closure, so that copies of a merged model hold bytes of their own.
-    """
-
-    weight: Any  # the Parameter; None where accelerate offloads it
-    quant_state: Any
-    in_state: bool  # int8: a forward has moved the statistics from the Parameter to module.state
-    scb: Tensor | None
-
-    @classmethod
-    def of(cls, layer: Layer) -> _Held:
-        base: Any = layer.module
-        if layer._offload_hook is not None:
-            return cls(None, None, False, None)
-        state = getattr(base, "state", None)
-        scb = getattr(state, "SCB", None)
-        return cls(
-            base._parameters["weight"], base.__dict__.get("quant_state"), getattr(state, "CB", None) is not None, scb
-        )
-
-    def move(self, device: torch.device) -> None:
-        if self.weight is None or self.weight.device == device:
-            return
-        self.weight.data = self.weight.data.to(device)
-        if getattr(self.weight, "CB", None) is not None:
-            self.weight.CB = self.weight.data  # the same bytes, under another name
-            self.weight.SCB = self.weight.SCB.to(device)
-        for state in {
-            id(s): s for s in (getattr(self.weight, "quant_state", None), self.quant_state) if s is not None
-        }.values():
-            state.to(device)
-        self.scb = None if self.scb is None else self.scb.to(device)
-
-    def put_back(self, layer: Layer) -> None:
-        base: Any = layer.module
-        if self.weight is None:
-            hook: Any = layer._offload_hook
-            hook.weights_map = hook.weights_map.maps[1]  # from under what Layer.write laid over it
-            return
-        self.move(base._parameters["weight"].device)
-        if getattr(self.weight, "module", None) is not None:
-            self.weight.module = base  # a copied Params4bit still names the module that it was copied from
-        base._parameters["weight"] = self.weight
-        if base.__dict__.get("quant_state") is not None:
-            base.quant_state = self.quant_state if self.weight.quant_state is None else self.weight.quant_state
-        if getattr(base, "state", None) is not None:
-            base.state.CB = self.weight.data if self.in_state else None
-            base.state.SCB = self.scb
 
 
 def _of_base(name: str) -> Any:
@@ -240,18 +181,17 @@ class LiveLayer(nn.Module):
         super().__init__()
         self.path, self.training = path, base_layer.training
         layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
-        self._conv = layer.kind == "conv"
         self._shared = shared
         self._active: list[str] = []
         self._disabled = False
-        self._held: _Held | None = None
+        self._held: Held | None = None
         # the module of other places, which the base layer stands for in this one
         self._twin: tuple[nn.Module] | None = None
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
         self.oft_R = nn.ModuleDict().train(self.training)
         self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
-        self._packed_before = base_layer.__dict__.get("support_avx512bf16_for_cpu")
+        self._packing = _packing(base_layer)
         if layer._is_4bit:
             self._stay_differentiable(layer)
 
@@ -276,8 +216,7 @@ class LiveLayer(nn.Module):
             state: Any = base.weight.quant_state
             state.packing_format_for_cpu, state.original_nested = False, bool(home.nested_blocksize)
             base.weight.compress_statistics = state.original_nested
-        if self._packed_before is not None:
-            base.support_avx512bf16_for_cpu = False
+        base.__dict__.update(dict.fromkeys(self._packing, False))
 
     # --- adapters ---
 
@@ -291,7 +230,7 @@ class LiveLayer(nn.Module):
         base: Any = self.base_layer
         if isinstance(base, nn.Embedding):
             return base.num_embeddings, base.embedding_dim
-        if self._conv:
+        if isinstance(base, nn.Conv2d):
             return base.out_channels, base.in_channels
         if isinstance(base, nn.Linear):
             return base.out_features, base.in_features
@@ -444,16 +383,13 @@ class LiveLayer(nn.Module):
 
     def _loaded_bias(self) -> Tensor | None:
         bias = cast("Tensor | None", getattr(self.base_layer, "bias", None))
-        if bias is not None and bias.is_meta:
-            hook: Any = Layer(self._name, self.base_layer)._offload_hook
-            bias = hook.weights_map["bias"]
-        return bias
+        return offloaded(self.base_layer, "bias") if bias is not None and bias.is_meta else bias
 
-    def _features_last(self, x: Tensor) -> Tensor:
-        return x.movedim(-3, -1) if self._conv else x  # (…, channels, height, width)
+    def _features_last(self, x: Tensor) -> Tensor:  # (…, channels, height, width)
+        return x.movedim(-3, -1) if isinstance(self.base_layer, nn.Conv2d) else x
 
     def _features_back(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, -3) if self._conv else x
+        return x.movedim(-1, -3) if isinstance(self.base_layer, nn.Conv2d) else x
 
     # --- merge ---
 
@@ -497,11 +433,7 @@ class LiveLayer(nn.Module):
         with told_of(self._name):
             encoded, home = layer.read()
             folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
-        held = _Held.of(layer)
-        layer.write(folded.encoded, park=False)
-        if not self._shared:
-            held.move(torch.device("cpu"))
-        self._held, self.merged_adapters = held, names
+        self._held, self.merged_adapters = layer.write(folded.encoded, park=not self._shared), names
         return folded.error
 
     def unmerge(self) -> None:
@@ -609,11 +541,11 @@ def original_hashes(model: nn.Module) -> dict[str, str]:
 
 def live_layers(model: nn.Module) -> dict[str, LiveLayer]:
     """``{path: LiveLayer}`` of a model; each layer once, under the path at which it was wrapped."""
-    found: dict[int, tuple[LiveLayer, list[str]]] = {}
+    found: dict[LiveLayer, list[str]] = {}
     for path, module in modules_of(model).items():
         if isinstance(module, LiveLayer):
-            found.setdefault(id(module), (module, []))[1].append(path)
-    return {layer.path if layer.path in paths else paths[0]: layer for layer, paths in found.values()}
+            found.setdefault(module, []).append(path)
+    return {layer.path if layer.path in paths else paths[0]: layer for layer, paths in found.items()}
 
 
 def wrap_model(
@@ -660,14 +592,13 @@ def wrap_model(
                 f"the model has a live adapter {printable(taken[0])!r} already", remedy="choose another adapter_name"
             )
         _refuse_merged(before)
-        _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
+        swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()))
         ties = store.ties
-        _refuse_brought_twice(plan, origins)
         layers = {layer.base_layer: layer for layer in before.values()}
-        twins = _separate(work, [change.path for change in plan.rotate], layers, journal)
+        twins = _separate(store.modules, [change.path for change in plan.rotate], layers, journal)
         modules = modules_of(work)
         for name, adapter in named.items():
             for path, rotation in adapter.modules.items():
@@ -679,24 +610,29 @@ def wrap_model(
                     layers[base].add_adapter(name, rotation, radius=radius)
                     journal.append(partial(layers[base].delete_adapter, name))
                 else:
-                    journal.append(_restore_4bit(base))
-                    layers[base] = _class_for(Layer(path, base))(
+                    layer = Layer(path, base)
+                    # LiveLayer lays a repacked 4-bit weight out anew, and switches the repacking off
+                    journal.append(partial(Held.of(layer).put_back, layer))
+                    journal.append(partial(base.__dict__.update, _packing(base)))
+                    layers[base] = _class_for(layer)(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
-        hashes = _bring(plan, store, modules, journal)
+        hashes = _bring(plan, store, origins, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
-        _swap(work, {id(base): layer for base, layer in layers.items()}, journal)
+        swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[_ATTRIBUTE] = origins
         warn_of_idle(plan)
     return work
 
 
-def _refuse_brought_twice(plan: FoldPlan, origins: Mapping[str, _Origin]) -> None:
+def _bring(plan: FoldPlan, store: LiveStore, origins: Mapping[str, _Origin], journal: list[Undo]) -> dict[str, str]:
+    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    hashes: dict[str, str] = {}
     for change in plan.replace:
         if any(change.name in origin.saved for origin in origins.values()):
             raise MatchError(
@@ -704,14 +640,8 @@ def _refuse_brought_twice(plan: FoldPlan, origins: Mapping[str, _Origin]) -> Non
                 tensor=change.name,
                 remedy="wrap one of them alone",
             )
-
-
-def _bring(plan: FoldPlan, store: LiveStore, modules: Mapping[str, nn.Module], journal: list[Undo]) -> dict[str, str]:
-    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
-    hashes: dict[str, str] = {}
-    for change in plan.replace:
         old = store.tensor(change.name)
-        replace_tensor(modules, change, journal)
+        replace_tensor(store.modules, change, journal)
         hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
     return hashes
 
@@ -726,17 +656,8 @@ def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
             )
 
 
-def _swap(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
-    """Replace modules, by id, wherever the model holds them."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in table:
-                parent._modules[name] = table[id(child)]
-                journal.append(partial(parent._modules.__setitem__, name, child))
-
-
 def _separate(
-    model: nn.Module, paths: Sequence[str], live: Mapping[nn.Module, LiveLayer], journal: list[Undo]
+    modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
 ) -> dict[nn.Module, tuple[nn.Module]]:
     """Give each path's layer, where it stands under several names, a module of its own over the same tensors.
 
@@ -745,68 +666,43 @@ def _separate(
     Returns:
         ``{new module: (the one that it stands for,)}``
     """
-    modules, twins = modules_of(model), {}
+    twins = {}
     for path in paths:
         base = modules[path]
-        if places_of(modules, base) < 2 or base in live:
-            continue
-        own = share_model(base)
-        for key, parameter in base._parameters.items():
-            if type(parameter) is nn.Parameter:  # one Parameter for both; bitsandbytes changes its own in place
-                own._parameters[key] = parameter
-        above, _, name = path.rpartition(".")
-        slots = inner_model(modules[above])._modules
-        journal.append(partial(slots.__setitem__, name, base))
-        slots[name] = own
-        twins[own] = (base,)
+        if base not in live:
+            separate_module(modules, path, journal)
+        if modules[path] is not base:
+            twins[modules[path]] = (base,)
     return twins
 
 
-# : what says that torch's fused kernels may be taken, which read the layers' weights and never call them; its value for
-# no
-_FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),  # its layers take nested tensors on the fast path alone
-}
+#: attributes that lead to torch's fused kernels, which read the layers' weights and never call them, and what says no:
+#: of an encoder's layer, and of the encoder, as its layers take nested tensors on the fast path alone
+_SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 _FAST = "_oftsurgery_fast_path"
 
 
 def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
     """Have torch's transformer encoders call their layers where one of these is live."""
     for module in model.modules():
-        for cls, (name, slow) in _FAST_PATHS.items():
-            if not isinstance(module, cls) or _FAST in module.__dict__ or not hasattr(module, name):
-                continue
-            if any(isinstance(m, LiveLayer) for m in module.modules()):
-                journal.append(partial(_take_fast_path, module, name))
-                _leave_fast_path(module, name, slow)
+        encoder = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
+        if encoder and _FAST not in module.__dict__ and any(isinstance(m, LiveLayer) for m in module.modules()):
+            journal.append(partial(_take_fast_path, module))
+            _leave_fast_path(module)
 
 
-def _leave_fast_path(module: nn.Module, name: str, slow: Any) -> None:
-    module.__dict__[_FAST], module.__dict__[name] = module.__dict__[name], slow
+def _leave_fast_path(encoder: nn.Module) -> None:
+    fast = {name: encoder.__dict__[name] for name in _SLOW if name in encoder.__dict__}
+    encoder.__dict__.update({_FAST: fast, **{name: _SLOW[name] for name in fast}})
 
 
-def _take_fast_path(module: nn.Module, name: str) -> None:
-    if _FAST in module.__dict__:
-        module.__dict__[name] = module.__dict__.pop(_FAST)
+def _take_fast_path(encoder: nn.Module) -> None:
+    encoder.__dict__.update(encoder.__dict__.pop(_FAST, {}))
 
 
-def _restore_4bit(base: Any) -> Undo:
-    """What undoes :meth:`LiveLayer._stay_differentiable`."""
-    weight, flag, state = (
-        base._parameters.get("weight"),
-        base.__dict__.get("support_avx512bf16_for_cpu"),
-        base.__dict__.get("quant_state"),
-    )
-
-    def undo() -> None:
-        base._parameters["weight"] = weight
-        if flag is not None:
-            base.support_avx512bf16_for_cpu = flag
-        if state is not None:
-            base.quant_state = state
-
-    return undo
+def _packing(base: nn.Module) -> dict[str, bool]:
+    """bitsandbytes' switch of the repacking of 4-bit weights at CPU eval forwards, where the layer has one."""
+    return {name: value for name, value in base.__dict__.items() if name == "support_avx512bf16_for_cpu"}
 
 
 def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
@@ -822,11 +718,8 @@ def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[U
 def _radius(adapter: OFTAdapter, rotation: Rotation) -> float | None:
     """COFT's bound of ``‖Q‖_F`` a block, by the adapter's dialect; None without COFT."""
     rows, width = rotation.generator.shape[0], 1
-    if adapter.dialect == "peft-0.13":
-        width = rotation.block_size
-    elif adapter.dialect == "peft-0.15":
-        out = 0 if rotation.scale is None else rotation.scale.shape[0]
-        width = -(-out // (int(adapter.config.get("r") or rows) if adapter.config.get("block_share") else rows))
+    if adapter.dialect in ("peft-0.13", "peft-0.15"):
+        width = rotation.block_size if rotation.scale is None else -(-rotation.scale.shape[0] // rows)
     return coft_radius(adapter.config, rows, width)
 
 
@@ -967,17 +860,17 @@ def strip(model: nn.Module) -> list[Undo]:
     layers, inner = _wrapped(model), inner_model(model)
     _refuse_merged(layers)
     journal: list[Undo] = []
-    _swap(inner, {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}, journal)
+    swap_modules(
+        inner, {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}, journal
+    )
     for module in inner.modules():
-        for cls, (name, slow) in _FAST_PATHS.items():
-            if isinstance(module, cls) and _FAST in module.__dict__:
-                _take_fast_path(module, name)
-                journal.append(partial(_leave_fast_path, module, name, slow))
+        if _FAST in module.__dict__:
+            _take_fast_path(module)
+            journal.append(partial(_leave_fast_path, module))
     for layer in layers.values():
-        base: Any = layer.base_layer
-        if layer._packed_before is not None:
-            base.support_avx512bf16_for_cpu = layer._packed_before
-            journal.append(partial(setattr, base, "support_avx512bf16_for_cpu", False))
+        base = layer.base_layer.__dict__
+        journal.append(partial(base.update, dict.fromkeys(layer._packing, False)))
+        base.update(layer._packing)
     origins = inner.__dict__.pop(_ATTRIBUTE, {})
     journal.append(lambda: inner.__dict__.update({_ATTRIBUTE: origins}))
     return journal

@@ -5,7 +5,7 @@ peft itself is not imported: where none of its classes is in the model, there is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .adapter import OFTAdapter, parse_adapter
 from .errors import StateError, printable
+from .layers import Undo, swap_modules
 
 __all__ = ["base_of", "has_live_layers", "inner_modules", "read_adapters", "strip", "trained_biases"]
-
-Undo = Callable[[], None]
 
 
 def _peft_class(obj: object, name: str) -> bool:
@@ -156,17 +155,9 @@ def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
 
 def strip(base: nn.Module, journal: list[Undo]) -> None:
     """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
-    for parent in list(base.modules()):
-        for name, child in list(parent._modules.items()):
-            inside = _inside(child)
-            if inside is None:
-                continue
-            journal.append(partial(parent._modules.__setitem__, name, child))
-            parent._modules[name] = inside
-    for attribute, value in (("peft_config", None), ("_hf_peft_config_loaded", False)):
-        if attribute in base.__dict__:
-            journal.append(partial(base.__dict__.__setitem__, attribute, base.__dict__[attribute]))
-            if value is None:
-                del base.__dict__[attribute]
-            else:
-                base.__dict__[attribute] = value
+    swap_modules(base, inner_modules(base), journal)
+    noted = {name: base.__dict__[name] for name in ("peft_config", "_hf_peft_config_loaded") if name in base.__dict__}
+    journal.append(partial(base.__dict__.update, noted))
+    base.__dict__.pop("peft_config", None)
+    if "_hf_peft_config_loaded" in noted:
+        base.__dict__["_hf_peft_config_loaded"] = False

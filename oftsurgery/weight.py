@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ __all__ = [
     "nearest_error",
     "relative_error",
     "rotate_chain",
-    "unfold_encoded",
     "unfold_weight",
 ]
 
@@ -82,7 +81,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
     [[4.0, -3.0]]
     """
-    return _apply(weight, rotation, rounding, fold_encoded)
+    return _apply(weight, rotation, rounding, inverse=False)
 
 
 def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
@@ -90,49 +89,31 @@ def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, roundin
 
     Same arguments, result and errors as :func:`fold_weight`.
     """
-    return _apply(weight, rotation, rounding, unfold_encoded)
+    return _apply(weight, rotation, rounding, inverse=True)
 
 
-@overload
-def _apply(weight: Tensor, rotation: Rotation | Sequence[Rotation], rounding: str, way: object) -> Tensor: ...
-@overload
-def _apply(
-    weight: EncodedWeight, rotation: Rotation | Sequence[Rotation], rounding: str, way: object
-) -> EncodedWeight: ...
-def _apply(weight, rotation, rounding, way):  # type: ignore[no-untyped-def]
+def _apply(weight: W, rotation: Rotation | Sequence[Rotation], rounding: str, *, inverse: bool) -> W:
     chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
     if isinstance(weight, EncodedWeight):
-        return way(weight, chain, rounding=rounding).encoded
-    return way(codecs.dense(weight), chain, rounding=rounding).encoded.tensors["weight"]
+        return fold_encoded(weight, chain, rounding=rounding, inverse=inverse).encoded
+    return fold_encoded(codecs.dense(weight), chain, rounding=rounding, inverse=inverse).encoded.tensors["weight"]
 
 
 def fold_encoded(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
-) -> FoldedWeight:
-    """:func:`fold_weight` with what storing it cost. ``chain`` is in the live order; ``into`` defaults to the format of
-    ``encoded``.
-    """
-    return _recode(encoded, chain, into or encoded.format, rounding, inverse=False)
-
-
-def unfold_encoded(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
-) -> FoldedWeight:
-    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded."""
-    return _recode(encoded, chain, into or encoded.format, rounding, inverse=True)
-
-
-def _recode(
     encoded: EncodedWeight,
     chain: Sequence[Rotation],
-    into: WeightFormat,
-    rounding: str,
+    into: WeightFormat | None = None,
+    rounding: str = "nearest",
     *,
-    inverse: bool,
+    inverse: bool = False,
 ) -> FoldedWeight:
+    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with what storing it cost. ``chain`` is in the live
+    order; ``into`` defaults to the format of ``encoded``.
+    """
+    f = encoded.format
+    into = into or f
     codecs.check_rounding(rounding)
     used = codecs.rounding_of(into, rounding)
-    f = encoded.format
     if len(f.shape) != 2:
         remedy = "reshape a 1×1 convolution to (out, in)"
         raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
@@ -159,11 +140,7 @@ def _recode(
 
 
 def _preserved(
-    encoded: EncodedWeight,
-    base: Tensor,
-    exact: Tensor,
-    chain: Sequence[Rotation],
-    into: WeightFormat,
+    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
 ) -> tuple[EncodedWeight | None, int]:
     """The weight by :mod:`oftsurgery.preserve` and the steps of its ω; None where that does not apply."""
     if not preserve.applies(encoded.format, into):
