@@ -9,7 +9,7 @@ are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,10 +21,10 @@ from . import codecs
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
 from .formats import FORMATS, Format, of_parameter
-from .formats.four_bit import FourBit, copy_quant_state
+from .formats.four_bit import FourBit
 from .formats.int8 import Int8
 
-__all__ = ["Held", "Kind", "Layer", "alias_parameter", "copy_quant_state", "swap_modules"]
+__all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -110,11 +110,8 @@ class Layer:
     @property
     def _offload_hook(self) -> Any | None:
         """accelerate's hook that holds this module's offloaded weights, or None."""
-        hook = getattr(self.module, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        return next(
-            (h for h in hooks if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None
-        )
+        holding = (h for h in hooks_of(self.module) if getattr(h, "offload", False))
+        return next((h for h in holding if getattr(h, "weights_map", None) is not None), None)
 
     def _weight(self) -> Tensor:
         module, trouble = self.module, ("", "")
@@ -288,6 +285,12 @@ class Held:
             setattr(self.holder(module), name, value)
 
 
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks of a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
 def offloaded(module: nn.Module, name: str) -> Tensor:
     """The values of a parameter that accelerate holds elsewhere.
 
@@ -299,11 +302,6 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
         message = "the tensor is on the meta device: it has no values"
         raise StateError(message, tensor=name, remedy="load the model's weights first")
     return hook.weights_map[name]  # type: ignore[no-any-return]
-
-
-def alias_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A Parameter of its own, of the same class and attributes, over the same storage."""
-    return of_parameter(parameter).alias(parameter)
 
 
 def quant_states(module: nn.Module) -> Mapping[int, Any]:

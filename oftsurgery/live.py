@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,14 +32,14 @@ from . import codecs, peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation, coft_radius
 from .codecs import EncodedWeight
 from .engine import warn_of_idle
-from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of
+from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of, warn_caller
 from .hashing import hash_tensors
 from .layers import Held, Layer, Undo, offloaded, swap_modules
 from .live_store import LiveStore
 from .model import inner_model, modules_of, replace_tensor, separate_module, transaction
 from .plan import FoldPlan, in_names_of, plan_changes
 from .sharing import share_model
-from .weight import fold_encoded
+from .weight import check_chain, fold_encoded
 
 __all__ = [
     "Embedding",
@@ -183,7 +182,7 @@ class LiveLayer(nn.Module):
         layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
         self._shared = shared
         self._active: list[str] = []
-        self._disabled = False
+        self.disable_adapters = False
         self._held: Held | None = None
         # the module of other places, which the base layer stands for in this one
         self._twin: tuple[nn.Module] | None = None
@@ -304,25 +303,17 @@ class LiveLayer(nn.Module):
         """Without adapters the layer computes what its base layer does; disabling unmerges a merged layer first."""
         if not enabled:
             self.unmerge()
-        self._disabled = not enabled
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
+        self.disable_adapters = not enabled
 
     def _check_known(self, names: Sequence[str]) -> None:
-        _check_known(names, [*self.oft_R], "the layer has no adapter", self._name)
+        _check_known(names, [*self.oft_R], self._name)
 
     def _rotations(self, names: Sequence[str]) -> list[LiveRotation]:
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
 
     def _check_chain(self, chain: Sequence[Rotation | LiveRotation]) -> None:
-        if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
-            raise MatchError(  # as a fold of the chain is refused
-                "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
-                module=self._name,
-                remedy="fold one of them first, in the order that is meant",
-            )
+        with told_of(self._name):
+            check_chain(chain)
 
     # --- peft's names for what it wraps ---
 
@@ -348,7 +339,7 @@ class LiveLayer(nn.Module):
     # --- forward ---
 
     def _chain(self) -> list[LiveRotation]:
-        return [] if self._disabled or self.merged else self._rotations(self._active)
+        return [] if self.disable_adapters or self.merged else self._rotations(self._active)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chain = self._chain()
@@ -417,7 +408,7 @@ class LiveLayer(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
-        if self._disabled:
+        if self.disable_adapters:
             raise StateError(
                 "the layer's adapters are disabled", module=self._name, remedy="enable_adapters(True) first"
             )
@@ -457,7 +448,7 @@ class LiveLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        state = ", disabled" if self._disabled else f", merged={self.merged_adapters}" if self.merged else ""
+        state = ", disabled" if self.disable_adapters else f", merged={self.merged_adapters}" if self.merged else ""
         return f"active={self._active}{state}"
 
 
@@ -497,19 +488,14 @@ def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
 
 def _check_name(adapter_name: object) -> None:
     if not isinstance(adapter_name, str):
-        raise StateError(
-            f"an adapter's name is a string, not a {type(adapter_name).__name__}", remedy="adapter_name='default'"
-        )
+        message = f"an adapter's name is a string, not a {type(adapter_name).__name__}"
+        raise StateError(message, remedy="adapter_name='default'")
+    message = f"an adapter cannot be named {printable(adapter_name)!r}"
     if not adapter_name or "." in adapter_name:
-        raise StateError(
-            f"an adapter cannot be named {printable(adapter_name)!r}",
-            remedy="a name without dots, as it becomes part of a state_dict's keys",
-        )
+        raise StateError(message, remedy="a name without dots, as it becomes part of a state_dict's keys")
     if hasattr(nn.ModuleDict(), adapter_name):
-        raise StateError(
-            f"an adapter cannot be named {printable(adapter_name)!r}, an attribute of torch.nn.ModuleDict, which holds it",
-            remedy="choose another name",
-        )
+        message = f"{message}, an attribute of torch.nn.ModuleDict, which holds it"
+        raise StateError(message, remedy="choose another name")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -750,7 +736,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     layers = _wrapped(model)
-    _check_names(layers, names)
+    _check_known(names, _names_in(layers))
     wanted = {path: [name for name in names if name in layer.oft_R] for path, layer in layers.items()}
     for path, layer in layers.items():
         layer._check_chain(layer._rotations(wanted[path]))
@@ -772,7 +758,7 @@ def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[st
     """
     layers = _wrapped(model)
     if adapter_names is not None:
-        _check_names(layers, adapter_names)
+        _check_known(adapter_names, _names_in(layers))
     errors: dict[str, float] = {}
     with transaction() as journal:
         for path, layer in layers.items():
@@ -801,22 +787,20 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
         StateError: the model is not wrapped, or has no such adapter.
     """
     layers = _wrapped(model)
-    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    names = _names_in(layers)
     if adapter_name is None:
         if len(names) != 1:
             raise StateError(
                 "the model has several live adapters", remedy=f"name one: {', '.join(map(printable, names))}"
             )
         adapter_name = names[0]
-    _check_names(layers, [adapter_name])
+    _check_known([adapter_name], names)
     origin = _origins(model).get(adapter_name, _Origin({}, "peft-0.21", {}))
     modules = modules_of(model)
     saved: dict[str, Tensor] = {}
     for name in origin.saved:
         path, _, local = name.rpartition(".")
-        module = modules[path]
-        holder = module.base_layer if isinstance(module, LiveLayer) else module
-        saved[name] = getattr(holder, local).detach().clone()
+        saved[name] = getattr(modules[path], local).detach().clone()
     rotations_ = {
         path: cast(LiveRotation, layer.oft_R[adapter_name]).rotation()
         for path, layer in layers.items()
@@ -897,16 +881,15 @@ def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
     return layers
 
 
-def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
-    known = dict.fromkeys(name for layer in layers.values() for name in layer.oft_R)
-    _check_known(names, known, "the model has no live adapter")
+def _names_in(layers: Mapping[str, LiveLayer]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
 
 
-def _check_known(names: Sequence[str], known: Collection[str], none: str, module: str | None = None) -> None:
+def _check_known(names: Sequence[str], known: Collection[str], module: str | None = None) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise StateError(
-            f"{none} {', '.join(map(printable, unknown))}",
+            f"the {'layer has no' if module else 'model has no live'} adapter {', '.join(map(printable, unknown))}",
             module=module,
             remedy=f"it has {', '.join(map(printable, known)) or 'none'}",
         )
@@ -980,9 +963,8 @@ def _dispatch(
 def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, float | None, float]:
     """(rotation, COFT radius, dropout) of a new adapter."""
     own = {k: v for k, v in kw.items() if k not in _IGNORED}
-    config = own.pop("config", None)
-    config = own.pop("oft_config", None) if config is None else config
-    own.pop("oft_config", None)
+    configs = own.pop("config", None), own.pop("oft_config", None)
+    config = next((c for c in configs if c is not None), None)
     rotation = own.pop("rotation", None)
     unknown = sorted(set(own) - set(_SETTINGS))
     if unknown:
@@ -1043,7 +1025,7 @@ def _block_size(r: int, oft_block_size: int, features: int) -> int:
     fitting = [n for n in range(1, features + 1) if features % n == 0]
     nearest = min(fitting, key=lambda n: (abs(n - wanted), n))
     if nearest != wanted:
-        warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning, stacklevel=5)
+        warn_caller(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning)
     b = features // nearest if r else nearest
     if b < 2:
         raise AdapterError(

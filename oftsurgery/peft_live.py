@@ -129,28 +129,21 @@ def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config:
 def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under the keys that peft saves them with, copied: training may go on."""
     for path, layer in layers:
-        for part in ("oft_R", "oft_embedding_R"):
-            if name in getattr(layer, part, {}):
-                yield f"base_model.model.{path}.{part}.weight", getattr(layer, part)[name].weight.detach().clone()
-        for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
-            if name in getattr(layer, part, {}):
-                yield f"base_model.model.{path}.{part}", getattr(layer, part)[name].detach().clone()
+        for part, end in (("oft_R", ".weight"), ("oft_embedding_R", ".weight"), ("oft_r", ""), ("oft_s", "")):
+            held = getattr(layer, part, {})
+            if name in held:  # a module, or in peft ≤ 0.15 the Parameter itself
+                tensor = held[name].weight if end else held[name]
+                yield f"base_model.model.{path}.{part}{end}", tensor.detach().clone()
     for path, wrapper in _all_of("ModulesToSaveWrapper", base):
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
                 yield f"base_model.model.{path}.{key}", tensor.detach().clone()
 
 
-def _inside(module: nn.Module | None) -> Any:
-    """The base layer in one of peft's wrappers; None for any other module."""
-    if _peft_class(module, "BaseTunerLayer"):
-        return module.get_base_layer()  # type: ignore[union-attr,operator]
-    return module.original_module if _peft_class(module, "ModulesToSaveWrapper") else None  # type: ignore[union-attr]
-
-
 def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
     """``{id of each of peft's wrappers: the base layer in it}``."""
-    return {id(m): inside for m in base.modules() if (inside := _inside(m)) is not None}
+    layers = {id(m): m.get_base_layer() for _, m in _all_of("BaseTunerLayer", base)}
+    return layers | {id(m): m.original_module for _, m in _all_of("ModulesToSaveWrapper", base)}
 
 
 def strip(base: nn.Module, journal: list[Undo]) -> None:

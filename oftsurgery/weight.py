@@ -19,10 +19,10 @@ from .record import ModuleRecord
 __all__ = [
     "FoldedWeight",
     "begin_record",
+    "check_chain",
     "fold_encoded",
     "fold_weight",
     "measured",
-    "nearest_error",
     "relative_error",
     "rotate_chain",
     "unfold_weight",
@@ -162,8 +162,8 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
     held = float(((stored - base).to(torch.float64) * (exact - base)).sum())
     relative = error / norm if norm else error
     nearest = relative if folded.rounding == "nearest" else folded.nearest
-    if folded.rounding in ("grid", "mse"):
-        nearest = nearest_error(exact, folded.encoded.format)
+    if nearest is None and folded.rounding != "preserve":
+        nearest = relative_error(codecs.decode(codecs.encode(exact, folded.encoded.format)), exact)
     return replace(
         folded,
         error=relative,
@@ -172,11 +172,6 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
         kept=held / change**2 if change else None,
         change=change,
     )
-
-
-def nearest_error(exact: Tensor, into: WeightFormat) -> float:
-    """The relative error of storing ``exact`` as ``into`` with plain rounding."""
-    return relative_error(codecs.decode(codecs.encode(exact, into)), exact)
 
 
 def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
@@ -193,15 +188,18 @@ def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotati
     sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
     its own.
     """
-    right = [r for r in chain if r.side == "input"]
-    left = [r for r in chain if r.side != "input"]
-    if any(r.side == "output" for r in left) and any(r.scale is not None for r in chain):
+    check_chain(chain)
+    order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
+    return order[::-1] if inverse else order
+
+
+def check_chain(chain: Sequence[Any]) -> None:
+    """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
+    if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
         raise MatchError(
             "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
             remedy="fold them one after the other, in the order that is meant",
         )
-    order = left + right[::-1]
-    return order[::-1] if inverse else order
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:
