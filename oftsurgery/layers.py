@@ -21,8 +21,6 @@ from . import codecs
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
 from .formats import FORMATS, Format, of_parameter
-from .formats.four_bit import FourBit
-from .formats.int8 import Int8
 
 __all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
 
@@ -81,12 +79,9 @@ class Layer:
         return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
 
     @property
-    def _is_4bit(self) -> bool:
-        return isinstance(self._bnb, FourBit)
-
-    @property
-    def _is_8bit(self) -> bool:
-        return isinstance(self._bnb, Int8)
+    def width(self) -> str:
+        """``"4-bit"`` or ``"int8"`` where the module or its weight is bitsandbytes' own, quantised or not, else ``""``."""
+        return "" if self._bnb is None else self._bnb.width
 
     @property
     def bitsandbytes(self) -> bool:
@@ -244,7 +239,7 @@ class Held:
         beside = {}
         if module.__dict__.get("quant_state") is not None:
             beside = {"quant_state": module.quant_state}
-        elif layer._is_8bit and getattr(module, "state", None) is not None:
+        elif hasattr(getattr(module, "state", None), "SCB"):
             beside = {"CB": module.state.CB, "SCB": module.state.SCB}
         return cls(module._parameters["weight"], beside)
 

@@ -179,7 +179,14 @@ class LiveLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.path, self.training = path, base_layer.training
-        layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
+        layer = Layer(path or type(base_layer).__name__, base_layer)
+        meant = _class_for(layer)
+        if not isinstance(self, meant):
+            raise FormatError(
+                f"live.{type(self).__name__} does not take a {type(base_layer).__name__}",
+                module=layer.path,
+                remedy=f"for this one there is live.{meant.__name__}",
+            )
         self._shared = shared
         self._active: list[str] = []
         self.disable_adapters = False
@@ -191,18 +198,7 @@ class LiveLayer(nn.Module):
         self.oft_R = nn.ModuleDict().train(self.training)
         self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
         self._packing = _packing(base_layer)
-        if layer._is_4bit:
-            self._stay_differentiable(layer)
-
-    def _check_base(self, layer: Layer) -> Layer:
-        meant = _class_for(layer)
-        if not isinstance(self, meant):
-            raise FormatError(
-                f"live.{type(self).__name__} does not take a {type(layer.module).__name__}",
-                module=layer.path,
-                remedy=f"for this one there is live.{meant.__name__}",
-            )
-        return layer
+        self._stay_differentiable(layer)
 
     def _stay_differentiable(self, layer: Layer) -> None:
         base: Any = layer.module
@@ -253,9 +249,8 @@ class LiveLayer(nn.Module):
                 module=self._name,
                 remedy="choose another name, or delete_adapter() it first",
             )
-        if (rotation.side == "embedding") != isinstance(self.base_layer, nn.Embedding) or (
-            rotation.side == "embedding" and rotation.scale is not None
-        ):
+        embedding = isinstance(self.base_layer, nn.Embedding)
+        if (rotation.side == "embedding") != embedding or (embedding and rotation.scale is not None):
             raise MatchError(
                 f"a rotation on the {rotation.side} side{' with a scale' if rotation.scale is not None else ''} does not go on a "
                 f"{type(self.base_layer).__name__}",
@@ -267,9 +262,8 @@ class LiveLayer(nn.Module):
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
         device = torch.device("cpu") if weight.is_meta else weight.device
-        self.oft_R[adapter_name] = LiveRotation(rotation, radius=radius, dropout=dropout, device=device).train(
-            self.training
-        )
+        added = LiveRotation(rotation, radius=radius, dropout=dropout, device=device)
+        self.oft_R[adapter_name] = added.train(self.training)
         self._active.append(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -475,7 +469,7 @@ class Embedding(LiveLayer):
 def _class_for(layer: Layer) -> type[LiveLayer]:
     if layer.kind == "embedding":
         return Embedding
-    return Linear4bit if layer._is_4bit else Linear8bitLt if layer._is_8bit else Linear
+    return {"4-bit": Linear4bit, "int8": Linear8bitLt}.get(layer.width, Linear)
 
 
 def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
@@ -567,8 +561,7 @@ def wrap_model(
             "the model carries live peft layers already",
             remedy="wrap the plain base model, or use the peft model as it is",
         )
-    # tensors made in inference mode would fail at the first training step
-    with torch.inference_mode(False), transaction() as journal:
+    with transaction() as journal:
         work = model if inplace else share_model(model)
         before = live_layers(work)
         origins = _origins(work)
@@ -844,9 +837,8 @@ def strip(model: nn.Module) -> list[Undo]:
     layers, inner = _wrapped(model), inner_model(model)
     _refuse_merged(layers)
     journal: list[Undo] = []
-    swap_modules(
-        inner, {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}, journal
-    )
+    bases = {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}
+    swap_modules(inner, bases, journal)
     for module in inner.modules():
         if _FAST in module.__dict__:
             _take_fast_path(module)
@@ -856,7 +848,7 @@ def strip(model: nn.Module) -> list[Undo]:
         journal.append(partial(base.update, dict.fromkeys(layer._packing, False)))
         base.update(layer._packing)
     origins = inner.__dict__.pop(_ATTRIBUTE, {})
-    journal.append(lambda: inner.__dict__.update({_ATTRIBUTE: origins}))
+    journal.append(partial(inner.__dict__.update, {_ATTRIBUTE: origins}))
     return journal
 
 

@@ -46,7 +46,6 @@ __all__ = [
     "neumann",
     "rotate_weight",
     "skew",
-    "unrotate_weight",
     "vector",
 ]
 
@@ -231,28 +230,19 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
 
 
-def rotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
+def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool = False) -> Tensor:
     """The folded weight ``W Rᵀ`` (input), ``Rᵀ W`` (output) or ``E R`` (embedding).
 
     Args:
         weight: ``(out, in)``, floating point; read as float32 at least.
         blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal
             matrix to ``(out, out)``.
+        inverse: take the rotation out, by the blocks' true inverses, whether or not they are orthogonal.
 
     Returns:
         ``(out, in)`` float32, or float64 for a float64 weight.
     """
-    return _on_side(weight, blocks, side, inverse=False)
-
-
-def unrotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
-    """The true inverse of :func:`rotate_weight`, whether or not the blocks are orthogonal."""
-    return _on_side(weight, blocks, side, inverse=True)
-
-
-def _on_side(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight = weight.to(dtype)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = blocks.to(torch.float64)
     if side == "output":
         # (Rᵀ W)ᵀ = Wᵀ R: rotate the columns' side through the transpose
