@@ -74,24 +74,14 @@ class Layer:
         )
 
     @property
-    def _bnb(self) -> Format | None:
+    def bitsandbytes(self) -> Format | None:
         """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
         return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
 
     @property
-    def width(self) -> str:
-        """``"4-bit"`` or ``"int8"`` where the module or its weight is bitsandbytes' own, quantised or not, else ``""``."""
-        return "" if self._bnb is None else self._bnb.width
-
-    @property
-    def bitsandbytes(self) -> bool:
-        """Whether the module or its weight is bitsandbytes' own, quantised or not."""
-        return self._bnb is not None
-
-    @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
-        bnb = self._bnb
+        bnb = self.bitsandbytes
         return bnb is not None and bnb.is_live(self.module._parameters.get("weight"))
 
     @property
@@ -101,12 +91,6 @@ class Layer:
         return hasattr(state, "packing_format_for_cpu")
 
     # --- where its tensors are ---
-
-    @property
-    def _offload_hook(self) -> Any | None:
-        """accelerate's hook that holds this module's offloaded weights, or None."""
-        holding = (h for h in hooks_of(self.module) if getattr(h, "offload", False))
-        return next((h for h in holding if getattr(h, "weights_map", None) is not None), None)
 
     def _weight(self) -> Tensor:
         module, trouble = self.module, ("", "")
@@ -124,7 +108,7 @@ class Layer:
         elif not isinstance(weight, Tensor):
             message = f"the module's weight is a {type(weight).__name__}, not a tensor"
             raise FormatError(message, module=self.path, remedy="give a torch model")
-        elif weight.is_meta and self._offload_hook is None:
+        elif weight.is_meta and _offload_hook(module) is None:
             trouble = ("the weight is on the meta device: it has no values", "load the model's weights first")
         elif type(weight.data).__name__ == "DTensor":
             trouble = ("the weight is sharded over processes (DTensor)", "gather the model in one process first")
@@ -143,7 +127,7 @@ class Layer:
             StateError: not loaded, sharded, parametrised, or not quantised yet.
         """
         weight = self._weight()
-        bnb, hook = self._bnb, self._offload_hook
+        bnb, hook = self.bitsandbytes, _offload_hook(self.module)
         offloaded = None if hook is None else hook.weights_map
         found = None if bnb is None else bnb.read_live(self.module, weight, offloaded, self.path)
         if found is not None:
@@ -182,14 +166,14 @@ class Layer:
             what was there, Parameter objects included.
         """
         module: Any = self.module
-        held, hook = Held.of(self), self._offload_hook
+        held, hook = Held.of(module), _offload_hook(module)
         new: Any = None
         if hook is None:
             new = self._new_parameter(held.weight, encoded)
         else:
             held.overlay = ChainMap(self._for_offload(encoded), hook.weights_map)
         if journal is not None:
-            journal.append(partial(held.put_back, self))
+            journal.append(partial(held.put_back, module))
         try:
             if hook is not None:
                 hook.weights_map = held.overlay
@@ -202,7 +186,7 @@ class Layer:
             if park:
                 held.move(torch.device("cpu"))
         except BaseException:
-            held.put_back(self)
+            held.put_back(module)
             raise
         return held
 
@@ -234,8 +218,7 @@ class Held:
     overlay: ChainMap[str, Tensor] | None = None
 
     @classmethod
-    def of(cls, layer: Layer) -> Held:
-        module: Any = layer.module
+    def of(cls, module: Any) -> Held:
         beside = {}
         if module.__dict__.get("quant_state") is not None:
             beside = {"quant_state": module.quant_state}
@@ -264,11 +247,10 @@ class Held:
         for state in {id(s): s for s in states if s is not None}.values():
             state.to(device)
 
-    def put_back(self, layer: Layer) -> None:
+    def put_back(self, module: Any) -> None:
         """Undo the write, in the module or its copy."""
-        module: Any = layer.module
         if self.overlay is not None:
-            hook: Any = layer._offload_hook
+            hook: Any = _offload_hook(module)
             if hook.weights_map is self.overlay:
                 hook.weights_map = self.overlay.maps[1]
             return
@@ -286,13 +268,19 @@ def hooks_of(module: nn.Module) -> Sequence[Any]:
     return getattr(hook, "hooks", (hook,))
 
 
+def _offload_hook(module: nn.Module) -> Any | None:
+    """accelerate's hook that holds this module's offloaded weights, or None."""
+    holding = (h for h in hooks_of(module) if getattr(h, "offload", False))
+    return next((h for h in holding if getattr(h, "weights_map", None) is not None), None)
+
+
 def offloaded(module: nn.Module, name: str) -> Tensor:
     """The values of a parameter that accelerate holds elsewhere.
 
     Raises:
         StateError: the parameter is on the meta device, and nobody holds its values.
     """
-    hook = Layer("", module)._offload_hook
+    hook = _offload_hook(module)
     if hook is None:
         message = "the tensor is on the meta device: it has no values"
         raise StateError(message, tensor=name, remedy="load the model's weights first")

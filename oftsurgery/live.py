@@ -146,7 +146,9 @@ class LiveLayer(nn.Module):
     Attributes:
         base_layer: the layer that was wrapped, its weight untouched until :meth:`merge`.
         oft_R: ``{adapter name: LiveRotation}``.
-        merged_adapters: names of what is merged into the base layer's weight, in the live order.
+        active_adapters: names in the live order: ``[a, b]`` computes ``x · Ra · Rb``.
+        merged_adapters: of those that are merged into the base layer's weight, likewise.
+        disable_adapters: see :meth:`enable_adapters`.
         path: of the layer in its model, for messages.
 
     Args:
@@ -188,7 +190,7 @@ class LiveLayer(nn.Module):
                 remedy=f"for this one there is live.{meant.__name__}",
             )
         self._shared = shared
-        self._active: list[str] = []
+        self.active_adapters: list[str] = []
         self.disable_adapters = False
         self._held: Held | None = None
         # the module of other places, which the base layer stands for in this one
@@ -258,25 +260,20 @@ class LiveLayer(nn.Module):
                 remedy="use the base model that the adapter was trained on",
             )
         rotation.check_fits(self._shape, self._name)
-        self._check_chain([*self._rotations(self._active), rotation])
+        self._check_chain([*self._rotations(self.active_adapters), rotation])
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
         device = torch.device("cpu") if weight.is_meta else weight.device
         added = LiveRotation(rotation, radius=radius, dropout=dropout, device=device)
         self.oft_R[adapter_name] = added.train(self.training)
-        self._active.append(adapter_name)
+        self.active_adapters = [*self.active_adapters, adapter_name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; a merged layer is unmerged first."""
         self._check_known([adapter_name])
         self.unmerge()
         del self.oft_R[adapter_name]
-        self._active = [name for name in self._active if name != adapter_name]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names in the live order: ``[a, b]`` computes ``x · Ra · Rb``."""
-        return list(self._active)
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Make these the active adapters, in this order, and the ones that train; a merged layer is unmerged first.
@@ -289,7 +286,7 @@ class LiveLayer(nn.Module):
         self._check_known(names)
         self._check_chain(self._rotations(names))
         self.unmerge()
-        self._active = names
+        self.active_adapters = names
         for name, rotation in self.oft_R.items():
             rotation.requires_grad_(name in names)
 
@@ -314,16 +311,9 @@ class LiveLayer(nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's: models ask their layers for a dtype or device by it."""
-        return cast(Tensor, self.base_layer.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return cast("Tensor | None", self.base_layer.bias)
-
-    # and its sizes, where it has them: not by __getattr__, which would hide what is missing
+    # models ask their layers for these, by which they find a dtype or device and sizes; not by __getattr__, which would
+    # hide what is missing
+    weight, bias = _of_base("weight"), _of_base("bias")
     in_features, out_features = _of_base("in_features"), _of_base("out_features")
     num_embeddings, embedding_dim = _of_base("num_embeddings"), _of_base("embedding_dim")
     padding_idx = _of_base("padding_idx")
@@ -333,7 +323,7 @@ class LiveLayer(nn.Module):
     # --- forward ---
 
     def _chain(self) -> list[LiveRotation]:
-        return [] if self.disable_adapters or self.merged else self._rotations(self._active)
+        return [] if self.disable_adapters or self.merged else self._rotations(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chain = self._chain()
@@ -424,7 +414,7 @@ class LiveLayer(nn.Module):
     def unmerge(self) -> None:
         """Put back what :meth:`merge` replaced, bit for bit and as the same Parameter; nothing where nothing is merged."""
         if self._held is not None:
-            self._held.put_back(Layer(self._name, self.base_layer))
+            self._held.put_back(self.base_layer)
             self._held, self.merged_adapters = None, []
 
     # --- state_dict ---
@@ -443,7 +433,7 @@ class LiveLayer(nn.Module):
 
     def extra_repr(self) -> str:
         state = ", disabled" if self.disable_adapters else f", merged={self.merged_adapters}" if self.merged else ""
-        return f"active={self._active}{state}"
+        return f"active={self.active_adapters}{state}"
 
 
 class Linear4bit(LiveLayer):
@@ -469,7 +459,8 @@ class Embedding(LiveLayer):
 def _class_for(layer: Layer) -> type[LiveLayer]:
     if layer.kind == "embedding":
         return Embedding
-    return {"4-bit": Linear4bit, "int8": Linear8bitLt}.get(layer.width, Linear)
+    bnb = layer.bitsandbytes
+    return Linear if bnb is None else {"4-bit": Linear4bit, "int8": Linear8bitLt}[bnb.width]
 
 
 def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
@@ -589,11 +580,10 @@ def wrap_model(
                     layers[base].add_adapter(name, rotation, radius=radius)
                     journal.append(partial(layers[base].delete_adapter, name))
                 else:
-                    layer = Layer(path, base)
                     # LiveLayer lays a repacked 4-bit weight out anew, and switches the repacking off
-                    journal.append(partial(Held.of(layer).put_back, layer))
+                    journal.append(partial(Held.of(base).put_back, base))
                     journal.append(partial(base.__dict__.update, _packing(base)))
-                    layers[base] = _class_for(layer)(
+                    layers[base] = _class_for(Layer(path, base))(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
@@ -638,12 +628,8 @@ def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
 def _separate(
     modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
 ) -> dict[nn.Module, tuple[nn.Module]]:
-    """Give each path's layer, where it stands under several names, a module of its own over the same tensors.
-
-    For peft makes the named place alone live. Shared parents stay shared.
-
-    Returns:
-        ``{new module: (the one that it stands for,)}``
+    """Give each path's layer, where it stands under several names, a module of its own over the same tensors, for peft
+    makes the named place alone live. Returns ``{new module: (the one that it stands for,)}``; shared parents stay shared.
     """
     twins = {}
     for path in paths:
@@ -903,6 +889,14 @@ _SETTINGS: Mapping[str, Any] = {
     "use_cayley_neumann": False,
     "num_cayley_neumann_terms": 5,
 }
+#: those of them that are finite numbers: of which kind, between what, and in words
+_NUMBERS: Mapping[str, tuple[type[Any], float, float, str]] = {
+    "r": (numbers.Integral, -math.inf, math.inf, "whole number"),
+    "oft_block_size": (numbers.Integral, -math.inf, math.inf, "whole number"),
+    "module_dropout": (numbers.Real, 0, 1, "number from 0 to 1"),
+    "eps": (numbers.Real, 0, math.inf, "number of at least 0"),
+    "num_cayley_neumann_terms": (numbers.Integral, 0, 1000, "whole number from 0 to 1000"),
+}
 #: what peft passes to every dispatcher and bitsandbytes layers have no use for
 _IGNORED = {
     "loaded_in_4bit",
@@ -974,34 +968,26 @@ def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, floa
     s = {**_SETTINGS, **{k: v for k, v in given.items() if k in _SETTINGS}, **own}
     if "r" not in own and "r" not in given and s["oft_block_size"]:
         s["r"] = 0
-    for name in ("coft", "block_share", "init_weights", "use_cayley_neumann"):
-        if not isinstance(s[name], bool):
-            remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
-            raise AdapterError(f"{name} = {printable(s[name])!r} is neither True nor False", remedy=remedy)
-    b = _block_size(_number(s, "r", numbers.Integral), _number(s, "oft_block_size", numbers.Integral), features)
+    for name, value in s.items():
+        if name != "num_cayley_neumann_terms" or s["use_cayley_neumann"]:
+            _check_setting(name, value)
+    b = _block_size(s["r"], s["oft_block_size"], features)
     rows, elements = 1 if s["block_share"] else features // b, b * (b - 1) // 2
     generator = torch.zeros(rows, elements) if s["init_weights"] else 0.1 * torch.randn(rows, elements)
-    cayley = Cayley()
-    if s["use_cayley_neumann"]:
-        cayley = Cayley(_number(s, "num_cayley_neumann_terms", numbers.Integral, 0, 1000))
-    _number(s, "eps", numbers.Real, 0)
-    return Rotation(generator, cayley), coft_radius(s, rows), float(_number(s, "module_dropout", numbers.Real, 0, 1))
+    cayley = Cayley(s["num_cayley_neumann_terms"]) if s["use_cayley_neumann"] else Cayley()
+    return Rotation(generator, cayley), coft_radius(s, rows), float(s["module_dropout"])
 
 
-def _number(
-    settings: Mapping[str, Any], name: str, kind: type[Any], least: float = -math.inf, most: float = math.inf
-) -> Any:
-    """A setting that is a finite number of this kind between the two, or AdapterError."""
-    value: Any = settings[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or not (least <= value <= most and math.isfinite(value)):
-        what = "whole number" if kind is numbers.Integral else "number"
-        bounds = (
-            "" if math.isinf(least) else f" of at least {least}" if math.isinf(most) else f" from {least} to {most}"
-        )
-        raise AdapterError(
-            f"{name} = {printable(value)!r} is no {what}{bounds}", remedy=f"peft's default is {_SETTINGS[name]}"
-        )
-    return value
+def _check_setting(name: str, value: Any) -> None:
+    if name in _NUMBERS:
+        kind, least, most, what = _NUMBERS[name]
+        right = not isinstance(value, bool) and isinstance(value, kind)
+        right, what = right and least <= value <= most and math.isfinite(value), f"is no {what}"
+    else:
+        right, what = isinstance(value, bool), "is neither True nor False"
+    if not right:
+        remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
+        raise AdapterError(f"{name} = {printable(value)!r} {what}", remedy=remedy)
 
 
 def _block_size(r: int, oft_block_size: int, features: int) -> int:
