@@ -176,9 +176,7 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
 def _solve(a: Tensor, c: Tensor, *, each: bool) -> Tensor:
     # solve_ex: a singular block gives NaN, which the residual finds, where solve raises torch's own error
     if each:
-        return torch.stack(
-            [torch.linalg.solve_ex(a_i, c_i, left=False).result for a_i, c_i in zip(a, c.expand_as(a), strict=True)]
-        )
+        return torch.stack([_solve(a_i, c_i, each=False) for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
     x: Tensor = torch.linalg.solve_ex(a, c, left=False).result
     return x
 

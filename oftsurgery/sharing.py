@@ -35,9 +35,8 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     """
     instead = instead or {}
     memo: dict[int, Any] = {}
-    modules = _modules(model, instead)
     try:
-        for module in modules:
+        for module in model.modules():
             memo.update(_shared_by(module, memo))
         for wrapper, inside in instead.items():
             memo[wrapper] = copy.deepcopy(inside, memo)
@@ -47,27 +46,16 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
             f"the model holds something that cannot be copied ({error})",
             remedy="fold with inplace=True, which copies nothing",
         ) from error
-    for old in modules:
-        new = memo[id(old)]
+    for old in model.modules():
+        new = memo.get(id(old))
+        if new is None:  # in a wrapper that has another module in its place
+            continue
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
             weight.module = new
         if old._compiled_call_impl is not None:
             _compile_like(old, new)
     return shared
-
-
-def _modules(model: nn.Module, instead: Mapping[int, nn.Module]) -> list[nn.Module]:
-    """The modules that are copied, each once."""
-    found: dict[int, nn.Module] = {}
-    left = [model]
-    while left:
-        module = left.pop()
-        module = instead.get(id(module), module)
-        if id(module) not in found:
-            found[id(module)] = module
-            left.extend(child for child in module._modules.values() if child is not None)
-    return list(found.values())
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
