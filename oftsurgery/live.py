@@ -199,7 +199,7 @@ class LiveLayer(nn.Module):
         self.base_layer = base_layer
         self.oft_R = nn.ModuleDict().train(self.training)
         self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
-        self._packing = _packing(base_layer)
+        self._packing = _packing_of(base_layer)
         self._stay_differentiable(layer)
 
     def _stay_differentiable(self, layer: Layer) -> None:
@@ -582,7 +582,7 @@ def wrap_model(
                 else:
                     # LiveLayer lays a repacked 4-bit weight out anew, and switches the repacking off
                     journal.append(partial(Held.of(base).put_back, base))
-                    journal.append(partial(base.__dict__.update, _packing(base)))
+                    journal.append(partial(base.__dict__.update, _packing_of(base)))
                     layers[base] = _class_for(Layer(path, base))(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
@@ -665,7 +665,7 @@ def _take_fast_path(encoder: nn.Module) -> None:
     encoder.__dict__.update(encoder.__dict__.pop(_FAST, {}))
 
 
-def _packing(base: nn.Module) -> dict[str, bool]:
+def _packing_of(base: nn.Module) -> dict[str, bool]:
     """bitsandbytes' switch of the repacking of 4-bit weights at CPU eval forwards, where the layer has one."""
     return {name: value for name, value in base.__dict__.items() if name == "support_avx512bf16_for_cpu"}
 

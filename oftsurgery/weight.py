@@ -129,29 +129,27 @@ def fold_encoded(
         if not bool(torch.isfinite(exact).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
-        new, steps = None, 0
-        if used == "preserve":
-            new, steps = _preserved(encoded, base, exact, chain, into)
-            if new is None:
-                used = codecs.rounding_of(into, "grid")
-        if new is None:
-            new = codecs.encode(exact, into, used)
-        return measured(FoldedWeight(new, 0.0, rounding=used, relaxation=preserve.relaxation_of(steps)), base, exact)
+        folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
+        if folded is None:
+            used = codecs.rounding_of(into, "grid") if used == "preserve" else used
+            folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
+        return measured(folded, base, exact)
 
 
 def _preserved(
     encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
-) -> tuple[EncodedWeight | None, int]:
-    """The weight by :mod:`oftsurgery.preserve` and the steps of its ω; None where that does not apply."""
+) -> FoldedWeight | None:
+    """The weight by :mod:`oftsurgery.preserve`, not measured yet; None where that does not apply."""
     if not preserve.applies(encoded.format, into):
-        return None, 0
+        return None
     own = preserve.scales_of(encoded, into)
     steps = preserve.relaxation(lambda start, stop: (base[start:stop], exact[start:stop]), own, into, chain)
     stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, into.single)
     if steps is None or stored is None:
-        return None, 0
+        return None
     codes, scales, _ = stored
-    return into.kind.assemble(into, codes, preserve.put_scales(own, into, scales)), steps
+    new = into.kind.assemble(into, codes, preserve.put_scales(own, into, scales))
+    return FoldedWeight(new, 0.0, rounding="preserve", relaxation=preserve.relaxation_of(steps))
 
 
 def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
