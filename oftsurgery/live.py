@@ -641,8 +641,8 @@ def _separate(
     return twins
 
 
-#: attributes that lead to torch's fused kernels, which read the layers' weights and never call them, and what says no:
-#: of an encoder's layer, and of the encoder, as its layers take nested tensors on the fast path alone
+#: attributes by which torch's encoders and their layers take fused kernels, which read weights and never call the layers
+#: that hold them, and the values for no; an encoder makes nested tensors, which its layers take on the fast path alone
 _SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 _FAST = "_oftsurgery_fast_path"
 
