@@ -180,13 +180,13 @@ class LiveLayer(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.training = path, base_layer.training
-        layer = Layer(path or type(base_layer).__name__, base_layer)
+        self.path, self._name, self.training = path, path or type(base_layer).__name__, base_layer.training
+        layer = Layer(self._name, base_layer)
         meant = _class_for(layer)
         if not isinstance(self, meant):
             raise FormatError(
                 f"live.{type(self).__name__} does not take a {type(base_layer).__name__}",
-                module=layer.path,
+                module=self._name,
                 remedy=f"for this one there is live.{meant.__name__}",
             )
         self._shared = shared
@@ -216,10 +216,6 @@ class LiveLayer(nn.Module):
         base.__dict__.update(dict.fromkeys(self._packing, False))
 
     # --- adapters ---
-
-    @property
-    def _name(self) -> str:
-        return self.path or type(self.base_layer).__name__
 
     @property
     def _shape(self) -> tuple[int, int]:
