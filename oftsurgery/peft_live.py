@@ -53,23 +53,17 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     layers = list(_all_of("BaseTunerLayer", base))
     for path, layer in layers:
         if not type(layer).__module__.startswith("peft.tuners.oft."):
-            raise StateError(
-                f"the model carries a live {type(layer).__name__} of {type(layer).__module__}",
-                module=path,
-                remedy="merge or unload it first",
-            )
-        if layer.merged_adapters:
-            raise StateError(
-                "peft has merged this adapter into the base weights already",
-                module=path,
-                remedy="reload the base model and the adapter: peft's unmerge does not restore quantised weights",
-            )
-        if layer.disable_adapters:
-            raise StateError(
-                "the adapters are disabled: the model computes the base",
-                module=path,
-                remedy="enable_adapter_layers() first",
-            )
+            message = f"the model carries a live {type(layer).__name__} of {type(layer).__module__}"
+            remedy = "merge or unload it first"
+        elif layer.merged_adapters:
+            message = "peft has merged this adapter into the base weights already"
+            remedy = "reload the base model and the adapter: peft's unmerge does not restore quantised weights"
+        elif layer.disable_adapters:
+            message = "the adapters are disabled: the model computes the base"
+            remedy = "enable_adapter_layers() first"
+        else:
+            continue
+        raise StateError(message, module=path, remedy=remedy)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not configs:
         holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
