@@ -54,10 +54,8 @@ class Layer:
             )
             remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
         elif isinstance(m, nn.Conv2d) and m.groups != 1:
-            message, remedy = (
-                "a grouped convolution cannot be folded",
-                "train the adapter without it (`exclude_modules`)",
-            )
+            message = "a grouped convolution cannot be folded"
+            remedy = "train the adapter without it (`exclude_modules`)"
         elif isinstance(m, nn.Conv2d):
             return "conv"
         elif isinstance(m, nn.Linear) or self._is_conv1d:
