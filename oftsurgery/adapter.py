@@ -198,7 +198,7 @@ class Rotation:
                 )
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             weight = weight / self.scale.to(weight).unsqueeze(-1)
-        return rotations.unrotate_weight(weight, self.blocks.to(weight.device), self.side)
+        return rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side, inverse=True)
 
     # --- algebra, in float64 ---
 

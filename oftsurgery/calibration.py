@@ -25,7 +25,7 @@ from . import codecs, rotations
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .errors import ShapeError
-from .weight import FoldedWeight, fold_encoded, measured, nearest_error, relative_error, rotate_chain
+from .weight import FoldedWeight, fold_encoded, measured, relative_error, rotate_chain
 
 __all__ = ["InputsOf", "LayerInputs", "compensate", "fold_calibrated"]
 
@@ -102,8 +102,7 @@ def fold_calibrated(
         after = judge(new)
         if not after < before:
             return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
-        weight = nearest_error(exact, into) if plain.nearest is None else plain.nearest
-        made = replace(plain, encoded=new, nearest=weight, rounding="calibrated", relaxation=1.0, output_error=after)
+        made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
         return replace(measured(made, base, exact), output_kept=_kept(held_out, new, base, reference))
 
 

@@ -28,7 +28,7 @@ from .plan import FoldPlan, Rotate, Store
 from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .ties import Ties
 from .undo_file import UndoParts, UndoRecord
-from .weight import FoldedWeight, begin_record, fold_encoded, unfold_encoded
+from .weight import FoldedWeight, begin_record, fold_encoded
 
 __all__ = [
     "Arithmetic",
@@ -65,10 +65,8 @@ class Arithmetic:
     def rotate(self, change: Rotate, before: EncodedWeight, into: WeightFormat) -> tuple[FoldedWeight, ModuleRecord]:
         """The rotated weight in the format ``into``, and what the record says of it."""
         end = begin_record(before, change.chain, untied=change.untied)
-        if change.inverse:
-            folded = unfold_encoded(before, change.chain, into, self.rounding)
-        elif self.inputs_of is None:
-            folded = fold_encoded(before, change.chain, into, self.rounding)
+        if self.inputs_of is None:
+            folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)
         else:
             multiplies = into.quantised and change.chain[0].side != "embedding"
             inputs = self.inputs_of(change.path) if multiplies else None

@@ -9,20 +9,20 @@ are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from . import codecs
 from .codecs import EncodedWeight, WeightFormat
 from .errors import FormatError, StateError
 from .formats import FORMATS, Format, of_parameter
-from .formats.four_bit import FourBit, copy_quant_state
-from .formats.int8 import Int8
 
-__all__ = ["Kind", "Layer", "alias_parameter", "copy_quant_state"]
+__all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -54,10 +54,8 @@ class Layer:
             )
             remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
         elif isinstance(m, nn.Conv2d) and m.groups != 1:
-            message, remedy = (
-                "a grouped convolution cannot be folded",
-                "train the adapter without it (`exclude_modules`)",
-            )
+            message = "a grouped convolution cannot be folded"
+            remedy = "train the adapter without it (`exclude_modules`)"
         elif isinstance(m, nn.Conv2d):
             return "conv"
         elif isinstance(m, nn.Linear) or self._is_conv1d:
@@ -74,27 +72,14 @@ class Layer:
         )
 
     @property
-    def _bnb(self) -> Format | None:
+    def bitsandbytes(self) -> Format | None:
         """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
         return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
 
     @property
-    def _is_4bit(self) -> bool:
-        return isinstance(self._bnb, FourBit)
-
-    @property
-    def _is_8bit(self) -> bool:
-        return isinstance(self._bnb, Int8)
-
-    @property
-    def bitsandbytes(self) -> bool:
-        """Whether the module or its weight is bitsandbytes' own, quantised or not."""
-        return self._bnb is not None
-
-    @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
-        bnb = self._bnb
+        bnb = self.bitsandbytes
         return bnb is not None and bnb.is_live(self.module._parameters.get("weight"))
 
     @property
@@ -104,15 +89,6 @@ class Layer:
         return hasattr(state, "packing_format_for_cpu")
 
     # --- where its tensors are ---
-
-    @property
-    def _offload_hook(self) -> Any | None:
-        """accelerate's hook that holds this module's offloaded weights, or None."""
-        hook = getattr(self.module, "_hf_hook", None)
-        hooks = getattr(hook, "hooks", (hook,))
-        return next(
-            (h for h in hooks if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None
-        )
 
     def _weight(self) -> Tensor:
         module, trouble = self.module, ("", "")
@@ -130,7 +106,7 @@ class Layer:
         elif not isinstance(weight, Tensor):
             message = f"the module's weight is a {type(weight).__name__}, not a tensor"
             raise FormatError(message, module=self.path, remedy="give a torch model")
-        elif weight.is_meta and self._offload_hook is None:
+        elif weight.is_meta and _offload_hook(module) is None:
             trouble = ("the weight is on the meta device: it has no values", "load the model's weights first")
         elif type(weight.data).__name__ == "DTensor":
             trouble = ("the weight is sharded over processes (DTensor)", "gather the model in one process first")
@@ -149,7 +125,7 @@ class Layer:
             StateError: not loaded, sharded, parametrised, or not quantised yet.
         """
         weight = self._weight()
-        bnb, hook = self._bnb, self._offload_hook
+        bnb, hook = self.bitsandbytes, _offload_hook(self.module)
         offloaded = None if hook is None else hook.weights_map
         found = None if bnb is None else bnb.read_live(self.module, weight, offloaded, self.path)
         if found is not None:
@@ -174,67 +150,48 @@ class Layer:
 
     # --- putting another weight in its place ---
 
-    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Undo:
+    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Held:
         """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one
         keep it.
 
         Args:
             encoded: of the canonical shape, on the module's device.
-            park: move the replaced weight from its device to CPU memory, where it waits for the undo step; not for one
+            park: move the replaced weight from its device to CPU memory, where it waits to be put back; not for one
                 that others still use.
             journal: is given the undo step before anything changes, so that no interrupt comes between the two.
 
         Returns:
-            what puts everything back as it was, Parameter objects included.
+            what was there, Parameter objects included.
         """
-        if self._offload_hook is not None:
-            return self._write_offloaded(encoded, journal if journal is not None else [])
         module: Any = self.module
-        old = module._parameters["weight"]
-        new: Any = self._new_parameter(old, encoded)
-        slots: list[tuple[Any, str]] = []  # attributes beside the parameter that change with it
-        if module.__dict__.get("quant_state") is not None:
-            slots = [(module, "quant_state")]
-        elif self._is_8bit and getattr(module, "state", None) is not None:
-            # as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
-            # quantisation there as well
-            slots = [(module.state, "CB"), (module.state, "SCB")]
-        before = [(holder, name, getattr(holder, name)) for holder, name in slots]
-        unpark = _park(old, before) if park else None
-
-        def undo() -> None:
-            if unpark is not None:
-                unpark()
-            module._parameters["weight"] = old
-            for holder, name, value in before:
-                setattr(holder, name, old.data if name == "CB" and unpark is not None and value is not None else value)
-
+        held, hook = Held.of(module), _offload_hook(module)
+        new: Any = None
+        if hook is None:
+            new = self._new_parameter(held.weight, encoded)
+        else:
+            held.overlay = ChainMap(self._for_offload(encoded), hook.weights_map)
         if journal is not None:
-            journal.append(undo)
+            journal.append(partial(held.put_back, module))
         try:
+            if hook is not None:
+                hook.weights_map = held.overlay
+                return held
             module._parameters["weight"] = new
-            for holder, name in slots:
-                setattr(holder, name, getattr(new, "quant_state", None))
+            for name in held.beside:
+                # int8 as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
+                # quantisation there as well
+                setattr(held.holder(module), name, getattr(new, "quant_state", None))
+            if park:
+                held.move(torch.device("cpu"))
         except BaseException:
-            undo()
+            held.put_back(module)
             raise
-        return undo
+        return held
 
-    def _write_offloaded(self, encoded: EncodedWeight, journal: list[Undo]) -> Undo:
-        # over accelerate's own map, which reads the disk or a dict shared with other hooks: the new weight waits in CPU
-        # memory
-        hook: Any = self._offload_hook
+    def _for_offload(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+        """What goes over accelerate's own map, which reads the disk or a dict shared with other hooks."""
         tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
-        if not encoded.format.quantised:
-            tensors = {"weight": self._stored(tensors["weight"])}
-        before = hook.weights_map
-
-        def undo() -> None:
-            hook.weights_map = before
-
-        journal.append(undo)
-        hook.weights_map = ChainMap(tensors, before)
-        return undo
+        return tensors if encoded.format.quantised else {"weight": self._stored(tensors["weight"])}
 
     def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
         if encoded.format.quantised:
@@ -242,24 +199,77 @@ class Layer:
         return of_parameter(old).plain_parameter(old, self._stored(encoded.tensors["weight"]))
 
 
-def _park(parameter: Any, beside: list[tuple[Any, str, Any]]) -> Undo | None:
-    """Move a replaced parameter's bytes to CPU memory, so that its device can drop them; returns what brings them back."""
-    device = parameter.device
-    if device.type == "cpu":
-        return None
-    parameter.data = parameter.data.cpu()
-    if getattr(parameter, "CB", None) is not None:
-        parameter.CB = parameter.data  # the same bytes, under another name
-    for i, (holder, name, value) in enumerate(beside):
-        if name == "CB" and value is not None:
-            beside[i] = (holder, name, parameter.data)
+@dataclass(eq=False)
+class Held:
+    """What :meth:`Layer.write` took out of a module: the Parameter whole, with all of its quantisation state.
 
-    def unpark() -> None:
-        parameter.data = parameter.data.to(device)
-        if getattr(parameter, "CB", None) is not None:
-            parameter.CB = parameter.data
+    Data and no closure, so that copies of a model that keeps one hold bytes of their own.
 
-    return unpark
+    Attributes:
+        weight: the Parameter.
+        beside: attributes that change with it: the module's ``quant_state``, or ``CB`` and ``SCB`` of its int8 state.
+        overlay: the new weight over accelerate's map of offloaded ones, which alone has changed then.
+    """
+
+    weight: Any
+    beside: dict[str, Any]
+    overlay: ChainMap[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, module: Any) -> Held:
+        beside = {}
+        if module.__dict__.get("quant_state") is not None:
+            beside = {"quant_state": module.quant_state}
+        elif hasattr(getattr(module, "state", None), "SCB"):
+            beside = {"CB": module.state.CB, "SCB": module.state.SCB}
+        return cls(module._parameters["weight"], beside)
+
+    def holder(self, module: Any) -> Any:
+        """Of the attributes beside the weight."""
+        return module.state if "CB" in self.beside else module
+
+    def move(self, device: torch.device) -> None:
+        """Take the weight's bytes to a device."""
+        if self.weight.device == device:
+            return
+        self.weight.data = self.weight.data.to(device)
+        if getattr(self.weight, "CB", None) is not None:
+            self.weight.CB = self.weight.data  # the same bytes, under another name
+            self.weight.SCB = self.weight.SCB.to(device)
+        for name, value in self.beside.items():
+            if name == "CB" and self.weight.dtype == torch.int8:
+                self.beside[name] = None if value is None else self.weight.data
+            elif isinstance(value, Tensor):
+                self.beside[name] = value.to(device)
+        states = (self.beside.get("quant_state"), getattr(self.weight, "quant_state", None))
+        for state in {id(s): s for s in states if s is not None}.values():
+            state.to(device)
+
+    def put_back(self, module: Any) -> None:
+        """Undo the write, in the module or its copy."""
+        if self.overlay is not None:
+            hook: Any = _offload_hook(module)
+            if hook.weights_map is self.overlay:
+                hook.weights_map = self.overlay.maps[1]
+            return
+        self.move(module._parameters["weight"].device)
+        if getattr(self.weight, "module", None) is not None:
+            self.weight.module = module  # a copied Params4bit still names the module that it was copied from
+        module._parameters["weight"] = self.weight
+        for name, value in self.beside.items():
+            setattr(self.holder(module), name, value)
+
+
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks of a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def _offload_hook(module: nn.Module) -> Any | None:
+    """accelerate's hook that holds this module's offloaded weights, or None."""
+    holding = (h for h in hooks_of(module) if getattr(h, "offload", False))
+    return next((h for h in holding if getattr(h, "weights_map", None) is not None), None)
 
 
 def offloaded(module: nn.Module, name: str) -> Tensor:
@@ -268,16 +278,11 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
     Raises:
         StateError: the parameter is on the meta device, and nobody holds its values.
     """
-    hook = Layer("", module)._offload_hook
+    hook = _offload_hook(module)
     if hook is None:
         message = "the tensor is on the meta device: it has no values"
         raise StateError(message, tensor=name, remedy="load the model's weights first")
     return hook.weights_map[name]  # type: ignore[no-any-return]
-
-
-def alias_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A Parameter of its own, of the same class and attributes, over the same storage."""
-    return of_parameter(parameter).alias(parameter)
 
 
 def quant_states(module: nn.Module) -> Mapping[int, Any]:
@@ -285,3 +290,12 @@ def quant_states(module: nn.Module) -> Mapping[int, Any]:
     weight = module._parameters.get("weight")
     found = (module.__dict__.get("quant_state"), getattr(weight, "quant_state", None))
     return {id(s): s for s in found if s is not None}
+
+
+def swap_modules(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
+    """Replace modules, by id, wherever the model holds them; ``journal`` is given each undo step before its change."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in table:
+                journal.append(partial(parent._modules.__setitem__, name, child))
+                parent._modules[name] = table[id(child)]

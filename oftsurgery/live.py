@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -33,14 +32,14 @@ from . import codecs, peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation, coft_radius
 from .codecs import EncodedWeight
 from .engine import warn_of_idle
-from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of
+from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of, warn_caller
 from .hashing import hash_tensors
-from .layers import Layer
+from .layers import Held, Layer, Undo, offloaded, swap_modules
 from .live_store import LiveStore
-from .model import inner_model, modules_of, places_of, replace_tensor, transaction
+from .model import inner_model, modules_of, replace_tensor, separate_module, transaction
 from .plan import FoldPlan, in_names_of, plan_changes
 from .sharing import share_model
-from .weight import fold_encoded
+from .weight import check_chain, fold_encoded
 
 __all__ = [
     "Embedding",
@@ -64,8 +63,6 @@ __all__ = [
     "unwrap",
     "wrap_model",
 ]
-
-Undo = Callable[[], None]
 
 
 # --- one adapter's rotation of one layer ------------------------------------------------------------------------------
@@ -102,7 +99,7 @@ class LiveRotation(nn.Module):
             self.scale = None if rotation.scale is None else own(rotation.scale)
         self.cayley, self.side, self.radius, self.dropout = rotation.cayley, rotation.side, radius, dropout
 
-    def _generator(self) -> Tensor:
+    def _generator(self, *, write_back: bool) -> Tensor:
         """Clamped; the gradient passes the clamp as if it were not there, as peft's does."""
         v = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         if self.radius is None:
@@ -111,13 +108,13 @@ class LiveRotation(nn.Module):
             # each element of v stands in Q twice
             norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)
             clamped = torch.where(norm <= self.radius, v, v * (self.radius / norm))
-            if self.training:
+            if write_back:
                 self.weight.copy_(clamped)
         return v + (clamped - v).detach()
 
     def blocks(self) -> Tensor:
         """``(n, b, b)`` in float32 or better, differentiable: the live layer computes ``x · blockdiag(blocks)``."""
-        blocks = self.cayley(rotations.skew(self._generator()))
+        blocks = self.cayley(rotations.skew(self._generator(write_back=self.training)))
         n = blocks.shape[0]
         if self.training and self.dropout > 0 and n > 1:
             dropped = (torch.randperm(n, device=blocks.device) < int(self.dropout * n)).reshape(n, 1, 1)
@@ -127,12 +124,8 @@ class LiveRotation(nn.Module):
     @torch.no_grad()
     def rotation(self) -> Rotation:
         """What it computes now (dropout aside), as a frozen :class:`~oftsurgery.Rotation` of tensors of its own."""
-        training, self.training = self.training, False  # reading writes no clamped generator back
-        try:
-            generator = self._generator().clone()
-        finally:
-            self.training = training
-        return Rotation(generator, self.cayley, self.side, None if self.scale is None else self.scale.detach().clone())
+        generator, scale = self._generator(write_back=False), self.scale
+        return Rotation(generator.clone(), self.cayley, self.side, None if scale is None else scale.detach().clone())
 
     def extra_repr(self) -> str:
         n, elements = self.weight.shape
@@ -140,59 +133,6 @@ class LiveRotation(nn.Module):
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Held:
-    """What a merge took out of a base layer: its Parameter whole, with all of its quantisation state, in CPU memory.
-
-    Data and no closure, so that copies of a merged model hold bytes of their own.
-    """
-
-    weight: Any  # the Parameter; None where accelerate offloads it
-    quant_state: Any
-    in_state: bool  # int8: a forward has moved the statistics from the Parameter to module.state
-    scb: Tensor | None
-
-    @classmethod
-    def of(cls, layer: Layer) -> _Held:
-        base: Any = layer.module
-        if layer._offload_hook is not None:
-            return cls(None, None, False, None)
-        state = getattr(base, "state", None)
-        scb = getattr(state, "SCB", None)
-        return cls(
-            base._parameters["weight"], base.__dict__.get("quant_state"), getattr(state, "CB", None) is not None, scb
-        )
-
-    def move(self, device: torch.device) -> None:
-        if self.weight is None or self.weight.device == device:
-            return
-        self.weight.data = self.weight.data.to(device)
-        if getattr(self.weight, "CB", None) is not None:
-            self.weight.CB = self.weight.data  # the same bytes, under another name
-            self.weight.SCB = self.weight.SCB.to(device)
-        for state in {
-            id(s): s for s in (getattr(self.weight, "quant_state", None), self.quant_state) if s is not None
-        }.values():
-            state.to(device)
-        self.scb = None if self.scb is None else self.scb.to(device)
-
-    def put_back(self, layer: Layer) -> None:
-        base: Any = layer.module
-        if self.weight is None:
-            hook: Any = layer._offload_hook
-            hook.weights_map = hook.weights_map.maps[1]  # from under what Layer.write laid over it
-            return
-        self.move(base._parameters["weight"].device)
-        if getattr(self.weight, "module", None) is not None:
-            self.weight.module = base  # a copied Params4bit still names the module that it was copied from
-        base._parameters["weight"] = self.weight
-        if base.__dict__.get("quant_state") is not None:
-            base.quant_state = self.quant_state if self.weight.quant_state is None else self.weight.quant_state
-        if getattr(base, "state", None) is not None:
-            base.state.CB = self.weight.data if self.in_state else None
-            base.state.SCB = self.scb
 
 
 def _of_base(name: str) -> Any:
@@ -206,7 +146,9 @@ class LiveLayer(nn.Module):
     Attributes:
         base_layer: the layer that was wrapped, its weight untouched until :meth:`merge`.
         oft_R: ``{adapter name: LiveRotation}``.
-        merged_adapters: names of what is merged into the base layer's weight, in the live order.
+        active_adapters: names in the live order: ``[a, b]`` computes ``x · Ra · Rb``.
+        merged_adapters: of those that are merged into the base layer's weight, likewise.
+        disable_adapters: see :meth:`enable_adapters`.
         path: of the layer in its model, for messages.
 
     Args:
@@ -238,32 +180,27 @@ class LiveLayer(nn.Module):
         shared: bool = False,
     ) -> None:
         super().__init__()
-        self.path, self.training = path, base_layer.training
-        layer = self._check_base(Layer(path or type(base_layer).__name__, base_layer))
-        self._conv = layer.kind == "conv"
+        self.path, self._name, self.training = path, path or type(base_layer).__name__, base_layer.training
+        layer = Layer(self._name, base_layer)
+        meant = _class_for(layer)
+        if not isinstance(self, meant):
+            raise FormatError(
+                f"live.{type(self).__name__} does not take a {type(base_layer).__name__}",
+                module=self._name,
+                remedy=f"for this one there is live.{meant.__name__}",
+            )
         self._shared = shared
-        self._active: list[str] = []
-        self._disabled = False
-        self._held: _Held | None = None
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self._held: Held | None = None
         # the module of other places, which the base layer stands for in this one
         self._twin: tuple[nn.Module] | None = None
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
         self.oft_R = nn.ModuleDict().train(self.training)
         self.add_adapter(adapter_name, rotation, radius=radius, dropout=dropout)
-        self._packed_before = base_layer.__dict__.get("support_avx512bf16_for_cpu")
-        if layer._is_4bit:
-            self._stay_differentiable(layer)
-
-    def _check_base(self, layer: Layer) -> Layer:
-        meant = _class_for(layer)
-        if not isinstance(self, meant):
-            raise FormatError(
-                f"live.{type(self).__name__} does not take a {type(layer.module).__name__}",
-                module=layer.path,
-                remedy=f"for this one there is live.{meant.__name__}",
-            )
-        return layer
+        self._packing = _packing_of(base_layer)
+        self._stay_differentiable(layer)
 
     def _stay_differentiable(self, layer: Layer) -> None:
         base: Any = layer.module
@@ -276,14 +213,9 @@ class LiveLayer(nn.Module):
             state: Any = base.weight.quant_state
             state.packing_format_for_cpu, state.original_nested = False, bool(home.nested_blocksize)
             base.weight.compress_statistics = state.original_nested
-        if self._packed_before is not None:
-            base.support_avx512bf16_for_cpu = False
+        base.__dict__.update(dict.fromkeys(self._packing, False))
 
     # --- adapters ---
-
-    @property
-    def _name(self) -> str:
-        return self.path or type(self.base_layer).__name__
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -291,7 +223,7 @@ class LiveLayer(nn.Module):
         base: Any = self.base_layer
         if isinstance(base, nn.Embedding):
             return base.num_embeddings, base.embedding_dim
-        if self._conv:
+        if isinstance(base, nn.Conv2d):
             return base.out_channels, base.in_channels
         if isinstance(base, nn.Linear):
             return base.out_features, base.in_features
@@ -315,9 +247,8 @@ class LiveLayer(nn.Module):
                 module=self._name,
                 remedy="choose another name, or delete_adapter() it first",
             )
-        if (rotation.side == "embedding") != isinstance(self.base_layer, nn.Embedding) or (
-            rotation.side == "embedding" and rotation.scale is not None
-        ):
+        embedding = isinstance(self.base_layer, nn.Embedding)
+        if (rotation.side == "embedding") != embedding or (embedding and rotation.scale is not None):
             raise MatchError(
                 f"a rotation on the {rotation.side} side{' with a scale' if rotation.scale is not None else ''} does not go on a "
                 f"{type(self.base_layer).__name__}",
@@ -325,26 +256,20 @@ class LiveLayer(nn.Module):
                 remedy="use the base model that the adapter was trained on",
             )
         rotation.check_fits(self._shape, self._name)
-        self._check_chain([*self._rotations(self._active), rotation])
+        self._check_chain([*self._rotations(self.active_adapters), rotation])
         weight = cast(Tensor, self.base_layer.weight)
         self.unmerge()
         device = torch.device("cpu") if weight.is_meta else weight.device
-        self.oft_R[adapter_name] = LiveRotation(rotation, radius=radius, dropout=dropout, device=device).train(
-            self.training
-        )
-        self._active.append(adapter_name)
+        added = LiveRotation(rotation, radius=radius, dropout=dropout, device=device)
+        self.oft_R[adapter_name] = added.train(self.training)
+        self.active_adapters = [*self.active_adapters, adapter_name]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter; a merged layer is unmerged first."""
         self._check_known([adapter_name])
         self.unmerge()
         del self.oft_R[adapter_name]
-        self._active = [name for name in self._active if name != adapter_name]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names in the live order: ``[a, b]`` computes ``x · Ra · Rb``."""
-        return list(self._active)
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Make these the active adapters, in this order, and the ones that train; a merged layer is unmerged first.
@@ -357,7 +282,7 @@ class LiveLayer(nn.Module):
         self._check_known(names)
         self._check_chain(self._rotations(names))
         self.unmerge()
-        self._active = names
+        self.active_adapters = names
         for name, rotation in self.oft_R.items():
             rotation.requires_grad_(name in names)
 
@@ -365,41 +290,26 @@ class LiveLayer(nn.Module):
         """Without adapters the layer computes what its base layer does; disabling unmerges a merged layer first."""
         if not enabled:
             self.unmerge()
-        self._disabled = not enabled
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
+        self.disable_adapters = not enabled
 
     def _check_known(self, names: Sequence[str]) -> None:
-        _check_known(names, [*self.oft_R], "the layer has no adapter", self._name)
+        _check_known(names, [*self.oft_R], self._name)
 
     def _rotations(self, names: Sequence[str]) -> list[LiveRotation]:
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
 
     def _check_chain(self, chain: Sequence[Rotation | LiveRotation]) -> None:
-        if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
-            raise MatchError(  # as a fold of the chain is refused
-                "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
-                module=self._name,
-                remedy="fold one of them first, in the order that is meant",
-            )
+        with told_of(self._name):
+            check_chain(chain)
 
     # --- peft's names for what it wraps ---
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's: models ask their layers for a dtype or device by it."""
-        return cast(Tensor, self.base_layer.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return cast("Tensor | None", self.base_layer.bias)
-
-    # and its sizes, where it has them: not by __getattr__, which would hide what is missing
+    # models ask their layers for these, by which they find a dtype or device and sizes; not by __getattr__, which would
+    # hide what is missing
+    weight, bias = _of_base("weight"), _of_base("bias")
     in_features, out_features = _of_base("in_features"), _of_base("out_features")
     num_embeddings, embedding_dim = _of_base("num_embeddings"), _of_base("embedding_dim")
     padding_idx = _of_base("padding_idx")
@@ -409,7 +319,7 @@ class LiveLayer(nn.Module):
     # --- forward ---
 
     def _chain(self) -> list[LiveRotation]:
-        return [] if self._disabled or self.merged else self._rotations(self._active)
+        return [] if self.disable_adapters or self.merged else self._rotations(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         chain = self._chain()
@@ -444,16 +354,13 @@ class LiveLayer(nn.Module):
 
     def _loaded_bias(self) -> Tensor | None:
         bias = cast("Tensor | None", getattr(self.base_layer, "bias", None))
-        if bias is not None and bias.is_meta:
-            hook: Any = Layer(self._name, self.base_layer)._offload_hook
-            bias = hook.weights_map["bias"]
-        return bias
+        return offloaded(self.base_layer, "bias") if bias is not None and bias.is_meta else bias
 
-    def _features_last(self, x: Tensor) -> Tensor:
-        return x.movedim(-3, -1) if self._conv else x  # (…, channels, height, width)
+    def _features_last(self, x: Tensor) -> Tensor:  # (…, channels, height, width)
+        return x.movedim(-3, -1) if isinstance(self.base_layer, nn.Conv2d) else x
 
     def _features_back(self, x: Tensor) -> Tensor:
-        return x.movedim(-1, -3) if self._conv else x
+        return x.movedim(-1, -3) if isinstance(self.base_layer, nn.Conv2d) else x
 
     # --- merge ---
 
@@ -481,7 +388,7 @@ class LiveLayer(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
-        if self._disabled:
+        if self.disable_adapters:
             raise StateError(
                 "the layer's adapters are disabled", module=self._name, remedy="enable_adapters(True) first"
             )
@@ -497,17 +404,13 @@ class LiveLayer(nn.Module):
         with told_of(self._name):
             encoded, home = layer.read()
             folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
-        held = _Held.of(layer)
-        layer.write(folded.encoded, park=False)
-        if not self._shared:
-            held.move(torch.device("cpu"))
-        self._held, self.merged_adapters = held, names
+        self._held, self.merged_adapters = layer.write(folded.encoded, park=not self._shared), names
         return folded.error
 
     def unmerge(self) -> None:
         """Put back what :meth:`merge` replaced, bit for bit and as the same Parameter; nothing where nothing is merged."""
         if self._held is not None:
-            self._held.put_back(Layer(self._name, self.base_layer))
+            self._held.put_back(self.base_layer)
             self._held, self.merged_adapters = None, []
 
     # --- state_dict ---
@@ -525,8 +428,8 @@ class LiveLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        state = ", disabled" if self._disabled else f", merged={self.merged_adapters}" if self.merged else ""
-        return f"active={self._active}{state}"
+        state = ", disabled" if self.disable_adapters else f", merged={self.merged_adapters}" if self.merged else ""
+        return f"active={self.active_adapters}{state}"
 
 
 class Linear4bit(LiveLayer):
@@ -552,7 +455,8 @@ class Embedding(LiveLayer):
 def _class_for(layer: Layer) -> type[LiveLayer]:
     if layer.kind == "embedding":
         return Embedding
-    return Linear4bit if layer._is_4bit else Linear8bitLt if layer._is_8bit else Linear
+    bnb = layer.bitsandbytes
+    return Linear if bnb is None else {"4-bit": Linear4bit, "int8": Linear8bitLt}[bnb.width]
 
 
 def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
@@ -565,19 +469,14 @@ def _apply_cropped(y: Tensor, blocks: Tensor) -> Tensor:
 
 def _check_name(adapter_name: object) -> None:
     if not isinstance(adapter_name, str):
-        raise StateError(
-            f"an adapter's name is a string, not a {type(adapter_name).__name__}", remedy="adapter_name='default'"
-        )
+        message = f"an adapter's name is a string, not a {type(adapter_name).__name__}"
+        raise StateError(message, remedy="adapter_name='default'")
+    message = f"an adapter cannot be named {printable(adapter_name)!r}"
     if not adapter_name or "." in adapter_name:
-        raise StateError(
-            f"an adapter cannot be named {printable(adapter_name)!r}",
-            remedy="a name without dots, as it becomes part of a state_dict's keys",
-        )
+        raise StateError(message, remedy="a name without dots, as it becomes part of a state_dict's keys")
     if hasattr(nn.ModuleDict(), adapter_name):
-        raise StateError(
-            f"an adapter cannot be named {printable(adapter_name)!r}, an attribute of torch.nn.ModuleDict, which holds it",
-            remedy="choose another name",
-        )
+        message = f"{message}, an attribute of torch.nn.ModuleDict, which holds it"
+        raise StateError(message, remedy="choose another name")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -609,11 +508,11 @@ def original_hashes(model: nn.Module) -> dict[str, str]:
 
 def live_layers(model: nn.Module) -> dict[str, LiveLayer]:
     """``{path: LiveLayer}`` of a model; each layer once, under the path at which it was wrapped."""
-    found: dict[int, tuple[LiveLayer, list[str]]] = {}
+    found: dict[LiveLayer, list[str]] = {}
     for path, module in modules_of(model).items():
         if isinstance(module, LiveLayer):
-            found.setdefault(id(module), (module, []))[1].append(path)
-    return {layer.path if layer.path in paths else paths[0]: layer for layer, paths in found.values()}
+            found.setdefault(module, []).append(path)
+    return {layer.path if layer.path in paths else paths[0]: layer for layer, paths in found.items()}
 
 
 def wrap_model(
@@ -649,8 +548,7 @@ def wrap_model(
             "the model carries live peft layers already",
             remedy="wrap the plain base model, or use the peft model as it is",
         )
-    # tensors made in inference mode would fail at the first training step
-    with torch.inference_mode(False), transaction() as journal:
+    with transaction() as journal:
         work = model if inplace else share_model(model)
         before = live_layers(work)
         origins = _origins(work)
@@ -660,14 +558,13 @@ def wrap_model(
                 f"the model has a live adapter {printable(taken[0])!r} already", remedy="choose another adapter_name"
             )
         _refuse_merged(before)
-        _swap(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
+        swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()))
         ties = store.ties
-        _refuse_brought_twice(plan, origins)
         layers = {layer.base_layer: layer for layer in before.values()}
-        twins = _separate(work, [change.path for change in plan.rotate], layers, journal)
+        twins = _separate(store.modules, [change.path for change in plan.rotate], layers, journal)
         modules = modules_of(work)
         for name, adapter in named.items():
             for path, rotation in adapter.modules.items():
@@ -679,24 +576,28 @@ def wrap_model(
                     layers[base].add_adapter(name, rotation, radius=radius)
                     journal.append(partial(layers[base].delete_adapter, name))
                 else:
-                    journal.append(_restore_4bit(base))
+                    # LiveLayer lays a repacked 4-bit weight out anew, and switches the repacking off
+                    journal.append(partial(Held.of(base).put_back, base))
+                    journal.append(partial(base.__dict__.update, _packing_of(base)))
                     layers[base] = _class_for(Layer(path, base))(
                         base, name, rotation, radius=radius, path=path, shared=len(ties.group(f"{path}.weight")) > 1
                     )
                     layers[base]._twin = twins.get(base)
-        hashes = _bring(plan, store, modules, journal)
+        hashes = _bring(plan, store, origins, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = _Origin(dict(adapter.config), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
-        _swap(work, {id(base): layer for base, layer in layers.items()}, journal)
+        swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[_ATTRIBUTE] = origins
         warn_of_idle(plan)
     return work
 
 
-def _refuse_brought_twice(plan: FoldPlan, origins: Mapping[str, _Origin]) -> None:
+def _bring(plan: FoldPlan, store: LiveStore, origins: Mapping[str, _Origin], journal: list[Undo]) -> dict[str, str]:
+    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    hashes: dict[str, str] = {}
     for change in plan.replace:
         if any(change.name in origin.saved for origin in origins.values()):
             raise MatchError(
@@ -704,14 +605,8 @@ def _refuse_brought_twice(plan: FoldPlan, origins: Mapping[str, _Origin]) -> Non
                 tensor=change.name,
                 remedy="wrap one of them alone",
             )
-
-
-def _bring(plan: FoldPlan, store: LiveStore, modules: Mapping[str, nn.Module], journal: list[Undo]) -> dict[str, str]:
-    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
-    hashes: dict[str, str] = {}
-    for change in plan.replace:
         old = store.tensor(change.name)
-        replace_tensor(modules, change, journal)
+        replace_tensor(store.modules, change, journal)
         hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
     return hashes
 
@@ -726,87 +621,49 @@ def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
             )
 
 
-def _swap(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
-    """Replace modules, by id, wherever the model holds them."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in table:
-                parent._modules[name] = table[id(child)]
-                journal.append(partial(parent._modules.__setitem__, name, child))
-
-
 def _separate(
-    model: nn.Module, paths: Sequence[str], live: Mapping[nn.Module, LiveLayer], journal: list[Undo]
+    modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
 ) -> dict[nn.Module, tuple[nn.Module]]:
-    """Give each path's layer, where it stands under several names, a module of its own over the same tensors.
-
-    For peft makes the named place alone live. Shared parents stay shared.
-
-    Returns:
-        ``{new module: (the one that it stands for,)}``
+    """Give each path's layer, where it stands under several names, a module of its own over the same tensors, for peft
+    makes the named place alone live. Returns ``{new module: (the one that it stands for,)}``; shared parents stay shared.
     """
-    modules, twins = modules_of(model), {}
+    twins = {}
     for path in paths:
         base = modules[path]
-        if places_of(modules, base) < 2 or base in live:
-            continue
-        own = share_model(base)
-        for key, parameter in base._parameters.items():
-            if type(parameter) is nn.Parameter:  # one Parameter for both; bitsandbytes changes its own in place
-                own._parameters[key] = parameter
-        above, _, name = path.rpartition(".")
-        slots = inner_model(modules[above])._modules
-        journal.append(partial(slots.__setitem__, name, base))
-        slots[name] = own
-        twins[own] = (base,)
+        if base not in live:
+            separate_module(modules, path, journal)
+        if modules[path] is not base:
+            twins[modules[path]] = (base,)
     return twins
 
 
-# : what says that torch's fused kernels may be taken, which read the layers' weights and never call them; its value for
-# no
-_FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),  # its layers take nested tensors on the fast path alone
-}
+#: attributes by which torch's encoders and their layers take fused kernels, which read weights and never call the layers
+#: that hold them, and the values for no; an encoder makes nested tensors, which its layers take on the fast path alone
+_SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 _FAST = "_oftsurgery_fast_path"
 
 
 def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
     """Have torch's transformer encoders call their layers where one of these is live."""
     for module in model.modules():
-        for cls, (name, slow) in _FAST_PATHS.items():
-            if not isinstance(module, cls) or _FAST in module.__dict__ or not hasattr(module, name):
-                continue
-            if any(isinstance(m, LiveLayer) for m in module.modules()):
-                journal.append(partial(_take_fast_path, module, name))
-                _leave_fast_path(module, name, slow)
+        encoder = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
+        if encoder and _FAST not in module.__dict__ and any(isinstance(m, LiveLayer) for m in module.modules()):
+            journal.append(partial(_take_fast_path, module))
+            _leave_fast_path(module)
 
 
-def _leave_fast_path(module: nn.Module, name: str, slow: Any) -> None:
-    module.__dict__[_FAST], module.__dict__[name] = module.__dict__[name], slow
+def _leave_fast_path(encoder: nn.Module) -> None:
+    fast = {name: encoder.__dict__[name] for name in _SLOW if name in encoder.__dict__}
+    encoder.__dict__.update({_FAST: fast, **{name: _SLOW[name] for name in fast}})
 
 
-def _take_fast_path(module: nn.Module, name: str) -> None:
-    if _FAST in module.__dict__:
-        module.__dict__[name] = module.__dict__.pop(_FAST)
+def _take_fast_path(encoder: nn.Module) -> None:
+    encoder.__dict__.update(encoder.__dict__.pop(_FAST, {}))
 
 
-def _restore_4bit(base: Any) -> Undo:
-    """What undoes :meth:`LiveLayer._stay_differentiable`."""
-    weight, flag, state = (
-        base._parameters.get("weight"),
-        base.__dict__.get("support_avx512bf16_for_cpu"),
-        base.__dict__.get("quant_state"),
-    )
-
-    def undo() -> None:
-        base._parameters["weight"] = weight
-        if flag is not None:
-            base.support_avx512bf16_for_cpu = flag
-        if state is not None:
-            base.quant_state = state
-
-    return undo
+def _packing_of(base: nn.Module) -> dict[str, bool]:
+    """bitsandbytes' switch of the repacking of 4-bit weights at CPU eval forwards, where the layer has one."""
+    return {name: value for name, value in base.__dict__.items() if name == "support_avx512bf16_for_cpu"}
 
 
 def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
@@ -822,11 +679,8 @@ def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[U
 def _radius(adapter: OFTAdapter, rotation: Rotation) -> float | None:
     """COFT's bound of ``‖Q‖_F`` a block, by the adapter's dialect; None without COFT."""
     rows, width = rotation.generator.shape[0], 1
-    if adapter.dialect == "peft-0.13":
-        width = rotation.block_size
-    elif adapter.dialect == "peft-0.15":
-        out = 0 if rotation.scale is None else rotation.scale.shape[0]
-        width = -(-out // (int(adapter.config.get("r") or rows) if adapter.config.get("block_share") else rows))
+    if adapter.dialect in ("peft-0.13", "peft-0.15"):
+        width = rotation.block_size if rotation.scale is None else -(-rotation.scale.shape[0] // rows)
     return coft_radius(adapter.config, rows, width)
 
 
@@ -857,7 +711,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     layers = _wrapped(model)
-    _check_names(layers, names)
+    _check_known(names, _names_in(layers))
     wanted = {path: [name for name in names if name in layer.oft_R] for path, layer in layers.items()}
     for path, layer in layers.items():
         layer._check_chain(layer._rotations(wanted[path]))
@@ -879,7 +733,7 @@ def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[st
     """
     layers = _wrapped(model)
     if adapter_names is not None:
-        _check_names(layers, adapter_names)
+        _check_known(adapter_names, _names_in(layers))
     errors: dict[str, float] = {}
     with transaction() as journal:
         for path, layer in layers.items():
@@ -908,22 +762,20 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
         StateError: the model is not wrapped, or has no such adapter.
     """
     layers = _wrapped(model)
-    names = list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
+    names = _names_in(layers)
     if adapter_name is None:
         if len(names) != 1:
             raise StateError(
                 "the model has several live adapters", remedy=f"name one: {', '.join(map(printable, names))}"
             )
         adapter_name = names[0]
-    _check_names(layers, [adapter_name])
+    _check_known([adapter_name], names)
     origin = _origins(model).get(adapter_name, _Origin({}, "peft-0.21", {}))
     modules = modules_of(model)
     saved: dict[str, Tensor] = {}
     for name in origin.saved:
         path, _, local = name.rpartition(".")
-        module = modules[path]
-        holder = module.base_layer if isinstance(module, LiveLayer) else module
-        saved[name] = getattr(holder, local).detach().clone()
+        saved[name] = getattr(modules[path], local).detach().clone()
     rotations_ = {
         path: cast(LiveRotation, layer.oft_R[adapter_name]).rotation()
         for path, layer in layers.items()
@@ -967,19 +819,18 @@ def strip(model: nn.Module) -> list[Undo]:
     layers, inner = _wrapped(model), inner_model(model)
     _refuse_merged(layers)
     journal: list[Undo] = []
-    _swap(inner, {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}, journal)
+    bases = {id(layer): layer._twin[0] if layer._twin else layer.base_layer for layer in layers.values()}
+    swap_modules(inner, bases, journal)
     for module in inner.modules():
-        for cls, (name, slow) in _FAST_PATHS.items():
-            if isinstance(module, cls) and _FAST in module.__dict__:
-                _take_fast_path(module, name)
-                journal.append(partial(_leave_fast_path, module, name, slow))
+        if _FAST in module.__dict__:
+            _take_fast_path(module)
+            journal.append(partial(_leave_fast_path, module))
     for layer in layers.values():
-        base: Any = layer.base_layer
-        if layer._packed_before is not None:
-            base.support_avx512bf16_for_cpu = layer._packed_before
-            journal.append(partial(setattr, base, "support_avx512bf16_for_cpu", False))
+        base = layer.base_layer.__dict__
+        journal.append(partial(base.update, dict.fromkeys(layer._packing, False)))
+        base.update(layer._packing)
     origins = inner.__dict__.pop(_ATTRIBUTE, {})
-    journal.append(lambda: inner.__dict__.update({_ATTRIBUTE: origins}))
+    journal.append(partial(inner.__dict__.update, {_ATTRIBUTE: origins}))
     return journal
 
 
@@ -1004,16 +855,15 @@ def _wrapped(model: nn.Module) -> dict[str, LiveLayer]:
     return layers
 
 
-def _check_names(layers: Mapping[str, LiveLayer], names: Sequence[str]) -> None:
-    known = dict.fromkeys(name for layer in layers.values() for name in layer.oft_R)
-    _check_known(names, known, "the model has no live adapter")
+def _names_in(layers: Mapping[str, LiveLayer]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers.values() for name in layer.oft_R))
 
 
-def _check_known(names: Sequence[str], known: Collection[str], none: str, module: str | None = None) -> None:
+def _check_known(names: Sequence[str], known: Collection[str], module: str | None = None) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise StateError(
-            f"{none} {', '.join(map(printable, unknown))}",
+            f"the {'layer has no' if module else 'model has no live'} adapter {', '.join(map(printable, unknown))}",
             module=module,
             remedy=f"it has {', '.join(map(printable, known)) or 'none'}",
         )
@@ -1034,6 +884,14 @@ _SETTINGS: Mapping[str, Any] = {
     "init_weights": True,
     "use_cayley_neumann": False,
     "num_cayley_neumann_terms": 5,
+}
+#: those of them that are finite numbers: of which kind, between what, and in words
+_NUMBERS: Mapping[str, tuple[type[Any], float, float, str]] = {
+    "r": (numbers.Integral, -math.inf, math.inf, "whole number"),
+    "oft_block_size": (numbers.Integral, -math.inf, math.inf, "whole number"),
+    "module_dropout": (numbers.Real, 0, 1, "number from 0 to 1"),
+    "eps": (numbers.Real, 0, math.inf, "number of at least 0"),
+    "num_cayley_neumann_terms": (numbers.Integral, 0, 1000, "whole number from 0 to 1000"),
 }
 #: what peft passes to every dispatcher and bitsandbytes layers have no use for
 _IGNORED = {
@@ -1087,9 +945,8 @@ def _dispatch(
 def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, float | None, float]:
     """(rotation, COFT radius, dropout) of a new adapter."""
     own = {k: v for k, v in kw.items() if k not in _IGNORED}
-    config = own.pop("config", None)
-    config = own.pop("oft_config", None) if config is None else config
-    own.pop("oft_config", None)
+    configs = own.pop("config", None), own.pop("oft_config", None)
+    config = next((c for c in configs if c is not None), None)
     rotation = own.pop("rotation", None)
     unknown = sorted(set(own) - set(_SETTINGS))
     if unknown:
@@ -1107,34 +964,26 @@ def _from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotation, floa
     s = {**_SETTINGS, **{k: v for k, v in given.items() if k in _SETTINGS}, **own}
     if "r" not in own and "r" not in given and s["oft_block_size"]:
         s["r"] = 0
-    for name in ("coft", "block_share", "init_weights", "use_cayley_neumann"):
-        if not isinstance(s[name], bool):
-            remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
-            raise AdapterError(f"{name} = {printable(s[name])!r} is neither True nor False", remedy=remedy)
-    b = _block_size(_number(s, "r", numbers.Integral), _number(s, "oft_block_size", numbers.Integral), features)
+    for name, value in s.items():
+        if name != "num_cayley_neumann_terms" or s["use_cayley_neumann"]:
+            _check_setting(name, value)
+    b = _block_size(s["r"], s["oft_block_size"], features)
     rows, elements = 1 if s["block_share"] else features // b, b * (b - 1) // 2
     generator = torch.zeros(rows, elements) if s["init_weights"] else 0.1 * torch.randn(rows, elements)
-    cayley = Cayley()
-    if s["use_cayley_neumann"]:
-        cayley = Cayley(_number(s, "num_cayley_neumann_terms", numbers.Integral, 0, 1000))
-    _number(s, "eps", numbers.Real, 0)
-    return Rotation(generator, cayley), coft_radius(s, rows), float(_number(s, "module_dropout", numbers.Real, 0, 1))
+    cayley = Cayley(s["num_cayley_neumann_terms"]) if s["use_cayley_neumann"] else Cayley()
+    return Rotation(generator, cayley), coft_radius(s, rows), float(s["module_dropout"])
 
 
-def _number(
-    settings: Mapping[str, Any], name: str, kind: type[Any], least: float = -math.inf, most: float = math.inf
-) -> Any:
-    """A setting that is a finite number of this kind between the two, or AdapterError."""
-    value: Any = settings[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or not (least <= value <= most and math.isfinite(value)):
-        what = "whole number" if kind is numbers.Integral else "number"
-        bounds = (
-            "" if math.isinf(least) else f" of at least {least}" if math.isinf(most) else f" from {least} to {most}"
-        )
-        raise AdapterError(
-            f"{name} = {printable(value)!r} is no {what}{bounds}", remedy=f"peft's default is {_SETTINGS[name]}"
-        )
-    return value
+def _check_setting(name: str, value: Any) -> None:
+    if name in _NUMBERS:
+        kind, least, most, what = _NUMBERS[name]
+        right = not isinstance(value, bool) and isinstance(value, kind)
+        right, what = right and least <= value <= most and math.isfinite(value), f"is no {what}"
+    else:
+        right, what = isinstance(value, bool), "is neither True nor False"
+    if not right:
+        remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
+        raise AdapterError(f"{name} = {printable(value)!r} {what}", remedy=remedy)
 
 
 def _block_size(r: int, oft_block_size: int, features: int) -> int:
@@ -1150,7 +999,7 @@ def _block_size(r: int, oft_block_size: int, features: int) -> int:
     fitting = [n for n in range(1, features + 1) if features % n == 0]
     nearest = min(fitting, key=lambda n: (abs(n - wanted), n))
     if nearest != wanted:
-        warnings.warn(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning, stacklevel=5)
+        warn_caller(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning)
     b = features // nearest if r else nearest
     if b < 2:
         raise AdapterError(

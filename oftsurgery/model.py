@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -41,7 +40,6 @@ __all__ = [
     "fold_model",
     "inner_model",
     "modules_of",
-    "places_of",
     "record_of",
     "replace_tensor",
     "restore_model",
@@ -200,10 +198,10 @@ def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo
     slots = inner_model(modules[parent])._modules
     if places_of(modules, old) < 2:
         return
-    new = copy.copy(old)
-    for key, value in old.__dict__.items():
-        if isinstance(value, dict) or key == "state":  # parameters, buffers, hooks; bitsandbytes' int8 state
-            new.__dict__[key] = copy.copy(value)
+    new = share_model(old)
+    for key, parameter in old._parameters.items():
+        if type(parameter) is nn.Parameter:  # one Parameter for both; bitsandbytes changes its own in place
+            new._parameters[key] = parameter
     journal.append(partial(slots.__setitem__, name, old))
     slots[name] = modules[path] = new
 

@@ -5,7 +5,7 @@ peft itself is not imported: where none of its classes is in the model, there is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .adapter import OFTAdapter, parse_adapter
 from .errors import StateError, printable
+from .layers import Undo, swap_modules
 
 __all__ = ["base_of", "has_live_layers", "inner_modules", "read_adapters", "strip", "trained_biases"]
-
-Undo = Callable[[], None]
 
 
 def _peft_class(obj: object, name: str) -> bool:
@@ -54,23 +53,17 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     layers = list(_all_of("BaseTunerLayer", base))
     for path, layer in layers:
         if not type(layer).__module__.startswith("peft.tuners.oft."):
-            raise StateError(
-                f"the model carries a live {type(layer).__name__} of {type(layer).__module__}",
-                module=path,
-                remedy="merge or unload it first",
-            )
-        if layer.merged_adapters:
-            raise StateError(
-                "peft has merged this adapter into the base weights already",
-                module=path,
-                remedy="reload the base model and the adapter: peft's unmerge does not restore quantised weights",
-            )
-        if layer.disable_adapters:
-            raise StateError(
-                "the adapters are disabled: the model computes the base",
-                module=path,
-                remedy="enable_adapter_layers() first",
-            )
+            message = f"the model carries a live {type(layer).__name__} of {type(layer).__module__}"
+            remedy = "merge or unload it first"
+        elif layer.merged_adapters:
+            message = "peft has merged this adapter into the base weights already"
+            remedy = "reload the base model and the adapter: peft's unmerge does not restore quantised weights"
+        elif layer.disable_adapters:
+            message = "the adapters are disabled: the model computes the base"
+            remedy = "enable_adapter_layers() first"
+        else:
+            continue
+        raise StateError(message, module=path, remedy=remedy)
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not configs:
         holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
@@ -130,43 +123,28 @@ def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config:
 def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under the keys that peft saves them with, copied: training may go on."""
     for path, layer in layers:
-        for part in ("oft_R", "oft_embedding_R"):
-            if name in getattr(layer, part, {}):
-                yield f"base_model.model.{path}.{part}.weight", getattr(layer, part)[name].weight.detach().clone()
-        for part in ("oft_r", "oft_s"):  # peft ≤ 0.15
-            if name in getattr(layer, part, {}):
-                yield f"base_model.model.{path}.{part}", getattr(layer, part)[name].detach().clone()
+        for part, end in (("oft_R", ".weight"), ("oft_embedding_R", ".weight"), ("oft_r", ""), ("oft_s", "")):
+            held = getattr(layer, part, {})
+            if name in held:  # a module, or in peft ≤ 0.15 the Parameter itself
+                tensor = held[name].weight if end else held[name]
+                yield f"base_model.model.{path}.{part}{end}", tensor.detach().clone()
     for path, wrapper in _all_of("ModulesToSaveWrapper", base):
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
                 yield f"base_model.model.{path}.{key}", tensor.detach().clone()
 
 
-def _inside(module: nn.Module | None) -> Any:
-    """The base layer in one of peft's wrappers; None for any other module."""
-    if _peft_class(module, "BaseTunerLayer"):
-        return module.get_base_layer()  # type: ignore[union-attr,operator]
-    return module.original_module if _peft_class(module, "ModulesToSaveWrapper") else None  # type: ignore[union-attr]
-
-
 def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
     """``{id of each of peft's wrappers: the base layer in it}``."""
-    return {id(m): inside for m in base.modules() if (inside := _inside(m)) is not None}
+    layers = {id(m): m.get_base_layer() for _, m in _all_of("BaseTunerLayer", base)}
+    return layers | {id(m): m.original_module for _, m in _all_of("ModulesToSaveWrapper", base)}
 
 
 def strip(base: nn.Module, journal: list[Undo]) -> None:
     """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
-    for parent in list(base.modules()):
-        for name, child in list(parent._modules.items()):
-            inside = _inside(child)
-            if inside is None:
-                continue
-            journal.append(partial(parent._modules.__setitem__, name, child))
-            parent._modules[name] = inside
-    for attribute, value in (("peft_config", None), ("_hf_peft_config_loaded", False)):
-        if attribute in base.__dict__:
-            journal.append(partial(base.__dict__.__setitem__, attribute, base.__dict__[attribute]))
-            if value is None:
-                del base.__dict__[attribute]
-            else:
-                base.__dict__[attribute] = value
+    swap_modules(base, inner_modules(base), journal)
+    noted = {name: base.__dict__[name] for name in ("peft_config", "_hf_peft_config_loaded") if name in base.__dict__}
+    journal.append(partial(base.__dict__.update, noted))
+    base.__dict__.pop("peft_config", None)
+    if "_hf_peft_config_loaded" in noted:
+        base.__dict__["_hf_peft_config_loaded"] = False

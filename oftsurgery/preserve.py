@@ -20,7 +20,7 @@ Pure functions of tensors, the readable reference. ω is 2^(k/2048), k an intege
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,32 +89,29 @@ class Scales:
     Attributes:
         values: ``(blocks,)`` float32, as the reader sees them: of int8, one a row.
         codes: ``(blocks,)`` uint8 that stand for them with double quantisation, else None.
-        table: ``(256,)``, what a code is before it is scaled, with double quantisation.
-        factors: ``(⌈blocks/size⌉,)``, what the table is scaled by.
-        offset: ``()``, what is added.
-        size: blocks a factor.
+        nested: ``nested_quant_map`` ``(256,)``, what a code is before it is scaled, ``nested_absmax`` ``(⌈blocks/size⌉,)``,
+            what that is scaled by, and ``nested_offset`` ``()``, what is added; empty without double quantisation.
+        size: blocks an entry of ``nested_absmax``.
     """
 
     values: Tensor
-    codes: Tensor | None = None
-    table: Tensor | None = None
-    factors: Tensor | None = None
-    offset: Tensor | None = None
-    size: int = 0
+    codes: Tensor | None
+    nested: Mapping[str, Tensor]
+    size: int
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """The table in order, and the code of each of its values."""
-        assert self.table is not None  # noqa: S101 - of double quantisation
-        order = torch.argsort(self.table, stable=True)
-        return self.table[order].to(torch.float32).contiguous(), order
+        table = self.nested["nested_quant_map"]
+        order = torch.argsort(table, stable=True)
+        return table[order].to(torch.float32).contiguous(), order
 
     def nearest(self, wanted: Tensor, block: Tensor) -> tuple[Tensor | None, Tensor]:
         """Codes and values of the scales nearest to ``wanted`` that blocks number ``block`` can have, both ``(n,)``."""
-        if self.table is None or self.factors is None or self.offset is None:
+        if not self.nested:
             return None, wanted
         ordered, order = self.in_order()
-        offset = self.offset.to(torch.float32)
-        factor = self.factors.reshape(-1)[block // self.size].to(torch.float32)
+        offset = self.nested["nested_offset"].to(torch.float32)
+        factor = self.nested["nested_absmax"].reshape(-1)[block // self.size].to(torch.float32)
         scaled = torch.where(factor != 0, (wanted - offset) / factor, 0.0)
         at = torch.bucketize(scaled, (ordered[1:] + ordered[:-1]) / 2)
         return order[at].to(torch.uint8), ordered[at] * factor + offset
@@ -129,18 +126,14 @@ def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
     t = codecs.restate(encoded, into)
     values = EncodedWeight(into, t).scales
     if not into.nested_blocksize:
-        return Scales(values)
-    table, factors, offset = (t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset"))
-    return Scales(values, t["absmax"].reshape(-1), table, factors, offset, into.nested_blocksize)
+        return Scales(values, None, {}, 0)
+    nested = {name: t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset")}
+    return Scales(values, t["absmax"].reshape(-1), nested, into.nested_blocksize)
 
 
 def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Tensor]:
     """The statistics of ``own`` with other scales, or codes of scales: tensors under their local names."""
-    found = {into.kind.scales_name: stated}
-    if own.table is None or own.factors is None or own.offset is None:
-        return found
-    nested = {"nested_quant_map": own.table, "nested_absmax": own.factors, "nested_offset": own.offset}
-    return found | {name: tensor.detach().clone() for name, tensor in nested.items()}
+    return {into.kind.scales_name: stated, **{name: tensor.detach().clone() for name, tensor in own.nested.items()}}
 
 
 # --- the relaxation ---------------------------------------------------------------------------------------------------
@@ -179,16 +172,18 @@ def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
     return math.lcm(rows, *(r.block_size for r in chain if r.side == "output"))
 
 
-def is_strong(base: Tensor, exact: Tensor, scales: Tensor, count: Tensor, f: WeightFormat) -> Tensor:
+def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightFormat) -> Tensor:
     """Which blocks are to be scaled anew and rounded to nearest: ``(blocks,)`` bool.
 
     Args:
         base, exact: ``(blocks, blocksize)`` float32, padded with zeros.
         scales: ``(blocks,)``.
-        count: weights of each block, ``(blocks,)``.
+        n: weights without the padding.
         f: of the weight.
     """
     square, most = limits(f)
+    count = torch.full(scales.shape, float(base.shape[1]), device=scales.device)
+    count[-1] -= base.numel() - n
     unit = scales.abs().clamp(min=1e-38)
     moved = ((exact - base) / unit.unsqueeze(-1)).square().sum(-1)
     strong = (moved > square * count) | (exact.abs().amax(-1) > most * scales.abs())
@@ -214,7 +209,7 @@ def relaxation(
         base, exact = rows_of(start, stop)
         scales = own.values[span(start, stop, f.shape[1], f.block)]
         v, w = codecs.blocks_of(base.reshape(-1), f.block), codecs.blocks_of(exact.reshape(-1), f.block)
-        strong = is_strong(v, w, scales, _counts(base.numel(), f.block, scales), f)
+        strong = is_strong(v, w, scales, base.numel(), f)
         strong_blocks, blocks = strong_blocks + int(strong.sum()), blocks + strong.numel()
         weak = ~strong & (scales != 0)
         s = scales[weak].unsqueeze(-1)
@@ -258,14 +253,6 @@ def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
     return low if 1 - at_low <= abs(at_high - 1) else high
 
 
-def _counts(n: int, size: int, scales: Tensor) -> Tensor:
-    """Weights of each block of ``n`` in all."""
-    counts = torch.full(scales.shape, float(size), device=scales.device)
-    if n % size:
-        counts[-1] = n % size
-    return counts
-
-
 # --- the codes --------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +276,7 @@ def encode_rows(
     here = slice(first, first + v.shape[0])
     seen = scales.values[here].clone()
     stated = seen if scales.codes is None else scales.codes[here].clone()
-    strong = is_strong(v, w, seen, _counts(n, size, seen), f)
+    strong = is_strong(v, w, seen, n, f)
     at = strong.nonzero().squeeze(-1)
     if at.numel():
         wanted = f.kind.good_scales(w[at])
@@ -297,7 +284,7 @@ def encode_rows(
         # the best scale may itself clip, or be larger than the largest weight; beside the other blocks' scales, what a
         # block of nearly zeros loses is nothing
         needed = torch.minimum(wanted, w[at].abs().amax(-1)) - seen[at].abs()
-        usual = seen[at].abs() if scales.offset is None else seen[at].abs().clamp(min=float(scales.offset))
+        usual = seen[at].abs().clamp(min=float(scales.nested.get("nested_offset", 0.0)))
         if bool((needed > MISFIT * usual).any()):
             return None
         if codes is not None:

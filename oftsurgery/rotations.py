@@ -46,7 +46,6 @@ __all__ = [
     "neumann",
     "rotate_weight",
     "skew",
-    "unrotate_weight",
     "vector",
 ]
 
@@ -71,12 +70,19 @@ def full_precision(device_type: str) -> Iterator[None]:
     ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too)
     and autocast rewrites it outright; a fold must not depend on either. Restores what it found.
     """
-    _Precision.enter()
+    with _Precision.lock:
+        if _Precision.users == 0:
+            _Precision.before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+        _Precision.users += 1
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
             yield
     finally:
-        _Precision.leave()
+        with _Precision.lock:
+            _Precision.users -= 1
+            if _Precision.users == 0:
+                torch.set_float32_matmul_precision(_Precision.before)
 
 
 class _Precision:
@@ -87,21 +93,6 @@ class _Precision:
     lock = threading.Lock()
     users = 0
     before = "highest"
-
-    @classmethod
-    def enter(cls) -> None:
-        with cls.lock:
-            if cls.users == 0:
-                cls.before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("highest")
-            cls.users += 1
-
-    @classmethod
-    def leave(cls) -> None:
-        with cls.lock:
-            cls.users -= 1
-            if cls.users == 0:
-                torch.set_float32_matmul_precision(cls.before)
 
 
 def block_size_of(elements: int) -> int:
@@ -171,24 +162,21 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
         raise NonFiniteError(
             "a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter"
         )
-    each = a.device.type == "cpu" and a.shape[-1] >= _LARGE
-    x = _solve(a, c, each=each)
-    if not _solved(x, a, c):
-        x = x if each else _solve(a, c, each=True)
-        if not _solved(x, a, c):
-            raise NonFiniteError(
-                "a block rotation is singular or too ill-conditioned to solve",
-                remedy="check the adapter's generator: its norm should be well below 1 for a Neumann series, and finite for Cayley",
-            )
-    return x
+    large = a.device.type == "cpu" and a.shape[-1] >= _LARGE
+    for each in (True,) if large else (False, True):
+        x = _solve(a, c, each=each)
+        if _solved(x, a, c):
+            return x
+    raise NonFiniteError(
+        "a block rotation is singular or too ill-conditioned to solve",
+        remedy="check the adapter's generator: its norm should be well below 1 for a Neumann series, and finite for Cayley",
+    )
 
 
 def _solve(a: Tensor, c: Tensor, *, each: bool) -> Tensor:
     # solve_ex: a singular block gives NaN, which the residual finds, where solve raises torch's own error
     if each:
-        return torch.stack(
-            [torch.linalg.solve_ex(a_i, c_i, left=False).result for a_i, c_i in zip(a, c.expand_as(a), strict=True)]
-        )
+        return torch.stack([_solve(a_i, c_i, each=False) for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
     x: Tensor = torch.linalg.solve_ex(a, c, left=False).result
     return x
 
@@ -240,49 +228,31 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
 
 
-def rotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
+def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool = False) -> Tensor:
     """The folded weight ``W Rᵀ`` (input), ``Rᵀ W`` (output) or ``E R`` (embedding).
 
     Args:
         weight: ``(out, in)``, floating point; read as float32 at least.
         blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal
             matrix to ``(out, out)``.
+        inverse: take the rotation out, by the blocks' true inverses, whether or not they are orthogonal.
 
     Returns:
         ``(out, in)`` float32, or float64 for a float64 weight.
     """
-    return _on_side(weight, blocks, side, inverse=False)
-
-
-def unrotate_weight(weight: Tensor, blocks: Tensor, side: Side) -> Tensor:
-    """The true inverse of :func:`rotate_weight`, whether or not the blocks are orthogonal."""
-    return _on_side(weight, blocks, side, inverse=True)
-
-
-def _on_side(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight = weight.to(dtype)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = blocks.to(torch.float64)
     if side == "output":
         # (Rᵀ W)ᵀ = Wᵀ R: rotate the columns' side through the transpose
-        columns = weight.t()
+        columns, shared, b = weight.t(), r.shape[0] == 1, r.shape[-1]
         out = columns.shape[-1]
-        whole = out - out % r.shape[-1]
-        needed = -(-out // r.shape[-1])
-        if r.shape[0] != 1 and r.shape[0] < needed:
-            raise ShapeError(
-                "blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, *r.shape[1:])
-            )
-        last = r if r.shape[0] == 1 else r[needed - 1 : needed]
-        tail = last[:, : out - whole, : out - whole]  # the cropped last block; empty where out divides
-        body = r if r.shape[0] == 1 else r[: whole // r.shape[-1]]
-        if inverse:
-            body = inverse_blocks(body)
-            tail = inverse_blocks(tail) if tail.numel() else tail
-        parts = [apply_blocks(columns[:, :whole], body.to(weight))] if whole else []
-        if tail.numel():
-            parts.append(apply_blocks(columns[:, whole:], tail.to(weight)))
-        return torch.cat(parts, dim=-1).t().contiguous()
+        whole, needed = out - out % b, -(-out // b)
+        if not shared and r.shape[0] < needed:
+            raise ShapeError("blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, b, b))
+        cropped = (r if shared else r[needed - 1 : needed])[:, : out - whole, : out - whole]
+        parts = [(columns[:, :whole], r if shared else r[: whole // b]), (columns[:, whole:], cropped)]
+        turned = [apply_blocks(x, (inverse_blocks(m) if inverse else m).to(x)) for x, m in parts if x.shape[-1]]
+        return torch.cat(turned, dim=-1).t().contiguous()
     if inverse:
         r = inverse_blocks(r)
     if side == "input":

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from .errors import StateError
-from .layers import alias_parameter, copy_quant_state, quant_states
+from .formats import of_parameter
+from .formats.four_bit import copy_quant_state
+from .layers import hooks_of, quant_states
 
 __all__ = ["share_model"]
 
@@ -33,9 +35,8 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     """
     instead = instead or {}
     memo: dict[int, Any] = {}
-    modules = _modules(model, instead)
     try:
-        for module in modules:
+        for module in model.modules():
             memo.update(_shared_by(module, memo))
         for wrapper, inside in instead.items():
             memo[wrapper] = copy.deepcopy(inside, memo)
@@ -45,27 +46,16 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
             f"the model holds something that cannot be copied ({error})",
             remedy="fold with inplace=True, which copies nothing",
         ) from error
-    for old in modules:
-        new = memo[id(old)]
+    for old in model.modules():
+        new = memo.get(id(old))
+        if new is None:  # in a wrapper that has another module in its place
+            continue
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
             weight.module = new
         if old._compiled_call_impl is not None:
             _compile_like(old, new)
     return shared
-
-
-def _modules(model: nn.Module, instead: Mapping[int, nn.Module]) -> list[nn.Module]:
-    """The modules that are copied, each once."""
-    found: dict[int, nn.Module] = {}
-    left = [model]
-    while left:
-        module = left.pop()
-        module = instead.get(id(module), module)
-        if id(module) not in found:
-            found[id(module)] = module
-            left.extend(child for child in module._modules.values() if child is not None)
-    return list(found.values())
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
@@ -76,16 +66,17 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     for parameter in module._parameters.values():
         if parameter is None or id(parameter) in memo:
             continue
-        alias: Any = alias_parameter(parameter)
+        alias: Any = of_parameter(parameter).alias(parameter)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             alias.quant_state = uses.get(id(state)) or memo.get(id(state)) or alias.quant_state
         uses[id(parameter)] = alias
     for holder in (module.__dict__, module._buffers, getattr(getattr(module, "state", None), "__dict__", {})):
         uses.update({id(t): t for t in holder.values() if isinstance(t, torch.Tensor)})
-    for hook in _hooks(module):
+    for hook in hooks_of(module):
         # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
-        uses.update({id(v): v for v in (hook.weights_map, hook.tied_params_map) if v is not None})
+        maps = (getattr(hook, name, None) for name in ("weights_map", "tied_params_map"))
+        uses.update({id(v): v for v in maps if v is not None})
     return uses
 
 
@@ -99,8 +90,3 @@ def _compile_like(old: nn.Module, new: nn.Module) -> None:
         new.compile()
     else:
         new._compiled_call_impl = context(new._call_impl)
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    return [h for h in getattr(hook, "hooks", (hook,)) if hasattr(h, "weights_map") and hasattr(h, "tied_params_map")]

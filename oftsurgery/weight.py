@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,13 +19,12 @@ from .record import ModuleRecord
 __all__ = [
     "FoldedWeight",
     "begin_record",
+    "check_chain",
     "fold_encoded",
     "fold_weight",
     "measured",
-    "nearest_error",
     "relative_error",
     "rotate_chain",
-    "unfold_encoded",
     "unfold_weight",
 ]
 
@@ -82,7 +81,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
     [[4.0, -3.0]]
     """
-    return _apply(weight, rotation, rounding, fold_encoded)
+    return _apply(weight, rotation, rounding, inverse=False)
 
 
 def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
@@ -90,49 +89,31 @@ def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, roundin
 
     Same arguments, result and errors as :func:`fold_weight`.
     """
-    return _apply(weight, rotation, rounding, unfold_encoded)
+    return _apply(weight, rotation, rounding, inverse=True)
 
 
-@overload
-def _apply(weight: Tensor, rotation: Rotation | Sequence[Rotation], rounding: str, way: object) -> Tensor: ...
-@overload
-def _apply(
-    weight: EncodedWeight, rotation: Rotation | Sequence[Rotation], rounding: str, way: object
-) -> EncodedWeight: ...
-def _apply(weight, rotation, rounding, way):  # type: ignore[no-untyped-def]
+def _apply(weight: W, rotation: Rotation | Sequence[Rotation], rounding: str, *, inverse: bool) -> W:
     chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
     if isinstance(weight, EncodedWeight):
-        return way(weight, chain, rounding=rounding).encoded
-    return way(codecs.dense(weight), chain, rounding=rounding).encoded.tensors["weight"]
+        return fold_encoded(weight, chain, rounding=rounding, inverse=inverse).encoded
+    return fold_encoded(codecs.dense(weight), chain, rounding=rounding, inverse=inverse).encoded.tensors["weight"]
 
 
 def fold_encoded(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
-) -> FoldedWeight:
-    """:func:`fold_weight` with what storing it cost. ``chain`` is in the live order; ``into`` defaults to the format of
-    ``encoded``.
-    """
-    return _recode(encoded, chain, into or encoded.format, rounding, inverse=False)
-
-
-def unfold_encoded(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat | None = None, rounding: str = "nearest"
-) -> FoldedWeight:
-    """:func:`unfold_weight` with what storing it cost. ``chain`` is in the live order, as it was folded."""
-    return _recode(encoded, chain, into or encoded.format, rounding, inverse=True)
-
-
-def _recode(
     encoded: EncodedWeight,
     chain: Sequence[Rotation],
-    into: WeightFormat,
-    rounding: str,
+    into: WeightFormat | None = None,
+    rounding: str = "nearest",
     *,
-    inverse: bool,
+    inverse: bool = False,
 ) -> FoldedWeight:
+    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with what storing it cost. ``chain`` is in the live
+    order; ``into`` defaults to the format of ``encoded``.
+    """
+    f = encoded.format
+    into = into or f
     codecs.check_rounding(rounding)
     used = codecs.rounding_of(into, rounding)
-    f = encoded.format
     if len(f.shape) != 2:
         remedy = "reshape a 1×1 convolution to (out, in)"
         raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
@@ -148,33 +129,27 @@ def _recode(
         if not bool(torch.isfinite(exact).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
-        new, steps = None, 0
-        if used == "preserve":
-            new, steps = _preserved(encoded, base, exact, chain, into)
-            if new is None:
-                used = codecs.rounding_of(into, "grid")
-        if new is None:
-            new = codecs.encode(exact, into, used)
-        return measured(FoldedWeight(new, 0.0, rounding=used, relaxation=preserve.relaxation_of(steps)), base, exact)
+        folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
+        if folded is None:
+            used = codecs.rounding_of(into, "grid") if used == "preserve" else used
+            folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
+        return measured(folded, base, exact)
 
 
 def _preserved(
-    encoded: EncodedWeight,
-    base: Tensor,
-    exact: Tensor,
-    chain: Sequence[Rotation],
-    into: WeightFormat,
-) -> tuple[EncodedWeight | None, int]:
-    """The weight by :mod:`oftsurgery.preserve` and the steps of its ω; None where that does not apply."""
+    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
+) -> FoldedWeight | None:
+    """The weight by :mod:`oftsurgery.preserve`, not measured yet; None where that does not apply."""
     if not preserve.applies(encoded.format, into):
-        return None, 0
+        return None
     own = preserve.scales_of(encoded, into)
     steps = preserve.relaxation(lambda start, stop: (base[start:stop], exact[start:stop]), own, into, chain)
     stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, into.single)
     if steps is None or stored is None:
-        return None, 0
+        return None
     codes, scales, _ = stored
-    return into.kind.assemble(into, codes, preserve.put_scales(own, into, scales)), steps
+    new = into.kind.assemble(into, codes, preserve.put_scales(own, into, scales))
+    return FoldedWeight(new, 0.0, rounding="preserve", relaxation=preserve.relaxation_of(steps))
 
 
 def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
@@ -185,8 +160,8 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
     held = float(((stored - base).to(torch.float64) * (exact - base)).sum())
     relative = error / norm if norm else error
     nearest = relative if folded.rounding == "nearest" else folded.nearest
-    if folded.rounding in ("grid", "mse"):
-        nearest = nearest_error(exact, folded.encoded.format)
+    if nearest is None and folded.rounding != "preserve":
+        nearest = relative_error(codecs.decode(codecs.encode(exact, folded.encoded.format)), exact)
     return replace(
         folded,
         error=relative,
@@ -195,11 +170,6 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
         kept=held / change**2 if change else None,
         change=change,
     )
-
-
-def nearest_error(exact: Tensor, into: WeightFormat) -> float:
-    """The relative error of storing ``exact`` as ``into`` with plain rounding."""
-    return relative_error(codecs.decode(codecs.encode(exact, into)), exact)
 
 
 def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
@@ -216,15 +186,18 @@ def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotati
     sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
     its own.
     """
-    right = [r for r in chain if r.side == "input"]
-    left = [r for r in chain if r.side != "input"]
-    if any(r.side == "output" for r in left) and any(r.scale is not None for r in chain):
+    check_chain(chain)
+    order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
+    return order[::-1] if inverse else order
+
+
+def check_chain(chain: Sequence[Any]) -> None:
+    """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
+    if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
         raise MatchError(
             "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
             remedy="fold them one after the other, in the order that is meant",
         )
-    order = left + right[::-1]
-    return order[::-1] if inverse else order
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:

@@ -196,7 +196,7 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(
 ) -> None:
     import oftsurgery.engine
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

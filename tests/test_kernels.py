@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import oftsurgery
 from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, codecs, kernels, rotations
 from oftsurgery.errors import MissingDependencyError, StateError
-from oftsurgery.weight import FoldedWeight, fold_encoded, unfold_encoded
+from oftsurgery.weight import FoldedWeight, fold_encoded
 
 MAPS = {
     "exact": Cayley(),
@@ -38,7 +38,7 @@ def folded(
     inverse: bool = False,
 ) -> FoldedWeight:
     with kernels.use_backend(backend):
-        return (unfold_encoded if inverse else fold_encoded)(encoded, chain, into)
+        return fold_encoded(encoded, chain, into, inverse=inverse)
 
 
 def exact(encoded: EncodedWeight, chain: tuple[Rotation, ...], *, inverse: bool) -> torch.Tensor:

@@ -26,7 +26,7 @@ import torch
 from test_kernels import codes_of, exact
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
 from oftsurgery.kernels import tiled
-from oftsurgery.weight import fold_encoded, unfold_encoded
+from oftsurgery.weight import fold_encoded
 
 gen = torch.Generator().manual_seed(0)
 def weight_of(f):
@@ -40,7 +40,7 @@ def check(encoded, chain, into=None, rounding="preserve", inverse=False, backend
     results = []
     for name in ("reference", "triton"):
         with kernels.use_backend(name):
-            results.append((unfold_encoded if inverse else fold_encoded)(encoded, chain, into, rounding))
+            results.append(fold_encoded(encoded, chain, into, rounding, inverse=inverse))
     want, got = results
     assert got.backend == backend
     assert (got.rounding, got.relaxation, got.encoded.format) == (want.rounding, want.relaxation, want.encoded.format)

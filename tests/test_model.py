@@ -14,6 +14,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from independent import make_case, relative
 from peft import OFTConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -379,6 +381,18 @@ def test_models_that_accelerate_offloads_fold(where: str, inplace: bool, kind: s
     if not inplace:
         assert torch.equal(logits(model), before)
         assert torch.equal(logits(oftsurgery.unfold(folded, base=model)), before)
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["pure", "in place"])
+def test_a_hooked_layer_in_two_places_folds_in_the_one_that_the_adapter_names(inplace: bool) -> None:
+    layer, case, x = nn.Linear(64, 64), make_case("0.21 exact", 64, 64, path="0"), torch.randn(3, 64)
+    # accelerate binds the forward of the module that it puts a hook on
+    add_hook_to_module(layer, AlignDevicesHook(torch.device("cpu"), io_same_device=True))
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    with pytest.warns(UntieWarning):
+        folded = oftsurgery.fold(nn.Sequential(layer, nn.Tanh(), layer), case.adapter, inplace=inplace)
+    expected = torch.tanh(x.double() @ case.dense @ weight.T + bias) @ weight.T + bias
+    assert relative(folded(x), expected) < 1e-6
 
 
 def test_offloaded_4bit_layers_are_refused(tmp_path: Path) -> None:

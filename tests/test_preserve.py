@@ -31,7 +31,7 @@ from oftsurgery.adapter import parse_adapter
 from oftsurgery.diagnosis import Finding, doctor
 from oftsurgery.layers import Layer
 from oftsurgery.record import FoldRecord, ModuleRecord
-from oftsurgery.weight import FoldedWeight, fold_encoded, unfold_encoded
+from oftsurgery.weight import FoldedWeight, fold_encoded
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ def test_codes_are_nearest_to_the_over_relaxed_change_at_the_bases_scales(
     before = {name: t.contiguous().reshape(-1).view(torch.uint8).clone() for name, t in encoded.tensors.items()}
     rotation, r = turned(f.shape[1], b, WEAK[f.codec] * 4 / b**0.5)
     with use_backend(backend):
-        folded = (unfold_encoded if inverse else fold_encoded)(encoded, (rotation,), None, "preserve")
+        folded = fold_encoded(encoded, (rotation,), None, "preserve", inverse=inverse)
     assert (folded.rounding, folded.relaxation > 1.05) == ("preserve", True)
     assert folded.encoded.format == f
     assert_same_statistics(folded.encoded, encoded)
@@ -445,7 +445,7 @@ ALIKE = """
 import torch
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
 from oftsurgery.kernels import tiled
-from oftsurgery.weight import fold_encoded, unfold_encoded
+from oftsurgery.weight import fold_encoded
 tiled._TILE_WEIGHTS = 1 << 13  # else weights of these sizes are the reference's
 found = {}
 for name, (codec, shape, blocksize, nested, b, amplitude, side) in CASES.items():
@@ -457,12 +457,12 @@ for name, (codec, shape, blocksize, nested, b, amplitude, side) in CASES.items()
     if "strong" in name:
         rows[n // 2] *= 20
     rotation = Rotation(generator=rows, cayley=Cayley(5), side=side)
-    for way in (fold_encoded, unfold_encoded):
+    for way in ("fold", "unfold"):
         for backend in ("reference", "tiled", "numba"):
             with kernels.use_backend(backend):
-                r = way(encoded, (rotation,), None, "preserve")
+                r = fold_encoded(encoded, (rotation,), None, "preserve", inverse=way == "unfold")
             figures = r.backend, r.rounding, r.relaxation, r.kept, r.error, r.rho, r.change
-            found[name, way.__name__, backend] = (figures, *[(e.format, dict(e.tensors)) for e in (r.encoded, encoded)])
+            found[name, way, backend] = (figures, *[(e.format, dict(e.tensors)) for e in (r.encoded, encoded)])
 torch.save(found, PATH)
 print(torch.get_num_threads())
 """
@@ -503,7 +503,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[Any, Any]]
 
 
 @pytest.mark.parametrize("backend", ["tiled", "numba"])
-@pytest.mark.parametrize("way", ["fold_encoded", "unfold_encoded"])
+@pytest.mark.parametrize("way", ["fold", "unfold"])
 @pytest.mark.parametrize("name", ALIKES)
 def test_every_backend_gives_the_same(alike: dict[str, dict[Any, Any]], name: str, way: str, backend: str) -> None:
     want, reference, base = alike["1"][name, way, "reference"]
@@ -530,7 +530,7 @@ def test_every_backend_gives_the_same(alike: dict[str, dict[Any, Any]], name: st
 
 @pytest.mark.parametrize("name", ALIKES)
 def test_threads_change_nothing(alike: dict[str, dict[Any, Any]], name: str) -> None:
-    for way in ("fold_encoded", "unfold_encoded"):
+    for way in ("fold", "unfold"):
         for backend in ("reference", "tiled", "numba"):
             (one, a, _), (two, b, _) = (alike[threads][name, way, backend] for threads in "12")
             assert one[:3] == two[:3]
@@ -885,7 +885,8 @@ def test_ten_folds_and_rotations_back_hardly_drift(kind: str, amplitude: float) 
     rotation, _ = turned(256, 32, amplitude)
     now = start
     for _ in range(10):
-        now = unfold_encoded(preserved(now, rotation).encoded, (rotation,), rounding="preserve").encoded
+        folded = preserved(now, rotation).encoded
+        now = fold_encoded(folded, (rotation,), rounding="preserve", inverse=True).encoded
     limit = {"nf4": 0.12, "fp4": 0.25, "int8": 0.015}[f.codec]
     assert relative(read(now).values, read(start).values) < limit
 

@@ -260,7 +260,7 @@ def test_rotate_weight_is_the_dense_product(
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(got.double(), expected_fold(w, blocks, side), rtol=tolerance, atol=tolerance * 5)
-    back = rotations.unrotate_weight(got, blocks, side)  # type: ignore[arg-type]
+    back = rotations.rotate_weight(got, blocks, side, inverse=True)  # type: ignore[arg-type]
     torch.testing.assert_close(back.double(), w.double(), rtol=tolerance * 10, atol=tolerance * 20)
 
 

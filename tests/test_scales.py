@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ import oftsurgery
 from oftsurgery import Rotation, RoundingWarning, WeakAdapterWarning, WeightFormat, codecs, use_backend
 from oftsurgery.cli import main
 from oftsurgery.record import FoldRecord
-from oftsurgery.weight import FoldedWeight, fold_encoded, unfold_encoded
+from oftsurgery.weight import FoldedWeight, fold_encoded
 
 BETTER = ("grid", "mse")
+unfold_encoded = partial(fold_encoded, inverse=True)
 LEVELS = {codec: codecs.levels_of(codec, torch.device("cpu")).double().sort().values for codec in ("nf4", "fp4")}
 
 

@@ -34,7 +34,7 @@ from oftsurgery.adapter import Cayley, Rotation
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 
-from .blockwise import FoldedWeight, widen
+from .blockwise import FoldedWeight
 from .pool import start
 
 __all__ = ["FoldedWeight", "backends", "fold", "measure", "start", "use_backend"]
@@ -238,8 +238,9 @@ def _blocks(rotation: Rotation, wide: int) -> Tensor:
     if own and series is not None and rotation.generator.device.type == "cpu" and _choice() in (None, "numba"):
         found = _serve("numba", lambda driver: driver.blocks(rotation.generator, rotation.block_size, own, *series))
         if found is not None:
-            return widen(found, wide)
-    return widen(rotation.blocks, wide)
+            return rotations.block_diagonal(found, wide, shared=len(found) == 1)
+    blocks = rotation.blocks
+    return rotations.block_diagonal(blocks, wide, shared=len(blocks) == 1)
 
 
 def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tuple[Tensor, Tensor | None] | None:

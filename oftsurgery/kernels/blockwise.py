@@ -19,7 +19,7 @@ from oftsurgery import codecs, preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import LEVELS
 
-__all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables", "widen"]
+__all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables"]
 
 #: bits of infinity: of |value| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
@@ -191,18 +191,3 @@ def nested_error(
     cross, power, along = moments.to(torch.float64).unbind(1)
     kept = float((wide * along).dot(delta))
     return float(wide.mul_(cross).mul_(2).addcmul_(delta, power).dot(delta)), kept
-
-
-def widen(m: Tensor, b: int) -> Tensor:
-    """Blocks ``(n, a, a)`` as blocks ``(n·a/b, b, b)`` that hold b/a of them on the diagonal (``(1, b, b)`` for a
-    single, shared one).
-    """
-    n, a, _ = m.shape
-    if a == b:
-        return m
-    each = b // a
-    m = m.expand(each, a, a) if n == 1 else m
-    wide = m.new_zeros(m.shape[0] // each, each, a, each, a)
-    for i in range(each):
-        wide[:, i, :, i, :] = m[i::each]
-    return wide.reshape(-1, b, b)

@@ -395,19 +395,17 @@ class _Keep:
         self._values = own.values.contiguous()
         square, clip = preserve.limits(into)
         largest = float(self._values.abs().max())
-        offset = 0.0 if own.offset is None else float(own.offset)
+        offset = float(own.nested.get("nested_offset", 0.0))
         self.numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest or 1], np.float32)
         self.table = np.zeros(8, np.int64)
         self.table[cpu.OWN], self.table[cpu.NUMBERS] = self._values.data_ptr(), self.numbers.ctypes.data
         self.codes: Tensor | None = None
-        if own.table is not None and own.factors is not None and own.codes is not None:
+        if own.codes is not None:
             ordered, order = (t.numpy() for t in own.in_order())
             middles = (ordered[1:] + ordered[:-1]) / 2
             self._ordered = np.concatenate([ordered, middles, [np.inf]]).astype(np.float32)
-            self._order, self._factors = (
-                order.astype(np.float32),
-                own.factors.reshape(-1).to(torch.float32).contiguous(),
-            )
+            self._order = order.astype(np.float32)
+            self._factors = own.nested["nested_absmax"].reshape(-1).to(torch.float32).contiguous()
             self.codes = own.codes.detach().clone()
             self.table[cpu.TABLE], self.table[cpu.TABLE_CODES] = self._ordered.ctypes.data, self._order.ctypes.data
             self.table[cpu.FACTORS], self.table[cpu.FACTOR_SIZE] = self._factors.data_ptr(), own.size

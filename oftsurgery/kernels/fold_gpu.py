@@ -45,7 +45,7 @@ def fold(
         return None
     weight, scales = source
     device = weight.device
-    matrices = blockwise.widen(matrices, b).contiguous()
+    matrices = rotations.block_diagonal(matrices, b, shared=len(matrices) == 1).contiguous()
     size = into.blocksize or b
     result, new_scales, room = blockwise.allocate(into if own is None else into.single, device)
     top = torch.zeros(1, dtype=torch.int32, device=device)

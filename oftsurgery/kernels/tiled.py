@@ -196,10 +196,10 @@ def _rotate(weight: Tensor, rotation: Rotation, blocks: Tensor, start: int, *, i
     if rotation.side == "output" and blocks.shape[0] > 1:
         b = rotation.block_size
         blocks = blocks[start // b : -(-(start + weight.shape[0]) // b)]
-    if inverse:
-        return rotations.unrotate_weight(weight if scale is None else weight / scale, blocks, rotation.side)
-    rotated = rotations.rotate_weight(weight, blocks, rotation.side)
-    return rotated if scale is None else rotated * scale
+    if scale is not None and inverse:
+        weight = weight / scale
+    rotated = rotations.rotate_weight(weight, blocks, rotation.side, inverse=inverse)
+    return rotated if scale is None or inverse else rotated * scale
 
 
 def _square(x: Tensor) -> float:
