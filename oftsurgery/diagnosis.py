@@ -42,7 +42,7 @@ from .errors import (
 )
 from .folder_store import FolderStore, load_weight
 from .formats import FORMATS, companion_names, of_names, owner_of
-from .formats.four_bit import unpack_state
+from .formats.four_bit import unpack_cpu_layout, unpack_state
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of, record_of
@@ -518,7 +518,7 @@ def _misread(weight: Tensor, absmax: Tensor, packed: Mapping[str, Any], *, tiled
     try:
         right = {"weight": weight, "absmax": absmax.t().reshape(-1).float()}
         if tiled:
-            right["weight"], right["absmax"] = codecs.unpack_cpu_layout(weight, absmax, shape, blocksize)
+            right["weight"], right["absmax"] = unpack_cpu_layout(weight, absmax, shape, blocksize)
         wrong = {"weight": weight.reshape(-1, 1), "absmax": absmax.reshape(-1).float()}
         values = [codecs.decode(EncodedWeight(format_, tensors)) for tensors in (wrong, right)]
     except OFTSurgeryError:

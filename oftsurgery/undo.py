@@ -25,8 +25,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +77,7 @@ _STORED = 1 << 31  # no stream is as long: chunks are of a few million values
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def damaged(path: Path | None = None) -> UndoError:
+def damaged(path: object | None = None) -> UndoError:
     """What is raised where a record, at ``path``, says nonsense."""
     return UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
 
@@ -93,15 +91,11 @@ class _Streams:
     """
 
     def __init__(self, data: bytes = b"") -> None:
-        self._file = BytesIO(data)
-
-    @property
-    def data(self) -> bytes:
-        return self._file.getvalue()
+        self.data, self._at = bytearray(data), 0
 
     def end(self) -> None:
         """Everything must be read by now."""
-        if self._file.read(1):
+        if self._at != len(self.data):
             raise damaged()
 
     def raw(self, true: bytes | None, nbytes: int) -> bytes:
@@ -110,7 +104,7 @@ class _Streams:
             packed = lzma.compress(true, format=lzma.FORMAT_RAW, filters=_FILTERS)
             stored = len(packed) >= len(true)
             body = true if stored else packed
-            self._file.write((len(body) | _STORED * stored).to_bytes(4, "little") + body)
+            self.data += (len(body) | _STORED * stored).to_bytes(4, "little") + body
             return true
         head = int.from_bytes(self._take(4), "little")
         body = self._take(head & ~_STORED)
@@ -125,10 +119,10 @@ class _Streams:
         return body
 
     def _take(self, nbytes: int) -> bytes:
-        found = self._file.read(nbytes)
-        if len(found) != nbytes:
+        self._at += nbytes
+        if self._at > len(self.data):
             raise damaged()
-        return found
+        return bytes(self.data[self._at - nbytes : self._at])
 
     def words(self, true: Array | None, count: int, dtype: str) -> Array:
         """``count`` unsigned integers as planes of bytes, the lowest first."""
@@ -539,7 +533,7 @@ def encode_weight(
         io = _Streams()
         for raw in stored:
             io.raw(raw, len(raw))
-    entry = UndoEntry(facts, io.data, {hash_bytes(t): t for t in tables.values()})
+    entry = UndoEntry(facts, bytes(io.data), {hash_bytes(t): t for t in tables.values()})
     decode_weight(entry, after)
     return entry
 
@@ -675,7 +669,7 @@ def encode_tensor(before: Tensor, after: Tensor) -> UndoEntry:
     else:
         io = _Streams()
         io.raw(bytes_of(before), before.nbytes)
-    entry = UndoEntry(facts, io.data, {})
+    entry = UndoEntry(facts, bytes(io.data), {})
     decode_tensor(entry, after)
     return entry
 
