@@ -82,6 +82,12 @@ def damaged(path: object | None = None) -> UndoError:
     return UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
 
 
+def changed(message: str, **where: Any) -> IntegrityError:
+    """What is raised where the model is not what the fold left."""
+    remedy = "take out later folds first, the last one first; or unfold with base=…"
+    return IntegrityError(message, **where, remedy=remedy)
+
+
 class _Streams:
     """Streams of bytes one after the other, each behind its length (4 bytes, little-endian; the top bit: stored as it
     is).
@@ -548,10 +554,9 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
     """
     facts, after = entry.facts, after.cpu()
     if evidence(after) != facts.get("after"):
-        raise IntegrityError(
+        raise changed(
             "the weight is not the one that this record's fold left: another fold or another change lies on top, or it is of another model",
             format=after.format.label,
-            remedy="take out later folds first, the last one first; or unfold with base=…",
         )
     f = read_format(facts.get("format"), after.format.shape)
     limit = 8 * math.prod(f.shape) + 4096
@@ -684,11 +689,7 @@ def decode_tensor(entry: UndoEntry, after: Tensor) -> Tensor:
     """
     facts, after = entry.facts, after.detach().cpu()
     if _hash_one(after) != facts.get("after"):
-        raise IntegrityError(
-            "the tensor is not the one that this record's fold left",
-            shape=tuple(after.shape),
-            remedy="take out later folds first, the last one first; or unfold with base=…",
-        )
+        raise changed("the tensor is not the one that this record's fold left", shape=tuple(after.shape))
     about = _checked(facts.get("tensor"), limit=16 * after.numel() + 1024)
     io = _Streams(entry.data)
     if facts.get("predicted"):

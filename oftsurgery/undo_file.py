@@ -26,7 +26,7 @@ from .hashing import hash_bytes
 from .record import FoldRecord
 from .shards import TensorEntry, header_bytes, read_header, to_disk
 from .staging import Replacement, disk_errors
-from .undo import UndoEntry, damaged, evidence
+from .undo import UndoEntry, changed, damaged, evidence
 
 __all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
 
@@ -257,12 +257,8 @@ class UndoRecord:
         """
         facts = self.weights[path]
         if evidence(current) != facts.get("after") or other.fingerprint != facts.get("before"):
-            raise IntegrityError(
-                "the weight, or the one that it was tied to, was changed since the fold",
-                module=path,
-                path=self.path,
-                remedy="take out later folds first, the last one first; or unfold with base=…",
-            )
+            message = "the weight, or the one that it was tied to, was changed since the fold"
+            raise changed(message, module=path, path=self.path)
 
     def tensor(self, name: str, current: Tensor) -> Tensor:
         """The plain tensor ``name`` as it was."""

@@ -160,17 +160,14 @@ class FourBit(Format):
             if f.nested_blocksize:  # codes for what the reader will see
                 scales = self.scales(EncodedWeight(f, statistics))
             return self.assemble(f, self.codes_at(flat, scales, f), statistics)
-        n = flat.numel()
-        whole = n - n % f.blocksize
-        rows = flat[:whole].reshape(-1, f.blocksize)
-        absmax = rows.abs().amax(-1)
-        scaled = (rows * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).reshape(-1)
-        if whole < n:
+        blocks = blocks_of(flat, f.blocksize)
+        absmax = blocks.abs().amax(-1)
+        scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)
+        if flat.numel() % f.blocksize:
             # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
-            last = flat[whole:].abs().max().clamp(min=TINY)
-            absmax = torch.cat([absmax, last.reshape(1)])
-            scaled = torch.cat([scaled, flat[whole:] / last])
-        return self.assemble(f, self._nearest(scaled), self.statistics(absmax, f))
+            absmax[-1].clamp_(min=TINY)
+            scaled[-1] = blocks[-1] / absmax[-1]
+        return self.assemble(f, self._nearest(scaled.reshape(-1)[: flat.numel()]), self.statistics(absmax, f))
 
     def restate(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
         t = dict(encoded.tensors)
@@ -493,7 +490,6 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
 
 
-_FIELDS: Mapping[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _MAX_BLOB = 1 << 12
 # bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
 _BLOCKSIZES = tuple(1 << n for n in range(1, 13))
@@ -509,13 +505,17 @@ def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
         if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
             raise ValueError("no blob of JSON")
         fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
-        good = isinstance(fields, dict) and all(isinstance(fields[k], t) for k, t in _FIELDS.items())
-        good = good and fields["quant_type"] in LEVELS and fields["dtype"] in ("float32", "float16", "bfloat16")
-        good = good and fields["shape"] != [] and all(type(n) is int and n > 0 for n in fields["shape"])
-        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256)) if good else ()
-        good = good and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
-        good = good and isinstance(fields.get("nested_offset", 0.0), float)
-        good = good and fields.get("nested_dtype", "float32") == "float32"
+        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256))
+        good = (
+            fields["quant_type"] in LEVELS
+            and fields["dtype"] in ("float32", "float16", "bfloat16")
+            and isinstance(fields["shape"], list)
+            and fields["shape"] != []
+            and all(type(n) is int and n > 0 for n in fields["shape"])
+            and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
+            and isinstance(fields.get("nested_offset", 0.0), float)
+            and fields.get("nested_dtype", "float32") == "float32"
+        )
     except (ValueError, KeyError, RecursionError, TypeError):
         good = False
     if not good:
