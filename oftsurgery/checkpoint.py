@@ -861,7 +861,7 @@ class _Run:
                 kept = UndoParts(file)
                 self.keeper = Keeper(kept, self.plan.changes)
                 self._write(shard.file, jobs, staging)
-            staging.finish(_part(shard), {"undo": kept.facts()})
+            staging.finish(_part(shard), {"undo": kept.facts})
         staging.finish(shard.file, {"modules": self.modules, "saved": self.saved})
         self.modules, self.saved = modules | self.modules, saved | self.saved
 

@@ -16,27 +16,19 @@ from torch import Tensor
 
 from .errors import NonFiniteError, ShapeError, StateError, printable
 from .formats import EncodedWeight, Grid, WeightFormat, blocks_of
-from .formats.four_bit import bounds_of, levels_of, unpack_cpu_layout
-from .formats.scales import GRID
 
 __all__ = [
-    "GRID",
     "ROUNDINGS",
     "EncodedWeight",
     "Rounding",
     "WeightFormat",
     "blocks_of",
-    "bounds_of",
     "check_rounding",
     "decode",
     "dense",
     "encode",
     "grid_of",
-    "levels_of",
-    "load",
-    "restate",
     "rounding_of",
-    "unpack_cpu_layout",
     "with_levels",
 ]
 
@@ -112,26 +104,10 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
     return format.kind.encode(weight, format, rounding)
 
 
-def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
-    """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
-    was loaded, and to the dtype from which the format is quantised.
-    """
-    loaded = encode(plain.tensors["weight"], WeightFormat("dense", into.shape, into.dtype))
-    home = into.kind.home(into)
-    return encode(loaded.tensors["weight"].to(home.dtype), home)
-
-
-def restate(encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
-    """The tensors of a 4-bit or int8 weight in a format that differs in the storage of its codes and statistics alone:
-    no code changes.
-    """
-    return encoded.format.kind.restate(encoded, into)
-
-
 def grid_of(encoded: EncodedWeight) -> Grid:
     """The :class:`Grid` of a quantised weight, scales as its reader sees them (double quantisation included)."""
-    kind = encoded.format.kind
-    return Grid(*kind.levels(encoded.tensors["weight"].device), encoded.scales, encoded.format.block)
+    levels, bounds, _ = encoded.format.kind.levels(encoded.tensors["weight"].device)
+    return Grid(levels, bounds, encoded.scales, encoded.format.block)
 
 
 def with_levels(encoded: EncodedWeight, levels: Tensor) -> EncodedWeight:

@@ -29,7 +29,7 @@ from .dtypes import DTYPES
 from .errors import CheckpointError, MatchError, OFTSurgeryError, printable
 from .folder_store import FolderStore, load_weight
 from .formats import FORMATS, companion_names, of_names, owner_of
-from .formats.four_bit import unpack_state
+from .formats.four_bit import unpack_cpu_layout, unpack_state
 from .layers import Layer
 from .live_store import LiveStore
 from .model import modules_of
@@ -433,7 +433,7 @@ def _misread(weight: Tensor, absmax: Tensor, format_: WeightFormat, *, tiled: bo
     wrong, right = (weight.reshape(-1, 1), absmax.reshape(-1).float()), (weight, absmax.t().reshape(-1).float())
     try:
         if tiled:
-            right = codecs.unpack_cpu_layout(weight, absmax, (out, features), format_.blocksize)
+            right = unpack_cpu_layout(weight, absmax, (out, features), format_.blocksize)
         both = [EncodedWeight(format_, {"weight": codes, "absmax": scales}) for codes, scales in (wrong, right)]
         return relative_error(*map(codecs.decode, both))
     except OFTSurgeryError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import codecs, configs, peft_live
-from .codecs import EncodedWeight, WeightFormat
+from .codecs import WeightFormat
 from .conversion import Saving
 from .dtypes import FORMAT_OF, NAMED
 from .errors import FormatError, StateError
@@ -145,7 +145,7 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
     if not into.quantised:
         weight = codecs.encode(codecs.decode(encoded), into).tensors["weight"]
         return {name: weight.t() if transpose else weight}
-    return into.kind.spread(name, EncodedWeight(into, codecs.restate(encoded, into)))
+    return into.kind.spread(name, into.kind.restate(encoded, into))
 
 
 def _source(model: nn.Module) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["hash_tensors"]
+__all__ = ["hash_bytes", "hash_tensors"]
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -22,3 +22,8 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         if data.numel():
             h.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return f"xxh3:{h.hexdigest()}"
+
+
+def hash_bytes(content: bytes) -> str:
+    """:func:`hash_tensors` of bytes."""
+    return hash_tensors({"": torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)})

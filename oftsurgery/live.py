@@ -28,9 +28,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import codecs, peft_live, rotations
+from . import peft_live, rotations
 from .adapter import Cayley, OFTAdapter, Rotation, coft_radius
-from .codecs import EncodedWeight
 from .engine import warn_of_idle
 from .errors import AdapterError, FormatError, MatchError, StateError, printable, told_of, warn_caller
 from .hashing import hash_tensors
@@ -207,7 +206,7 @@ class LiveLayer(nn.Module):
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             encoded, home = layer.read()
             now = replace(encoded.format, storage=home.storage)
-            layer.write(EncodedWeight(now, codecs.restate(encoded, now)), park=False)
+            layer.write(now.kind.restate(encoded, now), park=False)
             # bitsandbytes' own marks of what has been packed and is not any more: Layer.read knows by them that it was
             # doubly quantised
             state: Any = base.weight.quant_state

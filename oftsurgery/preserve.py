@@ -123,8 +123,8 @@ def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
     Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
     quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
     """
-    t = codecs.restate(encoded, into)
-    values = EncodedWeight(into, t).scales
+    restated = into.kind.restate(encoded, into)
+    t, values = restated.tensors, restated.scales
     if not into.nested_blocksize:
         return Scales(values, None, {}, 0)
     nested = {name: t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset")}

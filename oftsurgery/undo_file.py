@@ -16,18 +16,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
+from . import undo
 from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .dtypes import NAMED, name_of
 from .errors import CheckpointError, IntegrityError, StateError, UndoError, printable
-from .hashing import hash_tensors
+from .hashing import hash_bytes
 from .record import FoldRecord
-from .shards import header_bytes, read_header, to_disk
+from .shards import TensorEntry, header_bytes, read_header, to_disk
 from .staging import Replacement, disk_errors
-from .undo import UndoEntry, decode_tensor, decode_weight, encode_tensor, encode_weight, evidence, read_format
+from .undo import UndoEntry, changed, damaged, evidence
 
 __all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
 
@@ -61,17 +60,14 @@ class UndoParts:
     """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
 
     Attributes:
-        weights: ``{module path: facts}``.
-        tensors: ``{tensor name: facts}`` of plain tensors that the adapters' own values replaced.
-        tables: ``{content hash: [start, bytes]}``.
+        facts: plain values, which :meth:`append` takes: ``weights`` has ``{module path: facts}``, ``tensors`` ``{tensor name:
+            facts}`` of plain tensors that the adapters' own values replaced, ``tables`` ``{content hash: [start, bytes]}``.
         nbytes: written so far.
     """
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
-        self.weights: dict[str, dict[str, Any]] = {}
-        self.tensors: dict[str, dict[str, Any]] = {}
-        self.tables: dict[str, list[int]] = {}
+        self.facts: dict[str, dict[str, Any]] = {"weights": {}, "tensors": {}, "tables": {}}
         self.nbytes = 0
 
     def weight(
@@ -94,31 +90,27 @@ class UndoParts:
             relaxation: of the fold, where it kept the scales of ``before``.
             files: :func:`described` tensors of the checkpoint that do not follow from ``before``.
         """
-        entry = encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
-        self.weights[path] = {**entry.facts, "data": self._put(entry.data)}
+        entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
+        self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
         if files:
-            self.weights[path]["files"] = dict(files)
+            self.facts["weights"][path]["files"] = dict(files)
         for name, table in entry.tables.items():
-            if name not in self.tables:
-                self.tables[name] = self._put(table)[:2]
+            if name not in self.facts["tables"]:
+                self.facts["tables"][name] = self._put(table)[:2]
 
     def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
         """A rotated weight that was one with the tensor ``other``, which is as it was."""
-        self.weights[path] = {"same_as": other, "before": before.fingerprint, "after": evidence(after)}
+        self.facts["weights"][path] = {"same_as": other, "before": before.fingerprint, "after": evidence(after)}
 
     def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
         """A plain tensor that the adapter's own values replaced."""
-        entry = encode_tensor(before, after)
-        self.tensors[name] = {**entry.facts, "data": self._put(entry.data)}
+        entry = undo.encode_tensor(before, after)
+        self.facts["tensors"][name] = {**entry.facts, "data": self._put(entry.data)}
 
     def _put(self, data: bytes) -> list[Any]:
         self._sink.write(data)
         self.nbytes += len(data)
-        return [self.nbytes - len(data), len(data), _hash(data)]
-
-    def facts(self) -> dict[str, dict[str, Any]]:
-        """Plain values: what :meth:`append` takes."""
-        return {"weights": self.weights, "tensors": self.tensors, "tables": dict(self.tables)}
+        return [self.nbytes - len(data), len(data), hash_bytes(data)]
 
     def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
         """Take over what other parts collected."""
@@ -126,12 +118,12 @@ class UndoParts:
         for chunk in data:
             self._sink.write(chunk)
             self.nbytes += len(chunk)
-        for mine, kind in ((self.weights, "weights"), (self.tensors, "tensors")):
+        for kind in ("weights", "tensors"):
             for name, f in facts[kind].items():
                 start, *rest = f.get("data", [0])
-                mine[name] = {**f, "data": [start + shift, *rest]} if "data" in f else dict(f)
+                self.facts[kind][name] = {**f, "data": [start + shift, *rest]} if "data" in f else f
         for name, (start, nbytes) in facts["tables"].items():
-            self.tables.setdefault(name, [start + shift, nbytes])
+            self.facts["tables"].setdefault(name, [start + shift, nbytes])
 
 
 class UndoWriter(UndoParts):
@@ -174,49 +166,31 @@ class UndoWriter(UndoParts):
         """
         manifest = {
             "fold": replace(fold, files={}).to_dict(),
-            **self.facts(),
+            **self.facts,
             "ties": [list(group) for group in ties],
             "tie_word_embeddings": tie_word_embeddings,
             "config": None if config is None else dict(config),
         }
         packed = lzma.compress(json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode())
+        start, end = self.nbytes, self.nbytes + len(packed)
+        header = {
+            "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": hash_bytes(packed)},
+            "data": {"dtype": "U8", "shape": [start], "data_offsets": [0, start]},
+            "manifest": {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]},
+        }
         with disk_errors(self._new.beside):
             self._file.write(packed)
             self._file.seek(0)
-            self._file.write(_header(self.nbytes, packed))
+            self._file.write(header_bytes(header, _ROOM))
             to_disk(self._file)
             self._file.close()
         check_free(self._new.path, force=self._force)
         self._new.put()
 
 
-def _header(data: int, manifest: bytes) -> bytes:
-    entries = {
-        "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": _hash(manifest)},
-        "data": {"dtype": "U8", "shape": [data], "data_offsets": [0, data]},
-        "manifest": {"dtype": "U8", "shape": [len(manifest)], "data_offsets": [data, data + len(manifest)]},
-    }
-    return header_bytes(entries, _ROOM)
-
-
-def _hash(content: bytes) -> str:
-    return hash_tensors({"": torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)})
-
-
 def described(tensor: Tensor | None) -> dict[str, Any] | None:
     """A small tensor as JSON; None for one that there was not."""
-    if tensor is None:
-        return None
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return {"dtype": name_of(tensor.dtype), "shape": list(tensor.shape), "hex": raw.hex()}
-
-
-def _tensor(described: Mapping[str, Any] | None) -> Tensor | None:
-    """Mirror of :func:`described`."""
-    if described is None:
-        return None
-    raw = bytearray.fromhex(described["hex"])
-    return torch.frombuffer(raw, dtype=NAMED[described["dtype"]]).reshape(described["shape"])
+    return None if tensor is None else {**undo.described(tensor), "hex": undo.bytes_of(tensor).hex()}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -246,8 +220,7 @@ class UndoRecord:
     config: Mapping[str, Any] | None
     identity: str
     _tables: Mapping[str, Any]
-    _start: int
-    _nbytes: int
+    _data: TensorEntry
 
     def shared_with(self, path: str) -> str | None:
         """The tensor that holds the original of the module's weight still, or None."""
@@ -261,11 +234,11 @@ class UndoRecord:
     def format(self, path: str, shape: tuple[int, ...]) -> WeightFormat:
         """In which the weight of ``path``, of ``shape``, is stored without the fold."""
         with self._told_of(path):
-            return read_format(self.weights[path].get("format"), shape)
+            return undo.read_format(self.weights[path].get("format"), shape)
 
     def is_of(self, record: FoldRecord) -> bool:
         """Whether it undoes the fold of ``record``."""
-        return _same_fold(self.fold, record)
+        return _identity(self.fold) == _identity(record)
 
     def weight(self, path: str, current: EncodedWeight) -> EncodedWeight:
         """The stored weight of the module at ``path`` as it was, from the folded one; proved by its hash.
@@ -276,7 +249,7 @@ class UndoRecord:
         """
         with self._told_of(path):
             tables = {name: self._read(place, name) for name, place in self._tables.items()}
-            return decode_weight(UndoEntry(self.weights[path], self._data(self.weights[path]), tables), current)
+            return undo.decode_weight(self._entry(self.weights[path], tables), current)
 
     def check_shared(self, path: str, current: EncodedWeight, other: EncodedWeight) -> None:
         """Raise IntegrityError unless ``current`` is what the fold left of the weight at ``path``, and ``other`` what it
@@ -284,41 +257,37 @@ class UndoRecord:
         """
         facts = self.weights[path]
         if evidence(current) != facts.get("after") or other.fingerprint != facts.get("before"):
-            raise IntegrityError(
-                "the weight, or the one that it was tied to, was changed since the fold",
-                module=path,
-                path=self.path,
-                remedy="take out later folds first, the last one first; or unfold with base=…",
-            )
+            message = "the weight, or the one that it was tied to, was changed since the fold"
+            raise changed(message, module=path, path=self.path)
 
     def tensor(self, name: str, current: Tensor) -> Tensor:
         """The plain tensor ``name`` as it was."""
-        facts = self.tensors[name]
         with self._told_of(name):
-            return decode_tensor(UndoEntry(facts, self._data(facts), {}), current)
+            return undo.decode_tensor(self._entry(self.tensors[name], {}), current)
 
     def files(self, path: str) -> Mapping[str, Tensor | None]:
         """Tensors of the checkpoint beside the weight of ``path`` that do not follow from it; None for one that there
         was not.
         """
         try:
-            return {name: _tensor(f) for name, f in self.weights[path].get("files", {}).items()}
-        except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-            raise _damaged(self.path) from error
+            found = self.weights[path].get("files", {}).items()
+            return {name: None if f is None else undo.tensor_of(bytes.fromhex(f["hex"]), f) for name, f in found}
+        except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, UndoError) as error:
+            raise damaged(self.path) from error
 
-    def _data(self, facts: Mapping[str, Any]) -> bytes:
-        data = facts.get("data")
-        if not isinstance(data, list) or len(data) != 3:
-            raise _damaged(self.path)
-        return self._read(data[:2], data[2])
+    def _entry(self, facts: Mapping[str, Any], tables: Mapping[str, bytes]) -> UndoEntry:
+        place = facts.get("data")
+        if not isinstance(place, list) or len(place) != 3:
+            raise damaged()
+        return UndoEntry(facts, self._read(place[:2], place[2]), tables)
 
     def _read(self, place: Any, expected: str) -> bytes:
         good = isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)
-        if not good or place[0] + place[1] > self._nbytes:
-            raise _damaged(self.path)
-        content = _bytes_at(self.path, self._start + place[0], place[1])
-        if _hash(content) != expected:
-            raise _damaged(self.path)
+        if not good or sum(place) > self._data.nbytes:
+            raise damaged()
+        content = _bytes_at(self.path, self._data.start + place[0], place[1])
+        if hash_bytes(content) != expected:
+            raise damaged()
         return content
 
     @contextlib.contextmanager
@@ -336,11 +305,11 @@ class UndoRecord:
         Raises:
             StateError: with the reason.
         """
-        if record is None or _same_fold(record, self.fold):
+        if record is None or self.is_of(record):
             return
         mine = _sources(self.fold)
         later = [*record.earlier, record]
-        places = [i for i, fold in enumerate(later) if _same_fold(fold, self.fold)]
+        places = [i for i, fold in enumerate(later) if self.is_of(fold)]
         if places:
             over = later[places[-1] + 1 :]
             names = "; ".join(map(_sources, over))
@@ -360,16 +329,8 @@ def _sources(fold: FoldRecord) -> str:
     return ", ".join(printable(a.source) for a in fold.adapters)
 
 
-def _same_fold(a: FoldRecord, b: FoldRecord) -> bool:
-    def facts(fold: FoldRecord) -> object:
-        after = {path: m.after for path, m in fold.modules.items()}
-        return [adapter.fingerprint for adapter in fold.adapters], after
-
-    return facts(a) == facts(b)
-
-
-def _damaged(path: Path) -> UndoError:
-    return UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
+def _identity(fold: FoldRecord) -> object:
+    return [adapter.fingerprint for adapter in fold.adapters], {path: m.after for path, m in fold.modules.items()}
 
 
 def _no_record(message: str, path: Path) -> UndoError:
@@ -402,40 +363,27 @@ def open_undo(path: Path) -> UndoRecord:
             path=path,
             remedy="use the oftsurgery that wrote it, or a newer one",
         )
-    damaged = _damaged(path)
     found = {e.name: e for e in entries}
     if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
-        raise damaged
+        raise damaged(path)
     packed = _bytes_at(path, found["manifest"].start, found["manifest"].nbytes)
-    if _hash(packed) != metadata.get("manifest"):
-        raise damaged
+    if hash_bytes(packed) != metadata.get("manifest"):
+        raise damaged(path)
     try:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=256 << 20)
         text = decoder.decompress(packed, max_length=_MAX_MANIFEST)
         if not decoder.eof:
-            raise damaged
+            raise damaged(path)
         m = json.loads(text)
         fold = FoldRecord.from_dict(m["fold"])
         weights, tensors = _mappings(m["weights"]), _mappings(m["tensors"])
         ties = tuple(tuple(map(str, group)) for group in m["ties"])
         tables, config, tie = _mapping(m["tables"]), m["config"], m["tie_word_embeddings"]
         if tie not in (None, True, False) or not (config is None or isinstance(config, dict)):
-            raise damaged
+            raise damaged(path)
     except (lzma.LZMAError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged from error
-    return UndoRecord(
-        path,
-        fold,
-        weights,
-        tensors,
-        ties,
-        tie,
-        config,
-        metadata["manifest"],
-        tables,
-        found["data"].start,
-        found["data"].nbytes,
-    )
+        raise damaged(path) from error
+    return UndoRecord(path, fold, weights, tensors, ties, tie, config, metadata["manifest"], tables, found["data"])
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

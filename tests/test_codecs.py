@@ -19,6 +19,7 @@ from torch import Tensor
 from oftsurgery import codecs
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.errors import FormatError, NonFiniteError, OFTSurgeryError, ShapeError
+from oftsurgery.formats.four_bit import unpack_cpu_layout
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -359,7 +360,7 @@ def test_unpack_cpu_layout(
         absmax = bnbf.dequantize_blockwise(state.absmax, state.state2) + state.offset
     tiled, state = bnbf._convert_weight_packed_for_cpu(packed, state)
     assert state.absmax.shape == (shape[1] // blocksize, shape[0])
-    got_codes, got_absmax = codecs.unpack_cpu_layout(tiled, state.absmax, shape, blocksize)
+    got_codes, got_absmax = unpack_cpu_layout(tiled, state.absmax, shape, blocksize)
     assert torch.equal(got_codes, codes)
     assert same_bytes(got_absmax, absmax.bfloat16().float())
 
@@ -569,9 +570,7 @@ def test_encode_refuses(name: str) -> None:
 )
 def test_unpack_cpu_layout_refuses(weight: Tensor, shape: tuple[int, int], blocksize: int) -> None:
     with pytest.raises(FormatError, match=r"of a shape that bitsandbytes cannot pack \[tensor 'weight'"):
-        codecs.unpack_cpu_layout(
-            weight, torch.zeros(shape[1] // blocksize, shape[0], dtype=torch.bfloat16), shape, blocksize
-        )
+        unpack_cpu_layout(weight, torch.zeros(shape[1] // blocksize, shape[0], dtype=torch.bfloat16), shape, blocksize)
 
 
 def test_labels_and_fingerprints() -> None:

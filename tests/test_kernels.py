@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import oftsurgery
 from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, codecs, kernels, rotations
 from oftsurgery.errors import MissingDependencyError, StateError
+from oftsurgery.formats import FORMATS
 from oftsurgery.weight import FoldedWeight, fold_encoded
 
 MAPS = {
@@ -66,7 +67,7 @@ def codes_of(e: EncodedWeight) -> torch.Tensor:
     w = e.tensors["weight"]
     if e.format.codec in ("nf4", "fp4"):
         octets = w.contiguous().view(torch.uint8).reshape(-1)
-        order = codecs.bounds_of(e.format.codec, octets.device)[1]
+        order = e.format.kind.levels(octets.device)[2]
         return torch.argsort(order)[torch.stack([octets >> 4, octets & 15], -1).reshape(-1).long()]
     return w.reshape(-1).double() if e.format.codec == "dense" else w.reshape(-1).long()
 
@@ -98,7 +99,7 @@ def assert_same(got: FoldedWeight, want: FoldedWeight, truth: torch.Tensor) -> i
         size = f.blocksize
         absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % size)).reshape(-1, size).abs().amax(1)
         s = flat[differ] / absmax[differ // size].clamp(min=1e-38)
-        bounds = codecs.bounds_of(f.codec, s.device)[0].double()
+        bounds = f.kind.levels(s.device)[1].double()
         assert ((s.unsqueeze(-1) - bounds).abs().amin(-1) < 2e-5).all() if len(s) else True
         nested = bool(f.nested_blocksize)
         single = [x.encoded.scales for x in (got, want)]
@@ -260,7 +261,7 @@ def test_exact_rotations_give_the_same_bytes_dense(dtype):
 
 @pytest.mark.parametrize("codec", ["nf4", "fp4"])
 def test_ties_go_where_torch_puts_them(codec):
-    bounds = codecs.bounds_of(codec, torch.device("cpu"))[0]
+    bounds = FORMATS[codec].levels(torch.device("cpu"))[1]
     near = torch.cat(
         [
             bounds,

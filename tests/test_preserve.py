@@ -29,6 +29,7 @@ import oftsurgery
 from oftsurgery import EncodedWeight, NonFiniteError, OFTAdapter, Rotation, WeightFormat, codecs, use_backend
 from oftsurgery.adapter import parse_adapter
 from oftsurgery.diagnosis import Finding, doctor
+from oftsurgery.formats.scales import GRID
 from oftsurgery.layers import Layer
 from oftsurgery.record import FoldRecord, ModuleRecord
 from oftsurgery.weight import FoldedWeight, fold_encoded
@@ -545,7 +546,7 @@ def grid_scales(blocks: Tensor, codec: str) -> Tensor:
     """Of fifteen scales of each block the one that errs least, and then the best one for its levels."""
     absmax = blocks.abs().amax(-1, keepdim=True)
     best, least = absmax.clone(), torch.full_like(absmax, math.inf)
-    for ratio in codecs.GRID:
+    for ratio in GRID:
         levels = nearest(blocks / (absmax * ratio), codec)
         error = (levels * absmax * ratio - blocks).square().sum(-1, keepdim=True)
         fitted = (levels * blocks).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 import oftsurgery
 from oftsurgery import Rotation, RoundingWarning, WeakAdapterWarning, WeightFormat, codecs, use_backend
 from oftsurgery.cli import main
+from oftsurgery.formats.four_bit import levels_of
 from oftsurgery.record import FoldRecord
 from oftsurgery.weight import FoldedWeight, fold_encoded
 
 BETTER = ("grid", "mse")
 unfold_encoded = partial(fold_encoded, inverse=True)
-LEVELS = {codec: codecs.levels_of(codec, torch.device("cpu")).double().sort().values for codec in ("nf4", "fp4")}
+LEVELS = {codec: levels_of(codec, torch.device("cpu")).double().sort().values for codec in ("nf4", "fp4")}
 
 
 def turned(b: int, n: int, size: float = 0.1, seed: int = 0) -> Rotation:

@@ -568,7 +568,7 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], object], **metada
     packed = lzma.compress(json.dumps(manifest).encode())
     data = header["data"]["data_offsets"][1]
     header["manifest"] = {"dtype": "U8", "shape": [len(packed)], "data_offsets": [data, data + len(packed)]}
-    header["__metadata__"] |= {"manifest": undo_file._hash(packed), **metadata}
+    header["__metadata__"] |= {"manifest": undo_file.hash_bytes(packed), **metadata}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body[:data] + packed
 

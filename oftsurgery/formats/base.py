@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oftsurgery.dtypes import name_of
 from oftsurgery.errors import FormatError, NonFiniteError, ShapeError, StateError
 from oftsurgery.hashing import hash_tensors
 
@@ -69,7 +70,7 @@ class WeightFormat:
     def label(self) -> str:
         """``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``, ``"float16"`` …"""
         if self.codec in FORMATS and not self.quantised:
-            return str(self.dtype).removeprefix("torch.")
+            return name_of(self.dtype)
         return f"{self.codec} (double quantisation)" if self.nested_blocksize else self.codec
 
     @property
@@ -149,14 +150,12 @@ class Grid:
     Attributes:
         levels: ascending, ``(16,)`` or ``(255,)`` float32 in [-1, 1].
         bounds: between neighbouring levels.
-        codes: that stand for the levels as stored, uint8 or int8.
         scales: what the levels are multiplied by: one a block of the flat weight, float32.
         blocksize: elements a block.
     """
 
     levels: Tensor
     bounds: Tensor
-    codes: Tensor
     scales: Tensor
     blocksize: int
 
@@ -222,8 +221,9 @@ class Format:
         values = blocks_of(self.numbers(self.codes(encoded))[:n], f.block) * self.steps(encoded).unsqueeze(-1)
         return values.reshape(-1)[:n].reshape(f.shape)
 
-    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
-        return dict(encoded.tensors)
+    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+        """The weight in a format that differs in the storage of codes and statistics alone: no code changes."""
+        return EncodedWeight(into, encoded.tensors)
 
     def codes(self, encoded: EncodedWeight) -> Tensor:
         """The stored codes as kernels take them: one a weight in the weight's shape, or flat and packed."""
@@ -243,8 +243,7 @@ class Format:
 
     def steps(self, encoded: EncodedWeight) -> Tensor:
         """What numbers are multiplied by: the scales over the unit."""
-        scales = self.scales(encoded)
-        return scales if self.unit == 1 else scales / self.unit
+        return self.scales(encoded) / self.unit
 
     def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
         """The tensors that hold scales ``(blocks,)``."""
@@ -255,12 +254,13 @@ class Format:
         return EncodedWeight(f, {"weight": codes, **statistics})
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels in order, the bounds between them and their codes, as in a :class:`Grid`."""
+        """The levels in order, the bounds between them, as in a :class:`Grid`, and the stored codes of the levels."""
         raise NotImplementedError
 
     def nearest_levels(self, scaled: Tensor) -> Tensor:
         """The levels nearest to values in units of their scale, in the same units."""
-        raise NotImplementedError
+        levels, bounds, _ = self.levels(scaled.device)
+        return levels[torch.bucketize(scaled, bounds, out_int32=True)]
 
     def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         """The stored codes of a flat float32 weight: the levels nearest to it when block k is scaled by ``scales[k]``."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oftsurgery.dtypes import NAMED, name_of
 from oftsurgery.errors import FormatError, StateError
 
 from .base import (
@@ -36,7 +37,7 @@ from .base import (
 )
 from .scales import TINY, best_scales, grid_scales
 
-__all__ = ["LEVELS", "FourBit", "bounds_of", "copy_quant_state", "levels_of", "unpack_cpu_layout", "unpack_state"]
+__all__ = ["LEVELS", "FourBit", "copy_quant_state", "levels_of", "sorted_levels", "unpack_cpu_layout", "unpack_state"]
 
 # Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
 LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
@@ -64,11 +65,12 @@ def levels_of(codec: str, device: torch.device) -> Tensor:
 
 
 @cache
-def bounds_of(codec: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Midpoints between the sorted levels (15,), and the code of each sorted level (16,)."""
+def sorted_levels(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The levels in order (16,), the midpoints between them (15,), and their codes (16,) uint8."""
     levels = levels_of(codec, device)
     order = torch.argsort(levels)
-    return (levels[order[:-1]] + levels[order[1:]]) / 2, order
+    levels = levels[order]
+    return levels, (levels[:-1] + levels[1:]) / 2, order.to(torch.uint8)
 
 
 @cache
@@ -158,25 +160,22 @@ class FourBit(Format):
             if f.nested_blocksize:  # codes for what the reader will see
                 scales = self.scales(EncodedWeight(f, statistics))
             return self.assemble(f, self.codes_at(flat, scales, f), statistics)
-        n = flat.numel()
-        whole = n - n % f.blocksize
-        rows = flat[:whole].reshape(-1, f.blocksize)
-        absmax = rows.abs().amax(-1)
-        scaled = (rows * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)).reshape(-1)
-        if whole < n:
+        blocks = blocks_of(flat, f.blocksize)
+        absmax = blocks.abs().amax(-1)
+        scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)
+        if flat.numel() % f.blocksize:
             # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
-            last = flat[whole:].abs().max().clamp(min=TINY)
-            absmax = torch.cat([absmax, last.reshape(1)])
-            scaled = torch.cat([scaled, flat[whole:] / last])
-        return self.assemble(f, self._nearest(scaled), self.statistics(absmax, f))
+            absmax[-1].clamp_(min=TINY)
+            scaled[-1] = blocks[-1] / absmax[-1]
+        return self.assemble(f, self._nearest(scaled.reshape(-1)[: flat.numel()]), self.statistics(absmax, f))
 
-    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> dict[str, Tensor]:
+    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
         t = dict(encoded.tensors)
         if encoded.format.nested_blocksize != into.nested_blocksize:
             t |= self.statistics(self.scales(encoded), into)
         if encoded.format.storage != into.storage:
             t["weight"] = self._held(self.codes(encoded).unsqueeze(1), into)
-        return t
+        return EncodedWeight(into, t)
 
     def codes(self, encoded: EncodedWeight) -> Tensor:
         return encoded.tensors["weight"].detach().contiguous().reshape(-1).view(torch.uint8)
@@ -190,14 +189,14 @@ class FourBit(Format):
     def _packed(self, codes: Tensor) -> Tensor:
         """``(n,)`` codes two a byte, ``(⌈n/2⌉, 1)``; an odd last one beside that of zero."""
         if codes.numel() % 2:
-            bounds, order = bounds_of(self.name, codes.device)
-            codes = torch.cat([codes, order[torch.bucketize(bounds.new_zeros(1), bounds)].to(torch.uint8)])
+            _, bounds, in_order = self.levels(codes.device)
+            codes = torch.cat([codes, in_order[torch.bucketize(bounds.new_zeros(1), bounds)]])
         return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
 
     def _nearest(self, scaled: Tensor) -> Tensor:
         """The nearest codes of ``(n,)`` values in units of their scale, packed."""
-        bounds, order = bounds_of(self.name, scaled.device)
-        return self._packed(order[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)].to(torch.uint8))
+        _, bounds, codes = self.levels(scaled.device)
+        return self._packed(codes[torch.bucketize(scaled, bounds, out_int32=True)])
 
     def _held(self, packed: Tensor, f: WeightFormat) -> Tensor:
         """Packed bytes ``(⌈n/2⌉, 1)`` as the dtype that holds them."""
@@ -245,12 +244,7 @@ class FourBit(Format):
         return EncodedWeight(f, {"weight": self._held(codes, f), "quant_map": levels, **statistics})
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        bounds, order = bounds_of(self.name, device)
-        return levels_of(self.name, device)[order], bounds, order.to(torch.uint8)
-
-    def nearest_levels(self, scaled: Tensor) -> Tensor:
-        levels, bounds, _ = self.levels(scaled.device)
-        return levels[torch.bucketize(scaled.clamp(-1, 1), bounds, out_int32=True)]
+        return sorted_levels(self.name, device)
 
     def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         rows, s = blocks_of(weight, f.blocksize), scales.unsqueeze(-1)
@@ -268,12 +262,8 @@ class FourBit(Format):
 
     def mark(self, encoded: EncodedWeight) -> Tensor:
         f = encoded.format
-        fields: dict[str, Any] = {
-            "quant_type": f.codec,
-            "blocksize": f.blocksize,
-            "dtype": str(f.dtype).removeprefix("torch."),
-            "shape": list(f.shape),
-        }
+        fields: dict[str, Any] = {"quant_type": f.codec, "blocksize": f.blocksize, "dtype": name_of(f.dtype)}
+        fields["shape"] = list(f.shape)
         if f.nested_blocksize:
             offset = float(encoded.tensors["nested_offset"])
             fields |= {"nested_blocksize": f.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
@@ -311,8 +301,8 @@ class FourBit(Format):
         if nested:
             tensors["nested_offset"] = torch.tensor(float(fields["nested_offset"]))
         sizes = (fields["blocksize"], fields["nested_blocksize"] if nested else 0)
-        stated_dtype = getattr(torch, fields["dtype"])
-        return EncodedWeight(WeightFormat(self.name, tuple(fields["shape"]), stated_dtype, *sizes, dtype), tensors)
+        f = WeightFormat(self.name, tuple(fields["shape"]), NAMED[fields["dtype"]], *sizes, dtype)
+        return EncodedWeight(f, tensors)
 
     def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
         # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
@@ -447,16 +437,8 @@ class FourBit(Format):
         if f.nested_blocksize:
             inner, code = t["nested_absmax"], t["nested_quant_map"]
             nested = QuantState(absmax=inner, blocksize=f.nested_blocksize, code=code, dtype=torch.float32)
-        state = QuantState(
-            absmax=t["absmax"],
-            shape=torch.Size(f.shape),
-            code=t["quant_map"],
-            blocksize=f.blocksize,
-            quant_type=f.codec,
-            dtype=f.dtype,
-            offset=t.get("nested_offset"),
-            state2=nested,
-        )
+        held = {"absmax": t["absmax"], "code": t["quant_map"], "offset": t.get("nested_offset"), "state2": nested}
+        state = QuantState(shape=torch.Size(f.shape), blocksize=f.blocksize, quant_type=f.codec, dtype=f.dtype, **held)
         if not bnb_class(old, self.parameter):
             # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
             # in the same way
@@ -500,20 +482,14 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     """
     rows, columns = shape
     if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
-        raise FormatError(
-            "a CPU-packed weight of a shape that bitsandbytes cannot pack",
-            tensor="weight",
-            shape=tuple(weight.shape),
-            expected=(rows, columns // 2),
-            remedy=RELOAD,
-        )
+        message, expected = "a CPU-packed weight of a shape that bitsandbytes cannot pack", (rows, columns // 2)
+        raise FormatError(message, tensor="weight", shape=tuple(weight.shape), expected=expected, remedy=RELOAD)
     tiles = weight.reshape(-1, 32)
     codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
     codes = codes.transpose(1, 2).reshape(-1)
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
 
 
-_FIELDS: Mapping[str, type] = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 _MAX_BLOB = 1 << 12
 # bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
 _BLOCKSIZES = tuple(1 << n for n in range(1, 13))
@@ -529,13 +505,17 @@ def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
         if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
             raise ValueError("no blob of JSON")
         fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
-        good = isinstance(fields, dict) and all(isinstance(fields[k], t) for k, t in _FIELDS.items())
-        good = good and fields["quant_type"] in LEVELS and fields["dtype"] in ("float32", "float16", "bfloat16")
-        good = good and fields["shape"] != [] and all(type(n) is int and n > 0 for n in fields["shape"])
-        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256)) if good else ()
-        good = good and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
-        good = good and isinstance(fields.get("nested_offset", 0.0), float)
-        good = good and fields.get("nested_dtype", "float32") == "float32"
+        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256))
+        good = (
+            fields["quant_type"] in LEVELS
+            and fields["dtype"] in ("float32", "float16", "bfloat16")
+            and isinstance(fields["shape"], list)
+            and fields["shape"] != []
+            and all(type(n) is int and n > 0 for n in fields["shape"])
+            and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
+            and isinstance(fields.get("nested_offset", 0.0), float)
+            and fields.get("nested_dtype", "float32") == "float32"
+        )
     except (ValueError, KeyError, RecursionError, TypeError):
         good = False
     if not good:

@@ -24,17 +24,14 @@ def grid_scales(blocks: Tensor, levels: Tensor, bounds: Tensor) -> Tensor:
     absmax = blocks.abs().amax(-1, keepdim=True)
     x = torch.where(absmax >= TINY, blocks * (1.0 / absmax), blocks / absmax).nan_to_num(0.0)
     usable = absmax < torch.finfo(torch.float32).max / GRID[-1]
-    best = best_error = None
+    best, best_error = absmax, torch.full_like(absmax, torch.inf)
     for ratio in (1.0, *GRID):  # the absmax itself where two are as good
         codes = levels[torch.bucketize(x / ratio, bounds)]
         error = (codes * ratio - x).square().sum(-1, keepdim=True)
         power = codes.square().sum(-1, keepdim=True)
         scale = (codes * x).sum(-1, keepdim=True) / power
-        if best is None or best_error is None:
-            best, best_error = scale, error
-        better = usable & (error < best_error)
+        better = (error < best_error) & (usable | (ratio == 1.0))
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    assert best is not None  # noqa: S101 - the grid is not empty
     scales = (best * absmax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(absmax > 0, scales, 0.0).squeeze(-1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from oftsurgery import codecs, preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import LEVELS
+from oftsurgery.formats.four_bit import LEVELS, levels_of, sorted_levels
 
 __all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables"]
 
@@ -139,9 +139,8 @@ def tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
     if codec not in LEVELS:
         unused = torch.zeros(16, dtype=torch.float32, device=device)
         return unused, unused, unused, unused.to(torch.int32)
-    levels = codecs.levels_of(codec, device)
-    bounds, order = codecs.bounds_of(codec, device)
-    return levels, levels[order].contiguous(), torch.cat([bounds, bounds[-1:]]), order.to(torch.int32)
+    ordered, bounds, codes = sorted_levels(codec, device)
+    return levels_of(codec, device), ordered, torch.cat([bounds, bounds[-1:]]), codes.to(torch.int32)
 
 
 def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oftsurgery import codecs, preserve
+from oftsurgery import preserve
 from oftsurgery.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
+from oftsurgery.formats.scales import GRID
 
 from . import blockwise, cpu
 from .pool import run
@@ -98,7 +99,7 @@ def _search(kind: FourBit, rounding: str) -> np.ndarray:
         levels, bounds = levels[8:], bounds[8:]
     # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last
     factor, shift = (32 * (1 - 1e-5), 0.0) if mirrored else (16 * (1 - 1e-5), 16.0)
-    ratios = np.array(codecs.GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
+    ratios = np.array(GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
     count = len(ratios)
     nothing = 1.01 / np.abs(bounds).min()  # from here on all codes are zero
     table = np.zeros(cpu.CELL_TABLES + 64 * count, dtype=np.float32)
