@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -40,7 +39,7 @@ from .engine import (
     undone,
 )
 from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
-from .folder_store import FolderStore, Quantization, canonical, load_weight, quantise
+from .folder_store import FolderStore, Quantization, canonical, load_weight
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
 from .hashing import hash_tensors
 from .plan import FoldPlan, Rotate, plan_changes
@@ -66,8 +65,6 @@ __all__ = [
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
-
-RECORD = "oftsurgery.json"
 
 #: raises where a tensor, as loading has it and as it is stored, is not what it must be
 Check = Callable[[EncodedWeight, EncodedWeight], None]
@@ -135,14 +132,13 @@ class CheckpointPlan:
 
     Attributes:
         store: the checkpoint that is read.
-        changes: of the model.
-        format: what is written.
-        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
         jobs: in the order of the destination.
         shards: the destination's files.
         config: the new ``config.json``.
         carried: other files that are copied.
-        nbytes: that will be written.
+        changes: of the model.
+        format: what is written.
+        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
         unfolds: the last fold is taken out instead of another one put in.
         rounding: of the quantised weights that are rotated.
         calibration: content hash of what they are calibrated on, or None.
@@ -151,15 +147,14 @@ class CheckpointPlan:
     """
 
     store: FolderStore
-    changes: FoldPlan
-    format: str
-    fold_into: str
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     carried: tuple[str, ...]
-    nbytes: int
-    unfolds: bool = False
+    changes: FoldPlan = field(default_factory=FoldPlan)
+    format: str = "same"
+    fold_into: str = "quantized"
+    unfolds: bool = True
     rounding: str = "nearest"
     calibration: str | None = None
     undo: Path | None = None
@@ -180,6 +175,13 @@ class CheckpointPlan:
     @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for job in self.jobs for part in job.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """That will be written, a guess at the undo record's among them."""
+        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
+        rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
+        return sum(size_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
 
     @property
     def largest(self) -> int:
@@ -255,18 +257,12 @@ def plan_checkpoint(
             format=format,
             remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
         )
-    changes = plan_changes(store, adapters) if adapters else FoldPlan((), ())
+    changes = plan_changes(store, adapters) if adapters else FoldPlan()
     jobs = _Builder(store, changes, format, fold_into).jobs()
     config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
-    plan = _finish(store, changes, format, jobs, config, max_shard_bytes)
-    undo_bytes = sum(job.nbytes for job in jobs if any(p.rotate for p in job.parts)) // 4
+    plan = _planned(store, jobs, config, max_shard_bytes)
     return replace(
-        plan,
-        fold_into=fold_into,
-        rounding=rounding,
-        undo=undo,
-        nbytes=plan.nbytes + (undo_bytes if undo is not None else 0),
-        unfolds=False,
+        plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
@@ -288,8 +284,8 @@ def plan_unfold(
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
     jobs = _Builder(store, replace(changes, replace=()), "same").jobs()
-    plan = _finish(store, changes, "same", jobs, dict(folded.config), max_shard_bytes)
-    return replace(plan, rounding=rounding)
+    plan = _planned(store, jobs, dict(folded.config), max_shard_bytes)
+    return replace(plan, changes=changes, rounding=rounding)
 
 
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
@@ -304,41 +300,44 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     record = configs.record_in(folded.folder)
     if record is None:
         raise StateError(
-            f"the checkpoint has no {RECORD}",
+            f"the checkpoint has no {configs.RECORD}",
             path=folded.folder,
             remedy="give the adapter instead: it is then rotated back",
         )
-    codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
-    origin = FolderStore(base, recorded_quantization(folded, codec))
+    quantization = _recorded_quantization(record, folded.config)
+    origin = FolderStore(base, quantization)
+    written = "same" if quantization is None else quantization.codec
     store = FolderStore(folded)
     wanted: dict[str, list[Original]] = {}
     for original in originals(record, origin):
         wanted.setdefault(origin.architecture.tied.get(original.at, original.at), []).append(original)
     touched = {name: any(o.weight for o in found) for name, found in wanted.items()}
     jobs = []
-    for job in _Builder(origin, FoldPlan((), ()), codec or "same", touched=touched).jobs():
+    for job in _Builder(origin, FoldPlan(), written, touched=touched).jobs():
         if any(part.name in wanted for part in job.parts):
             _check_same_format(job, folded, touched)
-            parts = tuple(replace(p, check=_check_of(p.name, wanted.get(p.name), store)) for p in job.parts)
+            parts = tuple(replace(p, check=_check_of(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
         elif all(n in folded.entries for n in job.outputs):
             jobs += [_copy(folded, n) for n in job.outputs]  # untouched by the fold: the folded checkpoint's own bytes
         else:
             jobs.append(replace(job, origin=origin))
     config = configs.restored_config(folded.config, base.config)
-    return _finish(store, FoldPlan((), ()), "same", jobs, config, max_shard_bytes)
+    return _planned(store, jobs, config, max_shard_bytes)
 
 
-def _check_of(name: str, wanted: Sequence[Original] | None, folded: FolderStore) -> Check:
+def _check_of(name: str, wanted: Sequence[Original], folded: FolderStore) -> Check:
     """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
     changed, by what the folded checkpoint has.
     """
 
     def check(found: EncodedWeight, stored: EncodedWeight) -> None:
-        for original in wanted or ():
+        for original in wanted:
             original.check(found, stored)
-        there = None if wanted else folded.weight(name, found.format)
-        if not wanted and (there is None or there.fingerprint != found.fingerprint):
+        if wanted:
+            return
+        there = folded.weight(name, found.format)
+        if there is None or there.fingerprint != found.fingerprint:
             raise IntegrityError(
                 "the base differs from the folded checkpoint in a tensor that the fold did not touch",
                 tensor=name,
@@ -367,36 +366,28 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
         first, *others = (named[n] for n in group if n in named)
         dropped |= set(others) - {first}
         for other in others:
-            name = restored[other][0] if other in restored else ""
-            if name.removesuffix(".weight") in undo.weights and first not in restored:
-                checks[first] = partial(_check_before, undo, name.removesuffix(".weight"))
+            path = restored[other][0].removesuffix(".weight") if other in restored else ""
+            if path in undo.weights and first not in restored:
+                checks[first] = partial(_check_shared, undo, path)
     touched = {name: given.removesuffix(".weight") in undo.weights for name, (given, _) in restored.items()}
     jobs = []
-    for job in _Builder(store, FoldPlan((), ()), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
+    for job in _Builder(store, FoldPlan(), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
         if ({p.name for p in job.parts} or {store.architecture.renamed[job.name]}) <= dropped:
             continue
-        made = job
         for part in job.parts:
             if part.name in restored:
-                made = _undone(made, part, undo, *restored[part.name])
+                job = _undone(job, part, undo, *restored[part.name])
             elif part.name in checks:
-                made = _with(made, replace(part, check=checks[part.name]))
-        jobs.append(made)
+                job = _with(job, replace(part, check=checks[part.name]))
+        jobs.append(job)
     config = dict(undo.config or folded.config)
     if not undo.config and undo.tie_word_embeddings is not None:
         config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
-    plan = _finish(store, FoldPlan((), ()), "same", jobs, config, max_shard_bytes)
-    return replace(plan, undone=undo)
+    return replace(_planned(store, jobs, config, max_shard_bytes), undone=undo)
 
 
-def _check_before(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
-    if found.fingerprint != undo.before(path):
-        raise IntegrityError(
-            "the weight, or the one that it was tied to, was changed since the fold",
-            module=path,
-            path=undo.path,
-            remedy="take out later folds first, the last one first; or unfold with base=…",
-        )
+def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
+    undo.check_shared(path, found)
 
 
 def _with(job: Job, part: Part) -> Job:
@@ -421,31 +412,23 @@ def _undone(job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[E
     return replace(job, outputs=outputs, parts=(replace(part, into=before, restore=read, beside=beside),))
 
 
-def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
-    """How a plain base was quantised to ``codec`` before it was folded: by the record, else by the config. None for no
-    codec.
-    """
+def _recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
+    """How a plain base was quantised before it was folded: by the record, else by the config. None where it was not."""
+    base = record.base
+    codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
     if codec is None:
         return None
-    record = configs.record_in(folded.folder)
-    if record is not None and "double_quant" in record.base:
-        skip = json.loads(record.base.get("skip_modules") or "null")
-        dtype = getattr(torch, record.base.get("dtype") or "", None)
-        return Quantization(
-            codec,
-            record.base["double_quant"] == "true",
-            skip=None if skip is None else tuple(map(str, skip)),
-            dtype=dtype,
-        )
-    settings = folded.config.get("quantization_config") or {}
-    skip = settings.get("llm_int8_skip_modules")
-    return Quantization(
-        codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=None if skip is None else tuple(map(str, skip))
-    )
+    if "double_quant" in base:
+        double, skip = base["double_quant"] == "true", json.loads(base.get("skip_modules") or "null")
+    else:
+        settings = config.get("quantization_config") or {}
+        double, skip = bool(settings.get("bnb_4bit_use_double_quant")), settings.get("llm_int8_skip_modules")
+    dtype = getattr(torch, base.get("dtype") or "", None)
+    return Quantization(codec, double, skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
 
 
 def _recorded(q: Quantization | None) -> dict[str, str | None]:
-    """Mirror of :func:`recorded_quantization`."""
+    """Mirror of :func:`_recorded_quantization`."""
     if q is None:
         return {"quantize": None}
     return {
@@ -469,29 +452,12 @@ def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]
             )
 
 
-def _finish(
-    store: FolderStore,
-    changes: FoldPlan,
-    format: str,
-    jobs: Sequence[Job],
-    config: Mapping[str, Any],
-    max_shard_bytes: int,
+def _planned(
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
 ) -> CheckpointPlan:
     carried = configs.carried_files(store.source.folder)
     card.own_card(store.source.folder)  # is refused now where it cannot be read
-    outputs = [job.outputs for job in jobs]
-    return CheckpointPlan(
-        store=store,
-        changes=changes,
-        format=format,
-        fold_into="quantized",
-        jobs=tuple(jobs),
-        shards=split(outputs, max_shard_bytes),
-        config=config,
-        carried=carried,
-        nbytes=sum(map(size_of, outputs)) + sum((store.source.folder / name).stat().st_size for name in carried),
-        unfolds=True,
-    )
+    return CheckpointPlan(store, tuple(jobs), split([job.outputs for job in jobs], max_shard_bytes), config, carried)
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
@@ -546,32 +512,28 @@ def _copy(source: Checkpoint, name: str) -> Job:
     return Job(name, {name: (DTYPES[entry.dtype], entry.shape)}, entry.nbytes)
 
 
+@dataclass(eq=False)
 class _Builder:
     """Makes the jobs that turn what ``store`` holds into what a folder holds after ``changes``.
 
-    Args:
+    Attributes:
         format: that is written.
         fold_into: ``"original"``: rotated weights are not quantised first.
         touched: ``{name of a tensor that is to be a part, whether it changes or not: it is a weight}``.
     """
 
-    def __init__(
-        self,
-        store: FolderStore,
-        changes: FoldPlan,
-        format: str,
-        fold_into: str = "quantized",
-        touched: Mapping[str, bool] = MappingProxyType({}),
-    ) -> None:
-        self.store = store
-        self.entries = store.source.entries
-        self.architecture = store.architecture
-        self.changes = changes
-        self.format = format
-        self.fold_into = fold_into
-        self.rotate = {change.name: change for change in changes.rotate}
-        self.values = {place: change.values for change in changes.replace for place in change.places}
-        self.touched = {**dict.fromkeys(self.values, False), **touched, **dict.fromkeys(self.rotate, True)}
+    store: FolderStore
+    changes: FoldPlan
+    format: str
+    fold_into: str = "quantized"
+    touched: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries = self.store.source.entries
+        self.architecture = self.store.architecture
+        self.rotate = {change.name: change for change in self.changes.rotate}
+        self.values = {place: change.values for change in self.changes.replace for place in change.places}
+        self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
 
     def jobs(self) -> list[Job]:
         made: list[Job] = []
@@ -619,19 +581,19 @@ class _Builder:
         is to be a part.
         """
         entry, stored = self.entries[name], self.store.dtype(name)
-        floats = stored in FLOATS
-        loaded = (self.store.loaded_dtype(target or name) or stored) if floats else stored
-        into = DENSE.get(self.format, loaded) if floats else stored
-        if not target and stored == loaded == into:
+        part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
+        if not target and stored == part.into.dtype == (part.base or part.into).dtype:
             return _copy(self.store.source, name)
-        part = self._cast(target or name, output or name, entry.shape, into)
-        return Job(name, {part.output: (into, entry.shape)}, entry.nbytes, (part,))
+        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
 
-    def _cast(self, name: str, output: str, shape: tuple[int, ...], into: torch.dtype) -> Part:
+    def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
         """A tensor as it is, but for its dtype and an adapter's own values."""
-        loaded = self.store.loaded_dtype(name)
-        base = None if loaded is None else WeightFormat("dense", shape, loaded)
-        return Part(name, output, WeightFormat("dense", shape, into), base, matrix=False, values=self.values.get(name))
+        loaded, into = None, stored
+        if stored.dtype in FLOATS:
+            loaded = self.store.loaded_dtype(name)
+            into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
+        base = None if loaded is None else replace(stored, dtype=loaded)
+        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The model's tensor ``target`` from the stored one ``name``."""
@@ -687,9 +649,7 @@ class _Builder:
         """A tensor that a unit makes, or one that is tied to such a tensor."""
         if self.touched.get(name) or (self.store.quantises(name) and not untied):
             return self._weight(name, name, untied=untied)
-        stored = self.store.stored(name)
-        dtype = DENSE.get(self.format, self.store.loaded_dtype(name) or stored.dtype)
-        return self._cast(name, name, stored.shape, dtype)
+        return self._cast(name, name, self.store.stored(name))
 
     def _unit_job(self, unit: Unit, outputs: Outputs, parts: Sequence[Part]) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
@@ -825,8 +785,8 @@ class _Run:
         self.progress = progress
         self.done = 0
         self.total = sum(job.nbytes for job in plan.jobs)
-        self.modules: dict[str, dict[str, Any]] = {}
-        self.saved: dict[str, str] = {}
+        #: of each shard: the records of its modules, and the hashes of what was replaced in it
+        self.facts: list[dict[str, dict[str, Any]]] = []
         #: name of a part → names of the replaced tensors whose values it holds
         self.named: dict[str, list[str]] = {}
         held = {part.name for part in plan.parts}
@@ -846,14 +806,11 @@ class _Run:
         finished = staging.finished(shard.file)
         if self.plan.undo is not None and self.written is None and staging.finished(_part(shard)) is None:
             finished = None
+        self.facts.append(finished or {"modules": {}, "saved": {}})
         if finished is not None:
-            self.modules |= finished.get("modules", {})
-            self.saved |= finished.get("saved", {})
             for job in jobs:
                 self.step(_label(job), job.nbytes)
             return
-        modules, saved = self.modules, self.saved
-        self.modules, self.saved = {}, {}
         if self.plan.undo is None:
             self._write(shard.file, jobs, staging)
         else:
@@ -862,8 +819,11 @@ class _Run:
                 self.keeper = Keeper(kept, self.plan.changes)
                 self._write(shard.file, jobs, staging)
             staging.finish(_part(shard), {"undo": kept.facts()})
-        staging.finish(shard.file, {"modules": self.modules, "saved": self.saved})
-        self.modules, self.saved = modules | self.modules, saved | self.saved
+        staging.finish(shard.file, self.facts[-1])
+
+    def found(self, kind: str) -> dict[str, Any]:
+        """The ``"modules"`` or ``"saved"`` of all shards."""
+        return {name: fact for facts in self.facts for name, fact in facts.get(kind, {}).items()}
 
     def _write(self, file: str, jobs: Sequence[Job], staging: Staging) -> None:
         record = self.record()
@@ -889,14 +849,16 @@ class _Run:
                         )
                     writer.append(facts["undo"], staging.chunks(_part(shard)))
                 tied = plan.store.architecture.tied
-                groups = [[n for n in g if n not in tied] + [n for n in g if n in tied] for g in plan.changes.apart]
                 config = plan.source.config
                 if plan.format != "same":
                     config = configs.output_config(config, plan.format, plan.quantization, untied=False)
                 writer.finish(
                     record,
-                    # those that the source held by themselves stay
-                    ties=[[g[0], *(n for n in g[1:] if n in tied)] for g in groups],
+                    # others that the source held by themselves stay
+                    ties=[
+                        [next(n for n in group if n not in tied), *(n for n in group if n in tied)]
+                        for group in plan.changes.apart
+                    ],
                     tie_word_embeddings=plan.store.ties.flag,
                     config=config,
                 )
@@ -907,42 +869,37 @@ class _Run:
 
     def _load(self, job: Job) -> Any:
         store = job.origin or self.plan.store
-        if job.unit is not None:
-            return job.unit.load({name: store.source.read(name) for name in job.unit.stored})
         if not job.parts:
             return store.source.chunks(job.name)
-        (part,) = job.parts
-        if part.matrix:
-            return load_weight(store.source, job.name, transposed=job.transposed)
-        return store.source.read(job.name)
+        if job.unit is not None:
+            made, tied = store.read_unit(job.unit), store.architecture.tied
+            return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
+        if job.parts[0].matrix:
+            return [load_weight(store.source, job.name, transposed=job.transposed)]
+        return [codecs.dense(store.source.read(job.name))]
 
     def _make(self, job: Job, loaded: Any) -> Mapping[str, Any]:
         if not job.parts:
             return {job.name: loaded}
+        new = [self._changed(job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
         if job.unit is None:
-            (part,) = job.parts
-            stored = loaded if isinstance(loaded, EncodedWeight) else codecs.dense(loaded)
-            return self._laid_out(job, part, self._changed(job, part, stored))
-        tied = (job.origin or self.plan.store).architecture.tied
-        made = {part: codecs.dense(loaded[tied.get(part.name, part.name)]) for part in job.parts}
-        new = {part.name: (part, self._changed(job, part, tensor)) for part, tensor in made.items()}
+            return self._laid_out(job, job.parts[0], new[0])
         if set(job.outputs) == set(job.unit.stored):
-            found = job.unit.store({name: encoded.tensors["weight"] for name, (_, encoded) in new.items()})
-            return {name: tensor.to(job.outputs[name][0]) for name, tensor in found.items()}
-        return {
-            n: t for part, encoded in new.values() for n, t in encoded.format.kind.spread(part.output, encoded).items()
-        }
+            plain = {part.name: encoded.tensors["weight"] for part, encoded in zip(job.parts, new, strict=True)}
+            return {name: tensor.to(job.outputs[name][0]) for name, tensor in job.unit.store(plain).items()}
+        spread = [e.format.kind.spread(part.output, e) for part, e in zip(job.parts, new, strict=True)]
+        return {name: tensor for tensors in spread for name, tensor in tensors.items()}
 
     def _changed(self, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
-        before = self._as_loaded(part, stored)
+        before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
+        if part.base is not None:
+            before = codecs.load(before, part.base)
         if part.check is not None:
             part.check(before, stored)
         if part.restore is not None:
             return part.restore(before)
-        new = before
-        if part.values is not None:
-            new = self._replaced(job, part, before)
+        new = before if part.values is None else self._replaced(job, part, part.values, before)
         if part.rotate is not None:
             return self._rotated(job, part, part.rotate, before, new)
         if new.format == part.into:
@@ -951,35 +908,22 @@ class _Run:
             return fold_encoded(new, (), part.into, "nearest").encoded
         return codecs.encode(new.tensors["weight"], part.into)
 
-    def _as_loaded(self, part: Part, stored: EncodedWeight) -> EncodedWeight:
-        on_device = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
-        return on_device if part.base is None else quantise(on_device, part.base)
-
-    def _replaced(self, job: Job, part: Part, before: EncodedWeight) -> EncodedWeight:
-        assert part.values is not None  # noqa: S101 - by construction
-        values = part.values.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
-        old = self._native(job, before.tensors["weight"])
+    def _replaced(self, job: Job, part: Part, own: Tensor, before: EncodedWeight) -> EncodedWeight:
+        values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
+        old = before.tensors["weight"]
+        if job.unit is None:  # as it is stored
+            old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
         for name in self.named.get(part.name, ()):
-            self.saved[name] = hash_tensors({name: old})
+            self.facts[-1]["saved"][name] = hash_tensors({name: old})
             if self.keeper is not None:
                 self.keeper.replaced(name, old, values)
         return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
-
-    def _native(self, job: Job, weight: Tensor) -> Tensor:
-        """A plain tensor in the shape in which it is stored."""
-        if job.unit is not None:
-            return weight
-        return (
-            weight.t()
-            if job.transposed and weight.ndim == 2
-            else weight.reshape(self.plan.source.entries[job.name].shape)
-        )
 
     def _rotated(
         self, job: Job, part: Part, change: Rotate, own: EncodedWeight, before: EncodedWeight
     ) -> EncodedWeight:
         folded, record = self.arithmetic.rotate(change, before, part.into)
-        self.modules[change.path] = record.to_dict()
+        self.facts[-1]["modules"][change.path] = record.to_dict()
         if self.keeper is not None:
             as_stored = part.base is None and job.unit is None and part.output == job.name
             beside = _beside(self.plan.source, job.name, own) if as_stored else {}
@@ -994,7 +938,7 @@ class _Run:
         weight = new.tensors["weight"]
         shape = job.outputs[part.output][1]
         assert shape is not None  # noqa: S101 - of plain tensors
-        return {part.output: weight.t() if job.transposed and part.matrix else weight.reshape(shape)}
+        return {part.output: weight.t() if job.transposed else weight.reshape(shape)}
 
     # --- what is left of it ---
 
@@ -1003,8 +947,8 @@ class _Run:
         before = plan.store.record
         if plan.unfolds:
             return earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
-        modules = {path: ModuleRecord.from_dict(m) for path, m in self.modules.items()}
-        record = fold_record(plan.changes, before, modules, self.saved, plan.rounding)
+        modules = {path: ModuleRecord.from_dict(m) for path, m in self.found("modules").items()}
+        record = fold_record(plan.changes, before, modules, self.found("saved"), plan.rounding)
         return replace(
             record,
             adapters=tuple(map(configs.public_info, record.adapters)),
@@ -1017,7 +961,7 @@ class _Run:
         if not self.plan.unfolds and record is not None:
             finish_fold(record, changes, self.plan.store.ties)
         elif changes.rotate:
-            errors = {path: float(m["error"]) for path, m in self.modules.items()}
+            errors = {path: float(m["error"]) for path, m in self.found("modules").items()}
             finish_unfold(changes, errors, self.plan.store.record)
 
 

@@ -116,7 +116,11 @@ def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
     was loaded, and to the dtype from which the format is quantised.
     """
-    loaded = encode(plain.tensors["weight"], WeightFormat("dense", into.shape, into.dtype))
+    # laid out as loading lays it out, which the fast kernels need
+    weight = plain.tensors["weight"].contiguous()
+    loaded = encode(weight, WeightFormat("dense", into.shape, into.dtype))
+    if not into.quantised:
+        return loaded
     home = into.kind.home(into)
     return encode(loaded.tensors["weight"].to(home.dtype), home)
 

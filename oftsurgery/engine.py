@@ -85,12 +85,7 @@ class Keeper:
         already: names of tensors that held the adapters' own values before: the fold changes nothing in them.
     """
 
-    def __init__(
-        self,
-        parts: UndoParts,
-        plan: FoldPlan,
-        already: Collection[str] = (),
-    ) -> None:
+    def __init__(self, parts: UndoParts, plan: FoldPlan, already: Collection[str] = ()) -> None:
         self._parts = parts
         self._plan = plan
         rotated = {r.name for r in plan.rotate}
@@ -162,13 +157,15 @@ class Original:
                 format=found[0].format.label,
                 remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
             )
-        what = "weight is not the one that was folded" if self.weight else "tensor is not the one that was replaced"
+        remedy = "give the very model that was folded"
+        if not self.weight:
+            message = "the base's tensor is not the one that was replaced"
+            raise IntegrityError(message, tensor=self.name, remedy=remedy)
         raise IntegrityError(
-            f"the base's {what}",
-            module=self.name.removesuffix(".weight") if self.weight else None,
-            tensor=None if self.weight else self.name,
-            format=found[0].format.label if self.weight else None,
-            remedy="give the very model that was folded",
+            "the base's weight is not the one that was folded",
+            module=self.name.removesuffix(".weight"),
+            format=found[0].format.label,
+            remedy=remedy,
         )
 
     def _hash(self, found: EncodedWeight) -> str:
@@ -185,13 +182,11 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     before = {**weights, **record.saved}
     found = base.locate(before)
     lost = next((name for name in before if name not in found), None)
+    remedy = "give the model that was folded"
+    if lost in weights:
+        raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
     if lost is not None:
-        raise MatchError(
-            f"the base lacks {'a folded module' if lost in weights else 'a tensor that the adapter replaced'}",
-            module=lost.removesuffix(".weight") if lost in weights else None,
-            tensor=None if lost in weights else lost,
-            remedy="give the model that was folded",
-        )
+        raise MatchError("the base lacks a tensor that the adapter replaced", tensor=lost, remedy=remedy)
     # of a weight that the adapter brought and rotated, the record has the base's own among the saved
     return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
 
@@ -205,7 +200,7 @@ def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight]
     """
     undo.check_last(store.record)
     same = [name for path in undo.weights for name in (undo.shared_with(path),) if name is not None]
-    wanted = [f"{path}.weight" for path in undo.weights] + same + list(undo.tensors)
+    wanted = [*(f"{path}.weight" for path in undo.weights), *same, *undo.tensors]
     found = store.locate(wanted)
     lost = [name for name in wanted if name not in found]
     if lost:
@@ -215,32 +210,23 @@ def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight]
             path=undo.path,
             remedy=f"give the {store.what} that was folded",
         )
-    back: dict[str, Callable[[EncodedWeight], EncodedWeight]] = {}
-    for path in undo.weights:
-        back[f"{path}.weight"] = _undone_weight(undo, path, store, found)
-    for name in undo.tensors:
-        back[name] = partial(_undone_tensor, undo, name)
-    return back
 
-
-def _undone_weight(
-    undo: UndoRecord, path: str, store: Store, found: Mapping[str, str]
-) -> Callable[[EncodedWeight], EncodedWeight]:
-    same = undo.shared_with(path)
-    if same is None:
-        return partial(undo.weight, path)
-
-    def read(current: EncodedWeight) -> EncodedWeight:
-        before = store.weight(found[same], current.format)
+    def weight(path: str, current: EncodedWeight) -> EncodedWeight:
+        other = undo.shared_with(path)
+        if other is None:
+            return undo.weight(path, current)
+        before = store.weight(found[other], current.format)
         assert before is not None  # noqa: S101 - it was located
-        undo.check_shared(path, current, before)
+        undo.check_shared(path, before, current)
         return before
 
-    return read
+    def tensor(name: str, current: EncodedWeight) -> EncodedWeight:
+        return dense(undo.tensor(name, current.tensors["weight"]))
 
-
-def _undone_tensor(undo: UndoRecord, name: str, current: EncodedWeight) -> EncodedWeight:
-    return dense(undo.tensor(name, current.tensors["weight"]))
+    return {
+        **{f"{path}.weight": partial(weight, path) for path in undo.weights},
+        **{name: partial(tensor, name) for name in undo.tensors},
+    }
 
 
 # --- records and warnings ---------------------------------------------------------------------------------------------
@@ -292,26 +278,24 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
 def warn_of_idle(plan: FoldPlan) -> None:
     """One :class:`IdleWarning` that names the layers whose rotation is left out, if any."""
     if plan.idle:
-        named, more = _named(map(printable, plan.idle))
         warn_caller(
             f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
-            f"the layers, so a live adapter does nothing there ({named}{more})",
+            f"the layers, so a live adapter does nothing there ({_named(map(printable, plan.idle))})",
             IdleWarning,
         )
 
 
-def _named(names: Iterable[str]) -> tuple[str, str]:
+def _named(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     all_ = list(names)
-    return "; ".join(all_[:_NAMED]), f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else ""
+    return "; ".join(all_[:_NAMED]) + (f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else "")
 
 
 def _warn_of_calibration(record: FoldRecord) -> None:
-    left = {path: m.uncalibrated for path, m in record.modules.items() if m.uncalibrated is not None}
+    left = [f"{printable(p)}: {m.uncalibrated}" for p, m in record.modules.items() if m.uncalibrated is not None]
     if left:
-        named, more = _named(f"{printable(path)}: {why}" for path, why in left.items())
         warn_caller(
-            f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({named}{more}); "
+            f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({_named(left)}); "
             "all are in the fold's record",
             CalibrationWarning,
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import card, configs
-from .errors import OFTSurgeryError
+from .errors import told_of
 from .record import FoldRecord
 from .shards import INDEX, ShardWriter, read_header
 from .staging import Staging
@@ -111,10 +111,8 @@ def _pipeline(
     for i, item in enumerate(items):
         loaded = (ahead or readers.submit(item.load)).result()
         ahead = readers.submit(items[i + 1].load) if i + 1 < len(items) else None
-        try:
+        with told_of(item.name):
             made = item.make(loaded)
-        except OFTSurgeryError as error:
-            raise error.within(item.name) from error.__cause__
         del loaded
         if behind is not None:
             behind.result()

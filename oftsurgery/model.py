@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import peft_live
 from .adapter import OFTAdapter
@@ -26,7 +26,7 @@ from .engine import (
     originals,
     undone,
 )
-from .errors import FormatError, IntegrityError, OFTSurgeryError, StateError
+from .errors import FormatError, IntegrityError, StateError, told_of
 from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .live_store import LiveStore, record_of, set_record
@@ -78,14 +78,15 @@ def fold_model(
         progress: called after each module.
     """
     live = peft_live.has_live_layers(inner_model(model))
-    if live != (adapters is None):
+    if live and adapters is not None:
         raise StateError(
-            "the model carries live peft adapters, and an adapter to fold was given too"
-            if live
-            else "no adapter to fold was given, and the model carries no live peft adapter",
-            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it"
-            if live
-            else "give an OFTAdapter, its folder, or a list of them",
+            "the model carries live peft adapters, and an adapter to fold was given too",
+            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it",
+        )
+    if not live and adapters is None:
+        raise StateError(
+            "no adapter to fold was given, and the model carries no live peft adapter",
+            remedy="give an OFTAdapter, its folder, or a list of them",
         )
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
@@ -152,11 +153,7 @@ def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: Keeper
     """Put the adapters' own values in their places; gives the hashes of what was there."""
     saved: dict[str, str] = {}
     for change in plan.replace:
-        before = store.tensor(change.name)
-        replace_tensor(store.modules, change, journal)
-        after = store.tensor(change.name)
-        assert before is not None  # noqa: S101 - the plan found them
-        assert after is not None  # noqa: S101
+        before, after = replace_tensor(store.modules, change, journal)
         for name in plan.recorded(change):
             saved[name] = hash_tensors({name: before})
             if keep is not None:
@@ -178,14 +175,12 @@ def _rotate(
         if change.untied:
             separate_module(store.modules, change.path, journal)
         layer = store.at(change.name)
-        try:
+        with told_of(change.path):
             before, home = layer.read()
             folded, records[change.path] = arithmetic.rotate(change, before, home)
             if keep is not None:
                 keep.rotated(change, before, folded, own.get(change.name, before))
             layer.write(folded.encoded, park=not change.untied, journal=journal)
-        except OFTSurgeryError as error:
-            raise error.within(change.path) from error.__cause__
         if progress is not None:
             progress(done, len(plan.rotate), change.path)
     return records
@@ -214,9 +209,9 @@ def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
     return sum(child is module for parent in parents for child in parent._modules.values())
 
 
-def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> None:
+def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> tuple[Tensor, Tensor]:
     """Give a parameter or buffer an adapter's own values (in its own dtype and on its device), in all of the change's
-    places.
+    places; gives what was there, and what is now.
     """
     old: Any = tensors_in(modules)[change.name]
     if old.is_meta:
@@ -236,6 +231,7 @@ def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: l
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:
         _put(modules, place, new, journal)
+    return old, new
 
 
 def _put(modules: Mapping[str, nn.Module], name: str, tensor: Any, journal: list[Undo]) -> None:

@@ -39,13 +39,13 @@ class LayerInfo:
     """What the planner needs to know of a layer.
 
     Attributes:
-        kind: of module.
+        kind: of module; None where that is not known, or the layer is idle.
         format: that its weight is rotated in.
         identity: two paths to one module share it.
         idle: its owner reads the weight and never calls the layer.
     """
 
-    kind: Literal["linear", "embedding", "conv"]
+    kind: Literal["linear", "embedding", "conv"] | None
     format: WeightFormat
     identity: int
     idle: bool = False
@@ -77,7 +77,7 @@ class Store(Protocol):
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         """``{name in an adapter: name of the model's tensor}``, without those that there are not."""
 
-    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+    def layer(self, name: str) -> LayerInfo:
         """Of the module whose weight is the tensor ``name``. Raises FormatError where it cannot be folded."""
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -143,8 +143,8 @@ class FoldPlan:
         idle: paths of layers whose rotation is left out, since nobody calls them.
     """
 
-    adapters: tuple[OFTAdapter, ...]
-    rotate: tuple[Rotate, ...]
+    adapters: tuple[OFTAdapter, ...] = ()
+    rotate: tuple[Rotate, ...] = ()
     replace: tuple[Replace, ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     clears_flag: bool = False
@@ -183,7 +183,7 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        layers[name] = store.layer(name, chains[name][0])
+        layers[name] = store.layer(name)
         for rotation in chains[name]:
             _check_kind(name.removesuffix(".weight"), rotation, layers[name])
     replaced: dict[str, Tensor] = {}
@@ -297,13 +297,9 @@ def check_last(store: Store, adapters: Sequence[OFTAdapter]) -> None:
 def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
     """The error for adapter modules that the model lacks, with the nearest names."""
     path = lost[0]
-    near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
-    hint = (
-        f"; nearest in the model: {', '.join(printable(n) for n in dict.fromkeys(tail[:2] + near))}"
-        if near or tail
-        else ""
-    )
+    near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
+    hint = f"; nearest in the model: {', '.join(map(printable, near))}" if near else ""
     base = adapter.config.get("base_model_name_or_path")
     return MatchError(
         f"{len(lost)} of the adapter's {len(adapter.modules)} modules match nothing in the model{hint}",
@@ -315,7 +311,7 @@ def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) 
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
-    if (info.kind == "embedding") != (rotation.side == "embedding"):
+    if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         raise MatchError(
             f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}",
             module=path,

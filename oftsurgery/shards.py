@@ -253,8 +253,7 @@ def sizes_in(folder: Path) -> dict[str, int]:
     sizes = {"weights": 0, "ONNX": 0, "other files": 0}
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            onnx = ".onnx" in path.name
-            what = "weights" if path.suffix == ".safetensors" else "ONNX" if onnx else "other files"
+            what = "weights" if path.suffix == ".safetensors" else "ONNX" if ".onnx" in path.name else "other files"
             sizes[what] += path.stat().st_size
     return sizes
 
@@ -298,17 +297,11 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
     metadata = header.pop("__metadata__", {})
     if set(header) != names:
         raise CheckpointError("the header names tensors twice", path=path, remedy="do not use this file")
-    entries = [
-        TensorEntry(
-            name,
-            path.name,
-            str(h["dtype"]),
-            tuple(h["shape"]),
-            8 + length + h["data_offsets"][0],
-            h["data_offsets"][1] - h["data_offsets"][0],
-        )
-        for name, h in header.items()
-    ]
+    entries = []
+    for name, facts in header.items():
+        start, end = facts["data_offsets"]
+        shape = tuple(facts["shape"])
+        entries.append(TensorEntry(name, path.name, str(facts["dtype"]), shape, 8 + length + start, end - start))
     strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
     if strange is not None:
         raise CheckpointError(
@@ -351,8 +344,8 @@ class ShardWriter:
         self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]
     ) -> None:
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._late: dict[str, bytes | None] = {name: None for name in sorted(tensors) if tensors[name][1] is None}
-        self._left: set[str] = set(tensors)
+        self._late = {name: b"" for name in sorted(tensors) if tensors[name][1] is None}
+        self._left = set(tensors)
         self._end = 0
         for name in sorted(tensors.keys() - self._late.keys(), key=lambda name: (-tensors[name][0].itemsize, name)):
             dtype, shape = tensors[name]
@@ -390,17 +383,12 @@ class ShardWriter:
         if self._left:
             raise AssertionError(f"{len(self._left)} tensors were not written")
         for name, data in self._late.items():
-            assert data is not None  # noqa: S101 - nothing is left
             self._file.seek(8 + self._room + self._end)
             self._file.write(data)
             self._place(name, torch.uint8, (len(data),), len(data))
         self._file.seek(0)
         self._file.write(header_bytes(self._header, self._room))
         to_disk(self._file)
-        self._file.close()
-
-    def abort(self) -> None:
-        """Close without finishing."""
         self._file.close()
 
     def __enter__(self) -> ShardWriter:
@@ -411,7 +399,7 @@ class ShardWriter:
             if kind is None:
                 self.close()
         finally:
-            self.abort()
+            self._file.close()
 
 
 def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .errors import CheckpointError, DiskError, StateError, printable
@@ -50,7 +49,6 @@ class Staging:
         self.force = force
         self.resumable = resumable
         self.state: dict[str, Any] = {"key": key, "shards": {}}
-        self._lock: Any = None
         self._ours = False  # whether the folder's contents are this run's to remove
 
     def __enter__(self) -> Staging:
@@ -80,16 +78,16 @@ class Staging:
                 raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leave()
 
     def _leave(self) -> None:
         """Release the lock; before that, remove what is not worth resuming."""
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
+        with contextlib.suppress(OSError):
+            self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
+        self._lock.release()
 
     # --- taking over ---
 
@@ -100,23 +98,15 @@ class Staging:
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.lock_path)
+        self._lock = FileLock(self.lock_path)
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise DiskError(
                 "another run is at work on this destination",
                 path=self.destination,
                 remedy="wait for it, or name another destination",
             ) from None
-        self._lock = lock
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
-            self._lock.release()
-            self._lock = None
 
     def _recover(self) -> None:
         """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
@@ -138,12 +128,11 @@ class Staging:
                 path=self.folder,
                 remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
             )
-        try:
+        state: dict[str, Any] = {}
+        with contextlib.suppress(CheckpointError):
             state = read_json(state_path)
-        except CheckpointError:
-            state = {}
         if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
-            if self.resume and not self.force:
+            if not self.force:
                 raise StateError(
                     "the unfinished work is of other inputs or settings",
                     path=self.folder,
@@ -157,13 +146,10 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
                 path.unlink()
-        for name in list(state["shards"]):
-            if (
-                (self.folder / name).is_symlink()
-                or not (self.folder / name).is_file()
-                or sha256_of(self.folder / name) != state["shards"][name]["sha256"]
-            ):
-                (self.folder / name).unlink(missing_ok=True)
+        for name, shard in list(state["shards"].items()):
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
+                path.unlink(missing_ok=True)
                 del state["shards"][name]
         self._save_state()
 

@@ -91,7 +91,7 @@ def ties_of(model: nn.Module) -> Ties:
         groups=tuple(tuple(g) for g in _groups(modules).values() if len(g) > 1),
         flagged=flagged,
         flag=getattr(config, FLAG, None),
-        asked=lambda: any(FLAG in _names_in(m) for m in modules.values()) or _means_more(config),
+        asked=lambda: any(map(_reads_flag, modules.values())) or _means_more(config),
     )
 
 
@@ -109,9 +109,9 @@ def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return groups
 
 
-def _names_in(module: nn.Module) -> tuple[str, ...]:
+def _reads_flag(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code is not None else ()
+    return FLAG in getattr(code, "co_names", ())
 
 
 def _means_more(config: Any) -> bool:
