@@ -21,23 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import card, codecs, configs, formats
+from . import card, codecs, configs, engine, formats
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
 from .dtypes import DENSE, DTYPES, FLOATS, name_of
-from .engine import (
-    Arithmetic,
-    Keeper,
-    Original,
-    earlier_record,
-    finish_fold,
-    finish_unfold,
-    fold_record,
-    originals,
-    undone,
-)
 from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
 from .folder_store import FolderStore, Quantization, canonical, load_weight
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
@@ -308,8 +297,8 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     origin = FolderStore(base, quantization)
     written = "same" if quantization is None else quantization.codec
     store = FolderStore(folded)
-    wanted: dict[str, list[Original]] = {}
-    for original in originals(record, origin):
+    wanted: dict[str, list[engine.Original]] = {}
+    for original in engine.originals(record, origin):
         wanted.setdefault(origin.architecture.tied.get(original.at, original.at), []).append(original)
     touched = {name: any(o.weight for o in found) for name, found in wanted.items()}
     jobs = []
@@ -326,7 +315,7 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     return _planned(store, jobs, config, max_shard_bytes)
 
 
-def _check_of(name: str, wanted: Sequence[Original], folded: FolderStore) -> Check:
+def _check_of(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
     """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
     changed, by what the folded checkpoint has.
     """
@@ -356,7 +345,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
         UndoError: the record is damaged.
     """
     store = FolderStore(folded)
-    back = undone(undo, store)
+    back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
     restored = {named[name]: (name, read) for name, read in back.items()}
     # of tensors that were one, a checkpoint holds the first
@@ -461,46 +450,47 @@ def _planned(
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
-    source, quantization = store.source, store.quantization
-    stored = source.config.get("quantization_config")
-    if stored is not None and not isinstance(stored, Mapping):
+    settings = store.source.config.get("quantization_config")
+    if settings is not None and not isinstance(settings, Mapping):
         raise FormatError(
             "`quantization_config` is no JSON object",
             tensor="config.json",
             remedy="restore the config.json that was saved",
         )
-    method = stored.get("quant_method", "bitsandbytes") if stored is not None else None
+    method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise FormatError(
             "the checkpoint is quantised by another library",
             format=printable(method),
             remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
         )
-    quantised = any(map(store.is_quantised, source.entries))
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
             f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
         )
     if fold_into not in ("quantized", "original"):
         raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
-    if quantised and quantization is not None:
+    if store.quantization is not None:
+        _check_quantised_first(store, store.quantization.codec, format)
+
+
+def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
+    if any(map(store.is_quantised, store.source.entries)):
         raise StateError(
             "the checkpoint is quantised already",
             format=format,
             remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
         )
-    if quantization is not None and quantization.codec not in QUANTISED:
-        raise StateError(
-            f"unknown quantisation {printable(quantization.codec)!r}", remedy=f"one of {', '.join(QUANTISED)}"
-        )
-    if quantization is not None and format == "same":
+    if codec not in QUANTISED:
+        raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+    if format == "same":
         raise StateError(
             "a plain checkpoint is to be quantised, and to stay as it is",
-            remedy=f"format='{quantization.codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
+            remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
         )
-    if quantization is not None and format in QUANTISED and format != quantization.codec:
-        raise StateError(f"quantised to {quantization.codec}, but written as {format}", remedy="name one of the two")
-    if quantization is not None and store.architecture.linears is None:
+    if format in QUANTISED and format != codec:
+        raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
+    if store.architecture.linears is None:
         raise StateError(
             "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
@@ -622,11 +612,9 @@ class _Builder:
         if untied:  # an output head, which loading leaves as it is
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = (
-            WeightFormat("dense", stored.shape, DENSE[self.format])
-            if self.format in DENSE
-            else loaded.kind.home(loaded)
-        )
+        into = loaded.kind.home(loaded)
+        if self.format in DENSE:
+            into = WeightFormat("dense", stored.shape, DENSE[self.format])
         if self.fold_into == "original" and name in self.rotate:
             base = None
         return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
@@ -639,11 +627,8 @@ class _Builder:
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
         parts = [self._made(name) for name in unit.model]
-        if split_up:
-            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
-        else:
-            outputs = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
-        return self._unit_job(unit, outputs, parts)
+        as_stored = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
+        return self._unit_job(unit, parts, None if split_up else as_stored)
 
     def _made(self, name: str, *, untied: bool = False) -> Part:
         """A tensor that a unit makes, or one that is tied to such a tensor."""
@@ -651,8 +636,10 @@ class _Builder:
             return self._weight(name, name, untied=untied)
         return self._cast(name, name, self.store.stored(name))
 
-    def _unit_job(self, unit: Unit, outputs: Outputs, parts: Sequence[Part]) -> Job:
+    def _unit_job(self, unit: Unit, parts: Sequence[Part], outputs: Outputs | None = None) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
+        if outputs is None:
+            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
     def _to_untie(self) -> list[str]:
@@ -674,8 +661,7 @@ class _Builder:
     def _untied(self, name: str) -> Job:
         unit = self.store.unit(name)
         if unit is not None:
-            part = self._made(name, untied=True)
-            return self._unit_job(unit, formats.spread_shapes(name, part.into), [part])
+            return self._unit_job(unit, [self._made(name, untied=True)])
         holder = self.store.holder(name)
         return self._of_tensor(name, holder, name, (holder,), untied=True)
 
@@ -712,14 +698,17 @@ def run_plan(
         check_free(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, Arithmetic(plan.rounding, inputs_of))
+        run = _Run(plan, torch.device(device), progress, engine.Arithmetic(plan.rounding, inputs_of))
         if resume and plan.undo is not None and plan.undo.is_file():
             with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
                 run.written = open_undo(plan.undo)
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
-        run.say(record)
+        if not plan.unfolds and record is not None:
+            engine.finish_fold(record, plan.changes, plan.store.ties)
+        elif plan.changes.rotate:
+            engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:
             run.write_undo(plan.undo, record, staging, force=force)
         record = write_rest(
@@ -773,27 +762,27 @@ def _fingerprint(plan: CheckpointPlan) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@dataclass(eq=False)
 class _Run:
-    """The state of one run: progress, and the records of what was folded."""
+    """One run: its progress, and the records of what was folded."""
 
-    def __init__(
-        self, plan: CheckpointPlan, device: torch.device, progress: Progress | None, arithmetic: Arithmetic
-    ) -> None:
-        self.plan = plan
-        self.arithmetic = arithmetic
-        self.device = device
-        self.progress = progress
+    plan: CheckpointPlan
+    device: torch.device
+    progress: Progress | None
+    arithmetic: engine.Arithmetic
+
+    def __post_init__(self) -> None:
         self.done = 0
-        self.total = sum(job.nbytes for job in plan.jobs)
+        self.total = sum(job.nbytes for job in self.plan.jobs)
         #: of each shard: the records of its modules, and the hashes of what was replaced in it
         self.facts: list[dict[str, dict[str, Any]]] = []
         #: name of a part → names of the replaced tensors whose values it holds
         self.named: dict[str, list[str]] = {}
-        held = {part.name for part in plan.parts}
-        for name in (name for change in plan.changes.replace for name in plan.changes.recorded(change)):
-            at = name if name in held else plan.store.architecture.tied.get(name, name)
+        held, changes = {part.name for part in self.plan.parts}, self.plan.changes
+        for name in (name for change in changes.replace for name in changes.recorded(change)):
+            at = name if name in held else self.plan.store.architecture.tied.get(name, name)
             self.named.setdefault(at, []).append(name)
-        self.keeper: Keeper | None = None
+        self.keeper: engine.Keeper | None = None
         self.written: UndoRecord | None = None
 
     def step(self, name: str, nbytes: int) -> None:
@@ -816,14 +805,14 @@ class _Run:
         else:
             with staging.writing(_part(shard)) as path, path.open("wb") as file:
                 kept = UndoParts(file)
-                self.keeper = Keeper(kept, self.plan.changes)
+                self.keeper = engine.Keeper(kept, self.plan.changes)
                 self._write(shard.file, jobs, staging)
             staging.finish(_part(shard), {"undo": kept.facts()})
         staging.finish(shard.file, self.facts[-1])
 
-    def found(self, kind: str) -> dict[str, Any]:
-        """The ``"modules"`` or ``"saved"`` of all shards."""
-        return {name: fact for facts in self.facts for name, fact in facts.get(kind, {}).items()}
+    @property
+    def modules(self) -> dict[str, ModuleRecord]:
+        return {path: ModuleRecord.from_dict(m) for facts in self.facts for path, m in facts.get("modules", {}).items()}
 
     def _write(self, file: str, jobs: Sequence[Job], staging: Staging) -> None:
         record = self.record()
@@ -946,23 +935,14 @@ class _Run:
         plan = self.plan
         before = plan.store.record
         if plan.unfolds:
-            return earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
-        modules = {path: ModuleRecord.from_dict(m) for path, m in self.found("modules").items()}
-        record = fold_record(plan.changes, before, modules, self.found("saved"), plan.rounding)
+            return engine.earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
+        saved = {name: before for facts in self.facts for name, before in facts.get("saved", {}).items()}
+        record = engine.fold_record(plan.changes, before, self.modules, saved, plan.rounding)
         return replace(
             record,
             adapters=tuple(map(configs.public_info, record.adapters)),
             base={"fold_into": plan.fold_into, **_recorded(plan.quantization)},
         )
-
-    def say(self, record: FoldRecord | None) -> None:
-        """Warn of what the run did."""
-        changes = self.plan.changes
-        if not self.plan.unfolds and record is not None:
-            finish_fold(record, changes, self.plan.store.ties)
-        elif changes.rotate:
-            errors = {path: float(m["error"]) for path, m in self.found("modules").items()}
-            finish_unfold(changes, errors, self.plan.store.record)
 
 
 def _label(job: Job) -> str:

@@ -14,7 +14,6 @@ from .errors import CheckpointError, printable
 from .formats import FORMATS
 from .record import AdapterInfo, FoldRecord
 from .shards import inside, read_json
-from .ties import FLAG, parts_with_flag
 
 if TYPE_CHECKING:
     from .folder_store import Quantization
@@ -69,27 +68,33 @@ def output_config(
         return new
     if format in DENSE:
         new.pop("quantization_config", None)
-        for sub in parts_with_flag(new):
+        for sub in _with_text(new):
             if sub is new or "dtype" in sub or "torch_dtype" in sub:
                 sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
     elif quantization is not None:
         new["quantization_config"] = _bnb_config(quantization)
         if quantization.dtype is not None:
             new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
-    for sub in parts_with_flag(new):
+    for sub in _with_text(new):
         readable_rope(sub)
-        if untied and (sub is new or FLAG in sub):
-            sub[FLAG] = False
+        if untied and "tie_word_embeddings" in sub:
+            sub["tie_word_embeddings"] = False
+    if untied:
+        new["tie_word_embeddings"] = False
     return new
 
 
 def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
     new = copy.deepcopy(dict(folded))
-    for mine, theirs in zip(parts_with_flag(new), parts_with_flag(dict(base)), strict=False):
-        mine.pop(FLAG, None)
-        mine |= {k: v for k, v in theirs.items() if k == FLAG}
+    for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
+        mine.pop("tie_word_embeddings", None)
+        mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}
     return new
+
+
+def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(c for c in (config.get("text_config"),) if isinstance(c, dict))]
 
 
 def readable_rope(config: dict[str, Any]) -> None:

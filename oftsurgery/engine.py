@@ -341,15 +341,15 @@ def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
     return f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding"
 
 
-def finish_unfold(plan: FoldPlan, errors: Mapping[str, float], record: FoldRecord | None) -> None:
+def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: FoldRecord | None) -> None:
     """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its ``record`` tells it."""
 
     # the two roundings are independent to first order
     def total(path: str) -> float:
         before = record.modules[path].error if record and path in record.modules else 0.0
-        return float((before**2 + errors[path] ** 2) ** 0.5)
+        return float((before**2 + modules[path].error ** 2) ** 0.5)
 
-    worst = max(errors, key=total)
+    worst = max(modules, key=total)
     known = "including the fold's own" if record else "without the fold's own, which has no record here"
     kept = len(plan.replace)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""

@@ -12,20 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import peft_live
+from . import engine, peft_live
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, dense
-from .engine import (
-    Arithmetic,
-    Keeper,
-    earlier_record,
-    finish_fold,
-    finish_unfold,
-    fold_record,
-    originals,
-    undone,
-)
 from .errors import FormatError, IntegrityError, StateError, told_of
 from .hashing import hash_tensors
 from .layers import Layer, Undo
@@ -34,7 +24,7 @@ from .plan import FoldPlan, Replace, Store, plan_changes
 from .progress import Progress
 from .record import ModuleRecord
 from .sharing import share_model
-from .ties import FLAG, inner_model, modules_of, parts_with_flag, tensors_in
+from .ties import FLAG, inner_model, modules_of, tensors_in
 from .undo_file import UndoRecord, UndoWriter
 
 __all__ = [
@@ -104,15 +94,15 @@ def fold_model(
         store = LiveStore(work)
         ties = store.ties if live else given.ties  # as they are before anything changes
         plan = plan or plan_changes(store, adapters)
-        keep = None if undo is None else Keeper(undo, plan, already or {})
+        keep = None if undo is None else engine.Keeper(undo, plan, already or {})
         brought = {place for change in plan.replace for place in change.places}
         own = {r.name: store.at(r.name).read()[0] for r in plan.rotate if r.name in brought}
         inputs_of = calibrate(work, plan) if calibrate is not None else None
         saved = _replace(store, plan, journal, keep)
-        modules = _rotate(store, plan, Arithmetic(rounding, inputs_of), journal, progress, keep, own)
+        modules = _rotate(store, plan, engine.Arithmetic(rounding, inputs_of), journal, progress, keep, own)
         _separate(store, plan, journal)
-        record = fold_record(plan, store.record, modules, _saved(saved, already or {}), rounding)
-        finish_fold(record, plan, ties)
+        record = engine.fold_record(plan, store.record, modules, _saved(saved, already or {}), rounding)
+        engine.finish_fold(record, plan, ties)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
@@ -149,7 +139,7 @@ def _on_cpu() -> AbstractContextManager[object]:
 # --- applying changes -------------------------------------------------------------------------------------------------
 
 
-def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: Keeper | None) -> dict[str, str]:
+def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: engine.Keeper | None) -> dict[str, str]:
     """Put the adapters' own values in their places; gives the hashes of what was there."""
     saved: dict[str, str] = {}
     for change in plan.replace:
@@ -164,10 +154,10 @@ def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: Keeper
 def _rotate(
     store: LiveStore,
     plan: FoldPlan,
-    arithmetic: Arithmetic,
+    arithmetic: engine.Arithmetic,
     journal: list[Undo],
     progress: Progress | None,
-    keep: Keeper | None = None,
+    keep: engine.Keeper | None = None,
     own: Mapping[str, EncodedWeight] = MappingProxyType({}),
 ) -> dict[str, ModuleRecord]:
     records: dict[str, ModuleRecord] = {}
@@ -262,7 +252,8 @@ def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
 
 def _set_flag(model: nn.Module, *, value: bool, journal: list[Undo]) -> None:
     """transformers ties embeddings again whenever it loads, unless the config says not to."""
-    for config in parts_with_flag(getattr(inner_model(model), "config", None)):
+    whole = getattr(inner_model(model), "config", None)
+    for config in (whole, getattr(whole, "text_config", None)):
         if getattr(config, FLAG, value) != value:
             journal.append(partial(setattr, config, FLAG, getattr(config, FLAG)))
             setattr(config, FLAG, value)
@@ -284,9 +275,9 @@ def unfold_model(
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
-        records = _rotate(store, plan, Arithmetic(rounding), journal, progress)
-        finish_unfold(plan, {path: m.error for path, m in records.items()}, store.record)
-        set_record(work, earlier_record(store.record))
+        records = _rotate(store, plan, engine.Arithmetic(rounding), journal, progress)
+        engine.finish_unfold(plan, records, store.record)
+        set_record(work, engine.earlier_record(store.record))
     return work
 
 
@@ -308,7 +299,7 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
     with transaction() as journal:
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
-        wanted = originals(record, base)
+        wanted = engine.originals(record, base)
         for original in wanted:
             if original.weight:
                 layer = store.at(original.name)
@@ -322,7 +313,7 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
             _put_back(store, original.name, found, journal, weight=original.weight)
         _check_rest(store, base, {o.name for o in wanted})
         _tie_again(store, base.ties.groups, base.ties.flag, journal)
-        set_record(work, earlier_record(record))
+        set_record(work, engine.earlier_record(record))
     return work
 
 
@@ -343,12 +334,12 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
         # read before the first is put back: two names may be one tensor
         found = {
             name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
-            for name, back in undone(undo, store).items()
+            for name, back in engine.undone(undo, store).items()
         }
         for name, (back, current) in found.items():
             _put_back(store, name, back(current), journal, weight=name in weights)
         _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
-        set_record(work, earlier_record(undo.fold))
+        set_record(work, engine.earlier_record(undo.fold))
     return work
 
 

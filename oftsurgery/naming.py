@@ -203,8 +203,10 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
         MatchError: one name finds two tensors.
     """
 
+    known = {*architecture.stored, *architecture.made, *architecture.tied}
+
     def called(name: str) -> set[str]:
-        here = {name} & (architecture.stored.keys() | architecture.made.keys() | architecture.tied.keys())
+        here = {name} & known
         if name in architecture.units:
             here = here or {name}
         elif name in architecture.renamed:

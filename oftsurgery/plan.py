@@ -21,17 +21,7 @@ from .errors import MatchError, ShapeError, StateError, printable
 from .record import FoldRecord
 from .ties import Ties
 
-__all__ = [
-    "FoldPlan",
-    "LayerInfo",
-    "Replace",
-    "Rotate",
-    "Store",
-    "check_last",
-    "in_names_of",
-    "not_found",
-    "plan_changes",
-]
+__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "in_names_of", "plan_changes"]
 
 
 @dataclass(frozen=True)
@@ -227,7 +217,7 @@ def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rota
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
-            raise not_found(lost, store.names, adapter)
+            raise _not_found(lost, store.names, adapter)
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
             name = found[f"{path}.weight"]
@@ -268,10 +258,18 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
             "the same adapter is given twice",
             remedy="give each adapter once; compose or scale it to apply it more strongly",
         )
-    if inverse:
-        check_last(store, adapters)
+    record = store.record
+    if record is None:
         return
-    again = [a for a in adapters if store.record is not None and a.fingerprint in store.record.fingerprints()]
+    if inverse:
+        if [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+            raise StateError(
+                f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
+                f"not of {', '.join(printable(a.source) for a in adapters)}",
+                remedy="unfold the last fold first, with the same adapters in the same order",
+            )
+        return
+    again = [a for a in adapters if a.fingerprint in record.fingerprints()]
     if again:
         raise StateError(
             f"this adapter is folded into the {store.what} already",
@@ -280,21 +278,7 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
         )
 
 
-def check_last(store: Store, adapters: Sequence[OFTAdapter]) -> None:
-    """
-    Raises:
-        StateError: the store's record names other adapters than these as the last fold.
-    """
-    record = store.record
-    if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
-        raise StateError(
-            f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
-            f"not of {', '.join(printable(a.source) for a in adapters)}",
-            remedy="unfold the last fold first, with the same adapters in the same order",
-        )
-
-
-def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
+def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
     """The error for adapter modules that the model lacks, with the nearest names."""
     path = lost[0]
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Ties", "inner_model", "modules_of", "parts_with_flag", "tensors_in", "ties_of"]
+__all__ = ["Ties", "inner_model", "modules_of", "tensors_in", "ties_of"]
 
 FLAG = "tie_word_embeddings"
 
@@ -123,10 +123,3 @@ def _means_more(config: Any) -> bool:
     except Exception:  # a config class raises what it likes
         return False
     return bool(cleared != {**config.to_dict(), FLAG: False})
-
-
-def parts_with_flag(config: Any) -> list[Any]:
-    """The parts of a transformers config, or of its JSON, whose ``tie_word_embeddings`` a fold that unties clears."""
-    if isinstance(config, dict):
-        return [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
-    return [c for c in (config, getattr(config, "text_config", None)) if c is not None]
