@@ -189,10 +189,13 @@ class FolderStore:
         """A weight's format as it is stored, canonical shape; reads nothing but a 4-bit state's JSON."""
         unit = self.unit(name)
         if unit is not None:
-            shape = self.shape(name)
-            return WeightFormat("dense", shape, self.dtype(next(iter(unit.stored))))
-        holder = self.holder(name)
-        return _format_of(self.source, holder, transposed=holder in self.architecture.transposed)
+            return WeightFormat("dense", self.shape(name), self.dtype(next(iter(unit.stored))))
+        holder, entries = self.holder(name), self.source.entries
+        dtype, shape = self.dtype(holder), entries[holder].shape
+        if not formats.of_names(holder, entries, dtype).quantised:
+            turned = shape[::-1] if holder in self.architecture.transposed else shape
+            shape = turned[:2] if turned[2:] == (1, 1) else turned
+        return formats.format_of(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:
         """A weight's format as loading the model has it."""
@@ -220,8 +223,6 @@ class FolderStore:
         return DTYPES[self.source.entries[stored].dtype]
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
-        if self.quantization is not None:
-            home = self.loaded(name)
         holder = self.holder(name)
         if self.unit(name) is not None:
             found = codecs.dense(self._plain(name))
@@ -229,10 +230,11 @@ class FolderStore:
             found = load_weight(self.source, holder, transposed=holder in self.architecture.transposed)
         else:
             return None
-        changes = home.quantised and not found.format.quantised
-        return (
-            codecs.load(found, home) if changes or (self.quantization is not None and found.format != home) else found
-        )
+        if self.quantization is not None:
+            home = self.loaded(name)
+        elif found.format.quantised or not home.quantised:
+            home = found.format
+        return found if found.format == home else codecs.load(found, home)
 
     def tensor(self, name: str) -> Tensor | None:
         found = locate([name], self.architecture).get(name)
@@ -258,13 +260,6 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     return next((DTYPES[e.dtype] for e in source.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
-
-
-def _format_of(source: Checkpoint, name: str, *, transposed: bool) -> WeightFormat:
-    dtype, shape = DTYPES[source.entries[name].dtype], source.entries[name].shape
-    if not formats.of_names(name, source.entries, dtype).quantised:
-        shape = shape[::-1] if transposed else shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-    return formats.format_of(name, source.entries, source.read, shape, dtype)
 
 
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:

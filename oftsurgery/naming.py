@@ -120,8 +120,7 @@ def _known(
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     renamed: dict[str, str] = {}
-    parts: dict[str, dict[str, tuple[str, str]]] = {}
-    patterns: dict[str, str] = {}
+    converted: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {}
     for name in shapes:
         # companions (weight.absmax, SCB) follow their weight; the tables know weights alone
         owner = owner_of(name)
@@ -132,12 +131,11 @@ def _known(
         rest = name.removeprefix(weight.removesuffix("weight"))
         renamed[name] = target if weight == name else target.removesuffix("weight") + rest
         if pattern is not None:
-            patterns.setdefault(target, pattern)
-            parts.setdefault(target, {})[name] = (apply_renamings(weight, renamings), target)
+            _, keys = converted.setdefault(target, (by_pattern[pattern], {}))
+            keys[name] = (apply_renamings(weight, renamings), target)
     units: dict[str, Unit] = {}
-    for target, keys in parts.items():
-        unit = unit_of(by_pattern[patterns[target]], keys, shapes, state, model)
-        units |= dict.fromkeys(keys, unit)
+    for converter, keys in converted.values():
+        units |= dict.fromkeys(keys, unit_of(converter, keys, shapes, state, model))
     modules = modules_of(model)
     skipped = _not_converted(model, skip)
     conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ __all__ = ["Replacement", "Staging", "check_apart", "disk_errors", "scratch", "w
 _STATE = ".state.json"
 
 
+@dataclass(eq=False)
 class Staging:
     """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
 
-    Args:
+    Attributes:
         destination: of the run.
         key: fingerprint of all that decides the output.
         needed: bytes that will be written; checked against the free space first.
@@ -36,23 +38,23 @@ class Staging:
         DiskError: too little space, no permission, or another run at work.
     """
 
-    def __init__(
-        self, destination: Path, key: str, *, needed: int, resume: bool, force: bool, resumable: bool = True
-    ) -> None:
-        self.destination = destination
-        self.folder = destination.parent / f".{destination.name}.oftsurgery"
-        self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
-        self.replaced = destination.parent / f".{destination.name}.replaced"
-        self.key = key
-        self.needed = needed
-        self.resume = resume
-        self.force = force
-        self.resumable = resumable
-        self.state: dict[str, Any] = {"key": key, "shards": {}}
+    destination: Path
+    key: str
+    _: KW_ONLY
+    needed: int
+    resume: bool
+    force: bool
+    resumable: bool = True
+
+    def __post_init__(self) -> None:
+        self.folder = self.destination.parent / f".{self.destination.name}.oftsurgery"
+        self.lock_path = self.destination.parent / f".{self.destination.name}.oftsurgery.lock"
+        self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
+        self.state: dict[str, Any] = {"key": self.key, "shards": {}}
         self._ours = False  # whether the folder's contents are this run's to remove
 
     def __enter__(self) -> Staging:
-        self._check_destination()
+        _check_free("destination", self.destination, force=self.force)
         with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 raise StateError(
@@ -69,7 +71,8 @@ class Staging:
             self._acquire()
             try:
                 self._recover()
-                self._check_destination()  # another run may have finished since the first look
+                # another run may have finished since the first look
+                _check_free("destination", self.destination, force=self.force)
                 self.folder.mkdir(exist_ok=True)
                 self._take_over()
                 self._check_space()
@@ -90,10 +93,6 @@ class Staging:
         self._lock.release()
 
     # --- taking over ---
-
-    def _check_destination(self) -> None:
-        if not self.force and _exists(self.destination):
-            raise _exists_already("destination", self.destination)
 
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
@@ -291,8 +290,7 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
             raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
-        if not force and _exists(path):
-            raise _exists_already("file", path)
+        _check_free("file", path, force=force)
     if make is not None:
         with disk_errors(make):
             make.mkdir(exist_ok=True)
@@ -325,8 +323,7 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         StateError: the destination exists: said before the work that it would be for.
     """
-    if _exists(destination) and not force:
-        raise _exists_already("destination", destination)
+    _check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
     try:
         yield path
@@ -336,8 +333,10 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
                 _remove(path)
 
 
-def _exists_already(what: str, path: Path) -> StateError:
-    return StateError(f"the {what} exists", path=path, remedy="name another, or replace it with force=True (--force)")
+def _check_free(what: str, path: Path, *, force: bool) -> None:
+    if _exists(path) and not force:
+        remedy = "name another, or replace it with force=True (--force)"
+        raise StateError(f"the {what} exists", path=path, remedy=remedy)
 
 
 def _exists(path: Path) -> bool:
