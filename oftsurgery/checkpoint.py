@@ -30,7 +30,6 @@ from .dtypes import DENSE, DTYPES, FLOATS, name_of
 from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
 from .folder_store import FolderStore, Quantization, canonical, load_weight
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
-from .hashing import hash_tensors
 from .plan import FoldPlan, Rotate, plan_changes
 from .progress import Progress
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
@@ -698,7 +697,7 @@ def run_plan(
         check_free(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, engine.Arithmetic(plan.rounding, inputs_of))
+        run = _Run(plan, torch.device(device), progress, inputs_of)
         if resume and plan.undo is not None and plan.undo.is_file():
             with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
                 run.written = open_undo(plan.undo)
@@ -769,20 +768,19 @@ class _Run:
     plan: CheckpointPlan
     device: torch.device
     progress: Progress | None
-    arithmetic: engine.Arithmetic
+    inputs_of: InputsOf | None
 
     def __post_init__(self) -> None:
         self.done = 0
         self.total = sum(job.nbytes for job in self.plan.jobs)
-        #: of each shard: the records of its modules, and the hashes of what was replaced in it
-        self.facts: list[dict[str, dict[str, Any]]] = []
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved: dict[str, str | None] = {}
         #: name of a part → names of the replaced tensors whose values it holds
         self.named: dict[str, list[str]] = {}
         held, changes = {part.name for part in self.plan.parts}, self.plan.changes
         for name in (name for change in changes.replace for name in changes.recorded(change)):
             at = name if name in held else self.plan.store.architecture.tied.get(name, name)
             self.named.setdefault(at, []).append(name)
-        self.keeper: engine.Keeper | None = None
         self.written: UndoRecord | None = None
 
     def step(self, name: str, nbytes: int) -> None:
@@ -795,33 +793,35 @@ class _Run:
         finished = staging.finished(shard.file)
         if self.plan.undo is not None and self.written is None and staging.finished(_part(shard)) is None:
             finished = None
-        self.facts.append(finished or {"modules": {}, "saved": {}})
         if finished is not None:
+            self.modules |= {path: ModuleRecord.from_dict(m) for path, m in finished.get("modules", {}).items()}
+            self.saved |= finished.get("saved", {})
             for job in jobs:
                 self.step(_label(job), job.nbytes)
             return
         if self.plan.undo is None:
-            self._write(shard.file, jobs, staging)
+            done = self._write(shard.file, jobs, staging)
         else:
             with staging.writing(_part(shard)) as path, path.open("wb") as file:
                 kept = UndoParts(file)
-                self.keeper = engine.Keeper(kept, self.plan.changes)
-                self._write(shard.file, jobs, staging)
+                done = self._write(shard.file, jobs, staging, kept)
             staging.finish(_part(shard), {"undo": kept.facts()})
-        staging.finish(shard.file, self.facts[-1])
+        staging.finish(shard.file, {"modules": {p: m.to_dict() for p, m in done.modules.items()}, "saved": done.saved})
+        self.modules |= done.modules
+        self.saved |= done.saved
 
-    @property
-    def modules(self) -> dict[str, ModuleRecord]:
-        return {path: ModuleRecord.from_dict(m) for facts in self.facts for path, m in facts.get("modules", {}).items()}
-
-    def _write(self, file: str, jobs: Sequence[Job], staging: Staging) -> None:
+    def _write(
+        self, file: str, jobs: Sequence[Job], staging: Staging, undo: UndoParts | None = None
+    ) -> engine.Operation:
+        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of, undo)
         record = self.record()
         metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
         items = [
-            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, job))
+            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
             for job in jobs
         ]
         write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
+        return operation
 
     def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
         """Join the shards' parts to the undo record at ``path``, unless a run that was killed has done it already."""
@@ -867,10 +867,10 @@ class _Run:
             return [load_weight(store.source, job.name, transposed=job.transposed)]
         return [codecs.dense(store.source.read(job.name))]
 
-    def _make(self, job: Job, loaded: Any) -> Mapping[str, Any]:
+    def _make(self, operation: engine.Operation, job: Job, loaded: Any) -> Mapping[str, Any]:
         if not job.parts:
             return {job.name: loaded}
-        new = [self._changed(job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
+        new = [self._changed(operation, job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
         if job.unit is None:
             return self._laid_out(job, job.parts[0], new[0])
         if set(job.outputs) == set(job.unit.stored):
@@ -879,7 +879,7 @@ class _Run:
         spread = [e.format.kind.spread(part.output, e) for part, e in zip(job.parts, new, strict=True)]
         return {name: tensor for tensors in spread for name, tensor in tensors.items()}
 
-    def _changed(self, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
+    def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
         before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
         if part.base is not None:
@@ -888,36 +888,28 @@ class _Run:
             part.check(before, stored)
         if part.restore is not None:
             return part.restore(before)
-        new = before if part.values is None else self._replaced(job, part, part.values, before)
+        new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
         if part.rotate is not None:
-            return self._rotated(job, part, part.rotate, before, new)
+            as_stored = part.base is None and job.unit is None and part.output == job.name
+            keeps = operation.undo is not None and as_stored
+            beside = _beside(self.plan.source, job.name, before) if keeps else None
+            return operation.rotate(part.rotate, new, part.into, before, beside)
         if new.format == part.into:
             return new
         if part.matrix:
             return fold_encoded(new, (), part.into, "nearest").encoded
         return codecs.encode(new.tensors["weight"], part.into)
 
-    def _replaced(self, job: Job, part: Part, own: Tensor, before: EncodedWeight) -> EncodedWeight:
+    def _replaced(
+        self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
+    ) -> EncodedWeight:
         values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
         old = before.tensors["weight"]
         if job.unit is None:  # as it is stored
             old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
         for name in self.named.get(part.name, ()):
-            self.facts[-1]["saved"][name] = hash_tensors({name: old})
-            if self.keeper is not None:
-                self.keeper.replaced(name, old, values)
+            operation.replaced(name, old, values)
         return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
-
-    def _rotated(
-        self, job: Job, part: Part, change: Rotate, own: EncodedWeight, before: EncodedWeight
-    ) -> EncodedWeight:
-        folded, record = self.arithmetic.rotate(change, before, part.into)
-        self.facts[-1]["modules"][change.path] = record.to_dict()
-        if self.keeper is not None:
-            as_stored = part.base is None and job.unit is None and part.output == job.name
-            beside = _beside(self.plan.source, job.name, own) if as_stored else {}
-            self.keeper.rotated(change, before, folded, own, beside)
-        return folded.encoded
 
     def _laid_out(self, job: Job, part: Part, new: EncodedWeight) -> Mapping[str, Tensor]:
         """The job's outputs, in the shapes that the checkpoint holds them in."""
@@ -936,8 +928,7 @@ class _Run:
         before = plan.store.record
         if plan.unfolds:
             return engine.earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
-        saved = {name: before for facts in self.facts for name, before in facts.get("saved", {}).items()}
-        record = engine.fold_record(plan.changes, before, self.modules, saved, plan.rounding)
+        record = engine.fold_record(plan.changes, before, self.modules, self.saved, plan.rounding)
         return replace(
             record,
             adapters=tuple(map(configs.public_info, record.adapters)),

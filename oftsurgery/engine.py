@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,10 @@ from .plan import FoldPlan, Rotate, Store
 from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .ties import Ties
 from .undo_file import UndoParts, UndoRecord
-from .weight import FoldedWeight, begin_record, fold_encoded, unfold_encoded
+from .weight import begin_record, fold_encoded, unfold_encoded
 
 __all__ = [
-    "Arithmetic",
-    "Keeper",
+    "Operation",
     "Original",
     "earlier_record",
     "finish_fold",
@@ -50,20 +49,56 @@ _NAMED = 5
 # --- computing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How weights are rotated.
+@dataclass(eq=False)
+class Operation:
+    """A plan at work: what its changes compute, what an undo record keeps of them, and what the fold's record says.
 
     Attributes:
-        rounding: of quantised ones.
+        plan: whose changes are applied.
+        rounding: of quantised weights that are rotated.
         inputs_of: the inputs of the layer at a path, where they are calibrated; None elsewhere.
+        undo: takes what changes, for an undo record; or None.
+        already: ``{tensor name: content hash before, or None}`` of those that held the adapters' own values before: the
+            fold changes nothing in them.
+        modules: ``{path: record}`` of what was rotated.
+        saved: ``{tensor name: content hash before, or None}`` of what was replaced.
+        brought: names of weights that take an adapter's own values, and are rotated after that.
     """
 
-    rounding: str = "nearest"
+    plan: FoldPlan
+    rounding: str
     inputs_of: InputsOf | None = None
+    undo: UndoParts | None = None
+    already: Mapping[str, str | None] = field(default_factory=dict)
 
-    def rotate(self, change: Rotate, before: EncodedWeight, into: WeightFormat) -> tuple[FoldedWeight, ModuleRecord]:
-        """The rotated weight in the format ``into``, and what the record says of it."""
+    def __post_init__(self) -> None:
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved = dict(self.already)
+        rotated = {r.name for r in self.plan.rotate}
+        self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
+
+    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A tensor took an adapter's own values."""
+        if self.saved.get(name) is None:
+            self.saved[name] = hash_tensors({name: before})
+        if self.undo is not None and name not in self.already and name not in self.brought:
+            self.undo.tensor(name, before, after)
+
+    def rotate(
+        self,
+        change: Rotate,
+        before: EncodedWeight,
+        into: WeightFormat,
+        own: EncodedWeight,
+        beside: Mapping[str, Any] | None = None,
+    ) -> EncodedWeight:
+        """The rotated weight in the format ``into``.
+
+        Args:
+            before: what is rotated.
+            own: what the model had: another one where the adapter brings its own.
+            beside: small tensors of a checkpoint that do not follow from it.
+        """
         end = begin_record(before, change.chain, untied=change.untied)
         if change.inverse:
             folded = unfold_encoded(before, change.chain, into, self.rounding)
@@ -73,52 +108,15 @@ class Arithmetic:
             multiplies = into.quantised and change.chain[0].side != "embedding"
             inputs = self.inputs_of(change.path) if multiplies else None
             folded = fold_calibrated(before, change.chain, into, inputs)
-        return folded, end(folded)
-
-
-class Keeper:
-    """Gives an undo record what a fold changes.
-
-    Args:
-        parts: of the record.
-        plan: of the fold.
-        already: names of tensors that held the adapters' own values before: the fold changes nothing in them.
-    """
-
-    def __init__(self, parts: UndoParts, plan: FoldPlan, already: Collection[str] = ()) -> None:
-        self._parts = parts
-        self._plan = plan
-        rotated = {r.name for r in plan.rotate}
-        self._brought = {place for r in plan.replace for place in r.places if place in rotated}
-        self._silent = {*already, *self._brought}
-
-    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A tensor took an adapter's own values."""
-        if name not in self._silent:
-            self._parts.tensor(name, before, after)
-
-    def rotated(
-        self,
-        change: Rotate,
-        before: EncodedWeight,
-        folded: FoldedWeight,
-        own: EncodedWeight,
-        beside: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A weight was rotated.
-
-        Args:
-            before: what was rotated.
-            own: what the model had: another one where the adapter brings its own.
-            beside: small tensors of a checkpoint that do not follow from it.
-        """
-        same = self._plan.partner(change.name)
-        if same is not None and change.name not in self._brought:
-            self._parts.shared(change.path, same, before, folded.encoded)
-            return
-        self._parts.weight(
-            change.path, own, folded.encoded, change.chain, folded.error, folded.kept_scales, beside or None
-        )
+        new = folded.encoded
+        self.modules[change.path] = end(folded)
+        if self.undo is not None:
+            same = None if change.name in self.brought else self.plan.partner(change.name)
+            if same is not None:
+                self.undo.shared(change.path, same, before, new)
+            else:
+                self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
+        return new
 
 
 # --- going back -------------------------------------------------------------------------------------------------------

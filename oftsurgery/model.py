@@ -17,12 +17,10 @@ from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, dense
 from .errors import FormatError, IntegrityError, StateError, told_of
-from .hashing import hash_tensors
 from .layers import Layer, Undo
 from .live_store import LiveStore, record_of, set_record
 from .plan import FoldPlan, Replace, Store, plan_changes
 from .progress import Progress
-from .record import ModuleRecord
 from .sharing import share_model
 from .ties import FLAG, inner_model, modules_of, tensors_in
 from .undo_file import UndoRecord, UndoWriter
@@ -94,27 +92,21 @@ def fold_model(
         store = LiveStore(work)
         ties = store.ties if live else given.ties  # as they are before anything changes
         plan = plan or plan_changes(store, adapters)
-        keep = None if undo is None else engine.Keeper(undo, plan, already or {})
-        brought = {place for change in plan.replace for place in change.places}
-        own = {r.name: store.at(r.name).read()[0] for r in plan.rotate if r.name in brought}
         inputs_of = calibrate(work, plan) if calibrate is not None else None
-        saved = _replace(store, plan, journal, keep)
-        modules = _rotate(store, plan, engine.Arithmetic(rounding, inputs_of), journal, progress, keep, own)
+        operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
+        own = {name: store.at(name).read()[0] for name in operation.brought}
+        for change in plan.replace:
+            before, after = replace_tensor(store.modules, change, journal)
+            for name in plan.recorded(change):
+                operation.replaced(name, before, after)
+        _rotate(store, operation, journal, progress, own)
         _separate(store, plan, journal)
-        record = engine.fold_record(plan, store.record, modules, _saved(saved, already or {}), rounding)
+        record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
         engine.finish_fold(record, plan, ties)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
     return work
-
-
-def _saved(replaced: Mapping[str, str], already: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Hashes of what the base held: of what was replaced now, unless it had been replaced before."""
-    return {
-        **replaced,
-        **{name: before for name, before in already.items() if before is not None or name not in replaced},
-    }
 
 
 @contextmanager
@@ -139,41 +131,24 @@ def _on_cpu() -> AbstractContextManager[object]:
 # --- applying changes -------------------------------------------------------------------------------------------------
 
 
-def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: engine.Keeper | None) -> dict[str, str]:
-    """Put the adapters' own values in their places; gives the hashes of what was there."""
-    saved: dict[str, str] = {}
-    for change in plan.replace:
-        before, after = replace_tensor(store.modules, change, journal)
-        for name in plan.recorded(change):
-            saved[name] = hash_tensors({name: before})
-            if keep is not None:
-                keep.replaced(name, before, after)
-    return saved
-
-
 def _rotate(
     store: LiveStore,
-    plan: FoldPlan,
-    arithmetic: engine.Arithmetic,
+    operation: engine.Operation,
     journal: list[Undo],
     progress: Progress | None,
-    keep: engine.Keeper | None = None,
     own: Mapping[str, EncodedWeight] = MappingProxyType({}),
-) -> dict[str, ModuleRecord]:
-    records: dict[str, ModuleRecord] = {}
-    for done, change in enumerate(plan.rotate, start=1):
+) -> None:
+    changes = operation.plan.rotate
+    for done, change in enumerate(changes, start=1):
         if change.untied:
             separate_module(store.modules, change.path, journal)
         layer = store.at(change.name)
         with told_of(change.path):
             before, home = layer.read()
-            folded, records[change.path] = arithmetic.rotate(change, before, home)
-            if keep is not None:
-                keep.rotated(change, before, folded, own.get(change.name, before))
-            layer.write(folded.encoded, park=not change.untied, journal=journal)
+            new = operation.rotate(change, before, home, own.get(change.name, before))
+            layer.write(new, park=not change.untied, journal=journal)
         if progress is not None:
-            progress(done, len(plan.rotate), change.path)
-    return records
+            progress(done, len(changes), change.path)
 
 
 def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
@@ -275,8 +250,9 @@ def unfold_model(
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
-        records = _rotate(store, plan, engine.Arithmetic(rounding), journal, progress)
-        engine.finish_unfold(plan, records, store.record)
+        operation = engine.Operation(plan, rounding)
+        _rotate(store, operation, journal, progress)
+        engine.finish_unfold(plan, operation.modules, store.record)
         set_record(work, engine.earlier_record(store.record))
     return work
 

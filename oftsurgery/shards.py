@@ -391,6 +391,10 @@ class ShardWriter:
         to_disk(self._file)
         self._file.close()
 
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -399,7 +403,7 @@ class ShardWriter:
             if kind is None:
                 self.close()
         finally:
-            self._file.close()
+            self.abort()
 
 
 def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:
