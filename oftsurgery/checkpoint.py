@@ -153,14 +153,6 @@ class CheckpointPlan:
         return self.store.source
 
     @property
-    def adapters(self) -> tuple[OFTAdapter, ...]:
-        return self.changes.adapters
-
-    @property
-    def quantization(self) -> Quantization | None:
-        return self.store.quantization
-
-    @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for job in self.jobs for part in job.parts)
 
@@ -171,17 +163,14 @@ class CheckpointPlan:
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
         return sum(size_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest weight in float32: what the memory that is needed grows with."""
-        return max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what ``oftsurgery plan --json`` prints."""
-        q = self.quantization
+        q = self.store.quantization
+        # in float32: what the memory that is needed grows with
+        largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         return {
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
-            "adapters": [AdapterInfo.of(a).to_dict() for a in self.adapters],
+            "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
             "quantize": None if q is None else {**asdict(q), "compute_dtype": str(q.compute_dtype)},
             "fold_into": self.fold_into,
@@ -208,7 +197,7 @@ class CheckpointPlan:
             ],
             "carried": list(self.carried),
             "bytes": self.nbytes,
-            "largest_weight_bytes": self.largest,
+            "largest_weight_bytes": largest,
         }
 
 
@@ -730,9 +719,9 @@ def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
     sources = {s.source.folder.resolve() for s in stores if s is not None}
-    adapters = {Path(a.source).resolve() for a in plan.adapters if a.source is not None and Path(a.source).is_dir()}
-    for what, folders in (("source", sources), ("adapter", adapters)):
-        check_apart(destination, what, folders)
+    adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
+    check_apart(destination, "source", sources)
+    check_apart(destination, "adapter", filter(Path.is_dir, adapters))
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(
             "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"
@@ -745,9 +734,9 @@ def _fingerprint(plan: CheckpointPlan) -> str:
     """Of all that decides the output: unfinished work of another fingerprint is not resumed."""
     facts = {
         "source": plan.source.identity,
-        "adapters": [a.fingerprint for a in plan.adapters],
+        "adapters": [a.fingerprint for a in plan.changes.adapters],
         "format": plan.format,
-        "quantization": str(plan.quantization),
+        "quantization": str(plan.store.quantization),
         "fold_into": plan.fold_into,
         "shards": [[s.file, [list(plan.jobs[i].outputs) for i in s.items]] for s in plan.shards],
         "config": dict(plan.config),
@@ -799,21 +788,20 @@ class _Run:
             for job in jobs:
                 self.step(_label(job), job.nbytes)
             return
+        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of)
         if self.plan.undo is None:
-            done = self._write(shard.file, jobs, staging)
+            self._write(shard.file, jobs, operation, staging)
         else:
             with staging.writing(_part(shard)) as path, path.open("wb") as file:
-                kept = UndoParts(file)
-                done = self._write(shard.file, jobs, staging, kept)
-            staging.finish(_part(shard), {"undo": kept.facts()})
-        staging.finish(shard.file, {"modules": {p: m.to_dict() for p, m in done.modules.items()}, "saved": done.saved})
-        self.modules |= done.modules
-        self.saved |= done.saved
+                operation.undo = UndoParts(file)
+                self._write(shard.file, jobs, operation, staging)
+            staging.finish(_part(shard), {"undo": operation.undo.facts()})
+        modules = {path: module.to_dict() for path, module in operation.modules.items()}
+        staging.finish(shard.file, {"modules": modules, "saved": operation.saved})
+        self.modules |= operation.modules
+        self.saved |= operation.saved
 
-    def _write(
-        self, file: str, jobs: Sequence[Job], staging: Staging, undo: UndoParts | None = None
-    ) -> engine.Operation:
-        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of, undo)
+    def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
         record = self.record()
         metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
         items = [
@@ -821,7 +809,6 @@ class _Run:
             for job in jobs
         ]
         write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
-        return operation
 
     def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
         """Join the shards' parts to the undo record at ``path``, unless a run that was killed has done it already."""
@@ -840,7 +827,7 @@ class _Run:
                 tied = plan.store.architecture.tied
                 config = plan.source.config
                 if plan.format != "same":
-                    config = configs.output_config(config, plan.format, plan.quantization, untied=False)
+                    config = configs.output_config(config, plan.format, plan.store.quantization, untied=False)
                 writer.finish(
                     record,
                     # others that the source held by themselves stay
@@ -891,8 +878,7 @@ class _Run:
         new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
         if part.rotate is not None:
             as_stored = part.base is None and job.unit is None and part.output == job.name
-            keeps = operation.undo is not None and as_stored
-            beside = _beside(self.plan.source, job.name, before) if keeps else None
+            beside = _beside(self.plan.source, job.name, before) if as_stored and operation.undo is not None else None
             return operation.rotate(part.rotate, new, part.into, before, beside)
         if new.format == part.into:
             return new
@@ -932,7 +918,7 @@ class _Run:
         return replace(
             record,
             adapters=tuple(map(configs.public_info, record.adapters)),
-            base={"fold_into": plan.fold_into, **_recorded(plan.quantization)},
+            base={"fold_into": plan.fold_into, **_recorded(plan.store.quantization)},
         )
 
 

@@ -130,7 +130,7 @@ def of_checkpoint(
 
     def inputs_of(path: str) -> LayerInputs | None:
         if not found:
-            adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
+            adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
             found.append(Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress))
         return found[0](path)
 
@@ -153,7 +153,7 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     settings: dict[str, Any] = {"dtype": "auto"}
     if stored is not None:
         config.quantization_config = dict(stored)
-    q = plan.quantization
+    q = plan.store.quantization
     if q is not None:
         settings["dtype"] = q.dtype or "auto"
         if plan.fold_into == "quantized":

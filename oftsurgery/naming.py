@@ -229,9 +229,7 @@ def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], b
         called: a name to the tensor that it is the name of, if there is one.
     """
     prefix = f"{base_prefix}." if base_prefix else ""
-    rules: list[Callable[[str], str]] = [lambda n: n]
-    if prefix:
-        rules += [lambda n: prefix + n, lambda n: n.removeprefix(prefix)]
+    rules: tuple[Callable[[str], str], ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
     wanted = list(names)
     best: dict[str, str] = {}
     for rule in rules:

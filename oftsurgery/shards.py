@@ -68,14 +68,12 @@ class Checkpoint:
         entries: ``{tensor name: TensorEntry}`` in the files' order.
         files: shards in order.
         config: the parsed ``config.json``; empty without one.
-        metadata: of the first shard's header.
     """
 
     folder: Path
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
-    metadata: Mapping[str, str]
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in memory of its own."""
@@ -148,12 +146,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         raise _no_checkpoint(folder)
     entries: dict[str, TensorEntry] = {}
-    metadata: Mapping[str, str] = {}
     for name in sorted(files):
-        path = inside(folder, name)
-        found, meta = read_header(path)
-        metadata = metadata or meta
-        for entry in found:
+        for entry in read_header(inside(folder, name))[0]:
             if entry.name in entries:
                 raise CheckpointError(
                     f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor",
@@ -164,7 +158,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
-    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config), metadata)
+    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:
@@ -347,18 +341,18 @@ class ShardWriter:
         self._late = {name: b"" for name in sorted(tensors) if tensors[name][1] is None}
         self._left = set(tensors)
         self._end = 0
-        for name in sorted(tensors.keys() - self._late.keys(), key=lambda name: (-tensors[name][0].itemsize, name)):
-            dtype, shape = tensors[name]
-            self._place(name, dtype, shape or (), dtype.itemsize * math.prod(shape or ()))
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+            if shape is not None:
+                self._place(name, dtype, shape)
         # room for the longest header that the late tensors can lead to
-        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15, self.LATE_BYTES) for name in self._late}
+        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15) for name in self._late}
         room = len(_dump(self._header | longest))
         self._room = room + -room % 8
         self._file: BinaryIO = path.open("xb")
 
-    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
-        self._header[name] = _header_entry(dtype, shape, self._end, nbytes)
-        self._end += nbytes
+    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._header[name] = _header_entry(dtype, shape, self._end)
+        self._end = self._header[name]["data_offsets"][1]
 
     def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
         """Write one tensor: as a tensor, or as its bytes in pieces. Any thread, one at a time."""
@@ -385,7 +379,7 @@ class ShardWriter:
         for name, data in self._late.items():
             self._file.seek(8 + self._room + self._end)
             self._file.write(data)
-            self._place(name, torch.uint8, (len(data),), len(data))
+            self._place(name, torch.uint8, (len(data),))
         self._file.seek(0)
         self._file.write(header_bytes(self._header, self._room))
         to_disk(self._file)
@@ -406,8 +400,9 @@ class ShardWriter:
             self.abort()
 
 
-def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:
-    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, start + nbytes]}
+def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+    end = start + dtype.itemsize * math.prod(shape)
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
 
 
 def _dump(header: Mapping[str, Any]) -> bytes:
