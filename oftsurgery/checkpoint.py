@@ -30,7 +30,7 @@ from .dtypes import DENSE, DTYPES, FLOATS, name_of
 from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
 from .folder_store import FolderStore, Quantization, canonical, load_weight
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
-from .plan import FoldPlan, Rotate, plan_changes
+from .plan import FoldPlan, Rotate, plan_changes, takes_no_values
 from .progress import Progress
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import Checkpoint, ShardWriter
@@ -577,12 +577,7 @@ class _Builder:
         """The model's tensor ``target`` from the stored one ``name``."""
         entry = self.entries[name]
         if target in self.values and DTYPES[entry.dtype] not in FLOATS:
-            raise FormatError(
-                "the adapter brings its own values for a weight that is stored quantised",
-                tensor=target,
-                format=entry.dtype,
-                remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
-            )
+            raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
         if not (self.touched.get(target) or converts or len(group) > 1):
             return self._plain(name, target, output)

@@ -85,9 +85,7 @@ def unit_of(
     Args:
         converter: transformers' ``WeightConverter``.
         keys: ``{stored name: (name after renaming, first name in the model)}``.
-        shapes: of the stored tensors.
-        state: the model's tensors, on the meta device.
-        skeleton: the model on the meta device.
+        state: the tensors of ``skeleton``, the model on the meta device.
     """
     stored = {name: shapes[name] for name in keys}
     unit = Unit(stored, {}, False, converter, keys, skeleton)

@@ -263,13 +263,7 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
 
 
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
-    """A stored weight with its companions, in the canonical shape ``(out, in)``.
-
-    Args:
-        source: that holds it.
-        name: of the weight's tensor.
-        transposed: a plain weight is held ``(in, out)``.
-    """
+    """A stored weight with its companions, in the canonical shape; ``transposed``: a plain one is held ``(in, out)``."""
     entry = source.entries[name]
     encoded = formats.gather(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
     return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)

@@ -128,7 +128,6 @@ def write_rest(
 
     Args:
         files: of weights that were written.
-        record: that the folder carries, or None.
         source: folder of the model, for the card.
         jsons: ``{file name: contents}``; ``config.json`` is among them, if there is any.
         carried: other files that are copied.

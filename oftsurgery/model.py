@@ -16,10 +16,11 @@ from . import engine, peft_live
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, dense
-from .errors import FormatError, IntegrityError, StateError, told_of
+from .dtypes import name_of
+from .errors import IntegrityError, StateError, told_of
 from .layers import Layer, Undo
 from .live_store import LiveStore, record_of, set_record
-from .plan import FoldPlan, Replace, Store, plan_changes
+from .plan import FoldPlan, Replace, Store, plan_changes, takes_no_values
 from .progress import Progress
 from .sharing import share_model
 from .ties import FLAG, inner_model, modules_of, tensors_in
@@ -55,15 +56,12 @@ def fold_model(
     """:func:`oftsurgery.fold` for adapters that are already loaded.
 
     Args:
-        model: plain, or with live peft layers.
         adapters: in the live order; None for the model's live ones.
         names: of live adapters, where ``adapters`` is None.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         rounding: of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: gives the inputs of the layers of a model that is about to be folded.
         undo: takes what the fold changes, and is finished when all is done.
-        inplace: change ``model`` itself.
-        progress: called after each module.
     """
     live = peft_live.has_live_layers(inner_model(model))
     if live and adapters is not None:
@@ -186,12 +184,7 @@ def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: l
             remedy="load it on a device",
         )
     if change.values.is_floating_point() and not old.is_floating_point():
-        raise FormatError(
-            "the adapter brings its own values for a weight that is stored quantised",
-            tensor=change.name,
-            format=str(old.dtype).removeprefix("torch."),
-            remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
-        )
+        raise takes_no_values(change.name, name_of(old.dtype))
     data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:

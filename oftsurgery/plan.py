@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .errors import MatchError, ShapeError, StateError, printable
+from .errors import FormatError, MatchError, ShapeError, StateError, printable
 from .record import FoldRecord
 from .ties import Ties
 
-__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "in_names_of", "plan_changes"]
+__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "in_names_of", "plan_changes", "takes_no_values"]
 
 
 @dataclass(frozen=True)
@@ -239,15 +239,12 @@ def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
-    made: list[Replace] = []
+    made: dict[tuple[str, ...], Replace] = {}
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
-        same = next((r for r in made if name in r.places), None)
-        if same is None:
-            made.append(Replace(name, values, places))
-        else:  # the last one stays, as when peft loads them
-            made[made.index(same)] = dataclasses.replace(same, values=values)
-    return tuple(made)
+        first = made[places].name if places in made else name
+        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+    return tuple(made.values())
 
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
@@ -327,6 +324,16 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )
     return name
+
+
+def takes_no_values(name: str, format: str) -> FormatError:
+    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    return FormatError(
+        "the adapter brings its own values for a weight that is stored quantised",
+        tensor=name,
+        format=format,
+        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+    )
 
 
 def _brings_module(adapter: OFTAdapter, name: str) -> bool:

@@ -40,16 +40,7 @@ _CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor is.
-
-    Attributes:
-        name: as the file has it.
-        file: the shard's name in the folder.
-        dtype: safetensors' name of it.
-        shape: as the file has it.
-        start: of its bytes in the file.
-        nbytes: how many.
-    """
+    """Where one tensor is: ``nbytes`` from ``start`` in ``file`` of the folder; ``dtype`` is safetensors' name of it."""
 
     name: str
     file: str
