@@ -524,15 +524,13 @@ class _Builder:
             if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
-                continue
-            if formats.is_companion(name, self.entries):
-                continue  # comes with its weight
-            group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
-            done.update(group)
-            if target in self.touched or self._converts(target, name):
-                made.append(self._of_tensor(target, name, name, group))
-            else:
-                made += [self._plain(n) for n in group]
+            elif not formats.is_companion(name, self.entries):  # that comes with its weight
+                group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+                done.update(group)
+                if target in self.touched or self._converts(target, name):
+                    made.append(self._of_tensor(target, name, name, group))
+                else:
+                    made += [self._plain(n) for n in group]
         made += [self._untied(name) for name in self._to_untie()]
         return made
 

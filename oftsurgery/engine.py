@@ -105,8 +105,7 @@ class Operation:
         elif self.inputs_of is None:
             folded = fold_encoded(before, change.chain, into, self.rounding)
         else:
-            multiplies = into.quantised and change.chain[0].side != "embedding"
-            inputs = self.inputs_of(change.path) if multiplies else None
+            inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
             folded = fold_calibrated(before, change.chain, into, inputs)
         new = folded.encoded
         self.modules[change.path] = end(folded)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import live, rotations
 from .adapter import OFTAdapter
 from .calibration import InputsOf, LayerInputs
-from .checkpoint import CheckpointPlan, Part
+from .checkpoint import CheckpointPlan
 from .compare import _batches, _eval_mode
 from .errors import CalibrationError, MissingDependencyError, OFTSurgeryError, printable
 from .formats import FORMATS
@@ -125,7 +125,7 @@ def of_checkpoint(
         CalibrationError: transformers does not know the class, or cannot load it.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and _calibrates(p)]
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
     found: list[Calibration] = []
 
     def inputs_of(path: str) -> LayerInputs | None:
@@ -135,10 +135,6 @@ def of_checkpoint(
         return found[0](path)
 
     return inputs_of
-
-
-def _calibrates(part: Part) -> bool:
-    return part.rotate is not None and part.into.quantised and part.rotate.chain[0].side != "embedding"
 
 
 def _load(plan: CheckpointPlan, device: str) -> nn.Module:

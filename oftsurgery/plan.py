@@ -103,6 +103,12 @@ class Rotate:
         """Of the weight."""
         return f"{self.path}.weight"
 
+    def takes_inputs(self, into: WeightFormat) -> bool:
+        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
+        multiplies by the weight.
+        """
+        return into.quantised and self.chain[0].side != "embedding"
+
 
 @dataclass(frozen=True, eq=False)
 class Replace:
