@@ -39,17 +39,7 @@ from .ties import FLAG
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
 from .weight import fold_encoded
 
-__all__ = [
-    "CheckpointPlan",
-    "Job",
-    "Part",
-    "Quantization",
-    "plan_checkpoint",
-    "plan_restore",
-    "plan_undo",
-    "plan_unfold",
-    "run_plan",
-]
+__all__ = ["CheckpointPlan", "Quantization", "plan_checkpoint", "plan_restore", "plan_undo", "plan_unfold", "run_plan"]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
@@ -851,13 +841,15 @@ class _Run:
         if not job.parts:
             return {job.name: loaded}
         new = [self._changed(operation, job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
-        if job.unit is None:
-            return self._laid_out(job, job.parts[0], new[0])
-        if set(job.outputs) == set(job.unit.stored):
+        if job.unit is not None and set(job.outputs) == set(job.unit.stored):
             plain = {part.name: encoded.tensors["weight"] for part, encoded in zip(job.parts, new, strict=True)}
             return {name: tensor.to(job.outputs[name][0]) for name, tensor in job.unit.store(plain).items()}
-        spread = [e.format.kind.spread(part.output, e) for part, e in zip(job.parts, new, strict=True)]
-        return {name: tensor for tensors in spread for name, tensor in tensors.items()}
+        made: dict[str, Tensor] = {}
+        for part, encoded in zip(job.parts, new, strict=True):
+            if job.transposed and not encoded.format.quantised:
+                encoded = codecs.dense(encoded.tensors["weight"].t())
+            made |= {**encoded.format.kind.spread(part.output, encoded), **part.beside}
+        return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
 
     def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
@@ -889,16 +881,6 @@ class _Run:
         for name in self.named.get(part.name, ()):
             operation.replaced(name, old, values)
         return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
-
-    def _laid_out(self, job: Job, part: Part, new: EncodedWeight) -> Mapping[str, Tensor]:
-        """The job's outputs, in the shapes that the checkpoint holds them in."""
-        if new.format.quantised:
-            found = new.format.kind.spread(part.output, new) | dict(part.beside)
-            return {name: found[name] for name in job.outputs}
-        weight = new.tensors["weight"]
-        shape = job.outputs[part.output][1]
-        assert shape is not None  # noqa: S101 - of plain tensors
-        return {part.output: weight.t() if job.transposed else weight.reshape(shape)}
 
     # --- what is left of it ---
 
