@@ -189,14 +189,10 @@ def inside(folder: Path, name: str) -> Path:
         plain, there = path.is_file(), os.path.lexists(path)
     except OSError as error:
         raise _damaged(f"no name of a file ({printable(error.strerror)})", name) from error
-    if not plain:
-        # a pipe or a device would be read for ever
-        what = (
-            "a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing"
-            if there
-            else "a file of the checkpoint is missing"
-        )
-        raise _damaged(what, path)
+    if not there:
+        raise _damaged("a file of the checkpoint is missing", path)
+    if not plain:  # a pipe or a device would be read for ever
+        raise _damaged("a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing", path)
     target, root = path.resolve(), folder.resolve()
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
