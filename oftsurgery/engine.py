@@ -264,7 +264,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
         )
         warn_caller(
             "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, "
-            f"and the model is larger{reads if ties.flag and ties.flag_is_read else ''}",
+            f"and the model is larger{reads if ties.flag and ties.flag_is_read() else ''}",
             UntieWarning,
         )
     _warn_of_calibration(record)
