@@ -315,7 +315,7 @@ def _index(folder: Path) -> tuple[Finding, Checkpoint] | None:
         config = read_json(inside(folder, CONFIG)) if (folder / CONFIG).exists() else {}
     except CheckpointError:
         return None
-    return finding, Checkpoint(folder, MappingProxyType(entries), names, MappingProxyType(config))
+    return finding, Checkpoint(folder, MappingProxyType(entries), names, MappingProxyType(config), MappingProxyType({}))
 
 
 def _stray_shards(checkpoint: Checkpoint) -> list[Finding]:
