@@ -225,7 +225,7 @@ def _calibrated(
     with shown(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
-            paths = [r.path for r in plan.rotate if r.format.quantised and r.chain[0].side != "embedding"]
+            paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
             return inputs.Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate

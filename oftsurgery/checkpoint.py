@@ -16,34 +16,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import card, codecs, configs, formats
+from . import card, codecs, configs, engine, formats
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
 from .dtypes import DENSE, DTYPES, FLOATS, name_of
-from .engine import (
-    Arithmetic,
-    Keeper,
-    Original,
-    earlier_record,
-    finish_fold,
-    finish_unfold,
-    fold_record,
-    originals,
-    undone,
-)
 from .errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
-from .folder_store import FolderStore, Quantization, canonical, load_weight, quantise
+from .folder_store import FolderStore, Quantization, canonical, load_weight
 from .folder_writer import Item, Outputs, Shard, size_of, split, write_rest, write_shard
-from .hashing import hash_tensors
-from .plan import FoldPlan, Rotate, plan_changes
+from .plan import FoldPlan, Rotate, plan_changes, takes_no_values
 from .progress import Progress
 from .record import AdapterInfo, FoldRecord, ModuleRecord, versions
 from .shards import Checkpoint, ShardWriter
@@ -52,22 +39,10 @@ from .ties import FLAG
 from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
 from .weight import fold_encoded
 
-__all__ = [
-    "CheckpointPlan",
-    "Job",
-    "Part",
-    "Quantization",
-    "plan_checkpoint",
-    "plan_restore",
-    "plan_undo",
-    "plan_unfold",
-    "run_plan",
-]
+__all__ = ["CheckpointPlan", "Quantization", "plan_checkpoint", "plan_restore", "plan_undo", "plan_unfold", "run_plan"]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
-
-RECORD = "oftsurgery.json"
 
 #: raises where a tensor, as loading has it and as it is stored, is not what it must be
 Check = Callable[[EncodedWeight, EncodedWeight], None]
@@ -135,14 +110,13 @@ class CheckpointPlan:
 
     Attributes:
         store: the checkpoint that is read.
-        changes: of the model.
-        format: what is written.
-        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
         jobs: in the order of the destination.
         shards: the destination's files.
         config: the new ``config.json``.
         carried: other files that are copied.
-        nbytes: that will be written.
+        changes: of the model.
+        format: what is written.
+        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
         unfolds: the last fold is taken out instead of another one put in.
         rounding: of the quantised weights that are rotated.
         calibration: content hash of what they are calibrated on, or None.
@@ -151,15 +125,14 @@ class CheckpointPlan:
     """
 
     store: FolderStore
-    changes: FoldPlan
-    format: str
-    fold_into: str
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     carried: tuple[str, ...]
-    nbytes: int
-    unfolds: bool = False
+    changes: FoldPlan = field(default_factory=FoldPlan)
+    format: str = "same"
+    fold_into: str = "quantized"
+    unfolds: bool = True
     rounding: str = "nearest"
     calibration: str | None = None
     undo: Path | None = None
@@ -170,28 +143,24 @@ class CheckpointPlan:
         return self.store.source
 
     @property
-    def adapters(self) -> tuple[OFTAdapter, ...]:
-        return self.changes.adapters
-
-    @property
-    def quantization(self) -> Quantization | None:
-        return self.store.quantization
-
-    @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for job in self.jobs for part in job.parts)
 
     @property
-    def largest(self) -> int:
-        """Bytes of the largest weight in float32: what the memory that is needed grows with."""
-        return max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
+    def nbytes(self) -> int:
+        """That will be written, a guess at the undo record's among them."""
+        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
+        rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
+        return sum(size_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what ``oftsurgery plan --json`` prints."""
-        q = self.quantization
+        q = self.store.quantization
+        # in float32: what the memory that is needed grows with
+        largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         return {
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
-            "adapters": [AdapterInfo.of(a).to_dict() for a in self.adapters],
+            "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
             "quantize": None if q is None else {**asdict(q), "compute_dtype": str(q.compute_dtype)},
             "fold_into": self.fold_into,
@@ -218,7 +187,7 @@ class CheckpointPlan:
             ],
             "carried": list(self.carried),
             "bytes": self.nbytes,
-            "largest_weight_bytes": self.largest,
+            "largest_weight_bytes": largest,
         }
 
 
@@ -255,18 +224,12 @@ def plan_checkpoint(
             format=format,
             remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
         )
-    changes = plan_changes(store, adapters) if adapters else FoldPlan((), ())
+    changes = plan_changes(store, adapters) if adapters else FoldPlan()
     jobs = _Builder(store, changes, format, fold_into).jobs()
     config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
-    plan = _finish(store, changes, format, jobs, config, max_shard_bytes)
-    undo_bytes = sum(job.nbytes for job in jobs if any(p.rotate for p in job.parts)) // 4
+    plan = _planned(store, jobs, config, max_shard_bytes)
     return replace(
-        plan,
-        fold_into=fold_into,
-        rounding=rounding,
-        undo=undo,
-        nbytes=plan.nbytes + (undo_bytes if undo is not None else 0),
-        unfolds=False,
+        plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
@@ -288,8 +251,8 @@ def plan_unfold(
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
     jobs = _Builder(store, replace(changes, replace=()), "same").jobs()
-    plan = _finish(store, changes, "same", jobs, dict(folded.config), max_shard_bytes)
-    return replace(plan, rounding=rounding)
+    plan = _planned(store, jobs, dict(folded.config), max_shard_bytes)
+    return replace(plan, changes=changes, rounding=rounding)
 
 
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
@@ -304,41 +267,44 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     record = configs.record_in(folded.folder)
     if record is None:
         raise StateError(
-            f"the checkpoint has no {RECORD}",
+            f"the checkpoint has no {configs.RECORD}",
             path=folded.folder,
             remedy="give the adapter instead: it is then rotated back",
         )
-    codec = record.base.get("quantize") if record.base.get("fold_into") == "quantized" else None
-    origin = FolderStore(base, recorded_quantization(folded, codec))
+    quantization = _recorded_quantization(record, folded.config)
+    origin = FolderStore(base, quantization)
+    written = "same" if quantization is None else quantization.codec
     store = FolderStore(folded)
-    wanted: dict[str, list[Original]] = {}
-    for original in originals(record, origin):
+    wanted: dict[str, list[engine.Original]] = {}
+    for original in engine.originals(record, origin):
         wanted.setdefault(origin.architecture.tied.get(original.at, original.at), []).append(original)
     touched = {name: any(o.weight for o in found) for name, found in wanted.items()}
     jobs = []
-    for job in _Builder(origin, FoldPlan((), ()), codec or "same", touched=touched).jobs():
+    for job in _Builder(origin, FoldPlan(), written, touched=touched).jobs():
         if any(part.name in wanted for part in job.parts):
             _check_same_format(job, folded, touched)
-            parts = tuple(replace(p, check=_check_of(p.name, wanted.get(p.name), store)) for p in job.parts)
+            parts = tuple(replace(p, check=_check_of(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
         elif all(n in folded.entries for n in job.outputs):
             jobs += [_copy(folded, n) for n in job.outputs]  # untouched by the fold: the folded checkpoint's own bytes
         else:
             jobs.append(replace(job, origin=origin))
     config = configs.restored_config(folded.config, base.config)
-    return _finish(store, FoldPlan((), ()), "same", jobs, config, max_shard_bytes)
+    return _planned(store, jobs, config, max_shard_bytes)
 
 
-def _check_of(name: str, wanted: Sequence[Original] | None, folded: FolderStore) -> Check:
+def _check_of(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
     """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
     changed, by what the folded checkpoint has.
     """
 
     def check(found: EncodedWeight, stored: EncodedWeight) -> None:
-        for original in wanted or ():
+        for original in wanted:
             original.check(found, stored)
-        there = None if wanted else folded.weight(name, found.format)
-        if not wanted and (there is None or there.fingerprint != found.fingerprint):
+        if wanted:
+            return
+        there = folded.weight(name, found.format)
+        if there is None or there.fingerprint != found.fingerprint:
             raise IntegrityError(
                 "the base differs from the folded checkpoint in a tensor that the fold did not touch",
                 tensor=name,
@@ -357,7 +323,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
         UndoError: the record is damaged.
     """
     store = FolderStore(folded)
-    back = undone(undo, store)
+    back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
     restored = {named[name]: (name, read) for name, read in back.items()}
     # of tensors that were one, a checkpoint holds the first
@@ -367,36 +333,28 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
         first, *others = (named[n] for n in group if n in named)
         dropped |= set(others) - {first}
         for other in others:
-            name = restored[other][0] if other in restored else ""
-            if name.removesuffix(".weight") in undo.weights and first not in restored:
-                checks[first] = partial(_check_before, undo, name.removesuffix(".weight"))
+            path = restored[other][0].removesuffix(".weight") if other in restored else ""
+            if path in undo.weights and first not in restored:
+                checks[first] = partial(_check_shared, undo, path)
     touched = {name: given.removesuffix(".weight") in undo.weights for name, (given, _) in restored.items()}
     jobs = []
-    for job in _Builder(store, FoldPlan((), ()), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
+    for job in _Builder(store, FoldPlan(), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
         if ({p.name for p in job.parts} or {store.architecture.renamed[job.name]}) <= dropped:
             continue
-        made = job
         for part in job.parts:
             if part.name in restored:
-                made = _undone(made, part, undo, *restored[part.name])
+                job = _undone(job, part, undo, *restored[part.name])
             elif part.name in checks:
-                made = _with(made, replace(part, check=checks[part.name]))
-        jobs.append(made)
+                job = _with(job, replace(part, check=checks[part.name]))
+        jobs.append(job)
     config = dict(undo.config or folded.config)
     if not undo.config and undo.tie_word_embeddings is not None:
         config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
-    plan = _finish(store, FoldPlan((), ()), "same", jobs, config, max_shard_bytes)
-    return replace(plan, undone=undo)
+    return replace(_planned(store, jobs, config, max_shard_bytes), undone=undo)
 
 
-def _check_before(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
-    if found.fingerprint != undo.before(path):
-        raise IntegrityError(
-            "the weight, or the one that it was tied to, was changed since the fold",
-            module=path,
-            path=undo.path,
-            remedy="take out later folds first, the last one first; or unfold with base=…",
-        )
+def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
+    undo.check_shared(path, found)
 
 
 def _with(job: Job, part: Part) -> Job:
@@ -421,31 +379,23 @@ def _undone(job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[E
     return replace(job, outputs=outputs, parts=(replace(part, into=before, restore=read, beside=beside),))
 
 
-def recorded_quantization(folded: Checkpoint, codec: str | None) -> Quantization | None:
-    """How a plain base was quantised to ``codec`` before it was folded: by the record, else by the config. None for no
-    codec.
-    """
+def _recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
+    """How a plain base was quantised before it was folded: by the record, else by the config. None where it was not."""
+    base = record.base
+    codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
     if codec is None:
         return None
-    record = configs.record_in(folded.folder)
-    if record is not None and "double_quant" in record.base:
-        skip = json.loads(record.base.get("skip_modules") or "null")
-        dtype = getattr(torch, record.base.get("dtype") or "", None)
-        return Quantization(
-            codec,
-            record.base["double_quant"] == "true",
-            skip=None if skip is None else tuple(map(str, skip)),
-            dtype=dtype,
-        )
-    settings = folded.config.get("quantization_config") or {}
-    skip = settings.get("llm_int8_skip_modules")
-    return Quantization(
-        codec, bool(settings.get("bnb_4bit_use_double_quant")), skip=None if skip is None else tuple(map(str, skip))
-    )
+    if "double_quant" in base:
+        double, skip = base["double_quant"] == "true", json.loads(base.get("skip_modules") or "null")
+    else:
+        settings = config.get("quantization_config") or {}
+        double, skip = bool(settings.get("bnb_4bit_use_double_quant")), settings.get("llm_int8_skip_modules")
+    dtype = getattr(torch, base.get("dtype") or "", None)
+    return Quantization(codec, double, skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
 
 
 def _recorded(q: Quantization | None) -> dict[str, str | None]:
-    """Mirror of :func:`recorded_quantization`."""
+    """Mirror of :func:`_recorded_quantization`."""
     if q is None:
         return {"quantize": None}
     return {
@@ -469,72 +419,56 @@ def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]
             )
 
 
-def _finish(
-    store: FolderStore,
-    changes: FoldPlan,
-    format: str,
-    jobs: Sequence[Job],
-    config: Mapping[str, Any],
-    max_shard_bytes: int,
+def _planned(
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
 ) -> CheckpointPlan:
     carried = configs.carried_files(store.source.folder)
     card.own_card(store.source.folder)  # is refused now where it cannot be read
-    outputs = [job.outputs for job in jobs]
-    return CheckpointPlan(
-        store=store,
-        changes=changes,
-        format=format,
-        fold_into="quantized",
-        jobs=tuple(jobs),
-        shards=split(outputs, max_shard_bytes),
-        config=config,
-        carried=carried,
-        nbytes=sum(map(size_of, outputs)) + sum((store.source.folder / name).stat().st_size for name in carried),
-        unfolds=True,
-    )
+    return CheckpointPlan(store, tuple(jobs), split([job.outputs for job in jobs], max_shard_bytes), config, carried)
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
-    source, quantization = store.source, store.quantization
-    stored = source.config.get("quantization_config")
-    if stored is not None and not isinstance(stored, Mapping):
+    settings = store.source.config.get("quantization_config")
+    if settings is not None and not isinstance(settings, Mapping):
         raise FormatError(
             "`quantization_config` is no JSON object",
             tensor="config.json",
             remedy="restore the config.json that was saved",
         )
-    method = stored.get("quant_method", "bitsandbytes") if stored is not None else None
+    method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise FormatError(
             "the checkpoint is quantised by another library",
             format=printable(method),
             remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
         )
-    quantised = any(map(store.is_quantised, source.entries))
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
             f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
         )
     if fold_into not in ("quantized", "original"):
         raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
-    if quantised and quantization is not None:
+    if store.quantization is not None:
+        _check_quantised_first(store, store.quantization.codec, format)
+
+
+def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
+    if any(map(store.is_quantised, store.source.entries)):
         raise StateError(
             "the checkpoint is quantised already",
             format=format,
             remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
         )
-    if quantization is not None and quantization.codec not in QUANTISED:
-        raise StateError(
-            f"unknown quantisation {printable(quantization.codec)!r}", remedy=f"one of {', '.join(QUANTISED)}"
-        )
-    if quantization is not None and format == "same":
+    if codec not in QUANTISED:
+        raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+    if format == "same":
         raise StateError(
             "a plain checkpoint is to be quantised, and to stay as it is",
-            remedy=f"format='{quantization.codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
+            remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
         )
-    if quantization is not None and format in QUANTISED and format != quantization.codec:
-        raise StateError(f"quantised to {quantization.codec}, but written as {format}", remedy="name one of the two")
-    if quantization is not None and store.architecture.linears is None:
+    if format in QUANTISED and format != codec:
+        raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
+    if store.architecture.linears is None:
         raise StateError(
             "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
@@ -546,32 +480,28 @@ def _copy(source: Checkpoint, name: str) -> Job:
     return Job(name, {name: (DTYPES[entry.dtype], entry.shape)}, entry.nbytes)
 
 
+@dataclass(eq=False)
 class _Builder:
     """Makes the jobs that turn what ``store`` holds into what a folder holds after ``changes``.
 
-    Args:
+    Attributes:
         format: that is written.
         fold_into: ``"original"``: rotated weights are not quantised first.
         touched: ``{name of a tensor that is to be a part, whether it changes or not: it is a weight}``.
     """
 
-    def __init__(
-        self,
-        store: FolderStore,
-        changes: FoldPlan,
-        format: str,
-        fold_into: str = "quantized",
-        touched: Mapping[str, bool] = MappingProxyType({}),
-    ) -> None:
-        self.store = store
-        self.entries = store.source.entries
-        self.architecture = store.architecture
-        self.changes = changes
-        self.format = format
-        self.fold_into = fold_into
-        self.rotate = {change.name: change for change in changes.rotate}
-        self.values = {place: change.values for change in changes.replace for place in change.places}
-        self.touched = {**dict.fromkeys(self.values, False), **touched, **dict.fromkeys(self.rotate, True)}
+    store: FolderStore
+    changes: FoldPlan
+    format: str
+    fold_into: str = "quantized"
+    touched: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries = self.store.source.entries
+        self.architecture = self.store.architecture
+        self.rotate = {change.name: change for change in self.changes.rotate}
+        self.values = {place: change.values for change in self.changes.replace for place in change.places}
+        self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
 
     def jobs(self) -> list[Job]:
         made: list[Job] = []
@@ -584,15 +514,13 @@ class _Builder:
             if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
-                continue
-            if formats.is_companion(name, self.entries):
-                continue  # comes with its weight
-            group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
-            done.update(group)
-            if target in self.touched or self._converts(target, name):
-                made.append(self._of_tensor(target, name, name, group))
-            else:
-                made += [self._plain(n) for n in group]
+            elif not formats.is_companion(name, self.entries):  # that comes with its weight
+                group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+                done.update(group)
+                if target in self.touched or self._converts(target, name):
+                    made.append(self._of_tensor(target, name, name, group))
+                else:
+                    made += [self._plain(n) for n in group]
         made += [self._untied(name) for name in self._to_untie()]
         return made
 
@@ -619,30 +547,25 @@ class _Builder:
         is to be a part.
         """
         entry, stored = self.entries[name], self.store.dtype(name)
-        floats = stored in FLOATS
-        loaded = (self.store.loaded_dtype(target or name) or stored) if floats else stored
-        into = DENSE.get(self.format, loaded) if floats else stored
-        if not target and stored == loaded == into:
+        part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
+        if not target and stored == part.into.dtype == (part.base or part.into).dtype:
             return _copy(self.store.source, name)
-        part = self._cast(target or name, output or name, entry.shape, into)
-        return Job(name, {part.output: (into, entry.shape)}, entry.nbytes, (part,))
+        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
 
-    def _cast(self, name: str, output: str, shape: tuple[int, ...], into: torch.dtype) -> Part:
+    def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
         """A tensor as it is, but for its dtype and an adapter's own values."""
-        loaded = self.store.loaded_dtype(name)
-        base = None if loaded is None else WeightFormat("dense", shape, loaded)
-        return Part(name, output, WeightFormat("dense", shape, into), base, matrix=False, values=self.values.get(name))
+        loaded, into = None, stored
+        if stored.dtype in FLOATS:
+            loaded = self.store.loaded_dtype(name)
+            into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
+        base = None if loaded is None else replace(stored, dtype=loaded)
+        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The model's tensor ``target`` from the stored one ``name``."""
         entry = self.entries[name]
         if target in self.values and DTYPES[entry.dtype] not in FLOATS:
-            raise FormatError(
-                "the adapter brings its own values for a weight that is stored quantised",
-                tensor=target,
-                format=entry.dtype,
-                remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
-            )
+            raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
         if not (self.touched.get(target) or converts or len(group) > 1):
             return self._plain(name, target, output)
@@ -660,11 +583,9 @@ class _Builder:
         if untied:  # an output head, which loading leaves as it is
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = (
-            WeightFormat("dense", stored.shape, DENSE[self.format])
-            if self.format in DENSE
-            else loaded.kind.home(loaded)
-        )
+        into = loaded.kind.home(loaded)
+        if self.format in DENSE:
+            into = WeightFormat("dense", stored.shape, DENSE[self.format])
         if self.fold_into == "original" and name in self.rotate:
             base = None
         return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
@@ -677,22 +598,19 @@ class _Builder:
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
         parts = [self._made(name) for name in unit.model]
-        if split_up:
-            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
-        else:
-            outputs = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
-        return self._unit_job(unit, outputs, parts)
+        as_stored = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
+        return self._unit_job(unit, parts, None if split_up else as_stored)
 
     def _made(self, name: str, *, untied: bool = False) -> Part:
         """A tensor that a unit makes, or one that is tied to such a tensor."""
         if self.touched.get(name) or (self.store.quantises(name) and not untied):
             return self._weight(name, name, untied=untied)
-        stored = self.store.stored(name)
-        dtype = DENSE.get(self.format, self.store.loaded_dtype(name) or stored.dtype)
-        return self._cast(name, name, stored.shape, dtype)
+        return self._cast(name, name, self.store.stored(name))
 
-    def _unit_job(self, unit: Unit, outputs: Outputs, parts: Sequence[Part]) -> Job:
+    def _unit_job(self, unit: Unit, parts: Sequence[Part], outputs: Outputs | None = None) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
+        if outputs is None:
+            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
     def _to_untie(self) -> list[str]:
@@ -714,8 +632,7 @@ class _Builder:
     def _untied(self, name: str) -> Job:
         unit = self.store.unit(name)
         if unit is not None:
-            part = self._made(name, untied=True)
-            return self._unit_job(unit, formats.spread_shapes(name, part.into), [part])
+            return self._unit_job(unit, [self._made(name, untied=True)])
         holder = self.store.holder(name)
         return self._of_tensor(name, holder, name, (holder,), untied=True)
 
@@ -752,14 +669,17 @@ def run_plan(
         check_free(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, Arithmetic(plan.rounding, inputs_of))
+        run = _Run(plan, torch.device(device), progress, inputs_of)
         if resume and plan.undo is not None and plan.undo.is_file():
             with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
                 run.written = open_undo(plan.undo)
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
-        run.say(record)
+        if not plan.unfolds and record is not None:
+            engine.finish_fold(record, plan.changes, plan.store.ties)
+        elif plan.changes.rotate:
+            engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:
             run.write_undo(plan.undo, record, staging, force=force)
         record = write_rest(
@@ -782,9 +702,9 @@ def _check_apart(plan: CheckpointPlan, destination: Path) -> None:
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
     sources = {s.source.folder.resolve() for s in stores if s is not None}
-    adapters = {Path(a.source).resolve() for a in plan.adapters if a.source is not None and Path(a.source).is_dir()}
-    for what, folders in (("source", sources), ("adapter", adapters)):
-        check_apart(destination, what, folders)
+    adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
+    check_apart(destination, "source", sources)
+    check_apart(destination, "adapter", filter(Path.is_dir, adapters))
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(
             "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"
@@ -797,9 +717,9 @@ def _fingerprint(plan: CheckpointPlan) -> str:
     """Of all that decides the output: unfinished work of another fingerprint is not resumed."""
     facts = {
         "source": plan.source.identity,
-        "adapters": [a.fingerprint for a in plan.adapters],
+        "adapters": [a.fingerprint for a in plan.changes.adapters],
         "format": plan.format,
-        "quantization": str(plan.quantization),
+        "quantization": str(plan.store.quantization),
         "fold_into": plan.fold_into,
         "shards": [[s.file, [list(plan.jobs[i].outputs) for i in s.items]] for s in plan.shards],
         "config": dict(plan.config),
@@ -813,27 +733,26 @@ def _fingerprint(plan: CheckpointPlan) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@dataclass(eq=False)
 class _Run:
-    """The state of one run: progress, and the records of what was folded."""
+    """One run: its progress, and the records of what was folded."""
 
-    def __init__(
-        self, plan: CheckpointPlan, device: torch.device, progress: Progress | None, arithmetic: Arithmetic
-    ) -> None:
-        self.plan = plan
-        self.arithmetic = arithmetic
-        self.device = device
-        self.progress = progress
+    plan: CheckpointPlan
+    device: torch.device
+    progress: Progress | None
+    inputs_of: InputsOf | None
+
+    def __post_init__(self) -> None:
         self.done = 0
-        self.total = sum(job.nbytes for job in plan.jobs)
-        self.modules: dict[str, dict[str, Any]] = {}
-        self.saved: dict[str, str] = {}
+        self.total = sum(job.nbytes for job in self.plan.jobs)
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved: dict[str, str | None] = {}
         #: name of a part → names of the replaced tensors whose values it holds
         self.named: dict[str, list[str]] = {}
-        held = {part.name for part in plan.parts}
-        for name in (name for change in plan.changes.replace for name in plan.changes.recorded(change)):
-            at = name if name in held else plan.store.architecture.tied.get(name, name)
+        held, changes = {part.name for part in self.plan.parts}, self.plan.changes
+        for name in (name for change in changes.replace for name in changes.recorded(change)):
+            at = name if name in held else self.plan.store.architecture.tied.get(name, name)
             self.named.setdefault(at, []).append(name)
-        self.keeper: Keeper | None = None
         self.written: UndoRecord | None = None
 
     def step(self, name: str, nbytes: int) -> None:
@@ -847,29 +766,29 @@ class _Run:
         if self.plan.undo is not None and self.written is None and staging.finished(_part(shard)) is None:
             finished = None
         if finished is not None:
-            self.modules |= finished.get("modules", {})
+            self.modules |= {path: ModuleRecord.from_dict(m) for path, m in finished.get("modules", {}).items()}
             self.saved |= finished.get("saved", {})
             for job in jobs:
                 self.step(_label(job), job.nbytes)
             return
-        modules, saved = self.modules, self.saved
-        self.modules, self.saved = {}, {}
+        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of)
         if self.plan.undo is None:
-            self._write(shard.file, jobs, staging)
+            self._write(shard.file, jobs, operation, staging)
         else:
             with staging.writing(_part(shard)) as path, path.open("wb") as file:
-                kept = UndoParts(file)
-                self.keeper = Keeper(kept, self.plan.changes)
-                self._write(shard.file, jobs, staging)
-            staging.finish(_part(shard), {"undo": kept.facts})
-        staging.finish(shard.file, {"modules": self.modules, "saved": self.saved})
-        self.modules, self.saved = modules | self.modules, saved | self.saved
+                operation.undo = UndoParts(file)
+                self._write(shard.file, jobs, operation, staging)
+            staging.finish(_part(shard), {"undo": operation.undo.facts})
+        modules = {path: module.to_dict() for path, module in operation.modules.items()}
+        staging.finish(shard.file, {"modules": modules, "saved": operation.saved})
+        self.modules |= operation.modules
+        self.saved |= operation.saved
 
-    def _write(self, file: str, jobs: Sequence[Job], staging: Staging) -> None:
+    def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
         record = self.record()
         metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
         items = [
-            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, job))
+            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
             for job in jobs
         ]
         write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
@@ -889,14 +808,16 @@ class _Run:
                         )
                     writer.append(facts["undo"], staging.chunks(_part(shard)))
                 tied = plan.store.architecture.tied
-                groups = [[n for n in g if n not in tied] + [n for n in g if n in tied] for g in plan.changes.apart]
                 config = plan.source.config
                 if plan.format != "same":
-                    config = configs.output_config(config, plan.format, plan.quantization, untied=False)
+                    config = configs.output_config(config, plan.format, plan.store.quantization, untied=False)
                 writer.finish(
                     record,
-                    # those that the source held by themselves stay
-                    ties=[[g[0], *(n for n in g[1:] if n in tied)] for g in groups],
+                    # others that the source held by themselves stay
+                    ties=[
+                        [next(n for n in group if n not in tied), *(n for n in group if n in tied)]
+                        for group in plan.changes.apart
+                    ],
                     tie_word_embeddings=plan.store.ties.flag,
                     config=config,
                 )
@@ -907,94 +828,59 @@ class _Run:
 
     def _load(self, job: Job) -> Any:
         store = job.origin or self.plan.store
-        if job.unit is not None:
-            return job.unit.load({name: store.source.read(name) for name in job.unit.stored})
         if not job.parts:
             return store.source.chunks(job.name)
-        (part,) = job.parts
-        if part.matrix:
-            return load_weight(store.source, job.name, transposed=job.transposed)
-        return store.source.read(job.name)
+        if job.unit is not None:
+            made, tied = store.read_unit(job.unit), store.architecture.tied
+            return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
+        if job.parts[0].matrix:
+            return [load_weight(store.source, job.name, transposed=job.transposed)]
+        return [codecs.dense(store.source.read(job.name))]
 
-    def _make(self, job: Job, loaded: Any) -> Mapping[str, Any]:
+    def _make(self, operation: engine.Operation, job: Job, loaded: Any) -> Mapping[str, Any]:
         if not job.parts:
             return {job.name: loaded}
-        if job.unit is None:
-            (part,) = job.parts
-            stored = loaded if isinstance(loaded, EncodedWeight) else codecs.dense(loaded)
-            return self._laid_out(job, part, self._changed(job, part, stored))
-        tied = (job.origin or self.plan.store).architecture.tied
-        made = {part: codecs.dense(loaded[tied.get(part.name, part.name)]) for part in job.parts}
-        new = {part.name: (part, self._changed(job, part, tensor)) for part, tensor in made.items()}
-        if set(job.outputs) == set(job.unit.stored):
-            found = job.unit.store({name: encoded.tensors["weight"] for name, (_, encoded) in new.items()})
-            return {name: tensor.to(job.outputs[name][0]) for name, tensor in found.items()}
-        return {
-            n: t for part, encoded in new.values() for n, t in encoded.format.kind.spread(part.output, encoded).items()
-        }
+        new = [self._changed(operation, job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
+        if job.unit is not None and set(job.outputs) == set(job.unit.stored):
+            plain = {part.name: encoded.tensors["weight"] for part, encoded in zip(job.parts, new, strict=True)}
+            return {name: tensor.to(job.outputs[name][0]) for name, tensor in job.unit.store(plain).items()}
+        made: dict[str, Tensor] = {}
+        for part, encoded in zip(job.parts, new, strict=True):
+            if job.transposed and not encoded.format.quantised:
+                encoded = codecs.dense(encoded.tensors["weight"].t())
+            made |= {**encoded.format.kind.spread(part.output, encoded), **part.beside}
+        return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
 
-    def _changed(self, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
+    def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
-        before = self._as_loaded(part, stored)
+        before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
+        if part.base is not None:
+            before = codecs.load(before, part.base)
         if part.check is not None:
             part.check(before, stored)
         if part.restore is not None:
             return part.restore(before)
-        new = before
-        if part.values is not None:
-            new = self._replaced(job, part, before)
+        new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
         if part.rotate is not None:
-            return self._rotated(job, part, part.rotate, before, new)
+            as_stored = part.base is None and job.unit is None and part.output == job.name
+            beside = _beside(self.plan.source, job.name, before) if as_stored and operation.undo is not None else None
+            return operation.rotate(part.rotate, new, part.into, before, beside)
         if new.format == part.into:
             return new
         if part.matrix:
             return fold_encoded(new, (), part.into, "nearest").encoded
         return codecs.encode(new.tensors["weight"], part.into)
 
-    def _as_loaded(self, part: Part, stored: EncodedWeight) -> EncodedWeight:
-        on_device = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
-        return on_device if part.base is None else quantise(on_device, part.base)
-
-    def _replaced(self, job: Job, part: Part, before: EncodedWeight) -> EncodedWeight:
-        assert part.values is not None  # noqa: S101 - by construction
-        values = part.values.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
-        old = self._native(job, before.tensors["weight"])
-        for name in self.named.get(part.name, ()):
-            self.saved[name] = hash_tensors({name: old})
-            if self.keeper is not None:
-                self.keeper.replaced(name, old, values)
-        return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
-
-    def _native(self, job: Job, weight: Tensor) -> Tensor:
-        """A plain tensor in the shape in which it is stored."""
-        if job.unit is not None:
-            return weight
-        return (
-            weight.t()
-            if job.transposed and weight.ndim == 2
-            else weight.reshape(self.plan.source.entries[job.name].shape)
-        )
-
-    def _rotated(
-        self, job: Job, part: Part, change: Rotate, own: EncodedWeight, before: EncodedWeight
+    def _replaced(
+        self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
     ) -> EncodedWeight:
-        folded, record = self.arithmetic.rotate(change, before, part.into)
-        self.modules[change.path] = record.to_dict()
-        if self.keeper is not None:
-            as_stored = part.base is None and job.unit is None and part.output == job.name
-            beside = _beside(self.plan.source, job.name, own) if as_stored else {}
-            self.keeper.rotated(change, before, folded, own, beside)
-        return folded.encoded
-
-    def _laid_out(self, job: Job, part: Part, new: EncodedWeight) -> Mapping[str, Tensor]:
-        """The job's outputs, in the shapes that the checkpoint holds them in."""
-        if new.format.quantised:
-            found = new.format.kind.spread(part.output, new) | dict(part.beside)
-            return {name: found[name] for name in job.outputs}
-        weight = new.tensors["weight"]
-        shape = job.outputs[part.output][1]
-        assert shape is not None  # noqa: S101 - of plain tensors
-        return {part.output: weight.t() if job.transposed and part.matrix else weight.reshape(shape)}
+        values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
+        old = before.tensors["weight"]
+        if job.unit is None:  # as it is stored
+            old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
+        for name in self.named.get(part.name, ()):
+            operation.replaced(name, old, values)
+        return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
 
     # --- what is left of it ---
 
@@ -1002,23 +888,13 @@ class _Run:
         plan = self.plan
         before = plan.store.record
         if plan.unfolds:
-            return earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
-        modules = {path: ModuleRecord.from_dict(m) for path, m in self.modules.items()}
-        record = fold_record(plan.changes, before, modules, self.saved, plan.rounding)
+            return engine.earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
+        record = engine.fold_record(plan.changes, before, self.modules, self.saved, plan.rounding)
         return replace(
             record,
             adapters=tuple(map(configs.public_info, record.adapters)),
-            base={"fold_into": plan.fold_into, **_recorded(plan.quantization)},
+            base={"fold_into": plan.fold_into, **_recorded(plan.store.quantization)},
         )
-
-    def say(self, record: FoldRecord | None) -> None:
-        """Warn of what the run did."""
-        changes = self.plan.changes
-        if not self.plan.unfolds and record is not None:
-            finish_fold(record, changes, self.plan.store.ties)
-        elif changes.rotate:
-            errors = {path: float(m["error"]) for path, m in self.modules.items()}
-            finish_unfold(changes, errors, self.plan.store.record)
 
 
 def _label(job: Job) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "dense",
     "encode",
     "grid_of",
+    "load",
     "rounding_of",
     "with_levels",
 ]
@@ -102,6 +103,19 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
         )
     check_rounding(rounding)
     return format.kind.encode(weight, format, rounding)
+
+
+def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
+    was loaded, and to the dtype from which the format is quantised.
+    """
+    # laid out as loading lays it out, which the fast kernels need
+    weight = plain.tensors["weight"].contiguous()
+    loaded = encode(weight, WeightFormat("dense", into.shape, into.dtype))
+    if not into.quantised:
+        return loaded
+    home = into.kind.home(into)
+    return encode(loaded.tensors["weight"].to(home.dtype), home)
 
 
 def grid_of(encoded: EncodedWeight) -> Grid:

@@ -7,8 +7,8 @@ checkpoint's names are resolved: what does not come back as it was there is no u
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,9 +85,7 @@ def unit_of(
     Args:
         converter: transformers' ``WeightConverter``.
         keys: ``{stored name: (name after renaming, first name in the model)}``.
-        shapes: of the stored tensors.
-        state: the model's tensors, on the meta device.
-        skeleton: the model on the meta device.
+        state: the tensors of ``skeleton``, the model on the meta device.
     """
     stored = {name: shapes[name] for name in keys}
     unit = Unit(stored, {}, False, converter, keys, skeleton)
@@ -95,10 +93,9 @@ def unit_of(
     found = _tried(unit.load, nothing)
     if not found or any(n not in state or state[n].shape != t.shape for n, t in found.items()):
         return unit
-    model = {name: tuple(t.shape) for name, t in found.items()}
     back = _tried(unit.store, found)
     reversible = {n: tuple(t.shape) for n, t in back.items()} == stored
-    return Unit(stored, model, reversible, converter, keys, skeleton)
+    return replace(unit, model={name: tuple(t.shape) for name, t in found.items()}, reversible=reversible)
 
 
 def _tried(
@@ -126,14 +123,10 @@ class Saving:
             return
         found = getattr(model, "_weight_conversions", None)
         if found is None:
-            found = [
-                t for t in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(t, PrefixChange)
-            ]
+            known = get_model_conversion_mapping(model, add_legacy=False)
+            found = [t for t in known if not isinstance(t, PrefixChange)]
         # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
-        found = [
-            t for t in found if not any("bitsandbytes" in type(o).__module__ for o in getattr(t, "operations", ()))
-        ]
-        back = [t.reverse_transform() for t in found[::-1]]
+        back = [t.reverse_transform() for t in found[::-1] if not _of_bitsandbytes(t)]
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
 
@@ -174,20 +167,21 @@ class Saving:
         return {self.name(name): tensor for name, tensor in found.items()}
 
 
+def _of_bitsandbytes(transform: Any) -> bool:
+    return any("bitsandbytes" in type(o).__module__ for o in getattr(transform, "operations", ()))
+
+
 def check_known(unit: Unit, path: str, *, back: bool) -> None:
     """
     Raises:
         FormatError: the module's weight is of a unit that is not known, or that must be written and cannot be.
     """
     if not unit.model or (back and not unit.reversible):
+        first, *rest = map(printable, unit.stored)
+        more = f" and {len(rest)} other tensors" if rest else ""
         raise FormatError(
-            f"transformers makes this weight from {_listed(unit.stored)} of the checkpoint by a conversion that cannot be "
+            f"transformers makes this weight from {first}{more} of the checkpoint by a conversion that cannot be "
             + ("taken back" if unit.model else "followed"),
             module=path,
             remedy="load the model with transformers, fold it in memory, and save it with save_pretrained",
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    first, *rest = map(printable, names)
-    return f"{first} and {len(rest)} other tensors" if rest else first

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,10 @@ from .plan import FoldPlan, Rotate, Store
 from .record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from .ties import Ties
 from .undo_file import UndoParts, UndoRecord
-from .weight import FoldedWeight, begin_record, fold_encoded
+from .weight import begin_record, fold_encoded
 
 __all__ = [
-    "Arithmetic",
-    "Keeper",
+    "Operation",
     "Original",
     "earlier_record",
     "finish_fold",
@@ -50,78 +49,71 @@ _NAMED = 5
 # --- computing --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Arithmetic:
-    """How weights are rotated.
+@dataclass(eq=False)
+class Operation:
+    """A plan at work: what its changes compute, what an undo record keeps of them, and what the fold's record says.
 
     Attributes:
-        rounding: of quantised ones.
+        plan: whose changes are applied.
+        rounding: of quantised weights that are rotated.
         inputs_of: the inputs of the layer at a path, where they are calibrated; None elsewhere.
+        undo: takes what changes, for an undo record; or None.
+        already: ``{tensor name: content hash before, or None}`` of those that held the adapters' own values before: the
+            fold changes nothing in them.
+        modules: ``{path: record}`` of what was rotated.
+        saved: ``{tensor name: content hash before, or None}`` of what was replaced.
+        brought: names of weights that take an adapter's own values, and are rotated after that.
     """
 
-    rounding: str = "nearest"
+    plan: FoldPlan
+    rounding: str
     inputs_of: InputsOf | None = None
+    undo: UndoParts | None = None
+    already: Mapping[str, str | None] = field(default_factory=dict)
 
-    def rotate(self, change: Rotate, before: EncodedWeight, into: WeightFormat) -> tuple[FoldedWeight, ModuleRecord]:
-        """The rotated weight in the format ``into``, and what the record says of it."""
+    def __post_init__(self) -> None:
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved = dict(self.already)
+        rotated = {r.name for r in self.plan.rotate}
+        self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
+
+    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A tensor took an adapter's own values."""
+        if self.saved.get(name) is None:
+            self.saved[name] = hash_tensors({name: before})
+        if self.undo is not None and name not in self.already and name not in self.brought:
+            self.undo.tensor(name, before, after)
+
+    def rotate(
+        self,
+        change: Rotate,
+        before: EncodedWeight,
+        into: WeightFormat,
+        own: EncodedWeight,
+        beside: Mapping[str, Any] | None = None,
+    ) -> EncodedWeight:
+        """The rotated weight in the format ``into``.
+
+        Args:
+            before: what is rotated.
+            own: what the model had: another one where the adapter brings its own.
+            beside: small tensors of a checkpoint that do not follow from it.
+        """
         end = begin_record(before, change.chain, untied=change.untied)
         if self.inputs_of is None:
             folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)
         else:
-            multiplies = into.quantised and change.chain[0].side != "embedding"
-            inputs = self.inputs_of(change.path) if multiplies else None
+            inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
             folded = fold_calibrated(before, change.chain, into, inputs)
-        return folded, end(folded)
-
-
-class Keeper:
-    """Gives an undo record what a fold changes.
-
-    Args:
-        parts: of the record.
-        plan: of the fold.
-        already: names of tensors that held the adapters' own values before: the fold changes nothing in them.
-    """
-
-    def __init__(
-        self,
-        parts: UndoParts,
-        plan: FoldPlan,
-        already: Collection[str] = (),
-    ) -> None:
-        self._parts = parts
-        self._plan = plan
-        rotated = {r.name for r in plan.rotate}
-        self._brought = {place for r in plan.replace for place in r.places if place in rotated}
-        self._silent = {*already, *self._brought}
-
-    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A tensor took an adapter's own values."""
-        if name not in self._silent:
-            self._parts.tensor(name, before, after)
-
-    def rotated(
-        self,
-        change: Rotate,
-        before: EncodedWeight,
-        folded: FoldedWeight,
-        own: EncodedWeight,
-        beside: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A weight was rotated.
-
-        Args:
-            before: what was rotated.
-            own: what the model had: another one where the adapter brings its own.
-            beside: small tensors of a checkpoint that do not follow from it.
-        """
-        same = self._plan.partner(change.name)
-        if same is not None and change.name not in self._brought:
-            self._parts.shared(change.path, same, before, folded.encoded)
-            return
-        self._parts.weight(
-            change.path, own, folded.encoded, change.chain, folded.error, folded.kept_scales, beside or None
-        )
+        new = folded.encoded
+        self.modules[change.path] = end(folded)
+        if self.undo is not None:
+            same = None if change.name in self.brought else self.plan.partner(change.name)
+            if same is not None:
+                self.undo.shared(change.path, same, before, new)
+            else:
+                self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
+        return new
 
 
 # --- going back -------------------------------------------------------------------------------------------------------
@@ -160,13 +152,15 @@ class Original:
                 format=found[0].format.label,
                 remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
             )
-        what = "weight is not the one that was folded" if self.weight else "tensor is not the one that was replaced"
+        remedy = "give the very model that was folded"
+        if not self.weight:
+            message = "the base's tensor is not the one that was replaced"
+            raise IntegrityError(message, tensor=self.name, remedy=remedy)
         raise IntegrityError(
-            f"the base's {what}",
-            module=self.name.removesuffix(".weight") if self.weight else None,
-            tensor=None if self.weight else self.name,
-            format=found[0].format.label if self.weight else None,
-            remedy="give the very model that was folded",
+            "the base's weight is not the one that was folded",
+            module=self.name.removesuffix(".weight"),
+            format=found[0].format.label,
+            remedy=remedy,
         )
 
     def _hash(self, found: EncodedWeight) -> str:
@@ -183,13 +177,11 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     before = {**weights, **record.saved}
     found = base.locate(before)
     lost = next((name for name in before if name not in found), None)
+    remedy = "give the model that was folded"
+    if lost in weights:
+        raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
     if lost is not None:
-        raise MatchError(
-            f"the base lacks {'a folded module' if lost in weights else 'a tensor that the adapter replaced'}",
-            module=lost.removesuffix(".weight") if lost in weights else None,
-            tensor=None if lost in weights else lost,
-            remedy="give the model that was folded",
-        )
+        raise MatchError("the base lacks a tensor that the adapter replaced", tensor=lost, remedy=remedy)
     # of a weight that the adapter brought and rotated, the record has the base's own among the saved
     return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
 
@@ -203,7 +195,7 @@ def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight]
     """
     undo.check_last(store.record)
     same = [name for path in undo.weights for name in (undo.shared_with(path),) if name is not None]
-    wanted = [f"{path}.weight" for path in undo.weights] + same + list(undo.tensors)
+    wanted = [*(f"{path}.weight" for path in undo.weights), *same, *undo.tensors]
     found = store.locate(wanted)
     lost = [name for name in wanted if name not in found]
     if lost:
@@ -213,32 +205,23 @@ def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight]
             path=undo.path,
             remedy=f"give the {store.what} that was folded",
         )
-    back: dict[str, Callable[[EncodedWeight], EncodedWeight]] = {}
-    for path in undo.weights:
-        back[f"{path}.weight"] = _undone_weight(undo, path, store, found)
-    for name in undo.tensors:
-        back[name] = partial(_undone_tensor, undo, name)
-    return back
 
-
-def _undone_weight(
-    undo: UndoRecord, path: str, store: Store, found: Mapping[str, str]
-) -> Callable[[EncodedWeight], EncodedWeight]:
-    same = undo.shared_with(path)
-    if same is None:
-        return partial(undo.weight, path)
-
-    def read(current: EncodedWeight) -> EncodedWeight:
-        before = store.weight(found[same], current.format)
+    def weight(path: str, current: EncodedWeight) -> EncodedWeight:
+        other = undo.shared_with(path)
+        if other is None:
+            return undo.weight(path, current)
+        before = store.weight(found[other], current.format)
         assert before is not None  # noqa: S101 - it was located
-        undo.check_shared(path, current, before)
+        undo.check_shared(path, before, current)
         return before
 
-    return read
+    def tensor(name: str, current: EncodedWeight) -> EncodedWeight:
+        return dense(undo.tensor(name, current.tensors["weight"]))
 
-
-def _undone_tensor(undo: UndoRecord, name: str, current: EncodedWeight) -> EncodedWeight:
-    return dense(undo.tensor(name, current.tensors["weight"]))
+    return {
+        **{f"{path}.weight": partial(weight, path) for path in undo.weights},
+        **{name: partial(tensor, name) for name in undo.tensors},
+    }
 
 
 # --- records and warnings ---------------------------------------------------------------------------------------------
@@ -279,7 +262,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
         )
         warn_caller(
             "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, "
-            f"and the model is larger{reads if ties.flag and ties.flag_is_read else ''}",
+            f"and the model is larger{reads if ties.flag and ties.flag_is_read() else ''}",
             UntieWarning,
         )
     _warn_of_calibration(record)
@@ -290,26 +273,24 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
 def warn_of_idle(plan: FoldPlan) -> None:
     """One :class:`IdleWarning` that names the layers whose rotation is left out, if any."""
     if plan.idle:
-        named, more = _named(map(printable, plan.idle))
         warn_caller(
             f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
-            f"the layers, so a live adapter does nothing there ({named}{more})",
+            f"the layers, so a live adapter does nothing there ({_named(map(printable, plan.idle))})",
             IdleWarning,
         )
 
 
-def _named(names: Iterable[str]) -> tuple[str, str]:
+def _named(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     all_ = list(names)
-    return "; ".join(all_[:_NAMED]), f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else ""
+    return "; ".join(all_[:_NAMED]) + (f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else "")
 
 
 def _warn_of_calibration(record: FoldRecord) -> None:
-    left = {path: m.uncalibrated for path, m in record.modules.items() if m.uncalibrated is not None}
+    left = [f"{printable(p)}: {m.uncalibrated}" for p, m in record.modules.items() if m.uncalibrated is not None]
     if left:
-        named, more = _named(f"{printable(path)}: {why}" for path, why in left.items())
         warn_caller(
-            f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({named}{more}); "
+            f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({_named(left)}); "
             "all are in the fold's record",
             CalibrationWarning,
         )
@@ -355,15 +336,15 @@ def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
     return f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding"
 
 
-def finish_unfold(plan: FoldPlan, errors: Mapping[str, float], record: FoldRecord | None) -> None:
+def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: FoldRecord | None) -> None:
     """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its ``record`` tells it."""
 
     # the two roundings are independent to first order
     def total(path: str) -> float:
         before = record.modules[path].error if record and path in record.modules else 0.0
-        return float((before**2 + errors[path] ** 2) ** 0.5)
+        return float((before**2 + modules[path].error ** 2) ** 0.5)
 
-    worst = max(errors, key=total)
+    worst = max(modules, key=total)
     known = "including the fold's own" if record else "without the fold's own, which has no record here"
     kept = len(plan.replace)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""

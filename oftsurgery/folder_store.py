@@ -7,13 +7,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import codecs, configs, formats
-from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .conversion import Unit, check_known
 from .dtypes import DTYPES, FLOATS
@@ -26,7 +24,7 @@ from .record import FoldRecord
 from .shards import Checkpoint
 from .ties import Ties
 
-__all__ = ["FolderStore", "Quantization", "load_weight", "quantise"]
+__all__ = ["FolderStore", "Quantization", "load_weight"]
 
 
 @dataclass(frozen=True)
@@ -152,38 +150,32 @@ class FolderStore:
         """The unit that ``name`` is made by, or None for what is stored by itself."""
         return self.architecture.made.get(self.architecture.tied.get(name, name))
 
-    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+    def layer(self, name: str) -> LayerInfo:
         path = name.removesuffix(".weight")
         modules = self.architecture.modules
         unit = self.unit(name)
         if unit is not None:
             check_known(unit, path, back=True)
-        kind: Literal["linear", "embedding", "conv"] = "embedding" if rotation.side == "embedding" else "linear"
-        format_ = self.loaded(name)
-        identity = id(modules[path]) if path in modules else hash(name)
+        format_, shape = self.loaded(name), self.shape(name)
         if path in modules:
-            if is_idle(
-                modules, path, quantised=self.quantization is not None or "quantization_config" in self.source.config
-            ):
-                return LayerInfo(kind, format_, identity, idle=True)
-            kind = Layer(path, modules[path]).kind
-        else:
-            shape = self.shape(name)
-            if len(shape) == 4 and shape[2:] != (1, 1):
-                raise FormatError(
-                    f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
-                    module=path,
-                    remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
-                )
-            if name in self.architecture.units and len(shape) != 2:
-                raise FormatError(
-                    "the checkpoint holds this weight fused with others",
-                    module=path,
-                    tensor=name,
-                    shape=shape,
-                    remedy="load the model with transformers, fold it in memory, and save it",
-                )
-        return LayerInfo(kind, format_, identity)
+            quantised = self.quantization is not None or "quantization_config" in self.source.config
+            idle = is_idle(modules, path, quantised=quantised)
+            return LayerInfo(None if idle else Layer(path, modules[path]).kind, format_, id(modules[path]), idle)
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            raise FormatError(
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
+                module=path,
+                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+            )
+        if name in self.architecture.units and len(shape) != 2:
+            raise FormatError(
+                "the checkpoint holds this weight fused with others",
+                module=path,
+                tensor=name,
+                shape=shape,
+                remedy="load the model with transformers, fold it in memory, and save it",
+            )
+        return LayerInfo(None, format_, hash(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         unit = self.unit(name)
@@ -197,10 +189,13 @@ class FolderStore:
         """A weight's format as it is stored, canonical shape; reads nothing but a 4-bit state's JSON."""
         unit = self.unit(name)
         if unit is not None:
-            shape = self.shape(name)
-            return WeightFormat("dense", shape, self.dtype(next(iter(unit.stored))))
-        holder = self.holder(name)
-        return _format_of(self.source, holder, transposed=holder in self.architecture.transposed)
+            return WeightFormat("dense", self.shape(name), self.dtype(next(iter(unit.stored))))
+        holder, entries = self.holder(name), self.source.entries
+        dtype, shape = self.dtype(holder), entries[holder].shape
+        if not formats.of_names(holder, entries, dtype).quantised:
+            turned = shape[::-1] if holder in self.architecture.transposed else shape
+            shape = turned[:2] if turned[2:] == (1, 1) else turned
+        return formats.format_of(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:
         """A weight's format as loading the model has it."""
@@ -225,31 +220,35 @@ class FolderStore:
 
     def dtype(self, stored: str) -> torch.dtype:
         """Of a tensor of the checkpoint."""
-        return _dtype(self.source, stored)
+        return DTYPES[self.source.entries[stored].dtype]
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
-        if self.quantization is not None:
-            home = self.loaded(name)
-        unit = self.unit(name)
-        if unit is not None:
-            at = self.architecture.tied.get(name, name)
-            found = codecs.dense(unit.load({n: self.source.read(n) for n in unit.stored})[at])
-        elif self.holder(name) in self.source.entries:
-            holder = self.holder(name)
+        holder = self.holder(name)
+        if self.unit(name) is not None:
+            found = codecs.dense(self._plain(name))
+        elif holder in self.source.entries:
             found = load_weight(self.source, holder, transposed=holder in self.architecture.transposed)
         else:
             return None
-        changes = home.quantised and not found.format.quantised
-        return quantise(found, home) if changes or (self.quantization is not None and found.format != home) else found
+        if self.quantization is not None:
+            home = self.loaded(name)
+        elif found.format.quantised or not home.quantised:
+            home = found.format
+        return found if found.format == home else codecs.load(found, home)
 
     def tensor(self, name: str) -> Tensor | None:
         found = locate([name], self.architecture).get(name)
-        if found is None:
-            return None
-        unit = self.unit(found)
-        if unit is not None:
-            return unit.load({n: self.source.read(n) for n in unit.stored})[self.architecture.tied.get(found, found)]
-        return self.source.read(self.holder(found))
+        return None if found is None else self._plain(found)
+
+    def _plain(self, name: str) -> Tensor:
+        unit = self.unit(name)
+        if unit is None:
+            return self.source.read(self.holder(name))
+        return self.read_unit(unit)[self.architecture.tied.get(name, name)]
+
+    def read_unit(self, unit: Unit) -> dict[str, Tensor]:
+        """The model's tensors that a unit makes."""
+        return unit.load({name: self.source.read(name) for name in unit.stored})
 
 
 def _load_dtype(source: Checkpoint) -> torch.dtype:
@@ -263,26 +262,10 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
     return next((DTYPES[e.dtype] for e in source.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
 
 
-def _dtype(source: Checkpoint, name: str) -> torch.dtype:
-    return DTYPES[source.entries[name].dtype]
-
-
-def _format_of(source: Checkpoint, name: str, *, transposed: bool) -> WeightFormat:
-    dtype, shape = _dtype(source, name), source.entries[name].shape
-    if not formats.of_names(name, source.entries, dtype).quantised:
-        shape = shape[::-1] if transposed else shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-    return formats.format_of(name, source.entries, source.read, shape, dtype)
-
-
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
-    """A stored weight with its companions, in the canonical shape ``(out, in)``.
-
-    Args:
-        source: that holds it.
-        name: of the weight's tensor.
-        transposed: a plain weight is held ``(in, out)``.
-    """
-    encoded = formats.gather(name, source.entries, source.read, source.entries[name].shape, _dtype(source, name))
+    """A stored weight with its companions, in the canonical shape; ``transposed``: a plain one is held ``(in, out)``."""
+    entry = source.entries[name]
+    encoded = formats.gather(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
     return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)
 
 
@@ -291,18 +274,3 @@ def canonical(weight: Tensor, *, transposed: bool) -> EncodedWeight:
     return codecs.dense(
         weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
     )
-
-
-def quantise(encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
-    """A plain weight as the trainer's bitsandbytes loading held it.
-
-    From its rounding to ``into.dtype``, in which the model was loaded; int8 from the float16 rounding of that, as
-    ``Int8Params`` does.
-    """
-    # laid out as loading lays it out, which the fast kernels need
-    plain = encoded.tensors["weight"].contiguous()
-    weight = codecs.encode(plain, WeightFormat("dense", into.shape, into.dtype)).tensors["weight"]
-    if not into.quantised:
-        return EncodedWeight(into, {"weight": weight})
-    home = into.kind.home(into)
-    return codecs.encode(weight.to(home.dtype), home)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import card, configs
-from .errors import OFTSurgeryError
+from .errors import told_of
 from .record import FoldRecord
 from .shards import INDEX, ShardWriter, read_header
 from .staging import Staging
@@ -91,37 +91,26 @@ def write_shard(
         ThreadPoolExecutor(1) as readers,
         ThreadPoolExecutor(1) as writers,
     ):
-        _pipeline(items, writer, step, readers, writers)
 
+        def put(item: Item, made: Mapping[str, Tensor | Iterable[bytes]]) -> None:
+            for name, tensor in made.items():
+                writer.write(name, tensor)
+            step(item)
 
-def _pipeline(
-    items: Sequence[Item],
-    writer: ShardWriter,
-    step: Callable[[Item], None],
-    readers: ThreadPoolExecutor,
-    writers: ThreadPoolExecutor,
-) -> None:
-    def put(item: Item, made: Mapping[str, Tensor | Iterable[bytes]]) -> None:
-        for name, tensor in made.items():
-            writer.write(name, tensor)
-        step(item)
-
-    ahead: Future[Any] | None = None
-    behind: Future[None] | None = None
-    for i, item in enumerate(items):
-        loaded = (ahead or readers.submit(item.load)).result()
-        ahead = readers.submit(items[i + 1].load) if i + 1 < len(items) else None
-        try:
-            made = item.make(loaded)
-        except OFTSurgeryError as error:
-            raise error.within(item.name) from error.__cause__
-        del loaded
+        ahead: Future[Any] | None = None
+        behind: Future[None] | None = None
+        for i, item in enumerate(items):
+            loaded = (ahead or readers.submit(item.load)).result()
+            ahead = readers.submit(items[i + 1].load) if i + 1 < len(items) else None
+            with told_of(item.name):
+                made = item.make(loaded)
+            del loaded
+            if behind is not None:
+                behind.result()
+            behind = writers.submit(put, item, made)
+            del made
         if behind is not None:
             behind.result()
-        behind = writers.submit(put, item, made)
-        del made
-    if behind is not None:
-        behind.result()
 
 
 def write_rest(
@@ -139,7 +128,6 @@ def write_rest(
 
     Args:
         files: of weights that were written.
-        record: that the folder carries, or None.
         source: folder of the model, for the card.
         jsons: ``{file name: contents}``; ``config.json`` is among them, if there is any.
         carried: other files that are copied.

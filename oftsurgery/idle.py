@@ -16,58 +16,47 @@ __all__ = ["is_idle"]
 _READ: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         name: frozenset(owners.split())
-        for name, owners in {
+        for names, owners in {
             "classifier": "LongcatFlashTopkRouter",
             "cls_embed": "Sam3GeometryEncoder Sam3LiteTextGeometryEncoder",
-            "decoder": "MobileBertLMPredictionHead",
-            "dense": "MobileBertLMPredictionHead",
+            "decoder dense": "MobileBertLMPredictionHead",
             "dt_proj": "FalconMambaMixer JambaMambaMixer MambaMixer",
             "embed_positions": "AudioFlamingo3Encoder MossTranscribeDiarizeAudioModel Qwen2AudioEncoder VoxtralEncoder",
             "embed_tokens": "SeamlessM4Tv2TextToUnitDecoder",
             "embedding": "Emu3VQVAEVectorQuantizer GlmImageVQVAEVectorQuantizer",
             "hq_token": "SamHQMaskDecoder",
-            "iou_token": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
+            "iou_token mask_tokens": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
             "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder",
             "k_linear": "DabDetrMHAttentionMap",
             "k_proj": "ConditionalDetrMHAttentionMap DetrMHAttentionMap MaskFormerDetrMHAttentionMap WavLMAttention",
             "kernel": "TDNNLayer",
             "level_embed": "Mask2FormerTransformerModule OneFormerTransformerModule",
-            "mask_tokens": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
-            "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder SamHQMaskDecoder SamMaskDecoder",
             "ngram_embeddings": "ProphetNetDecoder",
-            "no_mask_embed": "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
-            "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder",
-            "not_a_point_embed": "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder Sam2VideoPromptEncoder "
-            "Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder",
+            "no_mask_embed not_a_point_embed": "EdgeTamPromptEncoder EdgeTamVideoPromptEncoder Sam2PromptEncoder "
+            "Sam2VideoPromptEncoder Sam3TrackerPromptEncoder Sam3TrackerVideoPromptEncoder SamHQPromptEncoder SamPromptEncoder",
             "obj_score_token": "EdgeTamMaskDecoder EdgeTamVideoMaskDecoder Sam2MaskDecoder Sam2VideoMaskDecoder "
             "Sam3TrackerMaskDecoder Sam3TrackerVideoMaskDecoder",
-            "out_proj": "WavLMAttention",
-            "patterns": "DabDetrModel",
+            "out_proj q_proj v_proj": "WavLMAttention",
+            "patterns query_refpoint_embeddings": "DabDetrModel",
             "position_embedding": "Cosmos3EdgeVisionEmbeddings Glm4vMoeVisionEmbeddings Glm4vVisionEmbeddings GlmImageVisionEmbeddings "
             "HunYuanVLVisionPatchEmbed Siglip2VisionEmbeddings",
             "presence_token": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
             "prompt_ctx": "OneFormerTextMapper",
-            "q_proj": "WavLMAttention",
             "queries_embedder": "Mask2FormerTransformerModule MaskFormerTransformerModule OneFormerTransformerModule",
             "queries_features": "Mask2FormerTransformerModule",
             "query": "EomtDinov3ForUniversalSegmentation EomtForUniversalSegmentation VideomtForUniversalSegmentation",
-            "query_1024_resolution": "DeepseekOcr2VisionModel",
-            "query_768_resolution": "DeepseekOcr2VisionModel",
+            "query_1024_resolution query_768_resolution": "DeepseekOcr2VisionModel",
             "query_embed": "Sam3DetrDecoder Sam3LiteTextDetrDecoder",
-            "query_feat": "LwDetrModel RfDetrModel",
+            "query_feat reference_point_embed": "LwDetrModel RfDetrModel",
             "query_position_embeddings": "ConditionalDetrModel DeformableDetrModel DetrModel GroundingDinoModel MMGroundingDinoModel "
             "TableTransformerModel",
-            "query_refpoint_embeddings": "DabDetrModel",
-            "reference_point_embed": "LwDetrModel RfDetrModel",
             "reference_points": "GroundingDinoModel Sam3DetrDecoder Sam3LiteTextDetrDecoder",
             "rel_embeddings": "DebertaEncoder DebertaV2Encoder SEWDTransformerEncoder",
-            "rel_pos_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
-            "rel_pos_x_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
-            "rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
+            "rel_pos_bias rel_pos_x_bias rel_pos_y_bias": "LayoutLMv2Encoder LayoutLMv3Encoder PPDocLayoutV2ReadingOrderEncoder",
             "tgt_embed": "OmDetTurboDecoder",
             "unembedding_projection": "NeoMMEForMaskedLM",
-            "v_proj": "WavLMAttention",
         }.items()
+        for name in names.split()
     }
 )
 #: those that call it in models that were loaded quantised, and there alone

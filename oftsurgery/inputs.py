@@ -118,12 +118,11 @@ def of_checkpoint(
         CalibrationError: transformers does not know the class, or cannot load it.
         MissingDependencyError: transformers is not installed.
     """
-    quantised = [part.rotate for part in plan.parts if part.rotate is not None and part.into.quantised]
-    wanted = [rotate.path for rotate in quantised if rotate.chain[0].side != "embedding"]
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
 
     @cache
     def calibration() -> Calibration:
-        adapters = [in_names_of(plan.store, adapter) for adapter in plan.adapters]
+        adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
         return Calibration(_load(plan, device), adapters, wanted, _to(batches, device), progress=progress)
 
     return lambda path: calibration()(path)
@@ -142,7 +141,7 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
     settings: dict[str, Any] = {"dtype": "auto"}
     if stored is not None:
         config.quantization_config = dict(stored)
-    q = plan.quantization
+    q = plan.store.quantization
     if q is not None:
         settings["dtype"] = q.dtype or "auto"
         if plan.fold_into == "quantized":

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Rotation
 from .codecs import EncodedWeight, WeightFormat
 from .idle import is_idle
 from .layers import Layer
@@ -81,14 +80,11 @@ class LiveStore:
 
         return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
 
-    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+    def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)
         config: Any = getattr(inner_model(self.model), "config", None)
-        if is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized")):
-            return LayerInfo(
-                "embedding" if rotation.side == "embedding" else "linear", layer.read()[1], id(layer.module), idle=True
-            )
-        return LayerInfo(layer.kind, layer.read()[1], id(layer.module))
+        idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
+        return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
 
     def shape(self, name: str) -> tuple[int, ...]:
         tensor = self.tensor(name)

@@ -9,31 +9,20 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import peft_live
+from . import engine, peft_live
 from .adapter import OFTAdapter
 from .calibration import InputsOf
 from .codecs import EncodedWeight, dense
-from .engine import (
-    Arithmetic,
-    Keeper,
-    earlier_record,
-    finish_fold,
-    finish_unfold,
-    fold_record,
-    originals,
-    undone,
-)
-from .errors import FormatError, IntegrityError, OFTSurgeryError, StateError
-from .hashing import hash_tensors
+from .dtypes import name_of
+from .errors import IntegrityError, StateError, told_of
 from .layers import Layer, Undo
 from .live_store import LiveStore, record_of, set_record
-from .plan import FoldPlan, Replace, Store, plan_changes
+from .plan import FoldPlan, Replace, Store, plan_changes, takes_no_values
 from .progress import Progress
-from .record import ModuleRecord
 from .sharing import share_model
-from .ties import FLAG, inner_model, modules_of, parts_with_flag, tensors_in
+from .ties import FLAG, inner_model, modules_of, tensors_in
 from .undo_file import UndoRecord, UndoWriter
 
 __all__ = [
@@ -65,25 +54,23 @@ def fold_model(
     """:func:`oftsurgery.fold` for adapters that are already loaded.
 
     Args:
-        model: plain, or with live peft layers.
         adapters: in the live order; None for the model's live ones.
         names: of live adapters, where ``adapters`` is None.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         rounding: of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: gives the inputs of the layers of a model that is about to be folded.
         undo: takes what the fold changes, and is finished when all is done.
-        inplace: change ``model`` itself.
-        progress: called after each module.
     """
     live = peft_live.has_live_layers(inner_model(model))
-    if live != (adapters is None):
+    if live and adapters is not None:
         raise StateError(
-            "the model carries live peft adapters, and an adapter to fold was given too"
-            if live
-            else "no adapter to fold was given, and the model carries no live peft adapter",
-            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it"
-            if live
-            else "give an OFTAdapter, its folder, or a list of them",
+            "the model carries live peft adapters, and an adapter to fold was given too",
+            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it",
+        )
+    if not live and adapters is None:
+        raise StateError(
+            "no adapter to fold was given, and the model carries no live peft adapter",
+            remedy="give an OFTAdapter, its folder, or a list of them",
         )
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
@@ -101,27 +88,21 @@ def fold_model(
         store = LiveStore(work)
         ties = store.ties if live else given.ties  # as they are before anything changes
         plan = plan or plan_changes(store, adapters)
-        keep = None if undo is None else Keeper(undo, plan, already or {})
-        brought = {place for change in plan.replace for place in change.places}
-        own = {r.name: store.at(r.name).read()[0] for r in plan.rotate if r.name in brought}
         inputs_of = calibrate(work, plan) if calibrate is not None else None
-        saved = _replace(store, plan, journal, keep)
-        modules = _rotate(store, plan, Arithmetic(rounding, inputs_of), journal, progress, keep, own)
+        operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
+        own = {name: store.at(name).read()[0] for name in operation.brought}
+        for change in plan.replace:
+            before, after = replace_tensor(store.modules, change, journal)
+            for name in plan.recorded(change):
+                operation.replaced(name, before, after)
+        _rotate(store, operation, journal, progress, own)
         _separate(store, plan, journal)
-        record = fold_record(plan, store.record, modules, _saved(saved, already or {}), rounding)
-        finish_fold(record, plan, ties)
+        record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
+        engine.finish_fold(record, plan, ties)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
     return work
-
-
-def _saved(replaced: Mapping[str, str], already: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Hashes of what the base held: of what was replaced now, unless it had been replaced before."""
-    return {
-        **replaced,
-        **{name: before for name, before in already.items() if before is not None or name not in replaced},
-    }
 
 
 @contextmanager
@@ -146,47 +127,24 @@ def _on_cpu() -> AbstractContextManager[object]:
 # --- applying changes -------------------------------------------------------------------------------------------------
 
 
-def _replace(store: LiveStore, plan: FoldPlan, journal: list[Undo], keep: Keeper | None) -> dict[str, str]:
-    """Put the adapters' own values in their places; gives the hashes of what was there."""
-    saved: dict[str, str] = {}
-    for change in plan.replace:
-        before = store.tensor(change.name)
-        replace_tensor(store.modules, change, journal)
-        after = store.tensor(change.name)
-        assert before is not None  # noqa: S101 - the plan found them
-        assert after is not None  # noqa: S101
-        for name in plan.recorded(change):
-            saved[name] = hash_tensors({name: before})
-            if keep is not None:
-                keep.replaced(name, before, after)
-    return saved
-
-
 def _rotate(
     store: LiveStore,
-    plan: FoldPlan,
-    arithmetic: Arithmetic,
+    operation: engine.Operation,
     journal: list[Undo],
     progress: Progress | None,
-    keep: Keeper | None = None,
     own: Mapping[str, EncodedWeight] = MappingProxyType({}),
-) -> dict[str, ModuleRecord]:
-    records: dict[str, ModuleRecord] = {}
-    for done, change in enumerate(plan.rotate, start=1):
+) -> None:
+    changes = operation.plan.rotate
+    for done, change in enumerate(changes, start=1):
         if change.untied:
             separate_module(store.modules, change.path, journal)
         layer = store.at(change.name)
-        try:
+        with told_of(change.path):
             before, home = layer.read()
-            folded, records[change.path] = arithmetic.rotate(change, before, home)
-            if keep is not None:
-                keep.rotated(change, before, folded, own.get(change.name, before))
-            layer.write(folded.encoded, park=not change.untied, journal=journal)
-        except OFTSurgeryError as error:
-            raise error.within(change.path) from error.__cause__
+            new = operation.rotate(change, before, home, own.get(change.name, before))
+            layer.write(new, park=not change.untied, journal=journal)
         if progress is not None:
-            progress(done, len(plan.rotate), change.path)
-    return records
+            progress(done, len(changes), change.path)
 
 
 def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
@@ -212,9 +170,9 @@ def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
     return sum(child is module for parent in parents for child in parent._modules.values())
 
 
-def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> None:
+def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> tuple[Tensor, Tensor]:
     """Give a parameter or buffer an adapter's own values (in its own dtype and on its device), in all of the change's
-    places.
+    places; gives what was there, and what is now.
     """
     old: Any = tensors_in(modules)[change.name]
     if old.is_meta:
@@ -224,16 +182,12 @@ def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: l
             remedy="load it on a device",
         )
     if change.values.is_floating_point() and not old.is_floating_point():
-        raise FormatError(
-            "the adapter brings its own values for a weight that is stored quantised",
-            tensor=change.name,
-            format=str(old.dtype).removeprefix("torch."),
-            remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
-        )
+        raise takes_no_values(change.name, name_of(old.dtype))
     data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:
         _put(modules, place, new, journal)
+    return old, new
 
 
 def _put(modules: Mapping[str, nn.Module], name: str, tensor: Any, journal: list[Undo]) -> None:
@@ -264,7 +218,8 @@ def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
 
 def _set_flag(model: nn.Module, *, value: bool, journal: list[Undo]) -> None:
     """transformers ties embeddings again whenever it loads, unless the config says not to."""
-    for config in parts_with_flag(getattr(inner_model(model), "config", None)):
+    whole = getattr(inner_model(model), "config", None)
+    for config in (whole, getattr(whole, "text_config", None)):
         if getattr(config, FLAG, value) != value:
             journal.append(partial(setattr, config, FLAG, getattr(config, FLAG)))
             setattr(config, FLAG, value)
@@ -286,9 +241,10 @@ def unfold_model(
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
-        records = _rotate(store, plan, Arithmetic(rounding), journal, progress)
-        finish_unfold(plan, {path: m.error for path, m in records.items()}, store.record)
-        set_record(work, earlier_record(store.record))
+        operation = engine.Operation(plan, rounding)
+        _rotate(store, operation, journal, progress)
+        engine.finish_unfold(plan, operation.modules, store.record)
+        set_record(work, engine.earlier_record(store.record))
     return work
 
 
@@ -310,7 +266,7 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
     with transaction() as journal:
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
-        wanted = originals(record, base)
+        wanted = engine.originals(record, base)
         for original in wanted:
             if original.weight:
                 layer = store.at(original.name)
@@ -324,7 +280,7 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
             _put_back(store, original.name, found, journal, weight=original.weight)
         _check_rest(store, base, {o.name for o in wanted})
         _tie_again(store, base.ties.groups, base.ties.flag, journal)
-        set_record(work, earlier_record(record))
+        set_record(work, engine.earlier_record(record))
     return work
 
 
@@ -345,12 +301,12 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
         # read before the first is put back: two names may be one tensor
         found = {
             name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
-            for name, back in undone(undo, store).items()
+            for name, back in engine.undone(undo, store).items()
         }
         for name, (back, current) in found.items():
             _put_back(store, name, back(current), journal, weight=name in weights)
         _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
-        set_record(work, earlier_record(undo.fold))
+        set_record(work, engine.earlier_record(undo.fold))
     return work
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ __all__ = ["Architecture", "architecture_of", "locate"]
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +48,14 @@ class Architecture:
     """
 
     renamed: Mapping[str, str]
-    units: Mapping[str, Unit]
-    transposed: frozenset[str]
-    linears: frozenset[str] | None
-    loaded: Mapping[str, torch.dtype]
-    modules: Mapping[str, nn.Module]
-    ties: Ties
-    base_prefix: str
-    name: str | None
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    linears: frozenset[str] | None = None
+    loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    ties: Ties = field(default_factory=Ties)
+    base_prefix: str = ""
+    name: str | None = None
 
     @cached_property
     def stored(self) -> Mapping[str, tuple[str, ...]]:
@@ -102,27 +101,11 @@ def architecture_of(
     """
     model = skeleton(config, dtype, len(shapes))
     if model is None:
-        return _unknown(config, shapes)
+        ends = _CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
+        return Architecture(
+            {name: name for name in shapes}, transposed=frozenset(n for n in shapes if n.endswith(ends))
+        )
     return _known(model, shapes, dtype, skip)
-
-
-def _unknown(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-    transposed = frozenset(
-        name
-        for name in shapes
-        if config.get("model_type") in _CONV1D_TYPES and name.endswith(tuple(f"{n}.weight" for n in _CONV1D_NAMES))
-    )
-    return Architecture(
-        renamed=MappingProxyType({name: name for name in shapes}),
-        units=MappingProxyType({}),
-        transposed=transposed,
-        linears=None,
-        loaded=MappingProxyType({}),
-        modules=MappingProxyType({}),
-        ties=Ties(),
-        base_prefix="",
-        name=None,
-    )
 
 
 def _known(
@@ -137,8 +120,7 @@ def _known(
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     renamed: dict[str, str] = {}
-    parts: dict[str, dict[str, tuple[str, str]]] = {}
-    patterns: dict[str, str] = {}
+    converted: dict[str, tuple[Any, dict[str, tuple[str, str]]]] = {}
     for name in shapes:
         # companions (weight.absmax, SCB) follow their weight; the tables know weights alone
         owner = owner_of(name)
@@ -149,26 +131,25 @@ def _known(
         rest = name.removeprefix(weight.removesuffix("weight"))
         renamed[name] = target if weight == name else target.removesuffix("weight") + rest
         if pattern is not None:
-            patterns.setdefault(target, pattern)
-            parts.setdefault(target, {})[name] = (apply_renamings(weight, renamings), target)
+            _, keys = converted.setdefault(target, (by_pattern[pattern], {}))
+            keys[name] = (apply_renamings(weight, renamings), target)
     units: dict[str, Unit] = {}
-    for target, keys in parts.items():
-        unit = unit_of(by_pattern[patterns[target]], keys, shapes, state, model)
-        units |= dict.fromkeys(keys, unit)
+    for converter, keys in converted.values():
+        units |= dict.fromkeys(keys, unit_of(converter, keys, shapes, state, model))
     modules = modules_of(model)
     skipped = _not_converted(model, skip)
     conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}
     return Architecture(
-        renamed=MappingProxyType(renamed),
-        units=MappingProxyType(units),
+        renamed=renamed,
+        units=units,
         transposed=frozenset(n for n, target in renamed.items() if target.removesuffix(".weight") in conv1d),
         linears=frozenset(
             f"{path}.weight"
             for path, m in modules.items()
             if (path in conv1d or type(m) is nn.Linear) and not skipped(path)
         ),
-        loaded=MappingProxyType(_loaded(model, renamed, dtype)),
-        modules=MappingProxyType(modules),
+        loaded=_loaded(model, renamed, dtype),
+        modules=modules,
         ties=ties_of(model),
         base_prefix=model.base_model_prefix,
         name=type(model).__name__,
@@ -220,8 +201,10 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
         MatchError: one name finds two tensors.
     """
 
+    known = {*architecture.stored, *architecture.made, *architecture.tied}
+
     def called(name: str) -> set[str]:
-        here = {name} & (architecture.stored.keys() | architecture.made.keys() | architecture.tied.keys())
+        here = {name} & known
         if name in architecture.units:
             here = here or {name}
         elif name in architecture.renamed:
@@ -246,16 +229,11 @@ def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], b
         called: a name to the tensor that it is the name of, if there is one.
     """
     prefix = f"{base_prefix}." if base_prefix else ""
-    rules: list[Callable[[str], str]] = [lambda n: n]
-    if prefix:
-        rules += [lambda n: prefix + n, lambda n: n.removeprefix(prefix)]
+    rules: tuple[Callable[[str], str], ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
     wanted = list(names)
     best: dict[str, str] = {}
     for rule in rules:
-        found: dict[str, str] = {}
-        for name in wanted:
-            for target in called(rule(name)):
-                found[name] = target
+        found = {name: target for name in wanted for target in called(rule(name))}
         if len(found) > len(best):
             best = found
         if len(found) == len(wanted):
@@ -273,5 +251,5 @@ def names_in_model(model: Any) -> Callable[[str], str]:
     except ImportError:
         return lambda name: name
     renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
-    state = dict(tensors_in(modules_of(model)).items())
+    state = tensors_in(modules_of(model))
     return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])

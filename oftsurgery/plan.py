@@ -17,21 +17,11 @@ from torch import Tensor
 
 from .adapter import OFTAdapter, Rotation
 from .codecs import EncodedWeight, WeightFormat
-from .errors import MatchError, ShapeError, StateError, printable
+from .errors import FormatError, MatchError, ShapeError, StateError, printable
 from .record import FoldRecord
 from .ties import Ties
 
-__all__ = [
-    "FoldPlan",
-    "LayerInfo",
-    "Replace",
-    "Rotate",
-    "Store",
-    "check_last",
-    "in_names_of",
-    "not_found",
-    "plan_changes",
-]
+__all__ = ["FoldPlan", "LayerInfo", "Replace", "Rotate", "Store", "in_names_of", "plan_changes", "takes_no_values"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +29,13 @@ class LayerInfo:
     """What the planner needs to know of a layer.
 
     Attributes:
-        kind: of module.
+        kind: of module; None where that is not known, or the layer is idle.
         format: that its weight is rotated in.
         identity: two paths to one module share it.
         idle: its owner reads the weight and never calls the layer.
     """
 
-    kind: Literal["linear", "embedding", "conv"]
+    kind: Literal["linear", "embedding", "conv"] | None
     format: WeightFormat
     identity: int
     idle: bool = False
@@ -77,7 +67,7 @@ class Store(Protocol):
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         """``{name in an adapter: name of the model's tensor}``, without those that there are not."""
 
-    def layer(self, name: str, rotation: Rotation) -> LayerInfo:
+    def layer(self, name: str) -> LayerInfo:
         """Of the module whose weight is the tensor ``name``. Raises FormatError where it cannot be folded."""
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -113,6 +103,12 @@ class Rotate:
         """Of the weight."""
         return f"{self.path}.weight"
 
+    def takes_inputs(self, into: WeightFormat) -> bool:
+        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
+        multiplies by the weight.
+        """
+        return into.quantised and self.chain[0].side != "embedding"
+
 
 @dataclass(frozen=True, eq=False)
 class Replace:
@@ -143,8 +139,8 @@ class FoldPlan:
         idle: paths of layers whose rotation is left out, since nobody calls them.
     """
 
-    adapters: tuple[OFTAdapter, ...]
-    rotate: tuple[Rotate, ...]
+    adapters: tuple[OFTAdapter, ...] = ()
+    rotate: tuple[Rotate, ...] = ()
     replace: tuple[Replace, ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     clears_flag: bool = False
@@ -183,7 +179,7 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        layers[name] = store.layer(name, chains[name][0])
+        layers[name] = store.layer(name)
         for rotation in chains[name]:
             _check_kind(name.removesuffix(".weight"), rotation, layers[name])
     replaced: dict[str, Tensor] = {}
@@ -227,7 +223,7 @@ def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rota
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
-            raise not_found(lost, store.names, adapter)
+            raise _not_found(lost, store.names, adapter)
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
             name = found[f"{path}.weight"]
@@ -249,15 +245,12 @@ def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
-    made: list[Replace] = []
+    made: dict[tuple[str, ...], Replace] = {}
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
-        same = next((r for r in made if name in r.places), None)
-        if same is None:
-            made.append(Replace(name, values, places))
-        else:  # the last one stays, as when peft loads them
-            made[made.index(same)] = dataclasses.replace(same, values=values)
-    return tuple(made)
+        first = made[places].name if places in made else name
+        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+    return tuple(made.values())
 
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
@@ -268,10 +261,18 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
             "the same adapter is given twice",
             remedy="give each adapter once; compose or scale it to apply it more strongly",
         )
-    if inverse:
-        check_last(store, adapters)
+    record = store.record
+    if record is None:
         return
-    again = [a for a in adapters if store.record is not None and a.fingerprint in store.record.fingerprints()]
+    if inverse:
+        if [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+            raise StateError(
+                f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
+                f"not of {', '.join(printable(a.source) for a in adapters)}",
+                remedy="unfold the last fold first, with the same adapters in the same order",
+            )
+        return
+    again = [a for a in adapters if a.fingerprint in record.fingerprints()]
     if again:
         raise StateError(
             f"this adapter is folded into the {store.what} already",
@@ -280,30 +281,12 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
         )
 
 
-def check_last(store: Store, adapters: Sequence[OFTAdapter]) -> None:
-    """
-    Raises:
-        StateError: the store's record names other adapters than these as the last fold.
-    """
-    record = store.record
-    if record is not None and [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
-        raise StateError(
-            f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
-            f"not of {', '.join(printable(a.source) for a in adapters)}",
-            remedy="unfold the last fold first, with the same adapters in the same order",
-        )
-
-
-def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
+def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
     """The error for adapter modules that the model lacks, with the nearest names."""
     path = lost[0]
-    near = difflib.get_close_matches(path, names, n=3, cutoff=0.5)
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
-    hint = (
-        f"; nearest in the model: {', '.join(printable(n) for n in dict.fromkeys(tail[:2] + near))}"
-        if near or tail
-        else ""
-    )
+    near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
+    hint = f"; nearest in the model: {', '.join(map(printable, near))}" if near else ""
     base = adapter.config.get("base_model_name_or_path")
     return MatchError(
         f"{len(lost)} of the adapter's {len(adapter.modules)} modules match nothing in the model{hint}",
@@ -315,7 +298,7 @@ def not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) 
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
-    if (info.kind == "embedding") != (rotation.side == "embedding"):
+    if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         raise MatchError(
             f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}",
             module=path,
@@ -347,6 +330,16 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )
     return name
+
+
+def takes_no_values(name: str, format: str) -> FormatError:
+    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    return FormatError(
+        "the adapter brings its own values for a weight that is stored quantised",
+        tensor=name,
+        format=format,
+        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+    )
 
 
 def _brings_module(adapter: OFTAdapter, name: str) -> bool:

@@ -40,16 +40,7 @@ _CHUNK = 8 << 20
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor is.
-
-    Attributes:
-        name: as the file has it.
-        file: the shard's name in the folder.
-        dtype: safetensors' name of it.
-        shape: as the file has it.
-        start: of its bytes in the file.
-        nbytes: how many.
-    """
+    """Where one tensor is: ``nbytes`` from ``start`` in ``file`` of the folder; ``dtype`` is safetensors' name of it."""
 
     name: str
     file: str
@@ -150,8 +141,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     metadata: Mapping[str, str] = {}
     for name in sorted(files):
-        path = inside(folder, name)
-        found, meta = read_header(path)
+        found, meta = read_header(inside(folder, name))
         metadata = metadata or meta
         for entry in found:
             if entry.name in entries:
@@ -204,14 +194,10 @@ def inside(folder: Path, name: str) -> Path:
         plain, there = path.is_file(), os.path.lexists(path)
     except OSError as error:
         raise _damaged(f"no name of a file ({printable(error.strerror)})", name) from error
-    if not plain:
-        # a pipe or a device would be read for ever
-        what = (
-            "a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing"
-            if there
-            else "a file of the checkpoint is missing"
-        )
-        raise _damaged(what, path)
+    if not there:
+        raise _damaged("a file of the checkpoint is missing", path)
+    if not plain:  # a pipe or a device would be read for ever
+        raise _damaged("a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing", path)
     target, root = path.resolve(), folder.resolve()
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
@@ -253,8 +239,7 @@ def sizes_in(folder: Path) -> dict[str, int]:
     sizes = {"weights": 0, "ONNX": 0, "other files": 0}
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            onnx = ".onnx" in path.name
-            what = "weights" if path.suffix == ".safetensors" else "ONNX" if onnx else "other files"
+            what = "weights" if path.suffix == ".safetensors" else "ONNX" if ".onnx" in path.name else "other files"
             sizes[what] += path.stat().st_size
     return sizes
 
@@ -298,17 +283,11 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
     metadata = header.pop("__metadata__", {})
     if set(header) != names:
         raise CheckpointError("the header names tensors twice", path=path, remedy="do not use this file")
-    entries = [
-        TensorEntry(
-            name,
-            path.name,
-            str(h["dtype"]),
-            tuple(h["shape"]),
-            8 + length + h["data_offsets"][0],
-            h["data_offsets"][1] - h["data_offsets"][0],
-        )
-        for name, h in header.items()
-    ]
+    entries = []
+    for name, facts in header.items():
+        start, end = facts["data_offsets"]
+        shape = tuple(facts["shape"])
+        entries.append(TensorEntry(name, path.name, str(facts["dtype"]), shape, 8 + length + start, end - start))
     strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
     if strange is not None:
         raise CheckpointError(
@@ -351,21 +330,21 @@ class ShardWriter:
         self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]
     ) -> None:
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._late: dict[str, bytes | None] = {name: None for name in sorted(tensors) if tensors[name][1] is None}
-        self._left: set[str] = set(tensors)
+        self._late = {name: b"" for name in sorted(tensors) if tensors[name][1] is None}
+        self._left = set(tensors)
         self._end = 0
-        for name in sorted(tensors.keys() - self._late.keys(), key=lambda name: (-tensors[name][0].itemsize, name)):
-            dtype, shape = tensors[name]
-            self._place(name, dtype, shape or (), dtype.itemsize * math.prod(shape or ()))
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+            if shape is not None:
+                self._place(name, dtype, shape)
         # room for the longest header that the late tensors can lead to
-        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15, self.LATE_BYTES) for name in self._late}
+        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15) for name in self._late}
         room = len(_dump(self._header | longest))
         self._room = room + -room % 8
         self._file: BinaryIO = path.open("xb")
 
-    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> None:
-        self._header[name] = _header_entry(dtype, shape, self._end, nbytes)
-        self._end += nbytes
+    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._header[name] = _header_entry(dtype, shape, self._end)
+        self._end = self._header[name]["data_offsets"][1]
 
     def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
         """Write one tensor: as a tensor, or as its bytes in pieces. Any thread, one at a time."""
@@ -390,10 +369,9 @@ class ShardWriter:
         if self._left:
             raise AssertionError(f"{len(self._left)} tensors were not written")
         for name, data in self._late.items():
-            assert data is not None  # noqa: S101 - nothing is left
             self._file.seek(8 + self._room + self._end)
             self._file.write(data)
-            self._place(name, torch.uint8, (len(data),), len(data))
+            self._place(name, torch.uint8, (len(data),))
         self._file.seek(0)
         self._file.write(header_bytes(self._header, self._room))
         to_disk(self._file)
@@ -414,8 +392,9 @@ class ShardWriter:
             self.abort()
 
 
-def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int, nbytes: int) -> dict[str, Any]:
-    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, start + nbytes]}
+def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+    end = start + dtype.itemsize * math.prod(shape)
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
 
 
 def _dump(header: Mapping[str, Any]) -> bytes:

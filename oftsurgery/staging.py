@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .errors import CheckpointError, DiskError, StateError, printable
@@ -20,10 +20,11 @@ __all__ = ["Replacement", "Staging", "check_apart", "disk_errors", "scratch", "w
 _STATE = ".state.json"
 
 
+@dataclass(eq=False)
 class Staging:
     """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
 
-    Args:
+    Attributes:
         destination: of the run.
         key: fingerprint of all that decides the output.
         needed: bytes that will be written; checked against the free space first.
@@ -37,24 +38,23 @@ class Staging:
         DiskError: too little space, no permission, or another run at work.
     """
 
-    def __init__(
-        self, destination: Path, key: str, *, needed: int, resume: bool, force: bool, resumable: bool = True
-    ) -> None:
-        self.destination = destination
-        self.folder = destination.parent / f".{destination.name}.oftsurgery"
-        self.lock_path = destination.parent / f".{destination.name}.oftsurgery.lock"
-        self.replaced = destination.parent / f".{destination.name}.replaced"
-        self.key = key
-        self.needed = needed
-        self.resume = resume
-        self.force = force
-        self.resumable = resumable
-        self.state: dict[str, Any] = {"key": key, "shards": {}}
-        self._lock: Any = None
+    destination: Path
+    key: str
+    _: KW_ONLY
+    needed: int
+    resume: bool
+    force: bool
+    resumable: bool = True
+
+    def __post_init__(self) -> None:
+        self.folder = self.destination.parent / f".{self.destination.name}.oftsurgery"
+        self.lock_path = self.destination.parent / f".{self.destination.name}.oftsurgery.lock"
+        self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
+        self.state: dict[str, Any] = {"key": self.key, "shards": {}}
         self._ours = False  # whether the folder's contents are this run's to remove
 
     def __enter__(self) -> Staging:
-        self._check_destination()
+        _check_free("destination", self.destination, force=self.force)
         with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 raise StateError(
@@ -71,7 +71,8 @@ class Staging:
             self._acquire()
             try:
                 self._recover()
-                self._check_destination()  # another run may have finished since the first look
+                # another run may have finished since the first look
+                _check_free("destination", self.destination, force=self.force)
                 self.folder.mkdir(exist_ok=True)
                 self._take_over()
                 self._check_space()
@@ -80,43 +81,31 @@ class Staging:
                 raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._leave()
 
     def _leave(self) -> None:
         """Release the lock; before that, remove what is not worth resuming."""
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
+        with contextlib.suppress(OSError):
+            self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
+        self._lock.release()
 
     # --- taking over ---
-
-    def _check_destination(self) -> None:
-        if not self.force and _exists(self.destination):
-            raise _exists_already("destination", self.destination)
 
     def _acquire(self) -> None:
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.lock_path)
+        self._lock = FileLock(self.lock_path)
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
             raise DiskError(
                 "another run is at work on this destination",
                 path=self.destination,
                 remedy="wait for it, or name another destination",
             ) from None
-        self._lock = lock
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
-            self._lock.release()
-            self._lock = None
 
     def _recover(self) -> None:
         """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
@@ -138,12 +127,11 @@ class Staging:
                 path=self.folder,
                 remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
             )
-        try:
+        state: dict[str, Any] = {}
+        with contextlib.suppress(CheckpointError):
             state = read_json(state_path)
-        except CheckpointError:
-            state = {}
         if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
-            if self.resume and not self.force:
+            if not self.force:
                 raise StateError(
                     "the unfinished work is of other inputs or settings",
                     path=self.folder,
@@ -157,13 +145,10 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
                 path.unlink()
-        for name in list(state["shards"]):
-            if (
-                (self.folder / name).is_symlink()
-                or not (self.folder / name).is_file()
-                or sha256_of(self.folder / name) != state["shards"][name]["sha256"]
-            ):
-                (self.folder / name).unlink(missing_ok=True)
+        for name, shard in list(state["shards"].items()):
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
+                path.unlink(missing_ok=True)
                 del state["shards"][name]
         self._save_state()
 
@@ -305,8 +290,7 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
             raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
-        if not force and _exists(path):
-            raise _exists_already("file", path)
+        _check_free("file", path, force=force)
     if make is not None:
         with disk_errors(make):
             make.mkdir(exist_ok=True)
@@ -339,8 +323,7 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         StateError: the destination exists: said before the work that it would be for.
     """
-    if _exists(destination) and not force:
-        raise _exists_already("destination", destination)
+    _check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
     try:
         yield path
@@ -350,8 +333,10 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
                 _remove(path)
 
 
-def _exists_already(what: str, path: Path) -> StateError:
-    return StateError(f"the {what} exists", path=path, remedy="name another, or replace it with force=True (--force)")
+def _check_free(what: str, path: Path, *, force: bool) -> None:
+    if _exists(path) and not force:
+        remedy = "name another, or replace it with force=True (--force)"
+        raise StateError(f"the {what} exists", path=path, remedy=remedy)
 
 
 def _exists(path: Path) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Ties", "inner_model", "modules_of", "parts_with_flag", "tensors_in", "ties_of"]
+__all__ = ["Ties", "inner_model", "modules_of", "tensors_in", "ties_of"]
 
 FLAG = "tie_word_embeddings"
 
@@ -23,19 +23,14 @@ class Ties:
         groups: names that are one tensor, in the model's order.
         flagged: names that transformers ties while the config's ``tie_word_embeddings`` is set.
         flag: that setting; None where there is none.
-        asked: whether a module's forward reads the setting, so that clearing it changes what the model computes (UMT5), or
-            its config class does, and makes something else of it (T5); found out where something comes apart.
+        flag_is_read: whether a module's forward reads the setting, so that clearing it changes what the model computes
+            (UMT5), or its config class does, and makes something else of it (T5); found out where something comes apart.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
     flagged: frozenset[str] = frozenset()
     flag: bool | None = None
-    asked: Callable[[], bool] = field(default=bool, compare=False)
-
-    @cached_property
-    def flag_is_read(self) -> bool:
-        """Whether the setting means more than which tensors are tied."""
-        return self.asked()
+    flag_is_read: Callable[[], bool] = field(default=bool, compare=False)
 
     def group(self, name: str) -> tuple[str, ...]:
         """All names of the tensor ``name``, that one alone where it is not tied."""
@@ -56,7 +51,7 @@ class Ties:
         again while it is set. (Release 5 leaves tensors alone that a checkpoint holds with different values.)
         """
         broken = any(self.flagged.intersection(group) for group in apart)
-        return bool(self.flag and broken and not self.flag_is_read)
+        return bool(self.flag and broken and not self.flag_is_read())
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -91,7 +86,7 @@ def ties_of(model: nn.Module) -> Ties:
         groups=tuple(tuple(g) for g in _groups(modules).values() if len(g) > 1),
         flagged=flagged,
         flag=getattr(config, FLAG, None),
-        asked=lambda: any(FLAG in _names_in(m) for m in modules.values()) or _means_more(config),
+        flag_is_read=cache(lambda: any(map(_reads_flag, modules.values())) or _means_more(config)),
     )
 
 
@@ -109,9 +104,9 @@ def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return groups
 
 
-def _names_in(module: nn.Module) -> tuple[str, ...]:
+def _reads_flag(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code is not None else ()
+    return FLAG in getattr(code, "co_names", ())
 
 
 def _means_more(config: Any) -> bool:
@@ -123,10 +118,3 @@ def _means_more(config: Any) -> bool:
     except Exception:  # a config class raises what it likes
         return False
     return bool(cleared != {**config.to_dict(), FLAG: False})
-
-
-def parts_with_flag(config: Any) -> list[Any]:
-    """The parts of a transformers config, or of its JSON, whose ``tie_word_embeddings`` a fold that unties clears."""
-    if isinstance(config, dict):
-        return [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
-    return [c for c in (config, getattr(config, "text_config", None)) if c is not None]

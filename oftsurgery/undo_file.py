@@ -227,10 +227,6 @@ class UndoRecord:
         same = self.weights[path].get("same_as")
         return None if same is None else str(same)
 
-    def before(self, path: str) -> str:
-        """Content hash of the weight of ``path`` without the fold."""
-        return str(self.weights[path].get("before"))
-
     def format(self, path: str, shape: tuple[int, ...]) -> WeightFormat:
         """In which the weight of ``path``, of ``shape``, is stored without the fold."""
         with self._told_of(path):
@@ -251,12 +247,13 @@ class UndoRecord:
             tables = {name: self._read(place, name) for name, place in self._tables.items()}
             return undo.decode_weight(self._entry(self.weights[path], tables), current)
 
-    def check_shared(self, path: str, current: EncodedWeight, other: EncodedWeight) -> None:
-        """Raise IntegrityError unless ``current`` is what the fold left of the weight at ``path``, and ``other`` what it
-        was.
+    def check_shared(self, path: str, other: EncodedWeight, current: EncodedWeight | None = None) -> None:
+        """Raise IntegrityError unless ``other`` is what the weight at ``path`` was, and ``current``, where it is given,
+        what the fold left of it.
         """
         facts = self.weights[path]
-        if evidence(current) != facts.get("after") or other.fingerprint != facts.get("before"):
+        moved = current is not None and evidence(current) != facts.get("after")
+        if moved or other.fingerprint != facts.get("before"):
             message = "the weight, or the one that it was tied to, was changed since the fold"
             raise changed(message, module=path, path=self.path)
 

@@ -14,7 +14,6 @@ from transformers import BitsAndBytesConfig
 
 from oftsurgery import Rotation, codecs, formats, undo
 from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.folder_store import quantise
 from oftsurgery.formats import FORMATS
 from oftsurgery.formats.int8 import Int8
 from oftsurgery.weight import fold_encoded
@@ -69,7 +68,7 @@ def test_tensors_beside_a_weight_belong_to_it(f: WeightFormat) -> None:
 def test_a_plain_weight_is_loaded_as_by_bitsandbytes(name: str, dtype: torch.dtype, double: bool) -> None:
     plain = torch.randn(6, 128, generator=seeded(name))
     kind = FORMATS[name]
-    got = quantise(codecs.dense(plain), kind.loaded_as((6, 128), dtype, double))
+    got = codecs.load(codecs.dense(plain), kind.loaded_as((6, 128), dtype, double))
     new: torch.Tensor
     if name == "int8":
         new = bnb.nn.Int8Params(plain.to(dtype), requires_grad=False, has_fp16_weights=False).to("cpu")
@@ -88,7 +87,7 @@ def test_a_plain_weight_is_loaded_as_by_bitsandbytes(name: str, dtype: torch.dty
 
 def test_a_dense_weight_is_loaded_in_its_dtype() -> None:
     plain = torch.randn(6, 128, generator=seeded(0))
-    got = quantise(codecs.dense(plain), FORMATS["dense"].loaded_as((6, 128), torch.bfloat16, False))
+    got = codecs.load(codecs.dense(plain), FORMATS["dense"].loaded_as((6, 128), torch.bfloat16, False))
     assert torch.equal(got.tensors["weight"], plain.bfloat16())
 
 

@@ -12,7 +12,7 @@ import torch
 from test_model import live, llama, logits, quantise, state_bytes
 
 import oftsurgery
-import oftsurgery.model
+import oftsurgery.engine
 from oftsurgery import RoundingWarning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
