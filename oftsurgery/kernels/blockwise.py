@@ -8,7 +8,7 @@ import ctypes
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -99,6 +99,7 @@ class Sums(NamedTuple):
         )
 
 
+@dataclass(eq=False)
 class Fold(ABC):
     """One fold of a weight, by a path that goes over it in passes.
 
@@ -108,8 +109,9 @@ class Fold(ABC):
         finite: whether all that was met so far is.
     """
 
-    def __init__(self, encoded: EncodedWeight, into: WeightFormat) -> None:
-        self.encoded, self.into, self.finite = encoded, into, True
+    encoded: EncodedWeight
+    into: WeightFormat
+    finite: bool = field(default=True, init=False)
 
     def run(self, rounding: str) -> FoldedWeight | None:
         """The folded weight; None where NaN or infinity came up."""

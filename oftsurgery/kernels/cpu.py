@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -461,6 +461,60 @@ _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
 
+class _Levels(NamedTuple):
+    """A 4-bit format's levels in order, the bounds between them and their codes; with ``by_cell`` these are in order too,
+    and the tables those of :func:`rank_by_cell`.
+    """
+
+    values: Any
+    bounds: Any
+    order: Any
+    by_cell: Any
+    base_low: Any
+    base_high: Any
+    bounds_low: Any
+    bounds_high: Any
+
+
+@_inline
+def _levels(values, bounds, order, by_cell, cells):
+    tables = load_ints(cells), load_ints(cells + 64), load(cells + 128), load(cells + 192)
+    return _Levels(load(values), load(bounds), load_ints(order), by_cell, *tables)
+
+
+@_inline
+def _nearest(s, levels):
+    """The numbers of the levels nearest to s."""
+    if levels.by_cell:
+        inside = greater(lesser(s, fill(float32(1.0))), fill(float32(-1.0)))
+        return rank_by_cell(inside, levels.base_low, levels.base_high, levels.bounds_low, levels.bounds_high)
+    return rank(s, levels.bounds)
+
+
+@_inline
+def _put(codes, index, levels):
+    """Store the codes of 16 levels by their numbers."""
+    store_codes(codes, index if levels.by_cell else pick_ints(levels.order, index))
+
+
+@_inline
+def _largest(x, n):
+    """Bits of the largest magnitude of n values."""
+    bits = no_bits()
+    for i in range(0, n, LANES):
+        bits = max_bits(bits, load(x + 4 * i))
+    return top_bits(bits)
+
+
+@_inline
+def _add_up(sums, norm, error, kept, top):
+    """To ``sums``: Σ exact², Σ (stored - exact)² and Σ (stored - exact)(exact - base), by lanes; the bits of the largest."""
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(top))
+    sums[5] += total64(kept)
+
+
 @_inline
 def _ask(kind, codes, first, count, write):
     """Have the lines of ``count`` weights from ``first`` on fetched while something else is computed: each row's are on
@@ -558,55 +612,38 @@ def _rotate(x, x_stride, y, y_stride, rows, columns, first_block, matrices, b, s
 
 
 @_inline
-def _encode_4bit(
-    base, x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
-):
+def _encode_4bit(base, x, first, count, length, codes, scales, blocksize, levels, moments, sums):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in
     all. ``base``: their values before the rotation.
 
     ``moments``: 0, or where to put each block's Σc(c-s), Σc² and Σc(s-v) (s: the scaled weight, c: its level, v: the
     scaled base), from which the error and what is kept follow with any other absmax.
-    Adds to ``sums``: Σ exact², Σ (stored - exact)², Σ (stored - exact)(exact - base).
     """
     # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the
     # one before
     top = int32(0)
-    done = 0
-    while done < count:
-        size = min(blocksize, count - done)
-        bits = no_bits()
-        for i in range(done, done + size, LANES):
-            bits = max_bits(bits, load(x + 4 * i))
-        one = top_bits(bits)
-        top = max(top, one)
-        block = (first + done) // blocksize
-        absmax = as_float(one)
+    for done in range(0, count, blocksize):
+        bits = _largest(x + 4 * done, min(blocksize, count - done))
+        top = max(top, bits)
+        absmax = as_float(bits)
         # in a short last block bitsandbytes bounds the absmax itself
-        store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
-        done += size
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    if by_cell and blocksize % (4 * LANES) == 0 and count % blocksize == 0 and as_float(top) > float32(1e-18):
-        _encode_whole_blocks(
-            base, x, first, count, codes, scales, blocksize, levels,
-            base_low, base_high, bounds_low, bounds_high, moments, as_float(top), sums,
-        )  # fmt: skip
-        sums[2] = max(sums[2], float64(top))
+        bounded = max(absmax, _TINY) if first + done + blocksize > length else absmax
+        store_one(scales + 4 * ((first + done) // blocksize), bounded)
+    whole = blocksize % (4 * LANES) == 0 and count % blocksize == 0
+    if levels.by_cell and whole and as_float(top) > float32(1e-18):
+        _encode_whole_blocks(base, x, first, count, codes, scales, blocksize, levels, moments, top, sums)
         return
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    done = 0
-    while done < count:
+    for done in range(0, count, blocksize):
         size = min(blocksize, count - done)
         block = (first + done) // blocksize
         absmax = load_one(scales + 4 * block)
         bounded = max(absmax, _TINY)
-        short = first + done + blocksize > length
         factor = fill(float32(1.0) / bounded)
-        stored = levels if absmax >= _TINY else mul(levels, fill(absmax / bounded))
-        squares, misses = zeros(), zeros()
+        stored = levels.values if absmax >= _TINY else mul(levels.values, fill(absmax / bounded))
+        squares, misses, held = zeros(), zeros(), zeros()
         cross, power, along = zeros(), zeros(), zeros()
-        held = zeros()
-        if short:  # and divides by it
+        if first + done + blocksize > length:  # and divides by it
             divisor = fill(bounded)
             for i in range(done, done + size, LANES):
                 store(x + 4 * i, div(load(x + 4 * i), divisor))
@@ -614,12 +651,8 @@ def _encode_4bit(
             factor = fill(float32(1.0))
         for i in range(done, done + size, LANES):
             s = mul(load(x + 4 * i), factor)
-            if by_cell:
-                index = rank_by_cell(s, base_low, base_high, bounds_low, bounds_high)
-                store_codes(codes + (first + i) // 2, index)
-            else:
-                index = rank(s, bounds)
-                store_codes(codes + (first + i) // 2, pick_ints(order, index))
+            index = _nearest(s, levels)
+            _put(codes + (first + i) // 2, index, levels)
             c = pick(stored, index)
             miss = sub(c, s)
             moved = sub(s, mul(load(base + 4 * i), factor))
@@ -632,21 +665,16 @@ def _encode_4bit(
             store_one(moments + 12 * block, total(cross))
             store_one(moments + 12 * block + 4, total(power))
             store_one(moments + 12 * block + 8, total(along))
-        done += size
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top))
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, top)
 
 
 @_inline
-def _encode_whole_blocks(
-    base, x, first, count, codes, scales, blocksize, levels, base_low, base_high, bounds_low, bounds_high, moments,
-    top, sums,
-):  # fmt: skip
-    """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them ``top``: the usual
-    case. What the sums leave out is far below float32's rounding of the largest block's.
+def _encode_whole_blocks(base, x, first, count, codes, scales, blocksize, levels, moments, top_bits_, sums):
+    """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them with bits
+    ``top_bits_``: the usual case. What the sums leave out is far below float32's rounding of the largest block's.
     """
+    values, tables = levels.values, levels[4:]
+    top = as_float(top_bits_)
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     to, scale_at = codes + first // 2, scales + 4 * (first // blocksize)
     moments += 12 * (first // blocksize) if moments != 0 else 0
@@ -662,19 +690,18 @@ def _encode_whole_blocks(
             factor = fill(float32(1.0) / max(absmax, _TINY))
             minus = fill(float32(-1.0) / max(absmax, _TINY))
             ratio = absmax / top
-            square, missed, crossed = zeros(), zeros(), zeros()
-            held, turned = zeros(), zeros()
+            square, missed, crossed, held, turned = zeros(), zeros(), zeros(), zeros(), zeros()
             for at in range(x + 4 * done, x + 4 * (done + blocksize), 16 * LANES):
                 s0, s1 = mul(load(at), factor), mul(load(at + 64), factor)
                 s2, s3 = mul(load(at + 128), factor), mul(load(at + 192), factor)
-                i0 = rank_by_cell(s0, base_low, base_high, bounds_low, bounds_high)
-                i1 = rank_by_cell(s1, base_low, base_high, bounds_low, bounds_high)
-                i2 = rank_by_cell(s2, base_low, base_high, bounds_low, bounds_high)
-                i3 = rank_by_cell(s3, base_low, base_high, bounds_low, bounds_high)
+                i0 = rank_by_cell(s0, *tables)
+                i1 = rank_by_cell(s1, *tables)
+                i2 = rank_by_cell(s2, *tables)
+                i3 = rank_by_cell(s3, *tables)
                 store_four_codes(to, i0, i1, i2, i3)
                 to += 32
-                m0, m1 = sub(pick(levels, i0), s0), sub(pick(levels, i1), s1)
-                m2, m3 = sub(pick(levels, i2), s2), sub(pick(levels, i3), s3)
+                m0, m1 = sub(pick(values, i0), s0), sub(pick(values, i1), s1)
+                m2, m3 = sub(pick(values, i2), s2), sub(pick(values, i3), s3)
                 square = add(square, add(fma(s0, s0, mul(s1, s1)), fma(s2, s2, mul(s3, s3))))
                 missed = add(missed, add(fma(m0, m0, mul(m1, m1)), fma(m2, m2, mul(m3, m3))))
                 from_ = at + from_base
@@ -696,9 +723,7 @@ def _encode_whole_blocks(
             scale_at += 4
             done += blocksize
         norm, error, kept = weigh(squares, largest, norm), weigh(misses, largest, error), weigh(helds, largest, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, top_bits_)
 
 
 # --- the scale of a 4-bit block that errs least -----------------------------------------------------------------------
@@ -983,86 +1008,84 @@ def _open(errors, search, power, enough):
 
 @_inline
 def _encode_best(
-    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, plain, search,
-    work, mode, sums,
+    base, x, first, count, codes, scales, blocksize, levels, moments, plain, search, work, mode, sums
 ):  # fmt: skip
     """As :func:`_encode_4bit`, with better scales of the blocks; ``mode`` SCALES: those alone, GIVEN: codes for the
     scales that are there.
 
-    ``plain`` and ``moments``: 0, or where to put each block's absmax, and the moments with it. Adds to ``sums`` as
-    :func:`_encode_4bit`; its fourth is of plain rounding.
+    ``plain`` and ``moments``: 0, or where to put each block's absmax, and the moments with it. Adds to the fourth of
+    ``sums`` the error of plain rounding.
 
     Each step is taken for all blocks before the next: within a block each waits for the one before.
     """
     if mode != GIVEN:
-        _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums)
+        _find_scales(x, first, count, scales, blocksize, levels, moments, plain, search, work, sums)
     if mode == SCALES:
         return
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
-    error, kept = fill64(0.0), fill64(0.0)
-    done = 0
-    while done < count:
-        size = min(blocksize, count - done)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
+    for done in range(0, count, blocksize):
         scale = load_one(scales + 4 * ((first + done) // blocksize))
-        tiny = abs(scale) < _TINY
-        at, to, from_ = x + 4 * done, codes + (first + done) // 2, base + 4 * done
-        factor = fill(scale if tiny else float32(1.0) / scale)
-        if mode == GIVEN or tiny:
-            back = fill(-scale)
-            for i in range(0, size, LANES):
-                v = load(at + 4 * i)
-                s = zeros() if scale == 0 else div(v, factor) if tiny else mul(v, factor)
-                index = rank(s, bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-                miss = fma(pick(levels, index), back, v)
-                error = add_product(miss, miss, error)
-                kept = add_product(miss, sub(load(from_ + 4 * i), v), kept)
-        else:  # near the absmax: float32 does in units of the scale
-            misses, held = zeros(), zeros()
-            for i in range(0, size, LANES):
-                s = mul(load(at + 4 * i), factor)
-                if by_cell:
-                    inside = greater(lesser(s, highest), lowest)
-                    index = rank_by_cell(inside, base_low, base_high, bounds_low, bounds_high)
-                    store_codes(to + i // 2, index)
-                else:
-                    index = rank(s, bounds)
-                    store_codes(to + i // 2, pick_ints(order, index))
-                miss = sub(pick(levels, index), s)
-                misses = fma(miss, miss, misses)
-                held = fma(miss, sub(s, mul(load(from_ + 4 * i), factor)), held)
-            square = fill64(float64(scale) * float64(scale))
-            error, kept = weigh(misses, square, error), weigh(held, square, kept)
-        done += size
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
+        norm, error, kept = _encode_block(
+            base + 4 * done, x + 4 * done, min(blocksize, count - done), scale, float32(0.0), mode == GIVEN,
+            codes + (first + done) // 2, levels, norm, error, kept,
+        )  # fmt: skip
+    _add_up(sums, fill64(0.0), error, kept, int32(0))  # the others are there
 
 
 @_inline
-def _plain_error(x, n, absmax, levels, bounds):
+def _encode_block(base, x, n, scale, over, far, codes, levels, norm, error, kept):
+    """Encode n values at ``x`` for a scale that is there, the change times 1 + ``over``; ``far``: whether the scale may be
+    far from their absmax, and float32 may not hold squares in units of it.
+
+    Returns:
+        the sums of :func:`_add_up`, with these added.
+    """
+    tiny = abs(scale) < _TINY
+    more, factor = fill(over), fill(scale if tiny else float32(1.0) / scale)
+    if far or tiny:
+        back = fill(scale)
+        for i in range(0, n, LANES):
+            w = load(x + 4 * i)
+            moved = sub(w, load(base + 4 * i))
+            t = fma(moved, more, w)
+            index = _nearest(zeros() if scale == 0 else div(t, factor) if tiny else mul(t, factor), levels)
+            _put(codes + i // 2, index, levels)
+            miss = sub(mul(pick(levels.values, index), back), w)
+            norm, error = add_product(w, w, norm), add_product(miss, miss, error)
+            kept = add_product(miss, moved, kept)
+        return norm, error, kept
+    squares, misses, held = zeros(), zeros(), zeros()
+    for i in range(0, n, LANES):
+        w = mul(load(x + 4 * i), factor)
+        moved = sub(w, mul(load(base + 4 * i), factor))
+        index = _nearest(fma(moved, more, w), levels)
+        _put(codes + i // 2, index, levels)
+        miss = sub(pick(levels.values, index), w)
+        squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
+    weight = fill64(float64(scale) * float64(scale))
+    return weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
+
+
+@_inline
+def _plain_error(x, n, absmax, levels):
     """The squared error of plain rounding below bitsandbytes' bound of absmax, where its codes are of that bound."""
     error, scale, factor = fill64(0.0), fill(-absmax), fill(float32(1.0) / _TINY)
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
-        miss = fma(pick(levels, rank(mul(v, factor), bounds)), scale, v)
+        miss = fma(pick(levels.values, rank(mul(v, factor), levels.bounds)), scale, v)
         error = add_product(miss, miss, error)
     return total64(error)
 
 
 @_inline
-def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums):
+def _find_scales(x, first, count, scales, blocksize, levels, moments, plain, search, work, sums):
     """The steps of :func:`_encode_best` before the codes."""
     one = int64(load_one(search + 4 * (META + _ONE)))
     power_at = int64(load_one(search + 4 * (META + _COUNT)))
     exact = load_one(search + 4 * (META + _STEP)) != 0
     top = int32(0)
     for done in range(0, count, blocksize):
-        bits = no_bits()
-        for i in range(done, min(done + blocksize, count), LANES):
-            bits = max_bits(bits, load(x + 4 * i))
-        highest = top_bits(bits)
+        highest = _largest(x + 4 * done, min(blocksize, count - done))
         top = max(top, highest)
         store_one(scales + 4 * ((first + done) // blocksize), as_float(highest))
     sums[2] = max(sums[2], float64(top))
@@ -1076,7 +1099,7 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
             cross, power = zeros(), zeros()
             for i in range(done, min(done + blocksize, count), LANES):
                 s = mul(load(x + 4 * i), factor)
-                c = pick(levels, rank(s, bounds))
+                c = pick(levels.values, rank(s, levels.bounds))
                 cross, power = fma(c, sub(c, s), cross), fma(c, c, power)
             store_one(plain + 4 * block, absmax)
             store_one(moments + 12 * block, total(cross))
@@ -1094,7 +1117,7 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         error += (
             square * float64(load_one(work + 4 * (_ERRORS + one)))
             if absmax >= _TINY
-            else _plain_error(at, size, absmax, levels, bounds)
+            else _plain_error(at, size, absmax, levels)
         )
         if exact:
             store_one(place, _best_scale(at, size, absmax, j, search, work) * absmax)
@@ -1108,11 +1131,11 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         scale = load_one(place)
         if scale == 0:
             continue
-        store_one(place, _refit(x + 4 * done, min(blocksize, count - done), scale, levels, bounds))
+        store_one(place, _refit(x + 4 * done, min(blocksize, count - done), scale, levels))
 
 
 @_inline
-def _refit(x, n, scale, levels, bounds):
+def _refit(x, n, scale, levels):
     """The best scale > 0 for the codes of n values at ``x`` with the scale ``scale``, S/Q."""
     small = scale < _TINY
     factor = fill(scale if small else float32(1.0) / scale)
@@ -1120,7 +1143,7 @@ def _refit(x, n, scale, levels, bounds):
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
         s = div(v, factor) if small else mul(v, factor)
-        c = pick(levels, rank(s, bounds))
+        c = pick(levels.values, rank(s, levels.bounds))
         cross, power = fma(c, s, cross), fma(c, c, power)
     return min(total(cross) / total(power) * scale, _LARGEST)
 
@@ -1152,15 +1175,6 @@ def _is_strong(base, x, n, scale, numbers, top):
 
 
 @_inline
-def _largest(x, n):
-    """Bits of the largest magnitude of n values."""
-    bits = no_bits()
-    for i in range(0, n, LANES):
-        bits = max_bits(bits, load(x + 4 * i))
-    return top_bits(bits)
-
-
-@_inline
 def _held_scale(wanted, top, block, keep, sums):
     """The scale nearest to ``wanted`` that the statistics of the base can hold; notes its code, and whether it clips
     the block's largest magnitude ``top``.
@@ -1186,17 +1200,12 @@ def _held_scale(wanted, top, block, keep, sums):
 
 
 @_inline
-def _keep_4bit(
-    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, search, work, keep, sums
-):
+def _keep_4bit(base, x, first, count, codes, scales, blocksize, levels, search, work, keep, sums):
     """Encode ``count`` values as :func:`_encode_4bit`, with the base's own scales and the change over-relaxed; strong
     blocks with scales of their own, to nearest. Adds to ``sums`` also how many of these there were, and how many of
     their scales the base's statistics do not hold.
     """
     own, numbers = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS)
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     largest = int32(0)
     for done in range(0, count, blocksize):
@@ -1214,42 +1223,11 @@ def _keep_4bit(
             over = float32(0.0)
             if top > 0:
                 j = _try_ratios(at, size, top, search, work)
-                wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels, bounds)
+                wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels)
                 scale = _held_scale(wanted, top, block, keep, sums)
         store_one(scales + 4 * block, scale)
-        more, tiny = fill(over), abs(scale) < _TINY
-        factor = fill(scale if tiny else float32(1.0) / scale)
-        if tiny:
-            back = fill(scale)
-            for i in range(0, size, LANES):
-                w = load(at + 4 * i)
-                moved = sub(w, load(from_ + 4 * i))
-                t = fma(moved, more, w)
-                index = rank(zeros() if scale == 0 else div(t, factor), bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-                miss = sub(mul(pick(levels, index), back), w)
-                norm, error = add_product(w, w, norm), add_product(miss, miss, error)
-                kept = add_product(miss, moved, kept)
-            continue
-        squares, misses, held = zeros(), zeros(), zeros()
-        for i in range(0, size, LANES):
-            w = mul(load(at + 4 * i), factor)
-            moved = sub(w, mul(load(from_ + 4 * i), factor))
-            t = fma(moved, more, w)
-            if by_cell:
-                index = rank_by_cell(greater(lesser(t, highest), lowest), base_low, base_high, bounds_low, bounds_high)
-                store_codes(to + i // 2, index)
-            else:
-                index = rank(t, bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-            miss = sub(pick(levels, index), w)
-            squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
-        weight = fill64(float64(scale) * float64(scale))
-        norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(largest))
-    sums[5] += total64(kept)
+        norm, error, kept = _encode_block(from_, at, size, scale, over, False, to, levels, norm, error, kept)
+    _add_up(sums, norm, error, kept, largest)
 
 
 @_inline
@@ -1289,63 +1267,58 @@ def _sample(base, x, first, count, blocksize, keep, place, sums):
     sums[0] += total64(need)
 
 
-@njit(types.void(*[int64] * 9, float64[::1], float64[::1]), cache=True, **_SETTINGS)
-def projections(planes, plane, first, last, int8, levels_at, bounds_at, by_cell, cells, relaxations, out):
+@njit(types.void(*[int64] * 10, float64[::1], float64[::1]), cache=True, **_SETTINGS)
+def projections(planes, plane, first, last, int8, values, bounds, order, by_cell, cells, relaxations, out):
     """For each of ``relaxations`` ω, Σ weight (level(base + ω change) - base) of values ``first`` to ``last`` of a
     sample, in ``out``.
     """
-    levels, bounds = load(levels_at), load(bounds_at)
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
+    levels = _levels(values, bounds, order, by_cell, cells)
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     many, few = fill(float32(127.0)), fill(float32(1.0 / 127.0))
     out[:] = 0.0
-    one = fill64(1.0)
     for start in range(first, last, 256 * LANES):  # the planes of so many stay in the first-level cache, nearly
         end = min(start + 256 * LANES, last)
         for j in range(len(relaxations)):
-            omega, sum_ = fill(float32(relaxations[j])), fill64(0.0)
-            part = zeros()
+            omega, part = fill(float32(relaxations[j])), zeros()
             for i in range(planes + 4 * start, planes + 4 * end, 4 * LANES):
                 v = load(i)
-                t = greater(lesser(fma(load(i + plane), omega, v), highest), lowest)
-                if int8:
-                    c = mul(rounded(mul(t, many)), few)
-                elif by_cell:
-                    c = pick(levels, rank_by_cell(t, base_low, base_high, bounds_low, bounds_high))
-                else:
-                    c = pick(levels, rank(t, bounds))
+                t = fma(load(i + plane), omega, v)
+                whole = rounded(mul(greater(lesser(t, highest), lowest), many))
+                c = mul(whole, few) if int8 else pick(levels.values, _nearest(t, levels))
                 part = fma(sub(c, v), load(i + 2 * plane), part)
-            out[j] += total64(weigh(part, one, sum_))
+            out[j] += total64(weigh(part, fill64(1.0), fill64(0.0)))
 
 
 @_inline
-def _keep_int8(base, x, count, first, row, codes, scb, keep, sums):
-    """Encode one row of ``count`` values as :func:`_keep_4bit` does a block."""
-    own, numbers = load_one(load_word(keep + 8 * OWN) + 4 * row), load_word(keep + 8 * NUMBERS)
+def _encode_int8(base, x, count, first, row, codes, scb, keep, sums):
+    """Encode one row of ``count`` values, scaled by its absmax, or with ``keep`` as :func:`_keep_4bit` does a block."""
     bits = _largest(x, count)
-    sums[2] = max(sums[2], float64(bits))
-    if bits >= 0x7F800000:
-        return
-    scale, over = own, load_one(numbers + 4 * _OVER)
-    if own < 0 or _is_strong(base, x, count, own, numbers, as_float(bits)):
-        scale, over = as_float(bits), float32(0.0)
-        sums[6] += 1.0
+    absmax = as_float(bits)
+    scale, over = absmax, float32(0.0)
+    if keep != 0 and bits < 0x7F800000:
+        own, numbers = load_one(load_word(keep + 8 * OWN) + 4 * row), load_word(keep + 8 * NUMBERS)
+        if own < 0 or _is_strong(base, x, count, own, numbers, absmax):
+            sums[6] += 1.0
+        else:
+            scale, over = own, load_one(numbers + 4 * _OVER)
     store_one(scb, scale)
     factor = float32(127.0) / scale if scale > 0 else float32(0.0)
     overflows = as_bits(factor) >= 0x7F800000
     step = scale / float32(127.0)
     many, few, more, divisor, limit = fill(factor), fill(step), fill(over), fill(scale), fill(float32(127.0))
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    usual = not overflows and step >= _TINY
+    # else a row of zeros or denormals; where 127/scb overflows, divide first
+    usual = not overflows and step >= _TINY and bits < 0x7F800000
+    inside = scale == absmax and over == 0  # no code is beyond 127
+    weight = fill64(float64(step) * float64(step))
     for start in range(0, count, 16 * LANES):
         squares, misses, held = zeros(), zeros(), zeros()
         for i in range(start, min(start + 16 * LANES, count), LANES):
-            w, v = load(x + 4 * i), load(base + 4 * i)
-            moved = sub(w, v)
+            w = load(x + 4 * i)
+            moved = sub(w, load(base + 4 * i))
             if usual:
                 w, moved = mul(w, many), mul(moved, many)
-                c = to_int8(fma(moved, more, w))
+                c = rounded(w) if inside else to_int8(fma(moved, more, w))
                 miss = sub(c, w)
                 squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
             else:
@@ -1356,57 +1329,13 @@ def _keep_int8(base, x, count, first, row, codes, scb, keep, sums):
                 kept = add_product(miss, moved, kept)
             store_i8(codes + first + i, c)
         if usual:
-            weight = fill64(float64(step) * float64(step))
             norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
-
-
-@_inline
-def _encode_int8(base, x, count, first, codes, scb, sums):
-    """Encode one row of ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`."""
-    bits = no_bits()
-    for i in range(0, count, LANES):
-        bits = max_bits(bits, load(x + 4 * i))
-    top = top_bits(bits)
-    scale = as_float(top)
-    store_one(scb, scale)
-    factor = float32(127.0) / scale if scale > 0 else float32(0.0)
-    step = scale / float32(127.0)
-    many, minus = fill(factor), fill(-factor)
-    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    if as_bits(factor) < 0x7F800000 and step >= _TINY and top < 0x7F800000:
-        weight = fill64(float64(step) * float64(step))
-        for start in range(0, count, 16 * LANES):
-            squares, misses, held = zeros(), zeros(), zeros()
-            for i in range(start, min(start + 16 * LANES, count), LANES):
-                s = mul(load(x + 4 * i), many)
-                c = rounded(s)  # of a finite row: at most 127
-                store_i8(codes + first + i, c)
-                miss = sub(c, s)
-                squares, misses = fma(s, s, squares), fma(miss, miss, misses)
-                held = fma(miss, fma(load(base + 4 * i), minus, s), held)
-            norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    else:  # a row of zeros or denormals; where 127/scb overflows, divide first
-        overflows = as_bits(factor) >= 0x7F800000
-        divisor, limit = fill(scale), fill(float32(127.0))
-        for i in range(0, count, LANES):
-            v = load(x + 4 * i)
-            c = to_int8(mul(div(v, divisor), limit) if overflows else mul(v, many))
-            store_i8(codes + first + i, c)
-            miss = sub(mul(c, fill(step)), v)
-            norm, error = add_product(v, v, norm), add_product(miss, miss, error)
-            kept = add_product(miss, sub(v, load(base + 4 * i)), kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top))
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, bits)
 
 
 @_inline
 def _encode_dense(kind, base, x, count, first, out, sums):
-    """Encode ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`; its third is of the values as stored."""
+    """Encode ``count`` values; the largest of ``sums`` is of the values as stored too."""
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     bits = no_bits()
     for i in range(0, count, LANES):
@@ -1424,10 +1353,7 @@ def _encode_dense(kind, base, x, count, first, out, sums):
             miss = sub(stored, v)
             norm, error = add_product(v, v, norm), add_product(miss, miss, error)
             kept = add_product(miss, sub(v, load(base + 4 * i)), kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top_bits(bits)))
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, top_bits(bits))
 
 
 @njit(types.void(*[int64] * 37, float64[::1]), cache=True, **_SETTINGS)
@@ -1456,7 +1382,7 @@ def fold_tile(
     """
     length = out_features * features
     old = load(levels)
-    new, bounds, order = load(new_levels), load(new_bounds), load_ints(new_order)
+    new = _levels(new_levels, new_bounds, new_order, by_cell, cells)
     columns = last_column - first_column
     step = 0 if shared else b * b
     for row in range(first_row, last_row, group):
@@ -1472,19 +1398,11 @@ def fold_tile(
                     _ask(new_kind, new_codes, first, columns, True)
                 _decode(kind, codes, at, blocksize, old, first, columns, x + r * x_stride)
         for r in range(0, rows, ROWS):
+            at = 0 if row_scale == 0 else row_scale + 4 * (row + r)
             sums[4] += _rotate(
-                x + r * x_stride,
-                x_stride,
-                y + r * y_stride,
-                y_stride,
-                min(ROWS, rows - r),
-                columns,
-                first_column // b,
-                matrices,
-                b,
-                step,
-                0 if row_scale == 0 else row_scale + 4 * (row + r),
-            )
+                x + r * x_stride, x_stride, y + r * y_stride, y_stride, min(ROWS, rows - r), columns, first_column // b,
+                matrices, b, step, at,
+            )  # fmt: skip
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))
@@ -1499,24 +1417,16 @@ def fold_tile(
                 place = new_codes + 4 * (first - first_row * features)
                 _sample(base, at, first, count, size, keep, place, sums)
             elif new_kind == FOUR_BIT and mode == NEAREST:
-                _encode_4bit(
-                    base, at, first, count, length, new_codes, new_scales, new_blocksize, new, bounds, order,
-                    by_cell, cells, moments, sums,
-                )  # fmt: skip
+                _encode_4bit(base, at, first, count, length, new_codes, new_scales, new_blocksize, new, moments, sums)
             elif new_kind == FOUR_BIT and mode == KEEP:
-                _keep_4bit(
-                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order,
-                    by_cell, cells, search, work, keep, sums,
-                )  # fmt: skip
+                _keep_4bit(base, at, first, count, new_codes, new_scales, new_blocksize, new, search, work, keep, sums)
             elif new_kind == FOUR_BIT:
                 _encode_best(
-                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells,
-                    moments, plain, search, work, mode, sums,
+                    base, at, first, count, new_codes, new_scales, new_blocksize, new, moments, plain, search, work,
+                    mode, sums,
                 )  # fmt: skip
-            elif new_kind == INT8 and mode == KEEP:
-                _keep_int8(base, at, columns, first, row + r, new_codes, new_scales + 4 * (row + r), keep, sums)
             elif new_kind == INT8:
-                _encode_int8(base, at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
+                _encode_int8(base, at, columns, first, row + r, new_codes, new_scales + 4 * (row + r), keep, sums)
             else:
                 _encode_dense(new_kind, base, at, columns, first, new_codes, sums)
 
@@ -1566,15 +1476,8 @@ def _multiply(x, y, out):
     columns = _BLOCK_LANES  # two registers of float64
     for r in range(0, wide, _BLOCK_ROWS):
         for c in range(0, wide, columns):
-            product64(
-                x.ctypes.data + r * stride,
-                stride,
-                y.ctypes.data + 8 * c,
-                stride,
-                out.ctypes.data + r * stride + 8 * c,
-                stride,
-                wide,
-            )
+            left, right, to = x.ctypes.data + r * stride, y.ctypes.data + 8 * c, out.ctypes.data + r * stride + 8 * c
+            product64(left, stride, right, stride, to, stride, wide)
 
 
 @_inline

@@ -116,10 +116,8 @@ def _search(kind: FourBit, rounding: str) -> np.ndarray:
     table[cpu.UNUSED : cpu.UNUSED + count] = 0
     place(cpu.LEVELS, np.append(levels, np.full(16 - len(levels), levels[-1])))
     place(cpu.BOUNDS, np.append(bounds, np.full(16 - len(bounds), np.inf)))
-    place(
-        cpu.META,
-        np.array([factor, shift, mirrored, count, list(ratios).index(1.0), 1.25 * (rounding == "mse"), ends[-1]]),
-    )
+    one, step = list(ratios).index(1.0), 1.25 * (rounding == "mse")
+    place(cpu.META, np.array([factor, shift, mirrored, count, one, step, ends[-1]]))
     edges = (np.arange(33) - shift) / factor
     for j, ratio in enumerate(ratios):
         at = cpu.CELL_TABLES + 64 * j
@@ -175,11 +173,7 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
 
 
 def fold(
-    encoded: EncodedWeight,
-    into: WeightFormat,
-    matrices: Tensor,
-    scale: Tensor | None,
-    rounding: str,
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> blockwise.FoldedWeight | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
@@ -206,26 +200,24 @@ def fold(
     return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
+def _levels(codec: str) -> tuple[int, int, int, bool, int]:
+    """What kernels take as the new levels."""
+    _, levels, bounds, order = (t.data_ptr() for t in blockwise.tables(codec, _CPU))
+    by_cell, cells = _cells(codec)
+    return levels, bounds, order, by_cell, cells.ctypes.data
+
+
+@dataclass(eq=False)
 class _Fold(blockwise.Fold):
     """One fold of a weight: its tiles, and the passes over them."""
 
-    def __init__(
-        self,
-        encoded: EncodedWeight,
-        into: WeightFormat,
-        old: _Side,
-        new: _Side,
-        tiles: _Tiles,
-        weight: Tensor,
-        scales: Tensor,
-        matrices: Tensor,
-        factors: Tensor | None,
-    ) -> None:
-        super().__init__(encoded, into)
-        self.new, self.tiles = new, tiles
-        self._old, self._held = old, (weight, scales, matrices, factors)
-        self._levels = blockwise.tables(into.codec, _CPU)
-        self._by_cell, self._cells = _cells(into.codec)
+    old: _Side
+    new: _Side
+    tiles: _Tiles
+    weight: Tensor
+    scales: Tensor
+    matrices: Tensor
+    factors: Tensor | None
 
     def _pass(
         self,
@@ -240,17 +232,22 @@ class _Fold(blockwise.Fold):
         keep: np.ndarray | None = None,
     ) -> np.ndarray:
         """``(SUMS,)`` of one pass over ``places``, (first row, end, first column) each; ``result``: an address each."""
-        old, new, tiles = self._old, self.new, self.tiles
-        weight, old_scales, matrices, factors = self._held
+        old, new, tiles, matrices = self.old, self.new, self.tiles, self.matrices
         rows, features = self.encoded.format.shape
-        _, levels, bounds, order = self._levels
         old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
-        first = (old.kind, weight.data_ptr(), old_scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind)
+        first = (
+            old.kind,
+            self.weight.data_ptr(),
+            self.scales.data_ptr(),
+            old.blocksize,
+            old_levels.data_ptr(),
+            new.kind,
+        )
+        search_at, keep_at = (0 if table is None else table.ctypes.data for table in (search, keep))
+        moments_at, plain_at, factors_at = (0 if t is None else t.data_ptr() for t in (moments, plain, self.factors))
         then = (
-            scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
-            self._by_cell, self._cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
-            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1,
-            0 if factors is None else factors.data_ptr(), rows, features,
+            scales.data_ptr(), new.blocksize, *_levels(self.into.codec), moments_at,
+            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1, factors_at, rows, features,
         )  # fmt: skip
         sums = np.zeros((len(places), cpu.SUMS))
 
@@ -263,8 +260,7 @@ class _Fold(blockwise.Fold):
                 *first, result[i], *then,
                 row, end, column, min(column + tiles.column_step, features),
                 tiles.group, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
-                mode, 0 if search is None else search.ctypes.data, 0 if plain is None else plain.data_ptr(), work,
-                0 if keep is None else keep.ctypes.data, sums[i],
+                mode, search_at, plain_at, work, keep_at, sums[i],
             )  # fmt: skip
 
         run(task, len(places))
@@ -353,7 +349,6 @@ class _Fold(blockwise.Fold):
             return None
         if not total[0] > 0:
             return 0
-        _, levels, bounds, _ = self._levels
         chunk = 1 << 14
 
         def kept(steps: Sequence[int]) -> list[float]:
@@ -363,8 +358,7 @@ class _Fold(blockwise.Fold):
             def task(i: int) -> None:
                 cpu.projections(
                     planes.ctypes.data, planes.strides[0], i * chunk, min(i * chunk + chunk, planes.shape[1]),
-                    self.new.kind == cpu.INT8, levels.data_ptr(), bounds.data_ptr(),
-                    self._by_cell, self._cells.ctypes.data, relaxations, sums[i],
+                    self.new.kind == cpu.INT8, *_levels(self.into.codec), relaxations, sums[i],
                 )  # fmt: skip
 
             run(task, len(sums))
@@ -404,10 +398,8 @@ class _Keep:
             ordered, order = (t.numpy() for t in own.in_order())
             middles = (ordered[1:] + ordered[:-1]) / 2
             self._ordered = np.concatenate([ordered, middles, [np.inf]]).astype(np.float32)
-            self._order, self._factors = (
-                order.astype(np.float32),
-                own.factors.reshape(-1).to(torch.float32).contiguous(),
-            )
+            self._order = order.astype(np.float32)
+            self._factors = own.factors.reshape(-1).to(torch.float32).contiguous()
             self.codes = own.codes.detach().clone()
             self.table[cpu.TABLE], self.table[cpu.TABLE_CODES] = self._ordered.ctypes.data, self._order.ctypes.data
             self.table[cpu.FACTORS], self.table[cpu.FACTOR_SIZE] = self._factors.data_ptr(), own.size
@@ -434,34 +426,28 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
     Returns:
         None where the solve is not right.
     """
-    v = _rows(generator)
-    count = max(1, v.shape[0] * b // wide)
+    v, parts, count = _parted(generator, b, wide)
     out = np.empty((count, wide, wide))
-    each = max(1, _TASK_PRODUCTS // wide**3)
-    residuals = np.zeros(-(-count // each))
+    residuals = np.zeros(len(parts))
 
     def task(i: int) -> None:
-        scratch = np.empty((3, wide, wide))
-        residuals[i] = cpu.rotation_blocks(v, b, i * each, min(i * each + each, count), power, weight, scratch, out)
+        residuals[i] = cpu.rotation_blocks(v, b, *parts[i], power, weight, np.empty((3, wide, wide)), out)
 
-    run(task, len(residuals))
+    run(task, len(parts))
     return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
 
 
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
-    v = _rows(generator)
-    count = max(1, v.shape[0] * b // wide)
-    each = max(1, _TASK_PRODUCTS // wide**3)
+    v, parts, count = _parted(generator, b, wide)
     steps = min(wide, _LANCZOS_STEPS) + 2
-    tasks = -(-count // each)
     if count > 1 and wide <= _BOUNDED:
         bounds = np.empty(count)
 
         def bound(i: int) -> None:
-            cpu.angle_bounds(v, b, wide, i * each, min(i * each + each, count), np.empty((3, wide, wide)), bounds)
+            cpu.angle_bounds(v, b, wide, *parts[i], np.empty((3, wide, wide)), bounds)
 
-        run(bound, tasks)
+        run(bound, len(parts))
         # the likeliest first: few of the others can be larger
         q, basis, best = np.empty((wide, wide)), np.empty((steps, wide)), 0.0
         for index in np.argsort(-bounds):
@@ -469,16 +455,19 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
                 break
             best = cpu.largest_angle(v, b, wide, index, index + 1, best, q, basis)
         return best
-    found = np.zeros(tasks)
+    found = np.zeros(len(parts))
 
     def task(i: int) -> None:
-        q, basis = np.empty((wide, wide)), np.empty((steps, wide))
-        found[i] = cpu.largest_angle(v, b, wide, i * each, min(i * each + each, count), 0.0, q, basis)
+        found[i] = cpu.largest_angle(v, b, wide, *parts[i], 0.0, np.empty((wide, wide)), np.empty((steps, wide)))
 
-    run(task, tasks)
+    run(task, len(parts))
     return float(found.max())
 
 
-def _rows(generator: Tensor) -> np.ndarray:
+def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:
+    """A generator's rows in float64, the ranges of its blocks of ``wide`` that are a task each, and their number."""
     v = generator.detach().contiguous()
-    return (v.numpy() if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32).numpy()).astype(np.float64)
+    rows = (v if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32)).numpy().astype(np.float64)
+    count = max(1, len(rows) * b // wide)
+    each = max(1, _TASK_PRODUCTS // wide**3)
+    return rows, [(i, min(i + each, count)) for i in range(0, count, each)], count

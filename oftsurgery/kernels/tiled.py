@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,25 +47,25 @@ def fold(
     step *= max(1, _TILE_WEIGHTS // (step * features))
     if step >= rows or step * features > _MOST_WEIGHTS:
         return None
-    return _Fold(encoded, into, ordered, step, inverse=inverse).run(rounding)
+    return _Fold(encoded, into, ordered, step, inverse).run(rounding)
 
 
+@dataclass(eq=False)
 class _Fold(Fold):
     """One fold of a weight, some rows at a time."""
 
-    def __init__(
-        self,
-        encoded: EncodedWeight,
-        into: WeightFormat,
-        ordered: Sequence[tuple[Rotation, Tensor]],
-        step: int,
-        *,
-        inverse: bool,
-    ) -> None:
-        super().__init__(encoded, into)
-        self.old, self.ordered, self.step, self.inverse = encoded.single(), ordered, step, inverse
-        self.rows, self.features = encoded.format.shape
-        self.norm = self.error = self.nearest = self.change = self.held = 0.0
+    ordered: Sequence[tuple[Rotation, Tensor]]
+    step: int
+    inverse: bool
+    norm: float = field(default=0.0, init=False)
+    error: float = field(default=0.0, init=False)
+    nearest: float = field(default=0.0, init=False)
+    change: float = field(default=0.0, init=False)
+    held: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.old = self.encoded.single()
+        self.rows, self.features = self.encoded.format.shape
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the weight before and after the rotation."""
