@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,16 +64,17 @@ class FoldedWeight:
         return self.relaxation if self.rounding == "preserve" else None
 
 
-class Sums(NamedTuple):
+@dataclass
+class Sums:
     """What a pass over a weight sums up: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
     measured), ``Σ (exact - base)²`` and ``Σ (stored - exact) (exact - base)``.
     """
 
-    norm: float
-    error: float
-    nearest: float | None
-    change: float
-    held: float
+    norm: float = 0.0
+    error: float = 0.0
+    nearest: float | None = None
+    change: float = 0.0
+    held: float = 0.0
 
     def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
         """``stored``, and what it cost."""

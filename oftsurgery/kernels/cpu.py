@@ -387,12 +387,16 @@ def to_int8(b, x):
 
 @_operation(f32x(int64))
 def load_f16(b, address):
+    if not HAS_F16:
+        return _constant(0.0, f32x.vector)  # never called
     return b.fpext(b.bitcast(_load(b, address, _WORDS), ir.VectorType(ir.HalfType(), LANES)), f32x.vector)
 
 
 @_operation(f32x(int64, f32x))
 def store_f16(b, address, x):
     """Stores x; returns what was stored."""
+    if not HAS_F16:
+        return x  # never called
     half = b.fptrunc(x, ir.VectorType(ir.HalfType(), LANES))
     _store(b, address, b.bitcast(half, _WORDS))
     return b.fpext(half, f32x.vector)
@@ -534,13 +538,10 @@ def _decode(kind, codes, scales, blocksize, levels, first, count, out):
     one value, at ``scales``.
     """
     if kind == FOUR_BIT:
-        done = 0
-        while done < count:
-            size = min(blocksize, count - done)
+        for done in range(0, count, blocksize):
             scale = fill(load_one(scales + 4 * ((first + done) // blocksize)))
-            for i in range(done, done + size, LANES):
+            for i in range(done, min(done + blocksize, count), LANES):
                 store(out + 4 * i, mul(pick(levels, load_codes(codes + (first + i) // 2)), scale))
-            done += size
     elif kind == INT8:
         scale = fill(load_one(scales))
         for i in range(0, count, LANES):
@@ -548,12 +549,10 @@ def _decode(kind, codes, scales, blocksize, levels, first, count, out):
     elif kind == F32:
         for i in range(0, count, LANES):
             store(out + 4 * i, load(codes + 4 * (first + i)))
-    elif kind == BF16:
+    else:
         for i in range(0, count, LANES):
-            store(out + 4 * i, load_bf16(codes + 2 * (first + i)))
-    elif HAS_F16:
-        for i in range(0, count, LANES):
-            store(out + 4 * i, load_f16(codes + 2 * (first + i)))
+            at = codes + 2 * (first + i)
+            store(out + 4 * i, load_bf16(at) if kind == BF16 else load_f16(at))
 
 
 @_inline
@@ -1043,16 +1042,15 @@ def _encode_block(base, x, n, scale, over, far, codes, levels, norm, error, kept
     tiny = abs(scale) < _TINY
     more, factor = fill(over), fill(scale if tiny else float32(1.0) / scale)
     if far or tiny:
-        back = fill(scale)
+        minus = fill(-scale)
         for i in range(0, n, LANES):
-            w = load(x + 4 * i)
-            moved = sub(w, load(base + 4 * i))
-            t = fma(moved, more, w)
+            w, v = load(x + 4 * i), load(base + 4 * i)
+            t = fma(sub(w, v), more, w)
             index = _nearest(zeros() if scale == 0 else div(t, factor) if tiny else mul(t, factor), levels)
             _put(codes + i // 2, index, levels)
-            miss = sub(mul(pick(levels.values, index), back), w)
+            miss = fma(pick(levels.values, index), minus, w)
             norm, error = add_product(w, w, norm), add_product(miss, miss, error)
-            kept = add_product(miss, moved, kept)
+            kept = add_product(miss, sub(v, w), kept)
         return norm, error, kept
     squares, misses, held = zeros(), zeros(), zeros()
     for i in range(0, n, LANES):
@@ -1341,14 +1339,11 @@ def _encode_dense(kind, base, x, count, first, out, sums):
     for i in range(0, count, LANES):
         v = load(x + 4 * i)
         bits = max_bits(bits, v)
-        stored = v
         if kind == F32:
             store(out + 4 * (first + i), v)
         else:
-            if kind == BF16:
-                stored = store_bf16(out + 2 * (first + i), v)
-            elif HAS_F16:
-                stored = store_f16(out + 2 * (first + i), v)
+            to = out + 2 * (first + i)
+            stored = store_bf16(to, v) if kind == BF16 else store_f16(to, v)
             bits = max_bits(bits, stored)
             miss = sub(stored, v)
             norm, error = add_product(v, v, norm), add_product(miss, miss, error)
@@ -1640,10 +1635,7 @@ def largest_angle(v, b, wide, first, last, floor, q, basis):
     best = floor
     for index in range(first, last):
         _skew(v, index, b, wide, q)
-        scale = 0.0
-        for i in range(wide):
-            for j in range(wide):
-                scale = max(scale, abs(q[i, j]))
+        scale = q.max()
         if scale == 0.0:
             continue
         # a fixed start with a part in every eigenvector, as random numbers have

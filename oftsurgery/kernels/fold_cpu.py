@@ -236,13 +236,8 @@ class _Fold(blockwise.Fold):
         rows, features = self.encoded.format.shape
         old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
         first = (
-            old.kind,
-            self.weight.data_ptr(),
-            self.scales.data_ptr(),
-            old.blocksize,
-            old_levels.data_ptr(),
-            new.kind,
-        )
+            old.kind, self.weight.data_ptr(), self.scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind,
+        )  # fmt: skip
         search_at, keep_at = (0 if table is None else table.ctypes.data for table in (search, keep))
         moments_at, plain_at, factors_at = (0 if t is None else t.data_ptr() for t in (moments, plain, self.factors))
         then = (
