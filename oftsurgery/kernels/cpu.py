@@ -461,6 +461,12 @@ product64 = _operation(int32(*[int64] * 7))(lambda b, *args: _emit_product(b, _D
 
 _SETTINGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _inline = njit(inline="never", **_SETTINGS)
+
+
+def _compiled(signature: Any) -> Any:
+    return njit(signature, cache=True, **_SETTINGS)
+
+
 _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
 
@@ -1265,7 +1271,7 @@ def _sample(base, x, first, count, blocksize, keep, place, sums):
     sums[0] += total64(need)
 
 
-@njit(types.void(*[int64] * 10, float64[::1], float64[::1]), cache=True, **_SETTINGS)
+@_compiled(types.void(*[int64] * 10, float64[::1], float64[::1]))
 def projections(planes, plane, first, last, int8, values, bounds, order, by_cell, cells, relaxations, out):
     """For each of ``relaxations`` ω, Σ weight (level(base + ω change) - base) of values ``first`` to ``last`` of a
     sample, in ``out``.
@@ -1351,7 +1357,7 @@ def _encode_dense(kind, base, x, count, first, out, sums):
     _add_up(sums, norm, error, kept, top_bits(bits))
 
 
-@njit(types.void(*[int64] * 37, float64[::1]), cache=True, **_SETTINGS)
+@_compiled(types.void(*[int64] * 37, float64[::1]))
 def fold_tile(
     kind, codes, scales, blocksize, levels,
     new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
@@ -1426,10 +1432,8 @@ def fold_tile(
                 _encode_dense(new_kind, base, at, columns, first, new_codes, sums)
 
 
-@njit(
-    types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
-    cache=True,
-    **_SETTINGS,
+@_compiled(
+    types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1])
 )
 def nested_error(scales, codes, levels, nested, offset, blocksize, moments):
     """:func:`oftsurgery.kernels.blockwise.nested_error` of statistics that are stored as ``codes``."""
@@ -1495,11 +1499,7 @@ def _invert(a):
                     store64(at, fma64(load64(row + 8 * c), factor, load64(at)))
 
 
-@njit(
-    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]),
-    cache=True,
-    **_SETTINGS,
-)
+@_compiled(float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]))
 def rotation_blocks(v, b, first, last, power, weight, scratch, out):
     """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16
     and b.
@@ -1595,9 +1595,7 @@ def _squares(x):
     return total64(square)
 
 
-@njit(
-    types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]), cache=True, **_SETTINGS
-)
+@_compiled(types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]))
 def angle_bounds(v, b, wide, first, last, scratch, out):
     """A bound above the largest θ of each skew-symmetric generator ``first`` to ``last``, in ``out``: with eigenvalues
     ±iθ, ‖Q⁴‖² = Σθ⁸ over all of them, so twice the largest's. ``scratch``: (3, wide, wide).
@@ -1617,11 +1615,7 @@ def angle_bounds(v, b, wide, first, last, scratch, out):
         out[index] = size * (0.5 * _squares(t)) ** 0.125
 
 
-@njit(
-    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
-    cache=True,
-    **_SETTINGS,
-)
+@_compiled(float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]))
 def largest_angle(v, b, wide, first, last, floor, q, basis):
     """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor``
     if none is above it.

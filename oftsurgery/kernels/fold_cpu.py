@@ -121,14 +121,12 @@ def _search(kind: FourBit, rounding: str) -> np.ndarray:
     edges = (np.arange(33) - shift) / factor
     for j, ratio in enumerate(ratios):
         at = cpu.CELL_TABLES + 64 * j
-        for cell in range(32):
-            inside = [k for k, bound in enumerate(bounds) if edges[cell] <= bound * ratio < edges[cell + 1]]
-            assert len(inside) < 2, (codec, ratio)  # noqa: S101 - of the table above
-            if inside:  # the level on either side of the bound
-                middle, half = bounds[inside[0]], (levels[inside[0] + 1] - levels[inside[0]]) / 2
-            else:
-                middle, half = levels[(bounds * ratio < edges[cell]).sum()], 0.0
-            table[at + cell], table[at + 32 + cell] = middle * ratio, half * ratio
+        below = np.searchsorted(bounds * ratio, edges)  # each edge
+        inside, k = np.diff(below) > 0, below[:-1]
+        assert (np.diff(below) < 2).all(), (codec, ratio)  # noqa: S101 - of the table above
+        # the level on either side of the bound, or the cell's only one
+        place(at, np.where(inside, np.append(bounds, 0.0)[k], levels[k]) * ratio)
+        place(at + 32, np.where(inside, np.append(np.diff(levels), 0.0)[k] / 2, 0.0) * ratio)
     return table
 
 
@@ -264,20 +262,19 @@ class _Fold(blockwise.Fold):
         self.finite = self.finite and total[2] < blockwise.NOT_FINITE
         return total
 
-    def _places(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """Tiles of the rows in ``ranges``."""
+    def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """Tiles of the rows from ``begin`` to ``end``."""
         features, step = self.encoded.format.shape[1], self.tiles.row_step
         return [
             (row, min(row + step, end), column)
             for column in range(0, features, self.tiles.column_step)
-            for begin, end in ranges
             for row in range(begin, end, step)
         ]
 
     def round(self, rounding: str) -> blockwise.FoldedWeight | None:
         into = self.into
         result, scales, moments = blockwise.allocate(into, _CPU)
-        places = self._places([(0, into.shape[0])])
+        places = self._places(0, into.shape[0])
         to = [result.data_ptr()] * len(places)
         best = rounding != "nearest"
         search = _search_for(into, rounding) if best else None
@@ -310,7 +307,7 @@ class _Fold(blockwise.Fold):
         if steps is None:
             return None
         result, scales, _ = blockwise.allocate(into.single, _CPU)
-        places = self._places([(0, rows)])
+        places = self._places(0, rows)
         options.numbers[0] = preserve.relaxation_of(steps) - 1
         total = self._pass(
             cpu.KEEP, places, [result.data_ptr()] * len(places), scales,
@@ -329,15 +326,12 @@ class _Fold(blockwise.Fold):
         ranges = preserve.sample_of(rows, features, preserve.whole_rows(self.into))
         planes = np.empty((3, sum(end - begin for begin, end in ranges) * features), np.float32)
         options.table[cpu.PLANE] = planes.strides[0]
-        at, starts = 0, {}
+        places, to, at = [], [], planes.ctypes.data
         for begin, end in ranges:
-            starts[begin] = planes.ctypes.data + 4 * at
-            at += (end - begin) * features
-        places, to = [], []
-        for begin, end in ranges:
-            for place in self._places([(begin, end)]):
-                places.append(place)
-                to.append(starts[begin] + 4 * (place[0] - begin) * features)
+            here = self._places(begin, end)
+            places += here
+            to += [at + 4 * (row - begin) * features for row, _, _ in here]
+            at += 4 * (end - begin) * features
         total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
         blocks = -(-planes.shape[1] // self.into.block)
         if not self.finite or 2 * total[6] > blocks:
