@@ -129,14 +129,22 @@ def fold(
     forced = _choice()
     if forced == "reference":
         return None
+    device = encoded.tensors["weight"].device
     if forced != "tiled":
-        name = forced or ("numba" if encoded.tensors["weight"].device.type == "cpu" else "triton")
-        result = _serve(name, lambda driver: _fused(driver, encoded, order, into, rounding, inverse=inverse))
+        name = forced or ("numba" if device.type == "cpu" else "triton")
+
+        def use(driver: ModuleType) -> FoldedWeight | None:
+            matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
+            if matrices is None:
+                return None
+            placed = (None if m is None else m.to(device) for m in matrices)
+            return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
+
+        result = _serve(name, use)
         if result is not None:
             return replace(result, backend=name)
     from . import tiled
 
-    device = encoded.tensors["weight"].device
     blocks = [(r, r.blocks.to(device)) for r in order]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
@@ -158,23 +166,6 @@ def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
         return None
 
 
-def _fused(
-    driver: ModuleType,
-    encoded: EncodedWeight,
-    order: Sequence[Rotation],
-    into: WeightFormat,
-    rounding: str,
-    *,
-    inverse: bool,
-) -> FoldedWeight | None:
-    matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
-    if matrices is None:
-        return None
-    device = encoded.tensors["weight"].device
-    placed = (None if m is None else m.to(device) for m in matrices)
-    return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
-
-
 def _give_up(name: str, problem: str) -> None:
     """Not again in this process, and said once."""
     _broken[name] = problem
@@ -191,12 +182,10 @@ def _give_up(name: str, problem: str) -> None:
 def measure(rotation: Rotation) -> tuple[float, float]:
     """``(rotation.defect, rotation.angle)``, without all of the eigenvalues where the largest decides."""
     series = _series(rotation.cayley)
-    if series is None or _choice() not in (None, "numba") or rotation.generator.device.type != "cpu":
-        return rotation.defect, rotation.angle
-    b = rotation.block_size
-    wide = _wide(b, rotation.generator.shape[0])
-    theta = _serve("numba", lambda driver: driver.largest_angle(rotation.generator, b, wide)) if wide else None
-    if theta is None:
+    theta = _by_kernel(
+        rotation, lambda driver, wide, _: driver.largest_angle(rotation.generator, rotation.block_size, wide)
+    )
+    if theta is None or series is None:
         return rotation.defect, rotation.angle
     if rotation.cayley.exact:
         return 0.0, 2 * math.atan(theta)
@@ -231,15 +220,22 @@ def _wide(b: int, n: int) -> int:
     return wide if wide <= _MAX_BLOCK and (n == 1 or n * b % wide == 0) else 0
 
 
+def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, int, tuple[int, float]], T | None]) -> T | None:
+    """What ``use`` gets for a rotation's blocks from the CPU's driver, told their width and series; None where it does not
+    serve.
+    """
+    wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
+    on_cpu = rotation.generator.device.type == "cpu"
+    if not wide or series is None or not on_cpu or _choice() not in (None, "numba"):
+        return None
+    return _serve("numba", lambda driver: use(driver, wide, series))
+
+
 def _blocks(rotation: Rotation, wide: int) -> Tensor:
     """The rotation's blocks, put together to ``wide``: float64."""
-    own = _wide(rotation.block_size, rotation.generator.shape[0])
-    series = _series(rotation.cayley)
-    if own and series is not None and rotation.generator.device.type == "cpu" and _choice() in (None, "numba"):
-        found = _serve("numba", lambda driver: driver.blocks(rotation.generator, rotation.block_size, own, *series))
-        if found is not None:
-            return rotations.block_diagonal(found, wide, shared=len(found) == 1)
-    blocks = rotation.blocks
+    v, b = rotation.generator, rotation.block_size
+    found: Tensor | None = _by_kernel(rotation, lambda driver, own, series: driver.blocks(v, b, own, *series))
+    blocks = rotation.blocks if found is None else found
     return rotations.block_diagonal(blocks, wide, shared=len(blocks) == 1)
 
 

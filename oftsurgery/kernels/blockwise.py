@@ -8,9 +8,9 @@ import ctypes
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,16 +64,17 @@ class FoldedWeight:
         return self.relaxation if self.rounding == "preserve" else None
 
 
-class Sums(NamedTuple):
+@dataclass
+class Sums:
     """What a pass over a weight sums up: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
     measured), ``Σ (exact - base)²`` and ``Σ (stored - exact) (exact - base)``.
     """
 
-    norm: float
-    error: float
-    nearest: float | None
-    change: float
-    held: float
+    norm: float = 0.0
+    error: float = 0.0
+    nearest: float | None = None
+    change: float = 0.0
+    held: float = 0.0
 
     def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
         """``stored``, and what it cost."""
@@ -99,6 +100,7 @@ class Sums(NamedTuple):
         )
 
 
+@dataclass(eq=False)
 class Fold(ABC):
     """One fold of a weight, by a path that goes over it in passes.
 
@@ -108,8 +110,9 @@ class Fold(ABC):
         finite: whether all that was met so far is.
     """
 
-    def __init__(self, encoded: EncodedWeight, into: WeightFormat) -> None:
-        self.encoded, self.into, self.finite = encoded, into, True
+    encoded: EncodedWeight
+    into: WeightFormat
+    finite: bool = field(default=True, init=False)
 
     def run(self, rounding: str) -> FoldedWeight | None:
         """The folded weight; None where NaN or infinity came up."""

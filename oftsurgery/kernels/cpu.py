@@ -13,8 +13,9 @@ rotation's sums is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -83,23 +84,26 @@ class _VectorModel(models.PrimitiveModel):
 
 
 _F, _D, _I = ir.FloatType(), ir.DoubleType(), ir.IntType(32)
-_BYTE, _WORD = ir.IntType(8), ir.IntType(16)
+_BYTE, _WORD, _LONG = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 f32x = _Vector("f32x16", _F)
 f64x = _Vector("f64x16", _D)
 i32x = _Vector("i32x16", _I)
+_BYTES, _WORDS = ir.VectorType(_BYTE, LANES), ir.VectorType(_WORD, LANES)
+_NOTHING = ir.Constant(_I, 0)
 
 
-def _operation(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
+def _operation(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """A numba function of fixed types from a function that emits its LLVM: ``emit(builder, *values) -> value``."""
 
     def define(emit: Callable[..., Any]) -> Any:
-        def typing() -> Any:
-            return result(*arguments), lambda _context, builder, _signature, args: emit(builder, *args)
+        def typing(_context: Any, *_arguments: Any) -> Any:
+            return signature, lambda _context, builder, _signature, args: emit(builder, *args)
 
-        names = ", ".join(f"a{i}" for i in range(len(arguments)))
-        scope: dict[str, Any] = {"typing": typing}
-        exec(f"def {emit.__name__}(context, {names}):\n    return typing()", scope)  # noqa: S102 - an intrinsic's arguments must be named
-        return intrinsic(scope[emit.__name__])
+        # an intrinsic's arguments must be named
+        names = ["context", *(f"a{i}" for i in range(len(signature.args)))]
+        named = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        typing.__signature__ = named  # type: ignore[attr-defined]
+        return intrinsic(typing)
 
     return define
 
@@ -110,149 +114,50 @@ def _call(b: Any, name: str, result: ir.Type, *args: Any) -> Any:
     return b.call(function, args)
 
 
-def _at(b: Any, address: Any, type_: ir.Type) -> Any:
-    return b.inttoptr(address, type_.as_pointer())
+def _call_like(b: Any, name: str, x: Any, *more: Any) -> Any:
+    """LLVM's ``name`` of vectors of one type, for that type."""
+    return _call(b, f"{name}.v{x.type.count}{x.type.element.intrinsic_name}", x.type, x, *more)
+
+
+def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+    return _call_like(b, "llvm.fmuladd", x, y, z)
 
 
 def _constant(value: float, vector: ir.VectorType) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _fill(b: Any, value: Any) -> Any:
-    vector = ir.VectorType(value.type, LANES)
-    one = b.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I, 0))
-    return b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), _constant(0, ir.VectorType(_I, LANES)))
+def _shuffle(b: Any, x: Any, order: Sequence[int], y: Any = None) -> Any:
+    """The lanes of x, then y, that ``order`` names."""
+    other = ir.Constant(x.type, ir.Undefined) if y is None else y
+    return b.shuffle_vector(x, other, ir.Constant(ir.VectorType(_I, len(order)), list(order)))
 
 
-def _load(b: Any, address: Any, type_: ir.Type, align: int = 1) -> Any:
-    loaded = b.load(_at(b, address, type_))
-    loaded.align = align
+def _fill(b: Any, value: Any, lanes: int = LANES) -> Any:
+    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    return _shuffle(b, b.insert_element(vector, value, ir.Constant(_I, 0)), [0] * lanes)
+
+
+def _load(b: Any, address: Any, type_: ir.Type) -> Any:
+    loaded = b.load(b.inttoptr(address, type_.as_pointer()))
+    loaded.align = _alignment(type_)
     return loaded
 
 
-def _store(b: Any, address: Any, value: Any, align: int = 1) -> Any:
-    b.store(value, _at(b, address, value.type)).align = align
-    return ir.Constant(_I, 0)
+def _store(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = _alignment(value.type)
+    return _NOTHING
 
 
-@_operation(f32x, int64)
-def load(b, address):
-    return _load(b, address, f32x.vector, 4)
+def _alignment(type_: ir.Type) -> int:
+    element = getattr(type_, "element", type_)
+    return {_F: 4, _D: 8}.get(element) or element.width // 8
 
 
-@_operation(int32, int64, f32x)
-def store(b, address, value):
-    return _store(b, address, value, 4)
-
-
-@_operation(float32, int64)
-def load_one(b, address):
-    return _load(b, address, _F, 4)
-
-
-@_operation(int32, int64, float32)
-def store_one(b, address, value):
-    return _store(b, address, value, 4)
-
-
-@_operation(int64, int64)
-def load_word(b, address):
-    return _load(b, address, ir.IntType(64), 8)
-
-
-@_operation(int32, int64, int64)
-def store_byte(b, address, value):
-    return _store(b, address, b.trunc(value, _BYTE))
-
-
-@_operation(int32, int64)
-def prefetch(b, address):
-    """Ask for the line at ``address``, to be read; it need not exist."""
-    flags = [ir.Constant(_I, flag) for flag in (0, 2, 1)]
-    _call(b, "llvm.prefetch.p0", ir.VoidType(), _at(b, address, _BYTE), *flags)
-    return ir.Constant(_I, 0)
-
-
-@_operation(int32, int64)
-def prefetch_to_write(b, address):
-    flags = [ir.Constant(_I, flag) for flag in (1, 2, 1)]
-    _call(b, "llvm.prefetch.p0", ir.VoidType(), _at(b, address, _BYTE), *flags)
-    return ir.Constant(_I, 0)
-
-
-@_operation(f32x, float32)
-def fill(b, value):
-    return _fill(b, value)
-
-
-@_operation(f64x, float64)
-def fill64(b, value):
-    return _fill(b, value)
-
-
-@_operation(f32x, f32x, f32x)
-def mul(b, x, y):
-    return b.fmul(x, y)
-
-
-@_operation(f32x, f32x, f32x)
-def div(b, x, y):
-    return b.fdiv(x, y)
-
-
-@_operation(f32x, f32x, f32x)
-def sub(b, x, y):
-    return b.fsub(x, y)
-
-
-@_operation(f32x, f32x, f32x, f32x)
-def fma(b, x, y, z):
-    return _call(b, "llvm.fmuladd.v16f32", f32x.vector, x, y, z)
-
-
-@_operation(f64x, int64)
-def load64(b, address):
-    return _load(b, address, f64x.vector, 8)
-
-
-@_operation(int32, int64, f64x)
-def store64(b, address, value):
-    return _store(b, address, value, 8)
-
-
-@_operation(f64x, f64x, f64x, f64x)
-def fma64(b, x, y, z):
-    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, x, y, z)
-
-
-@_operation(f64x, f32x, f64x, f64x)
-def weigh(b, x, weight, total):
-    """``total + x · weight`` in float64."""
-    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, b.fpext(x, f64x.vector), weight, total)
-
-
-@_operation(f64x, f32x, f64x)
-def _add_square(b, x, total):
-    wide = b.fpext(x, f64x.vector)
-    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, wide, wide, total)
-
-
-@_operation(f64x, f32x, f32x, f64x)
-def _add_product(b, x, y, total):
-    wide = [b.fpext(v, f64x.vector) for v in (x, y)]
-    return _call(b, "llvm.fmuladd.v16f64", f64x.vector, *wide, total)
-
-
-@_operation(i32x)
-def no_bits(_builder):
-    return _constant(0, i32x.vector)
-
-
-@_operation(i32x, i32x, f32x)
-def max_bits(b, bits, x):
-    """The larger of ``bits`` and the bits of \\|x\\|, as integers: NaN > infinity > every number."""
-    mine = b.and_(b.bitcast(x, i32x.vector), _constant(0x7FFFFFFF, i32x.vector))
-    return b.select(b.icmp_signed(">", mine, bits), mine, bits)
+def _prefetch(b: Any, address: Any, write: int) -> Any:
+    flags = [ir.Constant(_I, flag) for flag in (write, 2, 1)]
+    _call(b, "llvm.prefetch.p0", ir.VoidType(), b.inttoptr(address, _BYTE.as_pointer()), *flags)
+    return _NOTHING
 
 
 def _halves(b: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -260,106 +165,151 @@ def _halves(b: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
     width = value.type.count
     while width > 1:
         width //= 2
-        undefined = ir.Constant(value.type, ir.Undefined)
-        low = b.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I, width), list(range(width))))
-        high = b.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_I, width), list(range(width, 2 * width))))
-        value = combine(low, high)
+        value = combine(_shuffle(b, value, range(width)), _shuffle(b, value, range(width, 2 * width)))
     return b.extract_element(value, ir.Constant(_I, 0))
 
 
-@_operation(int32, i32x)
-def top_bits(b, bits):
-    return _halves(b, bits, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
+def _smaller(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
-@_operation(float32, f32x)
-def total(b, x):
-    return _halves(b, x, b.fadd)
-
-
-@_operation(float64, f64x)
-def total64(b, x):
-    return _halves(b, x, b.fadd)
-
-
-@_operation(float32, int32)
-def as_float(b, bits):
-    return b.bitcast(bits, _F)
-
-
-@_operation(int32, float32)
-def as_bits(b, value):
-    return b.bitcast(value, _I)
+def _larger_int(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_signed(">", x, y), x, y)
 
 
 def _pick(b: Any, table: Any, index: Any) -> Any:
     """``table[index]`` by lanes, for indices 0 to 15."""
     if _AVX512:
-        if table.type.element == _F:
-            return _call(b, "llvm.x86.avx512.permvar.sf.512", table.type, table, index)
-        return _call(b, "llvm.x86.avx512.permvar.si.512", table.type, table, index)
-    undefined = ir.Constant(table.type, ir.Undefined)
-    level = [b.shuffle_vector(table, undefined, _constant(i, i32x.vector)) for i in range(16)]
+        kind = "sf" if table.type.element == _F else "si"
+        return _call(b, f"llvm.x86.avx512.permvar.{kind}.512", table.type, table, index)
+    level = [_shuffle(b, table, [i] * LANES) for i in range(16)]
     for bit in range(4):
         on = b.icmp_signed("!=", b.and_(index, _constant(1 << bit, i32x.vector)), _constant(0, i32x.vector))
         level = [b.select(on, odd, even) for even, odd in zip(level[::2], level[1::2], strict=True)]
     return level[0]
 
 
-@_operation(f32x, f32x, i32x)
-def pick(b, table, index):
-    return _pick(b, table, index)
+def _mask(b: Any, lanes: Any) -> Any:
+    """A bit for each lane that holds."""
+    return b.zext(b.bitcast(lanes, _WORD), _LONG)
 
 
-@_operation(i32x, int64)
+def _wide(b: Any, words: Any) -> Any:
+    """bfloat16 as float32."""
+    return b.bitcast(b.shl(b.zext(words, i32x.vector), _constant(16, i32x.vector)), f32x.vector)
+
+
+load = _operation(f32x(int64))(lambda b, address: _load(b, address, f32x.vector))
+load64 = _operation(f64x(int64))(lambda b, address: _load(b, address, f64x.vector))
+load_ints = _operation(i32x(int64))(lambda b, address: _load(b, address, i32x.vector))
+load_one = _operation(float32(int64))(lambda b, address: _load(b, address, _F))
+load_word = _operation(int64(int64))(lambda b, address: _load(b, address, _LONG))
+load_i8 = _operation(f32x(int64))(lambda b, address: b.sitofp(_load(b, address, _BYTES), f32x.vector))
+load_bf16 = _operation(f32x(int64))(lambda b, address: _wide(b, _load(b, address, _WORDS)))
+store = _operation(int32(int64, f32x))(_store)
+store64 = _operation(int32(int64, f64x))(_store)
+store_ints = _operation(int32(int64, i32x))(_store)
+store_one = _operation(int32(int64, float32))(_store)
+store_byte = _operation(int32(int64, int64))(lambda b, address, value: _store(b, address, b.trunc(value, _BYTE)))
+store_i8 = _operation(int32(int64, f32x))(lambda b, address, whole: _store(b, address, b.fptosi(whole, _BYTES)))
+#: ask for the line at an address, which need not exist
+prefetch = _operation(int32(int64))(lambda b, address: _prefetch(b, address, 0))
+prefetch_to_write = _operation(int32(int64))(lambda b, address: _prefetch(b, address, 1))
+
+fill = _operation(f32x(float32))(_fill)
+fill64 = _operation(f64x(float64))(_fill)
+zeros = _operation(f32x())(lambda _: _constant(0.0, f32x.vector))
+no_bits = _operation(i32x())(lambda _: _constant(0, i32x.vector))
+as_float = _operation(float32(int32))(lambda b, bits: b.bitcast(bits, _F))
+as_bits = _operation(int32(float32))(lambda b, value: b.bitcast(value, _I))
+
+add = _operation(f32x(f32x, f32x))(ir.IRBuilder.fadd)
+sub = _operation(f32x(f32x, f32x))(ir.IRBuilder.fsub)
+mul = _operation(f32x(f32x, f32x))(ir.IRBuilder.fmul)
+div = _operation(f32x(f32x, f32x))(ir.IRBuilder.fdiv)
+fma = _operation(f32x(f32x, f32x, f32x))(_fma)
+fma64 = _operation(f64x(f64x, f64x, f64x))(_fma)
+absolute = _operation(f32x(f32x))(lambda b, x: _call_like(b, "llvm.fabs", x))
+#: to even
+rounded = _operation(f32x(f32x))(lambda b, x: _call_like(b, "llvm.rint", x))
+lesser = _operation(f32x(f32x, f32x))(_smaller)
+greater = _operation(f32x(f32x, f32x))(lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+#: the totals or the least of all lanes
+total = _operation(float32(f32x))(lambda b, x: _halves(b, x, b.fadd))
+total64 = _operation(float64(f64x))(lambda b, x: _halves(b, x, b.fadd))
+least = _operation(float32(f32x))(lambda b, x: _halves(b, x, lambda u, v: _smaller(b, u, v)))
+top_bits = _operation(int32(i32x))(lambda b, bits: _halves(b, bits, lambda u, v: _larger_int(b, u, v)))
+pick = _operation(f32x(f32x, i32x))(_pick)
+pick_ints = _operation(i32x(i32x, i32x))(_pick)
+which_below = _operation(int64(f32x, f32x))(lambda b, x, y: _mask(b, b.fcmp_ordered("<", x, y)))
+which_differ = _operation(int64(i32x, i32x))(lambda b, x, y: _mask(b, b.icmp_signed("!=", x, y)))
+first_bit = _operation(int64(int64))(lambda b, bits: b.cttz(bits, ir.Constant(ir.IntType(1), 1)))
+cells_of = _operation(i32x(f32x, f32x, f32x))(lambda b, *args: b.fptosi(_fma(b, *args), i32x.vector))
+
+
+@_operation(f64x(f32x, f64x, f64x))
+def weigh(b, x, weight, total_):
+    """``total_ + x · weight`` in float64."""
+    return _fma(b, b.fpext(x, f64x.vector), weight, total_)
+
+
+@_operation(f64x(f32x, f32x, f64x))
+def add_product(b, x, y, total_):
+    """``total_ + x · y`` in float64."""
+    return _fma(b, b.fpext(x, f64x.vector), b.fpext(y, f64x.vector), total_)
+
+
+@_operation(i32x(i32x, f32x))
+def max_bits(b, bits, x):
+    """The larger of ``bits`` and the bits of \\|x\\|, as integers: NaN > infinity > every number."""
+    return _larger_int(b, b.and_(b.bitcast(x, i32x.vector), _constant(0x7FFFFFFF, i32x.vector)), bits)
+
+
+@_operation(f32x(f32x, f32x, f32x, f32x))
+def choose_less(b, x, y, yes, no):
+    """``yes`` where x < y, else ``no``."""
+    return b.select(b.fcmp_ordered("<", x, y), yes, no)
+
+
+@_operation(f32x(f32x, f32x, f32x, f32x))
+def add_up_to(b, x, limit, change, total_):
+    """``total_ + change`` where x ≤ limit, else ``total_``."""
+    return b.select(b.fcmp_ordered("<=", x, limit), b.fadd(total_, change), total_)
+
+
+@_operation(i32x(int64))
 def load_codes(b, address):
     """16 codes from 8 bytes, the first in the high nibble."""
     octets = ir.VectorType(_BYTE, 8)
     packed = _load(b, address, octets)
     high, low = b.lshr(packed, _constant(4, octets)), b.and_(packed, _constant(15, octets))
-    order = [i // 2 + 8 * (i % 2) for i in range(16)]
-    return b.zext(b.shuffle_vector(high, low, ir.Constant(i32x.vector, order)), i32x.vector)
+    return b.zext(_shuffle(b, high, [i // 2 + 8 * (i % 2) for i in range(16)], low), i32x.vector)
 
 
-@_operation(i32x, i32x, i32x)
-def pick_ints(b, table, index):
-    return _pick(b, table, index)
+def _packed(b: Any, codes: Any, octets: ir.Type) -> Any:
+    """Pairs of lanes as a byte each, or as a byte for each byte of a lane."""
+    pairs = ir.VectorType(_LONG, 8)
+    pair = b.bitcast(codes, pairs)  # the first code in the low half
+    return b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets)
 
 
-@_operation(int32, int64, i32x)
+@_operation(int32(int64, i32x))
 def store_codes(b, address, codes):
     """Mirror of :func:`load_codes`."""
-    octets, pairs = ir.VectorType(_BYTE, 8), ir.VectorType(ir.IntType(64), 8)
-    pair = b.bitcast(codes, pairs)  # the first code in the low half
-    return _store(
-        b, address, b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), octets)
-    )
+    return _store(b, address, _packed(b, codes, ir.VectorType(_BYTE, 8)))
 
 
-@_operation(int32, int64, i32x, i32x, i32x, i32x)
+@_operation(int32(int64, i32x, i32x, i32x, i32x))
 def store_four_codes(b, address, *codes):
     """:func:`store_codes` of four vectors one after the other, packed together."""
-    octet, pairs = ir.VectorType(_BYTE, 32), ir.VectorType(ir.IntType(64), 8)
     all_ = codes[0]
     for i in range(1, 4):  # a byte of each lane to each vector
         all_ = b.or_(all_, b.shl(codes[i], _constant(8 * i, i32x.vector)))
-    pair = b.bitcast(all_, pairs)
-    packed = b.trunc(b.or_(b.shl(pair, _constant(4, pairs)), b.lshr(pair, _constant(32, pairs))), ir.VectorType(_I, 8))
-    order = [4 * lane + vector for vector in range(4) for lane in range(8)]
-    octets = b.bitcast(packed, octet)
-    return _store(
-        b,
-        address,
-        b.shuffle_vector(octets, ir.Constant(octet, ir.Undefined), ir.Constant(ir.VectorType(_I, 32), order)),
-    )
+    octets = b.bitcast(_packed(b, all_, ir.VectorType(_I, 8)), ir.VectorType(_BYTE, 32))
+    return _store(b, address, _shuffle(b, octets, [4 * lane + vector for vector in range(4) for lane in range(8)]))
 
 
-@_operation(i32x, int64)
-def load_ints(b, address):
-    return _load(b, address, i32x.vector, 4)
-
-
-@_operation(i32x, f32x, f32x)
+@_operation(i32x(f32x, f32x))
 def rank(b, x, bounds):
     """How many of 15 ascending ``bounds`` (the 16th lane is not read) are below x: ``torch.bucketize``, ties to the
     lower side.
@@ -378,185 +328,87 @@ CELLS = 32 if _AVX512 else 0
 CELL_FACTOR = 15.9999
 
 
-@_operation(i32x, f32x, i32x, i32x, f32x, f32x)
+@_operation(i32x(f32x, i32x, i32x, f32x, f32x))
 def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
     """:func:`rank`, where each of 32 cells of [-1, 1] holds at most one bound: how many are in cells below, and whether
     the cell's own is below x.
     """
     if not CELLS:
         return _constant(0, i32x.vector)  # never called
-    place = (_constant(CELL_FACTOR, f32x.vector), _constant(16.0, f32x.vector))
-    cell = b.fptosi(_call(b, "llvm.fmuladd.v16f32", f32x.vector, x, *place), i32x.vector)
+    cell = b.fptosi(_fma(b, x, _constant(CELL_FACTOR, f32x.vector), _constant(16.0, f32x.vector)), i32x.vector)
     base = _call(b, "llvm.x86.avx512.vpermi2var.d.512", i32x.vector, base_low, cell, base_high)
     bound = _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, bounds_low, cell, bounds_high)
     return b.select(b.fcmp_ordered(">", x, bound), b.add(base, _constant(1, i32x.vector)), base)
 
 
-@_operation(f32x, f32x, f32x)
-def add(b, x, y):
-    return b.fadd(x, y)
-
-
-@_operation(f32x, f32x)
-def absolute(b, x):
-    return _call(b, "llvm.fabs.v16f32", f32x.vector, x)
-
-
-@_operation(f32x, f32x, f32x)
-def lesser(b, x, y):
-    return b.select(b.fcmp_ordered("<", x, y), x, y)
-
-
-@_operation(f32x, f32x, f32x)
-def greater(b, x, y):
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-
-@_operation(f32x, f32x, f32x, f32x, f32x)
-def choose_less(b, x, y, yes, no):
-    """``yes`` where x < y, else ``no``."""
-    return b.select(b.fcmp_ordered("<", x, y), yes, no)
-
-
-@_operation(f32x, f32x, f32x, f32x, f32x)
-def add_up_to(b, x, limit, change, total_):
-    """``total_ + change`` where x ≤ limit, else ``total_``."""
-    return b.select(b.fcmp_ordered("<=", x, limit), b.fadd(total_, change), total_)
-
-
-@_operation(float32, f32x)
-def least(b, x):
-    return _halves(b, x, lambda u, v: b.select(b.fcmp_ordered("<", u, v), u, v))
-
-
-def _mask(b: Any, lanes: Any) -> Any:
-    return b.zext(b.bitcast(lanes, _WORD), ir.IntType(64))
-
-
-@_operation(int64, f32x, f32x)
-def which_below(b, x, y):
-    """A bit for each lane where x < y."""
-    return _mask(b, b.fcmp_ordered("<", x, y))
-
-
-@_operation(int64, i32x, i32x)
-def which_differ(b, x, y):
-    return _mask(b, b.icmp_signed("!=", x, y))
-
-
-@_operation(int64, int64)
-def first_bit(b, bits):
-    return _call(b, "llvm.cttz.i64", ir.IntType(64), bits, ir.Constant(ir.IntType(1), 1))
-
-
-@_operation(i32x, f32x, f32x, f32x)
-def cells_of(b, x, factor, shift):
-    return b.fptosi(_call(b, "llvm.fmuladd.v16f32", f32x.vector, x, factor, shift), i32x.vector)
-
-
-@_operation(int32, int64, i32x)
-def store_ints(b, address, value):
-    return _store(b, address, value, 4)
-
-
-@_operation(f32x, int64, i32x)
+@_operation(f32x(int64, i32x))
 def look_up(b, address, index):
     """Of 32 values at ``address`` those of ``index``, 0 to 31."""
     if _AVX512:
-        low, above = _load(b, address, f32x.vector, 4), b.add(address, ir.Constant(address.type, 64))
-        high = _load(b, above, f32x.vector, 4)
+        low = _load(b, address, f32x.vector)
+        high = _load(b, b.add(address, ir.Constant(_LONG, 64)), f32x.vector)
         return _call(b, "llvm.x86.avx512.vpermi2var.ps.512", f32x.vector, low, index, high)
     value = ir.Constant(f32x.vector, ir.Undefined)
     for lane in range(LANES):
-        one = b.zext(b.extract_element(index, ir.Constant(_I, lane)), address.type)
-        at = b.add(address, b.shl(one, ir.Constant(address.type, 2)))
-        value = b.insert_element(value, _load(b, at, _F, 4), ir.Constant(_I, lane))
+        one = b.zext(b.extract_element(index, ir.Constant(_I, lane)), _LONG)
+        at = b.add(address, b.shl(one, ir.Constant(_LONG, 2)))
+        value = b.insert_element(value, _load(b, at, _F), ir.Constant(_I, lane))
     return value
 
 
-@_operation(f32x, int64)
+@_operation(f32x(int64))
 def totals(b, address):
     """The totals of 16 vectors at ``address``, one after the other, by lanes."""
-    rows = [_load(b, b.add(address, ir.Constant(address.type, 64 * i)), f32x.vector, 4) for i in range(LANES)]
+    rows = [_load(b, b.add(address, ir.Constant(_LONG, 64 * i)), f32x.vector) for i in range(LANES)]
     width = LANES  # of each row's own part in a vector
     while width > 1:
         width //= 2
         half = len(rows) // 2
         # rows i and i + half share a vector from now on: lane groups of 2·width, the first half of each is row i's
-        pairs = []
-        for u, v in zip(rows[:half], rows[half:], strict=True):
-            first, second = [], []
-            for group in range(0, LANES, 2 * width):
-                own = list(range(group, group + width))
-                first += own + [LANES + lane for lane in own]
-                second += [lane + width for lane in own] + [LANES + lane + width for lane in own]
-            low = b.shuffle_vector(u, v, ir.Constant(i32x.vector, first))
-            high = b.shuffle_vector(u, v, ir.Constant(i32x.vector, second))
-            pairs.append(b.fadd(low, high))
-        rows = pairs
+        first, second = [], []
+        for group in range(0, LANES, 2 * width):
+            own = list(range(group, group + width))
+            first += own + [LANES + lane for lane in own]
+            second += [lane + width for lane in own] + [LANES + lane + width for lane in own]
+        pairs = zip(rows[:half], rows[half:], strict=True)
+        rows = [b.fadd(_shuffle(b, u, first, v), _shuffle(b, u, second, v)) for u, v in pairs]
     return rows[0]
 
 
-@_operation(f32x, int64)
-def load_i8(b, address):
-    return b.sitofp(_load(b, address, ir.VectorType(_BYTE, LANES)), f32x.vector)
-
-
-@_operation(f32x, f32x)
+@_operation(f32x(f32x))
 def to_int8(b, x):
     """x rounded to even and clamped to ±127; NaN to 0."""
-    whole = _call(b, "llvm.rint.v16f32", f32x.vector, x)
+    whole = _call_like(b, "llvm.rint", x)
     for limit, sign in ((127.0, "<"), (-127.0, ">")):
         edge = _constant(limit, f32x.vector)
         whole = b.select(b.fcmp_unordered(sign, whole, edge), whole, edge)
     return b.select(b.fcmp_ordered("ord", whole, whole), whole, _constant(0.0, f32x.vector))
 
 
-@_operation(f32x, f32x)
-def rounded(b, x):
-    """x rounded to even."""
-    return _call(b, "llvm.rint.v16f32", f32x.vector, x)
-
-
-@_operation(int32, int64, f32x)
-def store_i8(b, address, whole):
-    return _store(b, address, b.fptosi(whole, ir.VectorType(_BYTE, LANES)))
-
-
-@_operation(f32x, int64)
+@_operation(f32x(int64))
 def load_f16(b, address):
-    return b.fpext(
-        b.bitcast(_load(b, address, ir.VectorType(_WORD, LANES), 2), ir.VectorType(ir.HalfType(), LANES)), f32x.vector
-    )
+    if not HAS_F16:
+        return _constant(0.0, f32x.vector)  # never called
+    return b.fpext(b.bitcast(_load(b, address, _WORDS), ir.VectorType(ir.HalfType(), LANES)), f32x.vector)
 
 
-@_operation(f32x, int64, f32x)
+@_operation(f32x(int64, f32x))
 def store_f16(b, address, x):
     """Stores x; returns what was stored."""
+    if not HAS_F16:
+        return x  # never called
     half = b.fptrunc(x, ir.VectorType(ir.HalfType(), LANES))
-    _store(b, address, b.bitcast(half, ir.VectorType(_WORD, LANES)), 2)
+    _store(b, address, b.bitcast(half, _WORDS))
     return b.fpext(half, f32x.vector)
 
 
-def _wide(b: Any, words: Any) -> Any:
-    return b.bitcast(b.shl(b.zext(words, i32x.vector), _constant(16, i32x.vector)), f32x.vector)
-
-
-@_operation(f32x, int64)
-def load_bf16(b, address):
-    return _wide(b, _load(b, address, ir.VectorType(_WORD, LANES), 2))
-
-
-@_operation(f32x, int64, f32x)
+@_operation(f32x(int64, f32x))
 def store_bf16(b, address, x):
     """Stores x rounded to even; returns what was stored. Not for NaN."""
-    bits = b.bitcast(x, i32x.vector)
-    odd = b.and_(b.lshr(bits, _constant(16, i32x.vector)), _constant(1, i32x.vector))
-    words = b.trunc(
-        b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), _constant(16, i32x.vector)),
-        ir.VectorType(_WORD, LANES),
-    )
-    _store(b, address, words, 2)
+    bits, half = b.bitcast(x, i32x.vector), _constant(16, i32x.vector)
+    odd = b.and_(b.lshr(bits, half), _constant(1, i32x.vector))
+    words = b.trunc(b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), half), _WORDS)
+    _store(b, address, words)
     return _wide(b, words)
 
 
@@ -566,67 +418,111 @@ _BLOCK_ROWS, _BLOCK_LANES = (8, 16) if _AVX512 else (4, 8)
 
 def _emit_product(b, element, vectors, x, x_stride, m, m_stride, y, y_stride, depth):
     """y[r, :] = Σₖ x[r, k] · m[k, :] for _BLOCK_ROWS rows and ``vectors`` registers of columns, sums kept in registers."""
-    bits = 32 if element == _F else 64
-    lanes = _BLOCK_LANES * 32 // bits
-    lane = ir.VectorType(element, lanes)
-    word = ir.IntType(64)
-    size = 4 * _BLOCK_LANES
+    size = 4 * _BLOCK_LANES  # bytes of a register
+    each = _alignment(element)
+    lane = ir.VectorType(element, size // each)
     start, loop, end = b.block, b.append_basic_block("product"), b.append_basic_block("product_done")
     rows = [x]
     for _ in range(1, _BLOCK_ROWS):
         rows.append(b.add(rows[-1], x_stride))
     b.branch(loop)
     b.position_at_end(loop)
-    k, m_row = b.phi(word), b.phi(word)
-    k.add_incoming(ir.Constant(word, 0), start)
+    k, m_row = b.phi(_LONG), b.phi(_LONG)
+    k.add_incoming(ir.Constant(_LONG, 0), start)
     m_row.add_incoming(m, start)
     sums = [[b.phi(lane) for _ in range(vectors)] for _ in rows]
-    m_lanes = [_load(b, b.add(m_row, ir.Constant(word, size * v)), lane, 4) for v in range(vectors)]
-    offset = b.mul(k, ir.Constant(word, bits // 8))
+    m_lanes = [_load(b, b.add(m_row, ir.Constant(_LONG, size * v)), lane) for v in range(vectors)]
+    offset = b.mul(k, ir.Constant(_LONG, each))
     for row, own in zip(rows, sums, strict=True):
-        one = _load(b, b.add(row, offset), element, 4)
-        undefined = ir.Constant(lane, ir.Undefined)
-        many = b.shuffle_vector(
-            b.insert_element(undefined, one, ir.Constant(_I, 0)), undefined, _constant(0, ir.VectorType(_I, lanes))
-        )
+        many = _fill(b, _load(b, b.add(row, offset), element), lane.count)
         for v in range(vectors):
-            new = _call(b, f"llvm.fmuladd.v{lanes}f{bits}", lane, many, m_lanes[v], own[v])
+            new = _fma(b, many, m_lanes[v], own[v])
             own[v].add_incoming(_constant(0.0, lane), start)
             own[v].add_incoming(new, loop)
             own[v] = new
-    k_next = b.add(k, ir.Constant(word, 1))
+    k_next = b.add(k, ir.Constant(_LONG, 1))
     k.add_incoming(k_next, loop)
     m_row.add_incoming(b.add(m_row, m_stride), loop)
     b.cbranch(b.icmp_signed("<", k_next, depth), loop, end)
     b.position_at_end(end)
     for own in sums:
         for v, value in enumerate(own):
-            _store(b, b.add(y, ir.Constant(word, size * v)), value, 4)
+            _store(b, b.add(y, ir.Constant(_LONG, size * v)), value)
         y = b.add(y, y_stride)
-    return ir.Constant(_I, 0)
+    return _NOTHING
 
 
-@_operation(int32, *[int64] * 7)
-def product_one(b, *args):
-    return _emit_product(b, _F, 1, *args)
-
-
-@_operation(int32, *[int64] * 7)
-def product_two(b, *args):
-    return _emit_product(b, _F, 2, *args)
-
-
-@_operation(int32, *[int64] * 7)
-def product64(b, *args):
-    return _emit_product(b, _D, 2, *args)
+product_one = _operation(int32(*[int64] * 7))(lambda b, *args: _emit_product(b, _F, 1, *args))
+product_two = _operation(int32(*[int64] * 7))(lambda b, *args: _emit_product(b, _F, 2, *args))
+product64 = _operation(int32(*[int64] * 7))(lambda b, *args: _emit_product(b, _D, 2, *args))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 _SETTINGS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _inline = njit(inline="never", **_SETTINGS)
+
+
+def _compiled(signature: Any) -> Any:
+    return njit(signature, cache=True, **_SETTINGS)
+
+
 _LARGEST = np.finfo(np.float32).max
 _TINY = np.float32(1e-38)  # bitsandbytes' bound under absmax
+
+
+class _Levels(NamedTuple):
+    """A 4-bit format's levels in order, the bounds between them and their codes; with ``by_cell`` these are in order too,
+    and the tables those of :func:`rank_by_cell`.
+    """
+
+    values: Any
+    bounds: Any
+    order: Any
+    by_cell: Any
+    base_low: Any
+    base_high: Any
+    bounds_low: Any
+    bounds_high: Any
+
+
+@_inline
+def _levels(values, bounds, order, by_cell, cells):
+    tables = load_ints(cells), load_ints(cells + 64), load(cells + 128), load(cells + 192)
+    return _Levels(load(values), load(bounds), load_ints(order), by_cell, *tables)
+
+
+@_inline
+def _nearest(s, levels):
+    """The numbers of the levels nearest to s."""
+    if levels.by_cell:
+        inside = greater(lesser(s, fill(float32(1.0))), fill(float32(-1.0)))
+        return rank_by_cell(inside, levels.base_low, levels.base_high, levels.bounds_low, levels.bounds_high)
+    return rank(s, levels.bounds)
+
+
+@_inline
+def _put(codes, index, levels):
+    """Store the codes of 16 levels by their numbers."""
+    store_codes(codes, index if levels.by_cell else pick_ints(levels.order, index))
+
+
+@_inline
+def _largest(x, n):
+    """Bits of the largest magnitude of n values."""
+    bits = no_bits()
+    for i in range(0, n, LANES):
+        bits = max_bits(bits, load(x + 4 * i))
+    return top_bits(bits)
+
+
+@_inline
+def _add_up(sums, norm, error, kept, top):
+    """To ``sums``: Σ exact², Σ (stored - exact)² and Σ (stored - exact)(exact - base), by lanes; the bits of the largest."""
+    sums[0] += total64(norm)
+    sums[1] += total64(error)
+    sums[2] = max(sums[2], float64(top))
+    sums[5] += total64(kept)
 
 
 @_inline
@@ -648,13 +544,10 @@ def _decode(kind, codes, scales, blocksize, levels, first, count, out):
     one value, at ``scales``.
     """
     if kind == FOUR_BIT:
-        done = 0
-        while done < count:
-            size = min(blocksize, count - done)
+        for done in range(0, count, blocksize):
             scale = fill(load_one(scales + 4 * ((first + done) // blocksize)))
-            for i in range(done, done + size, LANES):
+            for i in range(done, min(done + blocksize, count), LANES):
                 store(out + 4 * i, mul(pick(levels, load_codes(codes + (first + i) // 2)), scale))
-            done += size
     elif kind == INT8:
         scale = fill(load_one(scales))
         for i in range(0, count, LANES):
@@ -662,12 +555,10 @@ def _decode(kind, codes, scales, blocksize, levels, first, count, out):
     elif kind == F32:
         for i in range(0, count, LANES):
             store(out + 4 * i, load(codes + 4 * (first + i)))
-    elif kind == BF16:
+    else:
         for i in range(0, count, LANES):
-            store(out + 4 * i, load_bf16(codes + 2 * (first + i)))
-    elif HAS_F16:
-        for i in range(0, count, LANES):
-            store(out + 4 * i, load_f16(codes + 2 * (first + i)))
+            at = codes + 2 * (first + i)
+            store(out + 4 * i, load_bf16(at) if kind == BF16 else load_f16(at))
 
 
 @_inline
@@ -693,7 +584,7 @@ def _rotate(x, x_stride, y, y_stride, rows, columns, first_block, matrices, b, s
                 product_one(x_at, x_stride, m + 4 * done, 4 * b, y_at + 4 * done, y_stride, b)
                 done += _BLOCK_LANES
         # while they are in the first-level cache; in float32, two sums at a time
-        even, odd = fill(float32(0.0)), fill(float32(0.0))
+        even, odd = zeros(), zeros()
         x_at, y_at = x + 4 * c, y + 4 * c
         if row_scale == 0 and rows == ROWS:
             for _ in range(0, ROWS, 2):
@@ -721,60 +612,43 @@ def _rotate(x, x_stride, y, y_stride, rows, columns, first_block, matrices, b, s
         scale = fill(load_one(row_scale + 4 * r) if row_scale != 0 else float32(1.0))
         for i in range(0, 4 * columns, 4 * LANES):
             u = sub(mul(load(y + r * y_stride + i), scale), load(x + r * x_stride + i))
-            change = _add_square(u, change)
+            change = add_product(u, u, change)
     return total64(change)
 
 
 @_inline
-def _encode_4bit(
-    base, x, first, count, length, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, sums
-):
+def _encode_4bit(base, x, first, count, length, codes, scales, blocksize, levels, moments, sums):
     """Encode ``count`` values at ``x`` as the flat weights ``first`` and on (the first of a block) of ``length`` in
     all. ``base``: their values before the rotation.
 
     ``moments``: 0, or where to put each block's Σc(c-s), Σc² and Σc(s-v) (s: the scaled weight, c: its level, v: the
     scaled base), from which the error and what is kept follow with any other absmax.
-    Adds to ``sums``: Σ exact², Σ (stored - exact)², Σ (stored - exact)(exact - base).
     """
     # absmax first, for all blocks: a code waits for its block's absmax, so in one loop each block would wait for the
     # one before
     top = int32(0)
-    done = 0
-    while done < count:
-        size = min(blocksize, count - done)
-        bits = no_bits()
-        for i in range(done, done + size, LANES):
-            bits = max_bits(bits, load(x + 4 * i))
-        one = top_bits(bits)
-        top = max(top, one)
-        block = (first + done) // blocksize
-        absmax = as_float(one)
+    for done in range(0, count, blocksize):
+        bits = _largest(x + 4 * done, min(blocksize, count - done))
+        top = max(top, bits)
+        absmax = as_float(bits)
         # in a short last block bitsandbytes bounds the absmax itself
-        store_one(scales + 4 * block, max(absmax, _TINY) if first + done + blocksize > length else absmax)
-        done += size
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    if by_cell and blocksize % (4 * LANES) == 0 and count % blocksize == 0 and as_float(top) > float32(1e-18):
-        _encode_whole_blocks(
-            base, x, first, count, codes, scales, blocksize, levels,
-            base_low, base_high, bounds_low, bounds_high, moments, as_float(top), sums,
-        )  # fmt: skip
-        sums[2] = max(sums[2], float64(top))
+        bounded = max(absmax, _TINY) if first + done + blocksize > length else absmax
+        store_one(scales + 4 * ((first + done) // blocksize), bounded)
+    whole = blocksize % (4 * LANES) == 0 and count % blocksize == 0
+    if levels.by_cell and whole and as_float(top) > float32(1e-18):
+        _encode_whole_blocks(base, x, first, count, codes, scales, blocksize, levels, moments, top, sums)
         return
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    done = 0
-    while done < count:
+    for done in range(0, count, blocksize):
         size = min(blocksize, count - done)
         block = (first + done) // blocksize
         absmax = load_one(scales + 4 * block)
         bounded = max(absmax, _TINY)
-        short = first + done + blocksize > length
         factor = fill(float32(1.0) / bounded)
-        stored = levels if absmax >= _TINY else mul(levels, fill(absmax / bounded))
-        squares, misses = fill(float32(0.0)), fill(float32(0.0))
-        cross, power, along = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
-        held = fill(float32(0.0))
-        if short:  # and divides by it
+        stored = levels.values if absmax >= _TINY else mul(levels.values, fill(absmax / bounded))
+        squares, misses, held = zeros(), zeros(), zeros()
+        cross, power, along = zeros(), zeros(), zeros()
+        if first + done + blocksize > length:  # and divides by it
             divisor = fill(bounded)
             for i in range(done, done + size, LANES):
                 store(x + 4 * i, div(load(x + 4 * i), divisor))
@@ -782,12 +656,8 @@ def _encode_4bit(
             factor = fill(float32(1.0))
         for i in range(done, done + size, LANES):
             s = mul(load(x + 4 * i), factor)
-            if by_cell:
-                index = rank_by_cell(s, base_low, base_high, bounds_low, bounds_high)
-                store_codes(codes + (first + i) // 2, index)
-            else:
-                index = rank(s, bounds)
-                store_codes(codes + (first + i) // 2, pick_ints(order, index))
+            index = _nearest(s, levels)
+            _put(codes + (first + i) // 2, index, levels)
             c = pick(stored, index)
             miss = sub(c, s)
             moved = sub(s, mul(load(base + 4 * i), factor))
@@ -800,21 +670,16 @@ def _encode_4bit(
             store_one(moments + 12 * block, total(cross))
             store_one(moments + 12 * block + 4, total(power))
             store_one(moments + 12 * block + 8, total(along))
-        done += size
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top))
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, top)
 
 
 @_inline
-def _encode_whole_blocks(
-    base, x, first, count, codes, scales, blocksize, levels, base_low, base_high, bounds_low, bounds_high, moments,
-    top, sums,
-):  # fmt: skip
-    """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them ``top``: the usual
-    case. What the sums leave out is far below float32's rounding of the largest block's.
+def _encode_whole_blocks(base, x, first, count, codes, scales, blocksize, levels, moments, top_bits_, sums):
+    """:func:`_encode_4bit` of blocks of a multiple of 64 whose absmax is known, the largest of them with bits
+    ``top_bits_``: the usual case. What the sums leave out is far below float32's rounding of the largest block's.
     """
+    values, tables = levels.values, levels[4:]
+    top = as_float(top_bits_)
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     to, scale_at = codes + first // 2, scales + 4 * (first // blocksize)
     moments += 12 * (first // blocksize) if moments != 0 else 0
@@ -823,26 +688,25 @@ def _encode_whole_blocks(
     done = 0
     while done < count:
         # in float32, in units of the largest, for some blocks at a time
-        squares, misses, helds = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+        squares, misses, helds = zeros(), zeros(), zeros()
         last = min(count, done + max(blocksize, 64 * LANES))
         while done < last:
             absmax = load_one(scale_at)
             factor = fill(float32(1.0) / max(absmax, _TINY))
             minus = fill(float32(-1.0) / max(absmax, _TINY))
             ratio = absmax / top
-            square, missed, crossed = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
-            held, turned = fill(float32(0.0)), fill(float32(0.0))
+            square, missed, crossed, held, turned = zeros(), zeros(), zeros(), zeros(), zeros()
             for at in range(x + 4 * done, x + 4 * (done + blocksize), 16 * LANES):
                 s0, s1 = mul(load(at), factor), mul(load(at + 64), factor)
                 s2, s3 = mul(load(at + 128), factor), mul(load(at + 192), factor)
-                i0 = rank_by_cell(s0, base_low, base_high, bounds_low, bounds_high)
-                i1 = rank_by_cell(s1, base_low, base_high, bounds_low, bounds_high)
-                i2 = rank_by_cell(s2, base_low, base_high, bounds_low, bounds_high)
-                i3 = rank_by_cell(s3, base_low, base_high, bounds_low, bounds_high)
+                i0 = rank_by_cell(s0, *tables)
+                i1 = rank_by_cell(s1, *tables)
+                i2 = rank_by_cell(s2, *tables)
+                i3 = rank_by_cell(s3, *tables)
                 store_four_codes(to, i0, i1, i2, i3)
                 to += 32
-                m0, m1 = sub(pick(levels, i0), s0), sub(pick(levels, i1), s1)
-                m2, m3 = sub(pick(levels, i2), s2), sub(pick(levels, i3), s3)
+                m0, m1 = sub(pick(values, i0), s0), sub(pick(values, i1), s1)
+                m2, m3 = sub(pick(values, i2), s2), sub(pick(values, i3), s3)
                 square = add(square, add(fma(s0, s0, mul(s1, s1)), fma(s2, s2, mul(s3, s3))))
                 missed = add(missed, add(fma(m0, m0, mul(m1, m1)), fma(m2, m2, mul(m3, m3))))
                 from_ = at + from_base
@@ -864,9 +728,7 @@ def _encode_whole_blocks(
             scale_at += 4
             done += blocksize
         norm, error, kept = weigh(squares, largest, norm), weigh(misses, largest, error), weigh(helds, largest, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, top_bits_)
 
 
 # --- the scale of a 4-bit block that errs least -----------------------------------------------------------------------
@@ -893,7 +755,7 @@ def _measure(x, n, s, search):
     """The squared error of n values at ``x`` with their nearest codes for scale s."""
     levels, bounds = load(search + 4 * LEVELS), load(search + 4 * BOUNDS)
     factor, scale = fill(float32(1.0) / s), fill(-s)
-    error = fill(float32(0.0))
+    error = zeros()
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
         miss = fma(pick(levels, rank(mul(v, factor), bounds)), scale, v)
@@ -923,7 +785,7 @@ def _changes(x, n, low, high, limit, search, work):
     own, factor, other = fill(-low), fill(float32(1.0) / low), fill(float32(1.0) / high)
     each, at = work + 4 * _EACH, work + 4 * _CROSSINGS
     stride = 4 * (_MOST + LANES)
-    errors, crosses, powers = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+    errors, crosses, powers = zeros(), zeros(), zeros()
     count = 0
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
@@ -968,7 +830,7 @@ def _changes(x, n, low, high, limit, search, work):
         scales = add(shift, fill(low))
         found = sub(errors, mul(shift, crosses))
         found = choose_less(fill(float32(1e-5)), powers, found, huge)
-        found = choose_less(fill(float32(0.0)), scales, found, huge)
+        found = choose_less(zeros(), scales, found, huge)
         found = choose_less(scales, fill(limit), found, huge)
         one = least(found)
         if one < best:
@@ -999,9 +861,9 @@ def _refine(x, n, low, high, error_low, error_high, power, limit, search, work):
         if a > 0:
             bound = _chord(a, b, error_a, error_b, power)
         else:  # smaller scales clip more
-            edge, clipped = fill(b), fill(float32(0.0))
+            edge, clipped = fill(b), zeros()
             for i in range(0, n, LANES):
-                over = greater(sub(absolute(load(x + 4 * i)), edge), fill(float32(0.0)))
+                over = greater(sub(absolute(load(x + 4 * i)), edge), zeros())
                 clipped = fma(over, over, clipped)
             bound = total(clipped)
         if bound >= _enough(load_one(work + 4 * _BEST), power):
@@ -1058,7 +920,7 @@ def _try_ratios(x, n, absmax, search, work):
             store(sums + 64 * j, add(fma(d0, d0, mul(d1, d1)), fma(d2, d2, mul(d3, d3))))
             table += 256
     else:
-        powers = fill(float32(0.0))
+        powers = zeros()
         cells = values + 4 * n
         for i in range(0, n, LANES):
             v = load(x + 4 * i)
@@ -1069,7 +931,7 @@ def _try_ratios(x, n, absmax, search, work):
             powers = fma(v, v, powers)
         store(sums + 64 * count, powers)
         for j in range(count):
-            error = fill(float32(0.0))
+            error = zeros()
             for i in range(0, n, LANES):
                 c = load_ints(cells + 4 * i)
                 d = sub(absolute(sub(load(values + 4 * i), look_up(table, c))), look_up(table + 128, c))
@@ -1151,85 +1013,83 @@ def _open(errors, search, power, enough):
 
 @_inline
 def _encode_best(
-    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, moments, plain, search,
-    work, mode, sums,
+    base, x, first, count, codes, scales, blocksize, levels, moments, plain, search, work, mode, sums
 ):  # fmt: skip
     """As :func:`_encode_4bit`, with better scales of the blocks; ``mode`` SCALES: those alone, GIVEN: codes for the
     scales that are there.
 
-    ``plain`` and ``moments``: 0, or where to put each block's absmax, and the moments with it. Adds to ``sums`` as
-    :func:`_encode_4bit`; its fourth is of plain rounding.
+    ``plain`` and ``moments``: 0, or where to put each block's absmax, and the moments with it. Adds to the fourth of
+    ``sums`` the error of plain rounding.
 
     Each step is taken for all blocks before the next: within a block each waits for the one before.
     """
     if mode != GIVEN:
-        _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums)
+        _find_scales(x, first, count, scales, blocksize, levels, moments, plain, search, work, sums)
     if mode == SCALES:
         return
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
-    error, kept = fill64(0.0), fill64(0.0)
-    done = 0
-    while done < count:
-        size = min(blocksize, count - done)
+    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
+    for done in range(0, count, blocksize):
         scale = load_one(scales + 4 * ((first + done) // blocksize))
-        tiny = abs(scale) < _TINY
-        at, to, from_ = x + 4 * done, codes + (first + done) // 2, base + 4 * done
-        factor = fill(scale if tiny else float32(1.0) / scale)
-        if mode == GIVEN or tiny:
-            back = fill(-scale)
-            for i in range(0, size, LANES):
-                v = load(at + 4 * i)
-                s = fill(float32(0.0)) if scale == 0 else div(v, factor) if tiny else mul(v, factor)
-                index = rank(s, bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-                miss = fma(pick(levels, index), back, v)
-                error = _add_square(miss, error)
-                kept = _add_product(miss, sub(load(from_ + 4 * i), v), kept)
-        else:  # near the absmax: float32 does in units of the scale
-            misses, held = fill(float32(0.0)), fill(float32(0.0))
-            for i in range(0, size, LANES):
-                s = mul(load(at + 4 * i), factor)
-                if by_cell:
-                    inside = greater(lesser(s, highest), lowest)
-                    index = rank_by_cell(inside, base_low, base_high, bounds_low, bounds_high)
-                    store_codes(to + i // 2, index)
-                else:
-                    index = rank(s, bounds)
-                    store_codes(to + i // 2, pick_ints(order, index))
-                miss = sub(pick(levels, index), s)
-                misses = fma(miss, miss, misses)
-                held = fma(miss, sub(s, mul(load(from_ + 4 * i), factor)), held)
-            square = fill64(float64(scale) * float64(scale))
-            error, kept = weigh(misses, square, error), weigh(held, square, kept)
-        done += size
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
+        norm, error, kept = _encode_block(
+            base + 4 * done, x + 4 * done, min(blocksize, count - done), scale, float32(0.0), mode == GIVEN,
+            codes + (first + done) // 2, levels, norm, error, kept,
+        )  # fmt: skip
+    _add_up(sums, fill64(0.0), error, kept, int32(0))  # the others are there
 
 
 @_inline
-def _plain_error(x, n, absmax, levels, bounds):
+def _encode_block(base, x, n, scale, over, far, codes, levels, norm, error, kept):
+    """Encode n values at ``x`` for a scale that is there, the change times 1 + ``over``; ``far``: whether the scale may be
+    far from their absmax, and float32 may not hold squares in units of it.
+
+    Returns:
+        the sums of :func:`_add_up`, with these added.
+    """
+    tiny = abs(scale) < _TINY
+    more, factor = fill(over), fill(scale if tiny else float32(1.0) / scale)
+    if far or tiny:
+        minus = fill(-scale)
+        for i in range(0, n, LANES):
+            w, v = load(x + 4 * i), load(base + 4 * i)
+            t = fma(sub(w, v), more, w)
+            index = _nearest(zeros() if scale == 0 else div(t, factor) if tiny else mul(t, factor), levels)
+            _put(codes + i // 2, index, levels)
+            miss = fma(pick(levels.values, index), minus, w)
+            norm, error = add_product(w, w, norm), add_product(miss, miss, error)
+            kept = add_product(miss, sub(v, w), kept)
+        return norm, error, kept
+    squares, misses, held = zeros(), zeros(), zeros()
+    for i in range(0, n, LANES):
+        w = mul(load(x + 4 * i), factor)
+        moved = sub(w, mul(load(base + 4 * i), factor))
+        index = _nearest(fma(moved, more, w), levels)
+        _put(codes + i // 2, index, levels)
+        miss = sub(pick(levels.values, index), w)
+        squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
+    weight = fill64(float64(scale) * float64(scale))
+    return weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
+
+
+@_inline
+def _plain_error(x, n, absmax, levels):
     """The squared error of plain rounding below bitsandbytes' bound of absmax, where its codes are of that bound."""
     error, scale, factor = fill64(0.0), fill(-absmax), fill(float32(1.0) / _TINY)
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
-        error = _add_square(fma(pick(levels, rank(mul(v, factor), bounds)), scale, v), error)
+        miss = fma(pick(levels.values, rank(mul(v, factor), levels.bounds)), scale, v)
+        error = add_product(miss, miss, error)
     return total64(error)
 
 
 @_inline
-def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, plain, search, work, sums):
+def _find_scales(x, first, count, scales, blocksize, levels, moments, plain, search, work, sums):
     """The steps of :func:`_encode_best` before the codes."""
     one = int64(load_one(search + 4 * (META + _ONE)))
     power_at = int64(load_one(search + 4 * (META + _COUNT)))
     exact = load_one(search + 4 * (META + _STEP)) != 0
     top = int32(0)
     for done in range(0, count, blocksize):
-        bits = no_bits()
-        for i in range(done, min(done + blocksize, count), LANES):
-            bits = max_bits(bits, load(x + 4 * i))
-        highest = top_bits(bits)
+        highest = _largest(x + 4 * done, min(blocksize, count - done))
         top = max(top, highest)
         store_one(scales + 4 * ((first + done) // blocksize), as_float(highest))
     sums[2] = max(sums[2], float64(top))
@@ -1240,10 +1100,10 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
             block = (first + done) // blocksize
             absmax = load_one(scales + 4 * block)
             factor = fill(float32(1.0) / max(absmax, _TINY))
-            cross, power = fill(float32(0.0)), fill(float32(0.0))
+            cross, power = zeros(), zeros()
             for i in range(done, min(done + blocksize, count), LANES):
                 s = mul(load(x + 4 * i), factor)
-                c = pick(levels, rank(s, bounds))
+                c = pick(levels.values, rank(s, levels.bounds))
                 cross, power = fma(c, sub(c, s), cross), fma(c, c, power)
             store_one(plain + 4 * block, absmax)
             store_one(moments + 12 * block, total(cross))
@@ -1261,7 +1121,7 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         error += (
             square * float64(load_one(work + 4 * (_ERRORS + one)))
             if absmax >= _TINY
-            else _plain_error(at, size, absmax, levels, bounds)
+            else _plain_error(at, size, absmax, levels)
         )
         if exact:
             store_one(place, _best_scale(at, size, absmax, j, search, work) * absmax)
@@ -1275,19 +1135,19 @@ def _find_scales(x, first, count, scales, blocksize, levels, bounds, moments, pl
         scale = load_one(place)
         if scale == 0:
             continue
-        store_one(place, _refit(x + 4 * done, min(blocksize, count - done), scale, levels, bounds))
+        store_one(place, _refit(x + 4 * done, min(blocksize, count - done), scale, levels))
 
 
 @_inline
-def _refit(x, n, scale, levels, bounds):
+def _refit(x, n, scale, levels):
     """The best scale > 0 for the codes of n values at ``x`` with the scale ``scale``, S/Q."""
     small = scale < _TINY
     factor = fill(scale if small else float32(1.0) / scale)
-    cross, power = fill(float32(0.0)), fill(float32(0.0))
+    cross, power = zeros(), zeros()
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
         s = div(v, factor) if small else mul(v, factor)
-        c = pick(levels, rank(s, bounds))
+        c = pick(levels.values, rank(s, levels.bounds))
         cross, power = fma(c, s, cross), fma(c, c, power)
     return min(total(cross) / total(power) * scale, _LARGEST)
 
@@ -1308,7 +1168,7 @@ _OVER, _SQUARE, _CLIP, _OFFSET, _MISFIT, _UNIT = range(6)
 @_inline
 def _is_strong(base, x, n, scale, numbers, top):
     """Whether a block of n values is to be scaled anew; ``top``: its largest magnitude."""
-    moved = fill(float32(0.0))
+    moved = zeros()
     factor = fill(float32(1.0) / max(abs(scale), _TINY))
     for i in range(0, n, LANES):
         d = mul(sub(load(x + 4 * i), load(base + 4 * i)), factor)
@@ -1316,15 +1176,6 @@ def _is_strong(base, x, n, scale, numbers, top):
     return total(moved) > load_one(numbers + 4 * _SQUARE) * float32(n) or top > load_one(numbers + 4 * _CLIP) * abs(
         scale
     )
-
-
-@_inline
-def _largest(x, n):
-    """Bits of the largest magnitude of n values."""
-    bits = no_bits()
-    for i in range(0, n, LANES):
-        bits = max_bits(bits, load(x + 4 * i))
-    return top_bits(bits)
 
 
 @_inline
@@ -1353,17 +1204,12 @@ def _held_scale(wanted, top, block, keep, sums):
 
 
 @_inline
-def _keep_4bit(
-    base, x, first, count, codes, scales, blocksize, levels, bounds, order, by_cell, cells, search, work, keep, sums
-):
+def _keep_4bit(base, x, first, count, codes, scales, blocksize, levels, search, work, keep, sums):
     """Encode ``count`` values as :func:`_encode_4bit`, with the base's own scales and the change over-relaxed; strong
     blocks with scales of their own, to nearest. Adds to ``sums`` also how many of these there were, and how many of
     their scales the base's statistics do not hold.
     """
     own, numbers = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS)
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
-    highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     largest = int32(0)
     for done in range(0, count, blocksize):
@@ -1381,42 +1227,11 @@ def _keep_4bit(
             over = float32(0.0)
             if top > 0:
                 j = _try_ratios(at, size, top, search, work)
-                wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels, bounds)
+                wanted = _refit(at, size, load_one(search + 4 * (RATIOS + j)) * top, levels)
                 scale = _held_scale(wanted, top, block, keep, sums)
         store_one(scales + 4 * block, scale)
-        more, tiny = fill(over), abs(scale) < _TINY
-        factor = fill(scale if tiny else float32(1.0) / scale)
-        if tiny:
-            back = fill(scale)
-            for i in range(0, size, LANES):
-                w = load(at + 4 * i)
-                moved = sub(w, load(from_ + 4 * i))
-                t = fma(moved, more, w)
-                index = rank(fill(float32(0.0)) if scale == 0 else div(t, factor), bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-                miss = sub(mul(pick(levels, index), back), w)
-                norm, error = _add_square(w, norm), _add_square(miss, error)
-                kept = _add_product(miss, moved, kept)
-            continue
-        squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
-        for i in range(0, size, LANES):
-            w = mul(load(at + 4 * i), factor)
-            moved = sub(w, mul(load(from_ + 4 * i), factor))
-            t = fma(moved, more, w)
-            if by_cell:
-                index = rank_by_cell(greater(lesser(t, highest), lowest), base_low, base_high, bounds_low, bounds_high)
-                store_codes(to + i // 2, index)
-            else:
-                index = rank(t, bounds)
-                store_codes(to + i // 2, pick_ints(order, index))
-            miss = sub(pick(levels, index), w)
-            squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
-        weight = fill64(float64(scale) * float64(scale))
-        norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(largest))
-    sums[5] += total64(kept)
+        norm, error, kept = _encode_block(from_, at, size, scale, over, False, to, levels, norm, error, kept)
+    _add_up(sums, norm, error, kept, largest)
 
 
 @_inline
@@ -1427,7 +1242,7 @@ def _sample(base, x, first, count, blocksize, keep, place, sums):
     """
     own, numbers, plane = load_word(keep + 8 * OWN), load_word(keep + 8 * NUMBERS), load_word(keep + 8 * PLANE)
     unit = load_one(numbers + 4 * _UNIT)
-    nothing = fill(float32(0.0))
+    nothing = zeros()
     need = fill64(0.0)
     for done in range(0, count, blocksize):
         size = min(blocksize, count - done)
@@ -1452,151 +1267,97 @@ def _sample(base, x, first, count, blocksize, keep, place, sums):
             store(to + plane + i, moved)
             moved_ = mul(moved, weight)
             store(to + 2 * plane + i, moved_)
-            need = _add_product(moved, moved_, need)
+            need = add_product(moved, moved_, need)
     sums[0] += total64(need)
 
 
-@njit(types.void(*[int64] * 9, float64[::1], float64[::1]), cache=True, **_SETTINGS)
-def projections(planes, plane, first, last, int8, levels_at, bounds_at, by_cell, cells, relaxations, out):
+@_compiled(types.void(*[int64] * 10, float64[::1], float64[::1]))
+def projections(planes, plane, first, last, int8, values, bounds, order, by_cell, cells, relaxations, out):
     """For each of ``relaxations`` ω, Σ weight (level(base + ω change) - base) of values ``first`` to ``last`` of a
     sample, in ``out``.
     """
-    levels, bounds = load(levels_at), load(bounds_at)
-    base_low, base_high = load_ints(cells), load_ints(cells + 64)
-    bounds_low, bounds_high = load(cells + 128), load(cells + 192)
+    levels = _levels(values, bounds, order, by_cell, cells)
     highest, lowest = fill(float32(1.0)), fill(float32(-1.0))
     many, few = fill(float32(127.0)), fill(float32(1.0 / 127.0))
     out[:] = 0.0
-    one = fill64(1.0)
     for start in range(first, last, 256 * LANES):  # the planes of so many stay in the first-level cache, nearly
         end = min(start + 256 * LANES, last)
         for j in range(len(relaxations)):
-            omega, sum_ = fill(float32(relaxations[j])), fill64(0.0)
-            part = fill(float32(0.0))
+            omega, part = fill(float32(relaxations[j])), zeros()
             for i in range(planes + 4 * start, planes + 4 * end, 4 * LANES):
                 v = load(i)
-                t = greater(lesser(fma(load(i + plane), omega, v), highest), lowest)
-                if int8:
-                    c = mul(rounded(mul(t, many)), few)
-                elif by_cell:
-                    c = pick(levels, rank_by_cell(t, base_low, base_high, bounds_low, bounds_high))
-                else:
-                    c = pick(levels, rank(t, bounds))
+                t = fma(load(i + plane), omega, v)
+                whole = rounded(mul(greater(lesser(t, highest), lowest), many))
+                c = mul(whole, few) if int8 else pick(levels.values, _nearest(t, levels))
                 part = fma(sub(c, v), load(i + 2 * plane), part)
-            out[j] += total64(weigh(part, one, sum_))
+            out[j] += total64(weigh(part, fill64(1.0), fill64(0.0)))
 
 
 @_inline
-def _keep_int8(base, x, count, first, row, codes, scb, keep, sums):
-    """Encode one row of ``count`` values as :func:`_keep_4bit` does a block."""
-    own, numbers = load_one(load_word(keep + 8 * OWN) + 4 * row), load_word(keep + 8 * NUMBERS)
+def _encode_int8(base, x, count, first, row, codes, scb, keep, sums):
+    """Encode one row of ``count`` values, scaled by its absmax, or with ``keep`` as :func:`_keep_4bit` does a block."""
     bits = _largest(x, count)
-    sums[2] = max(sums[2], float64(bits))
-    if bits >= 0x7F800000:
-        return
-    scale, over = own, load_one(numbers + 4 * _OVER)
-    if own < 0 or _is_strong(base, x, count, own, numbers, as_float(bits)):
-        scale, over = as_float(bits), float32(0.0)
-        sums[6] += 1.0
+    absmax = as_float(bits)
+    scale, over = absmax, float32(0.0)
+    if keep != 0 and bits < 0x7F800000:
+        own, numbers = load_one(load_word(keep + 8 * OWN) + 4 * row), load_word(keep + 8 * NUMBERS)
+        if own < 0 or _is_strong(base, x, count, own, numbers, absmax):
+            sums[6] += 1.0
+        else:
+            scale, over = own, load_one(numbers + 4 * _OVER)
     store_one(scb, scale)
     factor = float32(127.0) / scale if scale > 0 else float32(0.0)
     overflows = as_bits(factor) >= 0x7F800000
     step = scale / float32(127.0)
     many, few, more, divisor, limit = fill(factor), fill(step), fill(over), fill(scale), fill(float32(127.0))
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    usual = not overflows and step >= _TINY
+    # else a row of zeros or denormals; where 127/scb overflows, divide first
+    usual = not overflows and step >= _TINY and bits < 0x7F800000
+    inside = scale == absmax and over == 0  # no code is beyond 127
+    weight = fill64(float64(step) * float64(step))
     for start in range(0, count, 16 * LANES):
-        squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
+        squares, misses, held = zeros(), zeros(), zeros()
         for i in range(start, min(start + 16 * LANES, count), LANES):
-            w, v = load(x + 4 * i), load(base + 4 * i)
-            moved = sub(w, v)
+            w = load(x + 4 * i)
+            moved = sub(w, load(base + 4 * i))
             if usual:
                 w, moved = mul(w, many), mul(moved, many)
-                c = to_int8(fma(moved, more, w))
+                c = rounded(w) if inside else to_int8(fma(moved, more, w))
                 miss = sub(c, w)
                 squares, misses, held = fma(w, w, squares), fma(miss, miss, misses), fma(miss, moved, held)
             else:
                 t = fma(moved, more, w)
                 c = to_int8(mul(div(t, divisor), limit) if overflows else mul(t, many))
                 miss = sub(mul(c, few), w)
-                norm, error = _add_square(w, norm), _add_square(miss, error)
-                kept = _add_product(miss, moved, kept)
+                norm, error = add_product(w, w, norm), add_product(miss, miss, error)
+                kept = add_product(miss, moved, kept)
             store_i8(codes + first + i, c)
         if usual:
-            weight = fill64(float64(step) * float64(step))
             norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[5] += total64(kept)
-
-
-@_inline
-def _encode_int8(base, x, count, first, codes, scb, sums):
-    """Encode one row of ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`."""
-    bits = no_bits()
-    for i in range(0, count, LANES):
-        bits = max_bits(bits, load(x + 4 * i))
-    top = top_bits(bits)
-    scale = as_float(top)
-    store_one(scb, scale)
-    factor = float32(127.0) / scale if scale > 0 else float32(0.0)
-    step = scale / float32(127.0)
-    many, minus = fill(factor), fill(-factor)
-    norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
-    if as_bits(factor) < 0x7F800000 and step >= _TINY and top < 0x7F800000:
-        weight = fill64(float64(step) * float64(step))
-        for start in range(0, count, 16 * LANES):
-            squares, misses, held = fill(float32(0.0)), fill(float32(0.0)), fill(float32(0.0))
-            for i in range(start, min(start + 16 * LANES, count), LANES):
-                s = mul(load(x + 4 * i), many)
-                c = rounded(s)  # of a finite row: at most 127
-                store_i8(codes + first + i, c)
-                miss = sub(c, s)
-                squares, misses = fma(s, s, squares), fma(miss, miss, misses)
-                held = fma(miss, fma(load(base + 4 * i), minus, s), held)
-            norm, error, kept = weigh(squares, weight, norm), weigh(misses, weight, error), weigh(held, weight, kept)
-    else:  # a row of zeros or denormals; where 127/scb overflows, divide first
-        overflows = as_bits(factor) >= 0x7F800000
-        divisor, limit = fill(scale), fill(float32(127.0))
-        for i in range(0, count, LANES):
-            v = load(x + 4 * i)
-            c = to_int8(mul(div(v, divisor), limit) if overflows else mul(v, many))
-            store_i8(codes + first + i, c)
-            miss = sub(mul(c, fill(step)), v)
-            norm, error = _add_square(v, norm), _add_square(miss, error)
-            kept = _add_product(miss, sub(v, load(base + 4 * i)), kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top))
-    sums[5] += total64(kept)
+    _add_up(sums, norm, error, kept, bits)
 
 
 @_inline
 def _encode_dense(kind, base, x, count, first, out, sums):
-    """Encode ``count`` values. Adds to ``sums`` as :func:`_encode_4bit`; its third is of the values as stored."""
+    """Encode ``count`` values; the largest of ``sums`` is of the values as stored too."""
     norm, error, kept = fill64(0.0), fill64(0.0), fill64(0.0)
     bits = no_bits()
     for i in range(0, count, LANES):
         v = load(x + 4 * i)
         bits = max_bits(bits, v)
-        stored = v
         if kind == F32:
             store(out + 4 * (first + i), v)
         else:
-            if kind == BF16:
-                stored = store_bf16(out + 2 * (first + i), v)
-            elif HAS_F16:
-                stored = store_f16(out + 2 * (first + i), v)
+            to = out + 2 * (first + i)
+            stored = store_bf16(to, v) if kind == BF16 else store_f16(to, v)
             bits = max_bits(bits, stored)
-            norm, error = _add_square(v, norm), _add_square(sub(stored, v), error)
-            kept = _add_product(sub(stored, v), sub(v, load(base + 4 * i)), kept)
-    sums[0] += total64(norm)
-    sums[1] += total64(error)
-    sums[2] = max(sums[2], float64(top_bits(bits)))
-    sums[5] += total64(kept)
+            miss = sub(stored, v)
+            norm, error = add_product(v, v, norm), add_product(miss, miss, error)
+            kept = add_product(miss, sub(v, load(base + 4 * i)), kept)
+    _add_up(sums, norm, error, kept, top_bits(bits))
 
 
-@njit(types.void(*[int64] * 37, float64[::1]), cache=True, **_SETTINGS)
+@_compiled(types.void(*[int64] * 37, float64[::1]))
 def fold_tile(
     kind, codes, scales, blocksize, levels,
     new_kind, new_codes, new_scales, new_blocksize, new_levels, new_bounds, new_order, by_cell, cells, moments,
@@ -1622,7 +1383,7 @@ def fold_tile(
     """
     length = out_features * features
     old = load(levels)
-    new, bounds, order = load(new_levels), load(new_bounds), load_ints(new_order)
+    new = _levels(new_levels, new_bounds, new_order, by_cell, cells)
     columns = last_column - first_column
     step = 0 if shared else b * b
     for row in range(first_row, last_row, group):
@@ -1638,19 +1399,11 @@ def fold_tile(
                     _ask(new_kind, new_codes, first, columns, True)
                 _decode(kind, codes, at, blocksize, old, first, columns, x + r * x_stride)
         for r in range(0, rows, ROWS):
+            at = 0 if row_scale == 0 else row_scale + 4 * (row + r)
             sums[4] += _rotate(
-                x + r * x_stride,
-                x_stride,
-                y + r * y_stride,
-                y_stride,
-                min(ROWS, rows - r),
-                columns,
-                first_column // b,
-                matrices,
-                b,
-                step,
-                0 if row_scale == 0 else row_scale + 4 * (row + r),
-            )
+                x + r * x_stride, x_stride, y + r * y_stride, y_stride, min(ROWS, rows - r), columns, first_column // b,
+                matrices, b, step, at,
+            )  # fmt: skip
         if row_scale != 0:
             for r in range(rows):
                 scale = fill(load_one(row_scale + 4 * (row + r)))
@@ -1665,32 +1418,22 @@ def fold_tile(
                 place = new_codes + 4 * (first - first_row * features)
                 _sample(base, at, first, count, size, keep, place, sums)
             elif new_kind == FOUR_BIT and mode == NEAREST:
-                _encode_4bit(
-                    base, at, first, count, length, new_codes, new_scales, new_blocksize, new, bounds, order,
-                    by_cell, cells, moments, sums,
-                )  # fmt: skip
+                _encode_4bit(base, at, first, count, length, new_codes, new_scales, new_blocksize, new, moments, sums)
             elif new_kind == FOUR_BIT and mode == KEEP:
-                _keep_4bit(
-                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order,
-                    by_cell, cells, search, work, keep, sums,
-                )  # fmt: skip
+                _keep_4bit(base, at, first, count, new_codes, new_scales, new_blocksize, new, search, work, keep, sums)
             elif new_kind == FOUR_BIT:
                 _encode_best(
-                    base, at, first, count, new_codes, new_scales, new_blocksize, new, bounds, order, by_cell, cells,
-                    moments, plain, search, work, mode, sums,
+                    base, at, first, count, new_codes, new_scales, new_blocksize, new, moments, plain, search, work,
+                    mode, sums,
                 )  # fmt: skip
-            elif new_kind == INT8 and mode == KEEP:
-                _keep_int8(base, at, columns, first, row + r, new_codes, new_scales + 4 * (row + r), keep, sums)
             elif new_kind == INT8:
-                _encode_int8(base, at, columns, first, new_codes, new_scales + 4 * (row + r), sums)
+                _encode_int8(base, at, columns, first, row + r, new_codes, new_scales + 4 * (row + r), keep, sums)
             else:
                 _encode_dense(new_kind, base, at, columns, first, new_codes, sums)
 
 
-@njit(
-    types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1]),
-    cache=True,
-    **_SETTINGS,
+@_compiled(
+    types.UniTuple(float64, 2)(float32[::1], uint8[::1], float32[::1], float32[::1], float32, int64, float32[:, ::1])
 )
 def nested_error(scales, codes, levels, nested, offset, blocksize, moments):
     """:func:`oftsurgery.kernels.blockwise.nested_error` of statistics that are stored as ``codes``."""
@@ -1732,15 +1475,8 @@ def _multiply(x, y, out):
     columns = _BLOCK_LANES  # two registers of float64
     for r in range(0, wide, _BLOCK_ROWS):
         for c in range(0, wide, columns):
-            product64(
-                x.ctypes.data + r * stride,
-                stride,
-                y.ctypes.data + 8 * c,
-                stride,
-                out.ctypes.data + r * stride + 8 * c,
-                stride,
-                wide,
-            )
+            left, right, to = x.ctypes.data + r * stride, y.ctypes.data + 8 * c, out.ctypes.data + r * stride + 8 * c
+            product64(left, stride, right, stride, to, stride, wide)
 
 
 @_inline
@@ -1763,11 +1499,7 @@ def _invert(a):
                     store64(at, fma64(load64(row + 8 * c), factor, load64(at)))
 
 
-@njit(
-    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]),
-    cache=True,
-    **_SETTINGS,
-)
+@_compiled(float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, :, ::1], float64[:, :, ::1]))
 def rotation_blocks(v, b, first, last, power, weight, scratch, out):
     """Blocks ``first`` to ``last`` of out: (n, wide, wide), from generator rows v: (m, b(b-1)/2); wide a multiple of 16
     and b.
@@ -1863,9 +1595,7 @@ def _squares(x):
     return total64(square)
 
 
-@njit(
-    types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]), cache=True, **_SETTINGS
-)
+@_compiled(types.void(float64[:, ::1], int64, int64, int64, int64, float64[:, :, ::1], float64[::1]))
 def angle_bounds(v, b, wide, first, last, scratch, out):
     """A bound above the largest θ of each skew-symmetric generator ``first`` to ``last``, in ``out``: with eigenvalues
     ±iθ, ‖Q⁴‖² = Σθ⁸ over all of them, so twice the largest's. ``scratch``: (3, wide, wide).
@@ -1885,11 +1615,7 @@ def angle_bounds(v, b, wide, first, last, scratch, out):
         out[index] = size * (0.5 * _squares(t)) ** 0.125
 
 
-@njit(
-    types.float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]),
-    cache=True,
-    **_SETTINGS,
-)
+@_compiled(float64(float64[:, ::1], int64, int64, int64, int64, float64, float64[:, ::1], float64[:, ::1]))
 def largest_angle(v, b, wide, first, last, floor, q, basis):
     """The largest θ, with ±iθ an eigenvalue of one of the skew-symmetric generators ``first`` to ``last``, or ``floor``
     if none is above it.
@@ -1903,10 +1629,7 @@ def largest_angle(v, b, wide, first, last, floor, q, basis):
     best = floor
     for index in range(first, last):
         _skew(v, index, b, wide, q)
-        scale = 0.0
-        for i in range(wide):
-            for j in range(wide):
-                scale = max(scale, abs(q[i, j]))
+        scale = q.max()
         if scale == 0.0:
             continue
         # a fixed start with a part in every eigenvector, as random numbers have

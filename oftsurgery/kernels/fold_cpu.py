@@ -117,21 +117,17 @@ def _search(kind: FourBit, rounding: str) -> np.ndarray:
     table[cpu.UNUSED : cpu.UNUSED + count] = 0
     place(cpu.LEVELS, np.append(levels, np.full(16 - len(levels), levels[-1])))
     place(cpu.BOUNDS, np.append(bounds, np.full(16 - len(bounds), np.inf)))
-    place(
-        cpu.META,
-        np.array([factor, shift, mirrored, count, list(ratios).index(1.0), 1.25 * (rounding == "mse"), ends[-1]]),
-    )
+    one, step = list(ratios).index(1.0), 1.25 * (rounding == "mse")
+    place(cpu.META, np.array([factor, shift, mirrored, count, one, step, ends[-1]]))
     edges = (np.arange(33) - shift) / factor
     for j, ratio in enumerate(ratios):
         at = cpu.CELL_TABLES + 64 * j
-        for cell in range(32):
-            inside = [k for k, bound in enumerate(bounds) if edges[cell] <= bound * ratio < edges[cell + 1]]
-            assert len(inside) < 2, (codec, ratio)  # noqa: S101 - of the table above
-            if inside:  # the level on either side of the bound
-                middle, half = bounds[inside[0]], (levels[inside[0] + 1] - levels[inside[0]]) / 2
-            else:
-                middle, half = levels[(bounds * ratio < edges[cell]).sum()], 0.0
-            table[at + cell], table[at + 32 + cell] = middle * ratio, half * ratio
+        below = np.searchsorted(bounds * ratio, edges)  # each edge
+        inside, k = np.diff(below) > 0, below[:-1]
+        assert (np.diff(below) < 2).all(), (codec, ratio)  # noqa: S101 - of the table above
+        # the level on either side of the bound, or the cell's only one
+        place(at, np.where(inside, np.append(bounds, 0.0)[k], levels[k]) * ratio)
+        place(at + 32, np.where(inside, np.append(np.diff(levels), 0.0)[k] / 2, 0.0) * ratio)
     return table
 
 
@@ -176,11 +172,7 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
 
 
 def fold(
-    encoded: EncodedWeight,
-    into: WeightFormat,
-    matrices: Tensor,
-    scale: Tensor | None,
-    rounding: str,
+    encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> blockwise.FoldedWeight | None:
     """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
 
@@ -207,26 +199,24 @@ def fold(
     return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
+def _levels(codec: str) -> tuple[int, int, int, bool, int]:
+    """What kernels take as the new levels."""
+    _, levels, bounds, order = (t.data_ptr() for t in blockwise.tables(codec, _CPU))
+    by_cell, cells = _cells(codec)
+    return levels, bounds, order, by_cell, cells.ctypes.data
+
+
+@dataclass(eq=False)
 class _Fold(blockwise.Fold):
     """One fold of a weight: its tiles, and the passes over them."""
 
-    def __init__(
-        self,
-        encoded: EncodedWeight,
-        into: WeightFormat,
-        old: _Side,
-        new: _Side,
-        tiles: _Tiles,
-        weight: Tensor,
-        scales: Tensor,
-        matrices: Tensor,
-        factors: Tensor | None,
-    ) -> None:
-        super().__init__(encoded, into)
-        self.new, self.tiles = new, tiles
-        self._old, self._held = old, (weight, scales, matrices, factors)
-        self._levels = blockwise.tables(into.codec, _CPU)
-        self._by_cell, self._cells = _cells(into.codec)
+    old: _Side
+    new: _Side
+    tiles: _Tiles
+    weight: Tensor
+    scales: Tensor
+    matrices: Tensor
+    factors: Tensor | None
 
     def _pass(
         self,
@@ -241,17 +231,17 @@ class _Fold(blockwise.Fold):
         keep: np.ndarray | None = None,
     ) -> np.ndarray:
         """``(SUMS,)`` of one pass over ``places``, (first row, end, first column) each; ``result``: an address each."""
-        old, new, tiles = self._old, self.new, self.tiles
-        weight, old_scales, matrices, factors = self._held
+        old, new, tiles, matrices = self.old, self.new, self.tiles, self.matrices
         rows, features = self.encoded.format.shape
-        _, levels, bounds, order = self._levels
         old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
-        first = (old.kind, weight.data_ptr(), old_scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind)
+        first = (
+            old.kind, self.weight.data_ptr(), self.scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind,
+        )  # fmt: skip
+        search_at, keep_at = (0 if table is None else table.ctypes.data for table in (search, keep))
+        moments_at, plain_at, factors_at = (0 if t is None else t.data_ptr() for t in (moments, plain, self.factors))
         then = (
-            scales.data_ptr(), new.blocksize, levels.data_ptr(), bounds.data_ptr(), order.data_ptr(),
-            self._by_cell, self._cells.ctypes.data, 0 if moments is None else moments.data_ptr(),
-            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1,
-            0 if factors is None else factors.data_ptr(), rows, features,
+            scales.data_ptr(), new.blocksize, *_levels(self.into.codec), moments_at,
+            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1, factors_at, rows, features,
         )  # fmt: skip
         sums = np.zeros((len(places), cpu.SUMS))
 
@@ -264,8 +254,7 @@ class _Fold(blockwise.Fold):
                 *first, result[i], *then,
                 row, end, column, min(column + tiles.column_step, features),
                 tiles.group, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
-                mode, 0 if search is None else search.ctypes.data, 0 if plain is None else plain.data_ptr(), work,
-                0 if keep is None else keep.ctypes.data, sums[i],
+                mode, search_at, plain_at, work, keep_at, sums[i],
             )  # fmt: skip
 
         run(task, len(places))
@@ -274,20 +263,19 @@ class _Fold(blockwise.Fold):
         self.finite = self.finite and total[2] < blockwise.NOT_FINITE
         return total
 
-    def _places(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-        """Tiles of the rows in ``ranges``."""
+    def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """Tiles of the rows from ``begin`` to ``end``."""
         features, step = self.encoded.format.shape[1], self.tiles.row_step
         return [
             (row, min(row + step, end), column)
             for column in range(0, features, self.tiles.column_step)
-            for begin, end in ranges
             for row in range(begin, end, step)
         ]
 
     def round(self, rounding: str) -> blockwise.FoldedWeight | None:
         into = self.into
         result, scales, moments = blockwise.allocate(into, _CPU)
-        places = self._places([(0, into.shape[0])])
+        places = self._places(0, into.shape[0])
         to = [result.data_ptr()] * len(places)
         best = rounding != "nearest"
         search = _search_for(into, rounding) if best else None
@@ -320,7 +308,7 @@ class _Fold(blockwise.Fold):
         if steps is None:
             return None
         result, scales, _ = blockwise.allocate(into.single, _CPU)
-        places = self._places([(0, rows)])
+        places = self._places(0, rows)
         options.numbers[0] = preserve.relaxation_of(steps) - 1
         total = self._pass(
             cpu.KEEP, places, [result.data_ptr()] * len(places), scales,
@@ -339,22 +327,18 @@ class _Fold(blockwise.Fold):
         ranges = preserve.sample_of(rows, features, preserve.whole_rows(self.into))
         planes = np.empty((3, sum(end - begin for begin, end in ranges) * features), np.float32)
         options.table[cpu.PLANE] = planes.strides[0]
-        at, starts = 0, {}
+        places, to, at = [], [], planes.ctypes.data
         for begin, end in ranges:
-            starts[begin] = planes.ctypes.data + 4 * at
-            at += (end - begin) * features
-        places, to = [], []
-        for begin, end in ranges:
-            for place in self._places([(begin, end)]):
-                places.append(place)
-                to.append(starts[begin] + 4 * (place[0] - begin) * features)
+            here = self._places(begin, end)
+            places += here
+            to += [at + 4 * (row - begin) * features for row, _, _ in here]
+            at += 4 * (end - begin) * features
         total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
         blocks = -(-planes.shape[1] // self.into.block)
         if not self.finite or 2 * total[6] > blocks:
             return None
         if not total[0] > 0:
             return 0
-        _, levels, bounds, _ = self._levels
         chunk = 1 << 14
 
         def kept(steps: Sequence[int]) -> list[float]:
@@ -364,8 +348,7 @@ class _Fold(blockwise.Fold):
             def task(i: int) -> None:
                 cpu.projections(
                     planes.ctypes.data, planes.strides[0], i * chunk, min(i * chunk + chunk, planes.shape[1]),
-                    self.new.kind == cpu.INT8, levels.data_ptr(), bounds.data_ptr(),
-                    self._by_cell, self._cells.ctypes.data, relaxations, sums[i],
+                    self.new.kind == cpu.INT8, *_levels(self.into.codec), relaxations, sums[i],
                 )  # fmt: skip
 
             run(task, len(sums))
@@ -433,34 +416,28 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
     Returns:
         None where the solve is not right.
     """
-    v = _rows(generator)
-    count = max(1, v.shape[0] * b // wide)
+    v, parts, count = _parted(generator, b, wide)
     out = np.empty((count, wide, wide))
-    each = max(1, _TASK_PRODUCTS // wide**3)
-    residuals = np.zeros(-(-count // each))
+    residuals = np.zeros(len(parts))
 
     def task(i: int) -> None:
-        scratch = np.empty((3, wide, wide))
-        residuals[i] = cpu.rotation_blocks(v, b, i * each, min(i * each + each, count), power, weight, scratch, out)
+        residuals[i] = cpu.rotation_blocks(v, b, *parts[i], power, weight, np.empty((3, wide, wide)), out)
 
-    run(task, len(residuals))
+    run(task, len(parts))
     return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
 
 
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
-    v = _rows(generator)
-    count = max(1, v.shape[0] * b // wide)
-    each = max(1, _TASK_PRODUCTS // wide**3)
+    v, parts, count = _parted(generator, b, wide)
     steps = min(wide, _LANCZOS_STEPS) + 2
-    tasks = -(-count // each)
     if count > 1 and wide <= _BOUNDED:
         bounds = np.empty(count)
 
         def bound(i: int) -> None:
-            cpu.angle_bounds(v, b, wide, i * each, min(i * each + each, count), np.empty((3, wide, wide)), bounds)
+            cpu.angle_bounds(v, b, wide, *parts[i], np.empty((3, wide, wide)), bounds)
 
-        run(bound, tasks)
+        run(bound, len(parts))
         # the likeliest first: few of the others can be larger
         q, basis, best = np.empty((wide, wide)), np.empty((steps, wide)), 0.0
         for index in np.argsort(-bounds):
@@ -468,16 +445,19 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
                 break
             best = cpu.largest_angle(v, b, wide, index, index + 1, best, q, basis)
         return best
-    found = np.zeros(tasks)
+    found = np.zeros(len(parts))
 
     def task(i: int) -> None:
-        q, basis = np.empty((wide, wide)), np.empty((steps, wide))
-        found[i] = cpu.largest_angle(v, b, wide, i * each, min(i * each + each, count), 0.0, q, basis)
+        found[i] = cpu.largest_angle(v, b, wide, *parts[i], 0.0, np.empty((wide, wide)), np.empty((steps, wide)))
 
-    run(task, tasks)
+    run(task, len(parts))
     return float(found.max())
 
 
-def _rows(generator: Tensor) -> np.ndarray:
+def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:
+    """A generator's rows in float64, the ranges of its blocks of ``wide`` that are a task each, and their number."""
     v = generator.detach().contiguous()
-    return (v.numpy() if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32).numpy()).astype(np.float64)
+    rows = (v if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32)).numpy().astype(np.float64)
+    count = max(1, len(rows) * b // wide)
+    each = max(1, _TASK_PRODUCTS // wide**3)
+    return rows, [(i, min(i + each, count)) for i in range(0, count, each)], count

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,25 +47,20 @@ def fold(
     step *= max(1, _TILE_WEIGHTS // (step * features))
     if step >= rows or step * features > _MOST_WEIGHTS:
         return None
-    return _Fold(encoded, into, ordered, step, inverse=inverse).run(rounding)
+    return _Fold(encoded, into, ordered, step, inverse).run(rounding)
 
 
+@dataclass(eq=False)
 class _Fold(Fold):
     """One fold of a weight, some rows at a time."""
 
-    def __init__(
-        self,
-        encoded: EncodedWeight,
-        into: WeightFormat,
-        ordered: Sequence[tuple[Rotation, Tensor]],
-        step: int,
-        *,
-        inverse: bool,
-    ) -> None:
-        super().__init__(encoded, into)
-        self.old, self.ordered, self.step, self.inverse = encoded.single(), ordered, step, inverse
-        self.rows, self.features = encoded.format.shape
-        self.norm = self.error = self.nearest = self.change = self.held = 0.0
+    ordered: Sequence[tuple[Rotation, Tensor]]
+    step: int
+    inverse: bool
+
+    def __post_init__(self) -> None:
+        self.old, self.sums = self.encoded.single(), Sums()
+        self.rows, self.features = self.encoded.format.shape
 
     def exact(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows of the weight before and after the rotation."""
@@ -81,25 +76,14 @@ class _Fold(Fold):
         return replace(self.into.single, shape=(weight.shape[0], weight.shape[1]))
 
     def _measure(self, base: Tensor, weight: Tensor) -> None:
-        self.norm += _square(weight)
-        self.change += _square(weight - base)
-        self.finite = self.finite and math.isfinite(self.norm)
+        self.sums.norm += _square(weight)
+        self.sums.change += _square(weight - base)
+        self.finite = self.finite and math.isfinite(self.sums.norm)
 
     def _store(self, base: Tensor, weight: Tensor, part: EncodedWeight) -> None:
         miss = codecs.decode(part).to(weight.dtype) - weight
-        self.error += _square(miss)
-        self.held += float((miss.to(torch.float64) * (weight - base)).sum())
-
-    def _done(
-        self,
-        codes: Tensor,
-        statistics: dict[str, Tensor],
-        rounding: str,
-        nearest: float | None,
-        relaxation: float = 1.0,
-    ) -> FoldedWeight:
-        sums = Sums(self.norm, self.error, nearest, self.change, self.held)
-        return sums.folded(self.into.kind.assemble(self.into, codes, statistics), rounding, relaxation)
+        self.sums.error += _square(miss)
+        self.sums.held += float((miss.to(torch.float64) * (weight - base)).sum())
 
     def _sample(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         base, weight = self.exact(start, stop)
@@ -126,10 +110,11 @@ class _Fold(Fold):
             self._store(base, weight, part)
             _place(new, part, start, self.rows)
         statistics = preserve.put_scales(own, into, scales)
-        return self._done(new["weight"], statistics, "preserve", None, preserve.relaxation_of(steps))
+        folded = into.kind.assemble(into, new["weight"], statistics)
+        return self.sums.folded(folded, "preserve", preserve.relaxation_of(steps))
 
     def round(self, rounding: str) -> FoldedWeight | None:
-        self.norm = self.error = self.nearest = self.change = self.held = 0.0
+        self.sums, nearest_error = Sums(), 0.0
         new: dict[str, Tensor] = {}
         plain: list[Tensor] = []
         best, into, kind = rounding != "nearest", self.into, self.into.kind
@@ -146,7 +131,7 @@ class _Fold(Fold):
                 if into.nested_blocksize:
                     plain.append(nearest.tensors[kind.scales_name])
                 else:
-                    self.nearest += _square(codecs.decode(nearest) - weight)
+                    nearest_error += _square(codecs.decode(nearest) - weight)
             _place(new, part, start, self.rows)
         codes = new.pop("weight")
         statistics = kind.statistics(new[kind.scales_name], into) if into.quantised else {}
@@ -155,20 +140,22 @@ class _Fold(Fold):
             seen = EncodedWeight(into, statistics).scales
             plain_seen = EncodedWeight(into, kind.statistics(torch.cat(plain), into)).scales if best else None
             for start, stop in self._tiles():
-                self._nested(codes, seen, plain_seen, start, stop)
-        return self._done(codes, statistics, rounding, self.nearest if best else self.error)
+                nearest_error += self._nested(codes, seen, plain_seen, start, stop)
+        self.sums.nearest = nearest_error if best else self.sums.error
+        return self.sums.folded(kind.assemble(into, codes, statistics), rounding)
 
-    def _nested(self, codes: Tensor, seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> None:
-        """The rows' codes and error with double quantisation's scales."""
+    def _nested(self, codes: Tensor, seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> float:
+        """The rows' codes and error with double quantisation's scales; the squared error of plain rounding, with its."""
         base, weight = self.exact(start, stop)
         form = self._form(weight)
-        kind = form.kind
+        kind, nearest = form.kind, 0.0
         of, here = (preserve.span(start, stop, self.features, size) for size in (form.block, kind.packed))
         if plain_seen is not None:
             codes[here] = kind.codes_at(weight.to(torch.float32).reshape(-1), seen[of], form)
             plain = preserve.stored_as(form, codecs.encode(weight, form).tensors["weight"], plain_seen[of])
-            self.nearest += _square(codecs.decode(plain) - weight)
+            nearest = _square(codecs.decode(plain) - weight)
         self._store(base, weight, preserve.stored_as(form, codes[here], seen[of]))
+        return nearest
 
 
 def rows_of(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
