@@ -23,6 +23,7 @@ __all__ = [
     "carried_files",
     "output_config",
     "public_info",
+    "public_place",
     "public_record",
     "readable_rope",
     "record_at",
@@ -153,7 +154,7 @@ def record_at(path: Path) -> FoldRecord:
 
 def public_info(info: AdapterInfo) -> AdapterInfo:
     """``info`` without paths of this machine: of local folders, the names alone."""
-    return replace(info, source=_public(info.source), base_model=_public(info.base_model))
+    return replace(info, source=public_place(info.source), base_model=public_place(info.base_model))
 
 
 def public_record(record: FoldRecord) -> FoldRecord:
@@ -165,7 +166,7 @@ def public_record(record: FoldRecord) -> FoldRecord:
     )
 
 
-def _public(place: str | None) -> str | None:
+def public_place(place: str | None) -> str | None:
     """A Hub id or an adapter's name as it is, the last part of a path."""
     if place is None:
         return None

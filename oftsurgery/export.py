@@ -27,7 +27,7 @@ from .record import FoldRecord
 from .staging import Staging
 from .ties import inner_model, modules_of, ties_of
 
-__all__ = ["config_files", "save_model"]
+__all__ = ["config_files", "save_model", "source_of"]
 
 
 def save_model(
@@ -57,7 +57,7 @@ def save_model(
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
-        record = write_rest(staging, files, record, source=_source(model), jsons=jsons, exact=dtype is None)
+        record = write_rest(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
         staging.publish()
     return record
 
@@ -148,10 +148,22 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
     return into.kind.spread(name, into.kind.restate(encoded, into))
 
 
-def _source(model: nn.Module) -> Path | None:
-    """The folder that transformers loaded the model from, if it was one."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return Path(name) if isinstance(name, str) and name and os.path.isdir(name) else None  # noqa: PTH112 - any name
+def source_of(model: nn.Module) -> Path | None:
+    """The folder that transformers loaded the model from, a local one or the Hub's cache, or None."""
+    config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    if os.path.isdir(name):  # noqa: PTH112 - any name
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 # --- the files beside the weights -------------------------------------------------------------------------------------
@@ -164,6 +176,7 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         return {}
     plain = json.loads(config.to_json_string(use_diff=False))
     plain["architectures"] = [type(model).__name__]
+    plain["_name_or_path"] = configs.public_place(plain.get("_name_or_path"))
     found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
     quantization = None
     if dtype is None and found is not None and not plain.get("quantization_config"):

@@ -136,7 +136,7 @@ def export_model(
             remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
         )
     onnx_graph.require_onnx()
-    home = _home_of(model)
+    home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
     _check_tokenizer(tokenizer)
     stages = iter(range(_STAGES))
@@ -348,7 +348,7 @@ def _write_rest(
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(staging.folder)
     else:
-        folder = Path(tokenizer) if tokenizer is not None else _home_of(model)
+        folder = Path(tokenizer) if tokenizer is not None else export.source_of(model)
         if folder is not None:
             carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
     jsons = export.config_files(model, NAMED[report.dtype])
@@ -356,26 +356,7 @@ def _write_rest(
         jsons["genai_config.json"] = genai
     record = FoldRecord((), {}) if record is None else configs.public_record(record)
     record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    write_rest(staging, (), record, source=_home_of(model), jsons=jsons, carried=carried, exact=False)
-
-
-def _home_of(model: Any) -> Path | None:
-    """The folder that transformers loaded the model from, its own or the Hub's cache, or None."""
-    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(name, str) or not name:
-        return None
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(
-            name, "config.json", revision=getattr(getattr(model, "config", None), "_commit_hash", None)
-        )
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+    write_rest(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:

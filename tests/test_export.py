@@ -150,3 +150,18 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         oftsurgery.export_safetensors(llama(), tmp_path / "out")
     oftsurgery.export_safetensors(llama(), tmp_path / "out", force=True)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_no_file_of_an_export_names_a_folder_of_this_machine(tmp_path: Path) -> None:
+    model, _ = folded_model("llama", "nf4", tmp_path)
+    oftsurgery.export_safetensors(model, tmp_path / "out")
+    oftsurgery.export_onnx(model, tmp_path / "graph")
+    for path in [*(tmp_path / "out").iterdir(), *(tmp_path / "graph").iterdir()]:
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_a_model_whose_name_is_no_name_of_a_folder_is_exported(tmp_path: Path) -> None:
+    model = llama()
+    model.config._name_or_path = "x" * 5000
+    oftsurgery.export_safetensors(model, tmp_path / "out")
+    oftsurgery.export_onnx(model, tmp_path / "graph")
