@@ -418,7 +418,7 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
         "weight_shape": _times(own.shape),
         "absmax_shape": _times(absmax.shape),
         "absmax_dtype": absmax.dtype,
-        "relative_error": _misread(checkpoint.read(name), checkpoint.read(absmax.name), format_, tiled=tiled),
+        "relative_error": _misread(checkpoint, name, format_, tiled=tiled),
     }
     remedy = (
         "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
@@ -427,11 +427,12 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
     return [Finding("error", "cpu-packed" if tiled else "absmax-transposed", message, name, numbers, remedy)]
 
 
-def _misread(weight: Tensor, absmax: Tensor, format_: WeightFormat, *, tiled: bool) -> float | None:
-    """Relative error of reading a CPU-packed weight as a checkpoint's."""
+def _misread(checkpoint: Checkpoint, name: str, format_: WeightFormat, *, tiled: bool) -> float | None:
+    """Relative error of reading a CPU-packed weight as a checkpoint's; None where it cannot be read at all."""
     out, features = format_.shape
-    wrong, right = (weight.reshape(-1, 1), absmax.reshape(-1).float()), (weight, absmax.t().reshape(-1).float())
     try:
+        weight, absmax = checkpoint.read(name), checkpoint.read(f"{name}.absmax")
+        wrong, right = (weight.reshape(-1, 1), absmax.reshape(-1).float()), (weight, absmax.t().reshape(-1).float())
         if tiled:
             right = unpack_cpu_layout(weight, absmax, (out, features), format_.blocksize)
         both = [EncodedWeight(format_, {"weight": codes, "absmax": scales}) for codes, scales in (wrong, right)]
@@ -446,7 +447,8 @@ def _misread(weight: Tensor, absmax: Tensor, format_: WeightFormat, *, tiled: bo
 def _folds(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     found = [] if record is None else _record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
+        with _noting(found):
+            found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += _fits(adapter, store)
     return found

@@ -17,11 +17,13 @@ import bitsandbytes.functional as bnbf
 import pytest
 import torch
 from checkpoints import TOKENS, adapted, bnb_config, build, load, quiet_fold, quiet_transformers, rotations_in
+from conftest import CONFIG
 from independent import decode_4bit, make_layer, relative
 from peft import OFTConfig, PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import oftsurgery
 from oftsurgery.diagnosis import Finding, doctor
@@ -856,3 +858,22 @@ def test_anybodys_merge_of_a_weak_adapter_is_told_by_what_it_keeps(base: str, ro
     assert finding.message.startswith(
         f"{round(finding.evidence['kept'], 2) + 0.0:.0%} of what the adapter changes is in the merged"
     )
+
+
+def test_an_adapter_of_merged_experts_is_a_finding(tmp_path: Path, write_adapter: Callable[..., Path]) -> None:
+    """Which the checkpoint holds one by one, and the model as one."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    path = "base_model.model.model.layers.0.mlp.experts.gate_up_proj"
+    adapter = write_adapter({f"{path}.oft_R.weight": torch.full((2, 120), 0.01)}, CONFIG | {"oft_block_size": 16})
+    finding = only(doctor(tmp_path / "base", base=tmp_path / "base", adapter=adapter), "format")
+    assert "merges this weight from 4 tensors" in finding.message
