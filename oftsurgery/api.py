@@ -63,9 +63,12 @@ __all__ = [
     "load_adapter",
     "parse_size",
     "plan_fold",
+    "read_record",
+    "record_of",
     "report",
     "unfold",
     "unfold_checkpoint",
+    "verify_checkpoint",
     "wrap",
 ]
 

@@ -44,7 +44,7 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     except (TypeError, RuntimeError, AttributeError) as error:
         raise StateError(
             f"the model holds something that cannot be copied ({error})",
-            remedy="fold with inplace=True, which copies nothing",
+            remedy="fold with inplace=True, which copies no module but one that stands in two places; or take off what holds it",
         ) from error
     for old in model.modules():
         new = memo.get(id(old))
