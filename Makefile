@@ -15,7 +15,7 @@ INSTALLED := .venv/.installed
 # torch's threads wait asleep: spinning, they take several times as long on cores that others use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check bench bench-quality browser
+.PHONY: demo test slow check docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -33,9 +33,12 @@ check: $(INSTALLED) browser
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build
+
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py layers
-	$(BIN)/python benchmarks/bench.py plot --out docs/width.png
+	$(BIN)/python benchmarks/bench.py plot --out docs/pictures/width.png
 	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
 

@@ -224,14 +224,6 @@ def test_a_full_disk_exits_3(place: Path) -> None:
     assert not [p for p in place.iterdir() if "big" in p.name]
 
 
-def test_every_command_in_the_readme_parses() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    lines = [line.partition("#")[0].split()[2:] for line in readme.splitlines() if line.startswith("$ oftsurgery ")]
-    assert {words[0] for words in lines} == set(COMMANDS) - {"export"}  # which the README has as tools/export.py
-    for words in lines:
-        assert cli._parser().parse_args(words).run is not None
-
-
 def test_the_dtype_of_the_trainers_loading_decides_the_codes(place: Path, tmp_path: Path) -> None:
     """transformers quantises what it has loaded: float32 weights loaded as bfloat16 give other codes."""
     from transformers import BitsAndBytesConfig

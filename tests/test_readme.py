@@ -19,7 +19,7 @@ def test_the_two_commands_come_first() -> None:
     code = re.search(r"```console\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None
     assert re.findall(r"^\$ (make \w+)", code[1], flags=re.MULTILINE) == ["make demo", "make test"]
-    assert README.index(code[1]) < 200
+    assert README[: README.index(code[1])].count("\n") < 40
 
 
 @pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", ".ci/run"])
@@ -47,9 +47,3 @@ def test_the_changelog_names_all_that_is_public() -> None:
 
 def test_the_dialect_table_is_the_codes_own() -> None:
     assert re.findall(r"^\| `(peft-[\d.]+)` \|", README, flags=re.MULTILINE) == list(oftsurgery.DIALECTS)
-
-
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []

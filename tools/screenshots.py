@@ -1,4 +1,4 @@
-"""The pictures of the report in ``docs/``: ``PYTHONPATH=tests python tools/screenshots.py [FOLDER]``, which needs Debian's
+"""The pictures of the report in ``docs/pictures/``: ``PYTHONPATH=tests python tools/screenshots.py [FOLDER]``, which needs Debian's
 chromium. What it makes on the way stays in FOLDER, and what is there already is not made again.
 
 Two real folds: MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (a minute or so), compared end to end
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftsurgery
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent / "docs" / "pictures"
 
 
 def minilm(folder: Path) -> Path:
@@ -56,7 +56,7 @@ def save(data: bytes, name: str) -> None:
     """As a PNG of 256 colours, which are more than the page has."""
     DOCS.mkdir(exist_ok=True)
     Image.open(BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
-    print(f"docs/{name}: {(DOCS / name).stat().st_size / 1000:.0f} kB")
+    print(f"docs/pictures/{name}: {(DOCS / name).stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
