@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import re
 import shlex
 import shutil
@@ -162,4 +161,4 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     from sphinx.cmd.build import build_main
 
     assert build_main(["-q", "-E", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(tmp_path)]) == 0
-    assert os.path.getsize(tmp_path / "reference.html") > 50_000
+    assert (tmp_path / "reference.html").stat().st_size > 50_000
