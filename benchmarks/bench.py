@@ -183,7 +183,7 @@ def layer_case(codec: str, rows: int, features: int, b: int, pairs: int, device:
 
 
 def _rotation(live: Any) -> oftsurgery.Rotation:
-    from oftsurgery.peft_live import read_adapters
+    from oftsurgery.stores.peft_live import read_adapters
 
     return read_adapters(live)[0].modules["layer"]
 
@@ -201,7 +201,7 @@ def ceilings(device: str) -> dict[str, float]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    from oftsurgery.record import versions
+    from oftsurgery.records.record import versions
 
     cpu = next(
         (

@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig
 
 import oftsurgery
-from oftsurgery import Rotation, codecs, rotations
-from oftsurgery.codecs import WeightFormat
-from oftsurgery.extraction import block_size_curve, choose_block_size
+from oftsurgery import Rotation, rotations
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.weights.extract import block_size_curve, choose_block_size
 
 FORMATS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

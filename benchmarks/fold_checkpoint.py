@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 import oftsurgery
-from oftsurgery.record import versions
+from oftsurgery.records.record import versions
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))

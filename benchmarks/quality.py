@@ -62,8 +62,8 @@ from transformers import (
 )
 
 import oftsurgery
-from oftsurgery import codecs
-from oftsurgery.layers import Layer
+from oftsurgery.formats import codecs
+from oftsurgery.stores.layers import Layer
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 Batches = list[dict[str, Tensor]]

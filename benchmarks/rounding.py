@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from oftsurgery import Rotation, WeightFormat, codecs
-from oftsurgery.weight import FoldedWeight, fold_encoded
+from oftsurgery import Rotation, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.weights.fold import FoldedWeight, fold_encoded
 
 MODES = ("nearest", "preserve", "grid", "mse")
 #: of the generator: weights are moved by 20 %

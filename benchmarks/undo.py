@@ -29,11 +29,14 @@ import demo
 import transformers
 
 import oftsurgery
-from oftsurgery import Rotation, codecs, undo, undo_file
-from oftsurgery.codecs import WeightFormat
-from oftsurgery.layers import Layer
-from oftsurgery.model import modules_of
-from oftsurgery.weight import fold_encoded
+from oftsurgery import Rotation
+from oftsurgery.folding import undo_file
+from oftsurgery.folding.memory import modules_of
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.stores.layers import Layer
+from oftsurgery.weights import undo
+from oftsurgery.weights.fold import fold_encoded
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "as in the record (LZMA without contexts)": lambda raw: lzma.compress(raw, lzma.FORMAT_RAW, filters=undo._FILTERS),

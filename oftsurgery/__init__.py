@@ -14,8 +14,8 @@ from ._version import __version__
 from .errors import *  # noqa: F403 - errors and warnings are public, all of them
 
 if _typing.TYPE_CHECKING:
-    from .adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
-    from .api import (
+    from .adapters.adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
+    from .api.api import (
         export_onnx,
         export_safetensors,
         extract,
@@ -29,18 +29,18 @@ if _typing.TYPE_CHECKING:
         verify_checkpoint,
         wrap,
     )
-    from .checks import CheckpointReport, TensorCheck, WeightCheck
-    from .codecs import EncodedWeight, WeightFormat
-    from .compare import OutputError, VerifyReport, verify
-    from .diagnosis import Finding, doctor
-    from .extraction import ExtractedRotation, extract_rotation
-    from .extractors import ExtractedAdapter
+    from .checks.doctor import Finding, doctor
+    from .checks.extract import ExtractedAdapter
+    from .checks.folders import CheckpointReport, TensorCheck, WeightCheck
+    from .checks.models import OutputError, VerifyReport, verify
+    from .formats.codecs import EncodedWeight, WeightFormat
     from .hub import PushReport, push_to_hub
-    from .kernels import backends, use_backend
     from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
-    from .onnx_export import OnnxCheck, OnnxReport
-    from .record import AdapterInfo, FoldRecord, ModuleRecord
-    from .weight import fold_weight, unfold_weight
+    from .onnx.export import OnnxCheck, OnnxReport
+    from .records.record import AdapterInfo, FoldRecord, ModuleRecord
+    from .weights.extract import ExtractedRotation, extract_rotation
+    from .weights.fold import fold_weight, unfold_weight
+    from .weights.kernels import backends, use_backend
 
 __all__ = [
     "DIALECTS",
@@ -92,21 +92,21 @@ __all__ += _errors.__all__
 
 # module → what it gives, imported at its first use: the command line answers `--help` without torch
 _EXPORTS = {
-    "adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
-    "api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
+    "adapters.adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
+    "api.api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
     "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
-    "checks": "CheckpointReport TensorCheck WeightCheck",
-    "codecs": "EncodedWeight WeightFormat",
-    "compare": "OutputError VerifyReport verify",
-    "diagnosis": "Finding doctor",
-    "extraction": "ExtractedRotation extract_rotation",
-    "extractors": "ExtractedAdapter",
+    "checks.folders": "CheckpointReport TensorCheck WeightCheck",
+    "formats.codecs": "EncodedWeight WeightFormat",
+    "checks.models": "OutputError VerifyReport verify",
+    "checks.doctor": "Finding doctor",
+    "weights.extract": "ExtractedRotation extract_rotation",
+    "checks.extract": "ExtractedAdapter",
     "hub": "PushReport push_to_hub",
-    "kernels": "backends use_backend",
+    "weights.kernels": "backends use_backend",
     "live": "dispatch_bnb_4bit dispatch_bnb_8bit",
-    "onnx_export": "OnnxCheck OnnxReport",
-    "record": "AdapterInfo FoldRecord ModuleRecord",
-    "weight": "fold_weight unfold_weight",
+    "onnx.export": "OnnxCheck OnnxReport",
+    "records.record": "AdapterInfo FoldRecord ModuleRecord",
+    "weights.fold": "fold_weight unfold_weight",
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 
@@ -114,8 +114,8 @@ _HOME = {name: module for module, names in _EXPORTS.items() for name in names.sp
 def __getattr__(name: str) -> _typing.Any:
     if name in _HOME:
         value = getattr(_importlib.import_module(f".{_HOME[name]}", __name__), name)
-    elif name in _EXPORTS:
-        value = _importlib.import_module(f".{name}", __name__)  # oftsurgery.live.Linear4bit
+    elif name == "live":  # oftsurgery.live.Linear4bit
+        value = _importlib.import_module(".live", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -17,9 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import card, checks, configs
 from ._version import __version__
-from .card import CARD
+from .checks import folders as checks
 from .errors import (
     CheckpointError,
     HubError,
@@ -31,9 +30,12 @@ from .errors import (
     printable,
     without_tokens,
 )
+from .files.shards import inside
 from .progress import Progress
-from .record import FoldRecord, plain
-from .shards import inside
+from .records import card
+from .records.card import CARD
+from .records.record import FoldRecord, plain
+from .stores import configs
 
 __all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
 
@@ -188,7 +190,7 @@ def _pictures(record: FoldRecord) -> dict[str, bytes]:
     """``{file name: PNG}`` for the card, where they can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
-    from . import drawing
+    from .reports import drawing
 
     return drawing.figures(record)
 

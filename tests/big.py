@@ -12,9 +12,9 @@ from conftest import CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.files.shards import ShardWriter
 from oftsurgery.formats import spread_shapes
-from oftsurgery.shards import ShardWriter
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 
 
 def linears(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:

@@ -15,8 +15,11 @@ from independent import fold, make_layer, relative, seeded
 from torch import Tensor, nn
 
 import oftsurgery
-import oftsurgery.weight
-from oftsurgery import OFTAdapter, Rotation, codecs, kernels, layers, rotations
+import oftsurgery.weights.fold
+from oftsurgery import OFTAdapter, Rotation, rotations
+from oftsurgery.formats import codecs
+from oftsurgery.stores import layers
+from oftsurgery.weights import kernels
 
 TARGETS = ("embed", "nf4", "twice", "int8", "used", "dense")
 
@@ -227,7 +230,7 @@ def test_an_error_of_the_record_names_the_module_too(
 
 
 def test_an_error_of_the_progress_callback(tiny: Tiny, adapter: OFTAdapter) -> None:
-    from oftsurgery.model import fold_model
+    from oftsurgery.folding.memory import fold_model
 
     before = whole(tiny)
 
@@ -338,7 +341,7 @@ def test_the_fused_path_is_all_or_nothing_too(
 ) -> None:
     monkeypatch.setenv("OFTSURGERY_BACKEND", "auto")
     before = whole(tiny)
-    real, calls = oftsurgery.weight.kernels.fold, 0
+    real, calls = oftsurgery.weights.fold.kernels.fold, 0
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -348,7 +351,7 @@ def test_the_fused_path_is_all_or_nothing_too(
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(oftsurgery.weight.kernels, "fold", broken)
+        patch.setattr(oftsurgery.weights.fold.kernels, "fold", broken)
         with pytest.raises(type(error)):
             fold_untied(tiny, adapter, inplace=inplace)
     assert calls == len(TARGETS)

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError, codecs, inputs
-from oftsurgery.calibration import LayerInputs, compensate, fold_calibrated
-from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.engine import _warn_of_rounding as warn_of_rounding
+from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError
+from oftsurgery.calibrate import inputs
+from oftsurgery.folding.engine import _warn_of_rounding as warn_of_rounding
+from oftsurgery.folding.plan import plan_changes
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import LEVELS
-from oftsurgery.live_store import LiveStore
-from oftsurgery.plan import plan_changes
+from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.weights.calibrate import LayerInputs, compensate, fold_calibrated
 
 FORMATS = {
     "nf4": WeightFormat("nf4", (24, 128), blocksize=64),
@@ -302,7 +304,7 @@ def test_a_calibrated_fold_is_nearer_to_the_live_model(kind: str, adapter: Path)
 
 
 def _read(model: nn.Module, path: str) -> EncodedWeight:
-    from oftsurgery.layers import Layer
+    from oftsurgery.stores.layers import Layer
 
     return Layer(path, model.get_submodule(path)).read()[0]
 
@@ -346,7 +348,7 @@ def test_after_an_error_the_model_is_as_it_was(
 def test_an_error_half_way_through_the_layers(
     adapter: Path, snapshot: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from oftsurgery import calibration
+    from oftsurgery.weights import calibrate as calibration
 
     model, done = build(), []
     original = calibration.compensate

@@ -20,9 +20,11 @@ from pyarrow import parquet
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
-from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning, cli, inputs
-from oftsurgery.layers import Layer
-from oftsurgery.texts import read_texts
+from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
+from oftsurgery.calibrate import inputs
+from oftsurgery.calibrate.texts import read_texts
+from oftsurgery.cli import main as cli
+from oftsurgery.stores.layers import Layer
 
 TEXTS = [
     f"The {a} {b} {c}."
@@ -250,7 +252,7 @@ def test_the_command_line_refuses(
 def test_a_killed_run_goes_on_with_the_same_bytes(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from oftsurgery import calibration
+    from oftsurgery.weights import calibrate as calibration
 
     settings: dict[str, Any] = {"format": "nf4", "calibration": TEXTS, "max_shard_size": "20KB"}
     oftsurgery.fold_checkpoint(base, adapter, tmp_path / "whole", **settings)

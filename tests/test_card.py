@@ -17,8 +17,10 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 import oftsurgery
-from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord, StateError, card, cli
-from oftsurgery.api import plan_fold
+from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord, StateError
+from oftsurgery.api.api import plan_fold
+from oftsurgery.cli import main as cli
+from oftsurgery.records import card
 
 MARKED = re.compile(r"<!-- oftsurgery: what .*? -->.*<!-- oftsurgery: end -->", flags=re.DOTALL)
 BASE_CARD = """---

@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import oftsurgery
-from oftsurgery.checkpoint import Quantization, plan_checkpoint, run_plan
-from oftsurgery.shards import open_checkpoint
+from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.folding.disk import Quantization, plan_checkpoint, run_plan
 
 DENSE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CODECS = ("nf4", "fp4", "int8")

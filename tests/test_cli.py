@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from test_model import distance, live, llama, logits
 from transformers import AutoModelForCausalLM
 
-from oftsurgery import cli, codecs
+from oftsurgery.cli import main as cli
+from oftsurgery.formats import codecs
 
 COMMANDS = ["plan", "fold", "unfold", "extract", "adapter", "export", "verify", "doctor", "report", "show", "push"]
 
@@ -194,13 +195,13 @@ def test_verify_exits_1_where_a_weight_is_not_what_it_should_be(
 def test_an_interrupt_exits_130_and_says_how_to_go_on(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import oftsurgery.engine
+    import oftsurgery.folding.engine
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.engine, "fold_encoded", interrupt)
+        patched.setattr(oftsurgery.folding.engine, "fold_encoded", interrupt)
         assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out")]) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -212,7 +213,7 @@ def test_a_full_disk_exits_3(place: Path) -> None:
     # the limit on file sizes stands in for a disk that is full: both are an OSError of write()
     script = (
         "import resource, sys\n"
-        "from oftsurgery import cli\n"
+        "from oftsurgery.cli import main as cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "sys.exit(cli.main(['fold', 'BASE', 'ADAPTER', 'big']))\n"

@@ -12,7 +12,8 @@ from test_algebra import rotation
 from transformers import BertConfig, BertModel
 
 import oftsurgery
-from oftsurgery import OFTAdapter, cli
+from oftsurgery import OFTAdapter
+from oftsurgery.cli import main as cli
 
 MODULE = "encoder.layer.0.intermediate.dense"
 

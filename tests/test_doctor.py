@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import oftsurgery
-from oftsurgery.diagnosis import Finding, doctor
+from oftsurgery.checks.doctor import Finding, doctor
 
 Q_PROJ, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from oftsurgery import StateError, cli, dtypes
+from oftsurgery import StateError, dtypes
+from oftsurgery.cli import main as cli
 
 
 def test_names_are_those_that_safetensors_writes(tmp_path: Path) -> None:

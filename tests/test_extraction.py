@@ -28,11 +28,11 @@ from oftsurgery import (
     Rotation,
     RoundingWarning,
     UntieWarning,
-    codecs,
     extract_rotation,
 )
-from oftsurgery.codecs import WeightFormat
-from oftsurgery.extraction import block_size_curve, choose_block_size
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.weights.extract import block_size_curve, choose_block_size
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import demo
@@ -503,7 +503,7 @@ def test_differences_on_disk_are_named(checkpoints: Path, tmp_path: Path) -> Non
 
 MEASURE = """
 import pathlib, sys
-import bitsandbytes, oftsurgery, oftsurgery.extractors, safetensors.torch, torch
+import bitsandbytes, oftsurgery, oftsurgery.checks.extract, safetensors.torch, torch
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text().splitlines()

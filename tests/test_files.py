@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from oftsurgery import files
 from oftsurgery.errors import AdapterError, OFTSurgeryError
+from oftsurgery.files import finding as files
 
 TENSORS = {"base_model.model.a.oft_R.weight": torch.full((2, 6), 0.1)}
 

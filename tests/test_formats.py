@@ -12,11 +12,12 @@ from independent import seeded
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from oftsurgery import Rotation, codecs, formats, undo
-from oftsurgery.codecs import EncodedWeight, WeightFormat
-from oftsurgery.formats import FORMATS
+from oftsurgery import Rotation, formats
+from oftsurgery.formats import FORMATS, codecs
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.int8 import Int8
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights import undo
+from oftsurgery.weights.fold import fold_encoded
 
 CASES = {
     "dense": WeightFormat("dense", (6, 128), torch.bfloat16),

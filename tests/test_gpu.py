@@ -12,7 +12,7 @@ import torch
 from test_model import live, llama, logits, quantise, state_bytes
 
 import oftsurgery
-import oftsurgery.engine
+import oftsurgery.folding.engine
 from oftsurgery import RoundingWarning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -53,7 +53,7 @@ def test_an_error_in_place_brings_back_what_waited_in_cpu_memory(
         expected = model(tokens).logits
     before = {n: (p.device, p.detach().cpu().clone()) for n, p in model.named_parameters()}
     calls: list[int] = []
-    real = oftsurgery.engine.fold_encoded
+    real = oftsurgery.folding.engine.fold_encoded
 
     def failing(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -61,7 +61,7 @@ def test_an_error_in_place_brings_back_what_waited_in_cpu_memory(
             raise RuntimeError("injected")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(oftsurgery.engine, "fold_encoded", failing)
+    monkeypatch.setattr(oftsurgery.folding.engine, "fold_encoded", failing)
     with pytest.raises(RuntimeError, match="injected"):
         fold(model, adapter, inplace=True)
     for name, parameter in model.named_parameters():

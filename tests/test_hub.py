@@ -24,7 +24,8 @@ from hub_server import Hub, serving
 from huggingface_hub import snapshot_download
 
 import oftsurgery
-from oftsurgery import CheckpointError, HubError, IntegrityError, StateError, cli, hub
+from oftsurgery import CheckpointError, HubError, IntegrityError, StateError, hub
+from oftsurgery.cli import main as cli
 
 TOKEN = "hf_" + "Ab3" * 12
 OTHER = "hf_" + "Xy7" * 12

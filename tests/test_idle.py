@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from oftsurgery.idle import _READ, is_idle
+from oftsurgery.stores.idle import _READ, is_idle
 
 LAYERS = {"nn.Linear", "nn.Embedding", "nn.Conv2d", "Conv1D"}
 

@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import oftsurgery
-from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, codecs, kernels, rotations
+from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, rotations
 from oftsurgery.errors import MissingDependencyError, StateError
-from oftsurgery.formats import FORMATS
-from oftsurgery.weight import FoldedWeight, fold_encoded
+from oftsurgery.formats import FORMATS, codecs
+from oftsurgery.weights import kernels
+from oftsurgery.weights.fold import FoldedWeight, fold_encoded
 
 MAPS = {
     "exact": Cayley(),
@@ -402,7 +403,7 @@ import sys, warnings
 {before}
 import torch
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.fold import fold_encoded
 torch.manual_seed(0)
 f = WeightFormat("nf4", (1030, 1024), torch.float16, 64, 256)
 encoded = codecs.encode(torch.randn(1030, 1024) * 0.02, f)
@@ -439,7 +440,7 @@ import sys, warnings
 {before}
 import torch
 from oftsurgery import Rotation, WeightFormat, codecs, rotations
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.fold import fold_encoded
 warnings.simplefilter("ignore")  # of a path that cannot serve
 gen = torch.Generator().manual_seed(0)
 q = torch.zeros(32, 32, 32)
@@ -505,7 +506,7 @@ def test_a_processor_without_avx512_gives_the_same_codes(name, features, tmp_pat
 BETTER_SCALES = """
 import torch
 from oftsurgery import Rotation, WeightFormat, codecs
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.fold import fold_encoded
 gen = torch.Generator().manual_seed(0)
 weight = torch.randn(64, 1024, generator=gen) * 0.02
 bent = Rotation(generator=torch.randn(32, 496, generator=gen) * 0.02)
@@ -528,7 +529,7 @@ def test_any_number_of_threads_gives_the_same_bytes():
 
 STARTED = """
     import contextvars, threading
-    from oftsurgery.kernels import pool
+    from oftsurgery.weights.kernels import pool
     done, threads, said = [], set(), contextvars.ContextVar("said")
     def note(name):
         done.append(name)
@@ -586,7 +587,7 @@ import torch
 # numpy's, which the interpreter computes with, where 127/scb overflows; a GPU says nothing
 warnings.filterwarnings("ignore", "(overflow|invalid value) encountered", RuntimeWarning)
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.fold import fold_encoded
 torch.manual_seed(0)
 for codec, shape, b, blocksize, nested, special in [
     ("nf4", (37, 128), 32, 64, 0, 1), ("nf4", (20, 128), 64, 64, 256, 1), ("fp4", (20, 128), 2, 128, 0, 1), ("nf4", (20, 64), 32, 64, 0, 1e36),
@@ -645,7 +646,7 @@ def test_peak_memory_is_a_tile_a_thread_above_input_and_output(backend, features
     code = f"""
     import torch
     from oftsurgery import EncodedWeight, Rotation, WeightFormat, codecs, kernels
-    from oftsurgery.weight import fold_encoded
+    from oftsurgery.weights.fold import fold_encoded
     def peak():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
     def fold(rows):

@@ -25,8 +25,8 @@ import pytest
 import torch
 from test_kernels import codes_of, exact
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
-from oftsurgery.kernels import tiled
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.kernels import tiled
+from oftsurgery.weights.fold import fold_encoded
 
 gen = torch.Generator().manual_seed(0)
 def weight_of(f):

@@ -26,7 +26,7 @@ from conftest import CONFIG
 from safetensors.torch import save_file
 
 from oftsurgery.errors import DiskError, StateError
-from oftsurgery.staging import Staging
+from oftsurgery.files.staging import Staging
 
 LAYERS = 12
 SIDE = 192

@@ -15,9 +15,9 @@ from independent import Case, decode_4bit, fold, make_case, make_layer, relative
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery.adapter import Rotation
+from oftsurgery.adapters.adapter import Rotation
 from oftsurgery.errors import FormatError, StateError
-from oftsurgery.layers import Layer
+from oftsurgery.stores.layers import Layer
 
 EXACT = "0.21 exact"
 

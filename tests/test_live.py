@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import oftsurgery
-from oftsurgery import live
-from oftsurgery.adapter import Cayley, Rotation, parse_adapter
+from oftsurgery.adapters.adapter import Cayley, Rotation, parse_adapter
 from oftsurgery.hashing import hash_tensors
-from oftsurgery.layers import Layer
+from oftsurgery.live import wrap as live
+from oftsurgery.stores.layers import Layer
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDENS = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json"))
@@ -451,8 +451,8 @@ def test_merge_computes_the_fold_and_unmerge_restores_every_bit(
         assert layer.merged_adapters == ["default"]
         assert (error == 0) == (dtype in (torch.float32, torch.float64) and codec == "dense")
         merged, plain = (
-            oftsurgery.layers.Layer("", layer.base_layer).read()[0],
-            oftsurgery.layers.Layer("", folded.layer).read()[0],
+            oftsurgery.stores.layers.Layer("", layer.base_layer).read()[0],
+            oftsurgery.stores.layers.Layer("", folded.layer).read()[0],
         )
         assert merged.format == plain.format
         assert merged.fingerprint == plain.fingerprint
@@ -474,7 +474,7 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself() -> None:
         base = wrapped(x).detach()
         wrapped.layer.merge()
         merged = wrapped(x).detach()
-        for copied in (copy.deepcopy(wrapped), oftsurgery.sharing.share_model(wrapped)):
+        for copied in (copy.deepcopy(wrapped), oftsurgery.stores.sharing.share_model(wrapped)):
             copied.layer.unmerge()
             assert torch.equal(copied(x), base)
             assert torch.equal(wrapped(x), merged)

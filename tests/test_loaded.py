@@ -17,8 +17,8 @@ from checkpoints import GROUPED, SIZES, bnb_config, differing, load, quiet_trans
 from safetensors.torch import save_file
 
 from oftsurgery import CheckpointError
-from oftsurgery.loaded import Loaded
-from oftsurgery.shards import open_checkpoint
+from oftsurgery.checks.loaded import Loaded
+from oftsurgery.files.shards import open_checkpoint
 
 BART = {
     "vocab_size": 64,

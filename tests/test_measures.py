@@ -10,7 +10,8 @@ from independent import VARIANTS, make_case, relative
 from safetensors.torch import load_file
 
 import oftsurgery
-from oftsurgery import NonFiniteError, Rotation, ShapeError, measures
+from oftsurgery import NonFiniteError, Rotation, ShapeError
+from oftsurgery.checks import measures
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDENS = sorted(p.parent.relative_to(GOLDEN).as_posix() for p in GOLDEN.glob("peft-*/*/adapter_config.json"))

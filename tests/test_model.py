@@ -435,8 +435,8 @@ def test_unfold_states_its_error_and_base_restores_exactly(kind: str, tmp_path: 
 
 
 def weight_of(model: nn.Module, path: str) -> torch.Tensor:
-    from oftsurgery.codecs import decode
-    from oftsurgery.layers import Layer
+    from oftsurgery.formats.codecs import decode
+    from oftsurgery.stores.layers import Layer
 
     return decode(Layer(path, model.get_submodule(path)).read()[0]).double()
 

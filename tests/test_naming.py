@@ -31,8 +31,8 @@ from independent import relative
 from safetensors.torch import save_file
 
 import oftsurgery
-from oftsurgery.naming import architecture_of, locate
-from oftsurgery.shards import open_checkpoint
+from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.stores.naming import architecture_of, locate
 
 TEXT = SIZES | GROUPED
 VISION = {

@@ -26,13 +26,14 @@ from test_kernels import in_process
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import EncodedWeight, NonFiniteError, OFTAdapter, Rotation, WeightFormat, codecs, use_backend
-from oftsurgery.adapter import parse_adapter
-from oftsurgery.diagnosis import Finding, doctor
+from oftsurgery import EncodedWeight, NonFiniteError, OFTAdapter, Rotation, WeightFormat, use_backend
+from oftsurgery.adapters.adapter import parse_adapter
+from oftsurgery.checks.doctor import Finding, doctor
+from oftsurgery.formats import codecs
 from oftsurgery.formats.scales import GRID
-from oftsurgery.layers import Layer
-from oftsurgery.record import FoldRecord, ModuleRecord
-from oftsurgery.weight import FoldedWeight, fold_encoded
+from oftsurgery.records.record import FoldRecord, ModuleRecord
+from oftsurgery.stores.layers import Layer
+from oftsurgery.weights.fold import FoldedWeight, fold_encoded
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 
@@ -445,8 +446,8 @@ def test_a_record_sums_up_what_is_kept(modules: Any, kept: float | None, weak: d
 ALIKE = """
 import torch
 from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
-from oftsurgery.kernels import tiled
-from oftsurgery.weight import fold_encoded
+from oftsurgery.weights.kernels import tiled
+from oftsurgery.weights.fold import fold_encoded
 tiled._TILE_WEIGHTS = 1 << 13  # else weights of these sizes are the reference's
 found = {}
 for name, (codec, shape, blocksize, nested, b, amplitude, side) in CASES.items():

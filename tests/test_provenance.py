@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import oftsurgery
-from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord, cli
-from oftsurgery.configs import public_record, record_in
+from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord
+from oftsurgery.cli import main as cli
+from oftsurgery.stores.configs import public_record, record_in
 
 RECORD = "oftsurgery.json"
 NOT_HASHED = (RECORD, "README.md")  # itself, and the card, which people edit
@@ -260,7 +261,7 @@ def test_a_record_that_says_nonsense_is_refused_with_the_field(case: str, tmp_pa
 
 
 def test_a_field_that_no_check_knows_is_an_error_of_the_class() -> None:
-    from oftsurgery.record import _Stored
+    from oftsurgery.records.record import _Stored
 
     with pytest.raises(TypeError, match=r"New\.names: there is no check of a value from JSON for set\[str\]"):
 
@@ -385,10 +386,10 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its shards say which versions wrote them."""
-    import oftsurgery.checkpoint
-    import oftsurgery.record
+    import oftsurgery.folding.disk
+    import oftsurgery.records.record
 
-    step = oftsurgery.checkpoint._Run.step
+    step = oftsurgery.folding.disk._Run.step
 
     def interrupt(self: Any, name: str, nbytes: int) -> None:
         if self.done > self.total // 2:
@@ -397,12 +398,12 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
 
     words = (place / "BASE", place / "ADAPTER", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.checkpoint._Run, "step", interrupt)
+        patched.setattr(oftsurgery.folding.disk._Run, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet_fold(*words, max_shard_size="100KB")
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.checkpoint, "versions", lambda: {"torch": "3.0"})
+        patched.setattr(oftsurgery.folding.disk, "versions", lambda: {"torch": "3.0"})
         with pytest.raises(oftsurgery.StateError, match="of other inputs or settings"):
             quiet_fold(*words, max_shard_size="100KB", resume=True)
     quiet_fold(*words, max_shard_size="100KB", resume=True)

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 from peft import OFTConfig, get_peft_model
 
 import oftsurgery
-from oftsurgery import cli, drawing, page, staging
+from oftsurgery.cli import main as cli
 from oftsurgery.errors import CheckpointError, DiskError, MissingDependencyError, StateError
-from oftsurgery.onnx_export import OnnxCheck
-from oftsurgery.record import AdapterInfo, FoldRecord, ModuleRecord
-from oftsurgery.summary import LEVELS, Scale, histogram, layout
+from oftsurgery.files import staging
+from oftsurgery.onnx.export import OnnxCheck
+from oftsurgery.records.record import AdapterInfo, FoldRecord, ModuleRecord
+from oftsurgery.reports import drawing, page
+from oftsurgery.reports.summary import LEVELS, Scale, histogram, layout
 
 KINDS = tuple(f"self_attn.{k}_proj" for k in "qkvo") + tuple(f"mlp.{k}_proj" for k in ("gate", "up", "down"))
 

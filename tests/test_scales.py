@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery import Rotation, RoundingWarning, WeakAdapterWarning, WeightFormat, codecs, use_backend
-from oftsurgery.cli import main
+from oftsurgery import Rotation, RoundingWarning, WeakAdapterWarning, WeightFormat, use_backend
+from oftsurgery.cli.main import main
+from oftsurgery.formats import codecs
 from oftsurgery.formats.four_bit import levels_of
-from oftsurgery.record import FoldRecord
-from oftsurgery.weight import FoldedWeight, fold_encoded
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.weights.fold import FoldedWeight, fold_encoded
 
 BETTER = ("grid", "mse")
 unfold_encoded = partial(fold_encoded, inverse=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import oftsurgery
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.shards import ShardWriter, open_checkpoint, sha256_of
+from oftsurgery.files.shards import ShardWriter, open_checkpoint, sha256_of
 
 CheckpointError = oftsurgery.CheckpointError
 

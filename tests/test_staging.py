@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from oftsurgery.errors import DiskError, StateError
-from oftsurgery.staging import Replacement, Staging
+from oftsurgery.files.staging import Replacement, Staging
 
 
 def staging(
@@ -174,7 +174,7 @@ def test_a_run_in_another_process_is_excluded(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from oftsurgery.staging import Staging
+from oftsurgery.files.staging import Staging
 with Staging(Path({str(tmp_path / "out")!r}), "key", needed=0, resume=False, force=False):
     print("at work", flush=True)
     sys.stdin.read()

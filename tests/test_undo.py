@@ -43,15 +43,15 @@ from oftsurgery import (
     RoundingWarning,
     StateError,
     UndoError,
-    codecs,
     rotations,
-    undo,
-    undo_file,
 )
-from oftsurgery.adapter import Cayley
-from oftsurgery.codecs import WeightFormat
-from oftsurgery.layers import Layer
-from oftsurgery.weight import fold_encoded
+from oftsurgery.adapters.adapter import Cayley
+from oftsurgery.folding import undo_file
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.stores.layers import Layer
+from oftsurgery.weights import undo
+from oftsurgery.weights.fold import fold_encoded
 
 FORMATS = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
 
@@ -455,8 +455,8 @@ def test_the_recorded_rotation_is_the_cayley_map(b: int, norm: float) -> None:
 
 _CODE = """
 import sys, torch, oftsurgery
-from oftsurgery import undo
-from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.weights import undo
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from safetensors.torch import load_file, save_file
 folder, n = sys.argv[1], sys.argv[2]
 assert torch.get_num_threads() == int(n)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_undo import contents
 
 import oftsurgery
-from oftsurgery import FormatError, IntegrityError, MatchError, StateError, UndoError, cli
+from oftsurgery import FormatError, IntegrityError, MatchError, StateError, UndoError
+from oftsurgery.cli import main as cli
 
 
 @pytest.fixture(autouse=True)
@@ -320,7 +321,7 @@ def test_an_interrupted_run_resumes_to_the_same_record(sources: Sources, tmp_pat
 def test_killed_between_the_record_and_the_rename(
     sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from oftsurgery.staging import Staging
+    from oftsurgery.files.staging import Staging
 
     base, adapter = sources.base("llama", "nf4"), sources.adapter("llama")
 

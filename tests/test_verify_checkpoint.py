@@ -39,8 +39,10 @@ from test_loaded import BART
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery import checks, cli, codecs
-from oftsurgery.shards import open_checkpoint
+from oftsurgery.checks import folders as checks
+from oftsurgery.cli import main as cli
+from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.formats import codecs
 
 Tensors = dict[str, Tensor]
 

@@ -16,13 +16,13 @@ from independent import cayley, relative, seeded, skew
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery import codecs, kernels
-from oftsurgery.adapter import Cayley, Rotation
-from oftsurgery.codecs import EncodedWeight, WeightFormat
+from oftsurgery.adapters.adapter import Cayley, Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
-from oftsurgery.formats import four_bit
-from oftsurgery.kernels import blockwise, fold_cpu
-from oftsurgery.weight import fold_encoded, fold_weight, relative_error, unfold_weight
+from oftsurgery.formats import codecs, four_bit
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.weights import kernels
+from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
+from oftsurgery.weights.kernels import blockwise, fold_cpu
 
 NEUMANN = Cayley(terms=5)
 

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
-from oftsurgery import codecs
-from oftsurgery.layers import Layer
-from oftsurgery.weight import rotate_chain
+from oftsurgery.formats import codecs
+from oftsurgery.stores.layers import Layer
+from oftsurgery.weights.fold import rotate_chain
 
 #: what the command line prints of each quantisation → the arguments that transformers quantises with
 QUANTISATIONS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 import sys
 
-from oftsurgery.cli import export_main
+from oftsurgery.cli.main import export_main
 
 if __name__ == "__main__":
     sys.exit(export_main())

@@ -186,7 +186,7 @@ class Format:
     unit = 1.0  #: the number of level 1
     packed = 1  #: weights an element of the stored codes
     either_sign = False  #: a block's scale may be negative
-    strong = 0.0  #: a change, in units of the scale, from which on oftsurgery.preserve scales a block anew
+    strong = 0.0  #: a change, in units of the scale, from which on oftsurgery.weights.preserve scales a block anew
     shared: tuple[str, ...] = ()  #: local names of the tensors that are the same in many weights
     least_blocksize = 0
     width = ""  #: what messages call the formats of this class
@@ -356,7 +356,7 @@ class Format:
         raise NotImplementedError
 
     def read_live(self, module: Any, weight: Any, offloaded: Offloaded, path: str) -> Live | None:
-        """See :meth:`oftsurgery.layers.Layer.read`; None for a weight that holds plain values. ``offloaded`` are
+        """See :meth:`oftsurgery.stores.layers.Layer.read`; None for a weight that holds plain values. ``offloaded`` are
         accelerate's tensors of the module, where it keeps them.
         """
         raise NotImplementedError

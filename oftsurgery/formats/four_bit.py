@@ -87,7 +87,7 @@ class FourBit(Format):
     Args:
         name: ``"nf4"`` or ``"fp4"``.
         strong: see :class:`Format`.
-        farther: scales, in units of absmax, from which :mod:`oftsurgery.kernels.fold_cpu` searches too.
+        farther: scales, in units of absmax, from which :mod:`oftsurgery.weights.kernels.fold_cpu` searches too.
     """
 
     roundings = ("nearest", "preserve", "grid", "mse")

@@ -32,10 +32,10 @@ from checkpoints import adapted, build, quiet_fold
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from oftsurgery import cli
 from oftsurgery import errors as e
-from oftsurgery.diagnosis import doctor
-from oftsurgery.staging import Staging
+from oftsurgery.checks.doctor import doctor
+from oftsurgery.cli import main as cli
+from oftsurgery.files.staging import Staging
 
 SECONDS, MEGABYTES = 8, 300
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"

@@ -1,0 +1,39 @@
+"""Writing an adapter's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from oftsurgery.files.finding import CONFIG, TENSORS
+from oftsurgery.files.shards import ShardWriter
+from oftsurgery.files.staging import Staging
+
+__all__ = ["write_adapter"]
+
+
+def write_adapter(
+    folder: str | PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, force: bool = False
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``, which appears by one rename.
+
+    Raises:
+        StateError: the folder exists and ``force`` is not set, or its parent does not.
+        DiskError: the disk did not take it; nothing is left behind.
+    """
+    destination = Path(folder).expanduser()
+    key = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    needed = sum(t.nbytes for t in tensors.values()) + (1 << 16)
+    with Staging(destination, key, needed=needed, resume=False, force=force, resumable=False) as staging:
+        shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+        with staging.writing(TENSORS) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        staging.put_json(CONFIG, config)
+        staging.publish()

@@ -1,0 +1,292 @@
+"""Extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.errors import (
+    ExtractionError,
+    ExtractionWarning,
+    FormatError,
+    MatchError,
+    StateError,
+    printable,
+    told_of,
+    warn_caller,
+)
+from oftsurgery.files.shards import Checkpoint
+from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.live import wrap as live
+from oftsurgery.progress import Progress
+from oftsurgery.stores import peft_live
+from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.layers import Layer
+from oftsurgery.stores.ties import inner_model, modules_of, tensors_in
+from oftsurgery.weights.extract import (
+    ExtractedRotation,
+    block_size_curve,
+    choose_block_size,
+    extract_encoded,
+    unrotated,
+)
+
+__all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
+
+# weights of one width whose curves are pooled: more would cost time and change nothing
+_SAMPLE = 4
+# a smaller explained fraction is said; a small rotation among the rounding of 4 bits is seen to explain as little as this
+_GOOD = 0.7
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExtractedAdapter(OFTAdapter):
+    """The :class:`~oftsurgery.OFTAdapter` that :func:`~oftsurgery.extract` found, with what it is worth.
+
+    Attributes:
+        report: ``{module path: ExtractedRotation}``, the figures of each module.
+        unexplained: names of modules and tensors that differ by no rotation (biases, norms, a new head …): not in the
+            adapter.
+    """
+
+    report: Mapping[str, ExtractedRotation] = field(default_factory=lambda: MappingProxyType({}))
+    unexplained: tuple[str, ...] = ()
+
+    @property
+    def explained(self) -> float:
+        """The fraction of the squared difference of all rotated weights, beyond the rounding of how they are stored, that
+        the rotations explain; each weight counts by its relative change.
+        """
+        parts = [(max(r.change**2 - r.rounding**2, 0.0), r.explained) for r in self.report.values()]
+        whole = sum(beyond for beyond, _ in parts)
+        return sum(beyond * explained for beyond, explained in parts) / whole if whole else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, as plain values."""
+        return {
+            "explained": self.explained,
+            "fingerprint": self.fingerprint,
+            "modules": {path: r.to_dict() for path, r in self.report.items()},
+            "unexplained": list(self.unexplained),
+        }
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One weight in both models: ``read`` gives the two."""
+
+    path: str
+    embedding: bool
+    read: Callable[[], tuple[EncodedWeight, EncodedWeight]]
+
+
+# --- the extraction ---------------------------------------------------------------------------------------------------
+
+
+def _extract(
+    pairs: Sequence[_Pair],
+    differing: Iterator[str],
+    block_size: int | None,
+    base_name: str | None,
+    progress: Progress | None,
+) -> ExtractedAdapter:
+    """One adapter from pairs of all weights that a rotation may be on, of which two are in memory at a time; ``differing``
+    names other tensors that are not the same.
+    """
+    changed: dict[str, tuple[int, int]] = {}
+    unexplained: list[str] = []
+    for pair in pairs:
+        with told_of(pair.path):
+            base, merged = pair.read()
+            if base.format.shape != merged.format.shape:
+                unexplained.append(pair.path)
+            elif not unrotated(base, merged):
+                changed[pair.path] = (base.format.shape[0], base.format.shape[1])
+    unexplained += differing
+    turned = [pair for pair in pairs if pair.path in changed]
+    if not turned:
+        raise ExtractionError(
+            "no weight is rotated"
+            + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
+            remedy="give the base and the model that an adapter was merged into",
+        )
+    sizes = _detect(turned, changed) if block_size is None else {}
+    report: dict[str, ExtractedRotation] = {}
+    for done, pair in enumerate(turned, start=1):
+        with told_of(pair.path):
+            size = sizes[changed[pair.path][1]] if block_size is None else block_size
+            found = extract_encoded(*pair.read(), size, embedding=pair.embedding)
+        if found.explained > 0 or block_size is not None:
+            report[pair.path] = found
+        else:
+            unexplained.append(pair.path)
+        if progress is not None:
+            progress(done, len(turned), pair.path)
+    adapter = ExtractedAdapter(
+        modules={path: r.rotation for path, r in report.items()},
+        config={"peft_type": "OFT", "base_model_name_or_path": base_name, "bias": "none"},
+        source=f"extracted, base {base_name}",
+        report=MappingProxyType(report),
+        unexplained=tuple(unexplained),
+    )
+    _say(adapter)
+    return adapter
+
+
+def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
+    """``{input features: block size}``: peft gives all layers of one width the same."""
+    found: dict[int, int] = {}
+    unsure: dict[int, ExtractionError] = {}
+    for width in sorted({features for _, features in shapes.values()}):
+        # the more rows, the clearer
+        group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
+        try:
+            found[width] = choose_block_size([block_size_curve(*pair.read()) for pair in group])
+        except ExtractionError as error:
+            unsure[width] = error
+    others = set(found.values())
+    for width, why in unsure.items():
+        if len(others) != 1 or width % min(others):
+            raise why
+        found[width] = min(others)
+    return found
+
+
+def _say(adapter: ExtractedAdapter) -> None:
+    said = []
+    if adapter.explained < _GOOD:
+        worst = min(adapter.report, key=lambda path: adapter.report[path].explained)
+        said.append(
+            f"rotations explain {adapter.explained:.1%} of the difference of {len(adapter.report)} weights "
+            f"({adapter.report[worst].explained:.1%} at worst, {printable(worst)}): the best rotations of these block sizes, "
+            "not what was done"
+        )
+    bounded = [path for path, r in adapter.report.items() if r.bounded]
+    if bounded:
+        said.append(
+            f"{len(bounded)} turn by nearly π, more than a generator holds, and were bounded: {_first(bounded)}"
+        )
+    if adapter.unexplained:
+        said.append(
+            f"{len(adapter.unexplained)} tensors differ by no rotation, and are not in the adapter: {_first(adapter.unexplained)}"
+        )
+    if said:
+        warn_caller("; ".join(said), ExtractionWarning)
+
+
+def _first(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(printable, names[:limit])) + more
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors are there and one, up to the narrower's dtype."""
+    if a is None or b is None:
+        return False
+    a, b = a.detach().cpu(), b.detach().cpu()
+    if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+        return False
+    narrow = min((a.dtype, b.dtype), key=lambda d: (d.itemsize, d != a.dtype))
+    return torch.equal(a.to(narrow), b.to(narrow))
+
+
+# --- live models ------------------------------------------------------------------------------------------------------
+
+
+def extract_from_models(
+    base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: Progress | None = None
+) -> ExtractedAdapter:
+    """:func:`oftsurgery.extract`."""
+    for name, model in (("base", base), ("merged model", merged)):
+        if live.live_layers(model) or peft_live.has_live_layers(inner_model(model)):
+            raise StateError(
+                f"the {name} carries live adapters",
+                remedy="fold them first (oftsurgery.fold), or give the plain model",
+            )
+    here, there = modules_of(base), modules_of(merged)
+    pairs, seen = [], set()
+    for path, module in here.items():
+        other = there.get(path)
+        if (id(module), id(other)) in seen or module._parameters.get("weight") is None:
+            continue
+        seen.add((id(module), id(other)))
+        layer = Layer(path, module)
+        try:
+            kind = layer.kind
+        except FormatError:
+            continue  # a norm, a large kernel …: compared as a plain tensor
+        if other is None:
+            raise MatchError(
+                "the merged model lacks a layer of the base", module=path, remedy="give two models of one class"
+            )
+        pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
+    name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
+    covered = {f"{pair.path}.weight" for pair in pairs}
+    return _extract(pairs, _differing(tensors_in(here), tensors_in(there), covered), block_size, name_or_path, progress)
+
+
+def _reader(base: Layer, merged: Layer) -> Callable[[], tuple[EncodedWeight, EncodedWeight]]:
+    return lambda: (base.read()[0], merged.read()[0])
+
+
+def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered: Collection[str]) -> Iterator[str]:
+    for name in dict.fromkeys((*here, *there)):
+        if name not in covered and not _same(here.get(name), there.get(name)):
+            yield name
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def extract_from_checkpoints(
+    base: Checkpoint,
+    merged: Checkpoint,
+    block_size: int | None = None,
+    *,
+    base_name: str | None = None,
+    progress: Progress | None = None,
+) -> ExtractedAdapter:
+    """:func:`oftsurgery.extract_checkpoint`."""
+    here, there = FolderStore(base), FolderStore(merged)
+    names = [n for n in here.tensors if n.endswith(".weight") and here.is_weight(n)]
+    found = there.locate(names)
+    missing = [n for n in names if n not in found]
+    if missing:
+        raise MatchError(
+            "the merged checkpoint lacks a weight of the base",
+            tensor=missing[0],
+            path=merged.folder,
+            remedy="give two checkpoints of one model",
+        )
+    # a tied head counts where a fold untied it
+    own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
+    pairs = [
+        _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
+        for n, other in own.items()
+    ]
+    return _extract(pairs, _differing_on_disk(here, there, own), block_size, base_name, progress)
+
+
+def _read_pair(here: FolderStore, name: str, there: FolderStore, other: str) -> tuple[EncodedWeight, EncodedWeight]:
+    pair = here.weight(name, here.stored(name)), there.weight(other, there.stored(other))
+    assert pair[0] is not None  # noqa: S101 - both were located
+    assert pair[1] is not None  # noqa: S101
+    return pair[0], pair[1]
+
+
+def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[str, str]) -> Iterator[str]:
+    tied = here.architecture.tied.keys() | there.architecture.tied.keys()
+    plain = [n for n in here.tensors if n not in weights and n not in tied]
+    found = there.locate(plain)
+    for name in plain:
+        if not _same(here.tensor(name), there.tensor(found[name]) if name in found else None):
+            yield name
+    known = {*weights.values(), *found.values()}
+    yield from (n for n in there.tensors if n not in known and n not in tied)

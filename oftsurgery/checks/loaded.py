@@ -1,0 +1,288 @@
+"""A checkpoint as its client has it: what transformers loads from a folder, by the model's own names.
+
+For checks: by none of the code that plans or writes a fold. The model's class is built on the meta device (names and
+shapes, no weights, no code of the checkpoint's); transformers' conversion tables then say what becomes of each stored
+tensor, and its ``tie_weights`` what becomes of each name that nothing is stored for. Without transformers, or for a class
+that it does not know, the names are those in the files.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery import formats
+from oftsurgery.dtypes import DTYPES
+from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.shards import Checkpoint
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.stores.skeleton import quiet, skeleton
+
+__all__ = ["Loaded", "Stored"]
+
+# transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
+_CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Tensors that transformers makes others of (splits, merges, transposes): the first one's name, and
+    ``(pattern, file's name)`` of each.
+    """
+
+    first: str
+    members: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One tensor: the weight, and all that is stored of it as its companions' names end; None where it is computed."""
+
+    weight: EncodedWeight
+    parts: Mapping[str, Tensor] | None = None
+
+
+def _plain(tensor: Tensor) -> Stored:
+    return Stored(codecs.dense(tensor), {"weight": tensor})
+
+
+class Loaded:
+    """What transformers would load from a folder.
+
+    Args:
+        checkpoint: the folder's headers.
+        dtype: in which it is loaded; it decides :meth:`dtype_of` alone.
+        apart: files' tensors that are looked at as they are stored, not as what the model makes of them.
+
+    Attributes:
+        model: the class on the meta device, tied as loading ties it; None where it is not known.
+        sources: ``{name: the name whose tensor it has}``: its own, that to which it is tied, or None where there is none, and
+            transformers would make it up. Names of the model first, then those of stored tensors that it does not take.
+        left_out: the model's names whose tensors are looked at as they are stored.
+        apart: those tensors.
+
+    Of a llama with tied embeddings, ``sources["lm_head.weight"]`` is ``"model.embed_tokens.weight"``.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, apart: frozenset[str] = frozenset()):
+        self.checkpoint, self.dtype, self.apart = checkpoint, dtype, set(apart)
+        self.sources: dict[str, str | None] = {}
+        self._from: dict[str, str | _Group] = {}
+        self.left_out: set[str] = set()
+        self._converted: tuple[_Group | None, Mapping[str, Tensor]] = (None, {})
+        self._parts = {name: _parts(name, checkpoint) for name in checkpoint.entries}
+        beside = {part for parts in self._parts.values() for part in parts[1:]}
+        stored = [name for name in checkpoint.entries if name not in beside]
+        self.model = skeleton(checkpoint.config, dtype, len(stored))
+        if self.model is None:
+            self._from.update((name, name) for name in stored)
+            self.sources.update((name, name) for name in stored)
+            return
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+
+        tables = get_model_conversion_mapping(self.model) or []
+        self._renamings = [t for t in tables if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in tables if isinstance(t, WeightConverter)]
+        self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+        self._pairs: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name in sorted(stored, key=dot_natural_key):
+            target, pattern = self._rename(name)
+            if pattern is not None and target in self._state:
+                groups.setdefault(target, []).append((pattern, name))
+            elif target in self._state:
+                self._from.setdefault(target, name)
+        for first, members in groups.items():
+            self._from |= dict.fromkeys(*self._made_of(_Group(first, tuple(members))))
+        self._tie()
+        taken = {n for s in self._from.values() for n in ([s] if isinstance(s, str) else (n for _, n in s.members))}
+        # a second tensor by a name, an old one and a new one: the model takes the first
+        self._from |= {f"{n} (second)" if n in self._from else n: n for n in stored if n not in taken}
+        self.sources |= {name: name for name in self._from if name not in self.sources}
+
+    # --- names ---
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        """A stored tensor's name in the model, and the pattern of what is made of it, as transformers' loading finds them."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.model.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._state)
+        if target not in self._state and name in self._state:
+            target, pattern = rename_source_key(name, [], [], prefix, self._state)
+        return target, pattern
+
+    def _made_of(self, group: _Group) -> tuple[list[str], _Group]:
+        """Names that a group gives, found out on the meta device; none where its tensors are looked at as stored, because
+        that was asked for, or because transformers can make nothing of them (quantised ones).
+        """
+        files = [name for _, name in group.members]
+        try:
+            made = list(self._convert(group, self._empty))
+        except Exception:  # its operations raise what they like; the names are then missing
+            made = [group.first]
+            self.apart.update(files)
+        if self.apart.isdisjoint(files) and all(len(self._parts[name]) == 1 for name in files):
+            return made, group
+        self.apart.update(files)
+        self.left_out.update(made)
+        return [], group
+
+    def _empty(self, name: str) -> Tensor:
+        entry = self.checkpoint.entries[name]
+        return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+
+    def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        pattern = group.members[0][0]
+        converter: Any = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
+        for pattern, name in group.members:
+            converter.add_tensor(group.first, name, pattern, functools.partial(read, name))
+        made = converter.convert(group.first, model=self.model, config=self.model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    def _tie(self) -> None:
+        """Give each name of the model a parameter of its own, and have transformers tie those that nothing is stored for."""
+        for name, tensor in self._state.items():
+            module, attribute = self._holder(name)
+            empty = torch.empty_like(tensor, device="meta")
+            if attribute in module._parameters:
+                module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+            else:
+                module._buffers[attribute] = empty
+        given = {id(getattr(*self._holder(name))): name for name in self._from if name in self._state}
+        # of two that are both stored, equal ones need no tie and others get none
+        self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= self._from.keys()}
+        with quiet():
+            self.model.tie_weights(missing_keys=self._state.keys() - self._from.keys(), recompute_mapping=False)
+        self.model.all_tied_weights_keys = dict(self._pairs)
+        self._held = {name: id(getattr(*self._holder(name))) for name in self._state}
+        self.sources |= {name: given.get(held) for name, held in self._held.items()}
+
+    def _holder(self, name: str) -> tuple[nn.Module, str]:
+        path, _, attribute = name.rpartition(".")
+        return self.model.get_submodule(path), attribute
+
+    def place(self, name: str) -> str | None:
+        """The name here of what an adapter, trained in this class, its base or an older layout of them, calls ``name``.
+
+        Returns:
+            a key of :attr:`sources`; the name of a stored tensor that the model makes others of, to be looked at
+            ``apart``; or None.
+        """
+        if self.model is None or self.sources.get(name) is not None:
+            return name if name in self.sources else None
+        target, pattern = self._rename(name)
+        if pattern is None:
+            return target if target in self.sources else None
+        prefix = f"{self.model.base_model_prefix}."
+        return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
+
+    def together(self, name: str) -> set[str]:
+        """Names of the model that are one parameter with ``name``, itself among them."""
+        if self.model is None or name not in self._held:
+            return {name}
+        both = [pair for pair in self._pairs.items() if name in pair and all(n == self.sources[n] for n in pair)]
+        equal = [pair for pair in both if torch.equal(*(self.read(n).weight.tensors["weight"] for n in pair))]
+        return {name, *itertools.chain(*equal), *(n for n, held in self._held.items() if held == self._held[name])}
+
+    # --- tensors ---
+
+    def read(self, name: str) -> Stored:
+        """One tensor.
+
+        Raises:
+            FormatError: companions are missing or say nonsense.
+        """
+        name = self.sources[name] or name
+        source = self._from[name]
+        if isinstance(source, _Group):
+            if self._converted[0] is not source:
+                self._converted = (None, {})
+                self._converted = (source, self._convert(source, self.checkpoint.read))
+            return _plain(self._converted[1][name])
+        tensors = {n: self.checkpoint.read(n) for n in self._parts[source]}
+        weight, module = tensors[source], source.removesuffix("weight")
+        if len(tensors) == 1:
+            return _plain(weight)
+        encoded = formats.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
+        return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
+
+    def transposed(self, name: str) -> bool:
+        """Whether a plain weight is held ``(in, out)``."""
+        if self.model is None:
+            return self.checkpoint.config.get("model_type") in _CONV1D_TYPES and _CONV1D.search(name) is not None
+        return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
+
+    def dtype_of(self, name: str) -> torch.dtype | None:
+        """In which dtype transformers holds a plain tensor; None where that is not known."""
+        if self.model is None or name not in self._state:
+            return None
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept = list(self.model._get_dtype_plan(self.dtype))
+        return torch.float32 if kept and build_glob_alternation(kept)[0].search(name) else self._state[name].dtype
+
+    def fits(self, name: str) -> bool:
+        """Whether the config says of a weight what is stored: that it is quantised, or plain."""
+        if self.model is None or self.sources[name] != name or not name.endswith(".weight"):
+            return True
+        source = self._from[name]
+        quantised = isinstance(source, str) and len(self._parts[source]) > 1
+        return quantised == (name in self._settled)
+
+    @functools.cached_property
+    def _settled(self) -> frozenset[str]:
+        settings = self.checkpoint.config.get("quantization_config")
+        return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
+
+    def linears(self, skip: object) -> frozenset[str]:
+        """Names of the weights that bitsandbytes loading quantises.
+
+        Args:
+            skip: ``llm_int8_skip_modules``, a list in place of transformers' own choice.
+        """
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        named = list(map(str, skip)) if isinstance(skip, list) else None
+        keep = HfQuantizer.get_modules_to_not_convert(self.model, named, self.model._keep_in_fp32_modules)
+        modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
+        try:
+            return frozenset(f"{path}.weight" for path in modules if should_convert_module(path, keep))
+        except re.error as error:
+            message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+            remedy = "restore the config.json and oftsurgery.json that belong to the checkpoint"
+            raise CheckpointError(message, path=self.checkpoint.folder, remedy=remedy) from error
+
+    def tie_readers(self) -> dict[str, bool]:
+        """``{module path: tie_word_embeddings}`` of modules that compute by that setting, as the config writes it, whatever
+        this release of transformers makes of it.
+        """
+        found = {}
+        for path, module in self.model.named_modules() if self.model is not None else ():
+            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+            if code is not None and "tie_word_embeddings" in code.co_names:
+                parsed = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+                written = self.checkpoint.config if path == "" else {}
+                found[path] = bool(written.get("tie_word_embeddings", parsed))
+        return found
+
+
+def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
+    entries = checkpoint.entries
+    kind = formats.of_names(name, entries, DTYPES[entries[name].dtype])
+    beside = kind.names(name).values() if kind.quantised else ()
+    return (name, *(n for n in beside if n in entries and n != name))

@@ -1,0 +1,114 @@
+"""How far a stored weight is from what it should be, for checks: from its values alone, in float64, by none of the code
+that folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.errors import NonFiniteError, ShapeError
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight
+
+__all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
+
+
+def blocks_of(rotation: Rotation) -> Tensor:
+    """``R: (n, b, b)`` float64 of a live layer's ``x · blockdiag(R)``.
+
+    Exact Cayley: ``(I - Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ - I``, block by block. A truncated series, by Horner's rule:
+    ``I + 2ΣQᵏ``, of which peft ≥ 0.18 has the last term once.
+
+    Raises:
+        NonFiniteError: a block has no such map.
+    """
+    rows = rotation.generator.detach().to(torch.float64)
+    b = round((1 + (1 + 8 * rows.shape[1]) ** 0.5) / 2)
+    q = rows.new_zeros(len(rows), b, b)
+    q[:, torch.ones(b, b).triu(1).bool()] = rows
+    q, eye, terms = q - q.mT, torch.eye(b, dtype=torch.float64), rotation.cayley.terms
+    if terms is None:
+        r = torch.stack([2 * torch.linalg.inv(eye + block) - eye for block in q])
+        if not float((r @ (eye + q) - (eye - q)).abs().max()) <= 1e-9 * (1 + float(q.abs().max())):  # NaN is not
+            raise NonFiniteError("a block's generator is too large for a rotation", remedy="check the adapter")
+        return r
+    once = rotation.cayley.since_0_18 and terms >= 3
+    factors = [1.0] + [2.0] * (max(terms - 1, 3) if once else max(terms - 1, 0))
+    factors[-1] = 1.0 if once else factors[-1]
+    r = torch.zeros_like(q)
+    for factor in reversed(factors):
+        r = r @ q + factor * eye
+    return r
+
+
+def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -> Tensor:
+    """What a live layer of ``weight: (out, in)`` (or ``(tokens, features)``) computes, as a float64 weight: of
+    ``chain = [a, b]`` ``y = (x Ra Rb) Wᵀ``, ``y = (x Wᵀ) Ra Rb`` on the output side, ``E Ra Rb`` of an embedding.
+
+    Raises:
+        ShapeError: a rotation does not fit.
+
+    >>> quarter = Rotation(generator=torch.tensor([[-1.0]]))   # Q = [[0, -1], [1, 0]]: a quarter turn
+    >>> rotated(torch.tensor([[3.0, 4.0]]), [quarter]).tolist()
+    [[4.0, -3.0]]
+    """
+    if weight.ndim != 2:
+        raise ShapeError("a rotation needs a weight of two dimensions", module=module, shape=weight.shape)
+    w = weight.to(torch.float64)
+    inputs = [r for r in chain if r.side == "input"]
+    for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
+        out, features = w.shape
+        rotation.check_fits((out, features), module)
+        r = blocks_of(rotation)
+        b, over = r.shape[-1], out if rotation.side == "output" else features
+        count = -(-over // b)
+        r = r.expand(count, b, b) if len(r) == 1 else r[:count]
+        if rotation.side == "output":  # Rᵀ W, the last block cropped where it reaches beyond the outputs
+            padded = torch.nn.functional.pad(w, (0, 0, 0, count * b - out)).reshape(count, b, features)
+            w = torch.einsum("nba,nbi->nai", r, padded).reshape(count * b, features)[:out]
+        else:
+            turn = r if rotation.side == "embedding" else r.mT
+            w = torch.einsum("onb,nba->ona", w.reshape(out, count, b), turn).reshape(out, features)
+        w = w if rotation.scale is None else w * rotation.scale.detach().to(torch.float64).unsqueeze(1)
+    return w
+
+
+def relative(stored: Tensor, exact: Tensor) -> float:
+    """``‖stored - exact‖ / ‖exact‖`` (Frobenius, float64); of two zeros 0."""
+    norm, difference = float(exact.to(torch.float64).norm()), float((stored.to(torch.float64) - exact).norm())
+    return difference / norm if norm else difference
+
+
+#: a weight that holds a change to within this part holds it: of a weight of few elements and a small change, one element
+#: more or less is as much
+WHOLE = 0.25
+
+
+def kept(stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
+    """How much of a change is in a stored weight, ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``: 1 all of it, 0
+    nothing. None where the exact weight is the base.
+    """
+    change = exact.to(torch.float64) - base.to(torch.float64)
+    size = float(change.square().sum())
+    return float(((stored.to(torch.float64) - base.to(torch.float64)) * change).sum()) / size if size else None
+
+
+def step_error(stored: EncodedWeight, exact: Tensor) -> float:
+    """The relative error of a weight that lies anywhere between the levels of its format: the root of ``Σ step² / 12``
+    over the steps in which the exact values lie, at the stored scales. 0 for a dense format.
+    """
+    if not stored.format.quantised:
+        return 0.0
+    grid = codecs.grid_of(stored)
+    levels, scales = grid.levels.to(torch.float64), grid.scales.to(torch.float64)
+    size = grid.blocksize
+    blocks = codecs.blocks_of(exact.to(torch.float64).reshape(-1), size)
+    scales = scales.reshape(-1, 1)
+    above = torch.searchsorted(levels, torch.where(scales != 0, blocks / scales, 0.0)).clamp(1, len(levels) - 1)
+    steps = ((levels[above] - levels[above - 1]) * scales).reshape(-1)[: exact.numel()]
+    norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64))
+    return float(steps.square().sum() / 12) ** 0.5 / norm if norm else 0.0

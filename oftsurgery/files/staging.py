@@ -1,0 +1,403 @@
+"""The folder beside a destination in which a run works, and the one rename that makes it the destination."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.errors import CheckpointError, DiskError, StateError, printable
+
+from .shards import read_json, sha256_of, to_disk
+
+__all__ = ["Replacement", "Staging", "check_apart", "disk_errors", "scratch", "write_files"]
+
+_STATE = ".state.json"
+
+
+@dataclass(eq=False)
+class Staging:
+    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
+
+    Attributes:
+        destination: of the run.
+        key: fingerprint of all that decides the output.
+        needed: bytes that will be written; checked against the free space first.
+        resume: go on with unfinished work of the same key, if there is any.
+        force: replace an existing destination (at the rename, not before) and unfinished work of another key.
+        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked
+            at.
+
+    Raises (on entering):
+        StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
+        DiskError: too little space, no permission, or another run at work.
+    """
+
+    destination: Path
+    key: str
+    _: KW_ONLY
+    needed: int
+    resume: bool
+    force: bool
+    resumable: bool = True
+
+    def __post_init__(self) -> None:
+        self.folder = self.destination.parent / f".{self.destination.name}.oftsurgery"
+        self.lock_path = self.destination.parent / f".{self.destination.name}.oftsurgery.lock"
+        self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
+        self.state: dict[str, Any] = {"key": self.key, "shards": {}}
+        self._ours = False  # whether the folder's contents are this run's to remove
+
+    def __enter__(self) -> Staging:
+        _check_free("destination", self.destination, force=self.force)
+        with disk_errors(self.folder):
+            if not self.destination.parent.is_dir():
+                raise StateError(
+                    "the destination's parent folder does not exist",
+                    path=self.destination.parent,
+                    remedy="make it first",
+                )
+            if self.folder.is_symlink():
+                raise StateError(
+                    "a link is in the place of unfinished work",
+                    path=self.folder,
+                    remedy="remove it, or name another destination",
+                )
+            self._acquire()
+            try:
+                self._recover()
+                # another run may have finished since the first look
+                _check_free("destination", self.destination, force=self.force)
+                self.folder.mkdir(exist_ok=True)
+                self._take_over()
+                self._check_space()
+            except BaseException:
+                self._leave()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Release the lock; before that, remove what is not worth resuming."""
+        if self._ours and not (self.resumable and self.state["shards"]):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
+        self._lock.release()
+
+    # --- taking over ---
+
+    def _acquire(self) -> None:
+        from filelock import FileLock, Timeout
+
+        self._lock = FileLock(self.lock_path)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise DiskError(
+                "another run is at work on this destination",
+                path=self.destination,
+                remedy="wait for it, or name another destination",
+            ) from None
+
+    def _recover(self) -> None:
+        """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
+        if not _exists(self.replaced):
+            return
+        if _exists(self.destination):
+            _remove(self.replaced)
+        else:
+            self.replaced.rename(self.destination)
+
+    def _take_over(self) -> None:
+        state_path = self.folder / _STATE
+        if not self.resumable or not state_path.is_file():
+            self._start_anew()
+            return
+        if not self.resume and not self.force:
+            raise StateError(
+                "unfinished work of an earlier run is there",
+                path=self.folder,
+                remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
+            )
+        state: dict[str, Any] = {}
+        with contextlib.suppress(CheckpointError):
+            state = read_json(state_path)
+        if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
+            if not self.force:
+                raise StateError(
+                    "the unfinished work is of other inputs or settings",
+                    path=self.folder,
+                    remedy="give those again, or start anew: force=True (--force)",
+                )
+            self._start_anew()
+            return
+        self.state = state
+        self._ours = True
+        # a half-written shard has no entry: it goes; a finished one is believed only if its hash is right
+        for path in self.folder.iterdir():
+            if path.name != _STATE and path.name not in state["shards"]:
+                path.unlink()
+        for name, shard in list(state["shards"].items()):
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
+                path.unlink(missing_ok=True)
+                del state["shards"][name]
+        self._save_state()
+
+    def _start_anew(self) -> None:
+        self._ours = True
+        for path in self.folder.iterdir():
+            _remove(path)
+        self._save_state()
+
+    def _check_space(self) -> None:
+        there = sum((self.folder / name).stat().st_size for name in self.state["shards"])
+        free = shutil.disk_usage(self.folder).free
+        needed = self.needed - there
+        if needed > free:
+            raise DiskError(
+                f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+                path=self.folder.parent,
+                remedy="make room, or name a destination elsewhere",
+            )
+
+    # --- writing ---
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`finish` was told of a whole shard, or None."""
+        entry = self.state["shards"].get(name)
+        return None if entry is None else dict(entry["facts"])
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """The path under which to write the file ``name``; it is removed if the body fails."""
+        path = self.folder / name
+        with disk_errors(path):
+            try:
+                yield path
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+
+    def finish(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Note that the shard ``name`` is whole and on the disk."""
+        with disk_errors(self.folder):
+            self.state["shards"][name] = {"sha256": sha256_of(self.folder / name), "facts": dict(facts)}
+            self._save_state()
+
+    def _save_state(self) -> None:
+        with Replacement(self.folder / _STATE) as new:
+            _write_synced(new.beside, json.dumps(self.state).encode())
+            new.put()
+
+    def put_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write ``value`` as the file ``name``."""
+        self.put_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write ``text`` as the file ``name``."""
+        with self.writing(name) as path:
+            _write_synced(path, text.encode())
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file's contents to the file ``name``."""
+        with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+            to_disk(writer)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of the file ``name``, a few megabytes at a time."""
+        with disk_errors(self.folder), (self.folder / name).open("rb") as file:
+            while chunk := file.read(1 << 23):
+                yield chunk
+
+    def drop(self, name: str) -> None:
+        """Remove the finished file ``name``, which is no part of the output."""
+        with disk_errors(self.folder):
+            self.state["shards"].pop(name, None)
+            self._save_state()
+            (self.folder / name).unlink(missing_ok=True)
+
+    def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
+        """``{name: SHA-256}`` of all files written, but some."""
+        known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}
+        return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
+
+    def names(self) -> list[str]:
+        """Of all files written, but in folders that others (a tokenizer) made."""
+        return sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != _STATE)
+
+    # --- the rename ---
+
+    def publish(self) -> None:
+        """Make the folder the destination."""
+        with disk_errors(self.destination):
+            (self.folder / _STATE).unlink()
+            _sync_folder(self.folder)
+            if _exists(self.destination):
+                self.destination.rename(self.replaced)
+            self.folder.rename(self.destination)
+            self._ours = False
+            _sync_folder(self.destination.parent)
+            self._recover()
+
+
+class Replacement:
+    """A file to be written as ``beside``, until :meth:`put` puts it in the place of ``path``. At the end of the context
+    nothing else of it is there.
+    """
+
+    def __init__(self, path: Path, mark: str | None = None) -> None:
+        self.path = path
+        self.beside = path.parent / f".{path.name}.{mark or f'{os.getpid()}.new'}"
+
+    def put(self) -> None:
+        """Replace what is at ``path`` by the whole file, which is on the disk."""
+        with disk_errors(self.path):
+            self.beside.replace(self.path)
+            _sync_folder(self.path.parent)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.beside.unlink()
+
+
+def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
+    """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
+
+    Args:
+        files: ``{path: contents}``; the folders must exist.
+        force: replace existing files.
+        make: a folder to make where it is not there.
+
+    Raises:
+        StateError: a file exists, or a folder does not; nothing is written.
+        DiskError: the disk did not take a file.
+    """
+    for path in files:
+        if path.parent != make and not path.parent.is_dir():
+            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
+        if path.is_dir():
+            raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
+        _check_free("file", path, force=force)
+    if make is not None:
+        with disk_errors(make):
+            make.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Replacement(path)) for path in files]
+        for new in waiting:
+            with disk_errors(new.path):
+                _write_synced(new.beside, files[new.path])
+        for new in waiting:
+            new.put()
+
+
+def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
+    """Refuse a destination that would replace what is read.
+
+    Raises:
+        StateError: one of ``folders``, which ``what`` names, is the destination or in it.
+    """
+    there = destination.resolve()
+    if any(folder.resolve().is_relative_to(there) for folder in folders):
+        raise StateError(
+            f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
+        )
+
+
+@contextlib.contextmanager
+def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A folder's path beside ``destination``, for what a later step reads; nothing stays there.
+
+    Raises:
+        StateError: the destination exists: said before the work that it would be for.
+    """
+    _check_free("destination", destination, force=force)
+    path = destination.parent / f".{destination.name}.folded"
+    try:
+        yield path
+    finally:
+        with disk_errors(path):
+            if _exists(path):
+                _remove(path)
+
+
+def _check_free(what: str, path: Path, *, force: bool) -> None:
+    if _exists(path) and not force:
+        remedy = "name another, or replace it with force=True (--force)"
+        raise StateError(f"the {what} exists", path=path, remedy=remedy)
+
+
+def _exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _sound(shards: object) -> bool:
+    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself,
+    with hash and facts.
+    """
+    return isinstance(shards, dict) and all(
+        Path(name).name == name
+        and isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("facts"), dict)
+        and all(isinstance(part, dict) for part in entry["facts"].values())
+        for name, entry in shards.items()
+    )
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        to_disk(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
+    errno.EFBIG: (
+        "the file is larger than this system allows",
+        "write smaller shards: max_shard_size (--max-shard-size)",
+    ),
+    errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
+    errno.EACCES: ("no permission to write", "name a destination elsewhere"),
+    errno.EPERM: ("no permission to write", "name a destination elsewhere"),
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """The system's errors as :class:`DiskError`, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
+        raise DiskError(reason, path=error.filename or path, remedy=remedy) from error

@@ -1,0 +1,357 @@
+"""What a change computes, keeps for its undoing, records and says: the same for a model in memory and for a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from oftsurgery.errors import (
+    CalibrationWarning,
+    IdleWarning,
+    IntegrityError,
+    MatchError,
+    RoundingWarning,
+    UnfoldWarning,
+    UntieWarning,
+    WeakAdapterWarning,
+    printable,
+    warn_caller,
+)
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat, dense
+from oftsurgery.hashing import hash_tensors
+from oftsurgery.records.record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
+from oftsurgery.stores.store import Store
+from oftsurgery.stores.ties import Ties
+from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
+from oftsurgery.weights.fold import begin_record, fold_encoded
+
+from .plan import FoldPlan, Rotate
+from .undo_file import UndoParts, UndoRecord
+
+__all__ = [
+    "Operation",
+    "Original",
+    "earlier_record",
+    "finish_fold",
+    "finish_unfold",
+    "fold_record",
+    "originals",
+    "undone",
+    "warn_of_idle",
+]
+
+#: modules that a warning names
+_NAMED = 5
+
+
+# --- computing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Operation:
+    """A plan at work: what its changes compute, what an undo record keeps of them, and what the fold's record says.
+
+    Attributes:
+        plan: whose changes are applied.
+        rounding: of quantised weights that are rotated.
+        inputs_of: the inputs of the layer at a path, where they are calibrated; None elsewhere.
+        undo: takes what changes, for an undo record; or None.
+        already: ``{tensor name: content hash before, or None}`` of those that held the adapters' own values before: the
+            fold changes nothing in them.
+        modules: ``{path: record}`` of what was rotated.
+        saved: ``{tensor name: content hash before, or None}`` of what was replaced.
+        brought: names of weights that take an adapter's own values, and are rotated after that.
+    """
+
+    plan: FoldPlan
+    rounding: str
+    inputs_of: InputsOf | None = None
+    undo: UndoParts | None = None
+    already: Mapping[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved = dict(self.already)
+        rotated = {r.name for r in self.plan.rotate}
+        self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
+
+    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A tensor took an adapter's own values."""
+        if self.saved.get(name) is None:
+            self.saved[name] = hash_tensors({name: before})
+        if self.undo is not None and name not in self.already and name not in self.brought:
+            self.undo.tensor(name, before, after)
+
+    def rotate(
+        self,
+        change: Rotate,
+        before: EncodedWeight,
+        into: WeightFormat,
+        own: EncodedWeight,
+        beside: Mapping[str, Any] | None = None,
+    ) -> EncodedWeight:
+        """The rotated weight in the format ``into``.
+
+        Args:
+            before: what is rotated.
+            own: what the model had: another one where the adapter brings its own.
+            beside: small tensors of a checkpoint that do not follow from it.
+        """
+        end = begin_record(before, change.chain, untied=change.untied)
+        if self.inputs_of is None:
+            folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)
+        else:
+            inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
+            folded = fold_calibrated(before, change.chain, into, inputs)
+        new = folded.encoded
+        self.modules[change.path] = end(folded)
+        if self.undo is not None:
+            same = None if change.name in self.brought else self.plan.partner(change.name)
+            if same is not None:
+                self.undo.shared(change.path, same, before, new)
+            else:
+                self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
+        return new
+
+
+# --- going back -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A weight or tensor that a fold changed, and where the base holds what it was.
+
+    Attributes:
+        name: of the tensor, as the fold's record has it.
+        at: its name in the base.
+        weight: it was rotated, and not brought by the adapter.
+        before: hash of what it was; None where nobody has it.
+    """
+
+    name: str
+    at: str
+    weight: bool
+    before: str | None
+
+    def check(self, *found: EncodedWeight, repacked: bool = False) -> None:
+        """
+        Args:
+            found: in the base, as loading has it, and as it is stored where that is another dtype.
+
+        Raises:
+            IntegrityError: none of ``found`` is what was folded.
+        """
+        if self.before is None or self.before in map(self._hash, found):
+            return
+        if repacked:
+            raise IntegrityError(
+                "a CPU forward has repacked the base's 4-bit weight since the fold, and rounded its absmax to bfloat16: it is not the base any more",
+                module=self.name.removesuffix(".weight"),
+                format=found[0].format.label,
+                remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
+            )
+        remedy = "give the very model that was folded"
+        if not self.weight:
+            message = "the base's tensor is not the one that was replaced"
+            raise IntegrityError(message, tensor=self.name, remedy=remedy)
+        raise IntegrityError(
+            "the base's weight is not the one that was folded",
+            module=self.name.removesuffix(".weight"),
+            format=found[0].format.label,
+            remedy=remedy,
+        )
+
+    def _hash(self, found: EncodedWeight) -> str:
+        return found.fingerprint if self.weight else hash_tensors({self.name: found.tensors["weight"]})
+
+
+def originals(record: FoldRecord, base: Store) -> list[Original]:
+    """What unfolding from ``base`` takes out of it.
+
+    Raises:
+        MatchError: the base lacks a tensor of the record.
+    """
+    weights = {f"{path}.weight": module.before for path, module in record.modules.items()}
+    before = {**weights, **record.saved}
+    found = base.locate(before)
+    lost = next((name for name in before if name not in found), None)
+    remedy = "give the model that was folded"
+    if lost in weights:
+        raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
+    if lost is not None:
+        raise MatchError("the base lacks a tensor that the adapter replaced", tensor=lost, remedy=remedy)
+    # of a weight that the adapter brought and rotated, the record has the base's own among the saved
+    return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
+
+
+def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight], EncodedWeight]]:
+    """``{name of a tensor as the undo record has it: from what is there to what was}``, each checked against its hashes.
+
+    Raises:
+        StateError: the record's fold is not the store's last one.
+        MatchError: the store lacks a tensor of the record.
+    """
+    undo.check_last(store.record)
+    same = [name for path in undo.weights for name in (undo.shared_with(path),) if name is not None]
+    wanted = [*(f"{path}.weight" for path in undo.weights), *same, *undo.tensors]
+    found = store.locate(wanted)
+    lost = [name for name in wanted if name not in found]
+    if lost:
+        raise MatchError(
+            f"the {store.what} lacks {len(lost)} of the tensors that the undo record restores",
+            tensor=lost[0],
+            path=undo.path,
+            remedy=f"give the {store.what} that was folded",
+        )
+
+    def weight(path: str, current: EncodedWeight) -> EncodedWeight:
+        other = undo.shared_with(path)
+        if other is None:
+            return undo.weight(path, current)
+        before = store.weight(found[other], current.format)
+        assert before is not None  # noqa: S101 - it was located
+        undo.check_shared(path, before, current)
+        return before
+
+    def tensor(name: str, current: EncodedWeight) -> EncodedWeight:
+        return dense(undo.tensor(name, current.tensors["weight"]))
+
+    return {
+        **{f"{path}.weight": partial(weight, path) for path in undo.weights},
+        **{name: partial(tensor, name) for name in undo.tensors},
+    }
+
+
+# --- records and warnings ---------------------------------------------------------------------------------------------
+
+
+def fold_record(
+    plan: FoldPlan,
+    before: FoldRecord | None,
+    modules: Mapping[str, ModuleRecord],
+    saved: Mapping[str, str | None],
+    rounding: str,
+) -> FoldRecord:
+    """The record of a fold into what carries the folds of ``before``."""
+    return FoldRecord(
+        adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
+        modules=modules,
+        saved=saved,
+        rounding=rounding,
+        earlier=(*before.earlier, replace(before, earlier=())) if before else (),
+        idle=plan.idle,
+    )
+
+
+def earlier_record(record: FoldRecord | None) -> FoldRecord | None:
+    """The record of what is left once ``record``'s fold is out."""
+    return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
+
+
+def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
+    """Say what the fold did, before anybody sees its result: an error to whoever filters a warning so, and then nothing
+    has happened.
+    """
+    warn_of_idle(plan)
+    if plan.apart:
+        reads = (
+            ". The model computes with tie_word_embeddings, so its config keeps that: transformers 5 loads the two apart, older "
+            "releases would tie them again"
+        )
+        warn_caller(
+            "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, "
+            f"and the model is larger{reads if ties.flag and ties.flag_is_read() else ''}",
+            UntieWarning,
+        )
+    _warn_of_calibration(record)
+    _warn_of_rounding(record)
+    _warn_of_weak_adapter(record)
+
+
+def warn_of_idle(plan: FoldPlan) -> None:
+    """One :class:`IdleWarning` that names the layers whose rotation is left out, if any."""
+    if plan.idle:
+        warn_caller(
+            f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
+            f"the layers, so a live adapter does nothing there ({_named(map(printable, plan.idle))})",
+            IdleWarning,
+        )
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    all_ = list(names)
+    return "; ".join(all_[:_NAMED]) + (f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else "")
+
+
+def _warn_of_calibration(record: FoldRecord) -> None:
+    left = [f"{printable(p)}: {m.uncalibrated}" for p, m in record.modules.items() if m.uncalibrated is not None]
+    if left:
+        warn_caller(
+            f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({_named(left)}); "
+            "all are in the fold's record",
+            CalibrationWarning,
+        )
+
+
+def _warn_of_rounding(record: FoldRecord) -> None:
+    errors = {path: m for path, m in record.modules.items() if m.error > 0}
+    if not errors:
+        return
+    worst = max(errors, key=lambda path: errors[path].error)
+    formats = ", ".join(sorted({m.format for m in errors.values()}))
+    middle = sorted(m.error for m in errors.values())[len(errors) // 2]
+    kept = "" if record.kept is None else f"; {record.kept:.1%} of what the adapter changed is kept"
+    warn_caller(
+        f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
+        f"({printable(worst)}){kept}{_of_outputs(errors.values())}; per module in the fold's record",
+        RoundingWarning,
+    )
+
+
+def _warn_of_weak_adapter(record: FoldRecord) -> None:
+    weak = record.weak
+    if not weak:
+        return
+    named = ", ".join(f"{printable(path)} ({round(kept, 2) + 0.0:.0%})" for path, kept in list(weak.items())[:3])
+    more = ", …" if len(weak) > 3 else ""
+    overall = "" if record.kept is None else f" ({round(record.kept, 2) + 0.0:.0%} over all weights)"
+    plain = any(record.modules[path].rounding != "preserve" for path in weak) and record.rounding != "preserve"
+    remedy = 'Fold with rounding="preserve", which needs no data' if plain else "Fold with a calibration"
+    warn_caller(
+        f"the rounding has put back what the adapter changed in {len(weak)} of {len(record.modules)} weights: less than {ENOUGH:.0%} is "
+        f"kept{overall}, in {named}{more}. {remedy}, into int8 or bfloat16, or keep the adapter live (oftsurgery.wrap)",
+        WeakAdapterWarning,
+    )
+
+
+def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
+    """What calibration brought, where there was any."""
+    measured = [(m.output_error, m.output_nearest) for m in modules if m.output_error is not None]
+    if not measured:
+        return ""
+    ours, plain = (sorted(e or 0.0 for e in errors)[len(measured) // 2] for errors in zip(*measured, strict=True))
+    return f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding"
+
+
+def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: FoldRecord | None) -> None:
+    """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its ``record`` tells it."""
+
+    # the two roundings are independent to first order
+    def total(path: str) -> float:
+        before = record.modules[path].error if record and path in record.modules else 0.0
+        return float((before**2 + modules[path].error ** 2) ** 0.5)
+
+    worst = max(modules, key=total)
+    known = "including the fold's own" if record else "without the fold's own, which has no record here"
+    kept = len(plan.replace)
+    stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""
+    warn_caller(
+        f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{stay}; "
+        "unfolding with base=… restores exactly",
+        UnfoldWarning,
+    )

@@ -1,0 +1,199 @@
+"""Save a live model, quantised or not, as a safetensors checkpoint that ``from_pretrained`` loads: transformers 5
+itself raises on folded bitsandbytes models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.dtypes import FORMAT_OF, NAMED
+from oftsurgery.errors import FormatError, StateError
+from oftsurgery.files.staging import Staging
+from oftsurgery.formats import codecs, spread_shapes
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores.conversion import Saving
+from oftsurgery.stores.folder import Quantization
+from oftsurgery.stores.layers import Layer, offloaded
+from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.ties import inner_model, modules_of, ties_of
+
+from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
+
+__all__ = ["config_files", "save_model", "source_of"]
+
+
+def save_model(
+    model: nn.Module, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, force: bool = False
+) -> FoldRecord | None:
+    """:func:`oftsurgery.export_safetensors`."""
+    model = inner_model(model)
+    if peft_live.has_live_layers(model):
+        raise StateError(
+            "the model carries live peft adapters",
+            remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)",
+        )
+    if dtype is not None and dtype not in FORMAT_OF:
+        raise StateError(
+            f"unknown dtype {dtype}",
+            remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
+        )
+    items = _items(model, dtype)
+    shards = split([item.outputs for item in items], max_shard_bytes)
+    record = record_of(model)
+    if record is not None:
+        record = configs.public_record(record)
+    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
+    needed = sum(size_of(item.outputs) for item in items)
+    jsons = config_files(model, dtype)
+    with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
+        for shard in shards:
+            write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
+        files = [shard.file for shard in shards]
+        record = write_rest(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
+        staging.publish()
+    return record
+
+
+def _format(dtype: torch.dtype | None) -> str:
+    return FORMAT_OF[dtype] if dtype is not None else "same"
+
+
+# --- what is saved ----------------------------------------------------------------------------------------------------
+
+
+def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
+    saving = Saving(model)
+    ties = ties_of(model)
+    items, seen = [], set()
+    together: dict[str, list[Item]] = {}
+    split_up = set()
+    for path, module in modules_of(model).items():
+        for local, tensor in _own_tensors(module).items():
+            name = f"{path}.{local}".lstrip(".")
+            again = id(tensor) in seen  # transformers ties it again as it loads
+            seen.add(id(tensor))
+            if again and ties.flag and name in ties.flagged:
+                continue
+            unit = saving.unit(name)
+            if unit is None:
+                items.append(_item(module, path, local, tensor, saving.name(name), dtype))
+            else:
+                together.setdefault(unit, []).append(_item(module, path, local, tensor, name, dtype))
+                if dtype is None and local == "weight" and Layer(path, module).quantised:
+                    split_up.add(unit)
+    for unit, members in together.items():
+        # what is quantised has no place in a tensor that transformers converts: it loads it by the model's name too
+        items += members if unit in split_up else [_converted(saving, members)]
+    return items
+
+
+def _converted(saving: Saving, members: Sequence[Item]) -> Item:
+    """One item of tensors that transformers converts when it saves."""
+    plain = {name: output for item in members for name, output in item.outputs.items()}
+    dtype = next(iter(plain.values()))[0]
+    found = saving.store({n: torch.empty(shape or (), dtype=dtype, device="meta") for n, (_, shape) in plain.items()})
+    outputs = {name: (dtype, tuple(t.shape)) for name, t in found.items()}
+
+    def read() -> dict[str, Tensor]:
+        return saving.store({name: t for item in members for name, t in item.load().items()})
+
+    return _item_of(members[0].name, outputs, read)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return {n: t for n, t in {**module._parameters, **kept}.items() if t is not None}
+
+
+def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Item:
+    layer = Layer(path, module)
+    if local == "weight" and layer.quantised:
+        _, home = layer.read()
+        into = home if dtype is None else WeightFormat("dense", home.shape, dtype)
+        outputs = spread_shapes(name, into)
+        conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
+        if conv1d:
+            # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
+            outputs = {name: (into.dtype, into.shape[::-1])}
+        return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
+    stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if stored not in NAMED.values():
+        raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
+    plain = {name: (stored, tuple(tensor.shape))}
+
+    def read() -> dict[str, Tensor]:
+        value = offloaded(module, local) if tensor.is_meta else tensor
+        return {name: value.detach().to(stored)}
+
+    return _item_of(name, plain, read)
+
+
+def _item_of(name: str, outputs: Outputs, read: Callable[[], Mapping[str, Tensor]]) -> Item:
+    return Item(name, outputs, size_of(outputs), read, lambda made: made)
+
+
+def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: bool) -> Mapping[str, Tensor]:
+    encoded, _ = layer.read()
+    if not into.quantised:
+        weight = codecs.encode(codecs.decode(encoded), into).tensors["weight"]
+        return {name: weight.t() if transpose else weight}
+    return into.kind.spread(name, into.kind.restate(encoded, into))
+
+
+def source_of(model: nn.Module) -> Path | None:
+    """The folder that transformers loaded the model from, a local one or the Hub's cache, or None."""
+    config = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    if os.path.isdir(name):  # noqa: PTH112 - any name
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+# --- the files beside the weights -------------------------------------------------------------------------------------
+
+
+def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``, none for what has no config."""
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_json_string"):
+        return {}
+    plain = json.loads(config.to_json_string(use_diff=False))
+    plain["architectures"] = [type(model).__name__]
+    plain["_name_or_path"] = configs.public_place(plain.get("_name_or_path"))
+    found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
+    quantization = None
+    if dtype is None and found is not None and not plain.get("quantization_config"):
+        quantization = _quantization_of(model, found)
+    if dtype is None and found is None:
+        plain.pop("quantization_config", None)
+    files = {"config.json": configs.output_config(plain, _format(dtype), quantization, untied=False)}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(generation, "to_json_string"):
+        files["generation_config.json"] = json.loads(generation.to_json_string())
+    return files
+
+
+def _quantization_of(model: nn.Module, layer: Layer) -> Quantization:
+    """The settings with which transformers loads a model whose layers were replaced by hand."""
+    home = layer.read()[1]
+    plain = tuple(p for p, m in modules_of(model).items() if type(m) is nn.Linear)
+    compute = getattr(layer.module, "compute_dtype", None) or torch.float32
+    return Quantization(home.codec, bool(home.nested_blocksize), compute, plain)

@@ -1,0 +1,155 @@
+"""Write a model's folder: shards of weights one tensor at a time, index, config, card and record. Folds, exports and ONNX
+graphs are all written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery.errors import told_of
+from oftsurgery.files.shards import INDEX, ShardWriter, read_header
+from oftsurgery.files.staging import Staging
+from oftsurgery.records import card
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.stores import configs
+
+__all__ = ["Item", "Outputs", "Shard", "size_of", "split", "write_rest", "write_shard"]
+
+#: ``{name of a tensor: (dtype, shape)}``; the shape is None where it is known only when the tensor is (small JSON blobs)
+Outputs = Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """What is written at once: one weight, or tensors that belong together.
+
+    Attributes:
+        name: for messages.
+        outputs: the tensors that it gives.
+        nbytes: that are read for it.
+        load: reads, in a thread that runs ahead.
+        make: from what ``load`` gave to the outputs, as tensors or as their bytes in pieces.
+    """
+
+    name: str
+    outputs: Outputs
+    nbytes: int
+    load: Callable[[], Any]
+    make: Callable[[Any], Mapping[str, Tensor | Iterable[bytes]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One file and the names of the items that it holds, in order."""
+
+    file: str
+    items: tuple[int, ...]
+
+
+def size_of(outputs: Outputs) -> int:
+    """Bytes of the outputs; a few hundred for each small blob."""
+    return sum(d.itemsize * math.prod(s) if s is not None else 256 for d, s in outputs.values())
+
+
+def split(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
+    """Files of at most ``limit`` bytes (what is written at once is never split), named as the Hub's tools name them."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
+    found = split_state_dict_into_shards_factory(
+        numbered,
+        get_storage_size=size_of,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    return tuple(Shard(file, tuple(map(int, names))) for file, names in found.filename_to_tensors.items())
+
+
+def write_shard(
+    staging: Staging,
+    file: str,
+    items: Sequence[Item],
+    metadata: Mapping[str, str],
+    step: Callable[[Item], None] = lambda _: None,
+) -> None:
+    """Write one file. Reading, computing and writing overlap, with one item in each.
+
+    Args:
+        step: called after each item.
+    """
+    outputs = {name: output for item in items for name, output in item.outputs.items()}
+    with (
+        staging.writing(file) as path,
+        ShardWriter(path, outputs, metadata) as writer,
+        ThreadPoolExecutor(1) as readers,
+        ThreadPoolExecutor(1) as writers,
+    ):
+
+        def put(item: Item, made: Mapping[str, Tensor | Iterable[bytes]]) -> None:
+            for name, tensor in made.items():
+                writer.write(name, tensor)
+            step(item)
+
+        ahead: Future[Any] | None = None
+        behind: Future[None] | None = None
+        for i, item in enumerate(items):
+            loaded = (ahead or readers.submit(item.load)).result()
+            ahead = readers.submit(items[i + 1].load) if i + 1 < len(items) else None
+            with told_of(item.name):
+                made = item.make(loaded)
+            del loaded
+            if behind is not None:
+                behind.result()
+            behind = writers.submit(put, item, made)
+            del made
+        if behind is not None:
+            behind.result()
+
+
+def write_rest(
+    staging: Staging,
+    files: Sequence[str],
+    record: FoldRecord | None,
+    *,
+    source: Path | None,
+    jsons: Mapping[str, Mapping[str, Any]],
+    carried: Sequence[Path] = (),
+    exact: bool,
+    before: int | None = None,
+) -> FoldRecord | None:
+    """Write the files beside the weights; gives the record with all their hashes.
+
+    Args:
+        files: of weights that were written.
+        source: folder of the model, for the card.
+        jsons: ``{file name: contents}``; ``config.json`` is among them, if there is any.
+        carried: other files that are copied.
+        exact: the weights' formats are those of the source.
+        before: bytes of the source's tensors, for the record; None where they are not the same model's.
+    """
+    held = {file: read_header(staging.folder / file)[0] for file in files}
+    total = sum(e.nbytes for entries in held.values() for e in entries)
+    if len(files) > 1:
+        weight_map = {e.name: file for file, entries in held.items() for e in entries}
+        staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    for path in carried:
+        staging.copy(path, path.name)
+    for name, value in jsons.items():
+        if value:
+            staging.put_json(name, value)
+    text = card.written_card(source, record, jsons.get("config.json", {}), staging.names(), exact=exact)
+    if text is not None:
+        staging.put_text(card.CARD, text)
+    if record is not None:
+        sizes = record.sizes if before is None else {"before": before, "after": total}
+        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED), sizes=sizes)
+        staging.put_json(configs.RECORD, record.to_dict())
+    return record

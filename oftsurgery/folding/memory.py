@@ -1,0 +1,356 @@
+"""Fold adapters into a live model and out of it: planned changes applied to an ``nn.Module``, all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.dtypes import name_of
+from oftsurgery.errors import IntegrityError, StateError, told_of
+from oftsurgery.formats.codecs import EncodedWeight, dense
+from oftsurgery.progress import Progress
+from oftsurgery.stores import peft_live
+from oftsurgery.stores.layers import Layer, Undo
+from oftsurgery.stores.live_model import LiveStore, record_of, set_record
+from oftsurgery.stores.sharing import share_model
+from oftsurgery.stores.store import Store
+from oftsurgery.stores.ties import FLAG, inner_model, modules_of, tensors_in
+from oftsurgery.weights.calibrate import InputsOf
+
+from . import engine
+from .plan import FoldPlan, Replace, plan_changes, takes_no_values
+from .undo_file import UndoRecord, UndoWriter
+
+__all__ = [
+    "fold_model",
+    "inner_model",
+    "modules_of",
+    "record_of",
+    "replace_tensor",
+    "restore_model",
+    "separate_module",
+    "transaction",
+    "undo_model",
+    "unfold_model",
+]
+
+
+def fold_model(
+    model: nn.Module,
+    adapters: Sequence[OFTAdapter] | None,
+    *,
+    names: Sequence[str] | None = None,
+    already: Mapping[str, str | None] | None = None,
+    rounding: str = "nearest",
+    calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
+    undo: UndoWriter | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """:func:`oftsurgery.fold` for adapters that are already loaded.
+
+    Args:
+        adapters: in the live order; None for the model's live ones.
+        names: of live adapters, where ``adapters`` is None.
+        already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
+        rounding: of quantised weights; ``"calibrated"`` needs ``calibrate``.
+        calibrate: gives the inputs of the layers of a model that is about to be folded.
+        undo: takes what the fold changes, and is finished when all is done.
+    """
+    live = peft_live.has_live_layers(inner_model(model))
+    if live and adapters is not None:
+        raise StateError(
+            "the model carries live peft adapters, and an adapter to fold was given too",
+            remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it",
+        )
+    if not live and adapters is None:
+        raise StateError(
+            "no adapter to fold was given, and the model carries no live peft adapter",
+            remedy="give an OFTAdapter, its folder, or a list of them",
+        )
+    if adapters is None:
+        adapters = peft_live.read_adapters(inner_model(model), names)
+        already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
+    # everything is checked before anything is copied or changed; live layers hide their base layers until they are
+    # taken out
+    given = LiveStore(model)
+    plan = None if live else plan_changes(given, adapters)
+    with transaction() as journal:
+        work = peft_live.base_of(inner_model(model)) if live else model
+        if not inplace:
+            work = share_model(work, peft_live.inner_modules(work) if live else {})
+        if live:
+            peft_live.strip(work, journal)
+        store = LiveStore(work)
+        ties = store.ties if live else given.ties  # as they are before anything changes
+        plan = plan or plan_changes(store, adapters)
+        inputs_of = calibrate(work, plan) if calibrate is not None else None
+        operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
+        own = {name: store.at(name).read()[0] for name in operation.brought}
+        for change in plan.replace:
+            before, after = replace_tensor(store.modules, change, journal)
+            for name in plan.recorded(change):
+                operation.replaced(name, before, after)
+        _rotate(store, operation, journal, progress, own)
+        _separate(store, plan, journal)
+        record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
+        engine.finish_fold(record, plan, ties)
+        if undo is not None:
+            undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
+        set_record(work, record)
+    return work
+
+
+@contextmanager
+def transaction() -> Iterator[list[Undo]]:
+    """A journal of undo steps, run backwards if the body fails (Ctrl-C included)."""
+    journal: list[Undo] = []
+    try:
+        # what is made inside must be trainable, and on the devices of what is there, whatever the caller's surroundings
+        with torch.inference_mode(False), _on_cpu():
+            yield journal
+    except BaseException:
+        for undo in reversed(journal):
+            undo()
+        raise
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    # as a context, torch.device() takes part in every call of torch: only where what is made would be elsewhere
+    return nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
+
+
+# --- applying changes -------------------------------------------------------------------------------------------------
+
+
+def _rotate(
+    store: LiveStore,
+    operation: engine.Operation,
+    journal: list[Undo],
+    progress: Progress | None,
+    own: Mapping[str, EncodedWeight] = MappingProxyType({}),
+) -> None:
+    changes = operation.plan.rotate
+    for done, change in enumerate(changes, start=1):
+        if change.untied:
+            separate_module(store.modules, change.path, journal)
+        layer = store.at(change.name)
+        with told_of(change.path):
+            before, home = layer.read()
+            new = operation.rotate(change, before, home, own.get(change.name, before))
+            layer.write(new, park=not change.untied, journal=journal)
+        if progress is not None:
+            progress(done, len(changes), change.path)
+
+
+def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
+    """Give the module at ``path`` a module of its own over the same tensors, where other places hold it too: a live
+    adapter replaces it in the place that it names, no other. A parent that stands in two places counts once.
+    """
+    old = modules[path]
+    parent, _, name = path.rpartition(".")
+    slots = inner_model(modules[parent])._modules
+    if places_of(modules, old) < 2:
+        return
+    new = share_model(old)
+    for key, parameter in old._parameters.items():
+        if type(parameter) is nn.Parameter:  # one Parameter for both; bitsandbytes changes its own in place
+            new._parameters[key] = parameter
+    journal.append(partial(slots.__setitem__, name, old))
+    slots[name] = modules[path] = new
+
+
+def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
+    """In how many places of the model the module itself stands."""
+    parents = {id(m): m for m in modules.values()}.values()
+    return sum(child is module for parent in parents for child in parent._modules.values())
+
+
+def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> tuple[Tensor, Tensor]:
+    """Give a parameter or buffer an adapter's own values (in its own dtype and on its device), in all of the change's
+    places; gives what was there, and what is now.
+    """
+    old: Any = tensors_in(modules)[change.name]
+    if old.is_meta:
+        raise StateError(
+            "the tensor is offloaded or not loaded; an adapter's own values cannot go there",
+            tensor=change.name,
+            remedy="load it on a device",
+        )
+    if change.values.is_floating_point() and not old.is_floating_point():
+        raise takes_no_values(change.name, name_of(old.dtype))
+    data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
+    new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+    for place in change.places:
+        _put(modules, place, new, journal)
+    return old, new
+
+
+def _put(modules: Mapping[str, nn.Module], name: str, tensor: Any, journal: list[Undo]) -> None:
+    path, _, local = name.rpartition(".")
+    module = modules[path]
+    slots: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
+    journal.append(partial(slots.__setitem__, local, slots[local]))
+    slots[local] = tensor
+
+
+def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
+    """Give tensors that nothing ties any more a Parameter and a storage each, where transformers would load them so, and
+    say it in the config.
+    """
+    if not plan.clears_flag:
+        return
+    for group in plan.apart:
+        seen = set()
+        for name in group:
+            tensor: Any = store.tensor(name)
+            # transformers' save_pretrained leaves out one of two that share a storage
+            if id(tensor) in seen and type(tensor) is nn.Parameter:
+                tensor = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+                _put(store.modules, name, tensor, journal)
+            seen.add(id(tensor))
+    _set_flag(store.model, value=False, journal=journal)
+
+
+def _set_flag(model: nn.Module, *, value: bool, journal: list[Undo]) -> None:
+    """transformers ties embeddings again whenever it loads, unless the config says not to."""
+    whole = getattr(inner_model(model), "config", None)
+    for config in (whole, getattr(whole, "text_config", None)):
+        if getattr(config, FLAG, value) != value:
+            journal.append(partial(setattr, config, FLAG, getattr(config, FLAG)))
+            setattr(config, FLAG, value)
+
+
+# --- taking it out again ----------------------------------------------------------------------------------------------
+
+
+def unfold_model(
+    folded: nn.Module,
+    adapters: Sequence[OFTAdapter],
+    *,
+    rounding: str = "nearest",
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """:func:`oftsurgery.unfold` by rotating back."""
+    with transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        store = LiveStore(work)
+        plan = plan_changes(store, adapters, inverse=True)
+        operation = engine.Operation(plan, rounding)
+        _rotate(store, operation, journal, progress)
+        engine.finish_unfold(plan, operation.modules, store.record)
+        set_record(work, engine.earlier_record(store.record))
+    return work
+
+
+def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> nn.Module:
+    """:func:`oftsurgery.unfold` from the base: bit-exact, checked against the record's hashes; parameters that the fold
+    untied are tied again.
+
+    Raises:
+        StateError: the folded model has no record.
+        MatchError: the base lacks a module or tensor of the record.
+        IntegrityError: the base's contents are not those that were folded, or the folded model was changed since in
+        what the record does not name.
+    """
+    record = record_of(folded)
+    if record is None:
+        raise StateError(
+            "the model carries no record of a fold", remedy="give the adapter instead: unfold(model, adapter)"
+        )
+    with transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        store = LiveStore(work)
+        wanted = engine.originals(record, base)
+        for original in wanted:
+            if original.weight:
+                layer = store.at(original.name)
+                found = base.weight(original.at, layer.read()[1])
+                repacked = isinstance(base, LiveStore) and base.at(original.at).repacked
+            else:
+                tensor = base.tensor(original.at)
+                found, repacked = None if tensor is None else dense(tensor), False
+            assert found is not None  # noqa: S101 - it was located
+            original.check(found, repacked=repacked)
+            _put_back(store, original.name, found, journal, weight=original.weight)
+        _check_rest(store, base, {o.name for o in wanted})
+        _tie_again(store, base.ties.groups, base.ties.flag, journal)
+        set_record(work, engine.earlier_record(record))
+    return work
+
+
+def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) -> nn.Module:
+    """:func:`oftsurgery.unfold` by an undo record: bit-exact, checked against its hashes; parameters that the fold
+    untied are tied again.
+
+    Raises:
+        StateError: the record's fold is not the model's last one.
+        MatchError: the model lacks what the record restores.
+        IntegrityError: a weight is not what the fold left.
+        UndoError: the record is damaged.
+    """
+    with transaction() as journal:
+        work = folded if inplace else share_model(folded)
+        store = LiveStore(work)
+        weights = {f"{path}.weight" for path in undo.weights}
+        # read before the first is put back: two names may be one tensor
+        found = {
+            name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
+            for name, back in engine.undone(undo, store).items()
+        }
+        for name, (back, current) in found.items():
+            _put_back(store, name, back(current), journal, weight=name in weights)
+        _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
+        set_record(work, engine.earlier_record(undo.fold))
+    return work
+
+
+def _put_back(store: LiveStore, name: str, before: EncodedWeight, journal: list[Undo], *, weight: bool) -> None:
+    """Put a copy of what was in the tensor's place, and in those that share it."""
+    group = store.ties.group(name)  # as the folded model ties them
+    if not weight:
+        replace_tensor(store.modules, Replace(name, before.tensors["weight"], group), journal)
+        return
+    layer = store.at(name)
+    device = layer.read()[0].tensors["weight"].device
+    own = EncodedWeight(before.format, {k: t.to(device, copy=True) for k, t in before.tensors.items()})
+    layer.write(own, park=len(group) == 1, journal=journal)
+
+
+def _check_rest(store: LiveStore, base: Store, restored: set[str]) -> None:
+    """What the fold did not touch must be the base's still: after a training step, "restored exactly" would not be
+    true.
+    """
+    for name, tensor in tensors_in(store.modules).items():
+        if name in restored or tensor.is_meta:
+            continue
+        other = base.tensor(name)
+        if other is None or other.is_meta or tensor.data_ptr() == other.data_ptr():
+            continue
+        # quantised ones are compared by their codes, which a CPU forward tiles
+        quantised = Layer(name, store.modules[name.rpartition(".")[0]]).quantised
+        if not quantised and not (
+            tensor.shape == other.shape and torch.equal(tensor.cpu(), other.cpu().to(tensor.dtype))
+        ):
+            raise IntegrityError(
+                "the folded model differs from the base in a tensor that the fold did not touch",
+                tensor=name,
+                remedy="one of the two was changed since (trained, cast, resized); rotate back with the adapter instead",
+            )
+
+
+def _tie_again(store: LiveStore, groups: Sequence[Sequence[str]], flag: bool | None, journal: list[Undo]) -> None:
+    for names in groups:
+        there = [n for n in names if isinstance(store.tensor(n), nn.Parameter)]
+        for name in there[1:]:
+            _put(store.modules, name, store.tensor(there[0]), journal)
+    if flag is not None:
+        _set_flag(store.model, value=flag, journal=journal)

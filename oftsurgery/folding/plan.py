@@ -1,0 +1,310 @@
+"""Plan what changes in a model: adapters matched to its layers and tensors by names and shapes, before anything is
+computed or changed.
+
+Pure: a :class:`Store` says what there is, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error
+here. Which tensors come apart where the model ties them is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oftsurgery.adapters.adapter import OFTAdapter, Rotation
+from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
+from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.stores.store import LayerInfo, Store
+
+__all__ = ["FoldPlan", "Replace", "Rotate", "in_names_of", "plan_changes", "takes_no_values"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate:
+    """One layer's weight is rotated, in its own place alone.
+
+    Attributes:
+        path: of the module.
+        format: of its weight.
+        chain: of rotations in the live order.
+        untied: another place holds the same tensor.
+        inverse: rotate back.
+    """
+
+    path: str
+    format: WeightFormat
+    chain: tuple[Rotation, ...]
+    untied: bool = False
+    inverse: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the weight."""
+        return f"{self.path}.weight"
+
+    def takes_inputs(self, into: WeightFormat) -> bool:
+        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
+        multiplies by the weight.
+        """
+        return into.quantised and self.chain[0].side != "embedding"
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """A tensor takes an adapter's own values.
+
+    Attributes:
+        name: of the tensor.
+        values: of its shape.
+        places: names of all tensors that take them: that one alone where the adapter brings the module
+            (``modules_to_save``), else all that are tied to it still.
+    """
+
+    name: str
+    values: Tensor
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FoldPlan:
+    """All that a fold does.
+
+    Attributes:
+        adapters: in the live order.
+        rotate: in the model's order.
+        replace: applied before the rotations.
+        apart: groups of tied tensors that are not one any more.
+        clears_flag: the config's ``tie_word_embeddings`` is cleared.
+        idle: paths of layers whose rotation is left out, since nobody calls them.
+    """
+
+    adapters: tuple[OFTAdapter, ...] = ()
+    rotate: tuple[Rotate, ...] = ()
+    replace: tuple[Replace, ...] = ()
+    apart: tuple[tuple[str, ...], ...] = ()
+    clears_flag: bool = False
+    idle: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of all tensors that change."""
+        return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
+
+    def recorded(self, change: Replace) -> tuple[str, ...]:
+        """Names of the tensors that a replacement leaves behind: all of its places where they come apart."""
+        return change.places if any(change.name in group for group in self.apart) else (change.name,)
+
+    def partner(self, name: str) -> str | None:
+        """A weight that was one with ``name`` and stays as it was, or None."""
+        group = next((g for g in self.apart if name in g), ())
+        return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
+
+
+def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False) -> FoldPlan:
+    """Match ``adapters`` (in the live order) to a model.
+
+    Args:
+        inverse: the adapters are in the model, and come out.
+
+    Raises:
+        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
+            does not take.
+        ShapeError: a rotation or tensor does not fit.
+        FormatError: a module cannot be folded.
+        StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
+    """
+    _check_given(store, adapters, inverse=inverse)
+    chains = _chains(store, adapters)
+    order = {path: i for i, path in enumerate(store.names)}
+    layers: dict[str, LayerInfo] = {}
+    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+        layers[name] = store.layer(name)
+        for rotation in chains[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
+    replaced: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for adapter in adapters:
+        own = store.locate(adapter.saved)
+        for given, values in adapter.saved.items():
+            name = _checked(given, values, own.get(given), store, adapter)
+            if name in replaced:
+                raise MatchError(
+                    "two adapters bring their own values for one tensor",
+                    tensor=name,
+                    remedy="fold one of them alone: trained biases and heads do not add up",
+                )
+            replaced[name] = values
+            if _brings_module(adapter, given):
+                alone.add(name)
+    _check_distinct(layers)
+    turned = [name for name, info in layers.items() if not info.idle]
+    apart = store.ties.apart([*turned, *alone])
+    broken = {name for group in apart for name in group}
+    rotate = (
+        Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
+        for name in turned
+    )
+    return FoldPlan(
+        adapters=tuple(adapters),
+        rotate=tuple(rotate),
+        replace=_replacements(store, replaced, alone),
+        apart=apart,
+        clears_flag=store.ties.clears_flag(apart),
+        idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
+    )
+
+
+def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rotation]]:
+    """``{name of a weight: its rotations in the live order}``."""
+    paths = dict.fromkeys(path for a in adapters for path in a.modules)
+    found = store.locate(f"{path}.weight" for path in paths)
+    chains: dict[str, list[Rotation]] = {}
+    for adapter in adapters:
+        lost = [path for path in adapter.modules if f"{path}.weight" not in found]
+        if lost:
+            raise _not_found(lost, store.names, adapter)
+        mine: dict[str, str] = {}
+        for path, rotation in adapter.modules.items():
+            name = found[f"{path}.weight"]
+            if mine.setdefault(name, path) != path:
+                raise _one_module(mine[name], path)
+            chains.setdefault(name, []).append(rotation)
+    return chains
+
+
+def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
+    """``adapter`` by the names that the store's model has, as far as it has them."""
+    found = store.locate(f"{path}.weight" for path in adapter.modules)
+    own = store.locate(adapter.saved)
+    modules = {found.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()}
+    if len(modules) < len(adapter.modules):
+        return adapter  # two names of one module, which planning refuses
+    saved = {own.get(name, name): tensor for name, tensor in adapter.saved.items()}
+    return dataclasses.replace(adapter, modules=modules, saved=saved)
+
+
+def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
+    made: dict[tuple[str, ...], Replace] = {}
+    for name, values in replaced.items():
+        places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
+        first = made[places].name if places in made else name
+        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+    return tuple(made.values())
+
+
+def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
+    if not adapters:
+        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
+    if len({a.fingerprint for a in adapters}) < len(adapters):
+        raise StateError(
+            "the same adapter is given twice",
+            remedy="give each adapter once; compose or scale it to apply it more strongly",
+        )
+    record = store.record
+    if record is None:
+        return
+    if inverse:
+        if [a.fingerprint for a in record.adapters] != [a.fingerprint for a in adapters]:
+            raise StateError(
+                f"the {store.what}'s last fold is of {', '.join(printable(a.source) for a in record.adapters)}, "
+                f"not of {', '.join(printable(a.source) for a in adapters)}",
+                remedy="unfold the last fold first, with the same adapters in the same order",
+            )
+        return
+    again = [a for a in adapters if a.fingerprint in record.fingerprints()]
+    if again:
+        raise StateError(
+            f"this adapter is folded into the {store.what} already",
+            path=again[0].source,
+            remedy="unfold it first, or fold into the base model (its record says what is folded in)",
+        )
+
+
+def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
+    """The error for adapter modules that the model lacks, with the nearest names."""
+    path = lost[0]
+    tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
+    near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
+    hint = f"; nearest in the model: {', '.join(map(printable, near))}" if near else ""
+    base = adapter.config.get("base_model_name_or_path")
+    return MatchError(
+        f"{len(lost)} of the adapter's {len(adapter.modules)} modules match nothing in the model{hint}",
+        module=path,
+        path=adapter.source,
+        remedy="use the model that the adapter was trained on, of the same class"
+        + (f", from {printable(base)}" if base else ""),
+    )
+
+
+def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
+    if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
+        raise MatchError(
+            f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}",
+            module=path,
+            remedy="use the base model that the adapter was trained on",
+        )
+    if len(info.format.shape) != 2:
+        raise ShapeError("the module's weight is not (out, in)", module=path, shape=info.format.shape)
+    rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
+
+
+def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
+    """The name of the model's tensor that takes an adapter's ``values``."""
+    if name is None:
+        near = difflib.get_close_matches(given, store.tensors, n=3, cutoff=0.5)
+        raise MatchError(
+            "the adapter brings a tensor that the model does not have"
+            + (f"; nearest: {', '.join(printable(n) for n in near)}" if near else ""),
+            tensor=given,
+            path=adapter.source,
+            remedy="use a model of the same class and head as for training",
+        )
+    if tuple(values.shape) != store.shape(name):
+        raise ShapeError(
+            "the adapter's own values do not fit the model's tensor",
+            tensor=given,
+            shape=tuple(values.shape),
+            expected=store.shape(name),
+            path=adapter.source,
+            remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
+        )
+    return name
+
+
+def takes_no_values(name: str, format: str) -> FormatError:
+    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    return FormatError(
+        "the adapter brings its own values for a weight that is stored quantised",
+        tensor=name,
+        format=format,
+        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+    )
+
+
+def _brings_module(adapter: OFTAdapter, name: str) -> bool:
+    """Whether ``modules_to_save`` names the module of tensor ``name``, as peft matches it: by the end of the module's
+    path.
+    """
+    parts = name.split(".")
+    paths = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return any(path.endswith(entry) for entry in adapter.config.get("modules_to_save") or () for path in paths)
+
+
+def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
+    seen: dict[int, str] = {}
+    for name, info in layers.items():
+        path = name.removesuffix(".weight")
+        other = seen.setdefault(info.identity, path)
+        if other != path:
+            raise _one_module(other, path)
+
+
+def _one_module(other: str, path: str) -> MatchError:
+    return MatchError(
+        f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
+        module=path,
+        remedy="the model shares this module between places, or has two names for it; train the adapter on one of them",
+    )

@@ -1,0 +1,137 @@
+"""What is done with a weight in any storage format, as pure functions of tensors; :mod:`oftsurgery.formats` has what each
+format does.
+
+``decode`` gives the exact float32 weight that the stored tensors stand for (not rounded to a compute dtype), ``encode``
+gives what bitsandbytes' own quantiser gives for the same float32 weight, or with ``rounding="mse"`` what errs least of
+all that the 4-bit format can hold. Tensor names are local, as behind a checkpoint's ``<module>.``/``<module>.weight.``
+prefix; only the planner knows module paths. These are the readable reference: correctness first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from oftsurgery.errors import NonFiniteError, ShapeError, StateError, printable
+
+from . import EncodedWeight, Grid, WeightFormat, blocks_of
+
+__all__ = [
+    "ROUNDINGS",
+    "EncodedWeight",
+    "Rounding",
+    "WeightFormat",
+    "blocks_of",
+    "check_rounding",
+    "decode",
+    "dense",
+    "encode",
+    "grid_of",
+    "load",
+    "rounding_of",
+    "with_levels",
+]
+
+
+#: how quantised weights are rounded: so that what a rotation did is kept, as bitsandbytes does, or with a scale of each
+#: 4-bit block that errs less or least
+Rounding = Literal["preserve", "nearest", "grid", "mse"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+
+
+def dense(weight: Tensor) -> EncodedWeight:
+    """A plain tensor as an :class:`EncodedWeight`."""
+    return EncodedWeight(WeightFormat("dense", tuple(weight.shape), weight.dtype), {"weight": weight})
+
+
+def decode(encoded: EncodedWeight) -> Tensor:
+    """The exact weight that ``encoded`` stands for, as a new tensor of ``format.shape``.
+
+    Returns:
+        float32 (float64 for a float64 dense weight), on the device of the stored tensors.
+
+    Raises:
+        FormatError: tensors are missing, or do not agree with the format.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    weight = encoded.format.kind.decode(encoded)
+    if not bool(torch.isfinite(weight).all()):
+        remedy = "reload the base model: its file or memory is damaged"
+        raise NonFiniteError("the stored weight holds NaN or infinity", format=encoded.format.label, remedy=remedy)
+    return weight
+
+
+def check_rounding(rounding: str) -> None:
+    """
+    Raises:
+        StateError: ``rounding`` is none of :data:`ROUNDINGS`.
+    """
+    if rounding not in ROUNDINGS:
+        raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=" or ".join(map(repr, ROUNDINGS)))
+
+
+def rounding_of(format: WeightFormat, rounding: str) -> str:
+    """``rounding``, or ``"nearest"`` where it has no part in ``format``: ``"grid"`` and ``"mse"`` are of the 4-bit formats,
+    ``"preserve"`` of int8 too.
+    """
+    return rounding if rounding in format.kind.roundings else "nearest"
+
+
+def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> EncodedWeight:
+    """``weight`` stored in ``format``.
+
+    Args:
+        weight: of ``format.shape``, floating point; read as float32 (dense: as it is).
+        rounding: ``"nearest"``: the codes and statistics of bitsandbytes' own quantiser. ``"mse"``: each 4-bit block is
+            scaled by what makes its squared error least, in place of its absmax; ``"grid"``: by nearly that, found
+            faster; ``"preserve"``, which needs the weight before a rotation, is that too. The other formats round to
+            nearest.
+
+    Raises:
+        StateError: an unknown rounding.
+        ShapeError: ``weight`` is not of ``format.shape``.
+        NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
+    """
+    if tuple(weight.shape) != format.shape:
+        raise ShapeError(
+            "the weight does not have its format's shape",
+            shape=tuple(weight.shape),
+            expected=format.shape,
+            format=format.label,
+            remedy="reshape it, or give the format of this weight",
+        )
+    check_rounding(rounding)
+    return format.kind.encode(weight, format, rounding)
+
+
+def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
+    was loaded, and to the dtype from which the format is quantised.
+    """
+    # laid out as loading lays it out, which the fast kernels need
+    weight = plain.tensors["weight"].contiguous()
+    loaded = encode(weight, WeightFormat("dense", into.shape, into.dtype))
+    if not into.quantised:
+        return loaded
+    home = into.kind.home(into)
+    return encode(loaded.tensors["weight"].to(home.dtype), home)
+
+
+def grid_of(encoded: EncodedWeight) -> Grid:
+    """The :class:`Grid` of a quantised weight, scales as its reader sees them (double quantisation included)."""
+    levels, bounds, _ = encoded.format.kind.levels(encoded.tensors["weight"].device)
+    return Grid(levels, bounds, encoded.scales, encoded.format.block)
+
+
+def with_levels(encoded: EncodedWeight, levels: Tensor) -> EncodedWeight:
+    """``encoded`` with other codes and the same statistics.
+
+    Args:
+        encoded: quantised.
+        levels: of its shape, numbers of the levels of :func:`grid_of`.
+    """
+    f, device = encoded.format, encoded.tensors["weight"].device
+    codes = f.kind.levels(device)[2][levels.to(torch.int64)]
+    return EncodedWeight(f, {**encoded.tensors, "weight": f.kind.pack(codes, f)})

@@ -1,0 +1,426 @@
+"""Export models as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.dtypes import NAMED
+from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
+from oftsurgery.files.shards import inside, read_json, to_disk
+from oftsurgery.files.staging import Staging, check_apart, disk_errors
+from oftsurgery.folding import export
+from oftsurgery.folding.folder_writer import write_rest
+from oftsurgery.folding.memory import inner_model, record_of
+from oftsurgery.live import wrap as live
+from oftsurgery.progress import Progress, without_bars
+from oftsurgery.records.record import FoldRecord, plain
+from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores.skeleton import quiet
+
+from . import graph as onnx_graph
+from . import run as onnx_run
+from .tasks import CacheTask, Task, task_of
+
+__all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
+
+GRAPH = "model.onnx"
+
+_STAGES = 7
+
+#: dtypes of a graph, and the largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
+_TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
+
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """One comparison of onnxruntime with torch.
+
+    Attributes:
+        inputs: what was run: batch size and lengths.
+        errors: ``{output: largest absolute difference / largest absolute value of torch's in all comparisons}``.
+    """
+
+    inputs: str
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What :func:`oftsurgery.export_onnx` wrote, and how far it is from torch.
+
+    Attributes:
+        dtype: of the graph, ``"float32"`` or ``"float16"``.
+        opset: of ONNX's own operators.
+        inputs: names, in order.
+        outputs: names, in order.
+        nbytes: of the graph's weights.
+        quantized: ``{module path: format}`` of the layers whose codes the graph holds.
+        dequantized: ``{module path: reason}`` of the quantised layers whose codes a quantised graph does not hold.
+        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded their
+            scales to bfloat16, which the graph holds as they are now.
+        tolerance: that ``checks`` had to keep.
+        checks: the comparisons; empty where ``verified`` is False.
+        verified: whether the checker and the comparisons were run.
+        versions: of the packages that took part.
+        generation: whether the folder has a ``genai_config.json`` for onnxruntime-genai.
+    """
+
+    dtype: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nbytes: int
+    quantized: Mapping[str, str]
+    dequantized: Mapping[str, str]
+    repacked: tuple[str, ...]
+    tolerance: float
+    checks: tuple[OnnxCheck, ...]
+    verified: bool
+    versions: Mapping[str, str]
+    generation: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("quantized", "dequantized", "versions"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def worst(self) -> float | None:
+        """The largest error of all checks, or None where there are none."""
+        return max((e for check in self.checks for e in check.errors.values()), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return dict(plain(self))
+
+
+def export_model(
+    model: nn.Module,
+    destination: Path,
+    *,
+    dtype: str,
+    quantized: bool,
+    with_past: bool,
+    example_inputs: Any,
+    tokenizer: Any,
+    record: FoldRecord | None,
+    verify: bool,
+    force: bool,
+    progress: Progress | None,
+) -> OnnxReport:
+    """:func:`oftsurgery.export_onnx`."""
+    dtype = _checked_dtype(dtype)
+    model = inner_model(model)
+    if peft_live.has_live_layers(model) or live.live_layers(model):
+        raise StateError(
+            "the model carries live adapters",
+            remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
+        )
+    onnx_graph.require_onnx()
+    home = export.source_of(model)
+    check_apart(destination, "model", [home] if home is not None else [])
+    _check_tokenizer(tokenizer)
+    stages = iter(range(_STAGES))
+
+    def step(what: str) -> None:
+        if progress is not None:
+            progress(next(stages), _STAGES, what)
+
+    with torch.no_grad():
+        step("read the model")
+        task = task_of(model, example_inputs, with_past=with_past)
+        reference = onnx_graph.reference(model)
+        prepared = onnx_graph.Prepared(model, NAMED[dtype], quantized=quantized)
+        if quantized and not prepared.kept and not prepared.dequantised:
+            raise StateError(
+                "no layer of the model is quantised: there are no codes to keep",
+                remedy="leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)",
+            )
+        needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
+        with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
+            outputs = _outputs(task, reference)
+            inputs = task.inputs(NAMED[dtype])
+            graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
+            step("write the graph")
+            with staging.writing(GRAPH) as path:
+                nbytes = onnx_graph.write(graph, path)
+            for written in staging.folder.glob(f"{GRAPH}*"):
+                with written.open("rb+") as file:
+                    to_disk(file)
+            checks = _prove(task, reference, path, dtype, step) if verify else ()
+            genai = _genai_config(model, task) if isinstance(task, CacheTask) else None
+            report = OnnxReport(
+                dtype=dtype,
+                opset=onnx_graph.OPSET,
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                nbytes=nbytes,
+                quantized=prepared.kept,
+                dequantized=prepared.dequantised,
+                repacked=tuple(prepared.repacked),
+                tolerance=_TOLERANCE[dtype],
+                checks=checks,
+                verified=verify,
+                versions={n: metadata.version(n) for n in ("torch", "onnx", "onnxscript", "onnxruntime")},
+                generation=genai is not None,
+            )
+            with disk_errors(staging.folder):
+                _write_rest(staging, model, genai, tokenizer, record or record_of(model), report)
+            staging.publish()
+    if progress is not None:
+        progress(_STAGES, _STAGES, "done")
+    return report
+
+
+def load_model(folder: Path) -> nn.Module:
+    """The model of a checkpoint's folder as transformers loads it, in the dtype and the quantisation of its files.
+
+    Raises:
+        CheckpointError: transformers has no such model, or its weights are not all there.
+        MissingDependencyError: transformers is not installed.
+    """
+    with needs("transformers", "pip install 'oftsurgery[peft]'"):
+        import transformers
+        from transformers.utils import logging
+    names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
+    cls: Any = getattr(transformers, str(names[0]), None)
+    if not hasattr(cls, "from_pretrained"):
+        raise CheckpointError(
+            f"transformers has no {printable(names[0])}",
+            path=folder,
+            remedy="load the model yourself and give it to oftsurgery.export_onnx",
+        )
+    bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
+    settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    remedy = "oftsurgery doctor says what is wrong with it"
+    try:
+        with quiet(), without_bars(*bars):
+            model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        message = f"transformers cannot load the checkpoint: {printable(error, 400)}"
+        raise CheckpointError(message, path=folder, remedy=remedy) from error
+    missing = [*sorted(found["missing_keys"]), *sorted(str(k) for k in found.get("mismatched_keys", ()))]
+    if missing:
+        message = f"the checkpoint lacks {len(missing)} of the model's tensors, or has them in another shape"
+        raise CheckpointError(message, tensor=missing[0], path=folder, remedy=remedy)
+    return model  # type: ignore[no-any-return]
+
+
+def _outputs(task: Task, reference: nn.Module) -> list[str]:
+    try:
+        names = task.outputs(reference)
+    except OFTSurgeryError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        listed = ", ".join(task.inputs(torch.float32))
+        raise StateError(
+            f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}",
+            remedy="give example inputs on which it does: example_inputs={'name': tensor, …}",
+        ) from error
+    if not names:
+        raise StateError("the model returns no tensor", remedy="wrap it in a module that does")
+    return names
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
+        return
+    if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
+        raise StateError(
+            f"no folder of a tokenizer: {printable(tokenizer)}",
+            remedy="give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files",
+        )
+
+
+def _checked_dtype(dtype: str) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name in ("bfloat16", "bf16"):
+        raise StateError(
+            "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there",
+            format="bfloat16",
+            remedy="dtype='float16', or 'float32' where float16 overflows",
+        )
+    if name not in _TOLERANCE:
+        raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
+    return name
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def _prove(
+    task: Task, reference: nn.Module, path: Path, dtype: str, step: Callable[[str], None]
+) -> tuple[OnnxCheck, ...]:
+    """Comparisons that kept the tolerance.
+
+    Raises:
+        ExportError: the graph is not valid, or computes something else.
+    """
+    import onnx
+
+    step("check the graph")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(
+            f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
+        ) from error
+    step("compare with torch")
+    with onnx_run.Process(path, lean=onnx_graph.external(path).exists()) as process:
+        given, made = process.inputs, process.outputs
+        axes = {v.name: v.shape for v in (*given, *made)}
+        dtypes = {v.name: v.dtype for v in given}
+
+        def run(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            arrays = {n: t.numpy().astype(dtypes[n], copy=False) for n, t in feeds.items() if n in dtypes}
+            return {v.name: torch.from_numpy(a) for v, a in zip(made, process.run(arrays), strict=True)}
+
+        found = [
+            (case.label, {n: _difference(n, got, expected) for n, (got, expected) in case.pairs.items()})
+            for case in task.cases(reference, run, axes)
+        ]
+    # of all comparisons: the one number that a regression gives for one text may be anything, zero too
+    scale = {n: max(values[n][1] for _, values in found) or 1.0 for n in found[0][1]}
+    checks = [OnnxCheck(label, {n: d / scale[n] for n, (d, _) in values.items()}) for label, values in found]
+    bad = [(e, n, check.inputs) for check in checks for n, e in check.errors.items() if not e <= _TOLERANCE[dtype]]
+    if bad:
+        largest, name, inputs = max(bad, key=lambda b: b[0])
+        raise ExportError(
+            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, allowed are "
+            f"{_TOLERANCE[dtype]:.0e}, at {inputs} (and in {len({i for _, _, i in bad}) - 1} more of {len(checks)} comparisons)",
+            tensor=name,
+            format=dtype,
+            remedy="dtype='float32' (--dtype float32)"
+            if dtype == "float16"
+            else "report it, with the model's config; verify=False (--no-verify) writes it all the same",
+        )
+    return tuple(checks)
+
+
+def _difference(name: str, got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The largest absolute difference (infinite where there is a NaN), and the largest finite absolute value."""
+    if got.shape != expected.shape:
+        return float("inf"), 0.0
+    if not expected.numel():
+        return 0.0, 0.0
+    if bool(torch.isnan(expected).any()):
+        remedy = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
+        raise ExportError("torch's own output is not a number", tensor=name, remedy=remedy)
+    got, expected = got.double(), expected.double()
+    same = got == expected  # infinities too, with which models mask their outputs
+    difference = float(torch.where(same, 0, got - expected).abs().max())
+    finite = expected[torch.isfinite(expected)].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return difference if difference == difference else float("inf"), largest  # NaN is not itself
+
+
+# --- the files beside the graph ---------------------------------------------------------------------------------------
+
+
+def _write_rest(
+    staging: Staging,
+    model: Any,
+    genai: dict[str, Any] | None,
+    tokenizer: Any,
+    record: FoldRecord | None,
+    report: OnnxReport,
+) -> None:
+    carried = []
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(staging.folder)
+    else:
+        folder = Path(tokenizer) if tokenizer is not None else export.source_of(model)
+        if folder is not None:
+            carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
+    jsons = export.config_files(model, NAMED[report.dtype])
+    if genai is not None:
+        jsons["genai_config.json"] = genai
+    record = FoldRecord((), {}) if record is None else configs.public_record(record)
+    record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
+    write_rest(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
+
+
+def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
+    """``genai_config.json`` for onnxruntime-genai, or None where layers differ in a way that it cannot say."""
+    shapes = {part for layer in task.layers for part in layer}
+    if len(shapes) != 1:
+        return None
+    ((heads, size),) = shapes
+    config = model.config.get_text_config()
+    generation = getattr(model, "generation_config", None)
+
+    def tokens(name: str) -> list[int]:
+        """onnxruntime-genai takes none that the vocabulary has not, as the defaults of a shrunk model's config."""
+        found = getattr(generation, name, None)
+        found = getattr(config, name, None) if found is None else found
+        found = found if isinstance(found, (list, tuple)) else [found]
+        return [t for t in found if isinstance(t, int) and 0 <= t < int(config.vocab_size)]
+
+    bos, eos, pad = (tokens(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    length = int(getattr(config, "max_position_embeddings", None) or 0)
+    length = length if length > 0 else 4096
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": (bos or [0])[0],
+            "eos_token_id": eos[0] if len(eos) == 1 else eos,
+            "pad_token_id": (pad or eos or [0])[0],
+            "context_length": length,
+            "vocab_size": int(config.vocab_size),
+            "decoder": {
+                "filename": GRAPH,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": size,
+                "hidden_size": int(config.hidden_size),
+                "num_attention_heads": int(config.num_attention_heads),
+                "num_hidden_layers": len(task.layers),
+                "num_key_value_heads": heads,
+                "inputs": {
+                    **{name: name for name in task.names},
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

@@ -1,0 +1,155 @@
+"""A graph run by onnxruntime in a process of its own, as whoever uses it will run it: from its path, without torch.
+
+So its memory is not added to the model's, and a crash of the runtime is an error like others. ``python -m
+oftsurgery.onnx.run GRAPH`` is that process: it answers feeds on its standard input with outputs, both pickled, to
+nobody but the process that started it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from oftsurgery.errors import ExportError, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Process", "Value"]
+
+# where numpy has another name of a dtype than onnxruntime
+_DTYPES = {"float": "float32", "double": "float64"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """An input or output of a graph.
+
+    Attributes:
+        name: of it.
+        dtype: numpy's name.
+        shape: sizes, or names of dynamic axes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+class Process:
+    """onnxruntime with a graph, on the CPU, until the end of the context.
+
+    Args:
+        path: of the graph.
+        lean: leave large weights in their file, where the system can drop them from memory: without constant folding
+            and prepacking, which copy them.
+
+    Raises:
+        ExportError: onnxruntime cannot load or run the graph.
+    """
+
+    def __init__(self, path: Path, *, lean: bool = False) -> None:
+        # modules are found where this process finds them, and nowhere else
+        places = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter
+            [sys.executable, "-m", __name__, str(path), "lean" if lean else "usual"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": places, "PYTHONSAFEPATH": "1"},
+        )
+        try:
+            self.inputs, self.outputs = (tuple(Value(*facts) for facts in part) for part in self._answer("load"))
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Outputs in the graph's order."""
+        try:
+            pickle.dump(dict(feeds), self._process.stdin)  # type: ignore[arg-type]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+        except OSError as error:
+            raise self._ended("run") from error
+        return self._answer("run")  # type: ignore[no-any-return]
+
+    def _answer(self, what: str) -> Any:
+        try:
+            answer, failed = pickle.load(self._process.stdout)  # type: ignore[arg-type]  # noqa: S301 - our own child
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._ended(what) from error
+        if failed:
+            raise ExportError(
+                f"onnxruntime cannot {what} the graph: {printable(answer, 400)}",
+                remedy="report it, with the model's config; verify=False (--no-verify) writes the graph all the same",
+            )
+        return answer
+
+    def _end(self) -> bytes:
+        """What it said, if it is at work still."""
+        if self._process.returncode is not None:
+            return b""
+        self._process.kill()
+        return self._process.communicate()[1]
+
+    def _ended(self, what: str) -> ExportError:
+        said = self._end().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        return ExportError(
+            f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}",
+            remedy="is there enough memory? verify=False (--no-verify) writes the graph without running it",
+        )
+
+
+def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
+    def say(answer: Any, *, failed: bool = False) -> None:
+        pickle.dump((answer, failed), writer)
+        writer.flush()
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    more: dict[str, Any] = {}
+    if mode == "lean":
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        more["disabled_optimizers"] = ["ConstantFolding"]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], **more)
+    except Exception as error:
+        say(str(error), failed=True)
+        return
+    say((tuple(map(_facts, session.get_inputs())), tuple(map(_facts, session.get_outputs()))))
+    names = [o.name for o in session.get_outputs()]
+    while True:
+        try:
+            feeds = pickle.load(reader)  # noqa: S301 - our own parent
+        except EOFError:
+            return
+        try:
+            say(session.run(names, feeds))
+        except Exception as error:
+            say(str(error), failed=True)
+
+
+def _facts(found: Any) -> tuple[str, str, tuple[str | int, ...]]:
+    """Those of a :class:`Value`."""
+    kind = found.type.removeprefix("tensor(").removesuffix(")")
+    return found.name, _DTYPES.get(kind, kind), tuple(found.shape)
+
+
+if __name__ == "__main__":
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints, prints beside the answers
+    _serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, out)

@@ -1,0 +1,455 @@
+"""What goes into an exported graph and comes out of it: names, dynamic axes, and the inputs on which it is proved.
+
+Three kinds of task: text models without a cache, decoders with one, and any module with example inputs. Each gives the
+module to capture, its inputs, and the cases on which onnxruntime and torch are compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.errors import StateError, printable
+
+__all__ = ["CacheTask", "Case", "ExampleTask", "Run", "Task", "TextTask", "task_of"]
+
+#: ``{input name: tensor}`` to ``{output name: tensor}``, by onnxruntime
+Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+Inputs = dict[str, tuple[Tensor, dict[int, str | None]]]
+
+BATCH, SEQUENCE, PAST, TOTAL, DECODER = "batch", "sequence", "past_sequence", "total_sequence", "decoder_sequence"
+
+_LONGEST = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what the graph gave, and what torch gives.
+
+    Attributes:
+        label: shapes, for the report.
+        pairs: ``{output: (graph's, torch's)}``, of the positions that mean something.
+    """
+
+    label: str
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Task:
+    """Base of the three kinds.
+
+    Attributes:
+        names: of the inputs.
+        by_name: the model takes them by name.
+    """
+
+    names: Sequence[str]
+    by_name = True
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to capture, with ``model`` as its attribute ``model``; it takes the inputs in order."""
+        _set_up(model, use_cache=False)
+        return _Named(model, self.names, by_name=self.by_name)
+
+    def inputs(self, dtype: torch.dtype) -> Inputs:
+        """``{name: (example, {dynamic axis: name})}``."""
+        raise NotImplementedError
+
+    def outputs(self, reference: nn.Module) -> list[str]:
+        """Names of the outputs, in order."""
+        raise NotImplementedError
+
+    def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
+        """Run both on several shapes.
+
+        Args:
+            reference: the model in torch.
+            run: the graph in onnxruntime.
+            axes: ``{input or output: its axes}`` of the graph: sizes, or names of dynamic ones.
+        """
+        raise NotImplementedError
+
+
+def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
+    """The kind of task that a model is exported for.
+
+    Raises:
+        StateError: there is none without example inputs, or no cache to export.
+    """
+    if example_inputs is not None:
+        if with_past:
+            raise StateError(
+                "a graph with a cache takes its own inputs, and example inputs were given too",
+                remedy="leave out with_past=True or example_inputs",
+            )
+        return ExampleTask(model, example_inputs)
+    config = getattr(model, "config", None)
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" not in parameters or not hasattr(config, "get_text_config"):
+        raise StateError(
+            f"what a {type(model).__name__} takes is not known",
+            remedy="give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors",
+        )
+    return CacheTask(model) if with_past else TextTask(model)
+
+
+def _set_up(model: nn.Module, *, use_cache: bool) -> None:
+    """Settings of a copy's configs, its submodules' included."""
+    settings: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
+        settings["_attn_implementation"] = "sdpa"  # no flash attention
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        for name, value in settings.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+class _Named(nn.Module):
+    """A model as a function of named tensors in a fixed order; notes the names of its outputs."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], *, by_name: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = tuple(inputs)
+        self.by_name = by_name
+        self.names: list[str] = []
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.inputs, tensors, strict=True))
+        out = self.model(**given) if self.by_name else self.model(*tensors)
+        # a graph has one name for each value: an output that is an input, a weight or another output is a copy of it
+        taken = {id(t) for t in (*tensors, *self.model.parameters(), *self.model.buffers())}
+        found: dict[str, Tensor] = {}
+        for name, tensor in _tensors(out):
+            found[f"{name}_output" if name in self.inputs else name] = tensor.clone() if id(tensor) in taken else tensor
+            taken.add(id(tensor))
+        self.names = list(found)
+        return tuple(found.values())
+
+
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a model's output by name; caches and what is no tensor left out."""
+    if isinstance(value, Tensor):
+        yield name or "output", value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "past_key_values":
+                yield from _tensors(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{i}" if name else f"output_{i}")
+
+
+class TextTask(Task):
+    """``input_ids`` and ``attention_mask``, ``token_type_ids`` where the model tells types apart (BERT's pairs of
+    sentences), ``decoder_input_ids`` for encoder-decoders, to all that the model returns.
+    """
+
+    def __init__(self, model: Any) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        config = model.config.get_text_config()
+        self.types = int(getattr(config, "type_vocab_size", None) or 0)
+        self.names = [n for n in ("input_ids", "attention_mask") if n in parameters]
+        if "token_type_ids" in parameters and self.types > 1:
+            self.names.append("token_type_ids")
+        if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            self.names.append("decoder_input_ids")
+        self.vocabulary = int(config.vocab_size)
+        self.pad = getattr(config, "pad_token_id", None)
+        positions = int(getattr(config, "max_position_embeddings", None) or 0)
+        positions = positions if positions > 0 else 2 * _LONGEST  # XLNet says -1
+        first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0  # RoBERTa counts from behind the padding
+        self.longest = max(1, min(_LONGEST, positions - first))
+
+    def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - of integers
+        given = self._feeds(2, min(5, self.longest), torch.Generator().manual_seed(0))
+        return {n: (t, {0: BATCH, 1: DECODER if n == "decoder_input_ids" else SEQUENCE}) for n, t in given.items()}
+
+    def outputs(self, reference: nn.Module) -> list[str]:
+        wrapped: Any = self.wrap(reference)
+        wrapped(*(t for t, _ in self.inputs(torch.float32).values()))
+        return list(wrapped.names)
+
+    def _feeds(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        ids, mask = self.tokens(batch, length, generator)
+        given = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.names:
+            given["token_type_ids"] = torch.randint(0, self.types, (batch, length), generator=generator)
+        if "decoder_input_ids" in self.names:
+            given["decoder_input_ids"], _ = self.tokens(batch, max(1, length // 2 + 1), generator, padded=False)
+        return {n: given[n] for n in self.names}
+
+    def tokens(
+        self, batch: int, length: int, generator: torch.Generator, *, padded: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Random tokens and their mask, both (batch, length) int64; each row of a batch has more padding on its left
+        than the one before.
+        """
+        ids = torch.randint(0, self.vocabulary, (batch, length), generator=generator)
+        if self.pad is not None and self.vocabulary > 1:
+            ids[ids == self.pad] = (self.pad + 1) % self.vocabulary
+        mask = torch.ones_like(ids)
+        if padded and "attention_mask" in self.names:
+            for row in range(1, batch):
+                width = length * row // (batch + 1)
+                mask[row, :width] = 0
+                ids[row, :width] = self.pad if self.pad is not None and 0 <= self.pad < self.vocabulary else 0
+        return ids, mask
+
+    def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
+        generator = torch.Generator().manual_seed(1)
+        wrapped: Any = self.wrap(reference)
+        for batch, length in ((1, 1), (1, _LONGEST), (3, 2), (3, 17), (3, _LONGEST)):
+            length = min(length, self.longest)
+            given = self._feeds(batch, length, generator)
+            got = run(given)
+            values = wrapped(*given.values())
+            expected = dict(zip(wrapped.names, values, strict=True))
+            real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+            pairs = {}
+            for name, value in expected.items():
+                # what stands at padding means nothing, and may be anything
+                by_position = list(axes[name][:2]) == [BATCH, SEQUENCE]
+                pairs[name] = (got[name][real], value[real]) if by_position else (got[name], value)
+            yield Case(f"batch {batch}, length {length}", pairs)
+
+
+# --- decoders with a cache --------------------------------------------------------------------------------------------
+
+
+class CacheTask(TextTask):
+    """A decoder with its key-value cache: one graph for the prompt (no past) and for each token after it.
+
+    ``input_ids (batch, sequence)``, ``attention_mask (batch, past + sequence)``, ``position_ids (batch, sequence)``
+    where the model takes them, and for each layer ``past_key_values.{i}.key`` and ``.value (batch, heads, past, size)``
+    give ``logits`` and ``present.{i}.key``, ``.value``.
+
+    Attributes:
+        layers: for each layer the heads and sizes of its keys and its values: ``((heads, size), (heads, size))``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if "decoder_input_ids" in self.names or getattr(model.config, "is_encoder_decoder", False):
+            raise StateError(
+                "an encoder-decoder has no cache that one graph could serve for prompt and generation",
+                remedy="export it without with_past=True (--with-past)",
+            )
+        parameters = inspect.signature(model.forward).parameters
+        if "past_key_values" not in parameters:
+            raise StateError(
+                f"a {type(model).__name__} keeps no cache of keys and values",
+                remedy="export it without with_past=True (--with-past); only decoders that generate have a cache",
+            )
+        self.names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in parameters]
+        self.layers: list[tuple[tuple[int, int], tuple[int, int]]] = []
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        _set_up(model, use_cache=True)
+        return _WithCache(model, self.names)
+
+    def outputs(self, reference: nn.Module) -> list[str]:
+        """Raises StateError for a model whose cache is not keys and values of attention layers alone."""
+        from transformers import DynamicCache
+
+        model: Any = self.wrap(reference).model
+        given = self._step(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+        try:
+            out = model(**given, past_key_values=DynamicCache(), use_cache=True)
+        except Exception:  # of the model's own code: it has another cache, or does not run at all, which this tells
+            model(**given, use_cache=False)
+            out = {}
+        layers: Any = getattr(out.get("past_key_values"), "layers", None)
+        try:
+            self.layers = [(_heads(layer.keys), _heads(layer.values)) for layer in layers]
+        except (AttributeError, TypeError, ValueError):
+            self.layers = []
+        if not self.layers or "logits" not in out:
+            raise StateError(
+                f"the cache of a {type(model).__name__} is not keys and values of attention layers alone",
+                remedy="export it without with_past=True (--with-past)",
+            )
+        return ["logits", *self.presents]
+
+    @property
+    def pasts(self) -> list[str]:
+        return [f"past_key_values.{i}.{part}" for i in range(len(self.layers)) for part in ("key", "value")]
+
+    @property
+    def presents(self) -> list[str]:
+        return [f"present.{i}.{part}" for i in range(len(self.layers)) for part in ("key", "value")]
+
+    def inputs(self, dtype: torch.dtype) -> Inputs:
+        batch, past, length = 2, 3, 2
+        ids, mask = self.tokens(batch, past + length, torch.Generator().manual_seed(0))
+        given = self._step(ids[:, past:], mask)
+        found: Inputs = {n: (t, {0: BATCH, 1: TOTAL if n == "attention_mask" else SEQUENCE}) for n, t in given.items()}
+        return found | {n: (t, {0: BATCH, 2: PAST}) for n, t in self._past(batch, past, dtype).items()}
+
+    def _step(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Inputs for the last tokens of a mask, but for the cache; positions as transformers' ``generate`` derives them
+        from the mask.
+        """
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {n: given[n] for n in self.names}
+
+    def _past(self, batch: int, length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        shapes = [part for layer in self.layers for part in layer]
+        return {
+            name: torch.zeros(batch, heads, length, size, dtype=dtype)
+            for name, (heads, size) in zip(self.pasts, shapes, strict=True)
+        }
+
+    def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:  # noqa: ARG002
+        """The prompt, then two tokens at once, then one at a time; torch computes the whole text without a cache."""
+        generator = torch.Generator().manual_seed(1)
+        _set_up(reference, use_cache=False)
+        for batch, prompt in ((1, 1), (3, 2), (3, 17), (3, _LONGEST)):
+            chunks = [max(1, min(prompt, self.longest - 4)), 2, 1, 1]
+            total = sum(chunks)
+            ids, mask = self.tokens(batch, total, generator)
+            expected = reference(**self._step(ids, mask), use_cache=False).logits
+            past = self._past(batch, 0, torch.float32)
+            got, start = [], 0
+            for width in chunks:
+                stop = start + width
+                found = run({**self._step(ids[:, start:stop], mask[:, :stop]), **past})
+                got.append(found["logits"])
+                past = {p: found[q] for p, q in zip(self.pasts, self.presents, strict=True)}
+                start = stop
+            real = mask.bool()
+            label = f"batch {batch}, prompt {chunks[0]}, then 2, 1, 1"
+            yield Case(label, {"logits": (torch.cat(got, dim=1)[real], expected[real])})
+
+
+def _heads(tensor: Tensor) -> tuple[int, int]:
+    """``(batch, heads, length, size)`` → heads and size."""
+    _, heads, _, size = tensor.shape
+    return heads, size
+
+
+class _WithCache(nn.Module):
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = tuple(names)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        given = dict(zip(self.inputs, tensors, strict=False))
+        past = tensors[len(self.inputs) :]
+        # whole, without a config: a sliding window is applied by the mask, so that lengths are those of the inputs
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        out = self.model(**given, past_key_values=cache, use_cache=True)
+        present = out.past_key_values.layers
+        return (out.logits, *(part for layer in present for part in (layer.keys, layer.values)))
+
+
+# --- any module -------------------------------------------------------------------------------------------------------
+
+
+class ExampleTask(Task):
+    """Any module, with the inputs that it was given as examples: a tensor, a tuple of them, or a mapping by name."""
+
+    def __init__(self, model: nn.Module, examples: Any) -> None:
+        if isinstance(examples, Tensor):
+            examples = (examples,)
+        self.by_name = isinstance(examples, Mapping)
+        found = examples if self.by_name else dict(zip(_names(model), examples, strict=False))
+        if (
+            not isinstance(examples, (Mapping, tuple, list))
+            or not found
+            or not all(isinstance(t, Tensor) for t in found.values())
+        ):
+            raise StateError(
+                f"example inputs are a tensor, a tuple of tensors or a mapping of names to tensors, not {printable(type(examples).__name__)} of "
+                f"{', '.join(sorted({type(v).__name__ for v in found.values()})) or 'nothing'}",
+                remedy="wrap the model in a module whose forward takes tensors alone",
+            )
+        for name, tensor in found.items():
+            if not tensor.numel():
+                raise StateError(
+                    f"the example input {printable(name)!r} is empty, shape {tuple(tensor.shape)}",
+                    remedy="give one with at least one element",
+                )
+        self.examples: dict[str, Tensor] = {
+            str(n): (t.float() if t.is_floating_point() else t).detach().cpu() for n, t in found.items()
+        }
+        self.names = [*self.examples]
+        self.captured = self.examples
+
+    def inputs(self, dtype: torch.dtype) -> Inputs:
+        return {
+            n: (t.to(dtype) if t.is_floating_point() else t, dict.fromkeys(range(t.ndim)))
+            for n, t in self.captured.items()
+        }
+
+    def outputs(self, reference: nn.Module) -> list[str]:
+        wrapped: Any = self.wrap(reference)
+        values = wrapped(*self.examples.values())
+        names = list(wrapped.names)
+        self.captured = self._in_two_rows(wrapped, values)
+        return names
+
+    def _in_two_rows(self, wrapped: nn.Module, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The examples with a batch of 2 in place of one of 1, if an output follows it; torch.export takes an axis of
+        size 1 to be of that size always.
+        """
+        if any(not t.ndim or t.shape[0] != 1 for t in self.examples.values()):
+            return self.examples
+        doubled = {n: _resized(t, (2, *t.shape[1:])) for n, t in self.examples.items()}
+        try:
+            found = wrapped(*doubled.values())
+        except (RuntimeError, ValueError, IndexError):
+            return self.examples
+        follows = [new.shape == (2, *old.shape[1:]) for new, old in zip(found, values, strict=True) if old.ndim]
+        same_rank = all(new.ndim == old.ndim for new, old in zip(found, values, strict=True))
+        return doubled if same_rank and any(follows) else self.examples
+
+    def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
+        """The examples, and the same with dynamic axes of other sizes: one, and a few more."""
+        wrapped: Any = self.wrap(reference)
+        sizes: dict[str, Callable[[int], int]] = {"as given": lambda size: size}
+        dynamic = {axis for name in self.examples for axis in axes[name] if isinstance(axis, str)}
+        if dynamic and all(re.fullmatch(r"\w+", axis) for axis in dynamic):
+            sizes |= {"one": lambda _: 1, "three more": lambda size: size + 3}
+        for label, resize in sizes.items():
+            feeds = {}
+            for name, tensor in self.examples.items():
+                named = zip(axes[name], tensor.shape, strict=True)
+                feeds[name] = _resized(tensor, [resize(n) if isinstance(axis, str) else n for axis, n in named])
+            try:
+                values = wrapped(*feeds.values())
+            except (RuntimeError, ValueError, IndexError):
+                if label == "as given":
+                    raise
+                continue  # not a size that the model itself takes
+            got = run(feeds)
+            shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in feeds.values())
+            yield Case(f"{label}: {shapes}", {n: (got[n], v) for n, v in zip(wrapped.names, values, strict=True)})
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """Names of the positional parameters of a forward, and numbers after them."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    yield from (p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
+    yield from (f"input_{i}" for i in range(1000))
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Values repeated and cut to another shape."""
+    for axis, size in enumerate(shape):
+        tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+    return tensor

@@ -1,0 +1,339 @@
+"""The model card: what was folded into what, what it cost, how to load it and how to undo it.
+
+What oftsurgery writes stands between two marks, which are HTML comments; around them people write what they like, and a
+card that exists is amended between the marks alone. Its metadata are amended likewise: what is there stays, but for what
+oftsurgery wrote there itself. The text is a function of the record and the files beside it: no dates, no places.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.errors import CheckpointError, StateError, needs, printable
+from oftsurgery.files.shards import inside
+
+from .record import FoldRecord
+
+__all__ = [
+    "CARD",
+    "amended",
+    "base_metadata",
+    "merged",
+    "named",
+    "own_card",
+    "read",
+    "removed",
+    "section",
+    "written_card",
+]
+
+CARD = "README.md"
+BEGIN = "<!-- oftsurgery: what follows is written anew by each export; write above or below it -->"
+END = "<!-- oftsurgery: end -->"
+
+_MAX_BYTES = 4 << 20
+
+# metadata that go from a base's card to those of what is made from it
+_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LOAD = "## How to load it"
+_PICTURES = {
+    "errors.png": "Error of storing each rotated weight, layers by kinds of modules",
+    "angles.png": "Largest rotation angle of each module, layers by kinds of modules",
+}
+# what a tokenizer gives
+_TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
+# tags that tell of the format, which another export may change
+_FORMAT_TAGS = frozenset({"bitsandbytes", "nf4", "fp4", "int8", "4-bit", "8-bit", "onnx"})
+_OURS = ("base_model_relation", "library_name")
+#: end of an architecture's name → the class that loads it, and the Hub's name of its task
+_TASKS: Mapping[str, tuple[str | None, str | None]] = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "ForImageClassification": (None, "image-classification"),
+}
+_GENERATES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
+def written_card(
+    source: Path | None, record: FoldRecord | None, config: Mapping[str, Any], files: Collection[str], *, exact: bool
+) -> str | None:
+    """The card of an export.
+
+    Args:
+        source: folder of the checkpoint that was folded: the card of one that oftsurgery wrote is amended; another's,
+            which is the base's own, only passes on its licence, languages and task. None where there is no folder.
+        record: of what the export carries; None: nothing any more.
+        config: its ``config.json``.
+        files: names of its files.
+        exact: the fold can be undone exactly with the base.
+
+    Returns:
+        the text, or None where there is nothing to say.
+
+    Raises:
+        CheckpointError: the card to amend cannot be read.
+    """
+    there = own_card(source)
+    if record is None:
+        return removed(there) if there is not None else None
+    facts = metadata(record, config, files) | (base_metadata(source) if there is None else {})
+    return amended(there, section(record, config, files, exact=exact), facts, _title(record))
+
+
+def own_card(folder: Path | None) -> str | None:
+    """The card in ``folder``, where it is one that oftsurgery wrote into.
+
+    Raises:
+        CheckpointError: it is, and cannot be read.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return None
+    path = inside(folder, CARD)
+    if path.stat().st_size > _MAX_BYTES or BEGIN.encode() not in path.read_bytes():
+        return None
+    text = read(folder)
+    _parse(text)
+    return text
+
+
+def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """What the card's YAML block says of itself."""
+    oldest = (*record.earlier, record)[0]
+    bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
+    onnx = any(name.endswith(".onnx") for name in files)
+    stored = _onnx_facts(record, "quantized", {}).values() if onnx else [m.format for m in record.modules.values()]
+    quantised = {str(label).partition(" ")[0] for label in stored} & {"nf4", "fp4", "int8"}
+    architecture = _architecture(config)
+    found = {
+        "base_model": next(iter(bases), None),
+        "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
+        "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
+        "pipeline_tag": _task(architecture)[1],
+        "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
+        + [width for width, of in (("4-bit", {"nf4", "fp4"}), ("8-bit", {"int8"})) if quantised & of]
+        + (["onnx"] if onnx else []),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def base_metadata(folder: Path | None) -> dict[str, Any]:
+    """Licence, languages and task from the card in a base's folder, as far as it says them; nothing from one that cannot
+    be read.
+    """
+    if folder is None or not (folder / CARD).is_file():
+        return {}
+    try:
+        data = _parse(read(folder)).data.to_dict()
+    except CheckpointError:
+        return {}
+
+    def plain(value: object) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+    return {key: data[key] for key in _INHERITED if plain(data.get(key))}
+
+
+# --- joining texts ----------------------------------------------------------------------------------------------------
+
+
+def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) -> str:
+    """``text`` with ``new`` between its marks (at its end, where it has none), and ``facts`` in its metadata; a card of
+    its own for None.
+    """
+    card = _parse(text or "")
+    parts = _split(card.text)
+    known = parts is not None
+    head = f"\n# {title}\n\n" if text is None else card.text.rstrip() + "\n\n"
+    before, _, after = parts or (head, "", "\n")
+    card.text = before + new + after
+    for key, value in facts.items():
+        if key == "tags":
+            there = card.data.get("tags") or []
+            kept = [t for t in there if not (known and t in _FORMAT_TAGS)] if isinstance(there, list) else [there]
+            card.data["tags"] = list(dict.fromkeys([*kept, *value])) or None
+        elif key not in card.data or card.data[key] is None or (known and key in _OURS):
+            card.data[key] = value
+    return str(card)
+
+
+def removed(text: str) -> str | None:
+    """``text`` without what stands between the marks, or None if nobody wrote anything else."""
+    card = _parse(text)
+    parts = _split(card.text)
+    if parts is None:
+        return text
+    card.text = parts[0] + parts[2]
+    if not _own(card.text):
+        return None
+    card.data["tags"] = [
+        t for t in card.data.get("tags") or [] if t not in _FORMAT_TAGS | {"oft", "oftsurgery"}
+    ] or None
+    card.data["base_model_relation"] = None
+    return str(card)
+
+
+def merged(mine: str, theirs: str) -> str:
+    """The card to push, from the folder's and the repository's: what oftsurgery wrote from the first, what people wrote
+    from whichever has some.
+
+    Raises:
+        StateError: both have, and not the same.
+        CheckpointError: one cannot be read.
+    """
+    card, there = _parse(mine), _parse(theirs)
+    parts, others = _split(card.text), _split(there.text)
+    if parts is None:
+        return mine
+    before, new, after = parts
+    own, foreign = _own(before + after), _own(there.text if others is None else others[0] + others[2])
+    if own and foreign and own != foreign:
+        raise StateError(
+            "people wrote into the card in the folder, and into the one in the repository, and not the same",
+            remedy=f"bring both texts together in the folder's {CARD}, around the marked section, and in the repository's",
+        )
+    if own or not foreign:
+        return amended(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
+    return amended(theirs, new, card.data.to_dict(), "")
+
+
+def named(text: str, repo_id: str, revision: str | None = None, *, pictures: Collection[str] = ()) -> str:
+    """``text`` with a repository's name in the place of the folder that a reader of the local card stands in, and with
+    pictures of what the fold cost.
+    """
+    card = _parse(text)
+    parts = _split(card.text)
+    if parts is None:
+        return text
+    before, new, after = parts
+    where = f'"{repo_id}"' + (f', revision="{revision}"' if revision is not None else "")
+    new = new.replace(
+        'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
+    )
+    new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
+    shown = "".join(f"![{_PICTURES.get(name, name)}]({name})\n\n" for name in pictures)
+    card.text = before + new.replace(_LOAD, shown + _LOAD, 1) + after
+    return str(card)
+
+
+def read(folder: Path) -> str:
+    """The text of the card in ``folder``."""
+    path = inside(folder, CARD)
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"a card of {path.stat().st_size} bytes is not read", path=path, remedy="shorten it")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError("the card is no UTF-8", path=path, remedy="save it as UTF-8") from error
+
+
+def _parse(text: str) -> Any:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    # one kind of line ends, or those of the metadata would change with each amendment
+    text = text.replace("\r\n", "\n")
+    # ModelCard rewrites results that it finds; of what others wrote, RepoCard keeps all
+    kind = RepoCard if text else ModelCard
+    try:
+        return kind(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the card's metadata cannot be read ({printable(error)})", remedy=f"correct the YAML at the top of {CARD}"
+        ) from error
+
+
+def _split(text: str) -> tuple[str, str, str] | None:
+    """What stands before the marked section, the section, and what stands after it; None without one."""
+    start, end = text.find(BEGIN), text.rfind(END) + len(END)
+    return None if start < 0 or end < start + len(END) else (text[:start], text[start:end], text[end:])
+
+
+def _own(text: str) -> str:
+    """What people wrote: all but a single heading."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return "" if len(lines) <= 1 and all(line.startswith("# ") for line in lines) else "\n".join(lines)
+
+
+# --- the section ------------------------------------------------------------------------------------------------------
+
+
+def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str], *, exact: bool) -> str:
+    """The marked section, marks included."""
+    architecture = _architecture(config)
+    model = (_task(architecture)[0] or architecture) if "model_type" in config else ""
+    words = {"input_ids"} <= {*map(str, _onnx_facts(record, "inputs", []))} <= _TOKENIZED
+    tokenizer = "tokenizer_config.json" in files
+    text = _template().render(
+        begin=BEGIN,
+        end=END,
+        load=_LOAD,
+        folds=(*record.earlier, record),
+        graph=min((name for name in files if name.endswith(".onnx")), default=None),
+        runs=words and tokenizer,
+        model=model,
+        tokenizer=tokenizer,
+        generates=model in _GENERATES,
+        quantised=bool(config.get("quantization_config")),
+        exact=exact,
+    )
+    return str(text)
+
+
+@cache
+def _template() -> Any:
+    with needs("jinja2", "pip install jinja2"):
+        import jinja2
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - what is from files is escaped for Markdown
+    environment.filters |= {"code": _code, "escaped": _escaped, "median": statistics.median}
+    text = resources.files(__package__) / "card.md.jinja"
+    return environment.from_string(text.read_text(encoding="utf-8"))
+
+
+def _task(architecture: str) -> tuple[str | None, str | None]:
+    return next((task for end, task in _TASKS.items() if architecture.endswith(end)), (None, None))
+
+
+def _title(record: FoldRecord) -> str:
+    oldest = (*record.earlier, record)[0]
+    base = next((a.base_model for a in oldest.adapters if a.base_model), None)
+    names = [a.source for fold in (*record.earlier, record) for a in fold.adapters]
+    parts = [str(n).rstrip("/").rpartition("/")[2] for n in (base, *names) if n]
+    return " + ".join(map(_escaped, parts)) or "Folded model"
+
+
+def _onnx_facts(record: FoldRecord, name: str, default: Any) -> Any:
+    """A field of the record's section on an ONNX graph."""
+    facts = record.extra.get("onnx")
+    found = facts.get(name) if isinstance(facts, Mapping) else None
+    return found if isinstance(found, type(default)) else default
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else ""
+    return first if isinstance(first, str) and first.isidentifier() and first.isascii() else ""
+
+
+def _code(text: object) -> str:
+    """``text`` from an untrusted file, as code in a table; nothing for None."""
+    if text is None:
+        return ""
+    shown = printable(text)
+    plain = all(ch.isalnum() or ch in " ._-/+:=,()×…" for ch in shown)
+    return f"`{shown}`" if plain and shown.strip() else f"<code>{_escaped(shown)}</code>"
+
+
+def _escaped(text: object) -> str:
+    """``text`` from an untrusted file, which Markdown and HTML leave as it is."""
+    return "".join(ch if ch.isalnum() or ch in " .-/+:,()" else f"&#{ord(ch)};" for ch in printable(text))

@@ -1,0 +1,320 @@
+"""What a fold leaves behind: :class:`FoldRecord`, frozen and JSON-able."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from importlib import metadata
+from types import MappingProxyType, NoneType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from oftsurgery._version import __version__
+from oftsurgery.adapters.adapter import OFTAdapter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "plain", "versions"]
+
+#: a weight that keeps less of what the adapter changed is told of
+ENOUGH = 0.9
+
+
+@cache  # reading packages' metadata takes longer than folding a small layer
+def versions() -> Mapping[str, str]:
+    """Versions of what took part in a fold, those of its libraries that are installed."""
+    found = {"oftsurgery": __version__, "python": platform.python_version()}
+    for name in ("torch", "bitsandbytes", "peft", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _is(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, float) or (_is(int)(value) and abs(value) < 1 << 63)
+
+
+def _tuple_of(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(_is(*kinds), value))
+
+
+def _mapping_to(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(_is(*kinds), value.values()))
+
+
+# annotation of a field → whether a value read from JSON is of it
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": _is(str),
+    "str | None": _is(str, NoneType),
+    "bool": _is(bool),
+    "float": _number,
+    "float | None": lambda value: value is None or _number(value),
+    "tuple[int, ...]": _tuple_of(int),
+    "tuple[str, ...]": _tuple_of(str),
+    "Mapping[str, str]": _mapping_to(str),
+    "Mapping[str, int]": _mapping_to(int),
+    "Mapping[str, str | None]": _mapping_to(str, NoneType),
+}
+# annotation of a field that holds records → how they are read from JSON, each with its own checks
+_READERS: dict[str, Callable[[Any], Any]] = {}
+
+
+class _Stored:
+    """Dataclasses that are written as JSON and read again, by this version or another.
+
+    Fields that only a newer version knows wait in ``extra`` and are written again; those that an older version did not
+    write yet have defaults. A class with a field whose annotation has no check cannot be defined.
+    """
+
+    extra: Mapping[str, Any]
+    _FOLLOWING: ClassVar[tuple[str, ...]] = ()  # properties that are written too, for other readers
+
+    def __init_subclass__(cls) -> None:
+        several, by_path = f"tuple[{cls.__name__}, ...]", f"Mapping[str, {cls.__name__}]"
+        _CHECKS.update({several: lambda _: True, by_path: lambda v: isinstance(v, Mapping)})
+        _READERS[several] = lambda records: tuple(cls.from_dict(r) for r in records)
+        _READERS[by_path] = lambda records: {path: cls.from_dict(r) for path, r in records.items()}
+        for name, annotation in inspect.get_annotations(cls).items():
+            if name != "extra" and annotation not in _CHECKS:
+                raise TypeError(f"{cls.__name__}.{name}: there is no check of a value from JSON for {annotation}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
+        following = {name: getattr(self, name) for name in self._FOLLOWING}
+        return {name: plain(value) for name, value in own.items()} | dict(self.extra) | following
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Mirror of :meth:`to_dict`.
+
+        Raises:
+            TypeError: a field is missing or of another type.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
+        known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
+        given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._FOLLOWING)}}
+        for name, f in known.items():
+            if name in data:
+                value = tuple(data[name]) if isinstance(data[name], list) else data[name]
+                if not _CHECKS[str(f.type)](value):
+                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}")
+                given[name] = _READERS.get(str(f.type), lambda v: v)(value)
+            elif f.default is MISSING and f.default_factory is MISSING:
+                raise TypeError(f"{cls.__name__} without {name!r}")
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # frozen; a mapping proxy cannot be copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self).from_dict, (self.to_dict(),))
+
+
+def plain(value: Any) -> Any:
+    """Frozen dataclasses, mappings and tuples as plain dicts and lists."""
+    if isinstance(value, _Stored):
+        return value.to_dict()
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class AdapterInfo(_Stored):
+    """An adapter that was folded.
+
+    Attributes:
+        source: folder, repository or live adapter name.
+        dialect: see :data:`oftsurgery.adapters.adapter.DIALECTS`.
+        fingerprint: ``xxh3:…`` of all that it computes.
+        sha256: of its file of tensors, where it came from a file.
+        base_model: the base that its config names.
+        peft_version: the release that its config names.
+        extra: fields of a newer version.
+    """
+
+    source: str | None
+    dialect: str
+    fingerprint: str
+    sha256: str | None
+    base_model: str | None
+    peft_version: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+
+    @classmethod
+    def of(cls, adapter: OFTAdapter) -> AdapterInfo:
+        config = adapter.config
+        return cls(
+            source=adapter.source,
+            dialect=adapter.dialect,
+            fingerprint=adapter.fingerprint,
+            sha256=adapter.sha256,
+            base_model=_named(config.get("base_model_name_or_path")),
+            peft_version=_named(config.get("peft_version")),
+        )
+
+
+def _named(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+@dataclass(frozen=True)
+class ModuleRecord(_Stored):
+    """One module's fold.
+
+    Attributes:
+        format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
+            ``"bfloat16"`` …
+        side: of the weight that the rotation is on.
+        block_size: of each rotation of the chain.
+        error: relative Frobenius error of storing the rotated weight, ``‖stored - exact‖ / ‖exact‖``.
+        defect: largest ``‖RᵀR - I‖₂`` of the chain's rotations.
+        angle: largest rotation angle of the chain's rotations, radians.
+        before: content hash of the stored weight before the fold.
+        after: and after it.
+        untied: the weight was shared with another module, and is no more.
+        backend: what computed the fold, a key of :func:`oftsurgery.backends`.
+        rounding: how this weight was rounded; ``"nearest"`` where the mode that was asked for has no part in its format.
+        nearest: what ``error`` would have been with plain rounding; None where it was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside what the adapter changed; None where that is
+            nothing, or it was not measured.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of what the adapter changed is there: 1 all of
+            it, 0 nothing; None where that is nothing, or it was not measured.
+        change: ``‖exact - base‖``, Frobenius; None where it was not measured.
+        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before it was rounded; 1 elsewhere.
+        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
+        output_nearest: what ``output_error`` would have been with plain rounding.
+        output_kept: what ``kept`` is of the layer's outputs over those inputs, ``X`` times the change, where the weight is
+            calibrated: codes that make up for each other's errors keep the outputs' change, not the weight's own.
+        uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
+        extra: fields of a newer version.
+    """
+
+    format: str
+    side: str
+    block_size: tuple[int, ...]
+    error: float
+    defect: float
+    angle: float
+    before: str
+    after: str
+    untied: bool = False
+    backend: str = "reference"
+    rounding: str = "nearest"
+    nearest: float | None = None
+    rho: float | None = None
+    kept: float | None = None
+    change: float | None = None
+    relaxation: float = 1.0
+    output_error: float | None = None
+    output_nearest: float | None = None
+    output_kept: float | None = None
+    uncalibrated: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def effect_kept(self) -> float | None:
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        return self.kept if self.output_kept is None else self.output_kept
+
+
+@dataclass(frozen=True)
+class FoldRecord(_Stored):
+    """What was folded into what, and what it cost.
+
+    Attributes:
+        adapters: in the live order.
+        modules: ``{module path: ModuleRecord}``.
+        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save``
+            replaced; None for a bias that was trained in place, whose original nobody has.
+        rounding: how quantised weights were to be rounded; each module's record says how it was.
+        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
+            (``fold_into``); empty in memory.
+        versions: of the libraries that took part.
+        earlier: records of the folds that the model already carried, oldest first.
+        files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
+        sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
+        idle: paths of layers that nobody calls, whose rotation is left out.
+        extra: fields of a newer version.
+    """
+
+    adapters: tuple[AdapterInfo, ...]
+    modules: Mapping[str, ModuleRecord]
+    saved: Mapping[str, str | None] = field(default_factory=dict)
+    rounding: str = "nearest"
+    base: Mapping[str, str | None] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=versions)
+    earlier: tuple[FoldRecord, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    _FOLLOWING = ("kept",)
+
+    @property
+    def worst(self) -> tuple[str, ModuleRecord] | None:
+        """The module with the largest error, or None for an empty fold."""
+        return max(self.modules.items(), key=lambda item: item[1].error, default=None)
+
+    @property
+    def kept(self) -> float | None:
+        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
+        its change squared. None where no module has them.
+        """
+        of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
+        parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
+        total = math.fsum(weight for _, weight in parts)
+        return math.fsum(kept * weight for kept, weight in parts) / total if total else None
+
+    @property
+    def weak(self) -> dict[str, float]:
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
+        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
+        by their outputs.
+        """
+        changes = [m.change for m in self.modules.values() if m.change is not None]
+        least = max(changes, default=0.0) / 100
+        found = {
+            path: kept
+            for path, m in self.modules.items()
+            if m.rounding != "calibrated"
+            and (kept := m.effect_kept) is not None
+            and kept < ENOUGH
+            and (m.change is None or m.change >= least)
+        }
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def fingerprints(self) -> set[str]:
+        """Of all adapters that the model carries, this record's and the earlier ones'."""
+        return {a.fingerprint for a in self.adapters}.union(*(r.fingerprints() for r in self.earlier))
+
+    def header(self, **more: Any) -> str:
+        """JSON for the metadata of safetensors files: what is known before the first of them is written."""
+        folds = [
+            [{"dialect": a.dialect, "fingerprint": a.fingerprint, "sha256": a.sha256} for a in r.adapters]
+            for r in (*self.earlier, self)
+        ]
+        facts = {"adapters": folds[-1], "earlier": folds[:-1], "rounding": self.rounding, "versions": self.versions}
+        return json.dumps(plain(facts) | more, sort_keys=True, ensure_ascii=False)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)

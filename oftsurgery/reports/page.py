@@ -1,0 +1,499 @@
+"""One self-contained HTML page of a fold's record: no network, no file beside it, a function of its inputs alone.
+
+Figures are found and checked here; their words and markup are in ``report.html``.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+from oftsurgery._version import __version__
+from oftsurgery.errors import StateError, needs, printable
+from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
+
+from .summary import (
+    LEVELS,
+    Layout,
+    Scale,
+    Stack,
+    check_figures,
+    degrees,
+    histogram,
+    is_figure,
+    layout,
+    natural,
+    percent,
+    scientific,
+    size,
+)
+
+__all__ = ["headline", "render"]
+
+# what a page shows at most, so that no record makes it larger than a browser likes: far above any dense model's
+_ROWS, _LOOSE, _STACKS, _KINDS, _CELLS = 1000, 100, 12, 24, 1200
+
+# below this a rotation is orthogonal as far as float32 can tell
+_ORTHOGONAL = 1e-5
+
+# errors below it need no other proof that the adapter is still there
+_ALMOST_EXACT = 0.01
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """One figure of a module, and how it is drawn.
+
+    Attributes:
+        id: by which the template has words for it.
+        scale: of its colours, from its values.
+        show: a value with its unit.
+        short: a value without it.
+        field: of the module's record, where that is not ``id``.
+        missing: what the field lacks to 1 is drawn, and not the field itself.
+        nearest: the record's field of it with plain rounding, if rounding decides it.
+        nothing: values up to it are none at all.
+    """
+
+    id: str
+    scale: Callable[[Sequence[float]], Scale]
+    show: Callable[[float], str]
+    short: Callable[[float], str]
+    field: str = ""
+    missing: bool = False
+    nearest: str = ""
+    nothing: float = 0.0
+
+    def values(self, record: FoldRecord) -> dict[str, float]:
+        """``{module path: what is drawn}``: the more of it, the worse."""
+        return {path: self.mirrored(v) for path, v in _fields(record, self.field or self.id).items()}
+
+    def mirrored(self, value: float) -> float:
+        """What is drawn of the field's value, and the other way round."""
+        return 1 - value if self.missing else value
+
+
+def _percents(value: float) -> str:
+    return f"{100 * value:.2f}" if value >= 1e-4 or value == 0 else scientific(value)
+
+
+_METRICS = (
+    _Metric("error", Scale.of_errors, percent, _percents, nearest="nearest"),
+    _Metric(
+        "kept",
+        Scale.to_one,
+        show=lambda lost: f"{100 * (1 - lost):.1f}\N{NO-BREAK SPACE}%",
+        short=lambda lost: f"{100 * (1 - lost):.0f}",
+        field="effect_kept",
+        missing=True,
+    ),
+    _Metric("rho", Scale.to_one, "{:.2f}".format, "{:.2f}".format),
+    _Metric("output_error", Scale.of_errors, percent, _percents, nearest="output_nearest"),
+    _Metric("angle", Scale.from_zero, degrees, lambda angle: degrees(angle).removesuffix("°")),
+    _Metric("defect", Scale.of_defects, scientific, scientific, nothing=_ORTHOGONAL),
+)
+
+
+def _fields(record: FoldRecord, name: str) -> dict[str, float]:
+    """``{module path: a field of its record}``, of those that have it."""
+    return {path: value for path, module in record.modules.items() if (value := getattr(module, name)) is not None}
+
+
+def _nearest(record: FoldRecord, metric: _Metric) -> dict[str, float]:
+    """``{module path: the metric with plain rounding}``, where any weight was rounded otherwise."""
+    compared = any(module.rounding != "nearest" for module in record.modules.values())
+    return _fields(record, metric.nearest) if compared and metric.nearest else {}
+
+
+def render(
+    record: FoldRecord,
+    *,
+    name: str | None = None,
+    files: Mapping[str, int] | None = None,
+    verified: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The page as a string.
+
+    Args:
+        record: of the fold.
+        name: of the folder that it is of.
+        files: ``{what: bytes}`` of what lies in the folder.
+        verified: results of ``verify``, as their ``to_dict`` gives them.
+
+    Raises:
+        CheckpointError: the record's figures are none.
+        StateError: ``verified`` is no result of ``verify``, or of another model.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    check_figures(record)
+    modules, files = record.modules, files or {}
+    checks = [_check(data, record) for data in verified]
+    ranked = sorted(modules, key=lambda path: (-modules[path].error, natural(path)))
+    rows = {path: f"m{i}" for i, path in enumerate(ranked[:_ROWS])}
+    place = _limited(layout(modules))
+    maps = [_map(metric, record, place, rows) for metric in _METRICS if metric.values(record)]
+    facts: dict[str, Any] = {
+        "record": record,
+        "name": name,
+        "files": files,
+        "adapters": _adapters(record),
+        "bases": sorted(_last(base) for base in {a.base_model for a in record.adapters if a.base_model}),
+        "formats": _formats(modules.values()),
+        "failed": [path for check in checks for path in check.failed],
+        "least": min(((kept, path) for path, kept in _fields(record, "effect_kept").items()), default=None),
+        "maps": maps,
+        "moved": _layers_moved(modules, place),
+        "histogram": _histogram(record),
+        "checks": checks,
+        "columns": _columns(record, maps, checks),
+        "rows": rows,
+        "untied": [path for path, module in modules.items() if module.untied],
+        "versions": ", ".join(f"{printable(k)} {printable(v)}" for k, v in record.versions.items()),
+        "sizes": _sizes(record, files),
+        "earlier": _earlier(record),
+        "onnx": _onnx(record.extra.get("onnx")),
+    }
+    return str(_template().render(facts)) + "\n"
+
+
+def headline(record: FoldRecord) -> dict[str, Any]:
+    """The first figures as plain values: what ``oftsurgery report --json`` prints."""
+    check_figures(record)
+    found: dict[str, Any] = {"modules": len(record.modules)}
+    for metric in _METRICS:
+        values = metric.values(record)
+        if values:
+            worst = max(values, key=values.__getitem__)
+            found[metric.id] = {
+                "median": metric.mirrored(statistics.median(values.values())),
+                "worst": metric.mirrored(values[worst]),
+                "worst_module": worst,
+            }
+    return found
+
+
+@cache
+def _template() -> Any:
+    with needs("jinja2", "pip install jinja2"):
+        import jinja2
+        from markupsafe import Markup
+
+    folder = resources.files(__package__)
+    html, style, script = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    # every value from a record is text, never markup: names of modules come from files that nobody vouches for
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.globals |= {
+        "style": Markup(style),  # noqa: S704 - the package's own file
+        "script": Markup(script),  # noqa: S704 - the package's own file
+        "style_hash": _csp_hash(style),
+        "script_hash": _csp_hash(script),
+        "version": __version__,
+        "levels": range(LEVELS),
+        "enough": ENOUGH,
+        "almost_exact": _ALMOST_EXACT,
+        "median": statistics.median,
+        "middle_half": _middle_half,
+    }
+    environment.filters |= {
+        "printable": printable,
+        "shortened": _last,
+        "counted": _count,
+        "percent": percent,
+        "size": size,
+    }
+    return environment.from_string(html)
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def _adapters(record: FoldRecord) -> str:
+    return " + ".join(_last(a.source) for a in record.adapters) or "No adapter"
+
+
+def _last(source: str | None) -> str:
+    """Name of an adapter without the path of this machine."""
+    if not source:
+        return "an adapter without a name"
+    parts = [part for part in source.replace("\\", "/").split("/") if part]
+    return printable(source if len(parts) <= 2 and not source.startswith(("/", ".", "~")) else (parts or [source])[-1])
+
+
+def _formats(modules: Iterable[ModuleRecord]) -> str:
+    counts = Counter(m.format for m in modules)
+    if len(counts) == 1:
+        return printable(next(iter(counts)))
+    return ", ".join(f"{n} × {printable(f)}" for f, n in counts.most_common())
+
+
+def _count(of: Collection[object] | int, one: str, many: str | None = None) -> str:
+    n = of if isinstance(of, int) else len(of)
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _middle_half(values: Iterable[float], show: Callable[[float], str] = percent) -> str:
+    """Between what the middle half of the values lies."""
+    values = list(values)
+    first, _, last = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    return f"{show(first)} and {show(last)}"
+
+
+# --- the maps ---------------------------------------------------------------------------------------------------------
+
+
+def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, str]) -> dict[str, Any]:
+    values = metric.values(record)
+    scale = metric.scale(list(values.values()))
+
+    def cell(paths: Sequence[str]) -> dict[str, Any] | None:
+        """The worst of several modules."""
+        known = {path: values[path] for path in paths if path in values}
+        if not known:
+            return None
+        worst = max(known, key=known.__getitem__)
+        row = rows.get(worst, "modules")
+        return {"path": worst, "value": values[worst], "level": scale.level(values[worst]), "row": row, "of": known}
+
+    loose = [path for path in place.loose if path in values]
+    shown = loose if len(loose) <= _LOOSE else sorted(loose, key=lambda path: -values[path])[:_LOOSE]
+    return {
+        "metric": metric,
+        "drawn": values,
+        "nearest": _nearest(record, metric),
+        "worst": max(values, key=values.__getitem__),
+        "best": min(values, key=values.__getitem__),
+        "nothing": sum(v <= metric.nothing for v in values.values()),
+        "scale": scale,
+        "stacks": [_stack(stack, len(place.stacks), cell) for stack in place.stacks],
+        "loose": [cell([path]) for path in shown],
+        "outside": len(loose),
+    }
+
+
+def _limited(place: Layout) -> Layout:
+    """The largest stacks; what is in others is loose."""
+    kept = sorted(place.stacks, key=lambda s: -len(s.cells))[:_STACKS]
+    rest = [path for s in place.stacks if s not in kept for cell in s.cells.values() for path in cell]
+    return Layout(tuple(s for s in place.stacks if s in kept), (*place.loose, *rest))
+
+
+def _stack(stack: Stack, stacks: int, cell: Callable[[Sequence[str]], dict[str, Any] | None]) -> dict[str, Any]:
+    kinds = stack.kinds[:_KINDS]
+    layers = stack.layers[: max(2, _CELLS // len(kinds) // stacks)]
+    groups = [(group, len([*same])) for group, same in groupby(kind.rpartition(".")[0] for kind in kinds)]
+    return {
+        "name": stack.name,
+        "merged": any("*" in kind.split(".") for kind in kinds),
+        "left_out": {"kinds": len(stack.kinds) - len(kinds), "layers": len(stack.layers) - len(layers)},
+        "groups": groups if any(group for group, _ in groups) else [],
+        "kinds": [kind.rpartition(".")[2] for kind in kinds],
+        "rows": {layer: [cell(stack.cells.get((layer, kind), ())) for kind in kinds] for layer in layers},
+    }
+
+
+def _layers_moved(modules: Mapping[str, ModuleRecord], place: Layout) -> str:
+    """The layers with the largest angles, by the median of their modules; none where all are alike."""
+    medians = []
+    for stack in place.stacks:
+        for layer in stack.layers:
+            angles = [modules[p].angle for kind in stack.kinds for p in stack.cells.get((layer, kind), ())]
+            label = f"{stack.name}.{layer}" if len(place.stacks) > 1 else layer
+            medians.append((statistics.median(angles), printable(label)))
+    medians.sort(key=lambda entry: -entry[0])
+    if not medians or medians[0][0] < 1.05 * medians[-1][0]:
+        return ""
+    return ", ".join(f"{label} ({degrees(value)})" for value, label in medians[:3])
+
+
+def _histogram(record: FoldRecord) -> dict[str, Any] | None:
+    errors, nearest = ([*found.values()] for found in (_fields(record, "error"), _nearest(record, _METRICS[0])))
+    if len(errors) < 2:
+        return None
+    borders, _ = histogram([*errors, *nearest])
+    _, mine = histogram(errors, borders=borders)
+    _, plain = histogram(nearest, borders=borders)
+    bins = list(zip(borders[:-1], borders[1:], mine, plain, strict=True))
+    return {"errors": errors, "nearest": nearest, "bins": bins, "top": max([*mine, *plain])}
+
+
+# --- what verify measured ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Figures of modules in their table: ``{path: value}``, and how one is shown. The template has words for it by ``id``."""
+
+    id: str
+    values: Mapping[str, float]
+    show: Callable[[float], str] = percent
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One result of ``verify``: of ``"outputs"`` or of ``"weights"``, what failed in it, and what else its section says."""
+
+    kind: str
+    column: _Column
+    failed: Sequence[str]
+    facts: Mapping[str, Any]
+
+
+def _check(data: Mapping[str, Any], record: FoldRecord) -> _Check:
+    modules = data.get("modules")
+    if not isinstance(modules, Mapping) or not all(isinstance(m, Mapping) for m in modules.values()):
+        raise _no_result()
+    known = set(record.modules).union(*(r.modules for r in record.earlier))
+    strange = [path for path in modules if path not in known]
+    if strange:
+        raise StateError(
+            "the result of verify is of another model: the record has no such module",
+            module=strange[0],
+            remedy="verify this very fold",
+        )
+    try:
+        return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _no_result() from error
+
+
+def _no_result() -> StateError:
+    return StateError(
+        "this is no result of verify",
+        remedy="give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)",
+    )
+
+
+def _figure(value: object) -> float:
+    if not is_figure(value):
+        raise TypeError
+    return float(value)  # type: ignore[arg-type]
+
+
+def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
+    """Of :class:`~oftsurgery.VerifyReport`."""
+    shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
+    rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
+    column = _Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
+    return _Check("outputs", column, [], {"rows": rows, "batches": int(data["batches"])})
+
+
+def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
+    """Of :class:`~oftsurgery.CheckpointReport`."""
+    errors = {path: _figure(m["error"]) for path, m in modules.items()}
+    failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
+    files, tensors = data.get("files") or {}, data.get("tensors") or {}
+    changed = [f"{printable(name)}: {printable(state)}" for name, state in files.items() if state != "ok"]
+    wrong = [f"{printable(name)}: {printable(t['why'])}" for name, t in tensors.items() if t["why"] is not None]
+    wrong = [w for w in wrong if w.partition(".weight: ")[0] not in set(map(printable, failed))]
+    wrong += [f"config.json: {printable(data['config'])}"] if data.get("config") is not None else []
+    recorded = {True: "yes", False: "no"}
+    facts = {
+        "weights": len(modules),
+        "failed": [
+            (
+                printable(path),
+                percent(errors[path]),
+                percent(_figure(modules[path]["rounding"])),
+                recorded.get(modules[path]["recorded"], "not recorded"),
+            )
+            for path in failed[:_LOOSE]
+        ],
+        "passed": len(modules) - len(failed),
+        "tolerance": None if data["tolerance"] is None else _figure(data["tolerance"]),
+        "files": files,
+        "changed": changed,
+        "tensors": tensors,
+        "wrong": wrong[:_LOOSE],
+    }
+    return _Check("weights", _Column("verified_error", errors), failed + wrong + changed, facts)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def _columns(record: FoldRecord, maps: Iterable[Mapping[str, Any]], checks: Iterable[_Check]) -> list[_Column]:
+    """Of the modules' table, without those that have no figure of these modules."""
+    columns = []
+    for found in maps:
+        metric = found["metric"]
+        columns += [_Column(metric.id, found["drawn"], metric.show), _Column(metric.nearest, found["nearest"])]
+    columns += [check.column for check in checks]
+    return [column for column in columns if not record.modules.keys().isdisjoint(column.values)]
+
+
+def _sizes(record: FoldRecord, files: Mapping[str, int]) -> list[Sequence[str]]:
+    found = {"tensors before the fold": record.sizes.get("before"), "tensors after it": record.sizes.get("after")}
+    found |= {f"in the folder: {what}": n or None for what, n in files.items()}
+    return [(what, size(n), f"{n:,}") for what, n in found.items() if n is not None]
+
+
+def _earlier(record: FoldRecord) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = []
+    for i, fold in enumerate(record.earlier, 1):
+        errors = [m.error for m in fold.modules.values() if is_figure(m.error)]
+        rows.append(
+            (
+                f"{i}",
+                _adapters(fold),
+                ", ".join(printable(a.dialect) for a in fold.adapters),
+                ", ".join(printable(a.fingerprint) for a in fold.adapters),
+                f"{len(fold.modules)}",
+                percent(statistics.median(errors)) if errors else "–",
+                percent(max(errors)) if errors else "–",
+            )
+        )
+    return rows
+
+
+def _onnx(value: object) -> dict[str, Any] | None:
+    """What the export of a graph recorded, in any shape: another version's may differ."""
+    if not isinstance(value, Mapping) or not value:
+        return None
+    facts: list[tuple[str, str]] = []
+    checks: Sequence[Mapping[str, Any]] = ()
+    for key, item in value.items():
+        name = printable(key).replace("_", " ")
+        if key == "nbytes" and is_figure(item):
+            facts.append(("weights of the graph", size(item)))
+        elif key == "checks" and isinstance(item, (list, tuple)) and all(map(_is_check, item)):
+            checks = item[:_LOOSE]
+        elif isinstance(item, Mapping) and len(item) > 6 and all(isinstance(v, str) for v in item.values()):
+            counts = Counter(item.values()).most_common(10)
+            facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts)))
+        else:
+            facts += _flat(item, name)
+    outputs = list(dict.fromkeys(output for check in checks for output in check["errors"]))[:_KINDS]
+    rows = [
+        [printable(c.get("inputs", "")), *(scientific(c["errors"][o]) if o in c["errors"] else "–" for o in outputs)]
+        for c in checks
+    ]
+    return {"facts": facts, "outputs": outputs, "rows": rows}
+
+
+def _is_check(value: object) -> bool:
+    errors = value.get("errors") if isinstance(value, Mapping) else None
+    return isinstance(errors, Mapping) and all(map(is_figure, errors.values()))
+
+
+def _flat(value: object, name: str) -> list[tuple[str, str]]:
+    """Facts of a JSON value, named by their place in it."""
+    if isinstance(value, Mapping):
+        return [fact for key, item in value.items() for fact in _flat(item, f"{name} {printable(key)}")][:200]
+    if isinstance(value, (list, tuple)):
+        return [(name, ", ".join(printable(v) for v in value[:50]) or "none")]
+    if value is None:
+        return []
+    shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else printable(value)
+    return [(name, f"{value:.4g}" if isinstance(value, float) else shown)]

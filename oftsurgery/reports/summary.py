@@ -1,0 +1,280 @@
+"""A fold's figures, in the order in which people look at them: modules laid out as layers × kinds, and scales."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from oftsurgery.errors import CheckpointError
+from oftsurgery.records.record import FoldRecord
+
+__all__ = [
+    "LEVELS",
+    "Layout",
+    "Scale",
+    "Stack",
+    "check_figures",
+    "degrees",
+    "histogram",
+    "is_figure",
+    "layout",
+    "natural",
+    "percent",
+    "scientific",
+    "size",
+]
+
+#: steps of a colour scale
+LEVELS = 9
+
+# names of lists inside a layer whose members are layers too (Swin's stages, a U-Net's blocks); a list of another name,
+# such as a mixture's experts, holds parts of one layer
+_INNER_LAYERS = ("blocks", "layers", "resblocks", "attentions", "resnets", "transformer_blocks")
+
+# in which order people name the linears of a layer; files hold them in that of the alphabet
+_ORDER = ("q", "query", "k", "key", "v", "value", "o", "gate", "up", "down")
+
+# a list of at most as many parts is told apart in the layout, of more (experts) drawn as one
+_FEW = 4
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one list of modules.
+
+    Attributes:
+        name: path of the list, such as ``"model.layers"``.
+        layers: their indices in it, ascending.
+        kinds: paths inside a layer, attention first; ``*`` stands for the index of an expert and the like.
+        cells: ``{(layer, kind): module paths}``.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    cells: Mapping[tuple[str, str], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each module is.
+
+    Attributes:
+        stacks: of layers.
+        loose: modules outside of any, in the record's order: embeddings, heads, poolers.
+    """
+
+    stacks: tuple[Stack, ...]
+    loose: tuple[str, ...]
+
+
+def layout(paths: Iterable[str]) -> Layout:
+    """Sort module paths into layers and kinds, whatever the architecture's own names.
+
+    >>> layout(["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "head"])
+    Layout(stacks=(Stack(name='h', layers=('0', '1'), kinds=('attn', 'mlp'), cells={('0', 'attn'): ('h.0.attn',), \
+('0', 'mlp'): ('h.0.mlp',), ('1', 'attn'): ('h.1.attn',), ('1', 'mlp'): ('h.1.mlp',)}),), loose=('head',))
+    """
+    paths = list(paths)
+    found: dict[str, list[tuple[str, list[str], str]]] = defaultdict(list)
+    for path in paths:
+        place = _place(path)
+        if place is not None:
+            found[place[0]].append((place[1], place[2], path))
+    stacks = [_stack(name, members) for name, members in found.items() if len({layer for layer, _, _ in members}) > 1]
+    placed = {path for stack in stacks for cell in stack.cells.values() for path in cell}
+    return Layout(tuple(stacks), tuple(path for path in paths if path not in placed))
+
+
+def _place(path: str) -> tuple[str, str, list[str]] | None:
+    """``(list of layers, index in it, parts of the path inside the layer)``; None outside of layers."""
+    parts = path.split(".")
+    inner = range(len(parts) - 1)  # what ends in a number is a member of a plain list, such as nn.Sequential
+    first = next((i for i in inner if _number(parts[i])), None)
+    if first is None:
+        return None
+    last = max([first, *(i for i in inner if i > first and _number(parts[i]) and parts[i - 1] in _INNER_LAYERS)])
+    return ".".join(parts[:first]), ".".join(parts[first : last + 1]), parts[last + 1 :]
+
+
+def _number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
+
+
+def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
+    values: dict[tuple[tuple[str, ...], int], set[str]] = defaultdict(set)
+    for _, parts, _ in members:
+        for i, part in enumerate(parts):
+            values[_template(parts), i].add(part)
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for layer, parts, path in members:
+        template = _template(parts)
+        kind = ".".join("*" if len(values[template, i]) > _FEW else part for i, part in enumerate(parts))
+        cells[layer, kind].append(path)
+    return Stack(
+        name,
+        tuple(sorted({layer for layer, _ in cells}, key=natural)),
+        tuple(sorted(dict.fromkeys(kind for _, kind in cells), key=_rank)),
+        {place: tuple(paths) for place, paths in cells.items()},
+    )
+
+
+def _rank(kind: str) -> tuple[bool, int]:
+    """Attention first, and :data:`_ORDER` in it and outside of it; the rest stays as it is."""
+    group, _, leaf = kind.rpartition(".")
+    leaf = leaf.removesuffix("_proj")
+    return "att" not in group.lower(), _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER)
+
+
+def _template(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple("*" if _number(part) else part for part in parts)
+
+
+def natural(path: str) -> list[tuple[int, int, str]]:
+    """Key that sorts numbers in a path by their value.
+
+    >>> sorted(["h.10.up", "h.9.up"], key=natural)
+    ['h.9.up', 'h.10.up']
+    """
+    parts = (part.lstrip("0") if _number(part) else part for part in path.split("."))
+    return [(0, len(p), p) if _number(p) or not p else (1, 0, p) for p in parts]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A colour scale of :data:`LEVELS` steps over ``low`` to ``high``, in equal differences or equal ratios."""
+
+    low: float
+    high: float
+    ratios: bool = False
+
+    def level(self, value: float) -> int:
+        """The step of ``value``, 0 to ``LEVELS - 1``."""
+        low, high, value = (math.log(max(x, 1e-300)) if self.ratios else x for x in (self.low, self.high, value))
+        share = (value - low) / (high - low) if high > low else 0.0
+        return min(LEVELS - 1, max(0, int(share * LEVELS)))
+
+    @classmethod
+    def of_errors(cls, values: Sequence[float]) -> Scale:
+        """From the least to the largest. A spread of less than a tenth is not drawn as a large one; one of more than
+        a hundredfold (quantised weights beside float32 ones) is drawn in ratios.
+        """
+        low, high = min(values), max(values)
+        if high > 100 * low:
+            low = max(low, high * 1e-4)
+            return cls(low, high, ratios=True) if high > 0 else cls(0.0, 0.0)
+        middle, half = (low + high) / 2, max((high - low) / 2, high * 0.05)
+        return cls(middle - half, middle + half)
+
+    @classmethod
+    def from_zero(cls, values: Sequence[float]) -> Scale:
+        """From zero, which means something itself, to the largest."""
+        return cls(0.0, max(values))
+
+    @classmethod
+    def to_one(cls, values: Sequence[float]) -> Scale:
+        """From zero to one, or to the largest where that is more: the same colour for the same ratio everywhere."""
+        return cls(0.0, max(1.0, *values))
+
+    @classmethod
+    def of_defects(cls, values: Sequence[float]) -> Scale:
+        """In ratios of at least tenfold, and from float32's own rounding up where that is all there is."""
+        high = max(1e-4, *values)
+        return cls(max(1e-7, min(high / 10, *values)), high, ratios=True)
+
+
+def histogram(
+    values: Sequence[float], bins: int = 12, *, borders: Sequence[float] | None = None
+) -> tuple[list[float], list[int]]:
+    """``(bins + 1 borders, bins counts)`` of a few values, in equal steps, or equal ratios where they span more than
+    tenfold; within ``borders`` where these are given. What is below or above them counts in the first or last bin.
+    """
+    if borders is None:
+        low, high = min(values), max(values)
+        if high <= low * 1.001:  # all alike: one bar in the middle
+            low, high = low * 0.9, high * 1.1 or 1.0
+        ratios = high > 10 * low > 0
+        low = max(low, high * 1e-4) if ratios else low
+        shares = [i / bins for i in range(bins + 1)]
+        borders = [low * (high / low) ** share if ratios else low + (high - low) * share for share in shares]
+    counts = [0] * (len(borders) - 1)
+    for value in values:
+        counts[min(len(counts) - 1, max(0, bisect_right(borders, value) - 1))] += 1
+    return list(borders), counts
+
+
+def check_figures(record: FoldRecord) -> None:
+    """Refuse a record whose figures are no figures: it comes from a file that nobody vouches for.
+
+    Raises:
+        CheckpointError: one is not a finite number.
+    """
+    for path, module in record.modules.items():
+        for name in (*_NEEDED, "nearest", "rho", "change", "output_error", "output_nearest", *_SIGNED):
+            value = getattr(module, name)
+            if value is None and name not in _NEEDED:
+                continue
+            if not is_figure(abs(value) if name in _SIGNED else value):
+                remedy = "restore the record that the fold wrote"
+                raise CheckpointError(f"the record's {name} is no finite number", module=path, remedy=remedy)
+
+
+_NEEDED = ("error", "defect", "angle")
+_SIGNED = ("kept", "output_kept")  # which may be negative
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value from a file is a finite number, not negative."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+# --- numbers for people -----------------------------------------------------------------------------------------------
+
+
+def percent(value: float) -> str:
+    """A ratio in three digits.
+
+    >>> percent(0.0931), percent(0.5), percent(0.00002), percent(0.0)
+    ('9.31\\xa0%', '50.0\\xa0%', '2.0e-5', '0\\xa0%')
+    """
+    if value == 0:
+        return "0\N{NO-BREAK SPACE}%"
+    if value < 1e-4:
+        return scientific(value)
+    return f"{100 * value:#.3g}".rstrip(".") + "\N{NO-BREAK SPACE}%" if value < 10 else f"{value:.3g} ×"
+
+
+def scientific(value: float) -> str:
+    """Two digits.
+
+    >>> scientific(0.00123), scientific(0.0)
+    ('1.2e-3', '0')
+    """
+    if value == 0:
+        return "0"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def degrees(radians: float) -> str:
+    """An angle.
+
+    >>> degrees(0.3), degrees(0.0003), degrees(0.0)
+    ('17.2°', '0.017°', '0°')
+    """
+    angle = math.degrees(radians)
+    return "0°" if angle == 0 else f"{angle:.1f}°" if angle >= 1 else f"{angle:.2g}°"
+
+
+def size(nbytes: float) -> str:
+    """Decimal units.
+
+    >>> size(999), size(23_400_000), size(5e9)
+    ('999 B', '23.4 MB', '5.00 GB')
+    """
+    power = sum(nbytes >= 999.5 * 1000**i for i in range(3))
+    figure = f"{nbytes / 1000**power:#.3g}".rstrip(".") if power else f"{nbytes:.0f}"
+    return f"{figure} {('B', 'kB', 'MB', 'GB')[power]}"

@@ -1,0 +1,175 @@
+"""The files beside the weights: what a folded checkpoint's ``config.json`` says, what is carried over, and its record."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oftsurgery.dtypes import DENSE, name_of
+from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.shards import inside, read_json
+from oftsurgery.formats import FORMATS
+from oftsurgery.records.record import AdapterInfo, FoldRecord
+
+if TYPE_CHECKING:
+    from .folder import Quantization
+
+__all__ = [
+    "carried_files",
+    "output_config",
+    "public_info",
+    "public_place",
+    "public_record",
+    "readable_rope",
+    "record_at",
+    "record_in",
+    "restored_config",
+]
+
+RECORD = "oftsurgery.json"
+
+_NOT_CARRIED = re.compile(
+    r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
+    rf"|config\.json|{re.escape(RECORD)}|README\.md"  # what is written anew
+    r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
+    r"|.*(?i:\.py)",  # code
+    re.DOTALL,
+)
+
+#: what the record has no hash of: itself, and the card, which people edit
+NOT_HASHED = (RECORD, "README.md")
+
+
+def output_config(
+    config: Mapping[str, Any], format: str, quantization: Quantization | None, *, untied: bool
+) -> dict[str, Any]:
+    """The destination's ``config.json``.
+
+    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones
+    get transformers' own; rope settings are written for transformers 4 and 5; weights that the fold untied are no
+    longer tied.
+    """
+    new = copy.deepcopy(dict(config))
+    if not new:
+        return new
+    if format in DENSE:
+        new.pop("quantization_config", None)
+        for sub in _with_text(new):
+            if sub is new or "dtype" in sub or "torch_dtype" in sub:
+                sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
+    elif quantization is not None:
+        new["quantization_config"] = _bnb_config(quantization)
+        if quantization.dtype is not None:
+            new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
+    for sub in _with_text(new):
+        readable_rope(sub)
+        if untied and (sub is new or "tie_word_embeddings" in sub):
+            sub["tie_word_embeddings"] = False
+    return new
+
+
+def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
+    new = copy.deepcopy(dict(folded))
+    for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
+        mine.pop("tie_word_embeddings", None)
+        mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}
+    return new
+
+
+def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+
+
+def readable_rope(config: dict[str, Any]) -> None:
+    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which
+    transformers 4 ignores.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", scaling)
+
+
+def _bnb_config(q: Quantization) -> dict[str, Any]:
+    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
+    four = "load_in_4bit" in FORMATS[q.codec].loading
+    return {
+        "_load_in_4bit": four,
+        "_load_in_8bit": not four,
+        "bnb_4bit_compute_dtype": name_of(q.compute_dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": q.codec if four else "fp4",
+        "bnb_4bit_use_double_quant": q.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(q.skip) if q.skip is not None else None,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": four,
+        "load_in_8bit": not four,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def carried_files(folder: Path) -> tuple[str, ...]:
+    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence …; plain
+    files of the top folder. The card is written anew.
+    """
+    names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
+    return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user's
+
+
+def record_in(folder: Path) -> FoldRecord | None:
+    """The record of what a checkpoint's folder carries, or None.
+
+    Raises:
+        CheckpointError: there is one that cannot be read.
+    """
+    return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
+
+
+def record_at(path: Path) -> FoldRecord:
+    """The record in a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return FoldRecord.from_dict(read_json(path))
+    except (TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the record of an earlier fold cannot be read ({printable(error)})",
+            path=path,
+            remedy="restore it, or remove it if nothing is folded in",
+        ) from error
+
+
+def public_info(info: AdapterInfo) -> AdapterInfo:
+    """``info`` without paths of this machine: of local folders, the names alone."""
+    return replace(info, source=public_place(info.source), base_model=public_place(info.base_model))
+
+
+def public_record(record: FoldRecord) -> FoldRecord:
+    """``record`` and its earlier ones without paths of this machine."""
+    return replace(
+        record,
+        adapters=tuple(map(public_info, record.adapters)),
+        earlier=tuple(map(public_record, record.earlier)),
+    )
+
+
+def public_place(place: str | None) -> str | None:
+    """A Hub id or an adapter's name as it is, the last part of a path."""
+    if place is None:
+        return None
+    path = Path(place)
+    hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
+    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - which takes any name

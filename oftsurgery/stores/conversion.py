@@ -1,0 +1,187 @@
+"""Tensors that transformers splits, merges, turns or permutes while it loads a checkpoint, by its own conversion tables.
+
+A :class:`Unit` is what one entry of those tables takes in and gives out. It is tried on the meta device when the
+checkpoint's names are resolved: what does not come back as it was there is no unit that can be written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery.errors import FormatError, printable
+
+__all__ = ["Saving", "Unit", "check_known", "unit_of"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Tensors of a checkpoint that become other tensors of the model.
+
+    Attributes:
+        stored: ``{name in the checkpoint: shape}``.
+        model: ``{name in the model: shape}``; empty where transformers' table does not apply to these tensors.
+        reversible: the model's tensors go back to the stored ones.
+    """
+
+    stored: Mapping[str, Shape]
+    model: Mapping[str, Shape]
+    reversible: bool
+    _converter: Any
+    _keys: Mapping[str, tuple[str, str]]  # stored name → (name after renaming, first name in the model)
+    _skeleton: Any
+
+    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors from the stored ones."""
+        return _run(copy.deepcopy(self._converter), tensors, self._keys, self._skeleton)
+
+    def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mirror of :meth:`load`."""
+        from transformers.core_model_loading import apply_converters
+
+        back = self._converter.reverse_transform()
+        first = {name: apply_converters(name, [back]) for name in tensors}
+        keys = {name: (pattern or name, target) for name, (target, pattern) in first.items()}
+        found = _run(back, tensors, keys, self._skeleton, patterns={n: p for n, (_, p) in first.items()})
+        prefix = f"{self._skeleton.base_model_prefix}."
+        named = {n.removeprefix(prefix): t for n, t in found.items()}
+        return {name: named[key.removeprefix(prefix)] for name, (key, _) in self._keys.items()}
+
+
+def _run(
+    converter: Any,
+    tensors: Mapping[str, Tensor],
+    keys: Mapping[str, tuple[str, str]],
+    skeleton: Any,
+    patterns: Mapping[str, str | None] | None = None,
+) -> dict[str, Tensor]:
+    from transformers.core_model_loading import dot_natural_key
+
+    for name in sorted(tensors, key=dot_natural_key):
+        key, target = keys[name]
+        pattern = patterns[name] if patterns is not None else converter.rename_source_key(key)[1]
+        converter.add_tensor(target, name, pattern, tensors[name])
+    first = next(iter(keys.values()))[1]
+    found = converter.convert(first, model=skeleton, config=skeleton.config)
+    return {name: (t[0] if isinstance(t, list) else t).contiguous() for name, t in found.items()}
+
+
+def unit_of(
+    converter: Any,
+    keys: Mapping[str, tuple[str, str]],
+    shapes: Mapping[str, Shape],
+    state: Mapping[str, Tensor],
+    skeleton: Any,
+) -> Unit:
+    """The unit that ``converter`` makes of the stored tensors whose names are in ``keys``.
+
+    Args:
+        converter: transformers' ``WeightConverter``.
+        keys: ``{stored name: (name after renaming, first name in the model)}``.
+        state: the tensors of ``skeleton``, the model on the meta device.
+    """
+    stored = {name: shapes[name] for name in keys}
+    unit = Unit(stored, {}, False, converter, keys, skeleton)
+    nothing = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    found = _tried(unit.load, nothing)
+    if not found or any(n not in state or state[n].shape != t.shape for n, t in found.items()):
+        return unit
+    back = _tried(unit.store, found)
+    reversible = {n: tuple(t.shape) for n, t in back.items()} == stored
+    return replace(unit, model={name: tuple(t.shape) for name, t in found.items()}, reversible=reversible)
+
+
+def _tried(
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    try:
+        return convert(tensors)
+    except Exception:  # a conversion raises what it likes; such a unit is not known, and refused where it changes
+        return {}
+
+
+class Saving:
+    """What transformers calls a live model's tensors in files, and what it makes of them there."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
+            return
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
+        except ImportError:
+            return
+        found = getattr(model, "_weight_conversions", None)
+        if found is None:
+            known = get_model_conversion_mapping(model, add_legacy=False)
+            found = [t for t in known if not isinstance(t, PrefixChange)]
+        # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
+        back = [t.reverse_transform() for t in found[::-1] if not _of_bitsandbytes(t)]
+        self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in back if isinstance(t, WeightConverter)]
+
+    def name(self, name: str) -> str:
+        """In files, of a tensor that is not converted."""
+        for renaming in self._renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
+
+    def unit(self, name: str) -> str | None:
+        """What all tensors that are converted together share; None for one that is not converted."""
+        return self._matched(name)[1]
+
+    def _matched(self, name: str) -> tuple[Any, str | None, str | None]:
+        for converter in self._converters:
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                return converter, target, pattern
+        return None, None, None
+
+    def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file from all of the model's that share a unit.
+
+        Raises:
+            FormatError: the conversion fails.
+        """
+        converter = copy.deepcopy(self._matched(next(iter(tensors)))[0])
+        matched = {name: self._matched(name) for name in tensors}
+        keys = {name: (name, str(target)) for name, (_, target, _) in matched.items()}
+        try:
+            found = _run(converter, tensors, keys, self._model, {name: p for name, (_, _, p) in matched.items()})
+        except Exception as error:  # a conversion raises what it likes
+            raise FormatError(
+                f"transformers splits or merges this tensor when it saves, and that fails ({printable(error)})",
+                tensor=next(iter(tensors)),
+                remedy="fold the checkpoint on disk instead: oftsurgery.fold_checkpoint",
+            ) from error
+        return {self.name(name): tensor for name, tensor in found.items()}
+
+
+def _of_bitsandbytes(transform: Any) -> bool:
+    return any("bitsandbytes" in type(o).__module__ for o in getattr(transform, "operations", ()))
+
+
+def check_known(unit: Unit, path: str, *, back: bool) -> None:
+    """
+    Raises:
+        FormatError: the module's weight is of a unit that is not known, or that must be written and cannot be.
+    """
+    if not unit.model or (back and not unit.reversible):
+        first, *rest = map(printable, unit.stored)
+        more = f" and {len(rest)} other tensors" if rest else ""
+        raise FormatError(
+            f"transformers makes this weight from {first}{more} of the checkpoint by a conversion that cannot be "
+            + ("taken back" if unit.model else "followed"),
+            module=path,
+            remedy="load the model with transformers, fold it in memory, and save it with save_pretrained",
+        )

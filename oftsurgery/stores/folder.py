@@ -1,0 +1,279 @@
+"""A checkpoint's folder as a :class:`~oftsurgery.folding.plan.Store`: the model that transformers would load from it, weight by
+weight, without building it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery import formats
+from oftsurgery.dtypes import DTYPES, FLOATS
+from oftsurgery.errors import FormatError, printable
+from oftsurgery.files.shards import Checkpoint
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.records.record import FoldRecord
+
+from . import configs
+from .conversion import Unit, check_known
+from .idle import is_idle
+from .layers import Layer
+from .naming import architecture_of, locate
+from .store import LayerInfo
+from .ties import Ties
+
+__all__ = ["FolderStore", "Quantization", "load_weight"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a plain source is quantised first, as the trainer's bitsandbytes loading did.
+
+    Attributes:
+        codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: quantise the 4-bit statistics too.
+        compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
+        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its
+            own choice; None for that.
+        dtype: in which the model was loaded; None for what its config names, as transformers 5 does by itself.
+    """
+
+    codec: str
+    double_quant: bool = False
+    compute_dtype: torch.dtype = torch.float32
+    skip: tuple[str, ...] | None = None
+    dtype: torch.dtype | None = None
+
+
+class FolderStore:
+    """The model in ``source``, as loading it with ``quantization`` (None: as it is stored) would have it.
+
+    Tensors have the names that the model's class gives them; those that transformers makes something else of may be
+    asked for by the checkpoint's own names too.
+
+    Attributes:
+        architecture: the model class's names.
+    """
+
+    what = "checkpoint"
+
+    def __init__(self, source: Checkpoint, quantization: Quantization | None = None) -> None:
+        q = quantization
+        self.source = source
+        self.quantization = q
+        self.architecture = architecture_of(
+            source.config,
+            {name: e.shape for name, e in source.entries.items()},
+            dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
+            skip=q.skip if q is not None else None,
+        )
+
+    @cached_property
+    def record(self) -> FoldRecord | None:
+        return configs.record_in(self.source.folder)
+
+    @property
+    def ties(self) -> Ties:
+        return self.architecture.ties
+
+    @cached_property
+    def names(self) -> Collection[str]:
+        a = self.architecture
+        # what the class has, what the files have beside it, and what transformers makes something else of
+        weights = (n.removesuffix(".weight") for n in (*a.renamed.values(), *a.units) if n.endswith(".weight"))
+        return dict.fromkeys([*a.modules, *weights])
+
+    def locate(self, names: Iterable[str]) -> Mapping[str, str]:
+        found = locate(wanted := list(names), self.architecture)
+        self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
+        return found
+
+    def _check_not_merged(self, paths: Iterable[str]) -> None:
+        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single
+        module to be folded into.
+        """
+        made = self.architecture.made
+        for path in paths:
+            whole = next((m for m in sorted(made) if path in (m, m.rpartition(".")[0])), None)
+            if whole is not None and not whole.endswith((".weight", ".bias")):
+                parts = sorted(made[whole].stored)
+                raise FormatError(
+                    f"the model merges this weight from {len(parts)} tensors of the checkpoint ({printable(parts[0])} …)",
+                    module=path,
+                    remedy="fold an adapter on those tensors, one by one; or load the model with transformers, fold it in memory, and save it",
+                )
+
+    @cached_property
+    def tensors(self) -> Collection[str]:
+        """Names of all tensors of the model that the checkpoint gives, companions of quantised weights aside; those of
+        units that are not known by the checkpoint's own names.
+        """
+        a = self.architecture
+        unknown = [n for n, unit in a.units.items() if not unit.model]
+        return dict.fromkeys(
+            n
+            for n in [*a.stored, *a.made, *a.tied, *unknown]
+            if not formats.is_companion(self.holder(n), self.source.entries)
+        )
+
+    def is_weight(self, name: str) -> bool:
+        """Whether the tensor is a weight that a rotation may be on, stored in any format."""
+        holder = self.holder(name)
+        if self.unit(name) is not None:
+            return len(self.shape(name)) == 2
+        if holder not in self.source.entries:
+            return False
+        if self.is_quantised(holder):
+            return True
+        entry = self.source.entries[holder]
+        matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
+        return matrix and DTYPES[entry.dtype] in FLOATS
+
+    def is_quantised(self, stored: str) -> bool:
+        """Whether a tensor of the checkpoint is a quantised weight: integers alone are none."""
+        return stored.endswith("weight") and len(formats.companion_names(stored, self.source.entries)) > 1
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether the weight is an embedding's."""
+        return isinstance(self.architecture.modules.get(name.removesuffix(".weight")), nn.Embedding)
+
+    # --- where tensors are ---
+
+    def holder(self, name: str) -> str:
+        """The stored tensor, or the member of a unit, that ``name`` is, or is tied to."""
+        name = self.architecture.tied.get(name, name)
+        return self.architecture.stored.get(name, (name,))[0]
+
+    def unit(self, name: str) -> Unit | None:
+        """The unit that ``name`` is made by, or None for what is stored by itself."""
+        return self.architecture.made.get(self.architecture.tied.get(name, name))
+
+    def layer(self, name: str) -> LayerInfo:
+        path = name.removesuffix(".weight")
+        modules = self.architecture.modules
+        unit = self.unit(name)
+        if unit is not None:
+            check_known(unit, path, back=True)
+        format_, shape = self.loaded(name), self.shape(name)
+        if path in modules:
+            quantised = self.quantization is not None or "quantization_config" in self.source.config
+            idle = is_idle(modules, path, quantised=quantised)
+            return LayerInfo(None if idle else Layer(path, modules[path]).kind, format_, id(modules[path]), idle)
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            raise FormatError(
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
+                module=path,
+                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+            )
+        if name in self.architecture.units and len(shape) != 2:
+            raise FormatError(
+                "the checkpoint holds this weight fused with others",
+                module=path,
+                tensor=name,
+                shape=shape,
+                remedy="load the model with transformers, fold it in memory, and save it",
+            )
+        return LayerInfo(None, format_, hash(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        unit = self.unit(name)
+        if unit is not None:
+            return unit.model[self.architecture.tied.get(name, name)]
+        return self.source.entries[self.holder(name)].shape
+
+    # --- what they hold ---
+
+    def stored(self, name: str) -> WeightFormat:
+        """A weight's format as it is stored, canonical shape; reads nothing but a 4-bit state's JSON."""
+        unit = self.unit(name)
+        if unit is not None:
+            return WeightFormat("dense", self.shape(name), self.dtype(next(iter(unit.stored))))
+        holder, entries = self.holder(name), self.source.entries
+        dtype, shape = self.dtype(holder), entries[holder].shape
+        if not formats.of_names(holder, entries, dtype).quantised:
+            turned = shape[::-1] if holder in self.architecture.transposed else shape
+            shape = turned[:2] if turned[2:] == (1, 1) else turned
+        return formats.format_of(holder, entries, self.source.read, shape, dtype)
+
+    def loaded(self, name: str) -> WeightFormat:
+        """A weight's format as loading the model has it."""
+        stored, q = self.stored(name), self.quantization
+        if q is None or stored.quantised:
+            return stored
+        dtype = self.loaded_dtype(name) or stored.dtype
+        if self.quantises(name):
+            return formats.FORMATS[q.codec].loaded_as(stored.shape, dtype, q.double_quant)
+        return replace(stored, dtype=dtype)
+
+    def quantises(self, name: str) -> bool:
+        """Whether loading quantises the weight ``name``."""
+        linears = self.architecture.linears
+        return self.quantization is not None and linears is not None and name in linears
+
+    def loaded_dtype(self, name: str) -> torch.dtype | None:
+        """In which dtype loading holds the plain tensor ``name``; None where there was none, or it holds no floats."""
+        if self.quantization is None:
+            return None
+        return self.architecture.loaded.get(name)
+
+    def dtype(self, stored: str) -> torch.dtype:
+        """Of a tensor of the checkpoint."""
+        return DTYPES[self.source.entries[stored].dtype]
+
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
+        holder = self.holder(name)
+        if self.unit(name) is not None:
+            found = codecs.dense(self._plain(name))
+        elif holder in self.source.entries:
+            found = load_weight(self.source, holder, transposed=holder in self.architecture.transposed)
+        else:
+            return None
+        if self.quantization is not None:
+            home = self.loaded(name)
+        elif found.format.quantised or not home.quantised:
+            home = found.format
+        return found if found.format == home else codecs.load(found, home)
+
+    def tensor(self, name: str) -> Tensor | None:
+        found = locate([name], self.architecture).get(name)
+        return None if found is None else self._plain(found)
+
+    def _plain(self, name: str) -> Tensor:
+        unit = self.unit(name)
+        if unit is None:
+            return self.source.read(self.holder(name))
+        return self.read_unit(unit)[self.architecture.tied.get(name, name)]
+
+    def read_unit(self, unit: Unit) -> dict[str, Tensor]:
+        """The model's tensors that a unit makes."""
+        return unit.load({name: self.source.read(name) for name in unit.stored})
+
+
+def _load_dtype(source: Checkpoint) -> torch.dtype:
+    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float
+    tensor is stored.
+    """
+    named = source.config.get("dtype", source.config.get("torch_dtype"))
+    dtype = getattr(torch, named, None) if isinstance(named, str) else None
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return next((DTYPES[e.dtype] for e in source.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
+
+
+def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
+    """A stored weight with its companions, in the canonical shape; ``transposed``: a plain one is held ``(in, out)``."""
+    entry = source.entries[name]
+    encoded = formats.gather(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
+    return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)
+
+
+def canonical(weight: Tensor, *, transposed: bool) -> EncodedWeight:
+    """A plain weight as ``(out, in)``."""
+    return codecs.dense(
+        weight.t() if transposed else weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
+    )

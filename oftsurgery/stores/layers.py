@@ -1,0 +1,300 @@
+"""Layers of a live model: what their weight is stored as, reading it, and putting another in its place.
+
+One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1
+convolution, embedding) and where its weight lives (the module, its int8 state, or accelerate's offload map). Weights
+are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or
+``(tokens, features)``. Nothing here computes.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery.errors import FormatError, StateError
+from oftsurgery.formats import FORMATS, Format, codecs, of_parameter
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+
+__all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
+
+Kind = Literal["linear", "embedding", "conv"]
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One foldable module of a model, at ``path``."""
+
+    path: str
+    module: nn.Module
+
+    # --- what it is ---
+
+    @property
+    def kind(self) -> Kind:
+        """Raises FormatError for modules whose weight cannot be folded."""
+        m = self.module
+        if isinstance(m, nn.Embedding):
+            return "embedding"
+        if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            message = "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter on it does nothing, and a fold would"
+            remedy = "leave it out of the adapter (`exclude_modules`)"
+        elif isinstance(m, nn.Conv2d) and tuple(m.kernel_size) != (1, 1):
+            message = (
+                f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
+                "so no weight computes the same"
+            )
+            remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+        elif isinstance(m, nn.Conv2d) and m.groups != 1:
+            message = "a grouped convolution cannot be folded"
+            remedy = "train the adapter without it (`exclude_modules`)"
+        elif isinstance(m, nn.Conv2d):
+            return "conv"
+        elif isinstance(m, nn.Linear) or self._is_conv1d:
+            return "linear"
+        else:
+            message = f"a {type(m).__name__} has no weight that OFT rotates and oftsurgery knows"
+            remedy = "known are torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers"
+        raise FormatError(message, module=self.path, remedy=remedy)
+
+    @property
+    def _is_conv1d(self) -> bool:
+        return any(
+            c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(self.module).__mro__
+        )
+
+    @property
+    def bitsandbytes(self) -> Format | None:
+        """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
+        return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
+        bnb = self.bitsandbytes
+        return bnb is not None and bnb.is_live(self.module._parameters.get("weight"))
+
+    @property
+    def repacked(self) -> bool:
+        """Whether a CPU forward has repacked a 4-bit weight, now or before it was unpacked again."""
+        state = getattr(self.module._parameters.get("weight"), "quant_state", None)
+        return hasattr(state, "packing_format_for_cpu")
+
+    # --- where its tensors are ---
+
+    def _weight(self) -> Tensor:
+        module, trouble = self.module, ("", "")
+        weight: Any = module._parameters.get("weight")
+        if nn.utils.parametrize.is_parametrized(module, "weight"):
+            how = "remove_parametrizations(module, 'weight') first"
+            trouble = ("the weight is parametrised (torch.nn.utils.parametrize)", how)
+        elif weight is None:
+            trouble = (
+                "the weight is no parameter of the module itself: it is computed from others (weight_norm, spectral_norm, pruning), or there is none",
+                "make it one first: remove_weight_norm, remove_spectral_norm, prune.remove",
+            )
+        elif nn.parameter.is_lazy(weight):
+            trouble = ("the module is lazy and has no weight yet", "run one forward first")
+        elif not isinstance(weight, Tensor):
+            message = f"the module's weight is a {type(weight).__name__}, not a tensor"
+            raise FormatError(message, module=self.path, remedy="give a torch model")
+        elif weight.is_meta and _offload_hook(module) is None:
+            trouble = ("the weight is on the meta device: it has no values", "load the model's weights first")
+        elif type(weight.data).__name__ == "DTensor":
+            trouble = ("the weight is sharded over processes (DTensor)", "gather the model in one process first")
+        if trouble[0]:
+            raise StateError(trouble[0], module=self.path, remedy=trouble[1])
+        return offloaded(module, "weight") if weight.is_meta else weight
+
+    def read(self) -> tuple[EncodedWeight, WeightFormat]:
+        """The stored weight, sharing the module's tensors, and the format that it goes back to.
+
+        The two differ where a CPU forward repacked a 4-bit layer: what is left is singly quantised, what the layer was
+        may be doubly.
+
+        Raises:
+            FormatError: stored in a way that is not known, or statistics are missing.
+            StateError: not loaded, sharded, parametrised, or not quantised yet.
+        """
+        weight = self._weight()
+        bnb, hook = self.bitsandbytes, _offload_hook(self.module)
+        offloaded = None if hook is None else hook.weights_map
+        found = None if bnb is None else bnb.read_live(self.module, weight, offloaded, self.path)
+        if found is not None:
+            return found
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            message = f"a {type(self.module).__name__} with a weight of {weight.dtype} is stored in a way that oftsurgery does not know"
+            remedy, shape = "load the model unquantised or with bitsandbytes", tuple(weight.shape)
+            raise FormatError(message, module=self.path, shape=shape, remedy=remedy)
+        encoded = codecs.dense(self._canonical(weight.detach()))
+        return encoded, encoded.format
+
+    def _canonical(self, weight: Tensor) -> Tensor:
+        if self._is_conv1d:
+            return weight.t()  # GPT-2's Conv1D holds (in, out)
+        return weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        """Mirror of :meth:`_canonical`."""
+        if self._is_conv1d:
+            return weight.t().contiguous()
+        return weight.reshape(*weight.shape, 1, 1) if isinstance(self.module, nn.Conv2d) else weight
+
+    # --- putting another weight in its place ---
+
+    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Held:
+        """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one
+        keep it.
+
+        Args:
+            encoded: of the canonical shape, on the module's device.
+            park: move the replaced weight from its device to CPU memory, where it waits to be put back; not for one
+                that others still use.
+            journal: is given the undo step before anything changes, so that no interrupt comes between the two.
+
+        Returns:
+            what was there, Parameter objects included.
+        """
+        module: Any = self.module
+        held, hook = Held.of(module), _offload_hook(module)
+        new: Any = None
+        if hook is None:
+            new = self._new_parameter(held.weight, encoded)
+        else:
+            held.overlay = ChainMap(self._for_offload(encoded), hook.weights_map)
+        if journal is not None:
+            journal.append(partial(held.put_back, module))
+        try:
+            if hook is not None:
+                hook.weights_map = held.overlay
+                return held
+            module._parameters["weight"] = new
+            for name in held.beside:
+                # int8 as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
+                # quantisation there as well
+                setattr(held.holder(module), name, getattr(new, "quant_state", None))
+            if park:
+                held.move(torch.device("cpu"))
+        except BaseException:
+            held.put_back(module)
+            raise
+        return held
+
+    def _for_offload(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+        """What goes over accelerate's own map, which reads the disk or a dict shared with other hooks."""
+        tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
+        return tensors if encoded.format.quantised else {"weight": self._stored(tensors["weight"])}
+
+    def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
+        if encoded.format.quantised:
+            return encoded.format.kind.parameter_of(encoded, old, self.module)
+        return of_parameter(old).plain_parameter(old, self._stored(encoded.tensors["weight"]))
+
+
+@dataclass(eq=False)
+class Held:
+    """What :meth:`Layer.write` took out of a module: the Parameter whole, with all of its quantisation state.
+
+    Data and no closure, so that copies of a model that keeps one hold bytes of their own.
+
+    Attributes:
+        weight: the Parameter.
+        beside: attributes that change with it: the module's ``quant_state``, or ``CB`` and ``SCB`` of its int8 state.
+        overlay: the new weight over accelerate's map of offloaded ones, which alone has changed then.
+    """
+
+    weight: Any
+    beside: dict[str, Any]
+    overlay: ChainMap[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, module: Any) -> Held:
+        beside = {}
+        if module.__dict__.get("quant_state") is not None:
+            beside = {"quant_state": module.quant_state}
+        elif hasattr(getattr(module, "state", None), "SCB"):
+            beside = {"CB": module.state.CB, "SCB": module.state.SCB}
+        return cls(module._parameters["weight"], beside)
+
+    def holder(self, module: Any) -> Any:
+        """Of the attributes beside the weight."""
+        return module.state if "CB" in self.beside else module
+
+    def move(self, device: torch.device) -> None:
+        """Take the weight's bytes to a device."""
+        if self.weight.device == device:
+            return
+        self.weight.data = self.weight.data.to(device)
+        if getattr(self.weight, "CB", None) is not None:
+            self.weight.CB = self.weight.data  # the same bytes, under another name
+            self.weight.SCB = self.weight.SCB.to(device)
+        for name, value in self.beside.items():
+            if name == "CB" and self.weight.dtype == torch.int8:
+                self.beside[name] = None if value is None else self.weight.data
+            elif isinstance(value, Tensor):
+                self.beside[name] = value.to(device)
+        states = (self.beside.get("quant_state"), getattr(self.weight, "quant_state", None))
+        for state in {id(s): s for s in states if s is not None}.values():
+            state.to(device)
+
+    def put_back(self, module: Any) -> None:
+        """Undo the write, in the module or its copy."""
+        if self.overlay is not None:
+            hook: Any = _offload_hook(module)
+            if hook.weights_map is self.overlay:
+                hook.weights_map = self.overlay.maps[1]
+            return
+        self.move(module._parameters["weight"].device)
+        if getattr(self.weight, "module", None) is not None:
+            self.weight.module = module  # a copied Params4bit still names the module that it was copied from
+        module._parameters["weight"] = self.weight
+        for name, value in self.beside.items():
+            setattr(self.holder(module), name, value)
+
+
+def hooks_of(module: nn.Module) -> Sequence[Any]:
+    """accelerate's hooks of a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
+
+
+def _offload_hook(module: nn.Module) -> Any | None:
+    """accelerate's hook that holds this module's offloaded weights, or None."""
+    holding = (h for h in hooks_of(module) if getattr(h, "offload", False))
+    return next((h for h in holding if getattr(h, "weights_map", None) is not None), None)
+
+
+def offloaded(module: nn.Module, name: str) -> Tensor:
+    """The values of a parameter that accelerate holds elsewhere.
+
+    Raises:
+        StateError: the parameter is on the meta device, and nobody holds its values.
+    """
+    hook = _offload_hook(module)
+    if hook is None:
+        message = "the tensor is on the meta device: it has no values"
+        raise StateError(message, tensor=name, remedy="load the model's weights first")
+    return hook.weights_map[name]  # type: ignore[no-any-return]
+
+
+def quant_states(module: nn.Module) -> Mapping[int, Any]:
+    """``{id: QuantState}`` that a module or its weight holds."""
+    weight = module._parameters.get("weight")
+    found = (module.__dict__.get("quant_state"), getattr(weight, "quant_state", None))
+    return {id(s): s for s in found if s is not None}
+
+
+def swap_modules(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
+    """Replace modules, by id, wherever the model holds them; ``journal`` is given each undo step before its change."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in table:
+                journal.append(partial(parent._modules.__setitem__, name, child))
+                parent._modules[name] = table[id(child)]

@@ -1,0 +1,106 @@
+"""A live model as a :class:`~oftsurgery.folding.plan.Store`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.records.record import FoldRecord
+
+from .idle import is_idle
+from .layers import Layer
+from .naming import find_names, names_in_model
+from .store import LayerInfo
+from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+
+__all__ = ["LiveStore", "record_of", "set_record"]
+
+_ATTRIBUTE = "oftsurgery"
+
+
+def record_of(model: nn.Module) -> FoldRecord | None:
+    """The model's :class:`FoldRecord`, or None where nothing was folded."""
+    record = inner_model(model).__dict__.get(_ATTRIBUTE)
+    return record if isinstance(record, FoldRecord) else None
+
+
+def set_record(model: nn.Module, record: FoldRecord | None) -> None:
+    """Note what is folded into the model."""
+    if record is None:
+        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
+    else:
+        inner_model(model).__dict__[_ATTRIBUTE] = record
+
+
+class LiveStore:
+    """The named weights of ``model``, read as they are at the time.
+
+    Attributes:
+        modules: ``{path: module}``, which whoever changes the model keeps up.
+        record: of what is folded in.
+    """
+
+    what = "model"
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module] | None = None) -> None:
+        self.model = model
+        self.modules = modules_of(model) if modules is None else modules
+        self.record = record_of(model)
+
+    @cached_property
+    def ties(self) -> Ties:
+        return ties_of(self.model)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.modules
+
+    @property
+    def tensors(self) -> Collection[str]:
+        return tensors_in(self.modules)
+
+    def locate(self, names: Iterable[str]) -> Mapping[str, str]:
+        tensors = self.tensors
+
+        def there(name: str) -> bool:
+            # a module without such a parameter says itself what is wrong with it
+            return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
+
+        wanted = list(names)
+        if all(map(there, wanted)):
+            return dict(zip(wanted, wanted, strict=True))
+        inner: Any = inner_model(self.model)
+        renamed = names_in_model(inner)
+
+        def called(name: str) -> set[str]:
+            return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
+
+        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+
+    def layer(self, name: str) -> LayerInfo:
+        layer = self.at(name)
+        config: Any = getattr(inner_model(self.model), "config", None)
+        idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
+        return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        tensor = self.tensor(name)
+        return () if tensor is None else tuple(tensor.shape)
+
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - as the model holds it
+        path = name.removesuffix(".weight")
+        return self.at(name).read()[0] if path in self.modules else None
+
+    def tensor(self, name: str) -> Tensor | None:
+        path, _, local = name.rpartition(".")
+        module = self.modules.get(path)
+        return None if module is None else module._parameters.get(local, module._buffers.get(local))
+
+    def at(self, name: str) -> Layer:
+        """The layer whose weight is the tensor ``name``."""
+        path = name.removesuffix(".weight")
+        return Layer(path, self.modules[path])

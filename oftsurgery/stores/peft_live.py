@@ -1,0 +1,151 @@
+"""Live peft layers inside a model: reading their adapters, and taking the layers out again.
+
+peft itself is not imported: where none of its classes is in the model, there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from oftsurgery.adapters.adapter import OFTAdapter, parse_adapter
+from oftsurgery.errors import StateError, printable
+
+from .layers import Undo, swap_modules
+
+__all__ = ["base_of", "has_live_layers", "inner_modules", "read_adapters", "strip", "trained_biases"]
+
+
+def _peft_class(obj: object, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)
+
+
+def _all_of(name: str, model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """``(path, module)`` of a model's modules of peft's class ``name``."""
+    return ((path, m) for path, m in model.named_modules() if _peft_class(m, name))
+
+
+def has_live_layers(model: nn.Module) -> bool:
+    """Whether the model is a PeftModel, or holds peft's layers (transformers' ``add_adapter``)."""
+    return _peft_class(model, "PeftModel") or any(True for _ in _all_of("BaseTunerLayer", model))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model inside a PeftModel; a model with adapters added by transformers is its own."""
+    return model.base_model.model if _peft_class(model, "PeftModel") else model  # type: ignore[union-attr,return-value]
+
+
+def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[OFTAdapter]:
+    """The live adapters as they compute now, in the live order.
+
+    Args:
+        model: with peft's live layers.
+        names: adapters to read, in this order; None for the active ones.
+
+    Raises:
+        StateError: merged or disabled, no active adapter, or layers that are not OFT's.
+    """
+    from peft import __version__ as peft_version
+
+    base = base_of(model)
+    layers = list(_all_of("BaseTunerLayer", base))
+    for path, layer in layers:
+        if not type(layer).__module__.startswith("peft.tuners.oft."):
+            message = f"the model carries a live {type(layer).__name__} of {type(layer).__module__}"
+            remedy = "merge or unload it first"
+        elif layer.merged_adapters:
+            message = "peft has merged this adapter into the base weights already"
+            remedy = "reload the base model and the adapter: peft's unmerge does not restore quantised weights"
+        elif layer.disable_adapters:
+            message = "the adapters are disabled: the model computes the base"
+            remedy = "enable_adapter_layers() first"
+        else:
+            continue
+        raise StateError(message, module=path, remedy=remedy)
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    if not configs:
+        holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
+        raise StateError(
+            "the live peft layers are in a part of this model, not in the model itself",
+            module=holder,
+            remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
+        )
+    wanted = list(names) if names is not None else _active(layers)
+    unknown = [n for n in wanted if n not in configs]
+    if unknown or not wanted:
+        raise StateError(
+            f"no live adapter {', '.join(map(printable, unknown))}" if unknown else "the model has no active adapter",
+            remedy=f"the model's adapters are {', '.join(map(printable, configs)) or 'none'}; set_adapter() one of them",
+        )
+    return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
+
+
+def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``): their old values are nowhere."""
+    base = base_of(model)
+    layers = list(_all_of("BaseTunerLayer", base))
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
+    inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
+    found = {
+        n.replace(".base_layer.", ".")
+        for n, _ in base.named_parameters()
+        if n.endswith(".bias") and not any(f".{w}." in n for w in inside)
+    }
+    if "all" in kinds:
+        return sorted(found)
+    return sorted(found & {f"{path}.bias" for path, _ in layers}) if "oft_only" in kinds else []
+
+
+def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
+    found = {tuple(layer.active_adapters) for _, layer in layers}
+    if len(found) > 1:
+        raise StateError(
+            "the model's layers have different active adapters",
+            remedy="name the adapters to fold: fold(model, ['a', 'b'])",
+        )
+    return list(found.pop()) if found else []
+
+
+def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
+    tensors = dict(_live_tensors(base, layers, name))
+    fields = dict(config.to_dict())
+    # whichever release wrote the file, the installed one computes the live layer
+    fields.pop("peft_version", None)
+    if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):
+        fields["peft_version"] = peft_version
+    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None
+    return parse_adapter(fields, tensors, source=f"live adapter {name!r}")
+
+
+def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's tensors under the keys that peft saves them with, copied: training may go on."""
+    for path, layer in layers:
+        for part, end in (("oft_R", ".weight"), ("oft_embedding_R", ".weight"), ("oft_r", ""), ("oft_s", "")):
+            held = getattr(layer, part, {})
+            if name in held:  # a module, or in peft ≤ 0.15 the Parameter itself
+                tensor = held[name].weight if end else held[name]
+                yield f"base_model.model.{path}.{part}{end}", tensor.detach().clone()
+    for path, wrapper in _all_of("ModulesToSaveWrapper", base):
+        if name in wrapper.modules_to_save:
+            for key, tensor in wrapper.modules_to_save[name].state_dict().items():
+                yield f"base_model.model.{path}.{key}", tensor.detach().clone()
+
+
+def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
+    """``{id of each of peft's wrappers: the base layer in it}``."""
+    layers = {id(m): m.get_base_layer() for _, m in _all_of("BaseTunerLayer", base)}
+    return layers | {id(m): m.original_module for _, m in _all_of("ModulesToSaveWrapper", base)}
+
+
+def strip(base: nn.Module, journal: list[Undo]) -> None:
+    """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
+    swap_modules(base, inner_modules(base), journal)
+    noted = {name: base.__dict__[name] for name in ("peft_config", "_hf_peft_config_loaded") if name in base.__dict__}
+    journal.append(partial(base.__dict__.update, noted))
+    base.__dict__.pop("peft_config", None)
+    if "_hf_peft_config_loaded" in noted:
+        base.__dict__["_hf_peft_config_loaded"] = False

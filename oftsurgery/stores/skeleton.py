@@ -1,0 +1,87 @@
+"""A model's class without weights: built on the meta device from a ``config.json`` that nobody vouches for."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from oftsurgery.errors import CheckpointError, printable
+
+__all__ = ["quiet", "skeleton", "without_code"]
+
+#: fields whose values lead to code that transformers would fetch from the Hub and run, or that have no say in names
+_CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing but errors."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` without fields that lead to code, here and in its parts."""
+    kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
+    return {k: without_code(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know
+    the class.
+
+    Args:
+        tensors: that the checkpoint has, which bound the model's modules.
+
+    Raises:
+        CheckpointError: transformers knows the class and cannot build it from this config.
+    """
+    if "model_type" not in config:
+        return None
+    if not isinstance(config["model_type"], str):
+        raise CheckpointError(
+            "`model_type` is no string",
+            tensor="config.json",
+            remedy="restore the config.json that belongs to the checkpoint",
+        )
+    try:
+        import transformers
+        import transformers.conversion_mapping
+    except ImportError:
+        return None
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    built, most = itertools.count(), 10 * tensors + 10_000
+
+    def bounded(*_: object) -> None:
+        if next(built) > most:  # a config may ask for 10⁹ layers
+            raise ValueError("it asks for many more modules than the checkpoint has tensors")
+
+    handle = register_module_module_registration_hook(bounded)
+    try:
+        with quiet(), torch.device("meta"):
+            parsed = transformers.AutoConfig.for_model(**without_code(config))
+            named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
+            return transformers.AutoModel.from_config(parsed, dtype=dtype)
+    except Exception as error:  # a config is data of any kind, and its class raises what it likes
+        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+            raise CheckpointError(
+                f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
+                tensor="config.json",
+                remedy="restore the config.json that belongs to the checkpoint",
+            ) from error
+        return None
+    finally:
+        handle.remove()

@@ -1,0 +1,213 @@
+"""Fold and unfold one weight, whatever its codec: decode, rotate, encode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from oftsurgery import rotations
+from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight, Rounding, WeightFormat
+from oftsurgery.records.record import ModuleRecord
+
+from . import kernels, preserve
+from .kernels import FoldedWeight
+
+__all__ = [
+    "FoldedWeight",
+    "begin_record",
+    "check_chain",
+    "fold_encoded",
+    "fold_weight",
+    "measured",
+    "relative_error",
+    "rotate_chain",
+    "unfold_weight",
+]
+
+W = TypeVar("W", Tensor, EncodedWeight)
+
+
+def begin_record(
+    encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
+) -> Callable[[FoldedWeight], ModuleRecord]:
+    """Begin the record of a fold of ``encoded`` before it, with what is known by then: another thread looks into that
+    meanwhile. The function returned ends it.
+    """
+    known = kernels.start(lambda: (encoded.fingerprint, [kernels.measure(r) for r in chain]))
+
+    def end(folded: FoldedWeight) -> ModuleRecord:
+        after = folded.encoded.fingerprint
+        before, measures = known()
+        figures: dict[str, Any] = {f.name: getattr(folded, f.name) for f in fields(folded) if f.name != "encoded"}
+        return ModuleRecord(
+            format=folded.encoded.format.label,
+            side="+".join(dict.fromkeys(r.side for r in chain)),
+            block_size=tuple(r.block_size for r in chain),
+            defect=max(defect for defect, _ in measures),
+            angle=max(angle for _, angle in measures),
+            before=before,
+            after=after,
+            untied=untied,
+            **figures,
+        )
+
+    return end
+
+
+def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+    """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
+
+    Args:
+        weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
+        rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
+            ``[a, b]``.
+        rounding: of a quantised weight, as for :func:`oftsurgery.fold`.
+
+    Returns:
+        of the same type, format and dtype as ``weight``.
+
+    Raises:
+        StateError: an unknown rounding.
+        ShapeError: the rotation does not fit.
+        MatchError: the chain mixes an ``oft_s`` with a rotation on the output side.
+        NonFiniteError: NaN or infinity in the weight or the result.
+
+    >>> import torch, oftsurgery
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))   # Q = [[0, -1], [1, 0]]: a quarter turn
+    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
+    [[4.0, -3.0]]
+    """
+    return _apply(weight, rotation, rounding, inverse=False)
+
+
+def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+    """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
+
+    Same arguments, result and errors as :func:`fold_weight`.
+    """
+    return _apply(weight, rotation, rounding, inverse=True)
+
+
+def _apply(weight: W, rotation: Rotation | Sequence[Rotation], rounding: str, *, inverse: bool) -> W:
+    chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
+    if isinstance(weight, EncodedWeight):
+        return fold_encoded(weight, chain, rounding=rounding, inverse=inverse).encoded
+    return fold_encoded(codecs.dense(weight), chain, rounding=rounding, inverse=inverse).encoded.tensors["weight"]
+
+
+def fold_encoded(
+    encoded: EncodedWeight,
+    chain: Sequence[Rotation],
+    into: WeightFormat | None = None,
+    rounding: str = "nearest",
+    *,
+    inverse: bool = False,
+) -> FoldedWeight:
+    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with what storing it cost. ``chain`` is in the live
+    order; ``into`` defaults to the format of ``encoded``.
+    """
+    f = encoded.format
+    into = into or f
+    codecs.check_rounding(rounding)
+    used = codecs.rounding_of(into, rounding)
+    if len(f.shape) != 2:
+        remedy = "reshape a 1×1 convolution to (out, in)"
+        raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
+    for r in chain:
+        r.check_fits((f.shape[0], f.shape[1]), "weight")
+    with rotations.full_precision(encoded.tensors["weight"].device.type):
+        order = _in_weight_order(chain, inverse=inverse)
+        fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
+        if fast is not None:
+            return fast
+        base = codecs.decode(encoded)
+        exact = rotate_chain(base, chain, inverse=inverse)
+        if not bool(torch.isfinite(exact).all()):
+            remedy = "check the adapter: its rotation or scale is not finite"
+            raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
+        folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
+        if folded is None:
+            used = codecs.rounding_of(into, "grid") if used == "preserve" else used
+            folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
+        return measured(folded, base, exact)
+
+
+def _preserved(
+    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
+) -> FoldedWeight | None:
+    """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None where that does not apply."""
+    if not preserve.applies(encoded.format, into):
+        return None
+    own = preserve.scales_of(encoded, into)
+    steps = preserve.relaxation(lambda start, stop: (base[start:stop], exact[start:stop]), own, into, chain)
+    stored = None if steps is None else preserve.encode_rows(base, exact, own, 0, steps, into.single)
+    if steps is None or stored is None:
+        return None
+    codes, scales, _ = stored
+    new = into.kind.assemble(into, codes, preserve.put_scales(own, into, scales))
+    return FoldedWeight(new, 0.0, rounding="preserve", relaxation=preserve.relaxation_of(steps))
+
+
+def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
+    """``folded`` with its figures, from the weight before the rotation and the exact one after it."""
+    stored = codecs.decode(folded.encoded).to(exact.dtype)
+    norm, change = _norm(exact), _norm(exact - base)
+    error = _norm(stored - exact)
+    held = float(((stored - base).to(torch.float64) * (exact - base)).sum())
+    relative = error / norm if norm else error
+    nearest = relative if folded.rounding == "nearest" else folded.nearest
+    if nearest is None and folded.rounding != "preserve":
+        nearest = relative_error(codecs.decode(codecs.encode(exact, folded.encoded.format)), exact)
+    return replace(
+        folded,
+        error=relative,
+        nearest=nearest,
+        rho=error / change if change else None,
+        kept=held / change**2 if change else None,
+        change=change,
+    )
+
+
+def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
+    """``weight`` with all of a chain's rotations in it, or (``inverse``) out of it, in float32 or better."""
+    for r in _in_weight_order(chain, inverse=inverse):
+        weight = r.unfold_from(weight) if inverse else r.fold_into(weight)
+    return weight
+
+
+def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
+    """The chain in the order in which its members touch the weight.
+
+    Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
+    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
+    its own.
+    """
+    check_chain(chain)
+    order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
+    return order[::-1] if inverse else order
+
+
+def check_chain(chain: Sequence[Any]) -> None:
+    """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
+    if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
+        raise MatchError(
+            "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
+            remedy="fold them one after the other, in the order that is meant",
+        )
+
+
+def relative_error(stored: Tensor, exact: Tensor) -> float:
+    """``‖stored - exact‖ / ‖exact‖`` (Frobenius, accumulated in float64); 0 for two zeros."""
+    norm, difference = _norm(exact), _norm(stored.to(exact.dtype) - exact)
+    return difference / norm if norm else difference
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

@@ -1,0 +1,278 @@
+"""The fast paths behind :mod:`oftsurgery.weights.fold`, and which of them serves.
+
+=============  ==================================================================================================================
+``numba``      one fused pass on the CPU's threads: dense, NF4, FP4 and int8
+``triton``     the same in one kernel on CUDA
+``tiled``      the reference's own functions on a few rows at a time, on any device, without temporaries of the weight's size
+``reference``  the readable one: decode, rotate, encode
+=============  ==================================================================================================================
+
+The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what
+it does not take goes to those below it. All give the reference's result; where the rotation's sums, taken in another
+order, round to the other side of a midpoint, a code may differ by one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from importlib import import_module, util
+from types import ModuleType
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oftsurgery import rotations
+from oftsurgery.adapters.adapter import Cayley, Rotation
+from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+
+from .blockwise import FoldedWeight
+from .pool import start
+
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "start", "use_backend"]
+
+T = TypeVar("T")
+
+_NAMES = ("numba", "triton", "tiled", "reference")
+_VARIABLE = "OFTSURGERY_BACKEND"
+#: beyond it a matrix product is faster than the fused kernels
+_MAX_BLOCK = 512
+_forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
+#: why a fast path is not to be used (again) in this process
+_broken: dict[str, str] = {}
+
+
+def backends() -> dict[str, str]:
+    """``{name: "ready", or why it does not serve}`` of all backends, the fastest first; ``"forced"`` where
+    ``OFTSURGERY_BACKEND`` or
+    :func:`use_backend` names it.
+
+    >>> import oftsurgery
+    >>> oftsurgery.backends()["reference"]
+    'ready'
+    """
+    state = {name: _problem(name) or "ready" for name in _NAMES}
+    name = _choice()
+    return state if name is None else state | {name: "forced"}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend (or ``"auto"``) for the body, as ``OFTSURGERY_BACKEND`` does for a process.
+
+    Raises:
+        StateError: no such backend.
+        MissingDependencyError: it cannot serve here.
+    """
+    token = _forced.set(name)
+    try:
+        _choice()
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _choice() -> str | None:
+    """The forced backend, or None."""
+    name = _forced.get() or os.environ.get(_VARIABLE) or "auto"
+    if name == "auto":
+        return None
+    if name not in _NAMES:
+        raise StateError(f"unknown backend {printable(name)!r}", remedy=f"{_VARIABLE}: auto, {', '.join(_NAMES)}")
+    problem = _missing(name)
+    if problem:
+        raise MissingDependencyError(
+            f"the backend {name} is forced, and cannot serve: {problem}", remedy=f"unset {_VARIABLE}"
+        )
+    return name
+
+
+def _problem(name: str) -> str | None:
+    return _broken.get(name) or _missing(name)
+
+
+def _missing(name: str) -> str | None:
+    if name in ("numba", "triton") and util.find_spec(name) is None:
+        return f"{name} is not installed"
+    if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device"
+    return None
+
+
+def fold(
+    encoded: EncodedWeight,
+    order: Sequence[Rotation],
+    into: WeightFormat,
+    *,
+    inverse: bool,
+    rounding: str = "nearest",
+) -> FoldedWeight | None:
+    """The folded weight; None where the reference is to.
+
+    Args:
+        order: the rotations in the order in which they touch the weight.
+        into: the format to store it in.
+        inverse: unfold.
+        rounding: as for :func:`oftsurgery.fold`, of those that have a part in ``into``.
+
+    Raises:
+        OFTSurgeryError: as the reference does.
+    """
+    forced = _choice()
+    if forced == "reference":
+        return None
+    device = encoded.tensors["weight"].device
+    if forced != "tiled":
+        name = forced or ("numba" if device.type == "cpu" else "triton")
+
+        def use(driver: ModuleType) -> FoldedWeight | None:
+            matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
+            if matrices is None:
+                return None
+            placed = (None if m is None else m.to(device) for m in matrices)
+            return driver.fold(encoded, into, *placed, rounding)  # type: ignore[no-any-return]
+
+        result = _serve(name, use)
+        if result is not None:
+            return replace(result, backend=name)
+    from . import tiled
+
+    blocks = [(r, r.blocks.to(device)) for r in order]
+    tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
+    return None if tiles is None else replace(tiles, backend="tiled")
+
+
+def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
+    """What ``use`` gets from the driver of a fast path; None where there is none, or it fails."""
+    problem = _problem(name)
+    if problem is not None:
+        if name not in _broken:
+            _give_up(name, problem)
+        return None
+    try:
+        return use(import_module(".fold_cpu" if name == "numba" else ".fold_gpu", __name__))
+    except OFTSurgeryError:
+        raise
+    except Exception as error:  # a compiler's errors are of any class; the slower path has the same result
+        _give_up(name, f"{type(error).__name__}: {printable(str(error))}")
+        return None
+
+
+def _give_up(name: str, problem: str) -> None:
+    """Not again in this process, and said once."""
+    _broken[name] = problem
+    warnings.warn(
+        f"the fast path {name} cannot serve ({problem}); folds go on without it, slower, with the same result",
+        BackendWarning,
+        stacklevel=2,
+    )
+
+
+# --- rotations --------------------------------------------------------------------------------------------------------
+
+
+def measure(rotation: Rotation) -> tuple[float, float]:
+    """``(rotation.defect, rotation.angle)``, without all of the eigenvalues where the largest decides."""
+    series = _series(rotation.cayley)
+    theta = _by_kernel(
+        rotation, lambda driver, wide, _: driver.largest_angle(rotation.generator, rotation.block_size, wide)
+    )
+    if theta is None or series is None:
+        return rotation.defect, rotation.angle
+    if rotation.cayley.exact:
+        return 0.0, 2 * math.atan(theta)
+    # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue
+    # matters
+    power, weight = series
+    values = np.polynomial.polynomial.polyval(1j * np.linspace(0, theta, 129), [1.0, *[2.0] * (power - 1), weight])
+    defects, angles = np.abs(np.abs(values) ** 2 - 1), np.abs(np.angle(values))
+    if theta < 1 and defects.max() <= defects[-1] and angles.max() <= angles[-1]:
+        return float(defects[-1]), float(angles[-1])
+    return rotation.defect, rotation.angle
+
+
+def _series(cayley: Cayley) -> tuple[int, float] | None:
+    """(0, 0) for the exact map, else (power, weight) of ``I + 2ΣQᵏ (k < power) + weight · Q^power``; None for a series
+    of one term or very many.
+    """
+    if cayley.terms is None:
+        return 0, 0.0
+    if not 2 <= cayley.terms <= 32:
+        return None
+    if cayley.since_0_18 and cayley.terms >= 3:
+        return max(cayley.terms - 1, 3), 1.0
+    return cayley.terms - 1, 2.0
+
+
+def _wide(b: int, n: int) -> int:
+    """The size of the blocks that the kernels work on: a multiple of b and 16 that n blocks make up; 0 where there is
+    none of reasonable size.
+    """
+    wide = math.lcm(b, 16)
+    return wide if wide <= _MAX_BLOCK and (n == 1 or n * b % wide == 0) else 0
+
+
+def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, int, tuple[int, float]], T | None]) -> T | None:
+    """What ``use`` gets for a rotation's blocks from the CPU's driver, told their width and series; None where it does not
+    serve.
+    """
+    wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
+    on_cpu = rotation.generator.device.type == "cpu"
+    if not wide or series is None or not on_cpu or _choice() not in (None, "numba"):
+        return None
+    return _serve("numba", lambda driver: use(driver, wide, series))
+
+
+def _blocks(rotation: Rotation, wide: int) -> Tensor:
+    """The rotation's blocks, put together to ``wide``: float64."""
+    v, b = rotation.generator, rotation.block_size
+    found: Tensor | None = _by_kernel(rotation, lambda driver, own, series: driver.blocks(v, b, own, *series))
+    blocks = rotation.blocks if found is None else found
+    return rotations.block_diagonal(blocks, wide, shared=len(blocks) == 1)
+
+
+def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tuple[Tensor, Tensor | None] | None:
+    """``M: (n, b, b)`` float32 and ``s: (out,)`` or None, such that ``s · (W · blockdiag(M))`` is the folded weight; b
+    a multiple of 16.
+
+    None where a rotation is of the rows themselves, or its blocks do not come together in reasonable ones.
+    """
+    b = math.lcm(16, *(r.block_size for r in order))
+    if not order or b > _MAX_BLOCK or features % b or any(r.side == "output" for r in order):
+        return None
+    whole: Tensor | None = None
+    scale: Tensor | None = None
+    for rotation in order:
+        m = _blocks(rotation, b)
+        turned = rotation.side == "input"
+        if inverse and rotation.cayley.exact:
+            turned = not turned  # an orthogonal block's inverse is its transpose
+        elif inverse:
+            m = rotations.inverse_blocks(m)
+        m = m.transpose(1, 2) if turned else m
+        whole = m if whole is None else whole @ m
+        if rotation.scale is not None:
+            if inverse and bool((rotation.scale == 0).any()):
+                return None
+            factor = rotation.scale.detach().to(torch.float64)
+            factor = 1 / factor if inverse else factor
+            scale = factor if scale is None else scale * factor
+    return _single(cast(Tensor, whole)), None if scale is None else scale.to(torch.float32)
+
+
+def _single(matrices: Tensor) -> Tensor:
+    """As contiguous float32. By numpy on the CPU: torch would wake all its threads for this little, and wait for them
+    where others compute.
+    """
+    if matrices.device.type != "cpu":
+        return matrices.to(torch.float32).contiguous()
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused with the weight
+        return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))

@@ -1,0 +1,196 @@
+"""What the drivers of the kernels share: the course of a fold and what it costs, tables of levels, room for the new codes
+and scales, and the end of double quantisation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.four_bit import LEVELS, levels_of, sorted_levels
+from oftsurgery.weights import preserve
+
+__all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables"]
+
+#: bits of infinity: of |value| as integers, from here on not finite
+NOT_FINITE = 0x7F800000
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedWeight:
+    """A folded (or unfolded) weight and what storing it cost.
+
+    Attributes:
+        encoded: the new weight, in the format of the old one.
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
+            float32.
+        backend: what computed it, a key of :func:`oftsurgery.backends`.
+        rounding: how it was rounded: ``"nearest"`` where another one has no part in the format.
+        nearest: what ``error`` is with plain rounding; None where that was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
+            changed nothing.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        change: ``‖exact - base‖``; None where it was not measured.
+        relaxation: the factor by which the change was over-relaxed before it was rounded.
+        output_error, output_nearest, output_kept, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
+    """
+
+    encoded: EncodedWeight
+    error: float
+    backend: str = "reference"
+    rounding: str = "nearest"
+    nearest: float | None = None
+    rho: float | None = None
+    kept: float | None = None
+    change: float | None = None
+    relaxation: float = 1.0
+    output_error: float | None = None
+    output_nearest: float | None = None
+    output_kept: float | None = None
+    uncalibrated: str | None = None
+
+    @property
+    def kept_scales(self) -> float | None:
+        """The relaxation, where the weight has the scales that it had before; else None."""
+        return self.relaxation if self.rounding == "preserve" else None
+
+
+@dataclass
+class Sums:
+    """What a pass over a weight sums up: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
+    measured), ``Σ (exact - base)²`` and ``Σ (stored - exact) (exact - base)``.
+    """
+
+    norm: float = 0.0
+    error: float = 0.0
+    nearest: float | None = None
+    change: float = 0.0
+    held: float = 0.0
+
+    def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
+        """``stored``, and what it cost."""
+        # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to
+        # speak of
+        least = self.norm * 2**-44 if stored.format.quantised else 0.0
+        error, nearest = (None if e is None else 0.0 if e < least else max(0.0, e) for e in (self.error, self.nearest))
+        assert error is not None  # noqa: S101 - only plain rounding may be unmeasured
+        rho = math.sqrt(error / self.change) if self.change else None
+        kept = 1 + self.held / self.change if self.change else None
+        if kept is not None and not math.isfinite(kept):
+            kept = None
+        size = self.norm or 1.0
+        return FoldedWeight(
+            stored,
+            math.sqrt(error / size),
+            rounding=rounding,
+            nearest=None if nearest is None else math.sqrt(nearest / size),
+            rho=rho,
+            kept=kept,
+            change=math.sqrt(self.change),
+            relaxation=relaxation,
+        )
+
+
+@dataclass(eq=False)
+class Fold(ABC):
+    """One fold of a weight, by a path that goes over it in passes.
+
+    Attributes:
+        encoded: the weight.
+        into: the format to store it in.
+        finite: whether all that was met so far is.
+    """
+
+    encoded: EncodedWeight
+    into: WeightFormat
+    finite: bool = field(default=True, init=False)
+
+    def run(self, rounding: str) -> FoldedWeight | None:
+        """The folded weight; None where NaN or infinity came up."""
+        if rounding == "preserve":
+            kept = self.keep() if preserve.applies(self.encoded.format, self.into) else None
+            if kept is not None or not self.finite:
+                return kept
+            rounding = codecs.rounding_of(self.into, "grid")
+        return self.round(rounding)
+
+    @abstractmethod
+    def keep(self) -> FoldedWeight | None:
+        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.weights.preserve`. None where most blocks are
+        strong, or the base's statistics do not hold what the strong ones need.
+        """
+
+    @abstractmethod
+    def round(self, rounding: str) -> FoldedWeight | None:
+        """Every block scaled by its own values."""
+
+
+@cache
+def tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What kernels look 4-bit codes up in: levels by code, sorted levels, bounds between them (the last one twice), codes of
+    the sorted levels; (16,) each. Zeros for the other formats.
+    """
+    if codec not in LEVELS:
+        unused = torch.zeros(16, dtype=torch.float32, device=device)
+        return unused, unused, unused, unused.to(torch.int32)
+    ordered, bounds, codes = sorted_levels(codec, device)
+    return levels_of(codec, device), ordered, torch.cat([bounds, bounds[-1:]]), codes.to(torch.int32)
+
+
+def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the new codes, their scales, and with double quantisation three moments a block."""
+    layout, kind = into.kind.layout(into.single), into.kind
+
+    def room(dtype: torch.dtype, *shape: int) -> Tensor:
+        # both named: the caller may have set defaults of their own
+        return _large_pages(torch.empty(shape, dtype=dtype, device=device))
+
+    dtype, shape = layout["weight"]
+    _, blocks = layout.get(kind.scales_name, (None, None))
+    codes, scales = room(dtype, *(shape or ())), room(torch.float32, *(blocks or (0,)))
+    return codes, scales, room(torch.float32, len(scales), 3) if into.nested_blocksize else None
+
+
+_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+@cache
+def _madvise() -> Any:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def _large_pages(tensor: Tensor) -> Tensor:
+    """Ask for large pages under a tensor of the CPU that is about to be filled: the first touch of each page costs more
+    than the fold of what is in it.
+    """
+    start = -(-tensor.data_ptr() // _PAGE) * _PAGE if tensor.device.type == "cpu" else 0
+    length = (tensor.data_ptr() + tensor.nbytes - start) // _PAGE * _PAGE
+    if start and length > 0 and _madvise() is not None:
+        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # refused, it changes nothing
+    return tensor
+
+
+def nested_error(
+    into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
+) -> tuple[float, float]:
+    """What double quantisation of the absmax ``scales`` adds to ``Σ (stored - exact)²`` and to ``Σ (stored - exact)
+    (exact - base)`` of codes that were chosen without.
+    """
+    # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
+    seen = EncodedWeight(into, statistics).scales
+    wide = scales.to(torch.float64)
+    delta = seen.to(torch.float64).sub_(wide)
+    cross, power, along = moments.to(torch.float64).unbind(1)
+    kept = float((wide * along).dot(delta))
+    return float(wide.mul_(cross).mul_(2).addcmul_(delta, power).dot(delta)), kept
