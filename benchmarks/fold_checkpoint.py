@@ -36,7 +36,7 @@ import oftsurgery
 from oftsurgery.records.record import versions
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 
 
 def arguments() -> argparse.Namespace:

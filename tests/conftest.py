@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -15,24 +18,12 @@ os.environ.setdefault(
 
 import pytest
 import torch
+from rotated import CONFIG
 from safetensors.torch import save_file
+from snapshots import snapshot_of
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
-
-CONFIG: dict[str, Any] = {
-    "peft_type": "OFT",
-    "peft_version": "0.21.2",
-    "r": 0,
-    "oft_block_size": 16,
-    "use_cayley_neumann": True,
-    "num_cayley_neumann_terms": 5,
-    "block_share": False,
-    "coft": False,
-    "eps": 6e-5,
-    "bias": "none",
-    "modules_to_save": None,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -74,51 +65,13 @@ def snapshot() -> Callable[[nn.Module], dict[str, Any]]:
     return snapshot_of
 
 
-def snapshot_of(model: nn.Module) -> dict[str, Any]:
-    """Bytes, object identities, hooks, quantisation states and attributes of every module of ``model``."""
-    state: dict[str, Any] = {}
-    for path, m in model.named_modules(remove_duplicate=False):
-        own = {
-            k: v
-            for k, v in m.__dict__.items()
-            if not k.startswith("_") or k in ("_hf_hook", "_active_adapter", "_disable_adapters")
-        }
-        state[path] = (
-            id(m),
-            type(m),
-            {name: _tensor(p) for holder in (m._parameters, m._buffers) for name, p in holder.items()},
-            {name: id(child) for name, child in m._modules.items()},
-            [list(hooks) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._state_dict_hooks)],
-            {
-                k: (id(v), repr(v) if isinstance(v, (bool, int, float, str, list, type(None))) else "")
-                for k, v in own.items()
-            },
-            {
-                k: _tensor(v)
-                for k, v in getattr(m.__dict__.get("state"), "__dict__", {}).items()
-                if isinstance(v, Tensor)
-            },
-        )
-    return state
-
-
-def _tensor(t: Any) -> Any:
-    if not isinstance(t, Tensor):
-        return t
-    data = b"" if t.is_meta else t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    statistics = [_tensor(getattr(t, name, None)) for name in ("SCB", "CB")]
-    q = getattr(t, "quant_state", None)
-    if q is not None:
-        nested = getattr(q, "state2", None)
-        statistics += [
-            id(q),
-            q.quant_type,
-            q.dtype,
-            tuple(q.shape),
-            q.blocksize,
-            _tensor(q.absmax),
-            _tensor(q.code),
-            _tensor(q.offset),
-        ]
-        statistics += [_tensor(nested.absmax), _tensor(nested.code)] if nested is not None else []
-    return (id(t), type(t), t.dtype, tuple(t.shape), t.requires_grad, data, statistics)
+@pytest.fixture(scope="session")
+def demo() -> ModuleType:
+    """tools/demo.py."""
+    spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "tools" / "demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from bitsandbytes.functional import has_avx512bf16
-
-SCRIPT = Path(__file__).parent.parent / "tools" / "demo.py"
 
 # The strong adapter's weights round to the same levels in both merges. What differs is the order of summation, which tips
 # some ties, and after a forward the bfloat16 rounding of absmax that bitsandbytes' repacking did to the base: about 1 % of
@@ -20,17 +15,6 @@ NOISE = 1.02
 
 #: name → (quantisation, learning rate of six steps); the weak adapter moves the weights by about 3 %, the others by 13 %
 ADAPTERS = {"NF4": ("NF4", 4e-3), "weak": ("NF4", 1e-3), "int8": ("int8", 4e-3)}
-
-
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

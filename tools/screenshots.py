@@ -1,4 +1,4 @@
-"""The pictures of the report in ``docs/pictures/``: ``PYTHONPATH=tests python tools/screenshots.py [FOLDER]``, which needs Debian's
+"""The pictures of the report in ``docs/pictures/``: ``PYTHONPATH=tests/helpers python tools/screenshots.py [FOLDER]``, which needs Debian's
 chromium. What it makes on the way stays in FOLDER, and what is there already is not made again.
 
 Two real folds: MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (a minute or so), compared end to end
@@ -19,7 +19,7 @@ import browser
 import demo
 import torch
 from PIL import Image
-from test_report import trained
+from records import trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftsurgery
