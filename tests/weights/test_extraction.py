@@ -43,7 +43,7 @@ FORMATS = {
     "bf16": {},
     "fp32": {},
 }
-# the bounds on ‖Q - Q_true‖ / ‖Q_true‖ over all modules
+# the bounds on ‖Q - Q_true‖ / ‖Q_true‖ over all modules
 BOUND = {"nf4": 0.25, "int8": 0.03, "bf16": 0.005, "fp32": 1e-5}
 
 

@@ -1,4 +1,4 @@
-"""What a review by fresh eyes found, each as it was reported, so that it stays mended."""
+"""Folds of models and calls out of the ordinary: modules that stand twice, trained in part, repacked, compiled, called in odd modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Issue 2's matrix: stored format × history × width × bias × quant-state dtype × dialect, each a folded layer held
+"""Stored format × history × width × bias × quant-state dtype × dialect, each a folded layer held
 against float64.
 
 The measure: a fold is as good as plain requantisation (bitsandbytes' own quantiser) of the exact rotated weight. After
