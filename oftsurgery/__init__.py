@@ -14,7 +14,9 @@ from ._version import __version__
 from .errors import *  # noqa: F403 - errors and warnings are public, all of them
 
 if _typing.TYPE_CHECKING:
-    from .adapters.adapter import DIALECTS, Cayley, OFTAdapter, Rotation, blend
+    from .adapters.adapter import OFTAdapter, blend
+    from .adapters.dialects import DIALECTS
+    from .adapters.rotation import Cayley, Rotation
     from .api.api import (
         export_onnx,
         export_safetensors,
@@ -92,7 +94,9 @@ __all__ += _errors.__all__
 
 # module → what it gives, imported at its first use: the command line answers `--help` without torch
 _EXPORTS = {
-    "adapters.adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
+    "adapters.adapter": "OFTAdapter blend",
+    "adapters.dialects": "DIALECTS",
+    "adapters.rotation": "Cayley Rotation",
     "api.api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
     "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
     "checks.folders": "CheckpointReport TensorCheck WeightCheck",

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from oftsurgery.files.finding import CONFIG, TENSORS
 from oftsurgery.files.shards import ShardWriter
 from oftsurgery.files.staging import Staging
 
-__all__ = ["write_adapter"]
+from .reading import CONFIG_FILE, TENSORS_FILE
 
 
 def write_adapter(
@@ -32,8 +31,8 @@ def write_adapter(
     needed = sum(t.nbytes for t in tensors.values()) + (1 << 16)
     with Staging(destination, key, needed=needed, resume=False, force=force, resumable=False) as staging:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        with staging.writing(TENSORS) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
+        with staging.writing(TENSORS_FILE) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-        staging.put_json(CONFIG, config)
+        staging.put_json(CONFIG_FILE, config)
         staging.publish()

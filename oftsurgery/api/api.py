@@ -14,9 +14,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from oftsurgery.adapters.adapter import Dialect, OFTAdapter, parse_adapter
-from oftsurgery.calibrate import inputs, texts
-from oftsurgery.calibrate.inputs import Batch
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.dialects import Dialect
+from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.calibrate import texts
+from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
+from oftsurgery.calibrate.checkpoint import checkpoint_inputs
+from oftsurgery.calibrate.layer_inputs import Calibration
 from oftsurgery.checks import extract as extractors
 from oftsurgery.checks import folders as checks
 from oftsurgery.checks.extract import ExtractedAdapter
@@ -24,8 +29,8 @@ from oftsurgery.checks.folders import CheckpointReport
 from oftsurgery.checks.models import VerifyReport
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
-from oftsurgery.files import finding as files
 from oftsurgery.files import shards, staging
+from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.folding import disk as checkpoint
 from oftsurgery.folding import export, undo_file
 from oftsurgery.folding import memory as live_model
@@ -33,7 +38,8 @@ from oftsurgery.folding.disk import CheckpointPlan, Format, Quantization
 from oftsurgery.folding.plan import FoldPlan
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
-from oftsurgery.live import wrap as live
+from oftsurgery.live.wrapped_model import live_layers, original_hashes, read_live
+from oftsurgery.live.wrapping import strip, unwrap, wrap_model
 from oftsurgery.onnx import export as onnx_export
 from oftsurgery.onnx.export import OnnxReport
 from oftsurgery.progress import Progress, shown
@@ -89,8 +95,8 @@ def load_adapter(
         DialectError: another kind of adapter, or an OFT one that cannot be told or is not supported.
         ShapeError, NonFiniteError: tensors that no adapter has.
     """
-    folder = files.find_adapter(path_or_repo, revision=revision)
-    config, tensors, sha256 = files.read_adapter(folder)
+    folder = find_adapter(path_or_repo, revision=revision)
+    config, tensors, sha256 = read_adapter(folder)
     return parse_adapter(config, tensors, dialect=dialect, source=str(path_or_repo), sha256=sha256)
 
 
@@ -151,7 +157,7 @@ def fold(
     """
     mode = _rounding(rounding, calibration)
     _check_model(model)
-    batches = inputs.read_batches(calibration) if mode == "calibrated" else None
+    batches = read_batches(calibration) if mode == "calibrated" else None
     with (
         _prepared(model, adapter, inplace=inplace) as fold_prepared,
         _undo_writer(undo) as writer,
@@ -166,7 +172,7 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
     """``fold_model`` of a model and what is to be folded into it: of one that :func:`wrap` gave, the active adapters as
     they are trained now, into the plain model.
     """
-    if not live.live_layers(model):
+    if not live_layers(model):
         names, adapters = _resolve(model, adapter)
         yield partial(live_model.fold_model, model, adapters, names=names, inplace=inplace)
         return
@@ -175,9 +181,9 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
             "the model carries live adapters, and an adapter to fold was given too",
             remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
         )
-    trained, already = live.read_live(model), live.original_hashes(model)
-    base = model if inplace else live.unwrap(model)
-    stripped = live.strip(live_model.inner_model(model)) if inplace else []
+    trained, already = read_live(model), original_hashes(model)
+    base = model if inplace else unwrap(model)
+    stripped = strip(live_model.inner_model(model)) if inplace else []
     try:
         yield partial(live_model.fold_model, base, trained, already=already, inplace=True)
     except BaseException:
@@ -223,7 +229,7 @@ def _calibrated(
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
-            return inputs.Calibration(model, plan.adapters, paths, batches, progress=step)
+            return Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate
 
@@ -287,13 +293,13 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
         inplace: wrap ``model`` itself; otherwise the result shares its tensors.
 
     Returns:
-        the model with the targeted layers replaced by those of :mod:`oftsurgery.live.wrap`.
+        the model with the targeted layers replaced by those of :mod:`oftsurgery.live`.
 
     Raises:
         as :func:`fold`; after any error the model is as it was.
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
-    return live.wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
+    return wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -415,12 +421,12 @@ def fold_checkpoint(
     batches = None
     if mode == "calibrated":
         batches = _tokenised(calibration, plan)
-        plan = replace(plan, calibration=inputs.fingerprint(batches))
+        plan = replace(plan, calibration=batches_fingerprint(batches))
     with shown(progress, "fold") as step:
         beside = _Beside(step or (lambda *_: None))
         inputs_of = None
         if batches is not None:
-            inputs_of = inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch)
+            inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
         record = checkpoint.run_plan(
             plan,
             Path(destination),
@@ -438,8 +444,8 @@ def _tokenised(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
     if isinstance(calibration, (str, PathLike)):
         calibration = texts.read_texts(Path(calibration).expanduser())
     if isinstance(calibration, (list, tuple)) and calibration and all(isinstance(t, str) for t in calibration):
-        return inputs.tokenise(calibration, plan.source.folder)
-    return inputs.read_batches(calibration)
+        return tokenise(calibration, plan.source.folder)
+    return read_batches(calibration)
 
 
 @dataclass
@@ -588,7 +594,7 @@ def verify_checkpoint(
             "a base without an adapter, or an adapter without its base",
             remedy="give both, or neither to check the files' hashes alone",
         )
-    folder = files.find_checkpoint(folded, whole=True)
+    folder = find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return checks.check_files(folder)
     opened = shards.open_checkpoint(folder)
@@ -607,7 +613,7 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: no such folder, or a record that cannot be read.
     """
-    return configs.record_in(files.find_checkpoint(folder))
+    return configs.record_in(find_checkpoint(folder))
 
 
 def report(
@@ -762,7 +768,7 @@ def export_onnx(
     """
     record = None
     if isinstance(model, (str, PathLike)):
-        folder = files.find_checkpoint(model)
+        folder = find_checkpoint(model)
         record = configs.record_in(folder)
         tokenizer = folder if tokenizer is None else tokenizer
         model = onnx_export.load_model(folder)
@@ -801,7 +807,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _opened(source: str | PathLike[str]) -> shards.Checkpoint:
-    return shards.open_checkpoint(files.find_checkpoint(source))
+    return shards.open_checkpoint(find_checkpoint(source))
 
 
 def _check_one(given: Sequence[object], remedy: str) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from oftsurgery.errors import CalibrationError, needs
 
-__all__ = ["read_texts"]
-
 
 def read_texts(path: Path) -> list[str]:
     """The texts in a file, blank ones left out: of ``.txt`` one a line, of ``.jsonl`` and ``.parquet`` each row's
@@ -23,11 +21,8 @@ def read_texts(path: Path) -> list[str]:
         raise CalibrationError("no such file", path=path, remedy="give a .txt, .jsonl or .parquet file of texts")
     readers = {".txt": _lines, ".jsonl": _jsonl, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
-        raise CalibrationError(
-            f"texts are not read from {path.suffix or 'a file without an ending'}",
-            path=path,
-            remedy=f"give a {', '.join(readers)} file",
-        )
+        message = f"texts are not read from {path.suffix or 'a file without an ending'}"
+        raise CalibrationError(message, path=path, remedy=f"give a {', '.join(readers)} file")
     texts = [text for text in readers[path.suffix.lower()](path) if text.strip()]
     if not texts:
         raise CalibrationError("the file holds no text", path=path, remedy="give some hundred texts")

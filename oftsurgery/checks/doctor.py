@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery import errors, rotations
-from oftsurgery.adapters.adapter import OFTAdapter, Rotation, parse_adapter
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, printable
-from oftsurgery.files import finding as files
+from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.shards import (
     CONFIG,
     INDEX,
@@ -129,13 +132,13 @@ def doctor(
         AdapterError: ``adapter`` is given and cannot be used (give it alone to have it examined).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
-        config, tensors, sha256 = files.read_adapter(files.find_adapter(adapter))
+        config, tensors, sha256 = read_adapter(find_adapter(adapter))
         adapter = parse_adapter(config, tensors, source=str(adapter), sha256=sha256)
     if isinstance(path_or_model, nn.Module):
         found = _live(path_or_model, base, adapter)
     else:
-        folder = files.find_checkpoint(path_or_model)
-        is_adapter = (folder / files.CONFIG).exists() or (folder / files.TENSORS).exists()
+        folder = find_checkpoint(path_or_model)
+        is_adapter = (folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()
         if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
             found = _adapter_folder(folder, base)
         else:
@@ -508,7 +511,7 @@ def _record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> lis
 def _store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, _plain_paths(base))
-    return FolderStore(open_checkpoint(files.find_checkpoint(base)))
+    return FolderStore(open_checkpoint(find_checkpoint(base)))
 
 
 def _weight(store: Store, path: str) -> EncodedWeight | None:
@@ -677,7 +680,7 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
 def _adapter_folder(folder: Path, base: Model | None) -> list[Finding]:
     found: list[Finding] = []
     with _noting(found, folder.name):
-        config, tensors, sha256 = files.read_adapter(folder)
+        config, tensors, sha256 = read_adapter(folder)
         for name, tensor in tensors.items():
             found += _values(name, tensor)
         if found:

@@ -24,7 +24,7 @@ from oftsurgery.errors import (
 )
 from oftsurgery.files.shards import Checkpoint
 from oftsurgery.formats.codecs import EncodedWeight
-from oftsurgery.live import wrap as live
+from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
@@ -205,7 +205,7 @@ def extract_from_models(
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
-        if live.live_layers(model) or peft_live.has_live_layers(inner_model(model)):
+        if live_layers(model) or peft_live.has_live_layers(inner_model(model)):
             raise StateError(
                 f"the {name} carries live adapters",
                 remedy="fold them first (oftsurgery.fold), or give the plain model",

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.adapter import OFTAdapter, Rotation
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.shards import Checkpoint, inside, sha256_of

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight

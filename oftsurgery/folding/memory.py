@@ -19,7 +19,7 @@ from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
 from oftsurgery.stores.live_model import LiveStore, record_of, set_record
-from oftsurgery.stores.sharing import share_model
+from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import FLAG, inner_model, modules_of, tensors_in
 from oftsurgery.weights.calibrate import InputsOf

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from oftsurgery.adapters.adapter import OFTAdapter, Rotation
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.codecs import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from oftsurgery.files.shards import TensorEntry, header_bytes, read_header, to_disk
 from oftsurgery.files.staging import Replacement, disk_errors

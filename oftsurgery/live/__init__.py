@@ -1,5 +1,23 @@
 """Live layers: adapters that are applied while the model computes."""
 
-from .wrap import Embedding, Linear, Linear4bit, Linear8bitLt, dispatch_bnb_4bit, dispatch_bnb_8bit
+from .dispatch import dispatch_bnb_4bit, dispatch_bnb_8bit
+from .layers import Embedding, Linear, Linear4bit, Linear8bitLt, LiveLayer
+from .rotation import LiveRotation
+from .wrapped_model import (
+    active_adapters,
+    adapter_of,
+    enable_adapters,
+    live_layers,
+    merge,
+    original_hashes,
+    read_live,
+    set_adapter,
+    unmerge,
+)
+from .wrapping import strip, unwrap, wrap_model
 
-__all__ = ["Embedding", "Linear", "Linear4bit", "Linear8bitLt", "dispatch_bnb_4bit", "dispatch_bnb_8bit"]
+__all__ = [
+    "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "LiveLayer", "LiveRotation", "active_adapters", "adapter_of",
+    "dispatch_bnb_4bit", "dispatch_bnb_8bit", "enable_adapters", "live_layers", "merge", "original_hashes", "read_live",
+    "set_adapter", "strip", "unmerge", "unwrap", "wrap_model",
+]  # fmt: skip

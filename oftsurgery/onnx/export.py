@@ -20,7 +20,7 @@ from oftsurgery.files.staging import Staging, check_apart, disk_errors
 from oftsurgery.folding import export
 from oftsurgery.folding.folder_writer import write_rest
 from oftsurgery.folding.memory import inner_model, record_of
-from oftsurgery.live import wrap as live
+from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.stores import configs, peft_live
@@ -135,7 +135,7 @@ def export_model(
     """:func:`oftsurgery.export_onnx`."""
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
-    if peft_live.has_live_layers(model) or live.live_layers(model):
+    if peft_live.has_live_layers(model) or live_layers(model):
         raise StateError(
             "the model carries live adapters",
             remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",

@@ -31,7 +31,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.base import OPSET
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.stores.layers import Layer, offloaded
-from oftsurgery.stores.sharing import share_model
+from oftsurgery.stores.model_copy import share_model
 
 __all__ = ["OPSET", "Prepared", "capture", "external", "reference", "require_onnx", "write"]
 

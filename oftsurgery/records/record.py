@@ -144,7 +144,7 @@ class AdapterInfo(_Stored):
 
     Attributes:
         source: folder, repository or live adapter name.
-        dialect: see :data:`oftsurgery.adapters.adapter.DIALECTS`.
+        dialect: see :data:`oftsurgery.adapters.dialects.DIALECTS`.
         fingerprint: ``xxh3:…`` of all that it computes.
         sha256: of its file of tensors, where it came from a file.
         base_model: the base that its config names.

@@ -21,8 +21,6 @@ from oftsurgery.errors import FormatError, StateError
 from oftsurgery.formats import FORMATS, Format, codecs, of_parameter
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 
-__all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
-
 Kind = Literal["linear", "embedding", "conv"]
 
 Undo = Callable[[], None]
@@ -66,9 +64,8 @@ class Layer:
 
     @property
     def _is_conv1d(self) -> bool:
-        return any(
-            c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(self.module).__mro__
-        )
+        classes = type(self.module).__mro__
+        return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in classes)
 
     @property
     def bitsandbytes(self) -> Format | None:
@@ -149,7 +146,7 @@ class Layer:
 
     # --- putting another weight in its place ---
 
-    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> Held:
+    def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> ReplacedWeight:
         """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one
         keep it.
 
@@ -163,29 +160,29 @@ class Layer:
             what was there, Parameter objects included.
         """
         module: Any = self.module
-        held, hook = Held.of(module), _offload_hook(module)
+        replaced, hook = ReplacedWeight.of(module), _offload_hook(module)
         new: Any = None
         if hook is None:
-            new = self._new_parameter(held.weight, encoded)
+            new = self._new_parameter(replaced.weight, encoded)
         else:
-            held.overlay = ChainMap(self._for_offload(encoded), hook.weights_map)
+            replaced.overlay = ChainMap(self._for_offload(encoded), hook.weights_map)
         if journal is not None:
-            journal.append(partial(held.put_back, module))
+            journal.append(partial(replaced.put_back, module))
         try:
             if hook is not None:
-                hook.weights_map = held.overlay
-                return held
+                hook.weights_map = replaced.overlay
+                return replaced
             module._parameters["weight"] = new
-            for name in held.beside:
+            for name in replaced.quantisation:
                 # int8 as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
                 # quantisation there as well
-                setattr(held.holder(module), name, getattr(new, "quant_state", None))
+                setattr(replaced.quantisation_holder(module), name, getattr(new, "quant_state", None))
             if park:
-                held.move(torch.device("cpu"))
+                replaced.move(torch.device("cpu"))
         except BaseException:
-            held.put_back(module)
+            replaced.put_back(module)
             raise
-        return held
+        return replaced
 
     def _for_offload(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         """What goes over accelerate's own map, which reads the disk or a dict shared with other hooks."""
@@ -199,33 +196,33 @@ class Layer:
 
 
 @dataclass(eq=False)
-class Held:
+class ReplacedWeight:
     """What :meth:`Layer.write` took out of a module: the Parameter whole, with all of its quantisation state.
 
     Data and no closure, so that copies of a model that keeps one hold bytes of their own.
 
     Attributes:
         weight: the Parameter.
-        beside: attributes that change with it: the module's ``quant_state``, or ``CB`` and ``SCB`` of its int8 state.
+        quantisation: attributes that change with it: the module's ``quant_state``, or ``CB`` and ``SCB`` of its int8 state.
         overlay: the new weight over accelerate's map of offloaded ones, which alone has changed then.
     """
 
     weight: Any
-    beside: dict[str, Any]
+    quantisation: dict[str, Any]
     overlay: ChainMap[str, Tensor] | None = None
 
     @classmethod
-    def of(cls, module: Any) -> Held:
-        beside = {}
+    def of(cls, module: Any) -> ReplacedWeight:
+        quantisation = {}
         if module.__dict__.get("quant_state") is not None:
-            beside = {"quant_state": module.quant_state}
+            quantisation = {"quant_state": module.quant_state}
         elif hasattr(getattr(module, "state", None), "SCB"):
-            beside = {"CB": module.state.CB, "SCB": module.state.SCB}
-        return cls(module._parameters["weight"], beside)
+            quantisation = {"CB": module.state.CB, "SCB": module.state.SCB}
+        return cls(module._parameters["weight"], quantisation)
 
-    def holder(self, module: Any) -> Any:
-        """Of the attributes beside the weight."""
-        return module.state if "CB" in self.beside else module
+    def quantisation_holder(self, module: Any) -> Any:
+        """What has the attributes of :attr:`quantisation`."""
+        return module.state if "CB" in self.quantisation else module
 
     def move(self, device: torch.device) -> None:
         """Take the weight's bytes to a device."""
@@ -235,12 +232,12 @@ class Held:
         if getattr(self.weight, "CB", None) is not None:
             self.weight.CB = self.weight.data  # the same bytes, under another name
             self.weight.SCB = self.weight.SCB.to(device)
-        for name, value in self.beside.items():
+        for name, value in self.quantisation.items():
             if name == "CB" and self.weight.dtype == torch.int8:
-                self.beside[name] = None if value is None else self.weight.data
+                self.quantisation[name] = None if value is None else self.weight.data
             elif isinstance(value, Tensor):
-                self.beside[name] = value.to(device)
-        states = (self.beside.get("quant_state"), getattr(self.weight, "quant_state", None))
+                self.quantisation[name] = value.to(device)
+        states = (self.quantisation.get("quant_state"), getattr(self.weight, "quant_state", None))
         for state in {id(s): s for s in states if s is not None}.values():
             state.to(device)
 
@@ -255,8 +252,8 @@ class Held:
         if getattr(self.weight, "module", None) is not None:
             self.weight.module = module  # a copied Params4bit still names the module that it was copied from
         module._parameters["weight"] = self.weight
-        for name, value in self.beside.items():
-            setattr(self.holder(module), name, value)
+        for name, value in self.quantisation.items():
+            setattr(self.quantisation_holder(module), name, value)
 
 
 def hooks_of(module: nn.Module) -> Sequence[Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oftsurgery.adapters.adapter import OFTAdapter, parse_adapter
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.errors import StateError, printable
 
 from .layers import Undo, swap_modules

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, Rounding, WeightFormat

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 

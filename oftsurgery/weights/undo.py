@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import NAMED, name_of
 from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, UndoError
 from oftsurgery.formats import codecs

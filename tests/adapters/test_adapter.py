@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import oftsurgery
 from oftsurgery import rotations
-from oftsurgery.adapters.adapter import parse_adapter
+from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteError, OFTSurgeryError, ShapeError
 
 Config = Callable[..., dict[str, Any]]

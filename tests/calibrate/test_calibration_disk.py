@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
-from oftsurgery.calibrate import inputs
+from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
 from oftsurgery.stores.layers import Layer
@@ -214,7 +214,7 @@ def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter:
 def test_a_dense_output_needs_no_model(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(calibrate_checkpoint, "load_model", lambda *_: pytest.fail("loaded"))
     record = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format="bf16")
     assert {m.rounding for m in record.modules.values()} == {"nearest"}
 

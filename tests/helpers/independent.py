@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery.adapters.adapter import parse_adapter
+from oftsurgery.adapters.from_peft import parse_adapter
 
 # --- stored weights ---------------------------------------------------------------------------------------------------
 

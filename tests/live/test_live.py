@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import oftsurgery
-from oftsurgery.adapters.adapter import Cayley, Rotation, parse_adapter
+from oftsurgery import live
+from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.hashing import hash_tensors
-from oftsurgery.live import wrap as live
 from oftsurgery.stores.layers import Layer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -474,7 +475,7 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself() -> None:
         base = wrapped(x).detach()
         wrapped.layer.merge()
         merged = wrapped(x).detach()
-        for copied in (copy.deepcopy(wrapped), oftsurgery.stores.sharing.share_model(wrapped)):
+        for copied in (copy.deepcopy(wrapped), oftsurgery.stores.model_copy.share_model(wrapped)):
             copied.layer.unmerge()
             assert torch.equal(copied(x), base)
             assert torch.equal(wrapped(x), merged)

@@ -15,7 +15,7 @@ from independent import Case, decode_4bit, fold, make_case, make_layer, relative
 from torch import Tensor, nn
 
 import oftsurgery
-from oftsurgery.adapters.adapter import Rotation
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import FormatError, StateError
 from oftsurgery.stores.layers import Layer
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import EncodedWeight, NonFiniteError, OFTAdapter, Rotation, WeightFormat, use_backend
-from oftsurgery.adapters.adapter import parse_adapter
+from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.checks.doctor import Finding, doctor
 from oftsurgery.formats import codecs
 from oftsurgery.formats.scales import GRID

@@ -44,7 +44,7 @@ from oftsurgery import (
     UndoError,
     rotations,
 )
-from oftsurgery.adapters.adapter import Cayley
+from oftsurgery.adapters.rotation import Cayley
 from oftsurgery.folding import undo_file
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import WeightFormat

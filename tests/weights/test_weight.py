@@ -16,7 +16,7 @@ from independent import cayley, relative, seeded, skew
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery.adapters.adapter import Cayley, Rotation
+from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs, four_bit
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.adapter import Cayley, Rotation
+from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 

@@ -16,8 +16,6 @@ from oftsurgery.formats.four_bit import copy_quant_state
 
 from .layers import hooks_of, quant_states
 
-__all__ = ["share_model"]
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -43,10 +41,9 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
             memo[wrapper] = copy.deepcopy(inside, memo)
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
-        raise StateError(
-            f"the model holds something that cannot be copied ({error})",
-            remedy="fold with inplace=True, which copies no module but one that stands in two places; or take off what holds it",
-        ) from error
+        message = f"the model holds something that cannot be copied ({error})"
+        remedy = "fold with inplace=True, which copies no module but one that stands in two places; or take off what holds it"
+        raise StateError(message, remedy=remedy) from error
     for old in model.modules():
         new = memo.get(id(old))
         if new is None:  # in a wrapper that has another module in its place

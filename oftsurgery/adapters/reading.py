@@ -1,0 +1,83 @@
+"""An adapter's files: where they are, in a local folder or the Hub's cache, and what is in them."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from oftsurgery.errors import AdapterError, printable
+from oftsurgery.files.finding import find_folder
+from oftsurgery.files.shards import sha256_of
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+# peft's configs are a few kB; a larger one is not a config
+_MAX_CONFIG_BYTES = 4 << 20
+
+
+def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
+    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache
+    alone).
+
+    Raises:
+        AdapterError: neither a folder nor a repository with an adapter.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.exists() and not path.is_dir():
+        message = "an adapter is a folder, this is a file"
+        raise AdapterError(message, path=path, remedy=f"give the folder that holds {CONFIG_FILE}")
+    where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
+    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE], AdapterError, where, revision)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
+
+    Raises:
+        AdapterError: a file is missing, a pickle, truncated or no JSON object.
+    """
+    config_path, tensors_path = folder / CONFIG_FILE, folder / TENSORS_FILE
+    if not config_path.is_file():
+        message = f"the folder has no {CONFIG_FILE}" if any(folder.iterdir()) else "the folder is empty"
+        raise AdapterError(message, path=folder, remedy="give the folder that peft's save_pretrained wrote")
+    if not tensors_path.is_file():
+        pickles = [name for name in _PICKLES if (folder / name).is_file()]
+        if pickles:
+            message = f"{pickles[0]} is a pickle, which could run code when read; oftsurgery reads safetensors only"
+            remedy = "load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)"
+            raise AdapterError(message, path=folder, remedy=remedy)
+        message = f"the folder has no {TENSORS_FILE}"
+        raise AdapterError(message, path=folder, remedy="save the adapter again with peft's save_pretrained")
+    return _read_json(config_path), _read_tensors(tensors_path), sha256_of(tensors_path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    def wrong(message: str) -> AdapterError:
+        return AdapterError(message, path=path, remedy="restore the file that peft wrote")
+
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise wrong(f"a config of {path.stat().st_size} bytes is no config")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"the config is no JSON ({printable(error)})") from error
+    if not isinstance(config, dict):
+        raise wrong(f"the config is a JSON {type(config).__name__}, not an object")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError, KeyError) as error:
+        message = f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})"
+        raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -1,0 +1,184 @@
+"""One module's rotation: its generator, the map that makes the rotation of it, and the weights that it fits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from oftsurgery import rotations
+from oftsurgery.errors import AdapterError, NonFiniteError, ShapeError
+
+
+@dataclass(frozen=True)
+class Cayley:
+    """Which map takes the generator ``Q`` to ``R``.
+
+    Attributes:
+        terms: None for the exact map ``(I-Q)(I+Q)⁻¹``, else the number of terms of the truncated Neumann series (of the
+            inverse: mind the sign).
+        since_0_18: the series of peft ≥ 0.18 rather than that of 0.16 and 0.17.
+    """
+
+    terms: int | None = None
+    since_0_18: bool = True
+
+    @property
+    def exact(self) -> bool:
+        return self.terms is None
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """``R: (n, b, b)`` from skew-symmetric ``q: (n, b, b)``; differentiable."""
+        if self.terms is None:
+            return rotations.cayley(q)
+        return rotations.neumann(q, self.terms, since_0_18=self.since_0_18)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """One module's rotation.
+
+    Attributes:
+        generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied.
+        cayley: the map from generator to rotation.
+        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each
+            folds to.
+        scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
+        shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the
+            features alone.
+        whole: on the output side, whether a last block that reaches beyond the outputs is refused. peft ≤ 0.13 crops
+            it, to something that is no rotation, and of which no product or power is a cropped block again.
+    """
+
+    generator: Tensor
+    cayley: Cayley = Cayley()
+    side: rotations.Side = "input"
+    scale: Tensor | None = None
+    shared: bool = True
+    whole: bool = False
+
+    @property
+    def block_size(self) -> int:
+        return rotations.block_size_of(self.generator.shape[-1])
+
+    @property
+    def blocks(self) -> Tensor:
+        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Computed anew at each access.
+
+        Raises:
+            NonFiniteError: if the map has no finite result.
+        """
+        q = rotations.skew(self.generator.detach().to(torch.float64))
+        with rotations.full_precision(q.device.type):
+            return self.cayley(q)
+
+    @cached_property
+    def _eigenvalues(self) -> Tensor:
+        """Half of the eigenvalues of the blocks, complex128 (the others are their conjugates)."""
+        theta = rotations.eigen_angles(rotations.skew(self.generator.detach().to(torch.float64)))
+        return self.cayley((1j * theta).reshape(-1, 1, 1)).reshape(-1)
+
+    @property
+    def defect(self) -> float:
+        """Largest ``‖RᵀR - I‖₂`` over the blocks; 0 (to rounding) for the exact map."""
+        return float((self._eigenvalues.abs() ** 2 - 1).abs().max())
+
+    @property
+    def angle(self) -> float:
+        """Largest rotation angle of a block in radians, 0 to π."""
+        return float(self._eigenvalues.angle().abs().max())
+
+    def check_fits(self, shape: tuple[int, int], module: str) -> None:
+        """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens,
+        features)`` for an embedding.
+        """
+        n, b = self.generator.shape[0], self.block_size
+        out, features = shape
+        remedy = "use the base model that the adapter was trained on (its `base_model_name_or_path`)"
+        if self.side == "output":
+            r = -(-out // b) if self._one_for_all else n
+            fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
+            if fits and self.whole and r * b != out:
+                message = f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
+                remedy = "fold the adapters themselves, one after the other, instead of what was computed from them"
+                raise ShapeError(message, module=module, shape=shape, remedy=remedy)
+            rotated, width = "output features", out
+        else:
+            fits = features % b == 0 and (self._one_for_all or n == features // b)
+            rotated, width = "features" if self.side == "embedding" else "input features", features
+        if not fits:
+            message = f"{n} blocks of size {b} do not cover the {width} {rotated}"
+            raise ShapeError(message, module=module, shape=shape, remedy=remedy)
+        if self.scale is not None and self.scale.shape != (out,):
+            message, found = "oft_s does not fit the output features", tuple(self.scale.shape)
+            raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=(out,), remedy=remedy)
+
+    def fold_into(self, weight: Tensor) -> Tensor:
+        """What the live layer computes with ``weight: (out, in)`` (or ``(tokens, features)``), as a weight, in float32
+        or better.
+        """
+        rotated = rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side)
+        return rotated if self.scale is None else rotated * self.scale.to(rotated).unsqueeze(-1)
+
+    def unfold_from(self, weight: Tensor) -> Tensor:
+        """The true inverse of :meth:`fold_into`.
+
+        Raises:
+            NonFiniteError: if a scale is zero or the rotation singular.
+        """
+        if self.scale is not None:
+            if bool((self.scale == 0).any()):
+                message = "oft_s holds a zero, which no inverse undoes"
+                raise NonFiniteError(message, tensor="oft_s", remedy="restore from the base model instead")
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = weight / self.scale.to(weight).unsqueeze(-1)
+        return rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side, inverse=True)
+
+    # --- algebra, in float64 ---
+
+    def exact(self) -> tuple[Rotation, float]:
+        """The nearest rotation under the exact Cayley map, and how far it is: ``‖R - nearest‖₂``, the largest over the
+        blocks.
+
+        An exact one is its own nearest, at 0. A truncated series ``R = f(Q)`` is not orthogonal: its nearest rotation
+        (the polar factor) keeps the angles of its eigenvalues ``f(±iθ)``, and the distance is that of their moduli
+        from 1.
+
+        Raises:
+            AdapterError: no rotation is nearest (a singular ``R``), or it is by more than an exact generator holds.
+        """
+        if self.cayley.exact:
+            return self, 0.0
+        remedy = "its generator's norm is far above what the series is made for; retrain with a smaller learning rate"
+        nearest, residual = nearest_and_distance(self.blocks, "the truncated series is singular", remedy)
+        return replace(self, generator=bounded_generator(nearest), cayley=Cayley()), residual
+
+    @property
+    def _one_for_all(self) -> bool:
+        return self.shared and self.generator.shape[0] == 1
+
+    def _generators(self, size: int) -> Tensor:
+        """Of an exact rotation, ``(n, size, size)`` float64, in larger blocks."""
+        q = rotations.skew(self.generator.detach().to("cpu", torch.float64))
+        return rotations.block_diagonal(q, size, shared=self._one_for_all)
+
+
+def nearest_and_distance(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:
+    """The rotations that are nearest to ``r: (n, b, b)``, and how far away the farthest is."""
+    nearest, values = rotations.nearest_rotation(r)
+    if float(values.min()) < 1e-6:  # smaller ones point nowhere
+        raise AdapterError(f"{singular}: no rotation is nearest to it", remedy=remedy)
+    return nearest, float(torch.linalg.matrix_norm(r - nearest, ord=2).max())
+
+
+def bounded_generator(r: Tensor) -> Tensor:
+    """``(n, b(b-1)/2)`` of rotations ``r: (n, b, b)``, bounded."""
+    norm = float(rotations.generator_norm(r).max())
+    if not norm <= rotations.MAX_NORM:
+        rotation = f"a rotation by {2 * math.atan(norm):.4f} rad, too close to π"
+        message = f"{rotation}: its exact Cayley generator has a norm of {norm:.3g}, more than {rotations.MAX_NORM:.0f}"
+        raise AdapterError(message, remedy="scale the adapters down first (scaled), or fold them one after the other")
+    return rotations.vector(rotations.generator_of(r))

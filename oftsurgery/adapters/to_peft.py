@@ -1,0 +1,110 @@
+"""The config and the tensors by which peft 0.21 says what an adapter is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery import rotations
+from oftsurgery.errors import AdapterError, told_of
+
+from .rotation import Rotation
+
+if TYPE_CHECKING:
+    from .adapter import OFTAdapter
+
+KEY_PREFIX = "base_model.model."  # of all keys of an adapter's tensors
+
+# what is kept of a config: by a derived adapter where its origins agree, and by what is saved
+CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
+
+
+def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """The mirror of :func:`~oftsurgery.adapters.from_peft.parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
+    residuals: dict[str, float] = {}
+    exact: dict[str, Rotation] = {}
+    for path, r in adapter.modules.items():
+        with told_of(path):
+            _check_expressible(r)
+            exact[path], residuals[path] = r.exact()
+    settings = _block_settings(exact, adapter.config)
+    tensors: dict[str, Tensor] = {}
+    for path, r in exact.items():
+        part = "oft_embedding_R" if r.side == "embedding" else "oft_R"
+        size = settings["oft_block_size"] or r.block_size
+        q = rotations.vector(r._generators(size)).to(torch.float32)
+        tensors[f"{KEY_PREFIX}{path}.{part}.weight"] = q.contiguous()
+    for name, value in adapter.saved.items():
+        owner, _, local = name.rpartition(".")
+        inside = f"{owner}.base_layer.{local}" if owner in exact else name
+        tensors[KEY_PREFIX + inside] = value.detach().cpu().contiguous().clone()
+    config = {
+        **{name: adapter.config.get(name) for name in (*CARRIED, "modules_to_save")},
+        **settings,
+        "bias": adapter.config.get("bias") or "none",
+        "coft": False,  # the clamp is in the generators
+        "eps": 6e-05,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,  # means nothing to a rotation of the inputs; peft warns of it on nn.Linear
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "module_dropout": 0.0,
+        "num_cayley_neumann_terms": 5,
+        "peft_type": "OFT",
+        "peft_version": "0.21.2",  # whose format this is; readers go by it
+        # one pattern that matches these paths and no other: a list would match every path that ends in one
+        "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
+        "use_cayley_neumann": False,
+    }
+    return dict(sorted(config.items())), tensors, residuals
+
+
+def _check_expressible(r: Rotation) -> None:
+    if r.side == "output":
+        lack = "peft 0.21 rotates inputs and embeddings, and has no form for it"
+        message = f"a rotation of the outputs (peft ≤ 0.13): {lack}"
+        raise AdapterError(message, remedy="fold it; or fold it into a copy of the base and train anew")
+    if r.scale is not None and bool((r.scale != 1).any()):
+        message = "a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 has no form for it"
+        remedy = "fold it; or give up the scale knowingly: dataclasses.replace(rotation, scale=None)"
+        raise AdapterError(message, tensor="oft_s", remedy=remedy)
+
+
+def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
+    """How one config describes the blocks of all modules: ``r`` or ``oft_block_size``, the other being 0, and
+    ``block_share``. They are written in blocks of ``oft_block_size``, which may be larger than they are.
+    """
+    shared = {r._one_for_all for r in modules.values()}
+    sizes = {r.block_size for r in modules.values()}
+    counts = {r.generator.shape[0] for r in modules.values()}
+    if len(shared) == 2:
+        whole = next(path for path, r in modules.items() if r._one_for_all)
+        mixed = "some modules share one block (`block_share`) and others do not"
+        message = f"{mixed}, which one config of peft's cannot say"
+        raise AdapterError(message, module=whole, remedy="save them as two adapters")
+    size, listed = math.lcm(*sizes), ", ".join(map(str, sorted(sizes)))
+    settings = {"r": 0, "oft_block_size": size, "block_share": shared.pop()}
+    if len(sizes) == 1:
+        return settings
+    if settings["block_share"]:
+        r = config.get("r")
+        if not (isinstance(r, int) and r > 0 and not config.get("oft_block_size")):
+            message = f"shared blocks of sizes {listed}, which one config of peft's cannot say"
+            raise AdapterError(message, remedy="save modules of one size each as an adapter")
+        return settings | {"r": r, "oft_block_size": 0}
+    if len(counts) == 1:
+        return settings | {"r": counts.pop(), "oft_block_size": 0}
+    for path, r in modules.items():
+        features = r.generator.shape[0] * r.block_size
+        if features % size:
+            apart = f"their common one, {size}, does not divide the {features} features"
+            message = f"blocks of sizes {listed}: one config of peft's gives all modules one size, and {apart}"
+            raise AdapterError(message, module=path, remedy="save modules of one size each as an adapter")
+    return settings

@@ -1,0 +1,79 @@
+"""The inputs of a checkpoint's layers, from the model that transformers loads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from oftsurgery.errors import CalibrationError, needs, printable
+from oftsurgery.folding.disk import CheckpointPlan
+from oftsurgery.folding.plan import in_names_of
+from oftsurgery.formats import FORMATS
+from oftsurgery.progress import Progress
+from oftsurgery.stores.skeleton import quiet, without_code
+from oftsurgery.weights.calibrate import InputsOf
+
+from .batches import TRANSFORMERS, Batch, batches_on
+from .layer_inputs import Calibration
+
+
+def checkpoint_inputs(
+    plan: CheckpointPlan, batches: Sequence[Batch], *, device: str, progress: Progress | None = None
+) -> InputsOf:
+    """The inputs of the layers of a checkpoint that is to be folded, by their modules' paths as the adapter names them.
+
+    The model is loaded through transformers when the first layer is asked for, as the trainer loaded it, with the
+    adapters live. Nothing but transformers' own classes is built.
+
+    Raises:
+        CalibrationError: transformers does not know the class, or cannot load it.
+        MissingDependencyError: transformers is not installed.
+    """
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
+
+    @cache
+    def calibration() -> Calibration:
+        adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
+        return Calibration(load_model(plan, device), adapters, wanted, batches_on(batches, device), progress=progress)
+
+    return lambda path: calibration()(path)
+
+
+def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
+    with needs(*TRANSFORMERS):
+        import transformers
+    cls: Any = getattr(transformers, plan.store.architecture.name or "", None)
+    if not hasattr(cls, "from_pretrained"):
+        message = "transformers does not know the model's class, and a calibration must run the model"
+        remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
+    config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
+    stored = plan.source.config.get("quantization_config")
+    settings: dict[str, Any] = {"dtype": "auto"}
+    if stored is not None:
+        config.quantization_config = dict(stored)
+    q = plan.store.quantization
+    if q is not None:
+        settings["dtype"] = q.dtype or "auto"
+        if plan.fold_into == "quantized":
+            settings["quantization_config"] = transformers.BitsAndBytesConfig(
+                **FORMATS[q.codec].loading,
+                bnb_4bit_use_double_quant=q.double_quant,
+                bnb_4bit_compute_dtype=q.compute_dtype,
+                llm_int8_skip_modules=None if q.skip is None else list(q.skip),
+            )
+    if device != "cpu":
+        settings["device_map"] = {"": device}
+    try:
+        with quiet():
+            model: nn.Module = cls.from_pretrained(
+                plan.source.folder, config=config, local_files_only=True, use_safetensors=True, **settings
+            )
+    except Exception as error:  # whatever transformers raises at files that it cannot use
+        message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
+        remedy = "load the model yourself and fold it in memory"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy) from error
+    return model

@@ -1,0 +1,210 @@
+"""Putting live layers into a model, and taking them out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.dialects import live_coft_radius
+from oftsurgery.errors import MatchError, StateError, printable
+from oftsurgery.folding.engine import warn_of_idle
+from oftsurgery.folding.memory import inner_model, modules_of, replace_tensor, separate_module, transaction
+from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
+from oftsurgery.hashing import hash_tensors
+from oftsurgery.stores import peft_live
+from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
+from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.model_copy import share_model
+
+from .layers import LiveLayer, check_name, class_for, repacking_switch_of
+from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers
+
+
+def wrap_model(
+    model: nn.Module,
+    adapters: OFTAdapter | Mapping[str, OFTAdapter],
+    *,
+    adapter_name: str = "default",
+    inplace: bool = False,
+) -> nn.Module:
+    """Put live, trainable layers in place of those that an adapter targets, as :func:`oftsurgery.wrap` does.
+
+    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases,
+    ``modules_to_save``), which replace the model's own, whichever adapters are active. Everything else is frozen, since
+    a pure wrap shares it with ``model``.
+
+    Args:
+        model: plain, or wrapped already: the adapter then joins those that are there, active after them.
+        adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
+        adapter_name: of a single one.
+        inplace: change ``model`` itself; otherwise the result shares every tensor that it does not train.
+
+    Raises:
+        MatchError, ShapeError, FormatError, StateError: as :func:`oftsurgery.fold`; also a name taken, a layer merged.
+            After any error the model is as it was.
+    """
+    named = {adapter_name: adapters} if isinstance(adapters, OFTAdapter) else dict(adapters)
+    for name in named:
+        check_name(name)
+    if peft_live.has_live_layers(inner_model(model)):
+        message = "the model carries live peft layers already"
+        raise StateError(message, remedy="wrap the plain base model, or use the peft model as it is")
+    with transaction() as journal:
+        work = model if inplace else share_model(model)
+        before = live_layers(work)
+        origins = origins_of(work)
+        taken = [name for name in named if any(name in layer.oft_R for layer in before.values())]
+        if taken:
+            message = f"the model has a live adapter {printable(taken[0])!r} already"
+            raise StateError(message, remedy="choose another adapter_name")
+        _refuse_merged(before)
+        swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
+        store = LiveStore(work)
+        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
+        plan = plan_changes(store, list(named.values()))
+        ties = store.ties
+        layers = {layer.base_layer: layer for layer in before.values()}
+        twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)
+        modules = modules_of(work)
+        for name, adapter in named.items():
+            for path, rotation in adapter.modules.items():
+                if path in plan.idle:
+                    continue
+                base = modules[path]
+                radius = live_coft_radius(adapter.dialect, adapter.config, rotation)
+                if base in layers:
+                    layers[base].add_adapter(name, rotation, radius=radius)
+                    journal.append(partial(layers[base].delete_adapter, name))
+                else:
+                    # LiveLayer lays a repacked 4-bit weight out anew, and switches the repacking off
+                    journal.append(partial(ReplacedWeight.of(base).put_back, base))
+                    journal.append(partial(base.__dict__.update, repacking_switch_of(base)))
+                    live_class, shared = class_for(Layer(path, base)), len(ties.group(f"{path}.weight")) > 1
+                    layers[base] = live_class(base, name, rotation, radius=radius, path=path, shared=shared)
+                    layers[base]._stands_for = twins.get(base)
+        hashes = _put_saved_tensors(plan, store, origins, journal)
+        for name, adapter in named.items():
+            saved = {key: hashes[key] for key in adapter.saved}
+            origins[name] = Origin(dict(adapter.config), adapter.dialect, saved)
+        _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
+        swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
+        _leave_fast_paths(work, journal)
+        inner_model(work).__dict__[ORIGINS_ATTRIBUTE] = origins
+        warn_of_idle(plan)
+    return work
+
+
+def _put_saved_tensors(
+    plan: FoldPlan, store: LiveStore, origins: Mapping[str, Origin], journal: list[Undo]
+) -> dict[str, str]:
+    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    hashes: dict[str, str] = {}
+    for change in plan.replace:
+        if any(change.name in origin.saved for origin in origins.values()):
+            message = "two adapters bring their own values for one tensor"
+            raise MatchError(message, tensor=change.name, remedy="wrap one of them alone")
+        old = store.tensor(change.name)
+        replace_tensor(store.modules, change, journal)
+        hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+    return hashes
+
+
+def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
+    for path, layer in layers.items():
+        if layer.merged:
+            message = f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer"
+            raise StateError(message, module=path, remedy="live.unmerge(model) first")
+
+
+def _separate_modules(
+    modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
+) -> dict[nn.Module, tuple[nn.Module]]:
+    """Give each path's layer, where it stands under several names, a module of its own over the same tensors, for peft
+    makes the named place alone live. Returns ``{new module: (the one that it stands for,)}``; shared parents stay shared.
+    """
+    twins = {}
+    for path in paths:
+        base = modules[path]
+        if base not in live:
+            separate_module(modules, path, journal)
+        if modules[path] is not base:
+            twins[modules[path]] = (base,)
+    return twins
+
+
+#: attributes by which torch's encoders and their layers take fused kernels, which read weights and never call the layers
+#: that hold them, and the values for no; an encoder makes nested tensors, which its layers take on the fast path alone
+_SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
+_FAST = "_oftsurgery_fast_path"
+
+
+def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
+    """Have torch's transformer encoders call their layers where one of these is live."""
+    for module in model.modules():
+        encoder = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
+        if encoder and _FAST not in module.__dict__ and any(isinstance(m, LiveLayer) for m in module.modules()):
+            journal.append(partial(_take_fast_path, module))
+            _leave_fast_path(module)
+
+
+def _leave_fast_path(encoder: nn.Module) -> None:
+    fast = {name: encoder.__dict__[name] for name in _SLOW if name in encoder.__dict__}
+    encoder.__dict__.update({_FAST: fast, **{name: _SLOW[name] for name in fast}})
+
+
+def _take_fast_path(encoder: nn.Module) -> None:
+    encoder.__dict__.update(encoder.__dict__.pop(_FAST, {}))
+
+
+def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
+    """Let nothing train but the tensors named; the live layers' own are not in ``modules`` yet."""
+    for path, module in modules.items():
+        for name, parameter in module._parameters.items():
+            wanted = f"{path}.{name}".lstrip(".") in trained
+            if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point():
+                journal.append(partial(setattr, parameter, "requires_grad", not wanted))
+                parameter.requires_grad_(wanted)
+
+
+def strip(model: nn.Module) -> list[Undo]:
+    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself
+    stay.
+
+    Returns:
+        what undoes it, to be called in reverse order.
+
+    Raises:
+        StateError: a layer is merged, or the model is not wrapped.
+    """
+    layers, inner = wrapped_layers(model), inner_model(model)
+    _refuse_merged(layers)
+    journal: list[Undo] = []
+    bases = {id(layer): layer._stands_for[0] if layer._stands_for else layer.base_layer for layer in layers.values()}
+    swap_modules(inner, bases, journal)
+    for module in inner.modules():
+        if _FAST in module.__dict__:
+            _take_fast_path(module)
+            journal.append(partial(_leave_fast_path, module))
+    for layer in layers.values():
+        base = layer.base_layer.__dict__
+        journal.append(partial(base.update, dict.fromkeys(layer._repacking_switch, False)))
+        base.update(layer._repacking_switch)
+    origins = inner.__dict__.pop(ORIGINS_ATTRIBUTE, {})
+    journal.append(partial(inner.__dict__.update, {ORIGINS_ATTRIBUTE: origins}))
+    return journal
+
+
+def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as
+    :func:`wrap_model` left it.
+
+    Raises:
+        StateError: a layer is merged, or the model is not wrapped.
+    """
+    work = model if inplace else share_model(model)
+    strip(work)
+    return work
