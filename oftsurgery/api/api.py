@@ -26,10 +26,8 @@ from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files import finding as files
 from oftsurgery.files import shards, staging
-from oftsurgery.folding import disk as checkpoint
-from oftsurgery.folding import export, undo_file
-from oftsurgery.folding import memory as live_model
-from oftsurgery.folding.disk import CheckpointPlan, Format, Quantization
+from oftsurgery.folding import disk_plan, disk_run, disk_unfold, export, memory, undo_file
+from oftsurgery.folding.disk_plan import CheckpointPlan, Format
 from oftsurgery.folding.plan import FoldPlan
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
@@ -40,10 +38,10 @@ from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.reports import drawing, page
 from oftsurgery.stores import configs
-from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.folder import FolderStore, Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import modules_of
+from oftsurgery.stores.ties import inner_model, modules_of
 from oftsurgery.weights.calibrate import InputsOf
 
 __all__ = [
@@ -168,7 +166,7 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
     """
     if not live.live_layers(model):
         names, adapters = _resolve(model, adapter)
-        yield partial(live_model.fold_model, model, adapters, names=names, inplace=inplace)
+        yield partial(memory.fold_model, model, adapters, names=names, inplace=inplace)
         return
     if adapter is not None:
         raise StateError(
@@ -177,9 +175,9 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
         )
     trained, already = live.read_live(model), live.original_hashes(model)
     base = model if inplace else live.unwrap(model)
-    stripped = live.strip(live_model.inner_model(model)) if inplace else []
+    stripped = live.strip(inner_model(model)) if inplace else []
     try:
-        yield partial(live_model.fold_model, base, trained, already=already, inplace=True)
+        yield partial(memory.fold_model, base, trained, already=already, inplace=True)
     except BaseException:
         for step_back in reversed(stripped):
             step_back()
@@ -266,13 +264,13 @@ def unfold(
     )
     if undo is not None:
         record = undo_file.open_undo(Path(undo).expanduser())
-        return live_model.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
+        return memory.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
         source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(_opened(base))
-        return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
+        return memory.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
-        return live_model.unfold_model(  # type: ignore[return-value]
+        return memory.unfold_model(  # type: ignore[return-value]
             folded, adapters or [], rounding=rounding, inplace=inplace, progress=step
         )
 
@@ -317,7 +315,7 @@ class FoldSettings:
         Raises:
             StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
         """
-        codec = self.quantize or (self.format if self.format in checkpoint.QUANTISED else None)
+        codec = self.quantize or (self.format if self.format in disk_plan.QUANTISED else None)
         if codec is not None:
             skip = tuple(self.skip_modules) if self.skip_modules is not None else None
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
@@ -337,7 +335,7 @@ def plan_fold(
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
     mode: Mode = settings.rounding or "preserve"
-    plan = checkpoint.plan_checkpoint(
+    plan = disk_plan.plan_checkpoint(
         _opened(source),
         _loaded(adapter),
         format=settings.format,
@@ -421,7 +419,7 @@ def fold_checkpoint(
         inputs_of = None
         if batches is not None:
             inputs_of = inputs.of_checkpoint(plan, batches, device=device, progress=beside.batch)
-        record = checkpoint.run_plan(
+        record = disk_run.run_plan(
             plan,
             Path(destination),
             device=device,
@@ -497,14 +495,14 @@ def unfold_checkpoint(
     source = _opened(folded)
     size = parse_size(max_shard_size)
     if base is not None:
-        plan = checkpoint.plan_restore(source, _opened(base), max_shard_bytes=size)
+        plan = disk_unfold.plan_restore(source, _opened(base), max_shard_bytes=size)
     elif undo is not None:
-        plan = checkpoint.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        plan = disk_unfold.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
     else:
         assert adapter is not None  # noqa: S101 - checked above
-        plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
+        plan = disk_unfold.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
     with shown(progress, "unfold") as step:
-        return checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+        return disk_run.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract(
@@ -814,7 +812,7 @@ def _resolve(
 ) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
     given = [] if adapter is None else list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    configs_of_peft = getattr(live_model.inner_model(model), "peft_config", {})
+    configs_of_peft = getattr(inner_model(model), "peft_config", {})
     if isinstance(configs_of_peft, Mapping) and configs_of_peft and all(isinstance(a, str) for a in given):
         return [str(a) for a in given] or None, None
     return None, None if adapter is None else _loaded(adapter)

@@ -20,8 +20,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.checks.models import batches_of, eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, needs, printable
-from oftsurgery.folding.disk import CheckpointPlan
-from oftsurgery.folding.memory import inner_model, modules_of
+from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
 from oftsurgery.formats import FORMATS
 from oftsurgery.hashing import hash_tensors
@@ -29,6 +28,7 @@ from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.skeleton import quiet, without_code
+from oftsurgery.stores.ties import inner_model, modules_of
 from oftsurgery.weights.calibrate import InputsOf, LayerInputs
 
 __all__ = ["Batch", "Calibration", "fingerprint", "of_checkpoint", "read_batches", "tokenise"]

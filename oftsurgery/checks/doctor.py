@@ -37,8 +37,7 @@ from oftsurgery.files.shards import (
     read_header,
     read_json,
 )
-from oftsurgery.folding.disk import plan_checkpoint
-from oftsurgery.folding.memory import modules_of
+from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import FORMATS, codecs, companion_names, of_names, owner_of
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
@@ -49,7 +48,7 @@ from oftsurgery.stores.folder import FolderStore, load_weight
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import tensors_in
+from oftsurgery.stores.ties import modules_of, tensors_in
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures

@@ -32,13 +32,14 @@ from oftsurgery import rotations
 from oftsurgery.adapters.adapter import Cayley, OFTAdapter, Rotation, coft_radius
 from oftsurgery.errors import AdapterError, FormatError, MatchError, StateError, printable, told_of, warn_caller
 from oftsurgery.folding.engine import warn_of_idle
-from oftsurgery.folding.memory import inner_model, modules_of, replace_tensor, separate_module, transaction
+from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
 from oftsurgery.hashing import hash_tensors
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Held, Layer, Undo, offloaded, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.sharing import share_model
+from oftsurgery.stores.ties import inner_model, modules_of
 from oftsurgery.weights.fold import check_chain, fold_encoded
 
 __all__ = [
