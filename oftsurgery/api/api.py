@@ -26,7 +26,7 @@ from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files import finding as files
 from oftsurgery.files import shards, staging
-from oftsurgery.folding import disk_plan, disk_run, disk_unfold, export, memory, undo_file
+from oftsurgery.folding import disk_plan, disk_run, disk_unfold, export, memory, undo_reader, undo_writer
 from oftsurgery.folding.disk_plan import CheckpointPlan, Format
 from oftsurgery.folding.plan import FoldPlan
 from oftsurgery.formats import codecs
@@ -184,8 +184,8 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
         raise
 
 
-def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_file.UndoWriter | None]:
-    return nullcontext() if path is None else undo_file.UndoWriter(Path(path).expanduser())
+def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_writer.UndoWriter | None]:
+    return nullcontext() if path is None else undo_writer.UndoWriter(Path(path).expanduser())
 
 
 def _rounding(rounding: Mode | None, calibration: object) -> Mode:
@@ -263,7 +263,7 @@ def unfold(
         "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
     )
     if undo is not None:
-        record = undo_file.open_undo(Path(undo).expanduser())
+        record = undo_reader.open_undo(Path(undo).expanduser())
         return memory.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
         source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(_opened(base))
@@ -497,7 +497,7 @@ def unfold_checkpoint(
     if base is not None:
         plan = disk_unfold.plan_restore(source, _opened(base), max_shard_bytes=size)
     elif undo is not None:
-        plan = disk_unfold.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        plan = disk_unfold.plan_undo(source, undo_reader.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
     else:
         assert adapter is not None  # noqa: S101 - checked above
         plan = disk_unfold.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)

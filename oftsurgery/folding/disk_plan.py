@@ -25,7 +25,7 @@ from oftsurgery.stores.folder import FolderStore, Quantization
 from .disk_jobs import Job, JobBuilder, Part
 from .folder_writer import Shard, size_of, split
 from .plan import FoldPlan, plan_changes
-from .undo_file import UndoRecord
+from .undo_reader import UndoRecord
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)

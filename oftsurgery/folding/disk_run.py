@@ -36,7 +36,8 @@ from . import engine
 from .disk_jobs import Job, Part
 from .disk_plan import QUANTISED, CheckpointPlan, facts_of_quantization
 from .folder_writer import Item, Shard, write_rest, write_shard
-from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described, open_undo
+from .undo_reader import UndoRecord, open_undo
+from .undo_writer import UndoParts, UndoWriter, check_free, described
 
 
 def run_plan(
@@ -310,7 +311,7 @@ def _undo_part(shard: Shard) -> str:
 
 
 def _described_beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
-    """What :func:`~oftsurgery.folding.undo_file.described` gives of small tensors beside a weight that are not what
+    """What :func:`~oftsurgery.folding.undo_writer.described` gives of small tensors beside a weight that are not what
     :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
     """
     usual = weight.format.kind.spread(name, weight)

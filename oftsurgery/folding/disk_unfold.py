@@ -21,7 +21,7 @@ from . import engine
 from .disk_jobs import Check, Job, JobBuilder, Part, copy_job
 from .disk_plan import CheckpointPlan, make_plan, recorded_quantization
 from .plan import FoldPlan, plan_changes
-from .undo_file import UndoRecord
+from .undo_reader import UndoRecord
 
 
 def plan_unfold(

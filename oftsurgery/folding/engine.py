@@ -30,7 +30,8 @@ from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
 from oftsurgery.weights.fold import begin_record, fold_encoded
 
 from .plan import FoldPlan, Rotate
-from .undo_file import UndoParts, UndoRecord
+from .undo_reader import UndoRecord
+from .undo_writer import UndoParts
 
 __all__ = [
     "Operation",

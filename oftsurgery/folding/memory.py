@@ -26,7 +26,8 @@ from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
 from .plan import FoldPlan, Replace, plan_changes, takes_no_values
-from .undo_file import UndoRecord, UndoWriter
+from .undo_reader import UndoRecord
+from .undo_writer import UndoWriter
 
 
 def fold_model(
