@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import oftsurgery
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.stores.folder import Quantization

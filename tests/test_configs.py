@@ -16,7 +16,8 @@ from independent import relative
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import oftsurgery
-from oftsurgery.stores.configs import carried_files, output_config, readable_rope, record_in
+from oftsurgery.records.record_file import record_in
+from oftsurgery.stores.configs import carried_files, output_config, readable_rope
 from oftsurgery.stores.folder import Quantization
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

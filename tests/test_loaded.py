@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from oftsurgery import CheckpointError
 from oftsurgery.checks.loaded import Loaded
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 
 BART = {
     "vocab_size": 64,

@@ -31,7 +31,7 @@ from independent import relative
 from safetensors.torch import save_file
 
 import oftsurgery
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.stores.naming import architecture_of, locate
 
 TEXT = SIZES | GROUPED

@@ -22,7 +22,7 @@ from safetensors import safe_open
 import oftsurgery
 from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord
 from oftsurgery.cli import main as cli
-from oftsurgery.stores.configs import public_record, record_in
+from oftsurgery.records.record_file import public_record, record_in
 
 RECORD = "oftsurgery.json"
 NOT_HASHED = (RECORD, "README.md")  # itself, and the card, which people edit

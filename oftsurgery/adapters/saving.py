@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from oftsurgery.files.finding import CONFIG, TENSORS
-from oftsurgery.files.shards import ShardWriter
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
 
 __all__ = ["write_adapter"]

@@ -25,7 +25,9 @@ from oftsurgery.checks.models import VerifyReport
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files import finding as files
-from oftsurgery.files import shards, staging
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.reading import read_json, sizes_in
+from oftsurgery.files.writing import write_files
 from oftsurgery.folding import disk_plan, disk_run, disk_unfold, export, memory, undo_reader, undo_writer
 from oftsurgery.folding.disk_plan import CheckpointPlan, Format
 from oftsurgery.folding.plan import FoldPlan
@@ -36,8 +38,8 @@ from oftsurgery.onnx import export as onnx_export
 from oftsurgery.onnx.export import OnnxReport
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import record_at, record_in
 from oftsurgery.reports import drawing, page
-from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.live_model import LiveStore
@@ -589,7 +591,7 @@ def verify_checkpoint(
     folder = files.find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return checks.check_files(folder)
-    opened = shards.open_checkpoint(folder)
+    opened = open_checkpoint(folder)
     return checks.check_checkpoint(
         opened,
         _opened(base),
@@ -605,7 +607,7 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: no such folder, or a record that cannot be read.
     """
-    return configs.record_in(files.find_checkpoint(folder))
+    return record_in(files.find_checkpoint(folder))
 
 
 def report(
@@ -641,13 +643,13 @@ def report(
     text = page.render(
         record,
         name=None if folder is None else folder.resolve().name,
-        files={} if folder is None else shards.sizes_in(folder),
+        files={} if folder is None else sizes_in(folder),
         verified=results,
     )
     outputs = {} if html is None else {Path(html): text.encode()}
     if png is not None:
         outputs |= {Path(png) / name: data for name, data in drawing.figures(record).items()}
-    staging.write_files(outputs, force=force, make=None if png is None else Path(png))
+    write_files(outputs, force=force, make=None if png is None else Path(png))
     return text
 
 
@@ -661,7 +663,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
         )
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
-    record = configs.record_at(path) if folder is None else configs.record_in(path)
+    record = record_at(path) if folder is None else record_in(path)
     if record is None:
         raise StateError(
             "nothing is folded in: the folder has no record", path=path, remedy="give a folder that a fold wrote"
@@ -671,7 +673,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
 
 def _result_of(verified: Verified) -> Mapping[str, Any]:
     if isinstance(verified, (str, PathLike)):
-        return shards.read_json(Path(verified))
+        return read_json(Path(verified))
     return verified if isinstance(verified, Mapping) else verified.to_dict()
 
 
@@ -761,7 +763,7 @@ def export_onnx(
     record = None
     if isinstance(model, (str, PathLike)):
         folder = files.find_checkpoint(model)
-        record = configs.record_in(folder)
+        record = record_in(folder)
         tokenizer = folder if tokenizer is None else tokenizer
         model = onnx_export.load_model(folder)
     _check_model(model)
@@ -798,8 +800,8 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _opened(source: str | PathLike[str]) -> shards.Checkpoint:
-    return shards.open_checkpoint(files.find_checkpoint(source))
+def _opened(source: str | PathLike[str]) -> Checkpoint:
+    return open_checkpoint(files.find_checkpoint(source))
 
 
 def _check_one(given: Sequence[object], remedy: str) -> None:

@@ -26,23 +26,15 @@ from oftsurgery.adapters.adapter import OFTAdapter, Rotation, parse_adapter
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, printable
 from oftsurgery.files import finding as files
-from oftsurgery.files.shards import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    TensorEntry,
-    inside,
-    open_checkpoint,
-    read_header,
-    read_json,
-)
+from oftsurgery.files.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
+from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import FORMATS, codecs, companion_names, of_names, owner_of
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import unpack_cpu_layout, unpack_state
 from oftsurgery.records.record import ENOUGH, FoldRecord, plain, versions
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs, peft_live
 from oftsurgery.stores.folder import FolderStore, load_weight
 from oftsurgery.stores.layers import Layer
@@ -207,8 +199,8 @@ def _checkpoint_folder(folder: Path, base: Model | None, adapter: OFTAdapter | N
     store = record = None
     with _noting(found):
         store = FolderStore(checkpoint)
-    with _noting(found, configs.RECORD):
-        record = configs.record_in(folder)
+    with _noting(found, RECORD):
+        record = record_in(folder)
     return found if store is None else found + _folds(store, record, base, adapter)
 
 

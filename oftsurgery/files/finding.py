@@ -1,7 +1,6 @@
 """Finding and reading adapters and checkpoints: local folders, or the Hub's cache.
 
-The disk is touched here, in :mod:`~oftsurgery.files.shards` (tensors), :mod:`~oftsurgery.files.staging` (output folders) and
-:mod:`~oftsurgery.stores.configs` (the files beside the weights), and by nothing that computes.
+The disk is touched here, in the other files of this room, and by nothing that computes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from oftsurgery.errors import AdapterError, CheckpointError, OFTSurgeryError, needs, printable
 
-from .shards import sha256_of
+from .reading import sha256_of
 
 __all__ = ["find_adapter", "find_checkpoint", "read_adapter"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from oftsurgery import formats
 from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
 from oftsurgery.errors import FormatError, MatchError, printable
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.stores.conversion import Unit, check_known
 from oftsurgery.stores.folder import FolderStore

@@ -15,7 +15,7 @@ from oftsurgery import formats
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord

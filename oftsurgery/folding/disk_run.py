@@ -21,12 +21,14 @@ from torch import Tensor
 
 from oftsurgery import formats
 from oftsurgery.errors import StateError, UndoError
-from oftsurgery.files.shards import Checkpoint, ShardWriter
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, ModuleRecord, versions
+from oftsurgery.records.record_file import public_info
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import canonical, load_weight
 from oftsurgery.weights.calibrate import InputsOf
@@ -296,7 +298,7 @@ class _Run:
         record = engine.fold_record(plan.changes, before, self.modules, self.saved, plan.rounding)
         return replace(
             record,
-            adapters=tuple(map(configs.public_info, record.adapters)),
+            adapters=tuple(map(public_info, record.adapters)),
             base={"fold_into": plan.fold_into, **facts_of_quantization(plan.store.quantization)},
         )
 

@@ -10,9 +10,10 @@ from oftsurgery import formats
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import IntegrityError, StateError
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.ties import FLAG
@@ -55,10 +56,10 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
         StateError: the folded checkpoint has no record, or is in another format than the base was.
         MatchError: the base lacks what was folded.
     """
-    record = configs.record_in(folded.folder)
+    record = record_in(folded.folder)
     if record is None:
         raise StateError(
-            f"the checkpoint has no {configs.RECORD}",
+            f"the checkpoint has no {RECORD}",
             path=folded.folder,
             remedy="give the adapter instead: it is then rotated back",
         )

@@ -19,6 +19,7 @@ from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs, spread_shapes
 from oftsurgery.formats.codecs import WeightFormat
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import public_place, public_record
 from oftsurgery.stores import configs, peft_live
 from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
@@ -50,7 +51,7 @@ def save_model(
     shards = split([item.outputs for item in items], max_shard_bytes)
     record = record_of(model)
     if record is not None:
-        record = configs.public_record(record)
+        record = public_record(record)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(size_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
@@ -177,7 +178,7 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         return {}
     plain = json.loads(config.to_json_string(use_diff=False))
     plain["architectures"] = [type(model).__name__]
-    plain["_name_or_path"] = configs.public_place(plain.get("_name_or_path"))
+    plain["_name_or_path"] = public_place(plain.get("_name_or_path"))
     found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
     quantization = None
     if dtype is None and found is not None and not plain.get("quantization_config"):

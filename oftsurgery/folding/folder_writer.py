@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from oftsurgery.errors import told_of
-from oftsurgery.files.shards import INDEX, ShardWriter, read_header
+from oftsurgery.files.checkpoint import INDEX
+from oftsurgery.files.reading import read_header
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
 from oftsurgery.records import card
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.stores import configs
+from oftsurgery.records.record_file import write_record
 
 __all__ = ["Item", "Outputs", "Shard", "size_of", "split", "write_rest", "write_shard"]
 
@@ -150,6 +152,5 @@ def write_rest(
         staging.put_text(card.CARD, text)
     if record is not None:
         sizes = record.sizes if before is None else {"before": before, "after": total}
-        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED), sizes=sizes)
-        staging.put_json(configs.RECORD, record.to_dict())
+        record = write_record(staging, replace(record, sizes=sizes))
     return record

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
-from oftsurgery.files.shards import TensorEntry, read_header
-from oftsurgery.files.staging import disk_errors
+from oftsurgery.files.reading import TensorEntry, read_header
+from oftsurgery.files.writing import disk_errors
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import Rotation
 from oftsurgery.errors import StateError
-from oftsurgery.files.shards import header_bytes, to_disk
-from oftsurgery.files.staging import Replacement, disk_errors
+from oftsurgery.files.shard_writer import header_bytes
+from oftsurgery.files.writing import Replacement, disk_errors, to_disk
 from oftsurgery.formats.codecs import EncodedWeight
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord

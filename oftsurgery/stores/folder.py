@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import record_in
 
-from . import configs
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
@@ -75,7 +75,7 @@ class FolderStore:
 
     @cached_property
     def record(self) -> FoldRecord | None:
-        return configs.record_in(self.source.folder)
+        return record_in(self.source.folder)
 
     @property
     def ties(self) -> Ties:
