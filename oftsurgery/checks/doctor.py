@@ -260,7 +260,7 @@ def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
     remedy = "download the checkpoint again, or restore the index that belongs to these shards"
     counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
     found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
-    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config, {})
+    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config)
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -34,14 +34,12 @@ class Checkpoint:
         entries: ``{tensor name: TensorEntry}`` in the files' order.
         files: shards in order.
         config: the parsed ``config.json``; empty without one.
-        metadata: of the first shard's header.
     """
 
     folder: Path
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
-    metadata: Mapping[str, str]
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in memory of its own."""
@@ -110,11 +108,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         raise _no_checkpoint(folder)
     entries: dict[str, TensorEntry] = {}
-    metadata: Mapping[str, str] = {}
     for name in sorted(files):
-        found, meta = read_header(inside(folder, name))
-        metadata = metadata or meta
-        for entry in found:
+        for entry in read_header(inside(folder, name))[0]:
             if entry.name in entries:
                 raise CheckpointError(
                     f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor",
@@ -125,7 +120,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
-    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config), metadata)
+    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:

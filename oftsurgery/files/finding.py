@@ -16,8 +16,6 @@ from oftsurgery.errors import AdapterError, CheckpointError, OFTSurgeryError, ne
 
 from .reading import sha256_of
 
-__all__ = ["find_adapter", "find_checkpoint", "read_adapter"]
-
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -33,18 +33,6 @@ from .plan import FoldPlan, Rotate
 from .undo_reader import UndoRecord
 from .undo_writer import UndoParts
 
-__all__ = [
-    "Operation",
-    "Original",
-    "earlier_record",
-    "finish_fold",
-    "finish_unfold",
-    "fold_record",
-    "originals",
-    "undone",
-    "warn_of_idle",
-]
-
 #: modules that a warning names
 _NAMED = 5
 

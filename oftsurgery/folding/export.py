@@ -29,8 +29,6 @@ from oftsurgery.stores.ties import inner_model, modules_of, ties_of
 
 from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
 
-__all__ = ["config_files", "save_model", "source_of"]
-
 
 def save_model(
     model: nn.Module, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, force: bool = False

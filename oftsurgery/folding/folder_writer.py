@@ -23,8 +23,6 @@ from oftsurgery.records import card
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import write_record
 
-__all__ = ["Item", "Outputs", "Shard", "size_of", "split", "write_rest", "write_shard"]
-
 #: ``{name of a tensor: (dtype, shape)}``; the shape is None where it is known only when the tensor is (small JSON blobs)
 Outputs = Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]
 

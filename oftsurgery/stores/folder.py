@@ -27,8 +27,6 @@ from .naming import architecture_of, locate
 from .store import LayerInfo
 from .ties import Ties
 
-__all__ = ["FolderStore", "Quantization", "load_weight"]
-
 
 @dataclass(frozen=True)
 class Quantization:

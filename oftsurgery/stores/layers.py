@@ -21,8 +21,6 @@ from oftsurgery.errors import FormatError, StateError
 from oftsurgery.formats import FORMATS, Format, codecs, of_parameter
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 
-__all__ = ["Held", "Kind", "Layer", "hooks_of", "offloaded", "quant_states", "swap_modules"]
-
 Kind = Literal["linear", "embedding", "conv"]
 
 Undo = Callable[[], None]

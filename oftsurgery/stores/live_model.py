@@ -17,8 +17,6 @@ from .naming import find_names, names_in_model
 from .store import LayerInfo
 from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
 
-__all__ = ["LiveStore", "record_of", "set_record"]
-
 _ATTRIBUTE = "oftsurgery"
 
 

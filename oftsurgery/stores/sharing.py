@@ -16,8 +16,6 @@ from oftsurgery.formats.four_bit import copy_quant_state
 
 from .layers import hooks_of, quant_states
 
-__all__ = ["share_model"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -19,18 +19,6 @@ from oftsurgery.records.record import ModuleRecord
 from . import kernels, preserve
 from .kernels import FoldedWeight
 
-__all__ = [
-    "FoldedWeight",
-    "begin_record",
-    "check_chain",
-    "fold_encoded",
-    "fold_weight",
-    "measured",
-    "relative_error",
-    "rotate_chain",
-    "unfold_weight",
-]
-
 W = TypeVar("W", Tensor, EncodedWeight)
 
 
