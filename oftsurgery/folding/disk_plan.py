@@ -23,7 +23,7 @@ from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
 
 from .disk_jobs import Job, JobBuilder, Part
-from .folder_writer import Shard, size_of, split
+from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
 
@@ -78,7 +78,9 @@ class CheckpointPlan:
         """That will be written, a guess at the undo record's among them."""
         carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
-        return sum(size_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
+        return (
+            sum(nbytes_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what ``oftsurgery plan --json`` prints."""
@@ -110,7 +112,7 @@ class CheckpointPlan:
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "shards": [
-                {"file": s.file, "bytes": sum(size_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
+                {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
             "carried": list(self.carried),
             "bytes": self.nbytes,
@@ -160,9 +162,12 @@ def plan_checkpoint(
 def make_plan(
     store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
 ) -> CheckpointPlan:
+    """The plan of ``jobs``, as far as all plans are alike."""
     carried = configs.carried_files(store.source.folder)
     card.own_card(store.source.folder)  # is refused now where it cannot be read
-    return CheckpointPlan(store, tuple(jobs), split([job.outputs for job in jobs], max_shard_bytes), config, carried)
+    return CheckpointPlan(
+        store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
+    )
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:

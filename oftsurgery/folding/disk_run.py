@@ -37,9 +37,9 @@ from oftsurgery.weights.fold import fold_encoded
 from . import engine
 from .disk_jobs import Job, Part
 from .disk_plan import QUANTISED, CheckpointPlan, facts_of_quantization
-from .folder_writer import Item, Shard, write_rest, write_shard
+from .folder_writer import Item, Shard, write_other_files, write_shard
 from .undo_reader import UndoRecord, open_undo
-from .undo_writer import UndoParts, UndoWriter, check_free, described
+from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
 
 def run_plan(
@@ -68,7 +68,7 @@ def run_plan(
     """
     _check_destination(plan, destination)
     if plan.undo is not None and not (resume and plan.undo.is_file()):
-        check_free(plan.undo, force=force)
+        check_place(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         run = _Run(plan, torch.device(device), progress, inputs_of)
@@ -84,7 +84,7 @@ def run_plan(
             engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:
             run.write_undo(plan.undo, record, staging, force=force)
-        record = write_rest(
+        record = write_other_files(
             staging,
             [shard.file for shard in plan.shards],
             record,
@@ -178,7 +178,7 @@ class _Run:
             self._write(shard.file, jobs, operation, staging)
         else:
             with staging.writing(_undo_part(shard)) as path, path.open("wb") as file:
-                operation.undo = UndoParts(file)
+                operation.undo = UndoCollector(file)
                 self._write(shard.file, jobs, operation, staging)
             staging.finish(_undo_part(shard), {"undo": operation.undo.facts})
         modules = {path: module.to_dict() for path, module in operation.modules.items()}
@@ -265,11 +265,7 @@ class _Run:
         new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
         if part.rotate is not None:
             as_stored = part.base is None and job.unit is None and part.output == job.name
-            beside = (
-                _described_beside(self.plan.source, job.name, before)
-                if as_stored and operation.undo is not None
-                else None
-            )
+            beside = _beside(self.plan.source, job.name, before) if as_stored and operation.undo is not None else None
             return operation.rotate(part.rotate, new, part.into, before, beside)
         if new.format == part.into:
             return new
@@ -312,8 +308,8 @@ def _undo_part(shard: Shard) -> str:
     return f"{shard.file}.undo"
 
 
-def _described_beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
-    """What :func:`~oftsurgery.folding.undo_writer.described` gives of small tensors beside a weight that are not what
+def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
+    """What :func:`~oftsurgery.folding.undo_writer.tensor_as_json` gives of small tensors beside a weight that are not what
     :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
     """
     usual = weight.format.kind.spread(name, weight)
@@ -321,6 +317,8 @@ def _described_beside(source: Checkpoint, name: str, weight: EncodedWeight) -> d
     found = {}
     for n in {*usual, *there} - {name}:
         stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None
-        if n not in there or (stored is not None and (n not in usual or described(stored) != described(usual[n]))):
-            found[n.removeprefix(name.removesuffix("weight"))] = described(stored)
+        if n not in there or (
+            stored is not None and (n not in usual or tensor_as_json(stored) != tensor_as_json(usual[n]))
+        ):
+            found[n.removeprefix(name.removesuffix("weight"))] = tensor_as_json(stored)
     return found

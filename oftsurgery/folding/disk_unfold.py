@@ -78,9 +78,8 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
         elif all(n in folded.entries for n in job.outputs):
-            jobs += [
-                copy_job(folded, n) for n in job.outputs
-            ]  # untouched by the fold: the folded checkpoint's own bytes
+            # untouched by the fold: the folded checkpoint's own bytes
+            jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
     config = configs.restored_config(folded.config, base.config)

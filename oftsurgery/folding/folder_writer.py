@@ -54,19 +54,19 @@ class Shard:
     items: tuple[int, ...]
 
 
-def size_of(outputs: Outputs) -> int:
+def nbytes_of(outputs: Outputs) -> int:
     """Bytes of the outputs; a few hundred for each small blob."""
     return sum(d.itemsize * math.prod(s) if s is not None else 256 for d, s in outputs.values())
 
 
-def split(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
+def into_shards(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
     """Files of at most ``limit`` bytes (what is written at once is never split), named as the Hub's tools name them."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
     found = split_state_dict_into_shards_factory(
         numbered,
-        get_storage_size=size_of,
+        get_storage_size=nbytes_of,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
@@ -114,7 +114,7 @@ def write_shard(
             behind.result()
 
 
-def write_rest(
+def write_other_files(
     staging: Staging,
     files: Sequence[str],
     record: FoldRecord | None,

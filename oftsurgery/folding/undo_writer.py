@@ -30,7 +30,7 @@ from .undo_reader import FORMAT, VERSION
 _ROOM = 504  # of the header, which is written last: metadata and two tensors
 
 
-def check_free(path: Path, *, force: bool = False) -> None:
+def check_place(path: Path, *, force: bool = False) -> None:
     """Refuse a place where a record cannot be written, before anything is computed.
 
     Raises:
@@ -46,7 +46,7 @@ def check_free(path: Path, *, force: bool = False) -> None:
         raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
 
 
-class UndoParts:
+class UndoCollector:
     """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
 
     Attributes:
@@ -78,7 +78,7 @@ class UndoParts:
             chain: that was folded, in the live order.
             noise: relative error of storing ``after``.
             relaxation: of the fold, where it kept the scales of ``before``.
-            files: :func:`described` tensors of the checkpoint that do not follow from ``before``.
+            files: :func:`tensor_as_json` tensors of the checkpoint that do not follow from ``before``.
         """
         entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
         self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
@@ -116,14 +116,14 @@ class UndoParts:
             self.facts["tables"].setdefault(name, [start + shift, nbytes])
 
 
-class UndoWriter(UndoParts):
+class UndoWriter(UndoCollector):
     """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
 
     As a context manager it removes what is unfinished.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        check_free(path, force=force)
+        check_place(path, force=force)
         self._force = force
         self._new = Replacement(path, "oftsurgery")
         with disk_errors(self._new.beside):
@@ -174,10 +174,10 @@ class UndoWriter(UndoParts):
             self._file.write(header_bytes(header, _ROOM))
             to_disk(self._file)
             self._file.close()
-        check_free(self._new.path, force=self._force)
+        check_place(self._new.path, force=self._force)
         self._new.put()
 
 
-def described(tensor: Tensor | None) -> dict[str, Any] | None:
+def tensor_as_json(tensor: Tensor | None) -> dict[str, Any] | None:
     """A small tensor as JSON; None for one that there was not."""
     return None if tensor is None else {**undo.described(tensor), "hex": bytes_of(tensor).hex()}

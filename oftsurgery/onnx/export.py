@@ -19,7 +19,7 @@ from oftsurgery.files.reading import inside, read_json
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.files.writing import disk_errors, to_disk
 from oftsurgery.folding import export
-from oftsurgery.folding.folder_writer import write_rest
+from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
@@ -364,7 +364,7 @@ def _write_rest(
         jsons["genai_config.json"] = genai
     record = FoldRecord((), {}) if record is None else public_record(record)
     record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    write_rest(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
+    write_other_files(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
