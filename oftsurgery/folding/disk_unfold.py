@@ -37,7 +37,7 @@ def plan_unfold(
 
     Raises:
         StateError: the checkpoint's record names other adapters than these.
-        and those of :func:`plan_checkpoint`.
+        and those of :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
     """
     codecs.check_rounding(rounding)
     store = FolderStore(folded)

@@ -1,5 +1,5 @@
-"""A checkpoint's folder as a :class:`~oftsurgery.folding.plan.Store`: the model that transformers would load from it, weight by
-weight, without building it.
+"""A checkpoint's folder as a :class:`~oftsurgery.stores.store.Store`: the model that transformers would load from it,
+weight by weight, without building it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A live model as a :class:`~oftsurgery.folding.plan.Store`."""
+"""A live model as a :class:`~oftsurgery.stores.store.Store`."""
 
 from __future__ import annotations
 
