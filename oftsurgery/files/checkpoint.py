@@ -1,4 +1,4 @@
-"""Read a checkpoint: its headers and JSON without data, and one tensor at a time."""
+""":func:`open_checkpoint` reads a checkpoint's headers and JSON without data, :class:`Checkpoint` one tensor at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what nobody vouches for: names of files, JSON, and safetensors headers.
+"""These functions read what nobody vouches for: names of files, JSON, and safetensors headers.
 
 The safetensors library checks every header (lengths, offsets, overlaps); where a tensor's bytes are, it does not tell.
 """

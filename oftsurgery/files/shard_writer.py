@@ -1,4 +1,4 @@
-"""Write a safetensors file whose tensors never meet in memory."""
+""":class:`ShardWriter` writes a safetensors file whose tensors never meet in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write small files, each whole or not at all, and tell the disk's errors."""
+""":func:`write_files` writes small files, each whole or not at all; :func:`disk_errors` says what the disk did not take."""
 
 from __future__ import annotations
 

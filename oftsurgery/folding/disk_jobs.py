@@ -1,4 +1,4 @@
-"""What becomes of each tensor that a checkpoint stores: the jobs that a plan on disk is made of."""
+"""A job says what becomes of one tensor that a checkpoint stores; a plan on disk is made of jobs."""
 
 from __future__ import annotations
 

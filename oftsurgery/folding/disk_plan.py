@@ -1,4 +1,4 @@
-"""Plan a fold on disk from headers and JSON alone: :func:`plan_checkpoint` says everything that will happen."""
+""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone, and says everything that will happen."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Run a plan on disk one weight at a time, never the model, into a folder beside the destination that becomes it by one
-rename.
+""":func:`run_plan` runs a plan on disk one weight at a time, never the model, into a folder beside the destination that
+becomes it by one rename.
 
 Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one
 that was not.

@@ -1,4 +1,6 @@
-"""Plan how the last fold comes out of a checkpoint on disk: rotated back, from its base, or by an undo record."""
+"""A plan of this file takes the last fold out of a checkpoint on disk: by rotating back, from its base, or by an undo
+record.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Write a model's folder: shards of weights one tensor at a time, index, config, card and record. Folds, exports and ONNX
-graphs are all written here.
+""":func:`write_shard` and :func:`write_other_files` write a model's folder: weights one tensor at a time, index, config, card
+and record. Folds, exports and ONNX graphs are all written here.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Read an undo record. Nothing in one executes, and nobody vouches for it: every size is checked against the file and the
-model before anything is allocated, every part against its hash.
+""":func:`open_undo` reads an undo record. Nothing in one executes, and nobody vouches for it: every size is checked against
+the file and the model before anything is allocated, every part against its hash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write an undo record: one safetensors file of compressed bytes and a manifest, whole or not at all.
+""":class:`UndoWriter` writes an undo record: one safetensors file of compressed bytes and a manifest, whole or not at all.
 
 ``docs/undo.md`` describes the format.
 """

@@ -1,4 +1,4 @@
-"""Read and write a fold's record, which is the file ``oftsurgery.json`` of a folder."""
+"""A fold's record is the file ``oftsurgery.json`` of a folder: :func:`record_in` reads it, :func:`write_record` writes it."""
 
 from __future__ import annotations
 

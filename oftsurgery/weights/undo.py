@@ -1,19 +1,9 @@
-"""Undo records: what it takes to give a folded weight its original bytes back, in far fewer bits than the weight.
+"""An undo record gives a folded weight its original bytes back, in far fewer bits than the weight.
 
 The folded weight, rotated back, lies within its own rounding error of the original. So the original codes are *predicted*:
 rotate back, requantise against the original statistics. The record holds those statistics and the prediction's errors,
 and because most predictions are right, both compress well. Nothing of this is an estimate: a record is decoded and
 compared by content hash when it is written, and compared again when it is used.
-
-**Why the prediction is the same everywhere.** A sum of floats depends on its order, which differs between machines,
-thread counts and BLAS libraries. Here every product is of integers held in float64: weights rounded to ``p`` bits,
-rotations to ``f``, with ``p + f`` chosen so that every partial sum of any order stays below 2⁵³. Such sums are exact, so
-order and fused multiply-adds do not matter. What is left is elementwise IEEE arithmetic (multiplication by powers of two,
-rounding, division, comparison), the same on every machine. All of it runs on the CPU.
-
-The rotation itself is in the record, as the quantised generator of a Cayley map whose inverse is evaluated by Newton's
-iteration in the same exact products, or where that does not fit (rotations that are not orthogonal, half turns) as a
-quantised matrix. It needs to be only as fine as the folded weight's rounding.
 
 Pure: tensors in, facts (JSON-able) and bytes out, and back. ``docs/undo.md`` describes the format.
 """

@@ -1,4 +1,4 @@
-"""The prediction of an undo record: the folded weight rotated back and requantised, and the errors of that."""
+"""The folded weight, rotated back and requantised, predicts the original codes; the prediction's errors are coded here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""The rotations of an undo record, and rotating back by them in products that are exact in every order."""
+"""An undo record holds the rotations that lead back, and every product by them is exact.
+
+**Why the prediction is the same everywhere.** A sum of floats depends on its order, which differs between machines,
+thread counts and BLAS libraries. Here every product is of integers held in float64: weights rounded to ``p`` bits,
+rotations to ``f``, with ``p + f`` chosen so that every partial sum of any order stays below 2⁵³. Such sums are exact, so
+order and fused multiply-adds do not matter. What is left is elementwise IEEE arithmetic (multiplication by powers of two,
+rounding, division, comparison), the same on every machine. All of it runs on the CPU.
+
+The rotation itself is in the record, as the quantised generator of a Cayley map whose inverse is evaluated by Newton's
+iteration in the same exact products, or where that does not fit (rotations that are not orthogonal, half turns) as a
+quantised matrix. It needs to be only as fine as the folded weight's rounding.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The streams of bytes of an undo record: integers, mostly small, written and read by the same code."""
+"""A stream holds integers of an undo record as compressed bytes; the same code writes and reads it."""
 
 from __future__ import annotations
 
