@@ -22,7 +22,8 @@ import torch
 
 from oftsurgery import Rotation, WeightFormat
 from oftsurgery.formats import codecs
-from oftsurgery.weights.fold import FoldedWeight, fold_encoded
+from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 MODES = ("nearest", "preserve", "grid", "mse")
 #: of the generator: weights are moved by 20 %

@@ -30,16 +30,18 @@ import transformers
 
 import oftsurgery
 from oftsurgery import Rotation
-from oftsurgery.folding import undo_file
-from oftsurgery.folding.memory import modules_of
+from oftsurgery.folding import undo_reader
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import WeightFormat
 from oftsurgery.stores.layers import Layer
-from oftsurgery.weights import undo
+from oftsurgery.stores.ties import modules_of
+from oftsurgery.weights import undo, undo_streams
 from oftsurgery.weights.fold import fold_encoded
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    "as in the record (LZMA without contexts)": lambda raw: lzma.compress(raw, lzma.FORMAT_RAW, filters=undo._FILTERS),
+    "as in the record (LZMA without contexts)": lambda raw: lzma.compress(
+        raw, lzma.FORMAT_RAW, filters=undo_streams.FILTERS
+    ),
     "LZMA, the library's default filters": lambda raw: lzma.compress(
         raw, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 6}]
     ),
@@ -56,18 +58,18 @@ if importlib.util.find_spec("zstandard") is not None:
 def minilm(quantisation: str, adapter: Path, folder: Path) -> None:
     base = demo.load_base(quantisation)
     streams: list[bytes] = []
-    raw = undo._Streams.raw
+    raw = undo_streams.Streams.raw
 
     def listen(self: Any, true: bytes | None, nbytes: int) -> bytes:
         if true is not None:
             streams.append(true)
         return raw(self, true, nbytes)
 
-    undo._Streams.raw = listen  # type: ignore[method-assign]
+    undo_streams.Streams.raw = listen  # type: ignore[method-assign]
     path = folder / f"{quantisation}.undo"
     start = time.perf_counter()
     folded = oftsurgery.fold(base, adapter, undo=path)
-    undo._Streams.raw = raw  # type: ignore[method-assign]
+    undo_streams.Streams.raw = raw  # type: ignore[method-assign]
     middle = time.perf_counter()
     oftsurgery.unfold(folded, undo=path)
     end = time.perf_counter()
@@ -81,7 +83,7 @@ def minilm(quantisation: str, adapter: Path, folder: Path) -> None:
         f"({path.stat().st_size} bytes, {weights} weights; largest angle {angle:.2f}); "
         f"{middle - start:.1f} s to fold and write, {end - middle:.1f} s to use"
     )
-    data = sum(facts["data"][1] for facts in undo_file.open_undo(path).weights.values())
+    data = sum(facts["data"][1] for facts in undo_reader.open_undo(path).weights.values())
     print(
         f"  data {data * 8 / weights:.3f}, the rest (manifest and header) {(path.stat().st_size - data) * 8 / weights:.3f}"
     )

@@ -9,8 +9,6 @@ import torch
 
 from .errors import StateError, printable
 
-__all__ = ["DENSE", "DTYPES", "DTYPE_NAMES", "FLOATS", "FORMAT_OF", "NAMED", "float_dtype", "name_of"]
-
 #: safetensors' name → dtype, of all that are read
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["hash_bytes", "hash_tensors"]
-
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """``"xxh3:<32 hex digits>"`` over names, dtypes, shapes and bytes, whatever the mapping's order, device or strides."""

@@ -30,12 +30,12 @@ from .errors import (
     printable,
     without_tokens,
 )
-from .files.shards import inside
+from .files.reading import inside
 from .progress import Progress
 from .records import card
 from .records.card import CARD
 from .records.record import FoldRecord, plain
-from .stores import configs
+from .records.record_file import RECORD, record_in
 
 __all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
 
@@ -164,10 +164,10 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
     """(record, ``{name: bytes}`` of what an export wrote into ``folder``, which of it was changed since)."""
     if not folder.is_dir():
         raise CheckpointError("no such folder", path=folder, remedy="give a folder that oftsurgery wrote")
-    record = configs.record_in(folder)
+    record = record_in(folder)
     if record is None or not record.files:
         raise StateError(
-            f"the folder has no {configs.RECORD} with its files' hashes, so it is not known what belongs to the export",
+            f"the folder has no {RECORD} with its files' hashes, so it is not known what belongs to the export",
             path=folder,
             remedy="export it with this version of oftsurgery, or send the folder as it is with `hf upload`",
         )
@@ -181,7 +181,7 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
                 remedy="export it again",
             )
     own = [CARD] if (folder / CARD).exists() else []
-    names = sorted({*record.files, configs.RECORD, *own})
+    names = sorted({*record.files, RECORD, *own})
     files = {name: inside(folder, name).stat().st_size for name in names}
     return record, files, tuple(n for n, s in state.items() if s == "changed")
 
@@ -317,7 +317,7 @@ class _Sending:
                     return None
                 return Path(self.api.hf_hub_download(report.repo_id, name, revision=head.sha, local_dir=place))
 
-            stale = _stale(there, fetched(configs.RECORD), report)
+            stale = _stale(there, fetched(RECORD), report)
             if CARD in report.files:
                 contents[CARD] = _card(folder, fetched(CARD), report).encode()
         additions = [CommitOperationAdd(name, contents.get(name) or str(inside(folder, name))) for name in report.files]
@@ -365,10 +365,10 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
     earlier: set[str] = set()
     if record is not None:
         try:
-            found = configs.record_in(record.parent)
+            found = record_in(record.parent)
         except CheckpointError as error:
             raise StateError(
-                f"the {configs.RECORD} in the repository {report.repo_id} cannot be read: {error.message}",
+                f"the {RECORD} in the repository {report.repo_id} cannot be read: {error.message}",
                 remedy="name another repository or revision, or delete that file there",
             ) from None
         earlier = {n for n in found.files if not n.startswith(".") and n != CARD} if found is not None else set()

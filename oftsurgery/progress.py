@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from .errors import printable
 
-__all__ = ["Progress", "shown", "without_bars"]
-
 #: called with (done, all there is to do, what it is about), both in bytes, weights, batches or stages
 Progress = Callable[[int, int, str], None]
 

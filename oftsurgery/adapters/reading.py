@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oftsurgery.errors import AdapterError, printable
 from oftsurgery.files.finding import find_folder
-from oftsurgery.files.shards import sha256_of
+from oftsurgery.files.reading import sha256_of
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

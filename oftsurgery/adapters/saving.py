@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from oftsurgery.files.shards import ShardWriter
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
 
 from .reading import CONFIG_FILE, TENSORS_FILE

@@ -29,12 +29,12 @@ from oftsurgery.checks.folders import CheckpointReport
 from oftsurgery.checks.models import VerifyReport
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
-from oftsurgery.files import shards, staging
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
-from oftsurgery.folding import disk as checkpoint
-from oftsurgery.folding import export, undo_file
-from oftsurgery.folding import memory as live_model
-from oftsurgery.folding.disk import CheckpointPlan, Format, Quantization
+from oftsurgery.files.reading import read_json, sizes_in
+from oftsurgery.files.writing import write_files
+from oftsurgery.folding import disk_plan, disk_run, disk_unfold, export, memory, undo_reader, undo_writer
+from oftsurgery.folding.disk_plan import CheckpointPlan, Format
 from oftsurgery.folding.plan import FoldPlan
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
@@ -44,12 +44,12 @@ from oftsurgery.onnx import export as onnx_export
 from oftsurgery.onnx.export import OnnxReport
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import record_at, record_in
 from oftsurgery.reports import drawing, page
-from oftsurgery.stores import configs
-from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.folder import FolderStore, Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import modules_of
+from oftsurgery.stores.ties import inner_model, modules_of
 from oftsurgery.weights.calibrate import InputsOf
 
 __all__ = [
@@ -174,7 +174,7 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
     """
     if not live_layers(model):
         names, adapters = _resolve(model, adapter)
-        yield partial(live_model.fold_model, model, adapters, names=names, inplace=inplace)
+        yield partial(memory.fold_model, model, adapters, names=names, inplace=inplace)
         return
     if adapter is not None:
         raise StateError(
@@ -183,17 +183,17 @@ def _prepared(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Call
         )
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
-    stripped = strip(live_model.inner_model(model)) if inplace else []
+    stripped = strip(inner_model(model)) if inplace else []
     try:
-        yield partial(live_model.fold_model, base, trained, already=already, inplace=True)
+        yield partial(memory.fold_model, base, trained, already=already, inplace=True)
     except BaseException:
         for step_back in reversed(stripped):
             step_back()
         raise
 
 
-def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_file.UndoWriter | None]:
-    return nullcontext() if path is None else undo_file.UndoWriter(Path(path).expanduser())
+def _undo_writer(path: str | PathLike[str] | None) -> AbstractContextManager[undo_writer.UndoWriter | None]:
+    return nullcontext() if path is None else undo_writer.UndoWriter(Path(path).expanduser())
 
 
 def _rounding(rounding: Mode | None, calibration: object) -> Mode:
@@ -271,14 +271,14 @@ def unfold(
         "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
     )
     if undo is not None:
-        record = undo_file.open_undo(Path(undo).expanduser())
-        return live_model.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
+        record = undo_reader.open_undo(Path(undo).expanduser())
+        return memory.undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
         source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(_opened(base))
-        return live_model.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
+        return memory.restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _resolve(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
-        return live_model.unfold_model(  # type: ignore[return-value]
+        return memory.unfold_model(  # type: ignore[return-value]
             folded, adapters or [], rounding=rounding, inplace=inplace, progress=step
         )
 
@@ -323,7 +323,7 @@ class FoldSettings:
         Raises:
             StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
         """
-        codec = self.quantize or (self.format if self.format in checkpoint.QUANTISED else None)
+        codec = self.quantize or (self.format if self.format in disk_plan.QUANTISED else None)
         if codec is not None:
             skip = tuple(self.skip_modules) if self.skip_modules is not None else None
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
@@ -343,7 +343,7 @@ def plan_fold(
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
     mode: Mode = settings.rounding or "preserve"
-    plan = checkpoint.plan_checkpoint(
+    plan = disk_plan.plan_checkpoint(
         _opened(source),
         _loaded(adapter),
         format=settings.format,
@@ -427,7 +427,7 @@ def fold_checkpoint(
         inputs_of = None
         if batches is not None:
             inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
-        record = checkpoint.run_plan(
+        record = disk_run.run_plan(
             plan,
             Path(destination),
             device=device,
@@ -503,14 +503,14 @@ def unfold_checkpoint(
     source = _opened(folded)
     size = parse_size(max_shard_size)
     if base is not None:
-        plan = checkpoint.plan_restore(source, _opened(base), max_shard_bytes=size)
+        plan = disk_unfold.plan_restore(source, _opened(base), max_shard_bytes=size)
     elif undo is not None:
-        plan = checkpoint.plan_undo(source, undo_file.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        plan = disk_unfold.plan_undo(source, undo_reader.open_undo(Path(undo).expanduser()), max_shard_bytes=size)
     else:
         assert adapter is not None  # noqa: S101 - checked above
-        plan = checkpoint.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
+        plan = disk_unfold.plan_unfold(source, _loaded(adapter), rounding=rounding, max_shard_bytes=size)
     with shown(progress, "unfold") as step:
-        return checkpoint.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+        return disk_run.run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract(
@@ -597,7 +597,7 @@ def verify_checkpoint(
     folder = find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return checks.check_files(folder)
-    opened = shards.open_checkpoint(folder)
+    opened = open_checkpoint(folder)
     return checks.check_checkpoint(
         opened,
         _opened(base),
@@ -613,7 +613,7 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: no such folder, or a record that cannot be read.
     """
-    return configs.record_in(find_checkpoint(folder))
+    return record_in(find_checkpoint(folder))
 
 
 def report(
@@ -649,13 +649,13 @@ def report(
     text = page.render(
         record,
         name=None if folder is None else folder.resolve().name,
-        files={} if folder is None else shards.sizes_in(folder),
+        files={} if folder is None else sizes_in(folder),
         verified=results,
     )
     outputs = {} if html is None else {Path(html): text.encode()}
     if png is not None:
         outputs |= {Path(png) / name: data for name, data in drawing.figures(record).items()}
-    staging.write_files(outputs, force=force, make=None if png is None else Path(png))
+    write_files(outputs, force=force, make=None if png is None else Path(png))
     return text
 
 
@@ -669,7 +669,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
         )
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
-    record = configs.record_at(path) if folder is None else configs.record_in(path)
+    record = record_at(path) if folder is None else record_in(path)
     if record is None:
         raise StateError(
             "nothing is folded in: the folder has no record", path=path, remedy="give a folder that a fold wrote"
@@ -679,7 +679,7 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
 
 def _result_of(verified: Verified) -> Mapping[str, Any]:
     if isinstance(verified, (str, PathLike)):
-        return shards.read_json(Path(verified))
+        return read_json(Path(verified))
     return verified if isinstance(verified, Mapping) else verified.to_dict()
 
 
@@ -769,7 +769,7 @@ def export_onnx(
     record = None
     if isinstance(model, (str, PathLike)):
         folder = find_checkpoint(model)
-        record = configs.record_in(folder)
+        record = record_in(folder)
         tokenizer = folder if tokenizer is None else tokenizer
         model = onnx_export.load_model(folder)
     _check_model(model)
@@ -806,8 +806,8 @@ def parse_size(size: int | str) -> int:
     return nbytes
 
 
-def _opened(source: str | PathLike[str]) -> shards.Checkpoint:
-    return shards.open_checkpoint(find_checkpoint(source))
+def _opened(source: str | PathLike[str]) -> Checkpoint:
+    return open_checkpoint(find_checkpoint(source))
 
 
 def _check_one(given: Sequence[object], remedy: str) -> None:
@@ -820,7 +820,7 @@ def _resolve(
 ) -> tuple[list[str] | None, list[OFTAdapter] | None]:
     """(names of live adapters, None) or (None, loaded adapters)."""
     given = [] if adapter is None else list(adapter) if isinstance(adapter, (list, tuple)) else [adapter]
-    configs_of_peft = getattr(live_model.inner_model(model), "peft_config", {})
+    configs_of_peft = getattr(inner_model(model), "peft_config", {})
     if isinstance(configs_of_peft, Mapping) and configs_of_peft and all(isinstance(a, str) for a in given):
         return [str(a) for a in given] or None, None
     return None, None if adapter is None else _loaded(adapter)

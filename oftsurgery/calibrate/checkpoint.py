@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from oftsurgery.errors import CalibrationError, needs, printable
-from oftsurgery.folding.disk import CheckpointPlan
+from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
 from oftsurgery.formats import FORMATS
 from oftsurgery.progress import Progress

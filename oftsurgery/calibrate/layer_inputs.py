@@ -18,10 +18,10 @@ from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.checks.models import eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
-from oftsurgery.folding.memory import inner_model, modules_of
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
+from oftsurgery.stores.ties import inner_model, modules_of
 from oftsurgery.weights.calibrate import LayerInputs
 
 from .batches import Batch

@@ -28,31 +28,22 @@ from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter,
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, printable
+from oftsurgery.files.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
-from oftsurgery.files.shards import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    TensorEntry,
-    inside,
-    open_checkpoint,
-    read_header,
-    read_json,
-)
-from oftsurgery.folding.disk import plan_checkpoint
-from oftsurgery.folding.memory import modules_of
+from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
+from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import FORMATS, codecs, companion_names, of_names, owner_of
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import unpack_cpu_layout, unpack_state
 from oftsurgery.records.record import ENOUGH, FoldRecord, plain, versions
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs, peft_live
 from oftsurgery.stores.folder import FolderStore, load_weight
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import tensors_in
+from oftsurgery.stores.ties import modules_of, tensors_in
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
@@ -211,8 +202,8 @@ def _checkpoint_folder(folder: Path, base: Model | None, adapter: OFTAdapter | N
     store = record = None
     with _noting(found):
         store = FolderStore(checkpoint)
-    with _noting(found, configs.RECORD):
-        record = configs.record_in(folder)
+    with _noting(found, RECORD):
+        record = record_in(folder)
     return found if store is None else found + _folds(store, record, base, adapter)
 
 
@@ -272,7 +263,7 @@ def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
     remedy = "download the checkpoint again, or restore the index that belongs to these shards"
     counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
     found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
-    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config, {})
+    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config)
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -465,8 +456,9 @@ def _misread(checkpoint: Checkpoint, name: str, format_: WeightFormat, *, tiled:
 def _folds(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     found = [] if record is None else _record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
+        before = _store(base)
         with _noting(found):
-            found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
+            found += [*_convolutions(adapter, store), *_folded(adapter, before, store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += _fits(adapter, store)
     return found

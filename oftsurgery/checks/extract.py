@@ -22,7 +22,7 @@ from oftsurgery.errors import (
     told_of,
     warn_caller,
 )
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats.codecs import EncodedWeight
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress

@@ -25,12 +25,13 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
-from oftsurgery.files.shards import Checkpoint, inside, sha256_of
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.reading import inside, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import unpack_state
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.stores import configs
+from oftsurgery.records.record_file import RECORD, record_in
 
 from . import measures
 from .loaded import Loaded, Stored
@@ -177,9 +178,9 @@ def check_files(folder: Path) -> CheckpointReport:
         StateError: it has no record, or one without hashes.
         CheckpointError: the record cannot be read.
     """
-    record = configs.record_in(folder)
+    record = record_in(folder)
     if record is None or not record.files:
-        message = f"the folder has no {configs.RECORD}" if record is None else "the record has no hashes of files"
+        message = f"the folder has no {RECORD}" if record is None else "the record has no hashes of files"
         remedy = "give the base and the adapter too: the weights are then compared with them"
         raise StateError(message, path=folder, remedy=remedy)
     return CheckpointReport(MappingProxyType({}), None, _file_checks(folder, record))
@@ -221,7 +222,7 @@ def check_checkpoint(
     """
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter rotates nothing", remedy="give the adapter that was folded")
-    record = configs.record_in(folded.folder)
+    record = record_in(folded.folder)
     loading = _Loading(record, folded, base)
     before = Loaded(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton

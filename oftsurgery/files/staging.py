@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from oftsurgery.errors import CheckpointError, DiskError, StateError, printable
+from oftsurgery.errors import CheckpointError, DiskError, StateError
 
-from .shards import read_json, sha256_of, to_disk
-
-__all__ = ["Replacement", "Staging", "check_apart", "disk_errors", "scratch", "write_files"]
+from .reading import read_json, sha256_of
+from .writing import Replacement, check_free, disk_errors, exists, sync_folder, to_disk, write_synced
 
 _STATE = ".state.json"
 
@@ -55,7 +52,7 @@ class Staging:
         self._ours = False  # whether the folder's contents are this run's to remove
 
     def __enter__(self) -> Staging:
-        _check_free("destination", self.destination, force=self.force)
+        check_free("destination", self.destination, force=self.force)
         with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 raise StateError(
@@ -73,7 +70,7 @@ class Staging:
             try:
                 self._recover()
                 # another run may have finished since the first look
-                _check_free("destination", self.destination, force=self.force)
+                check_free("destination", self.destination, force=self.force)
                 self.folder.mkdir(exist_ok=True)
                 self._take_over()
                 self._check_space()
@@ -110,9 +107,9 @@ class Staging:
 
     def _recover(self) -> None:
         """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
-        if not _exists(self.replaced):
+        if not exists(self.replaced):
             return
-        if _exists(self.destination):
+        if exists(self.destination):
             _remove(self.replaced)
         else:
             self.replaced.rename(self.destination)
@@ -196,7 +193,7 @@ class Staging:
 
     def _save_state(self) -> None:
         with Replacement(self.folder / _STATE) as new:
-            _write_synced(new.beside, json.dumps(self.state).encode())
+            write_synced(new.beside, json.dumps(self.state).encode())
             new.put()
 
     def put_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -206,7 +203,7 @@ class Staging:
     def put_text(self, name: str, text: str) -> None:
         """Write ``text`` as the file ``name``."""
         with self.writing(name) as path:
-            _write_synced(path, text.encode())
+            write_synced(path, text.encode())
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file's contents to the file ``name``."""
@@ -242,66 +239,13 @@ class Staging:
         """Make the folder the destination."""
         with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
-            _sync_folder(self.folder)
-            if _exists(self.destination):
+            sync_folder(self.folder)
+            if exists(self.destination):
                 self.destination.rename(self.replaced)
             self.folder.rename(self.destination)
             self._ours = False
-            _sync_folder(self.destination.parent)
+            sync_folder(self.destination.parent)
             self._recover()
-
-
-class Replacement:
-    """A file to be written as ``beside``, until :meth:`put` puts it in the place of ``path``. At the end of the context
-    nothing else of it is there.
-    """
-
-    def __init__(self, path: Path, mark: str | None = None) -> None:
-        self.path = path
-        self.beside = path.parent / f".{path.name}.{mark or f'{os.getpid()}.new'}"
-
-    def put(self) -> None:
-        """Replace what is at ``path`` by the whole file, which is on the disk."""
-        with disk_errors(self.path):
-            self.beside.replace(self.path)
-            _sync_folder(self.path.parent)
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self.beside.unlink()
-
-
-def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
-    """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
-
-    Args:
-        files: ``{path: contents}``; the folders must exist.
-        force: replace existing files.
-        make: a folder to make where it is not there.
-
-    Raises:
-        StateError: a file exists, or a folder does not; nothing is written.
-        DiskError: the disk did not take a file.
-    """
-    for path in files:
-        if path.parent != make and not path.parent.is_dir():
-            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
-        if path.is_dir():
-            raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
-        _check_free("file", path, force=force)
-    if make is not None:
-        with disk_errors(make):
-            make.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        waiting = [stack.enter_context(Replacement(path)) for path in files]
-        for new in waiting:
-            with disk_errors(new.path):
-                _write_synced(new.beside, files[new.path])
-        for new in waiting:
-            new.put()
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
@@ -324,24 +268,14 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         StateError: the destination exists: said before the work that it would be for.
     """
-    _check_free("destination", destination, force=force)
+    check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
     try:
         yield path
     finally:
         with disk_errors(path):
-            if _exists(path):
+            if exists(path):
                 _remove(path)
-
-
-def _check_free(what: str, path: Path, *, force: bool) -> None:
-    if _exists(path) and not force:
-        remedy = "name another, or replace it with force=True (--force)"
-        raise StateError(f"the {what} exists", path=path, remedy=remedy)
-
-
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _remove(path: Path) -> None:
@@ -360,44 +294,3 @@ def _sound(shards: object) -> bool:
         and all(isinstance(part, dict) for part in entry["facts"].values())
         for name, entry in shards.items()
     )
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        to_disk(file)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-_REASONS = {
-    errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
-    errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
-    errno.EFBIG: (
-        "the file is larger than this system allows",
-        "write smaller shards: max_shard_size (--max-shard-size)",
-    ),
-    errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
-    errno.EACCES: ("no permission to write", "name a destination elsewhere"),
-    errno.EPERM: ("no permission to write", "name a destination elsewhere"),
-}
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """The system's errors as :class:`DiskError`, with what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, DiskError):
-            raise
-        reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
-        raise DiskError(reason, path=error.filename or path, remedy=remedy) from error

@@ -30,19 +30,8 @@ from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
 from oftsurgery.weights.fold import begin_record, fold_encoded
 
 from .plan import FoldPlan, Rotate
-from .undo_file import UndoParts, UndoRecord
-
-__all__ = [
-    "Operation",
-    "Original",
-    "earlier_record",
-    "finish_fold",
-    "finish_unfold",
-    "fold_record",
-    "originals",
-    "undone",
-    "warn_of_idle",
-]
+from .undo_reader import UndoRecord
+from .undo_writer import UndoCollector
 
 #: modules that a warning names
 _NAMED = 5
@@ -70,7 +59,7 @@ class Operation:
     plan: FoldPlan
     rounding: str
     inputs_of: InputsOf | None = None
-    undo: UndoParts | None = None
+    undo: UndoCollector | None = None
     already: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

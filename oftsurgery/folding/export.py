@@ -19,6 +19,7 @@ from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs, spread_shapes
 from oftsurgery.formats.codecs import WeightFormat
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import public_place, public_record
 from oftsurgery.stores import configs, peft_live
 from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
@@ -26,9 +27,7 @@ from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.ties import inner_model, modules_of, ties_of
 
-from .folder_writer import Item, Outputs, size_of, split, write_rest, write_shard
-
-__all__ = ["config_files", "save_model", "source_of"]
+from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard
 
 
 def save_model(
@@ -47,18 +46,18 @@ def save_model(
             remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
         )
     items = _items(model, dtype)
-    shards = split([item.outputs for item in items], max_shard_bytes)
+    shards = into_shards([item.outputs for item in items], max_shard_bytes)
     record = record_of(model)
     if record is not None:
-        record = configs.public_record(record)
+        record = public_record(record)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
-    needed = sum(size_of(item.outputs) for item in items)
+    needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
     with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
-        record = write_rest(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
+        record = write_other_files(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
         staging.publish()
     return record
 
@@ -138,7 +137,7 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
 
 
 def _item_of(name: str, outputs: Outputs, read: Callable[[], Mapping[str, Tensor]]) -> Item:
-    return Item(name, outputs, size_of(outputs), read, lambda made: made)
+    return Item(name, outputs, nbytes_of(outputs), read, lambda made: made)
 
 
 def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: bool) -> Mapping[str, Tensor]:
@@ -177,7 +176,7 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         return {}
     plain = json.loads(config.to_json_string(use_diff=False))
     plain["architectures"] = [type(model).__name__]
-    plain["_name_or_path"] = configs.public_place(plain.get("_name_or_path"))
+    plain["_name_or_path"] = public_place(plain.get("_name_or_path"))
     found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
     quantization = None
     if dtype is None and found is not None and not plain.get("quantization_config"):

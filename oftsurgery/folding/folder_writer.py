@@ -1,5 +1,5 @@
-"""Write a model's folder: shards of weights one tensor at a time, index, config, card and record. Folds, exports and ONNX
-graphs are all written here.
+""":func:`write_shard` and :func:`write_other_files` write a model's folder: weights one tensor at a time, index, config, card
+and record. Folds, exports and ONNX graphs are all written here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from oftsurgery.errors import told_of
-from oftsurgery.files.shards import INDEX, ShardWriter, read_header
+from oftsurgery.files.checkpoint import INDEX
+from oftsurgery.files.reading import read_header
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
 from oftsurgery.records import card
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.stores import configs
-
-__all__ = ["Item", "Outputs", "Shard", "size_of", "split", "write_rest", "write_shard"]
+from oftsurgery.records.record_file import write_record
 
 #: ``{name of a tensor: (dtype, shape)}``; the shape is None where it is known only when the tensor is (small JSON blobs)
 Outputs = Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]
@@ -54,19 +54,19 @@ class Shard:
     items: tuple[int, ...]
 
 
-def size_of(outputs: Outputs) -> int:
+def nbytes_of(outputs: Outputs) -> int:
     """Bytes of the outputs; a few hundred for each small blob."""
     return sum(d.itemsize * math.prod(s) if s is not None else 256 for d, s in outputs.values())
 
 
-def split(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
+def into_shards(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
     """Files of at most ``limit`` bytes (what is written at once is never split), named as the Hub's tools name them."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
     found = split_state_dict_into_shards_factory(
         numbered,
-        get_storage_size=size_of,
+        get_storage_size=nbytes_of,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
     )
@@ -114,7 +114,7 @@ def write_shard(
             behind.result()
 
 
-def write_rest(
+def write_other_files(
     staging: Staging,
     files: Sequence[str],
     record: FoldRecord | None,
@@ -150,6 +150,5 @@ def write_rest(
         staging.put_text(card.CARD, text)
     if record is not None:
         sizes = record.sizes if before is None else {"before": before, "after": total}
-        record = replace(record, files=staging.hashes(but=configs.NOT_HASHED), sizes=sizes)
-        staging.put_json(configs.RECORD, record.to_dict())
+        record = write_record(staging, replace(record, sizes=sizes))
     return record

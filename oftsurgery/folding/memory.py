@@ -21,25 +21,13 @@ from oftsurgery.stores.layers import Layer, Undo
 from oftsurgery.stores.live_model import LiveStore, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import FLAG, inner_model, modules_of, tensors_in
+from oftsurgery.stores.ties import FLAG, inner_model, tensors_in
 from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
 from .plan import FoldPlan, Replace, plan_changes, takes_no_values
-from .undo_file import UndoRecord, UndoWriter
-
-__all__ = [
-    "fold_model",
-    "inner_model",
-    "modules_of",
-    "record_of",
-    "replace_tensor",
-    "restore_model",
-    "separate_module",
-    "transaction",
-    "undo_model",
-    "unfold_model",
-]
+from .undo_reader import UndoRecord
+from .undo_writer import UndoWriter
 
 
 def fold_model(

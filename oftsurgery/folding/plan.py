@@ -20,8 +20,6 @@ from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, p
 from oftsurgery.formats.codecs import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
 
-__all__ = ["FoldPlan", "Replace", "Rotate", "in_names_of", "plan_changes", "takes_no_values"]
-
 
 @dataclass(frozen=True, eq=False)
 class Rotate:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import StateError, printable
-from oftsurgery.folding.memory import inner_model, modules_of, transaction
+from oftsurgery.folding.memory import transaction
+from oftsurgery.stores.ties import inner_model, modules_of
 
 from .layers import LiveLayer, check_known
 from .rotation import LiveRotation

@@ -12,13 +12,14 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
 from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.folding.engine import warn_of_idle
-from oftsurgery.folding.memory import inner_model, modules_of, replace_tensor, separate_module, transaction
+from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
 from oftsurgery.hashing import hash_tensors
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.model_copy import share_model
+from oftsurgery.stores.ties import inner_model, modules_of
 
 from .layers import LiveLayer, check_name, class_for, repacking_switch_of
 from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
-from oftsurgery.files.shards import inside, read_json, to_disk
-from oftsurgery.files.staging import Staging, check_apart, disk_errors
+from oftsurgery.files.reading import inside, read_json
+from oftsurgery.files.staging import Staging, check_apart
+from oftsurgery.files.writing import disk_errors, to_disk
 from oftsurgery.folding import export
-from oftsurgery.folding.folder_writer import write_rest
-from oftsurgery.folding.memory import inner_model, record_of
+from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
+from oftsurgery.records.record_file import public_record
 from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.skeleton import quiet
+from oftsurgery.stores.ties import inner_model
 
 from . import graph as onnx_graph
 from . import run as onnx_run
@@ -359,9 +362,9 @@ def _write_rest(
     jsons = export.config_files(model, NAMED[report.dtype])
     if genai is not None:
         jsons["genai_config.json"] = genai
-    record = FoldRecord((), {}) if record is None else configs.public_record(record)
+    record = FoldRecord((), {}) if record is None else public_record(record)
     record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    write_rest(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
+    write_other_files(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:

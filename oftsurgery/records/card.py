@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.errors import CheckpointError, StateError, needs, printable
-from oftsurgery.files.shards import inside
+from oftsurgery.files.reading import inside
 
 from .record import FoldRecord
 

@@ -20,8 +20,6 @@ from oftsurgery.adapters.adapter import OFTAdapter
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ENOUGH", "AdapterInfo", "FoldRecord", "ModuleRecord", "plain", "versions"]
-
 #: a weight that keeps less of what the adapter changed is told of
 ENOUGH = 0.9
 

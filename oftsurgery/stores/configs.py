@@ -1,37 +1,20 @@
-"""The files beside the weights: what a folded checkpoint's ``config.json`` says, what is carried over, and its record."""
+"""The files beside the weights: what a folded checkpoint's ``config.json`` says, and what is carried over."""
 
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
-from oftsurgery.errors import CheckpointError, printable
-from oftsurgery.files.shards import inside, read_json
+from oftsurgery.files.reading import inside
 from oftsurgery.formats import FORMATS
-from oftsurgery.records.record import AdapterInfo, FoldRecord
+from oftsurgery.records.record_file import RECORD
 
 if TYPE_CHECKING:
     from .folder import Quantization
-
-__all__ = [
-    "carried_files",
-    "output_config",
-    "public_info",
-    "public_place",
-    "public_record",
-    "readable_rope",
-    "record_at",
-    "record_in",
-    "restored_config",
-]
-
-RECORD = "oftsurgery.json"
 
 _NOT_CARRIED = re.compile(
     r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
@@ -40,9 +23,6 @@ _NOT_CARRIED = re.compile(
     r"|.*(?i:\.py)",  # code
     re.DOTALL,
 )
-
-#: what the record has no hash of: itself, and the card, which people edit
-NOT_HASHED = (RECORD, "README.md")
 
 
 def output_config(
@@ -125,51 +105,3 @@ def carried_files(folder: Path) -> tuple[str, ...]:
     """
     names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
     return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user's
-
-
-def record_in(folder: Path) -> FoldRecord | None:
-    """The record of what a checkpoint's folder carries, or None.
-
-    Raises:
-        CheckpointError: there is one that cannot be read.
-    """
-    return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
-
-
-def record_at(path: Path) -> FoldRecord:
-    """The record in a file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        return FoldRecord.from_dict(read_json(path))
-    except (TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"the record of an earlier fold cannot be read ({printable(error)})",
-            path=path,
-            remedy="restore it, or remove it if nothing is folded in",
-        ) from error
-
-
-def public_info(info: AdapterInfo) -> AdapterInfo:
-    """``info`` without paths of this machine: of local folders, the names alone."""
-    return replace(info, source=public_place(info.source), base_model=public_place(info.base_model))
-
-
-def public_record(record: FoldRecord) -> FoldRecord:
-    """``record`` and its earlier ones without paths of this machine."""
-    return replace(
-        record,
-        adapters=tuple(map(public_info, record.adapters)),
-        earlier=tuple(map(public_record, record.earlier)),
-    )
-
-
-def public_place(place: str | None) -> str | None:
-    """A Hub id or an adapter's name as it is, the last part of a path."""
-    if place is None:
-        return None
-    path = Path(place)
-    hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
-    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - which takes any name

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from oftsurgery.errors import FormatError, printable
 
-__all__ = ["Saving", "Unit", "check_known", "unit_of"]
-
 Shape = tuple[int, ...]
 
 

@@ -1,5 +1,5 @@
-"""A checkpoint's folder as a :class:`~oftsurgery.folding.plan.Store`: the model that transformers would load from it, weight by
-weight, without building it.
+"""A checkpoint's folder as a :class:`~oftsurgery.stores.store.Store`: the model that transformers would load from it,
+weight by weight, without building it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from torch import Tensor, nn
 from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
-from oftsurgery.files.shards import Checkpoint
+from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import record_in
 
-from . import configs
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
 from .naming import architecture_of, locate
 from .store import LayerInfo
 from .ties import Ties
-
-__all__ = ["FolderStore", "Quantization", "load_weight"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class FolderStore:
 
     @cached_property
     def record(self) -> FoldRecord | None:
-        return configs.record_in(self.source.folder)
+        return record_in(self.source.folder)
 
     @property
     def ties(self) -> Ties:

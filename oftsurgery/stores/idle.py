@@ -10,8 +10,6 @@ from types import MappingProxyType
 
 from torch import nn
 
-__all__ = ["is_idle"]
-
 #: attribute → classes of transformers that read its weight and never call it; ``tests/test_idle.py`` looks for more
 _READ: Mapping[str, frozenset[str]] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""A live model as a :class:`~oftsurgery.folding.plan.Store`."""
+"""A live model as a :class:`~oftsurgery.stores.store.Store`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from .layers import Layer
 from .naming import find_names, names_in_model
 from .store import LayerInfo
 from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
-
-__all__ = ["LiveStore", "record_of", "set_record"]
 
 _ATTRIBUTE = "oftsurgery"
 

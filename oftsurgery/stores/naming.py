@@ -23,8 +23,6 @@ from .conversion import Unit, unit_of
 from .skeleton import skeleton
 from .ties import Ties, modules_of, tensors_in, ties_of
 
-__all__ = ["Architecture", "architecture_of", "locate"]
-
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight")

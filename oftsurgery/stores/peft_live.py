@@ -17,8 +17,6 @@ from oftsurgery.errors import StateError, printable
 
 from .layers import Undo, swap_modules
 
-__all__ = ["base_of", "has_live_layers", "inner_modules", "read_adapters", "strip", "trained_biases"]
-
 
 def _peft_class(obj: object, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)

@@ -11,8 +11,6 @@ import torch
 
 from oftsurgery.errors import CheckpointError, printable
 
-__all__ = ["quiet", "skeleton", "without_code"]
-
 #: fields whose values lead to code that transformers would fetch from the Hub and run, or that have no say in names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
 

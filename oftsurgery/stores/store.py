@@ -13,8 +13,6 @@ from oftsurgery.records.record import FoldRecord
 
 from .ties import Ties
 
-__all__ = ["LayerInfo", "Store"]
-
 
 @dataclass(frozen=True)
 class LayerInfo:

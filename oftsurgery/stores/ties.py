@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Ties", "inner_model", "modules_of", "tensors_in", "ties_of"]
-
 FLAG = "tie_word_embeddings"
 
 

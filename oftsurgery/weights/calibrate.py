@@ -27,9 +27,8 @@ from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 
-from .fold import FoldedWeight, fold_encoded, measured, relative_error, rotate_chain
-
-__all__ = ["InputsOf", "LayerInputs", "compensate", "fold_calibrated"]
+from .fold import fold_encoded, measured, relative_error, rotate_chain
+from .kernels.blockwise import FoldedWeight
 
 #: an embedding is looked up; where the owner of another layer only reads its weight, a live adapter does nothing there
 _UNCALLED = "the model never multiplies inputs by it on the calibration"

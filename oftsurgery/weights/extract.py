@@ -30,9 +30,8 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight
 
 from . import preserve
-from .fold import FoldedWeight, fold_encoded, relative_error
-
-__all__ = ["ExtractedRotation", "block_size_curve", "choose_block_size", "extract_encoded", "extract_rotation"]
+from .fold import fold_encoded, relative_error
+from .kernels.blockwise import FoldedWeight
 
 # a held-out residual within this of the least counts as the least: the smallest such block size is taken
 _WITHIN = 1.02

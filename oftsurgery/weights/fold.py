@@ -19,18 +19,6 @@ from oftsurgery.records.record import ModuleRecord
 from . import kernels, preserve
 from .kernels import FoldedWeight
 
-__all__ = [
-    "FoldedWeight",
-    "begin_record",
-    "check_chain",
-    "fold_encoded",
-    "fold_weight",
-    "measured",
-    "relative_error",
-    "rotate_chain",
-    "unfold_weight",
-]
-
 W = TypeVar("W", Tensor, EncodedWeight)
 
 
@@ -123,7 +111,7 @@ def fold_encoded(
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
     with rotations.full_precision(encoded.tensors["weight"].device.type):
-        order = _in_weight_order(chain, inverse=inverse)
+        order = in_weight_order(chain, inverse=inverse)
         fast = kernels.fold(encoded, order, into, inverse=inverse, rounding=used)
         if fast is not None:
             return fast
@@ -177,12 +165,12 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
 
 def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
     """``weight`` with all of a chain's rotations in it, or (``inverse``) out of it, in float32 or better."""
-    for r in _in_weight_order(chain, inverse=inverse):
+    for r in in_weight_order(chain, inverse=inverse):
         weight = r.unfold_from(weight) if inverse else r.fold_into(weight)
     return weight
 
 
-def _in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
+def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding

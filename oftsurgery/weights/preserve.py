@@ -30,26 +30,6 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 
-__all__ = [
-    "CLIP",
-    "MISFIT",
-    "MOST",
-    "Scales",
-    "applies",
-    "encode_rows",
-    "is_strong",
-    "limits",
-    "put_scales",
-    "relaxation",
-    "relaxation_of",
-    "sample_of",
-    "scales_of",
-    "solve",
-    "span",
-    "stored_as",
-    "whole_rows",
-]
-
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
 MOST = 16 * STEPS

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from oftsurgery import CheckpointError
 from oftsurgery.checks.loaded import Loaded
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 
 T5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
 GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32}

@@ -41,7 +41,7 @@ from torch import Tensor
 import oftsurgery
 from oftsurgery.checks import folders as checks
 from oftsurgery.cli import main as cli
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.formats import codecs
 
 Tensors = dict[str, Tensor]

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import oftsurgery
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.files.shards import ShardWriter, open_checkpoint, sha256_of
+from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.files.reading import sha256_of
+from oftsurgery.files.shard_writer import ShardWriter
 
 CheckpointError = oftsurgery.CheckpointError
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from oftsurgery.errors import DiskError, StateError
-from oftsurgery.files.staging import Replacement, Staging
+from oftsurgery.files.staging import Staging
+from oftsurgery.files.writing import Replacement
 
 
 def staging(

@@ -40,8 +40,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import oftsurgery
-from oftsurgery.files.shards import open_checkpoint
-from oftsurgery.folding.disk import Quantization, plan_checkpoint, run_plan
+from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.folding.disk_plan import plan_checkpoint
+from oftsurgery.folding.disk_run import run_plan
+from oftsurgery.stores.folder import Quantization
 
 DENSE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CODECS = ("nf4", "fp4", "int8")

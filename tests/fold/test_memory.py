@@ -19,7 +19,7 @@ LARGEST = 4 * HIDDEN * INTERMEDIATE
 MEASURE = """
 import json, pathlib, sys, warnings
 warnings.simplefilter("ignore")
-import bitsandbytes, oftsurgery, oftsurgery.folding.disk, safetensors.torch, torch, transformers
+import bitsandbytes, oftsurgery, oftsurgery.folding.disk_run, safetensors.torch, torch, transformers
 from transformers import LlamaForCausalLM, conversion_mapping, core_model_loading
 import transformers.quantizers.base
 

@@ -26,7 +26,8 @@ from oftsurgery.cli.main import main
 from oftsurgery.formats import codecs
 from oftsurgery.formats.four_bit import levels_of
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.weights.fold import FoldedWeight, fold_encoded
+from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 BETTER = ("grid", "mse")
 unfold_encoded = partial(fold_encoded, inverse=True)

@@ -12,7 +12,7 @@ from rotated import CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oftsurgery.files.shards import ShardWriter
+from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.formats import spread_shapes
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 import oftsurgery
 from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord
 from oftsurgery.cli import main as cli
-from oftsurgery.stores.configs import public_record, record_in
+from oftsurgery.records.record_file import public_record, record_in
 
 RECORD = "oftsurgery.json"
 NOT_HASHED = (RECORD, "README.md")  # itself, and the card, which people edit
@@ -386,10 +386,10 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its shards say which versions wrote them."""
-    import oftsurgery.folding.disk
+    import oftsurgery.folding.disk_run
     import oftsurgery.records.record
 
-    step = oftsurgery.folding.disk._Run.step
+    step = oftsurgery.folding.disk_run._Run.step
 
     def interrupt(self: Any, name: str, nbytes: int) -> None:
         if self.done > self.total // 2:
@@ -398,12 +398,12 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
 
     words = (place / "BASE", place / "ADAPTER", tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.folding.disk._Run, "step", interrupt)
+        patched.setattr(oftsurgery.folding.disk_run._Run, "step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quiet_fold(*words, max_shard_size="100KB")
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))
     with monkeypatch.context() as patched:
-        patched.setattr(oftsurgery.folding.disk, "versions", lambda: {"torch": "3.0"})
+        patched.setattr(oftsurgery.folding.disk_run, "versions", lambda: {"torch": "3.0"})
         with pytest.raises(oftsurgery.StateError, match="of other inputs or settings"):
             quiet_fold(*words, max_shard_size="100KB", resume=True)
     quiet_fold(*words, max_shard_size="100KB", resume=True)

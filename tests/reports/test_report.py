@@ -24,7 +24,7 @@ from records import trained
 import oftsurgery
 from oftsurgery.cli import main as cli
 from oftsurgery.errors import CheckpointError, DiskError, MissingDependencyError, StateError
-from oftsurgery.files import staging
+from oftsurgery.files import writing
 from oftsurgery.onnx.export import OnnxCheck
 from oftsurgery.records.record import AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.reports import drawing, page
@@ -401,14 +401,14 @@ def test_files_are_replaced_only_with_force_and_all_or_none(tmp_path: Path) -> N
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = record_of({"up": module()})
-    whole = staging._write_synced
+    whole = writing.write_synced
 
     def full(path: Path, data: bytes) -> None:
         whole(path, data[:100])
         if "angles" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(staging, "_write_synced", full)
+    monkeypatch.setattr(writing, "write_synced", full)
     with pytest.raises(DiskError, match="the disk is full"):
         oftsurgery.report(record, tmp_path / "a.html", png=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -16,8 +16,9 @@ from independent import relative
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import oftsurgery
-from oftsurgery.folding.disk import Quantization
-from oftsurgery.stores.configs import carried_files, output_config, readable_rope, record_in
+from oftsurgery.records.record_file import record_in
+from oftsurgery.stores.configs import carried_files, output_config, readable_rope
+from oftsurgery.stores.folder import Quantization
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),

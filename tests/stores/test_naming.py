@@ -27,7 +27,7 @@ from old_names import MODELS, build, hand_made
 from safetensors.torch import save_file
 
 import oftsurgery
-from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.stores.naming import architecture_of, locate
 
 

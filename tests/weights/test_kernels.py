@@ -18,7 +18,8 @@ from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFo
 from oftsurgery.errors import MissingDependencyError, StateError
 from oftsurgery.formats import FORMATS, codecs
 from oftsurgery.weights import kernels
-from oftsurgery.weights.fold import FoldedWeight, fold_encoded
+from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 MAPS = {
     "exact": Cayley(),

@@ -33,7 +33,8 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.scales import GRID
 from oftsurgery.records.record import FoldRecord, ModuleRecord
 from oftsurgery.stores.layers import Layer
-from oftsurgery.weights.fold import FoldedWeight, fold_encoded
+from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 

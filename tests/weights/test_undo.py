@@ -45,11 +45,12 @@ from oftsurgery import (
     rotations,
 )
 from oftsurgery.adapters.rotation import Cayley
-from oftsurgery.folding import undo_file
+from oftsurgery.folding import undo_reader, undo_writer
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.hashing import hash_bytes
 from oftsurgery.stores.layers import Layer
-from oftsurgery.weights import undo
+from oftsurgery.weights import undo, undo_rotations
 from oftsurgery.weights.fold import fold_encoded
 
 FORMATS = {"nf4": ("nf4", False), "nf4-double": ("nf4", True), "fp4": ("fp4", False), "fp4-double": ("fp4", True)}
@@ -188,7 +189,7 @@ def test_whatever_way_the_fold_rounds(
     assert folded.oftsurgery.modules["0"].rounding == rounding
     assert contents(oftsurgery.unfold(folded, undo=tmp_path / "u")) == contents(model)
     # with few rows the rotation is most of it
-    assert undo_file.open_undo(tmp_path / "u").weights["0"]["data"][1] * 8 < 1.7 * real_weight.numel()
+    assert undo_reader.open_undo(tmp_path / "u").weights["0"]["data"][1] * 8 < 1.7 * real_weight.numel()
 
 
 def test_a_chain_over_two_block_sizes_in_place(
@@ -387,11 +388,11 @@ def test_products_are_exact_in_any_order(b: int) -> None:
     x = torch.randn(7, 4 * b, generator=g, dtype=torch.float64)
     matrix = torch.linalg.qr(torch.randn(4, b, b, generator=g, dtype=torch.float64)).Q
     bits = 22
-    stage = undo._Stage(1, 0, torch.round(matrix * 2**bits), bits)
-    got = undo._apply(x, stage)
+    stage = undo_rotations.Stage(1, 0, torch.round(matrix * 2**bits), bits)
+    got = undo_rotations.apply_stage(x, stage)
     # the same in Python's integers
     room = 52 - int(stage.matrix.abs().sum(dim=-2).max()).bit_length()  # type: ignore[union-attr]
-    whole, exponent = undo._integers(x, room)
+    whole, exponent = undo_rotations.as_integers(x, room)
     assert int(whole.abs().max()).bit_length() >= room - 1
     for row, block, column in itertools.product(range(7), range(4), range(0, b, max(1, b // 4))):
         exact = sum(
@@ -402,8 +403,8 @@ def test_products_are_exact_in_any_order(b: int) -> None:
         assert float(got[row, block * b + column]) == exact * 2.0 ** (exponent - bits)
     # and with the terms of each sum in another order
     order = torch.randperm(b, generator=g)
-    shuffled = undo._Stage(1, 0, stage.matrix[:, order], bits)  # type: ignore[index]
-    assert torch.equal(undo._apply(x.reshape(7, 4, b)[:, :, order].reshape(7, -1), shuffled), got)
+    shuffled = undo_rotations.Stage(1, 0, stage.matrix[:, order], bits)  # type: ignore[index]
+    assert torch.equal(undo_rotations.apply_stage(x.reshape(7, 4, b)[:, :, order].reshape(7, -1), shuffled), got)
     assert float((got - rotations.apply_blocks(x, matrix)).abs().max()) < 1e-4
 
 
@@ -414,7 +415,7 @@ def test_the_recorded_rotation_is_the_cayley_map(b: int, norm: float) -> None:
     v = torch.randn(3, b * (b - 1) // 2, generator=g, dtype=torch.float64)
     v = v / torch.linalg.matrix_norm(rotations.skew(v), 2).max() * norm
     bits = 12
-    made = undo._cayley(torch.round(v * 2**bits), bits)
+    made = undo_rotations.exact_cayley(torch.round(v * 2**bits), bits)
     assert made is not None
     whole, fraction = made
     assert torch.equal(whole, whole.round())
@@ -475,7 +476,7 @@ def test_bits_a_weight_on_a_real_layer(kind: str, most: float, tmp_path: Path) -
     model = nn.Sequential(layer(kind, weight))
     adapter = OFTAdapter(modules={"0": Rotation(0.01 * torch.randn(12, 496), shared=False)})
     fold(model, adapter, undo=tmp_path / "u")
-    assert undo_file.open_undo(tmp_path / "u").weights["0"]["data"][1] * 8 / weight.numel() <= most
+    assert undo_reader.open_undo(tmp_path / "u").weights["0"]["data"][1] * 8 / weight.numel() <= most
 
 
 @pytest.mark.slow
@@ -537,7 +538,7 @@ def rewritten(whole: bytes, change: Callable[[dict[str, Any]], object], **metada
     packed = lzma.compress(json.dumps(manifest).encode())
     data = header["data"]["data_offsets"][1]
     header["manifest"] = {"dtype": "U8", "shape": [len(packed)], "data_offsets": [data, data + len(packed)]}
-    header["__metadata__"] |= {"manifest": undo_file.hash_bytes(packed), **metadata}
+    header["__metadata__"] |= {"manifest": hash_bytes(packed), **metadata}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body[:data] + packed
 
@@ -687,7 +688,7 @@ def test_no_record_no_fold(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(undo_file.os, "fsync", full)
+        patch.setattr(undo_writer.os, "fsync", full)
         with pytest.raises(DiskError, match="the disk is full"):
             fold(folded, stacks[32][0], undo=tmp_path / "second", inplace=inplace)
     # and no fold, no record

@@ -20,8 +20,6 @@ from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import LEVELS, levels_of, sorted_levels
 from oftsurgery.weights import preserve
 
-__all__ = ["NOT_FINITE", "Fold", "FoldedWeight", "Sums", "allocate", "nested_error", "tables"]
-
 #: bits of infinity: of |value| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
 

@@ -25,32 +25,6 @@ from numba.core import config as numba_config
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-__all__ = [
-    "BEST",
-    "BF16",
-    "CELLS",
-    "F16",
-    "F32",
-    "FOUR_BIT",
-    "GIVEN",
-    "HAS_F16",
-    "INT8",
-    "KEEP",
-    "LANES",
-    "NEAREST",
-    "ROWS",
-    "SAMPLE",
-    "SCALES",
-    "SUMS",
-    "WORK",
-    "angle_bounds",
-    "fold_tile",
-    "largest_angle",
-    "nested_error",
-    "projections",
-    "rotation_blocks",
-]
-
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
 #: how 4-bit blocks are scaled: by their absmax, by what errs less, by that with no codes yet, by what is there already;

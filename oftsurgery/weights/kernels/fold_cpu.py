@@ -20,8 +20,6 @@ from oftsurgery.weights import preserve
 from . import blockwise, cpu
 from .pool import run
 
-__all__ = ["blocks", "fold", "largest_angle"]
-
 #: of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19

@@ -14,8 +14,6 @@ from oftsurgery.weights import preserve
 
 from . import blockwise, gpu, tiled
 
-__all__ = ["fold"]
-
 #: columns a program
 _MAX_BLOCK = 256
 

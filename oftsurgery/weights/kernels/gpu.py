@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BF16", "F16", "F32", "FOUR_BIT", "INT8", "fold_tile"]
-
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
 

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["run", "start", "threads"]
-
 T = TypeVar("T")
 
 

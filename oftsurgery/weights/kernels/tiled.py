@@ -19,8 +19,6 @@ from oftsurgery.weights import preserve
 
 from .blockwise import Fold, FoldedWeight, Sums
 
-__all__ = ["fold", "rows_of"]
-
 _TILE_WEIGHTS = 1 << 18
 _MOST_WEIGHTS = 1 << 22
 

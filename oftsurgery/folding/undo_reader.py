@@ -1,7 +1,5 @@
-"""Undo records on disk: one safetensors file of compressed bytes and a manifest, written whole or not at all.
-
-``docs/undo.md`` describes the format. Nothing in a record executes, and nobody vouches for one: every size is checked
-against the file and the model before anything is allocated, every part against its hash.
+""":func:`open_undo` reads an undo record. Nothing in one executes, and nobody vouches for it: every size is checked against
+the file and the model before anything is allocated, every part against its hash.
 """
 
 from __future__ import annotations
@@ -10,190 +8,27 @@ import contextlib
 import json
 import lzma
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
-from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
-from oftsurgery.files.shards import TensorEntry, header_bytes, read_header, to_disk
-from oftsurgery.files.staging import Replacement, disk_errors
+from oftsurgery.files.reading import TensorEntry, read_header
+from oftsurgery.files.writing import disk_errors
 from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights import undo
-from oftsurgery.weights.undo import UndoEntry, changed, damaged, evidence
-
-__all__ = ["UndoParts", "UndoRecord", "UndoWriter", "check_free", "open_undo"]
+from oftsurgery.weights.undo_streams import damaged
 
 FORMAT = "oftsurgery-undo"
 VERSION = 1
 
-_ROOM = 504  # of the header, which is written last: metadata and two tensors
 _MAX_MANIFEST = 256 << 20
-
-
-def check_free(path: Path, *, force: bool = False) -> None:
-    """Refuse a place where a record cannot be written, before anything is computed.
-
-    Raises:
-        StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
-    """
-    if os.path.lexists(path) and (not force or not path.is_file()):
-        raise StateError(
-            "something is there already, and undo records are not overwritten",
-            path=path,
-            remedy="name another file; a record belongs to one fold",
-        )
-    if not path.absolute().parent.is_dir():
-        raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-class UndoParts:
-    """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
-
-    Attributes:
-        facts: plain values, which :meth:`append` takes: ``weights`` has ``{module path: facts}``, ``tensors`` ``{tensor name:
-            facts}`` of plain tensors that the adapters' own values replaced, ``tables`` ``{content hash: [start, bytes]}``.
-        nbytes: written so far.
-    """
-
-    def __init__(self, sink: BinaryIO) -> None:
-        self._sink = sink
-        self.facts: dict[str, dict[str, Any]] = {"weights": {}, "tensors": {}, "tables": {}}
-        self.nbytes = 0
-
-    def weight(
-        self,
-        path: str,
-        before: EncodedWeight,
-        after: EncodedWeight,
-        chain: Sequence[Rotation],
-        noise: float,
-        relaxation: float | None,
-        files: Mapping[str, Any] | None = None,
-    ) -> None:
-        """A rotated weight.
-
-        Args:
-            path: of its module.
-            before, after: as stored.
-            chain: that was folded, in the live order.
-            noise: relative error of storing ``after``.
-            relaxation: of the fold, where it kept the scales of ``before``.
-            files: :func:`described` tensors of the checkpoint that do not follow from ``before``.
-        """
-        entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
-        self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
-        if files:
-            self.facts["weights"][path]["files"] = dict(files)
-        for name, table in entry.tables.items():
-            if name not in self.facts["tables"]:
-                self.facts["tables"][name] = self._put(table)[:2]
-
-    def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
-        """A rotated weight that was one with the tensor ``other``, which is as it was."""
-        self.facts["weights"][path] = {"same_as": other, "before": before.fingerprint, "after": evidence(after)}
-
-    def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A plain tensor that the adapter's own values replaced."""
-        entry = undo.encode_tensor(before, after)
-        self.facts["tensors"][name] = {**entry.facts, "data": self._put(entry.data)}
-
-    def _put(self, data: bytes) -> list[Any]:
-        self._sink.write(data)
-        self.nbytes += len(data)
-        return [self.nbytes - len(data), len(data), hash_bytes(data)]
-
-    def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
-        """Take over what other parts collected."""
-        shift = self.nbytes
-        for chunk in data:
-            self._sink.write(chunk)
-            self.nbytes += len(chunk)
-        for kind in ("weights", "tensors"):
-            for name, f in facts[kind].items():
-                start, *rest = f.get("data", [0])
-                self.facts[kind][name] = {**f, "data": [start + shift, *rest]} if "data" in f else f
-        for name, (start, nbytes) in facts["tables"].items():
-            self.facts["tables"].setdefault(name, [start + shift, nbytes])
-
-
-class UndoWriter(UndoParts):
-    """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
-
-    As a context manager it removes what is unfinished.
-    """
-
-    def __init__(self, path: Path, *, force: bool = False) -> None:
-        check_free(path, force=force)
-        self._force = force
-        self._new = Replacement(path, "oftsurgery")
-        with disk_errors(self._new.beside):
-            self._file: BinaryIO = self._new.beside.open("wb")
-            self._file.write(bytes(8 + _ROOM))
-        super().__init__(self._file)
-
-    def __enter__(self) -> UndoWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._new:
-            self._file.close()
-
-    def finish(
-        self,
-        fold: FoldRecord,
-        *,
-        ties: Iterable[Sequence[str]] = (),
-        tie_word_embeddings: bool | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write the rest and put the file in its place.
-
-        Args:
-            fold: that the record undoes.
-            ties: names of tensors that were one and the same, that which a checkpoint holds first.
-            tie_word_embeddings: of the base's config, or None.
-            config: the checkpoint's ``config.json`` without the fold, or None.
-        """
-        manifest = {
-            "fold": replace(fold, files={}).to_dict(),
-            **self.facts,
-            "ties": [list(group) for group in ties],
-            "tie_word_embeddings": tie_word_embeddings,
-            "config": None if config is None else dict(config),
-        }
-        packed = lzma.compress(json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode())
-        start, end = self.nbytes, self.nbytes + len(packed)
-        header = {
-            "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": hash_bytes(packed)},
-            "data": {"dtype": "U8", "shape": [start], "data_offsets": [0, start]},
-            "manifest": {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]},
-        }
-        with disk_errors(self._new.beside):
-            self._file.write(packed)
-            self._file.seek(0)
-            self._file.write(header_bytes(header, _ROOM))
-            to_disk(self._file)
-            self._file.close()
-        check_free(self._new.path, force=self._force)
-        self._new.put()
-
-
-def described(tensor: Tensor | None) -> dict[str, Any] | None:
-    """A small tensor as JSON; None for one that there was not."""
-    return None if tensor is None else {**undo.described(tensor), "hex": undo.bytes_of(tensor).hex()}
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,10 +87,10 @@ class UndoRecord:
         what the fold left of it.
         """
         facts = self.weights[path]
-        moved = current is not None and evidence(current) != facts.get("after")
+        moved = current is not None and undo.evidence(current) != facts.get("after")
         if moved or other.fingerprint != facts.get("before"):
             message = "the weight, or the one that it was tied to, was changed since the fold"
-            raise changed(message, module=path, path=self.path)
+            raise undo.changed(message, module=path, path=self.path)
 
     def tensor(self, name: str, current: Tensor) -> Tensor:
         """The plain tensor ``name`` as it was."""
@@ -272,11 +107,11 @@ class UndoRecord:
         except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, UndoError) as error:
             raise damaged(self.path) from error
 
-    def _entry(self, facts: Mapping[str, Any], tables: Mapping[str, bytes]) -> UndoEntry:
+    def _entry(self, facts: Mapping[str, Any], tables: Mapping[str, bytes]) -> undo.UndoEntry:
         place = facts.get("data")
         if not isinstance(place, list) or len(place) != 3:
             raise damaged()
-        return UndoEntry(facts, self._read(place[:2], place[2]), tables)
+        return undo.UndoEntry(facts, self._read(place[:2], place[2]), tables)
 
     def _read(self, place: Any, expected: str) -> bytes:
         good = isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)

@@ -1,0 +1,167 @@
+""":func:`open_checkpoint` reads a checkpoint's headers and JSON without data, :class:`Checkpoint` one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery.dtypes import DTYPES
+from oftsurgery.errors import CheckpointError, printable
+
+from .reading import TensorEntry, damaged, inside, read_header, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_MAX_CONFIG_BYTES = 4 << 20
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint's headers and JSON.
+
+    Attributes:
+        folder: that holds it.
+        entries: ``{tensor name: TensorEntry}`` in the files' order.
+        files: shards in order.
+        config: the parsed ``config.json``; empty without one.
+    """
+
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    files: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, in memory of its own."""
+        entry = self.entries[name]
+        buffer = bytearray(entry.nbytes)
+        with (self.folder / entry.file).open("rb") as file:
+            file.seek(entry.start)
+            if file.readinto(buffer) < entry.nbytes:
+                raise self._ended(entry)
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        return torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of tensor ``name``, a few megabytes at a time."""
+        entry = self.entries[name]
+        left = entry.nbytes
+        with (self.folder / entry.file).open("rb") as file:
+            file.seek(entry.start)
+            while left:
+                chunk = file.read(min(left, _CHUNK))
+                if not chunk:
+                    raise self._ended(entry)
+                left -= len(chunk)
+                yield chunk
+
+    def _ended(self, entry: TensorEntry) -> CheckpointError:
+        return CheckpointError(
+            "the shard ended early: it changed while it was read", tensor=entry.name, path=self.folder / entry.file
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files,
+        and its config.
+        """
+        stats = {name: (self.folder / name).stat() for name in self.files}
+        return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of the checkpoint in ``folder``.
+
+    Raises:
+        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the
+        folder, a header that lies.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            "no such folder",
+            path=folder,
+            remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
+        )
+    weight_map: Mapping[str, str] | None = None
+    if (folder / INDEX).exists():
+        weight_map = _weight_map(folder)
+        files = tuple(dict.fromkeys(weight_map.values()))
+        if (folder / SINGLE).exists() and SINGLE not in files:
+            raise CheckpointError(
+                f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}",
+                path=folder,
+                remedy="remove the one that is not meant",
+            )
+    elif (folder / SINGLE).exists():
+        files = (SINGLE,)
+    else:
+        raise _no_checkpoint(folder)
+    entries: dict[str, TensorEntry] = {}
+    for name in sorted(files):
+        for entry in read_header(inside(folder, name))[0]:
+            if entry.name in entries:
+                raise CheckpointError(
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor",
+                    tensor=entry.name,
+                    path=folder,
+                )
+            entries[entry.name] = entry
+    if weight_map is not None:
+        _check_index(weight_map, entries, folder)
+    config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
+    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
+
+
+def _no_checkpoint(folder: Path) -> CheckpointError:
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        return CheckpointError(
+            f"{printable(pickles[0])} is a pickle, which could run code when read; oftsurgery reads safetensors only",
+            path=folder,
+            remedy="load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)",
+        )
+    if (folder / "adapter_config.json").exists():
+        return CheckpointError(
+            "the folder holds an adapter, not a model",
+            path=folder,
+            remedy="give the base model first, the adapter second",
+        )
+    return CheckpointError(
+        f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote"
+    )
+
+
+def _weight_map(folder: Path) -> Mapping[str, str]:
+    index = read_json(inside(folder, INDEX))
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise damaged("the index has no `weight_map` of file names", folder / INDEX)
+    return weight_map
+
+
+def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], folder: Path) -> None:
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise damaged("the index names a tensor that its shards lack", folder / INDEX, name)
+        if entries[name].file != file:
+            there = printable(entries[name].file)
+            raise damaged(f"the index says {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
+    unlisted = [name for name in entries if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(
+            "a shard holds a tensor that the index lacks",
+            tensor=unlisted[0],
+            path=folder / INDEX,
+            remedy="repair the index",
+        )

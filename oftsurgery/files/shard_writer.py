@@ -1,0 +1,120 @@
+""":class:`ShardWriter` writes a safetensors file whose tensors never meet in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from oftsurgery.dtypes import DTYPE_NAMES
+
+from .writing import to_disk
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, in any order, so that no two need to be in memory at once.
+
+    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first,
+    so that all are aligned), each at a place known beforehand; tensors of a size not known beforehand (small JSON
+    blobs) come last, and the header, for which room was left, at the very end. As a context manager it closes a whole
+    file, and aborts after an error.
+
+    Args:
+        path: of the file; must not exist.
+        tensors: ``{name: (dtype, shape)}`` of all that will be written; shape None for a uint8 tensor of at most
+            :data:`LATE_BYTES` bytes.
+        metadata: of the header.
+    """
+
+    LATE_BYTES = 1 << 12
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]], metadata: Mapping[str, str]
+    ) -> None:
+        self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._late = {name: b"" for name in sorted(tensors) if tensors[name][1] is None}
+        self._left = set(tensors)
+        self._end = 0
+        for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+            if shape is not None:
+                self._place(name, dtype, shape)
+        # room for the longest header that the late tensors can lead to
+        longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15) for name in self._late}
+        room = len(_dump(self._header | longest))
+        self._room = room + -room % 8
+        self._file: BinaryIO = path.open("xb")
+
+    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self._header[name] = _header_entry(dtype, shape, self._end)
+        self._end = self._header[name]["data_offsets"][1]
+
+    def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
+        """Write one tensor: as a tensor, or as its bytes in pieces. Any thread, one at a time."""
+        if name not in self._left:
+            raise AssertionError(f"{name} is not planned, or written already")
+        pieces = _bytes_of(data) if isinstance(data, Tensor) else data
+        if name in self._late:
+            self._late[name] = b"".join(pieces)
+        else:
+            start, end = self._header[name]["data_offsets"]
+            self._file.seek(8 + self._room + start)
+            for piece in pieces:
+                self._file.write(piece)
+            if self._file.tell() != 8 + self._room + end:
+                raise AssertionError(
+                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}"
+                )
+        self._left.discard(name)
+
+    def close(self) -> None:
+        """Write what comes last and flush to the disk itself."""
+        if self._left:
+            raise AssertionError(f"{len(self._left)} tensors were not written")
+        for name, data in self._late.items():
+            self._file.seek(8 + self._room + self._end)
+            self._file.write(data)
+            self._place(name, torch.uint8, (len(data),))
+        self._file.seek(0)
+        self._file.write(header_bytes(self._header, self._room))
+        to_disk(self._file)
+        self._file.close()
+
+    def abort(self) -> None:
+        """Close without finishing."""
+        self._file.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.abort()
+
+
+def _header_entry(dtype: torch.dtype, shape: tuple[int, ...], start: int) -> dict[str, Any]:
+    end = start + dtype.itemsize * math.prod(shape)
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _dump(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def header_bytes(header: Mapping[str, Any], room: int) -> bytes:
+    """What a safetensors file begins with, where ``room`` bytes were left for the header's JSON."""
+    return struct.pack("<Q", room) + _dump(header).ljust(room)
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[Any]:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]

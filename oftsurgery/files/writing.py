@@ -1,0 +1,122 @@
+""":func:`write_files` writes small files, each whole or not at all; :func:`disk_errors` says what the disk did not take."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from oftsurgery.errors import DiskError, StateError, printable
+
+
+class Replacement:
+    """A file to be written as ``beside``, until :meth:`put` puts it in the place of ``path``. At the end of the context
+    nothing else of it is there.
+    """
+
+    def __init__(self, path: Path, mark: str | None = None) -> None:
+        self.path = path
+        self.beside = path.parent / f".{path.name}.{mark or f'{os.getpid()}.new'}"
+
+    def put(self) -> None:
+        """Replace what is at ``path`` by the whole file, which is on the disk."""
+        with disk_errors(self.path):
+            self.beside.replace(self.path)
+            sync_folder(self.path.parent)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self.beside.unlink()
+
+
+def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
+    """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
+
+    Args:
+        files: ``{path: contents}``; the folders must exist.
+        force: replace existing files.
+        make: a folder to make where it is not there.
+
+    Raises:
+        StateError: a file exists, or a folder does not; nothing is written.
+        DiskError: the disk did not take a file.
+    """
+    for path in files:
+        if path.parent != make and not path.parent.is_dir():
+            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
+        if path.is_dir():
+            raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
+        check_free("file", path, force=force)
+    if make is not None:
+        with disk_errors(make):
+            make.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(Replacement(path)) for path in files]
+        for new in waiting:
+            with disk_errors(new.path):
+                write_synced(new.beside, files[new.path])
+        for new in waiting:
+            new.put()
+
+
+def check_free(what: str, path: Path, *, force: bool) -> None:
+    if exists(path) and not force:
+        remedy = "name another, or replace it with force=True (--force)"
+        raise StateError(f"the {what} exists", path=path, remedy=remedy)
+
+
+def exists(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        to_disk(file)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Do not return before what was written is on the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_REASONS = {
+    errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
+    errno.EFBIG: (
+        "the file is larger than this system allows",
+        "write smaller shards: max_shard_size (--max-shard-size)",
+    ),
+    errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
+    errno.EACCES: ("no permission to write", "name a destination elsewhere"),
+    errno.EPERM: ("no permission to write", "name a destination elsewhere"),
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """The system's errors as :class:`DiskError`, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, DiskError):
+            raise
+        reason, remedy = _REASONS.get(error.errno or 0, (printable(error.strerror or error), "check the disk"))
+        raise DiskError(reason, path=error.filename or path, remedy=remedy) from error

@@ -1,0 +1,240 @@
+"""A job says what becomes of one tensor that a checkpoint stores; a plan on disk is made of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from oftsurgery import formats
+from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
+from oftsurgery.errors import FormatError, MatchError, printable
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.stores.conversion import Unit, check_known
+from oftsurgery.stores.folder import FolderStore
+
+from .folder_writer import Outputs
+from .plan import FoldPlan, Rotate, takes_no_values
+
+#: raises where a tensor, as loading has it and as it is stored, is not what it must be
+Check = Callable[[EncodedWeight, EncodedWeight], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What becomes of one tensor of the model.
+
+    Attributes:
+        name: of the tensor.
+        output: that it is written as.
+        into: format that is written.
+        base: format in which loading has a plain tensor before it changes; None for the stored one.
+        matrix: it is a weight, handled in its canonical shape; other tensors are as they are.
+        values: an adapter's own, in place of the stored ones.
+        rotate: the rotations, after that.
+        check: of what is read.
+        restore: what is there becomes this instead (an undo record's doing).
+        beside: ``{output: tensor}`` to write in place of what follows from the restored weight.
+    """
+
+    name: str
+    output: str
+    into: WeightFormat
+    base: WeightFormat | None = None
+    matrix: bool = True
+    values: Tensor | None = None
+    rotate: Rotate | None = None
+    check: Check | None = None
+    restore: Callable[[EncodedWeight], EncodedWeight] | None = None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> bool:
+        return self.values is not None or self.rotate is not None or self.restore is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What becomes of one stored weight or tensor, or of a unit of them.
+
+    Attributes:
+        name: of the first of them.
+        outputs: ``{name: (dtype, shape)}``.
+        nbytes: that are read, for progress.
+        parts: of the model; none where the bytes are copied.
+        transposed: a plain weight is held ``(in, out)``.
+        unit: that the tensors are of, or None.
+        origin: what is read, where it is not the plan's store.
+    """
+
+    name: str
+    outputs: Outputs
+    nbytes: int
+    parts: tuple[Part, ...] = ()
+    transposed: bool = False
+    unit: Unit | None = None
+    origin: FolderStore | None = None
+
+
+def copy_job(source: Checkpoint, name: str) -> Job:
+    entry = source.entries[name]
+    return Job(name, {name: (DTYPES[entry.dtype], entry.shape)}, entry.nbytes)
+
+
+@dataclass(eq=False)
+class JobBuilder:
+    """Makes the jobs that turn what ``store`` holds into what a folder holds after ``changes``.
+
+    Attributes:
+        format: that is written.
+        fold_into: ``"original"``: rotated weights are not quantised first.
+        touched: ``{name of a tensor that is to be a part, whether it changes or not: it is a weight}``.
+    """
+
+    store: FolderStore
+    changes: FoldPlan
+    format: str
+    fold_into: str = "quantized"
+    touched: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.entries = self.store.source.entries
+        self.architecture = self.store.architecture
+        self.rotate = {change.name: change for change in self.changes.rotate}
+        self.values = {place: change.values for change in self.changes.replace for place in change.places}
+        self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
+
+    def jobs(self) -> list[Job]:
+        made: list[Job] = []
+        done: set[str] = set()
+        for name in self.entries:
+            if name in done:
+                continue
+            unit = self.architecture.units.get(name)
+            target = name if unit is not None and name in self.touched else self.architecture.renamed[name]
+            if unit is not None and self._touches(unit):
+                done.update(unit.stored)
+                made.append(self._of_unit(unit))
+            elif not formats.is_companion(name, self.entries):  # that comes with its weight
+                group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+                done.update(group)
+                if target in self.touched or self._converts(target, name):
+                    made.append(self._of_tensor(target, name, name, group))
+                else:
+                    made += [self._plain(n) for n in group]
+        made += [self._untied(name) for name in self._to_untie()]
+        return made
+
+    def _touches(self, unit: Unit) -> bool:
+        made = any(name in self.touched or self.store.quantises(name) for name in unit.model)
+        own = next((name for name in unit.stored if name in self.touched), None)
+        if own is not None and made:
+            raise MatchError(
+                "the fold would change both the checkpoint's own tensor and what transformers makes of it as it loads",
+                tensor=own,
+                remedy="name the model's modules in the adapter, as the class has them: "
+                + ", ".join(printable(name.removesuffix(".weight")) for name in unit.model),
+            )
+        return made
+
+    def _converts(self, target: str, name: str) -> bool:
+        """Whether a weight changes its codec without any rotation."""
+        return self.store.quantises(target) or (self.format in DENSE and self.store.is_quantised(name))
+
+    # --- one job of a kind ---
+
+    def _plain(self, name: str, target: str = "", output: str = "") -> Job:
+        """A stored tensor as it is, but for its dtype and an adapter's own values; as the model's ``target``, where that
+        is to be a part.
+        """
+        entry, stored = self.entries[name], self.store.dtype(name)
+        part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
+        if not target and stored == part.into.dtype == (part.base or part.into).dtype:
+            return copy_job(self.store.source, name)
+        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
+
+    def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
+        """A tensor as it is, but for its dtype and an adapter's own values."""
+        loaded, into = None, stored
+        if stored.dtype in FLOATS:
+            loaded = self.store.loaded_dtype(name)
+            into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
+        base = None if loaded is None else replace(stored, dtype=loaded)
+        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
+
+    def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
+        """The model's tensor ``target`` from the stored one ``name``."""
+        entry = self.entries[name]
+        if target in self.values and DTYPES[entry.dtype] not in FLOATS:
+            raise takes_no_values(target, entry.dtype)
+        converts = self._converts(target, name) and target not in self.values
+        if not (self.touched.get(target) or converts or len(group) > 1):
+            return self._plain(name, target, output)
+        part = self._weight(target, output, untied=untied)
+        outputs = formats.spread_shapes(output, part.into)
+        transposed = name in self.architecture.transposed
+        if not part.into.quantised:
+            shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
+            outputs = {output: (part.into.dtype, shape)}
+        return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
+
+    def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
+        stored = self.store.stored(name)
+        loaded = self.store.loaded(name)
+        if untied:  # an output head, which loading leaves as it is
+            loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
+        base = None if loaded == stored else loaded
+        into = loaded.kind.home(loaded)
+        if self.format in DENSE:
+            into = WeightFormat("dense", stored.shape, DENSE[self.format])
+        if self.fold_into == "original" and name in self.rotate:
+            base = None
+        return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
+
+    def _of_unit(self, unit: Unit) -> Job:
+        """Tensors that transformers converts: written as they are stored, or where loading quantises one of them, by the
+        model's names.
+        """
+        split_up = self.format not in DENSE and any(self.store.quantises(name) for name in unit.model)
+        path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
+        check_known(unit, path.removesuffix(".weight"), back=not split_up)
+        parts = [self._made(name) for name in unit.model]
+        as_stored = {name: (parts[0].into.dtype, shape) for name, shape in unit.stored.items()}
+        return self._unit_job(unit, parts, None if split_up else as_stored)
+
+    def _made(self, name: str, *, untied: bool = False) -> Part:
+        """A tensor that a unit makes, or one that is tied to such a tensor."""
+        if self.touched.get(name) or (self.store.quantises(name) and not untied):
+            return self._weight(name, name, untied=untied)
+        return self._cast(name, name, self.store.stored(name))
+
+    def _unit_job(self, unit: Unit, parts: Sequence[Part], outputs: Outputs | None = None) -> Job:
+        nbytes = sum(self.entries[name].nbytes for name in unit.stored)
+        if outputs is None:
+            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
+        return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
+
+    def _to_untie(self) -> list[str]:
+        """Names that the checkpoint lacks, since they were tied, and that the destination holds."""
+        flagged = self.store.ties.flagged
+        for group in self.changes.apart:
+            if not flagged.issuperset(group):
+                raise FormatError(
+                    "the model's class holds one module in several places, and no checkpoint can hold two for it",
+                    tensor=group[0],
+                    remedy="load the model and fold it in memory; it cannot be saved and loaded again",
+                )
+        names = [n for group in self.changes.apart for n in group if n in self.architecture.tied]
+        if self.changes.clears_flag:
+            return names
+        # nothing but what differs from the one that it was tied to
+        return [n for n in names if {n, self.architecture.tied[n]} & self.changes.changed]
+
+    def _untied(self, name: str) -> Job:
+        unit = self.store.unit(name)
+        if unit is not None:
+            return self._unit_job(unit, [self._made(name, untied=True)])
+        holder = self.store.holder(name)
+        return self._of_tensor(name, holder, name, (holder,), untied=True)

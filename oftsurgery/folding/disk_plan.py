@@ -1,0 +1,245 @@
+""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone, and says everything that will happen."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from oftsurgery import formats
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.dtypes import DENSE, name_of
+from oftsurgery.errors import FormatError, StateError, printable
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.formats import codecs
+from oftsurgery.records import card
+from oftsurgery.records.record import AdapterInfo, FoldRecord
+from oftsurgery.stores import configs
+from oftsurgery.stores.folder import FolderStore, Quantization
+
+from .disk_jobs import Job, JobBuilder, Part
+from .folder_writer import Shard, into_shards, nbytes_of
+from .plan import FoldPlan, plan_changes
+from .undo_reader import UndoRecord
+
+Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointPlan:
+    """All that a fold on disk does.
+
+    Attributes:
+        store: the checkpoint that is read.
+        jobs: in the order of the destination.
+        shards: the destination's files.
+        config: the new ``config.json``.
+        carried: other files that are copied.
+        changes: of the model.
+        format: what is written.
+        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
+        unfolds: the last fold is taken out instead of another one put in.
+        rounding: of the quantised weights that are rotated.
+        calibration: content hash of what they are calibrated on, or None.
+        undo: the undo record that is written.
+        undone: the one that is used.
+    """
+
+    store: FolderStore
+    jobs: tuple[Job, ...]
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    carried: tuple[str, ...]
+    changes: FoldPlan = field(default_factory=FoldPlan)
+    format: str = "same"
+    fold_into: str = "quantized"
+    unfolds: bool = True
+    rounding: str = "nearest"
+    calibration: str | None = None
+    undo: Path | None = None
+    undone: UndoRecord | None = None
+
+    @property
+    def source(self) -> Checkpoint:
+        return self.store.source
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for job in self.jobs for part in job.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """That will be written, a guess at the undo record's among them."""
+        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
+        rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
+        return (
+            sum(nbytes_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what ``oftsurgery plan --json`` prints."""
+        q = self.store.quantization
+        # in float32: what the memory that is needed grows with
+        largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
+        return {
+            "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
+            "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
+            "format": self.format,
+            "quantize": None if q is None else {**asdict(q), "compute_dtype": str(q.compute_dtype)},
+            "fold_into": self.fold_into,
+            "rounding": self.rounding,
+            "class": self.store.architecture.name,
+            "folds": [
+                {
+                    "module": part.rotate.path,
+                    "tensor": part.name,
+                    "from": (part.base or self.store.stored(part.name)).label,
+                    "to": part.into.label,
+                    "shape": list(part.into.shape),
+                    "block_size": [r.block_size for r in part.rotate.chain],
+                }
+                for part in self.parts
+                if part.rotate is not None
+            ],
+            "converts": sum(bool(j.parts) and not any(p.changes for p in j.parts) for j in self.jobs),
+            "copies": sum(not j.parts for j in self.jobs),
+            "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
+            "idle": list(self.changes.idle),
+            "shards": [
+                {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
+            ],
+            "carried": list(self.carried),
+            "bytes": self.nbytes,
+            "largest_weight_bytes": largest,
+        }
+
+
+def plan_checkpoint(
+    source: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    *,
+    format: Format = "same",
+    quantization: Quantization | None = None,
+    fold_into: Literal["quantized", "original"] = "quantized",
+    rounding: str = "nearest",
+    undo: Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> CheckpointPlan:
+    """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
+
+    Raises:
+        MatchError: an adapter's module or tensor matches nothing in the checkpoint.
+        ShapeError, FormatError: it does not fit, or a weight is stored in a way that is not known.
+        StateError: formats that make no sense together, or the adapter is folded in already.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    codecs.check_rounding(rounding)
+    if quantization is None and format in QUANTISED:
+        quantization = Quantization(format)
+    store = FolderStore(source, quantization)
+    _check_formats(store, format, fold_into)
+    if undo is not None and (format in DENSE or fold_into != "quantized"):
+        raise StateError(
+            "an undo record gives the bytes back that a fold changes; this one changes the weights' formats too",
+            format=format,
+            remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
+        )
+    changes = plan_changes(store, adapters) if adapters else FoldPlan()
+    jobs = JobBuilder(store, changes, format, fold_into).jobs()
+    config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
+    plan = make_plan(store, jobs, config, max_shard_bytes)
+    return replace(
+        plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
+    )
+
+
+def make_plan(
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
+) -> CheckpointPlan:
+    """The plan of ``jobs``, as far as all plans are alike."""
+    carried = configs.carried_files(store.source.folder)
+    card.own_card(store.source.folder)  # is refused now where it cannot be read
+    return CheckpointPlan(
+        store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
+    )
+
+
+def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
+    settings = store.source.config.get("quantization_config")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise FormatError(
+            "`quantization_config` is no JSON object",
+            tensor="config.json",
+            remedy="restore the config.json that was saved",
+        )
+    method = (settings or {}).get("quant_method")
+    if method not in (None, "bitsandbytes"):
+        raise FormatError(
+            "the checkpoint is quantised by another library",
+            format=printable(method),
+            remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
+        )
+    if format not in ("same", *DENSE, *QUANTISED):
+        raise StateError(
+            f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
+        )
+    if fold_into not in ("quantized", "original"):
+        raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
+    if store.quantization is not None:
+        _check_quantised_first(store, store.quantization.codec, format)
+
+
+def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
+    if any(map(store.is_quantised, store.source.entries)):
+        raise StateError(
+            "the checkpoint is quantised already",
+            format=format,
+            remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
+        )
+    if codec not in QUANTISED:
+        raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+    if format == "same":
+        raise StateError(
+            "a plain checkpoint is to be quantised, and to stay as it is",
+            remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
+        )
+    if format in QUANTISED and format != codec:
+        raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
+    if store.architecture.linears is None:
+        raise StateError(
+            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
+            remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
+        )
+
+
+def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
+    """How a plain base was quantised before it was folded: by the record, else by the config. None where it was not."""
+    base = record.base
+    codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
+    if codec is None:
+        return None
+    if "double_quant" in base:
+        double, skip = base["double_quant"] == "true", json.loads(base.get("skip_modules") or "null")
+    else:
+        settings = config.get("quantization_config") or {}
+        double, skip = bool(settings.get("bnb_4bit_use_double_quant")), settings.get("llm_int8_skip_modules")
+    dtype = getattr(torch, base.get("dtype") or "", None)
+    return Quantization(codec, double, skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
+
+
+def facts_of_quantization(q: Quantization | None) -> dict[str, str | None]:
+    """Mirror of :func:`recorded_quantization`."""
+    if q is None:
+        return {"quantize": None}
+    return {
+        "quantize": q.codec,
+        "double_quant": json.dumps(q.double_quant),
+        "skip_modules": None if q.skip is None else json.dumps(q.skip),
+        "dtype": None if q.dtype is None else name_of(q.dtype),
+    }

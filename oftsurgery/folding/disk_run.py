@@ -1,0 +1,324 @@
+""":func:`run_plan` runs a plan on disk one weight at a time, never the model, into a folder beside the destination that
+becomes it by one rename.
+
+Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one
+that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery import formats
+from oftsurgery.errors import StateError, UndoError
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.shard_writer import ShardWriter
+from oftsurgery.files.staging import Staging, check_apart
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.progress import Progress
+from oftsurgery.records.record import FoldRecord, ModuleRecord, versions
+from oftsurgery.records.record_file import public_info
+from oftsurgery.stores import configs
+from oftsurgery.stores.folder import canonical, load_weight
+from oftsurgery.weights.calibrate import InputsOf
+from oftsurgery.weights.fold import fold_encoded
+
+from . import engine
+from .disk_jobs import Job, Part
+from .disk_plan import QUANTISED, CheckpointPlan, facts_of_quantization
+from .folder_writer import Item, Shard, write_other_files, write_shard
+from .undo_reader import UndoRecord, open_undo
+from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
+
+
+def run_plan(
+    plan: CheckpointPlan,
+    destination: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    inputs_of: InputsOf | None = None,
+) -> FoldRecord | None:
+    """Do what ``plan`` says, calibrated where ``inputs_of`` gives the inputs of the layer at a path.
+
+    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename, after all has
+    been said that is to be warned of. After an error or a kill that folder stays, and ``resume=True`` goes on from the
+    last whole shard in it, checked by hash.
+
+    Returns:
+        the record of the new checkpoint, as in its ``oftsurgery.json``; None where nothing is folded into it any more.
+
+    Raises:
+        DiskError: the disk is full, read-only, or another run is at work on this destination.
+        StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor
+            ``force`` is set. and those of a fold in memory.
+    """
+    _check_destination(plan, destination)
+    if plan.undo is not None and not (resume and plan.undo.is_file()):
+        check_place(plan.undo, force=force)
+    key = _fingerprint(plan)
+    with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
+        run = _Run(plan, torch.device(device), progress, inputs_of)
+        if resume and plan.undo is not None and plan.undo.is_file():
+            with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
+                run.written = open_undo(plan.undo)
+        for shard in plan.shards:
+            run.shard(shard, staging)
+        record = run.record()
+        if not plan.unfolds and record is not None:
+            engine.finish_fold(record, plan.changes, plan.store.ties)
+        elif plan.changes.rotate:
+            engine.finish_unfold(plan.changes, run.modules, plan.store.record)
+        if plan.undo is not None and record is not None:
+            run.write_undo(plan.undo, record, staging, force=force)
+        record = write_other_files(
+            staging,
+            [shard.file for shard in plan.shards],
+            record,
+            source=plan.source.folder,
+            jsons={"config.json": plan.config},
+            carried=[plan.source.folder / name for name in plan.carried],
+            exact=plan.format in ("same", *QUANTISED),
+            # unfolded: the earlier fold's
+            before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
+        )
+        staging.publish()
+    return record
+
+
+def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
+    """Refuse a destination whose making would change or remove what is read."""
+    there = destination.resolve()
+    stores = [plan.store, *(j.origin for j in plan.jobs)]
+    sources = {s.source.folder.resolve() for s in stores if s is not None}
+    adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
+    check_apart(destination, "source", sources)
+    check_apart(destination, "adapter", filter(Path.is_dir, adapters))
+    if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
+        raise StateError(
+            "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"
+        )
+    if any(there.is_relative_to(f) for f in sources):
+        raise StateError("the destination is inside the source", path=destination, remedy="name one outside it")
+
+
+def _fingerprint(plan: CheckpointPlan) -> str:
+    """Of all that decides the output: unfinished work of another fingerprint is not resumed."""
+    facts = {
+        "source": plan.source.identity,
+        "adapters": [a.fingerprint for a in plan.changes.adapters],
+        "format": plan.format,
+        "quantization": str(plan.store.quantization),
+        "fold_into": plan.fold_into,
+        "shards": [[s.file, [list(plan.jobs[i].outputs) for i in s.items]] for s in plan.shards],
+        "config": dict(plan.config),
+        "unfolds": plan.unfolds,
+        "rounding": plan.rounding,
+        "calibration": plan.calibration,
+        "versions": versions(),
+        "undo": plan.undo is not None,
+        "undone": None if plan.undone is None else plan.undone.identity,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run: its progress, and the records of what was folded."""
+
+    plan: CheckpointPlan
+    device: torch.device
+    progress: Progress | None
+    inputs_of: InputsOf | None
+
+    def __post_init__(self) -> None:
+        self.done = 0
+        self.total = sum(job.nbytes for job in self.plan.jobs)
+        self.modules: dict[str, ModuleRecord] = {}
+        self.saved: dict[str, str | None] = {}
+        #: name of a part → names of the replaced tensors whose values it holds
+        self.named: dict[str, list[str]] = {}
+        held, changes = {part.name for part in self.plan.parts}, self.plan.changes
+        for name in (name for change in changes.replace for name in changes.recorded(change)):
+            at = name if name in held else self.plan.store.architecture.tied.get(name, name)
+            self.named.setdefault(at, []).append(name)
+        self.written: UndoRecord | None = None
+
+    def step(self, name: str, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total, name)
+
+    def shard(self, shard: Shard, staging: Staging) -> None:
+        jobs = [self.plan.jobs[i] for i in shard.items]
+        finished = staging.finished(shard.file)
+        if self.plan.undo is not None and self.written is None and staging.finished(_undo_part(shard)) is None:
+            finished = None
+        if finished is not None:
+            self.modules |= {path: ModuleRecord.from_dict(m) for path, m in finished.get("modules", {}).items()}
+            self.saved |= finished.get("saved", {})
+            for job in jobs:
+                self.step(_label(job), job.nbytes)
+            return
+        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of)
+        if self.plan.undo is None:
+            self._write(shard.file, jobs, operation, staging)
+        else:
+            with staging.writing(_undo_part(shard)) as path, path.open("wb") as file:
+                operation.undo = UndoCollector(file)
+                self._write(shard.file, jobs, operation, staging)
+            staging.finish(_undo_part(shard), {"undo": operation.undo.facts})
+        modules = {path: module.to_dict() for path, module in operation.modules.items()}
+        staging.finish(shard.file, {"modules": modules, "saved": operation.saved})
+        self.modules |= operation.modules
+        self.saved |= operation.saved
+
+    def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
+        record = self.record()
+        metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
+        items = [
+            Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
+            for job in jobs
+        ]
+        write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
+
+    def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
+        """Join the shards' parts to the undo record at ``path``, unless a run that was killed has done it already."""
+        plan = self.plan
+        if self.written is None or not self.written.is_of(record):
+            with UndoWriter(path, force=force) as writer:
+                for shard in plan.shards:
+                    facts = staging.finished(_undo_part(shard))
+                    if facts is None:
+                        raise StateError(
+                            "the undo record that is there is of another fold, and this one's is gone",
+                            path=path,
+                            remedy="start anew with another file: force=True (--force)",
+                        )
+                    writer.append(facts["undo"], staging.chunks(_undo_part(shard)))
+                tied = plan.store.architecture.tied
+                config = plan.source.config
+                if plan.format != "same":
+                    config = configs.output_config(config, plan.format, plan.store.quantization, untied=False)
+                writer.finish(
+                    record,
+                    # others that the source held by themselves stay
+                    ties=[
+                        [next(n for n in group if n not in tied), *(n for n in group if n in tied)]
+                        for group in plan.changes.apart
+                    ],
+                    tie_word_embeddings=plan.store.ties.flag,
+                    config=config,
+                )
+        for shard in plan.shards:
+            staging.drop(_undo_part(shard))
+
+    # --- one job ---
+
+    def _load(self, job: Job) -> Any:
+        store = job.origin or self.plan.store
+        if not job.parts:
+            return store.source.chunks(job.name)
+        if job.unit is not None:
+            made, tied = store.read_unit(job.unit), store.architecture.tied
+            return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
+        if job.parts[0].matrix:
+            return [load_weight(store.source, job.name, transposed=job.transposed)]
+        return [codecs.dense(store.source.read(job.name))]
+
+    def _make(self, operation: engine.Operation, job: Job, loaded: Any) -> Mapping[str, Any]:
+        if not job.parts:
+            return {job.name: loaded}
+        new = [self._changed(operation, job, part, stored) for part, stored in zip(job.parts, loaded, strict=True)]
+        if job.unit is not None and set(job.outputs) == set(job.unit.stored):
+            plain = {part.name: encoded.tensors["weight"] for part, encoded in zip(job.parts, new, strict=True)}
+            return {name: tensor.to(job.outputs[name][0]) for name, tensor in job.unit.store(plain).items()}
+        made: dict[str, Tensor] = {}
+        for part, encoded in zip(job.parts, new, strict=True):
+            if job.transposed and not encoded.format.quantised:
+                encoded = codecs.dense(encoded.tensors["weight"].t())
+            made |= {**encoded.format.kind.spread(part.output, encoded), **part.beside}
+        return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
+
+    def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
+        """What becomes of one of the model's tensors."""
+        before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
+        if part.base is not None:
+            before = codecs.load(before, part.base)
+        if part.check is not None:
+            part.check(before, stored)
+        if part.restore is not None:
+            return part.restore(before)
+        new = before if part.values is None else self._replaced(operation, job, part, part.values, before)
+        if part.rotate is not None:
+            as_stored = part.base is None and job.unit is None and part.output == job.name
+            beside = _beside(self.plan.source, job.name, before) if as_stored and operation.undo is not None else None
+            return operation.rotate(part.rotate, new, part.into, before, beside)
+        if new.format == part.into:
+            return new
+        if part.matrix:
+            return fold_encoded(new, (), part.into, "nearest").encoded
+        return codecs.encode(new.tensors["weight"], part.into)
+
+    def _replaced(
+        self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
+    ) -> EncodedWeight:
+        values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
+        old = before.tensors["weight"]
+        if job.unit is None:  # as it is stored
+            old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
+        for name in self.named.get(part.name, ()):
+            operation.replaced(name, old, values)
+        return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
+
+    # --- what is left of it ---
+
+    def record(self) -> FoldRecord | None:
+        plan = self.plan
+        before = plan.store.record
+        if plan.unfolds:
+            return engine.earlier_record(before if before is not None or plan.undone is None else plan.undone.fold)
+        record = engine.fold_record(plan.changes, before, self.modules, self.saved, plan.rounding)
+        return replace(
+            record,
+            adapters=tuple(map(public_info, record.adapters)),
+            base={"fold_into": plan.fold_into, **facts_of_quantization(plan.store.quantization)},
+        )
+
+
+def _label(job: Job) -> str:
+    """What messages and bars call a job: the module that is rotated, or the tensor."""
+    return next((p.rotate.path for p in job.parts if p.rotate is not None), job.name)
+
+
+def _undo_part(shard: Shard) -> str:
+    return f"{shard.file}.undo"
+
+
+def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
+    """What :func:`~oftsurgery.folding.undo_writer.tensor_as_json` gives of small tensors beside a weight that are not what
+    :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
+    """
+    usual = weight.format.kind.spread(name, weight)
+    there = formats.companion_names(name, source.entries)
+    found = {}
+    for n in {*usual, *there} - {name}:
+        stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None
+        if n not in there or (
+            stored is not None and (n not in usual or tensor_as_json(stored) != tensor_as_json(usual[n]))
+        ):
+            found[n.removeprefix(name.removesuffix("weight"))] = tensor_as_json(stored)
+    return found

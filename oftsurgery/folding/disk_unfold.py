@@ -1,0 +1,189 @@
+"""A plan of this file takes the last fold out of a checkpoint on disk: by rotating back, from its base, or by an undo
+record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from oftsurgery import formats
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.dtypes import DTYPES
+from oftsurgery.errors import IntegrityError, StateError
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.formats import codecs
+from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.stores import configs
+from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.ties import FLAG
+
+from . import engine
+from .disk_jobs import Check, Job, JobBuilder, Part, copy_job
+from .disk_plan import CheckpointPlan, make_plan, recorded_quantization
+from .plan import FoldPlan, plan_changes
+from .undo_reader import UndoRecord
+
+
+def plan_unfold(
+    folded: Checkpoint,
+    adapters: Sequence[OFTAdapter],
+    *,
+    rounding: str = "nearest",
+    max_shard_bytes: int = 5_000_000_000,
+) -> CheckpointPlan:
+    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or
+    half-precision weights.
+
+    Raises:
+        StateError: the checkpoint's record names other adapters than these.
+        and those of :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
+    """
+    codecs.check_rounding(rounding)
+    store = FolderStore(folded)
+    changes = plan_changes(store, adapters, inverse=True)
+    jobs = JobBuilder(store, replace(changes, replace=()), "same").jobs()
+    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes)
+    return replace(plan, changes=changes, rounding=rounding)
+
+
+def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
+    """Plan to take the last fold out of a checkpoint exactly.
+
+    What it changed comes from ``base`` (quantised again where the fold did), checked against the record's hashes.
+
+    Raises:
+        StateError: the folded checkpoint has no record, or is in another format than the base was.
+        MatchError: the base lacks what was folded.
+    """
+    record = record_in(folded.folder)
+    if record is None:
+        raise StateError(
+            f"the checkpoint has no {RECORD}",
+            path=folded.folder,
+            remedy="give the adapter instead: it is then rotated back",
+        )
+    quantization = recorded_quantization(record, folded.config)
+    origin = FolderStore(base, quantization)
+    written = "same" if quantization is None else quantization.codec
+    store = FolderStore(folded)
+    wanted: dict[str, list[engine.Original]] = {}
+    for original in engine.originals(record, origin):
+        wanted.setdefault(origin.architecture.tied.get(original.at, original.at), []).append(original)
+    touched = {name: any(o.weight for o in found) for name, found in wanted.items()}
+    jobs = []
+    for job in JobBuilder(origin, FoldPlan(), written, touched=touched).jobs():
+        if any(part.name in wanted for part in job.parts):
+            _check_same_format(job, folded, touched)
+            parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
+            jobs.append(replace(job, parts=parts, origin=origin))
+        elif all(n in folded.entries for n in job.outputs):
+            # untouched by the fold: the folded checkpoint's own bytes
+            jobs += [copy_job(folded, n) for n in job.outputs]
+        else:
+            jobs.append(replace(job, origin=origin))
+    config = configs.restored_config(folded.config, base.config)
+    return make_plan(store, jobs, config, max_shard_bytes)
+
+
+def _original_check(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
+    """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
+    changed, by what the folded checkpoint has.
+    """
+
+    def check(found: EncodedWeight, stored: EncodedWeight) -> None:
+        for original in wanted:
+            original.check(found, stored)
+        if wanted:
+            return
+        there = folded.weight(name, found.format)
+        if there is None or there.fingerprint != found.fingerprint:
+            raise IntegrityError(
+                "the base differs from the folded checkpoint in a tensor that the fold did not touch",
+                tensor=name,
+                remedy="give the very checkpoint that was folded",
+            )
+
+    return check
+
+
+def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]) -> None:
+    for part in job.parts:
+        name = part.output if part.output in job.outputs else next(iter(job.outputs))
+        there = folded.entries.get(name)
+        dtype, shape = job.outputs[name]
+        if weights.get(part.name) and (there is None or there.shape != shape or DTYPES[there.dtype] != dtype):
+            raise StateError(
+                "the folded checkpoint is in another format than its base: there is nothing to restore but the base itself",
+                tensor=name,
+                remedy="use the base checkpoint, or rotate back with the adapter",
+            )
+
+
+def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
+    """Plan to take the last fold out of a checkpoint exactly, by its undo record.
+
+    Raises:
+        StateError: the record's fold is not the checkpoint's last one.
+        MatchError: the checkpoint lacks what the record restores.
+        UndoError: the record is damaged.
+    """
+    store = FolderStore(folded)
+    back = engine.undone(undo, store)
+    named = store.locate([*back, *(n for group in undo.ties for n in group)])
+    restored = {named[name]: (name, read) for name, read in back.items()}
+    # of tensors that were one, a checkpoint holds the first
+    dropped: set[str] = set()
+    checks: dict[str, Check] = {}
+    for group in undo.ties:
+        first, *others = (named[n] for n in group if n in named)
+        dropped |= set(others) - {first}
+        for other in others:
+            path = restored[other][0].removesuffix(".weight") if other in restored else ""
+            if path in undo.weights and first not in restored:
+                checks[first] = partial(_check_shared, undo, path)
+    touched = {name: given.removesuffix(".weight") in undo.weights for name, (given, _) in restored.items()}
+    jobs = []
+    for job in JobBuilder(store, FoldPlan(), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
+        if ({p.name for p in job.parts} or {store.architecture.renamed[job.name]}) <= dropped:
+            continue
+        for part in job.parts:
+            if part.name in restored:
+                job = _undone_job(job, part, undo, *restored[part.name])
+            elif part.name in checks:
+                job = _with_part(job, replace(part, check=checks[part.name]))
+        jobs.append(job)
+    config = dict(undo.config or folded.config)
+    if not undo.config and undo.tie_word_embeddings is not None:
+        config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
+    return replace(make_plan(store, jobs, config, max_shard_bytes), undone=undo)
+
+
+def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
+    undo.check_shared(path, found)
+
+
+def _with_part(job: Job, part: Part) -> Job:
+    """``job`` with ``part`` in place of that of the same name."""
+    return replace(job, parts=tuple(part if p.name == part.name else p for p in job.parts))
+
+
+def _undone_job(
+    job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[EncodedWeight], EncodedWeight]
+) -> Job:
+    """``job``, whose ``part`` holds the folded tensor ``name``, with its original instead."""
+    path = name.removesuffix(".weight")
+    if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
+        return _with_part(job, replace(part, restore=read))
+    before = undo.format(path, part.into.shape)
+    outputs = dict(formats.spread_shapes(part.output, before) if before.quantised else job.outputs)
+    beside = {}
+    for suffix, tensor in undo.files(path).items():
+        output = part.output.removesuffix("weight") + suffix
+        if tensor is None:
+            outputs.pop(output, None)
+        else:
+            outputs[output], beside[output] = (tensor.dtype, tuple(tensor.shape)), tensor
+    return replace(job, outputs=outputs, parts=(replace(part, into=before, restore=read, beside=beside),))

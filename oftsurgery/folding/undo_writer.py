@@ -1,0 +1,183 @@
+""":class:`UndoWriter` writes an undo record: one safetensors file of compressed bytes and a manifest, whole or not at all.
+
+``docs/undo.md`` describes the format.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.errors import StateError
+from oftsurgery.files.shard_writer import header_bytes
+from oftsurgery.files.writing import Replacement, disk_errors, to_disk
+from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.hashing import hash_bytes
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.weights import undo
+from oftsurgery.weights.undo_streams import bytes_of
+
+from .undo_reader import FORMAT, VERSION
+
+_ROOM = 504  # of the header, which is written last: metadata and two tensors
+
+
+def check_place(path: Path, *, force: bool = False) -> None:
+    """Refuse a place where a record cannot be written, before anything is computed.
+
+    Raises:
+        StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
+    """
+    if os.path.lexists(path) and (not force or not path.is_file()):
+        raise StateError(
+            "something is there already, and undo records are not overwritten",
+            path=path,
+            remedy="name another file; a record belongs to one fold",
+        )
+    if not path.absolute().parent.is_dir():
+        raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
+
+
+class UndoCollector:
+    """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
+
+    Attributes:
+        facts: plain values, which :meth:`append` takes: ``weights`` has ``{module path: facts}``, ``tensors`` ``{tensor name:
+            facts}`` of plain tensors that the adapters' own values replaced, ``tables`` ``{content hash: [start, bytes]}``.
+        nbytes: written so far.
+    """
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+        self.facts: dict[str, dict[str, Any]] = {"weights": {}, "tensors": {}, "tables": {}}
+        self.nbytes = 0
+
+    def weight(
+        self,
+        path: str,
+        before: EncodedWeight,
+        after: EncodedWeight,
+        chain: Sequence[Rotation],
+        noise: float,
+        relaxation: float | None,
+        files: Mapping[str, Any] | None = None,
+    ) -> None:
+        """A rotated weight.
+
+        Args:
+            path: of its module.
+            before, after: as stored.
+            chain: that was folded, in the live order.
+            noise: relative error of storing ``after``.
+            relaxation: of the fold, where it kept the scales of ``before``.
+            files: :func:`tensor_as_json` tensors of the checkpoint that do not follow from ``before``.
+        """
+        entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
+        self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
+        if files:
+            self.facts["weights"][path]["files"] = dict(files)
+        for name, table in entry.tables.items():
+            if name not in self.facts["tables"]:
+                self.facts["tables"][name] = self._put(table)[:2]
+
+    def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
+        """A rotated weight that was one with the tensor ``other``, which is as it was."""
+        self.facts["weights"][path] = {"same_as": other, "before": before.fingerprint, "after": undo.evidence(after)}
+
+    def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A plain tensor that the adapter's own values replaced."""
+        entry = undo.encode_tensor(before, after)
+        self.facts["tensors"][name] = {**entry.facts, "data": self._put(entry.data)}
+
+    def _put(self, data: bytes) -> list[Any]:
+        self._sink.write(data)
+        self.nbytes += len(data)
+        return [self.nbytes - len(data), len(data), hash_bytes(data)]
+
+    def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
+        """Take over what other parts collected."""
+        shift = self.nbytes
+        for chunk in data:
+            self._sink.write(chunk)
+            self.nbytes += len(chunk)
+        for kind in ("weights", "tensors"):
+            for name, f in facts[kind].items():
+                start, *rest = f.get("data", [0])
+                self.facts[kind][name] = {**f, "data": [start + shift, *rest]} if "data" in f else f
+        for name, (start, nbytes) in facts["tables"].items():
+            self.facts["tables"].setdefault(name, [start + shift, nbytes])
+
+
+class UndoWriter(UndoCollector):
+    """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
+
+    As a context manager it removes what is unfinished.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        check_place(path, force=force)
+        self._force = force
+        self._new = Replacement(path, "oftsurgery")
+        with disk_errors(self._new.beside):
+            self._file: BinaryIO = self._new.beside.open("wb")
+            self._file.write(bytes(8 + _ROOM))
+        super().__init__(self._file)
+
+    def __enter__(self) -> UndoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._new:
+            self._file.close()
+
+    def finish(
+        self,
+        fold: FoldRecord,
+        *,
+        ties: Iterable[Sequence[str]] = (),
+        tie_word_embeddings: bool | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the rest and put the file in its place.
+
+        Args:
+            fold: that the record undoes.
+            ties: names of tensors that were one and the same, that which a checkpoint holds first.
+            tie_word_embeddings: of the base's config, or None.
+            config: the checkpoint's ``config.json`` without the fold, or None.
+        """
+        manifest = {
+            "fold": replace(fold, files={}).to_dict(),
+            **self.facts,
+            "ties": [list(group) for group in ties],
+            "tie_word_embeddings": tie_word_embeddings,
+            "config": None if config is None else dict(config),
+        }
+        packed = lzma.compress(json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode())
+        start, end = self.nbytes, self.nbytes + len(packed)
+        header = {
+            "__metadata__": {"format": FORMAT, "version": str(VERSION), "manifest": hash_bytes(packed)},
+            "data": {"dtype": "U8", "shape": [start], "data_offsets": [0, start]},
+            "manifest": {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]},
+        }
+        with disk_errors(self._new.beside):
+            self._file.write(packed)
+            self._file.seek(0)
+            self._file.write(header_bytes(header, _ROOM))
+            to_disk(self._file)
+            self._file.close()
+        check_place(self._new.path, force=self._force)
+        self._new.put()
+
+
+def tensor_as_json(tensor: Tensor | None) -> dict[str, Any] | None:
+    """A small tensor as JSON; None for one that there was not."""
+    return None if tensor is None else {**undo.described(tensor), "hex": bytes_of(tensor).hex()}

@@ -1,0 +1,75 @@
+"""A fold's record is the file ``oftsurgery.json`` of a folder: :func:`record_in` reads it, :func:`write_record` writes it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.reading import inside, read_json
+
+from .record import AdapterInfo, FoldRecord
+
+if TYPE_CHECKING:
+    from oftsurgery.files.staging import Staging
+
+RECORD = "oftsurgery.json"
+
+
+def write_record(staging: Staging, record: FoldRecord) -> FoldRecord:
+    """Write ``record`` into a folder, with the hashes of its other files: of all but the card, which people edit. Gives
+    the record with them.
+    """
+    record = replace(record, files=staging.hashes(but=(RECORD, "README.md")))
+    staging.put_json(RECORD, record.to_dict())
+    return record
+
+
+def record_in(folder: Path) -> FoldRecord | None:
+    """The record of what a checkpoint's folder carries, or None.
+
+    Raises:
+        CheckpointError: there is one that cannot be read.
+    """
+    return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
+
+
+def record_at(path: Path) -> FoldRecord:
+    """The record in a file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return FoldRecord.from_dict(read_json(path))
+    except (TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the record of an earlier fold cannot be read ({printable(error)})",
+            path=path,
+            remedy="restore it, or remove it if nothing is folded in",
+        ) from error
+
+
+def public_info(info: AdapterInfo) -> AdapterInfo:
+    """``info`` without paths of this machine: of local folders, the names alone."""
+    return replace(info, source=public_place(info.source), base_model=public_place(info.base_model))
+
+
+def public_record(record: FoldRecord) -> FoldRecord:
+    """``record`` and its earlier ones without paths of this machine."""
+    return replace(
+        record,
+        adapters=tuple(map(public_info, record.adapters)),
+        earlier=tuple(map(public_record, record.earlier)),
+    )
+
+
+def public_place(place: str | None) -> str | None:
+    """A Hub id or an adapter's name as it is, the last part of a path."""
+    if place is None:
+        return None
+    path = Path(place)
+    hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
+    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - which takes any name

@@ -1,0 +1,197 @@
+"""An undo record holds the rotations that lead back, and every product by them is exact.
+
+**Why the prediction is the same everywhere.** A sum of floats depends on its order, which differs between machines,
+thread counts and BLAS libraries. Here every product is of integers held in float64: weights rounded to ``p`` bits,
+rotations to ``f``, with ``p + f`` chosen so that every partial sum of any order stays below 2⁵³. Such sums are exact, so
+order and fused multiply-adds do not matter. What is left is elementwise IEEE arithmetic (multiplication by powers of two,
+rounding, division, comparison), the same on every machine. All of it runs on the CPU.
+
+The rotation itself is in the record, as the quantised generator of a Cayley map whose inverse is evaluated by Newton's
+iteration in the same exact products, or where that does not fit (rotations that are not orthogonal, half turns) as a
+quantised matrix. It needs to be only as fine as the folded weight's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oftsurgery import rotations
+from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.errors import NonFiniteError
+
+from .fold import in_weight_order
+from .undo_streams import Array, Streams, damaged
+
+# sums of products stay below this many bits in every order: one less than float64 holds exactly
+_EXACT_BITS = 52
+
+# what the record's rotation may add to the folded weight's own rounding error, as a part of it
+_SHARE = 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One step of rotating back: ``x · blockdiag(matrix) / 2**bits`` over columns (``dim`` 1) or rows (0) from feature
+    ``start`` on, or a division of the rows by ``scale``.
+    """
+
+    dim: int = 1
+    start: int = 0
+    matrix: Tensor | None = None  # (n, b, b) integers in float64; one block serves all where n is 1
+    bits: int = 0
+    scale: Tensor | None = None  # (rows,) float64
+
+
+def power_of_two(exponent: int) -> float:
+    return math.ldexp(1.0, exponent)
+
+
+def as_integers(x: Tensor, bits: int) -> tuple[Tensor, int]:
+    """``x`` as integers of at most ``bits`` bits, and the exponent of two that scales them back."""
+    largest = float(x.abs().max()) if x.numel() else 0.0
+    exponent = math.frexp(largest)[1] - bits if largest else 0
+    if exponent < -900:  # 2**-exponent must be a float64
+        return torch.zeros_like(x), 0
+    return torch.round(x * power_of_two(-exponent)), exponent
+
+
+def apply_stage(x: Tensor, stage: Stage, first: int = 0) -> Tensor:
+    """One stage on rows ``x: (rows, columns)`` float64 of a weight, from its row ``first`` on."""
+    if stage.scale is not None:
+        scale = stage.scale[first : first + len(x)]
+        return x / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
+    m = stage.matrix
+    assert m is not None  # noqa: S101 - a stage has one of the two
+    turned = x.t() if stage.dim == 0 else x
+    features, b = turned.shape[-1], m.shape[-1]
+    width = (features - stage.start) // b * b if m.shape[0] == 1 else m.shape[0] * b
+    room = _EXACT_BITS - int(m.abs().sum(dim=-2).max()).bit_length()
+    before, part, after = turned.tensor_split([stage.start, stage.start + width], dim=-1)
+    part, exponent = as_integers(part, room)
+    part = rotations.apply_blocks(part, m) * power_of_two(exponent - stage.bits)
+    part = torch.cat([before, part, after], dim=-1) if width < features else part
+    return part.t() if stage.dim == 0 else part
+
+
+def exact_cayley(g: Tensor, bits: int) -> tuple[Tensor, int] | None:
+    """``(I - G)(I + G)⁻¹`` for ``G = skew(g) / 2**bits``: integers, and their fraction bits; None where G is too large.
+
+    Newton's iteration ``Y ← Y (2I - A Y)`` for the inverse of ``A = I + G``, from ``Y = Aᵀ / (1 + ‖G‖²)``: the
+    eigenvalues of ``A Y`` are real then and in (0, 1], whatever skew-symmetric G is. Each product is exact.
+    """
+    q = rotations.skew(g)
+    b = q.shape[-1]
+    norm = (int(q.abs().sum(dim=-1).max()) >> bits) + 1  # an integer above the spectral norm
+    # |A| has row sums ≤ 1 + norm, |Y| entries ≤ 2; |2I - A Y| entries ≤ 4
+    fraction = (_EXACT_BITS - 2 - max((1 + norm).bit_length(), b.bit_length() + 2)) // 2
+    if fraction < bits or norm > 1 << 8:
+        return None
+    one = power_of_two(fraction)
+    eye = torch.eye(b, dtype=torch.float64) * one
+    g_scaled = q * power_of_two(fraction - bits)
+    a = eye + g_scaled
+    y = torch.round((eye - g_scaled) / (1 + norm * norm))
+    for _ in range((1 + norm * norm).bit_length() + 5):
+        y = torch.round((y @ (2 * eye - torch.round((a @ y) / one))) / one)
+    return 2 * y - eye, fraction
+
+
+def _inverse_matrices(r: Rotation, shape: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
+    """``(dim, first feature, (n, b, b) float64)`` with which ``x · blockdiag`` takes a rotation out."""
+    blocks = r.blocks.cpu()
+    if r.side == "embedding":
+        return [(1, 0, rotations.inverse_blocks(blocks))]
+    if r.side == "input":
+        return [(1, 0, rotations.inverse_blocks(blocks).transpose(-2, -1))]
+    # W = R⁻ᵀ W', so Wᵀ = W'ᵀ R⁻¹; peft ≤ 0.13 crops the last block where out is no multiple
+    count, rest = divmod(shape[0], blocks.shape[-1])
+    body, last = (blocks, blocks) if len(blocks) == 1 else (blocks[:count], blocks[count : count + 1])
+    parts = [(0, 0, rotations.inverse_blocks(body))] if count else []
+    if rest:
+        parts.append((0, shape[0] - rest, rotations.inverse_blocks(last[:, :rest, :rest])))
+    return parts
+
+
+def write_stages(
+    io: Streams, chain: Sequence[Rotation], shape: tuple[int, ...], noise: float
+) -> tuple[list[dict[str, Any]], list[Stage]]:
+    """Write the stages that rotate ``chain`` out of a weight, as coarse as ``noise`` (the folded weight's relative
+    rounding error) allows.
+    """
+    facts: list[dict[str, Any]] = []
+    stages: list[Stage] = []
+    for r in in_weight_order(chain, inverse=True):
+        if r.scale is not None:
+            scale = r.scale.detach().cpu().to(torch.float64)
+            facts.append({"kind": "scale"})
+            io.raw(scale.numpy().tobytes(), scale.nbytes)
+            stages.append(Stage(scale=scale))
+        for dim, start, matrix in _inverse_matrices(r, shape):
+            kind, bits, whole = _quantised(matrix, noise)
+            n, b, _ = matrix.shape
+            facts.append({"kind": kind, "dim": dim, "start": start, "blocks": n, "size": b, "bits": bits})
+            stages.append(_code_blocks(io, facts[-1], whole))
+    return facts, stages
+
+
+def _quantised(matrix: Tensor, noise: float) -> tuple[str, int, Tensor]:
+    """(kind, fraction bits, integers in float64): a generator's triangles where its Cayley map is the matrix to within
+    what ``noise`` allows, else the matrix itself.
+    """
+    n, b, _ = matrix.shape
+    # rounding to steps of 2**-bits errs by 0.29 steps a value, and a generator's error counts twice in its rotation
+    steps = 0.58 * math.sqrt(b) / (_SHARE * noise)
+    bits = min(max(math.frexp(steps)[1], 4), 22)
+    with suppress(NonFiniteError):  # half turns
+        eye = torch.eye(b, dtype=torch.float64)
+        generator = (eye - matrix) @ rotations.inverse_blocks(eye + matrix)
+        g = torch.round(rotations.vector(generator - generator.transpose(-2, -1)) * power_of_two(bits - 1))
+        made = exact_cayley(g, bits) if float(g.abs().max()) < 1 << 30 else None
+        if made is not None:
+            error = float(torch.linalg.vector_norm(made[0] * power_of_two(-made[1]) - matrix))
+            if error <= max(2 * _SHARE * noise, 1e-5) * math.sqrt(n * b):
+                return "generator", bits, g
+    return "matrix", bits, torch.round(matrix * power_of_two(bits)).clamp(-(2.0**31) + 1, 2.0**31 - 1)
+
+
+def _code_blocks(io: Streams, facts: Mapping[str, Any], true: Tensor | None) -> Stage:
+    """The stage that ``facts`` tell of, its integers written or read."""
+    n, b, bits = facts["blocks"], facts["size"], facts["bits"]
+    near: Array = np.zeros((n, b * (b - 1) // 2), np.int32)
+    if facts["kind"] == "matrix":
+        near = np.tile(np.eye(b, dtype=np.int32) << bits, (n, 1, 1))
+    found = io.differences(None if true is None else true.numpy().astype(np.int32).reshape(-1), near.reshape(-1))
+    whole = torch.from_numpy(found.astype(np.float64).reshape(near.shape))
+    made = (whole, bits) if facts["kind"] == "matrix" else exact_cayley(whole, bits)
+    if made is None:
+        raise damaged()
+    return Stage(facts["dim"], facts["start"], *made)
+
+
+def read_stages(io: Streams, facts: object, shape: tuple[int, ...]) -> list[Stage]:
+    """Mirror of :func:`write_stages`, for facts that nobody vouches for."""
+    if not isinstance(facts, list) or not all(isinstance(f, dict) for f in facts):
+        raise damaged()
+    stages = []
+    for f in facts:
+        if f.get("kind") == "scale":
+            scale = np.frombuffer(io.raw(None, 8 * shape[0]), np.float64)
+            stages.append(Stage(scale=torch.from_numpy(scale.copy())))
+            continue
+        numbers: list[Any] = [f.get(name) for name in ("dim", "start", "blocks", "size", "bits")]
+        if f.get("kind") not in ("generator", "matrix") or not all(type(n) is int for n in numbers):
+            raise damaged()
+        dim, start, n, b, bits = numbers
+        fits = dim in (0, 1) and start >= 0 and n >= 1 and b >= 1 and start + n * b <= shape[dim] and 4 <= bits <= 22
+        if not fits or (f["kind"] == "generator" and b < 2):
+            raise damaged()
+        stages.append(_code_blocks(io, f, None))
+    return stages
