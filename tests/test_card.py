@@ -18,7 +18,7 @@ from torch import nn
 
 import oftsurgery
 from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord, StateError
-from oftsurgery.api.api import plan_fold
+from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.cli import main as cli
 from oftsurgery.records import card
 

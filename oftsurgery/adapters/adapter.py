@@ -27,8 +27,8 @@ from oftsurgery.errors import (
     MatchError,
     NonFiniteError,
     ShapeError,
+    module_in_errors,
     printable,
-    told_of,
     warn_caller,
 )
 from oftsurgery.hashing import hash_tensors
@@ -513,7 +513,7 @@ def _made(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tupl
     residuals: dict[str, float] = {}
     modules: dict[str, Rotation] = {}
     for path in dict.fromkeys(path for a in origins for path in a.modules):
-        with told_of(path):
+        with module_in_errors(path):
             modules[path], residuals[path] = make(path)
     _warn_converted(residuals)
     config: dict[str, Any] = {"peft_type": "OFT"}
@@ -586,7 +586,7 @@ def parse_adapter(
     name = _detect_dialect(config, raw, dialect, source)
     modules: dict[str, Rotation] = {}
     for path, parts in sorted(raw.items()):
-        with told_of(path):
+        with module_in_errors(path):
             modules[path] = _rotation(parts, config, name)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
@@ -599,7 +599,7 @@ def spread_adapter(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, Tenso
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
     for path, r in adapter.modules.items():
-        with told_of(path):
+        with module_in_errors(path):
             _check_expressible(r)
             exact[path], residuals[path] = r.exact()
     settings = _block_settings(exact, adapter.config)

@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import Cayley, OFTAdapter, Rotation, coft_radius
-from oftsurgery.errors import AdapterError, FormatError, MatchError, StateError, printable, told_of, warn_caller
+from oftsurgery.errors import (
+    AdapterError,
+    FormatError,
+    MatchError,
+    StateError,
+    module_in_errors,
+    printable,
+    warn_caller,
+)
 from oftsurgery.folding.engine import warn_of_idle
 from oftsurgery.folding.memory import inner_model, modules_of, replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
@@ -299,7 +307,7 @@ class LiveLayer(nn.Module):
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
 
     def _check_chain(self, chain: Sequence[Rotation | LiveRotation]) -> None:
-        with told_of(self._name):
+        with module_in_errors(self._name):
             check_chain(chain)
 
     # --- peft's names for what it wraps ---
@@ -401,7 +409,7 @@ class LiveLayer(nn.Module):
                 remedy="unmerge() first, then merge all of them at once: merge(adapter_names=[…])",
             )
         layer = Layer(self._name, self.base_layer)
-        with told_of(self._name):
+        with module_in_errors(self._name):
             encoded, home = layer.read()
             folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
         self._held, self.merged_adapters = layer.write(folded.encoded, park=not self._shared), names
