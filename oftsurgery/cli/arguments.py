@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
 
 
 Run = Callable[[argparse.Namespace], int | None]  # None: done
+AddCommand = Callable[..., "Parser"]  # `add_command` without its first argument
 
 
 def switch(text: str) -> dict[str, Any]:
@@ -42,25 +43,14 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "folder or Hub id of the adapter; several in the live order",
     },
     "output": {"metavar": "OUTPUT", "help": "folder to write; must not exist"},
-    "--format": {
-        "choices": FORMATS,
-        "default": "same",
-        "help": "what to write (default: %(default)s)",
-    },
+    "--format": {"choices": FORMATS, "default": "same", "help": "what to write (default: %(default)s)"},
     "--quantize": {
         "choices": ("nf4", "fp4", "int8"),
         "help": "quantise a plain base first, as the trainer's loading did",
     },
     "--double-quant": switch("with double quantisation (bnb_4bit_use_double_quant)"),
-    "--compute-dtype": {
-        "choices": DTYPES,
-        "default": "float32",
-        "help": "bnb_4bit_compute_dtype of the config",
-    },
-    "--load-dtype": {
-        "choices": DTYPES,
-        "help": "dtype in which the trainer loaded the model (default: the config's)",
-    },
+    "--compute-dtype": {"choices": DTYPES, "default": "float32", "help": "bnb_4bit_compute_dtype of the config"},
+    "--load-dtype": {"choices": DTYPES, "help": "dtype in which the trainer loaded the model (default: the config's)"},
     "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules left unquantised (llm_int8_skip_modules)"},
     "--fold-into": {
         "choices": ("quantized", "original"),
@@ -98,8 +88,8 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     },
     "--yes": switch("do not ask about a derived name"),
 }
-QUANTISING_FLAGS = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
-FOLDING_FLAGS = (*QUANTISING_FLAGS, "--rounding", "--calibration", "--max-shard-size")
+_QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
+FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size")
 RUNNING_FLAGS = ("--device", "--resume", "--force")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 
@@ -119,9 +109,6 @@ def add_command(commands: Any, name: str, text: str, example: str, run: Run | No
     parser.epilog = f"example: {parser.prog} {example}"
     parser.set_defaults(run=run)
     return parser
-
-
-AddCommand = Callable[..., Parser]  # `add_command` without its first argument
 
 
 def add_output_flags(parser: Parser) -> None:

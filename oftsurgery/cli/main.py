@@ -26,8 +26,6 @@ from oftsurgery.errors import (
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
 
-__all__ = ["command_parser", "export_main", "main"]
-
 
 def command_parser() -> Parser:
     parser = Parser(
@@ -37,18 +35,16 @@ def command_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        fold.add_commands,
-        adapters.add_commands,
-        export.add_export,
-        verify.add_commands,
-        show.add_commands,
-        export.add_push,
-    ):
-        add(partial(add_command, commands))
-    for command in commands.choices.values():
-        if command.get_default("run") is not None:  # `adapter` has commands of its own
-            add_output_flags(command)
+    command = partial(add_command, commands)
+    fold.add_commands(command)
+    adapters.add_commands(command)
+    export.add_export(command)
+    verify.add_commands(command)
+    show.add_commands(command)
+    export.add_push(command)
+    for leaf in commands.choices.values():
+        if leaf.get_default("run") is not None:  # `adapter` has commands of its own
+            add_output_flags(leaf)
     return parser
 
 
