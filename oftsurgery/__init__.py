@@ -20,7 +20,7 @@ __all__ = [name for name, home in _HOMES.items() if home is not None]
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES[name]  # None of a room: oftsurgery.live.Linear4bit
+    home = _HOMES[name]  # None of a module: oftsurgery.live.Linear4bit
     module = _importlib.import_module(f".{home or name}", __name__)
     globals()[name] = value = getattr(module, name) if home else module
     return value

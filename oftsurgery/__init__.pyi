@@ -1,5 +1,6 @@
 """The public names, each with the file that defines it: ``__init__.py`` imports it from there at its first use."""
 
+from . import errors as errors
 from . import live as live
 from ._version import __version__ as __version__
 from .adapters.adapter import DIALECTS as DIALECTS
