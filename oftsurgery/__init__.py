@@ -6,123 +6,23 @@ bitsandbytes-quantised weights.
 >>> folded.oftsurgery.worst                             # doctest: +SKIP
 """
 
+import ast as _ast
 import importlib as _importlib
-import typing as _typing
+from pathlib import Path as _Path
 
-from . import errors as _errors
-from ._version import __version__
-from .errors import *  # noqa: F403 - errors and warnings are public, all of them
-
-if _typing.TYPE_CHECKING:
-    from .adapters.adapter import OFTAdapter, blend
-    from .adapters.dialects import DIALECTS
-    from .adapters.rotation import Cayley, Rotation
-    from .api.api import (
-        export_onnx,
-        export_safetensors,
-        extract,
-        extract_checkpoint,
-        fold,
-        fold_checkpoint,
-        load_adapter,
-        report,
-        unfold,
-        unfold_checkpoint,
-        verify_checkpoint,
-        wrap,
-    )
-    from .checks.doctor import Finding, doctor
-    from .checks.extract import ExtractedAdapter
-    from .checks.folders import CheckpointReport, TensorCheck, WeightCheck
-    from .checks.models import OutputError, VerifyReport, verify
-    from .formats.codecs import EncodedWeight, WeightFormat
-    from .hub import PushReport, push_to_hub
-    from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
-    from .onnx.export import OnnxCheck, OnnxReport
-    from .records.record import AdapterInfo, FoldRecord, ModuleRecord
-    from .weights.extract import ExtractedRotation, extract_rotation
-    from .weights.fold import fold_weight, unfold_weight
-    from .weights.kernels import backends, use_backend
-
-__all__ = [
-    "DIALECTS",
-    "AdapterInfo",
-    "Cayley",
-    "CheckpointReport",
-    "EncodedWeight",
-    "ExtractedAdapter",
-    "ExtractedRotation",
-    "Finding",
-    "FoldRecord",
-    "ModuleRecord",
-    "OFTAdapter",
-    "OnnxCheck",
-    "OnnxReport",
-    "OutputError",
-    "PushReport",
-    "Rotation",
-    "TensorCheck",
-    "VerifyReport",
-    "WeightCheck",
-    "WeightFormat",
-    "__version__",
-    "backends",
-    "blend",
-    "dispatch_bnb_4bit",
-    "dispatch_bnb_8bit",
-    "doctor",
-    "export_onnx",
-    "export_safetensors",
-    "extract",
-    "extract_checkpoint",
-    "extract_rotation",
-    "fold",
-    "fold_checkpoint",
-    "fold_weight",
-    "load_adapter",
-    "push_to_hub",
-    "report",
-    "unfold",
-    "unfold_checkpoint",
-    "unfold_weight",
-    "use_backend",
-    "verify",
-    "verify_checkpoint",
-    "wrap",
-]
-__all__ += _errors.__all__
-
-# module → what it gives, imported at its first use: the command line answers `--help` without torch
-_EXPORTS = {
-    "adapters.adapter": "OFTAdapter blend",
-    "adapters.dialects": "DIALECTS",
-    "adapters.rotation": "Cayley Rotation",
-    "api.api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
-    "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
-    "checks.folders": "CheckpointReport TensorCheck WeightCheck",
-    "formats.codecs": "EncodedWeight WeightFormat",
-    "checks.models": "OutputError VerifyReport verify",
-    "checks.doctor": "Finding doctor",
-    "weights.extract": "ExtractedRotation extract_rotation",
-    "checks.extract": "ExtractedAdapter",
-    "hub": "PushReport push_to_hub",
-    "weights.kernels": "backends use_backend",
-    "live": "dispatch_bnb_4bit dispatch_bnb_8bit",
-    "onnx.export": "OnnxCheck OnnxReport",
-    "records.record": "AdapterInfo FoldRecord ModuleRecord",
-    "weights.fold": "fold_weight unfold_weight",
-}
-_HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+# the public names stand in __init__.pyi, where type checkers read them too; each is imported at its first use, so that
+# the command line answers `--help` without torch
+_stub = _ast.parse(_Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_HOMES = {name.name: node.module for node in _stub.body if isinstance(node, _ast.ImportFrom) for name in node.names}
+__all__ = [name for name, home in _HOMES.items() if home is not None]
 
 
-def __getattr__(name: str) -> _typing.Any:
-    if name in _HOME:
-        value = getattr(_importlib.import_module(f".{_HOME[name]}", __name__), name)
-    elif name == "live":  # oftsurgery.live.Linear4bit
-        value = _importlib.import_module(".live", __name__)
-    else:
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
+    home = _HOMES[name]  # None of a module: oftsurgery.live.Linear4bit
+    module = _importlib.import_module(f".{home or name}", __name__)
+    globals()[name] = value = getattr(module, name) if home else module
     return value
 
 

@@ -14,36 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-__all__ = [
-    "AdapterError",
-    "BackendWarning",
-    "CalibrationError",
-    "CalibrationWarning",
-    "CheckpointError",
-    "ConversionWarning",
-    "DialectError",
-    "DiskError",
-    "ExportError",
-    "ExtractionError",
-    "ExtractionWarning",
-    "FormatError",
-    "HubError",
-    "IdleWarning",
-    "IntegrityError",
-    "MatchError",
-    "MissingDependencyError",
-    "NonFiniteError",
-    "OFTSurgeryError",
-    "RoundingWarning",
-    "ShapeError",
-    "StateError",
-    "UndoError",
-    "UnfoldWarning",
-    "UntieWarning",
-    "WeakAdapterWarning",
-]
-
-
 # the Hub's tokens, wherever they come from
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
 
@@ -145,7 +115,7 @@ class OFTSurgeryError(Exception):
 
 
 @contextmanager
-def told_of(module: str) -> Iterator[None]:
+def module_in_errors(module: str) -> Iterator[None]:
     """Errors in the body as :meth:`OFTSurgeryError.within` tells them of ``module``."""
     try:
         yield

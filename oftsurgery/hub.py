@@ -383,8 +383,8 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
 
 
 def _card(folder: Path, there: Path | None, report: PushReport) -> str:
-    mine = card.named(card.read(folder), report.repo_id, report.revision, pictures=report.pictures)
-    return mine if there is None else card.merged(mine, card.read(there.parent))
+    mine = card.for_repository(card.read_card(folder), report.repo_id, report.revision, pictures=report.pictures)
+    return mine if there is None else card.merged(mine, card.read_card(there.parent))
 
 
 # --- talking to the Hub -----------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_each_command_is_shown() -> None:
     shown = {
         m[1] for page in PAGES for m in re.finditer(r"^\$ oftsurgery (\w+)", page.read_text("utf-8"), re.MULTILINE)
     }
-    actions = cli._parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
+    actions = cli.command_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     assert shown == set(actions)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from oftsurgery import StateError, dtypes
-from oftsurgery.cli import main as cli
+from oftsurgery.cli import arguments
 
 
 def test_names_are_those_that_safetensors_writes(tmp_path: Path) -> None:
@@ -27,9 +27,9 @@ def test_each_column_is_the_mirror_of_its_other() -> None:
 
 
 def test_the_command_line_offers_those_there_are() -> None:
-    assert tuple(map(dtypes.name_of, dtypes.DENSE.values())) == cli.DTYPES
-    assert [dtypes.float_dtype(name) for name in cli.DTYPES] == list(dtypes.DENSE.values())
-    assert set(dtypes.DENSE) < set(cli.FORMATS)
+    assert tuple(map(dtypes.name_of, dtypes.DENSE.values())) == arguments.DTYPES
+    assert [dtypes.float_dtype(name) for name in arguments.DTYPES] == list(dtypes.DENSE.values())
+    assert set(dtypes.DENSE) < set(arguments.FORMATS)
 
 
 @pytest.mark.parametrize("name", ["float64", "int8", "torch.float32", "fp32", ""])

@@ -65,11 +65,17 @@ def test_all_names_what_is_there() -> None:
     assert public <= set(oftsurgery.__all__)
 
 
-def test_every_error_is_public() -> None:
-    from oftsurgery import errors
-
-    helpers = {name for name in errors.__all__ if name.islower()}
-    assert set(errors.__all__) - helpers <= set(oftsurgery.__all__)
+@pytest.mark.slow
+def test_type_checkers_see_what_a_public_name_is(tmp_path: Path) -> None:
+    names = sorted(set(oftsurgery.__all__))
+    user = "import oftsurgery\nfrom oftsurgery import " + ", ".join(names) + "\n"
+    user += "reveal_type(oftsurgery.live.Linear4bit)\n" + "".join(f"reveal_type({name})\n" for name in names)
+    (tmp_path / "user.py").write_text(user, encoding="utf-8")
+    checked = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--ignore-missing-imports", "user.py"]
+    done = subprocess.run(checked, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("Revealed type is") == len(names) + 1
+    assert 'Revealed type is "Any"' not in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted(set(oftsurgery.__all__) - {"__version__"}))

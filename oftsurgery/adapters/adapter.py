@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from oftsurgery.errors import AdapterError, ConversionWarning, MatchError, printable, told_of, warn_caller
+from oftsurgery.errors import AdapterError, ConversionWarning, MatchError, module_in_errors, printable, warn_caller
 from oftsurgery.hashing import hash_tensors
 
 from .algebra import inverse, product, weighted_mean
@@ -201,7 +201,7 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
     residuals: dict[str, float] = {}
     modules: dict[str, Rotation] = {}
     for path in dict.fromkeys(path for a in origins for path in a.modules):
-        with told_of(path):
+        with module_in_errors(path):
             modules[path], residuals[path] = make(path)
     _warn_converted(residuals)
     config: dict[str, Any] = {"peft_type": "OFT"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery.dtypes import FLOATS
-from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteError, printable, told_of
+from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteError, module_in_errors, printable
 
 from .adapter import OFTAdapter
 from .dialects import Dialect, detect_dialect, rotation_of
@@ -47,7 +47,7 @@ def parse_adapter(
     name = detect_dialect(config, raw, dialect, source)
     modules: dict[str, Rotation] = {}
     for path, parts in sorted(raw.items()):
-        with told_of(path):
+        with module_in_errors(path):
             modules[path] = rotation_of(name, parts, config)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 

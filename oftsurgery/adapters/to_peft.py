@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.errors import AdapterError, told_of
+from oftsurgery.errors import AdapterError, module_in_errors
 
 from .rotation import Rotation
 
@@ -29,7 +29,7 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
     for path, r in adapter.modules.items():
-        with told_of(path):
+        with module_in_errors(path):
             _check_expressible(r)
             exact[path], residuals[path] = r.exact()
     settings = _block_settings(exact, adapter.config)

@@ -18,8 +18,8 @@ from oftsurgery.errors import (
     FormatError,
     MatchError,
     StateError,
+    module_in_errors,
     printable,
-    told_of,
     warn_caller,
 )
 from oftsurgery.files.checkpoint import Checkpoint
@@ -103,7 +103,7 @@ def _extract(
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
     for pair in pairs:
-        with told_of(pair.path):
+        with module_in_errors(pair.path):
             base, merged = pair.read()
             if base.format.shape != merged.format.shape:
                 unexplained.append(pair.path)
@@ -120,7 +120,7 @@ def _extract(
     sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
-        with told_of(pair.path):
+        with module_in_errors(pair.path):
             size = sizes[changed[pair.path][1]] if block_size is None else block_size
             found = extract_encoded(*pair.read(), size, embedding=pair.embedding)
         if found.explained > 0 or block_size is not None:

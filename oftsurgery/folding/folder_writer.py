@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery.errors import told_of
+from oftsurgery.errors import module_in_errors
 from oftsurgery.files.checkpoint import INDEX
 from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import ShardWriter
@@ -103,7 +103,7 @@ def write_shard(
         for i, item in enumerate(items):
             loaded = (ahead or readers.submit(item.load)).result()
             ahead = readers.submit(items[i + 1].load) if i + 1 < len(items) else None
-            with told_of(item.name):
+            with module_in_errors(item.name):
                 made = item.make(loaded)
             del loaded
             if behind is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import name_of
-from oftsurgery.errors import IntegrityError, StateError, told_of
+from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import EncodedWeight, dense
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
@@ -130,7 +130,7 @@ def _rotate(
         if change.untied:
             separate_module(store.modules, change.path, journal)
         layer = store.at(change.name)
-        with told_of(change.path):
+        with module_in_errors(change.path):
             before, home = layer.read()
             new = operation.rotate(change, before, home, own.get(change.name, before))
             layer.write(new, park=not change.untied, journal=journal)

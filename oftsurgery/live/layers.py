@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import FormatError, MatchError, StateError, printable, told_of
+from oftsurgery.errors import FormatError, MatchError, StateError, module_in_errors, printable
 from oftsurgery.stores.layers import Layer, ReplacedWeight, offloaded
 from oftsurgery.weights.fold import check_chain, fold_encoded
 
@@ -190,7 +190,7 @@ class LiveLayer(nn.Module):
         return [cast(LiveRotation, self.oft_R[name]) for name in names]
 
     def _check_chain(self, chain: Sequence[Rotation | LiveRotation]) -> None:
-        with told_of(self._name):
+        with module_in_errors(self._name):
             check_chain(chain)
 
     # --- peft's names for what it wraps ---
@@ -289,7 +289,7 @@ class LiveLayer(nn.Module):
             remedy = "unmerge() first, then merge all of them at once: merge(adapter_names=[…])"
             raise StateError(message, module=self._name, remedy=remedy)
         layer = Layer(self._name, self.base_layer)
-        with told_of(self._name):
+        with module_in_errors(self._name):
             encoded, home = layer.read()
             folded = fold_encoded(encoded, [r.rotation() for r in self._rotations(names)], home, "preserve")
         self._replaced, self.merged_adapters = layer.write(folded.encoded, park=not self._shared), names

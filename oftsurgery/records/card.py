@@ -21,14 +21,14 @@ from .record import FoldRecord
 
 __all__ = [
     "CARD",
-    "amended",
     "base_metadata",
+    "for_repository",
     "merged",
-    "named",
     "own_card",
-    "read",
-    "removed",
+    "read_card",
     "section",
+    "with_section",
+    "without_section",
     "written_card",
 ]
 
@@ -85,9 +85,9 @@ def written_card(
     """
     there = own_card(source)
     if record is None:
-        return removed(there) if there is not None else None
+        return without_section(there) if there is not None else None
     facts = metadata(record, config, files) | (base_metadata(source) if there is None else {})
-    return amended(there, section(record, config, files, exact=exact), facts, _title(record))
+    return with_section(there, section(record, config, files, exact=exact), facts, _title(record))
 
 
 def own_card(folder: Path | None) -> str | None:
@@ -101,7 +101,7 @@ def own_card(folder: Path | None) -> str | None:
     path = inside(folder, CARD)
     if path.stat().st_size > _MAX_BYTES or BEGIN.encode() not in path.read_bytes():
         return None
-    text = read(folder)
+    text = read_card(folder)
     _parse(text)
     return text
 
@@ -133,7 +133,7 @@ def base_metadata(folder: Path | None) -> dict[str, Any]:
     if folder is None or not (folder / CARD).is_file():
         return {}
     try:
-        data = _parse(read(folder)).data.to_dict()
+        data = _parse(read_card(folder)).data.to_dict()
     except CheckpointError:
         return {}
 
@@ -146,7 +146,7 @@ def base_metadata(folder: Path | None) -> dict[str, Any]:
 # --- joining texts ----------------------------------------------------------------------------------------------------
 
 
-def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) -> str:
+def with_section(text: str | None, new: str, facts: Mapping[str, Any], title: str) -> str:
     """``text`` with ``new`` between its marks (at its end, where it has none), and ``facts`` in its metadata; a card of
     its own for None.
     """
@@ -166,14 +166,14 @@ def amended(text: str | None, new: str, facts: Mapping[str, Any], title: str) ->
     return str(card)
 
 
-def removed(text: str) -> str | None:
+def without_section(text: str) -> str | None:
     """``text`` without what stands between the marks, or None if nobody wrote anything else."""
     card = _parse(text)
     parts = _split(card.text)
     if parts is None:
         return text
     card.text = parts[0] + parts[2]
-    if not _own(card.text):
+    if not _peoples_text(card.text):
         return None
     card.data["tags"] = [
         t for t in card.data.get("tags") or [] if t not in _FORMAT_TAGS | {"oft", "oftsurgery"}
@@ -195,18 +195,18 @@ def merged(mine: str, theirs: str) -> str:
     if parts is None:
         return mine
     before, new, after = parts
-    own, foreign = _own(before + after), _own(there.text if others is None else others[0] + others[2])
+    own, foreign = _peoples_text(before + after), _peoples_text(there.text if others is None else others[0] + others[2])
     if own and foreign and own != foreign:
         raise StateError(
             "people wrote into the card in the folder, and into the one in the repository, and not the same",
             remedy=f"bring both texts together in the folder's {CARD}, around the marked section, and in the repository's",
         )
     if own or not foreign:
-        return amended(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
-    return amended(theirs, new, card.data.to_dict(), "")
+        return with_section(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
+    return with_section(theirs, new, card.data.to_dict(), "")
 
 
-def named(text: str, repo_id: str, revision: str | None = None, *, pictures: Collection[str] = ()) -> str:
+def for_repository(text: str, repo_id: str, revision: str | None = None, *, pictures: Collection[str] = ()) -> str:
     """``text`` with a repository's name in the place of the folder that a reader of the local card stands in, and with
     pictures of what the fold cost.
     """
@@ -225,7 +225,7 @@ def named(text: str, repo_id: str, revision: str | None = None, *, pictures: Col
     return str(card)
 
 
-def read(folder: Path) -> str:
+def read_card(folder: Path) -> str:
     """The text of the card in ``folder``."""
     path = inside(folder, CARD)
     if path.stat().st_size > _MAX_BYTES:
@@ -259,7 +259,7 @@ def _split(text: str) -> tuple[str, str, str] | None:
     return None if start < 0 or end < start + len(END) else (text[:start], text[start:end], text[end:])
 
 
-def _own(text: str) -> str:
+def _peoples_text(text: str) -> str:
     """What people wrote: all but a single heading."""
     lines = [line for line in text.splitlines() if line.strip()]
     return "" if len(lines) <= 1 and all(line.startswith("# ") for line in lines) else "\n".join(lines)

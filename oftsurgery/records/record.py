@@ -75,7 +75,7 @@ class _Stored:
     """
 
     extra: Mapping[str, Any]
-    _FOLLOWING: ClassVar[tuple[str, ...]] = ()  # properties that are written too, for other readers
+    _DERIVED: ClassVar[tuple[str, ...]] = ()  # properties that are written too, for other readers
 
     def __init_subclass__(cls) -> None:
         several, by_path = f"tuple[{cls.__name__}, ...]", f"Mapping[str, {cls.__name__}]"
@@ -89,8 +89,8 @@ class _Stored:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
-        following = {name: getattr(self, name) for name in self._FOLLOWING}
-        return {name: plain(value) for name, value in own.items()} | dict(self.extra) | following
+        derived = {name: getattr(self, name) for name in self._DERIVED}
+        return {name: plain(value) for name, value in own.items()} | dict(self.extra) | derived
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -102,7 +102,7 @@ class _Stored:
         if not isinstance(data, Mapping):
             raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
-        given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._FOLLOWING)}}
+        given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._DERIVED)}}
         for name, f in known.items():
             if name in data:
                 value = tuple(data[name]) if isinstance(data[name], list) else data[name]
@@ -266,7 +266,7 @@ class FoldRecord(_Stored):
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    _FOLLOWING = ("kept",)
+    _DERIVED = ("kept",)
 
     @property
     def worst(self) -> tuple[str, ModuleRecord] | None:

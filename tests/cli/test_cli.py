@@ -16,6 +16,7 @@ from models import distance, live, llama, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from oftsurgery.cli import arguments
 from oftsurgery.cli import main as cli
 from oftsurgery.formats import codecs
 
@@ -62,6 +63,38 @@ def test_each_help_has_an_example_that_runs(
     assert cli.main(words) == 0
     if "OUTPUT" in words and command != "extract":
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "OUTPUT") is not None
+
+
+def test_each_command_imports_what_it_uses(tmp_path: Path) -> None:
+    """In a process of its own, where nothing else has."""
+    words = {
+        "plan": "x y",
+        "fold": "x y z",
+        "unfold": "x z --base y",
+        "extract": "x y z",
+        "adapter show": "x",
+        "adapter convert": "x z",
+        "adapter scale": "x 1 z",
+        "adapter compose": "x y z",
+        "adapter blend": "x y z --weights 1 1",
+        "export": "--base x --adapter y --output z",
+        "verify": "x y z",
+        "doctor": "x",
+        "report": "x",
+        "show": "x",
+        "push": "x owner/name",
+    }
+    assert {command.partition(" ")[0] for command in words} == set(COMMANDS)
+    script = (
+        "import os, sys\nimport torch\nfrom oftsurgery.cli.main import main\nfor command in sys.argv[1:]:\n"
+        "    if os.fork() == 0: os._exit(main(command.split()))\n    print(os.waitstatus_to_exitcode(os.wait()[1]))"
+    )
+    given = [f"{command} {rest}" for command, rest in words.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *given], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["2"] * len(given), done.stderr
+    assert done.stderr.count("Error: ") == len(done.stderr.splitlines()) == len(given)
 
 
 def test_tools_export_is_the_same_command(place: Path, tmp_path: Path) -> None:
@@ -243,4 +276,4 @@ def test_the_dtype_of_the_trainers_loading_decides_the_codes(place: Path, tmp_pa
 
 
 def test_the_roundings_offered_are_those_there_are() -> None:
-    assert cli.ROUNDINGS == codecs.ROUNDINGS
+    assert arguments.ROUNDINGS == codecs.ROUNDINGS

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oftsurgery.errors import FormatError, NonFiniteError, OFTSurgeryError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.base import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import unpack_cpu_layout
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

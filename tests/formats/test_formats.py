@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from oftsurgery import Rotation, formats
 from oftsurgery.formats import FORMATS, codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.base import EncodedWeight, WeightFormat
 from oftsurgery.formats.int8 import Int8
 from oftsurgery.weights import undo
 from oftsurgery.weights.fold import fold_encoded

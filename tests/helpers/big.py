@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.formats import spread_shapes
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.base import EncodedWeight, WeightFormat
 
 
 def linears(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:

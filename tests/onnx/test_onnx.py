@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError
+from oftsurgery.api.checkpoints import read_record
 from oftsurgery.cli import main as cli
 from oftsurgery.onnx import export as onnx_export
 from oftsurgery.onnx import run as onnx_run
@@ -570,7 +571,7 @@ def test_the_command_folds_exports_and_says_what_it_measured(
         "vocab.txt",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
-    record = oftsurgery.api.api.read_record(out)
+    record = read_record(out)
     assert record is not None
     assert record.extra["onnx"]["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
     assert record.adapters[0].source == "adapter"
@@ -954,7 +955,7 @@ def test_the_command_hands_its_settings_to_the_fold(
         given.update(settings)
         raise StateError("enough")
 
-    monkeypatch.setattr(oftsurgery.api.api, "fold_checkpoint", fold)
+    monkeypatch.setattr(oftsurgery, "fold_checkpoint", fold)
     words = ["export", "--base", "b", "--adapter", "a", "--output", str(tmp_path / "out"), "--format", "onnx-quantized"]
     assert cli.main([*words, "--calibration", str(texts)]) == 2
     assert "enough" in capsys.readouterr().err
@@ -1027,7 +1028,7 @@ def test_a_tokenizer_with_a_folder_of_its_own(tmp_path: Path) -> None:
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     oftsurgery.export_onnx(net, tmp_path / "out", "float32", example_inputs=x, tokenizer=Failing(None))
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "x"
-    record = oftsurgery.api.api.read_record(tmp_path / "out")
+    record = read_record(tmp_path / "out")
     assert record is not None
     assert record.files.keys() == {"model.onnx"}
 

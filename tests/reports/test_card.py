@@ -18,7 +18,7 @@ from torch import nn
 
 import oftsurgery
 from oftsurgery import AdapterInfo, CheckpointError, FoldRecord, ModuleRecord, StateError
-from oftsurgery.api.api import plan_fold
+from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.cli import main as cli
 from oftsurgery.records import card
 
@@ -139,7 +139,7 @@ def test_hostile_names_stay_text() -> None:
     base = {"quantize": bad, "fold_into": "quantized"}
     record = FoldRecord((info,), {bad: module}, saved={bad: None}, rounding=bad, base=base, versions={bad: bad})
     config = {"model_type": "x", "architectures": ['os; import("x")']}
-    text = card.amended(None, card.section(record, config, ["x.safetensors"], exact=True), {}, card._title(record))
+    text = card.with_section(None, card.section(record, config, ["x.safetensors"], exact=True), {}, card._title(record))
     for wrong in ("<script", "\x1b", "</code><", "[a](", "*b*", "\n# x", "import("):
         assert wrong not in text
     assert text.count(card.END) == 1
@@ -321,8 +321,8 @@ def test_amending_twice_changes_nothing(place: Path) -> None:
         "---\ntags: one\nlicense: mit\n---\n# A card\n\nof its own\n",
         "---\r\nlicense: mit\r\n---\r\n# With\r\n\r\nWindows' line ends\r\n",
     ):
-        once = card.amended(text, new, more, "title")
-        assert card.amended(once, new, more, "other title") == once
+        once = card.with_section(text, new, more, "title")
+        assert card.with_section(once, new, more, "other title") == once
         assert problems(once) == []
         if text is not None:
             text = text.replace("\r\n", "\n")

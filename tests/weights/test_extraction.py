@@ -31,7 +31,7 @@ from oftsurgery import (
     extract_rotation,
 )
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats.base import WeightFormat
 from oftsurgery.weights.extract import block_size_curve, choose_block_size
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))

@@ -47,7 +47,7 @@ from oftsurgery import (
 from oftsurgery.adapters.rotation import Cayley
 from oftsurgery.folding import undo_reader, undo_writer
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats.base import WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.stores.layers import Layer
 from oftsurgery.weights import undo, undo_rotations

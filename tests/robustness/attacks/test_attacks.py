@@ -35,6 +35,7 @@ from torch import Tensor
 from oftsurgery import errors as e
 from oftsurgery.checks.doctor import doctor
 from oftsurgery.cli import main as cli
+from oftsurgery.cli.arguments import ExitCode
 from oftsurgery.files.staging import Staging
 
 SECONDS, MEGABYTES = 8, 300
@@ -952,7 +953,7 @@ def test_attack(attack: Attack, bench: Bench, capsys: pytest.CaptureFixture[str]
         code = cli.main(["fold", str(bench.source), str(bench.adapter), str(bench.destination), *flags])
     out, err = capsys.readouterr()
     clean(out + err)
-    assert code == cli.EXIT_REFUSED
+    assert code == ExitCode.REFUSED
     assert re.search(rf"^oftsurgery: {type(caught.value).__name__}: ", err)
     assert everything(bench.root) == before
 
@@ -963,7 +964,7 @@ def test_attack(attack: Attack, bench: Bench, capsys: pytest.CaptureFixture[str]
         clean("\n".join(map(str, findings)))
         assert any(f.severity == "error" for f in findings), findings
         more = [] if attack.examine == "source" else ["--base", str(bench.source)]
-        assert cli.main(["doctor", str(shown), *more]) == cli.EXIT_CHECK_FAILED
+        assert cli.main(["doctor", str(shown), *more]) == ExitCode.CHECK_FAILED
         clean("".join(capsys.readouterr()))
         assert everything(bench.root) == before
 
@@ -1032,7 +1033,7 @@ def test_the_command_itself_prints_no_traceback(bench: Bench) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "oftsurgery", *command], capture_output=True, text=True, timeout=60, check=False
         )
-        assert done.returncode == cli.EXIT_REFUSED
+        assert done.returncode == ExitCode.REFUSED
         clean(done.stdout + done.stderr)
         assert "CheckpointError" in done.stderr
         assert time.monotonic() - started < 60
@@ -1055,7 +1056,7 @@ def test_names_of_modules_are_escaped_in_a_plan_too(bench: Bench, capsys: pytest
         ["show", str(out)],
         ["verify", str(out), str(folder), str(adapter)],
     ):
-        assert cli.main(command) == cli.EXIT_OK
+        assert cli.main(command) == ExitCode.OK
         text = "".join(capsys.readouterr())
         assert "\x1b[31m" not in text, command
         assert "\u202e" not in text, command

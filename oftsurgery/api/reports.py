@@ -1,0 +1,87 @@
+"""The public function that draws a fold's record, as a page and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.checks.folders import CheckpointReport
+from oftsurgery.checks.models import VerifyReport
+from oftsurgery.errors import StateError
+from oftsurgery.files.reading import read_json, sizes_in
+from oftsurgery.files.writing import write_files
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import record_at, record_in
+from oftsurgery.reports.drawing import figures
+from oftsurgery.reports.page import render
+
+Verified = VerifyReport | CheckpointReport | Mapping[str, Any] | str | PathLike[str]
+
+
+def report(
+    source: FoldRecord | str | PathLike[str],
+    html: str | PathLike[str] | None = None,
+    *,
+    png: str | PathLike[str] | None = None,
+    verified: Verified | Sequence[Verified] = (),
+    force: bool = False,
+) -> str:
+    """Draw a fold's record as one HTML page that needs no network and no file beside it.
+
+    Args:
+        source: a record (``folded.oftsurgery``), a folder that has one, or such a file (``oftsurgery.json``).
+        html: file to write the page to.
+        png: folder to write ``errors.png`` and ``angles.png`` to, for a model card; it is made where it is not there.
+        verified: results of :func:`~oftsurgery.verify` or :func:`~oftsurgery.verify_checkpoint` to show too, or JSON files
+            of them, as ``oftsurgery verify --json`` prints it.
+        force: replace files that exist.
+
+    Returns:
+        the page, a function of the arguments alone.
+
+    Raises:
+        StateError: nothing is folded in, a file exists, or ``verified`` is of another model.
+        CheckpointError: the record, or a file of ``verified``, cannot be read.
+        MissingDependencyError: ``png`` without matplotlib.
+        DiskError: the disk did not take a file; nothing is left half-written.
+    """
+    record, folder = record_of(source)
+    given = [verified] if isinstance(verified, (Mapping, str, PathLike)) or hasattr(verified, "to_dict") else verified
+    results = [_result_of(v) for v in given]  # type: ignore[arg-type]
+    text = render(
+        record,
+        name=None if folder is None else folder.resolve().name,
+        files={} if folder is None else sizes_in(folder),
+        verified=results,
+    )
+    outputs = {} if html is None else {Path(html): text.encode()}
+    if png is not None:
+        outputs |= {Path(png) / name: data for name, data in figures(record).items()}
+    write_files(outputs, force=force, make=None if png is None else Path(png))
+    return text
+
+
+def record_of(source: object) -> tuple[FoldRecord, Path | None]:
+    if isinstance(source, FoldRecord):
+        return source, None
+    if not isinstance(source, (str, PathLike)):
+        raise StateError(
+            f"a report is of a record, a folder or a file, not of a {type(source).__name__}",
+            remedy="report(folded.oftsurgery), or the folder that a fold wrote",
+        )
+    path = Path(source).expanduser()
+    folder = path if path.is_dir() else None
+    record = record_at(path) if folder is None else record_in(path)
+    if record is None:
+        raise StateError(
+            "nothing is folded in: the folder has no record", path=path, remedy="give a folder that a fold wrote"
+        )
+    return record, folder
+
+
+def _result_of(verified: Verified) -> Mapping[str, Any]:
+    if isinstance(verified, (str, PathLike)):
+        return read_json(Path(verified))
+    return verified if isinstance(verified, Mapping) else verified.to_dict()

@@ -1,0 +1,124 @@
+"""The commands ``extract`` and ``adapter``: adapters shown, converted, computed with and got back out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import reduce
+
+import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import StateError, printable
+
+from .arguments import AddCommand, Parser, Run, add_command, add_output_flags
+from .printing import Row, print_table, wants_words
+
+
+def add_commands(command: AddCommand) -> None:
+    text = "get an adapter back out of a checkpoint that it was folded into"
+    extract = command("extract", text, "BASE FOLDED OUTPUT", _extract)
+    extract.add_shared("base", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format")
+    extract.add_argument("merged", metavar="MERGED", help="what became of it, in any format")
+    extract.add_shared("output", help="adapter's folder to write; must not exist")
+    extract.add_argument(
+        "--block-size",
+        type=int,
+        metavar="B",
+        help="of the rotations (default: detected; named, it gives the best ones for any difference)",
+    )
+    extract.add_shared("--force", help="replace the output folder")
+
+    _add_adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
+
+
+def _add_adapter_commands(adapter: Parser) -> None:
+    verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> Parser:
+        parser = add_command(verbs, name, text, example, run)
+        parser.add_shared("adapter", nargs=nargs, help="folder or Hub id")
+        return parser
+
+    def output(parser: Parser) -> None:
+        parser.add_shared("output")
+        parser.add_shared("--force", help="replace the output folder")
+
+    verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
+    text = "write an adapter of any peft release as peft 0.21 reads it"
+    convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
+    convert.add_argument(
+        "--dialect", help="which releases' arithmetic it is of, where its files do not tell (peft-0.17 …)"
+    )
+    output(convert)
+    scale = verb("scale", "turn by a multiple of each angle; -1 is the inverse", "ADAPTER 0.5 OUTPUT", _adapter_scale)
+    scale.add_argument("alpha", metavar="ALPHA", type=float, help="factor of the angles")
+    output(scale)
+    text = "make one adapter of several in the live order, as peft's active adapters"
+    output(verb("compose", text, "ADAPTER OTHER OUTPUT", _adapter_compose, "+"))
+    example = "ADAPTER OTHER OUTPUT --weights 0.5 0.5"
+    blend = verb("blend", "average several, or add them up", example, _adapter_blend, "+")
+    output(blend)
+    blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
+    for leaf in verbs.choices.values():
+        add_output_flags(leaf)
+
+
+def _extract(args: argparse.Namespace) -> None:
+    def step(done: int, total: int, path: str) -> None:
+        if args.verbose:
+            print(f"{done} of {total}: {printable(path)}", file=sys.stderr)
+
+    adapter = oftsurgery.extract_checkpoint(args.base, args.merged, args.block_size, progress=step)
+    adapter.save(args.output, force=args.force)
+    if wants_words(args, adapter):
+        rows: list[Row] = []
+        for path, r in sorted(adapter.report.items(), key=lambda item: -item[1].error):
+            turn = r.rotation
+            error = f"{r.error:.1%}" if r.error >= 1e-3 else f"{r.error:.1e}"
+            figures = (turn.angle, r.change, r.residual, r.rounding, r.explained)
+            rows.append((path, turn.side, turn.block_size, *figures, error))
+        head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
+        print_table(head, rows)
+        print(f"wrote {args.output}: {len(rows)} rotations explain {adapter.explained:.1%} of the difference")
+
+
+def _adapter_show(args: argparse.Namespace) -> None:
+    from oftsurgery.adapters.adapter import describe
+
+    facts = describe(oftsurgery.load_adapter(args.adapter))
+    if wants_words(args, facts):
+        rows = []
+        for path, m in facts["modules"].items():
+            blocks = f"{m['blocks']}×{m['block_size']}" + " shared" * m["shared"]
+            rows.append((path, m["side"], blocks, m["map"], m["angle"], m["defect"], "oft_s" if m["scale"] else ""))
+        print_table("module  side  blocks  map  angle:.4f  defect:.1e  scale", rows)
+        print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
+        if facts["saved"]:
+            print(f"its own tensors: {', '.join(facts['saved'])}")
+
+
+def _adapter_convert(args: argparse.Namespace) -> None:
+    _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
+
+
+def _adapter_scale(args: argparse.Namespace) -> None:
+    _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
+
+
+def _adapter_compose(args: argparse.Namespace) -> None:
+    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
+
+
+def _adapter_blend(args: argparse.Namespace) -> None:
+    if len(args.weights) != len(args.adapter):
+        raise StateError(
+            f"{len(args.adapter)} adapters and {len(args.weights)} weights",
+            remedy="one weight for each: --weights 0.5 0.5",
+        )
+    _write_adapter(args, oftsurgery.blend(zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)))
+
+
+def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:
+    residuals = adapter.save(args.output, force=args.force)
+    facts = {"output": args.output, "residual": max(residuals.values()), "modules": dict(residuals)}
+    if wants_words(args, facts):
+        print(f"wrote {args.output}: {len(residuals)} modules")

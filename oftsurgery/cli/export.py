@@ -1,0 +1,214 @@
+"""The commands ``export``, a fold and its export to a checkpoint or to ONNX in one step, and ``push``, to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import StateError, printable
+from oftsurgery.progress import shown, without_bars
+
+from .arguments import FOLDING_FLAGS, PUSHING_FLAGS, RUNNING_FLAGS, AddCommand, ExitCode, Parser, keywords, switch
+from .fold import fold_into, print_written, show_plan
+from .printing import print_facts, print_table, progress_for, size_text, wants_words
+from .verify import verify_output
+
+ONNX_FORMATS = ("onnx", "onnx-quantized")
+FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
+_REPO = "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
+EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
+
+
+def add_export(command: AddCommand) -> None:
+    add_export_arguments(command("export", "fold and export in one step", EXPORT_EXAMPLE))
+
+
+def add_push(command: AddCommand) -> None:
+    text = "push an exported folder to a Hub repository, its files and no others"
+    push = command("push", text, "FOLDER owner/name --dry-run", _push)
+    push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
+    push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO)
+    push.add_shared("--dry-run", help="list files, sizes and the target, and send nothing")
+    push.add_shared(*PUSHING_FLAGS)
+
+
+def add_export_arguments(parser: Parser) -> None:
+    """All of ``export``'s, for ``tools/export.py`` too."""
+    parser.add_argument("--base", required=True, help="folder or Hub id of the model")
+    parser.add_argument(
+        "--adapter",
+        nargs="+",
+        help="folder or Hub id of the adapter; several in the live order. The ONNX formats do without, and export the base as it is",
+    )
+    parser.add_argument("--output", required=True, help="folder to write; must not exist")
+    parser.add_shared("--format", choices=FORMATS, default="bnb")
+    parser.add_shared(*FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
+    parser.add_argument("--verify", **switch("check every weight of the output against base and adapter"))
+    onnx = parser.add_argument_group("--format onnx, onnx-quantized")
+    onnx.add_argument("--dtype", choices=("float16", "float32"), help="of the graph (default: float16)")
+    onnx.add_argument("--with-past", **switch("with the key-value cache, for generation (onnxruntime-genai)"))
+    onnx.add_argument("--no-verify", **switch("do not compare the graph with torch; the record says so"))
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
+    parser.add_shared(*PUSHING_FLAGS)
+    parser.set_defaults(run=_export, usage_error=parser.error)
+
+
+def _export(args: argparse.Namespace) -> int:
+    onnx = args.format in ONNX_FORMATS
+    if not onnx and (args.dtype or args.with_past or args.no_verify):
+        args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
+    if onnx and args.undo:
+        args.usage_error("a graph is not unfolded: --undo belongs to the other formats")
+    if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
+        args.usage_error("the following arguments are required: --adapter")
+    if args.dry_run:
+        show_plan(args)
+        if args.push_to_hub is not None and not args.json and not args.quiet:
+            print(f"pushed to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
+        return ExitCode.OK
+    export = _export_onnx if onnx else _export_checkpoint
+    return export(args) if args.push_to_hub is None else _export_and_push(args, export)
+
+
+def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
+    from oftsurgery.api.checkpoints import read_record
+    from oftsurgery.hub import login
+
+    # before the fold, which may take hours: whether the push can begin at all
+    _prepare_push(args, asks=not args.push_to_hub)
+    login(args.token)
+    as_json = args.json  # one document for the two
+    args.json, args.quiet = False, args.quiet or as_json
+    code = export(args)
+    if code != ExitCode.OK:
+        return code
+    args.json = as_json
+    record = read_record(args.output)
+    beside = {"record": record.to_dict() if record is not None else None}
+    return _send(args, args.output, args.push_to_hub or None, beside)
+
+
+def _export_checkpoint(args: argparse.Namespace) -> int:
+    print_written(args, fold_into(args, args.output, force=args.force))
+    return verify_output(args, args.output) if args.verify else ExitCode.OK
+
+
+def _export_onnx(args: argparse.Namespace) -> int:
+    from oftsurgery.files.staging import check_apart, scratch
+    from oftsurgery.onnx.graph import require_onnx
+
+    require_onnx()  # before a fold that may take hours
+
+    def export(source: str | Path) -> None:
+        report = oftsurgery.export_onnx(
+            source,
+            args.output,
+            args.dtype or "float16",
+            args.format == "onnx-quantized",
+            args.with_past,
+            verify=not args.no_verify,
+            force=args.force,
+            progress=False if args.quiet or args.json else _print_stage,
+        )
+        _print_onnx(args, report)
+
+    if not args.adapter:
+        export(args.base)
+        return ExitCode.OK
+    for what, given in (("base", [args.base]), ("adapter", args.adapter)):
+        check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
+    with scratch(Path(args.output), force=args.force) as folded:
+        fold_into(args, folded, force=True)
+        code = verify_output(args, folded) if args.verify else ExitCode.OK
+        export(folded)
+    return code
+
+
+def _print_onnx(args: argparse.Namespace, report: oftsurgery.OnnxReport) -> None:
+    if wants_words(args, report):
+        quantised = f", {len(report.quantized)} layers quantised" * bool(report.quantized or report.dequantized)
+        print(f"wrote {args.output}: {size_text(report.nbytes)} of weights in {report.dtype}{quantised}")
+        for path, reason in report.dequantized.items():
+            print(f"{printable(path)} is dequantised: {reason}")
+        if report.verified:
+            worst = f"{report.worst:.1e} of the largest value"
+            print(f"largest difference from torch: {worst}, in {len(report.checks)} comparisons")
+        if report.repacked:
+            count = len(report.repacked)
+            print(f"{count} weights had been repacked by a CPU forward, their scales rounded to bfloat16")
+        if args.verbose:
+            differences = [(c.inputs, name, e) for c in report.checks for name, e in c.errors.items()]
+            print_table("inputs  output  difference:.1e", differences)
+
+
+def _print_stage(done: int, total: int, what: str) -> None:
+    if done < total:
+        print(f"[{done + 1}/{total}] {what}", file=sys.stderr)
+
+
+def _prepare_push(args: argparse.Namespace, *, asks: bool) -> None:
+    """What a push needs of the standard input: somebody to consent where it ``asks``, and the token where that is there."""
+    if asks and not args.yes and not sys.stdin.isatty():
+        raise StateError(
+            "a repository's name that is derived needs your consent, and there is no terminal to ask on",
+            remedy="name the repository, or consent with --yes",
+        )
+    if args.token == "-":  # noqa: S105 - no token
+        args.token = sys.stdin.readline().strip()
+    elif args.token and not args.quiet:
+        print("oftsurgery: --token shows in the list of processes: use HF_TOKEN or --token -", file=sys.stderr)
+
+
+def _push(args: argparse.Namespace) -> int:
+    args.pushing = True
+    _prepare_push(args, asks=args.repo_id is None and not args.dry_run)
+    return _send(args, args.folder, args.repo_id)
+
+
+def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Mapping[str, Any] | None = None) -> int:
+    """Push, and print what was pushed: as JSON within what stands ``beside`` it."""
+    from oftsurgery.hub import plan_push, send
+
+    args.pushing = True
+    report = plan_push(folder, repo_id, **keywords(args, "private", "revision", "create_pr", "token"))
+    if not args.quiet and not args.json:
+        _print_push(report)
+    if not args.dry_run:
+        if report.derived and not args.yes:
+            print(f"push {len(report.files)} files to {report.repo_id}? [y/N] ", end="", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                print("nothing was pushed", file=sys.stderr)
+                return ExitCode.REFUSED
+        with shown(progress_for(args), "push") as step, _hub_bars(args):
+            report = send(report, **keywords(args, "commit_message", "token"), progress=step)
+    said = report if beside is None else {**beside, "push": report.to_dict()}
+    if wants_words(args, said) and not args.dry_run:
+        print(f"pushed: {report.pull_request or report.url}")
+    return ExitCode.OK
+
+
+def _print_push(report: oftsurgery.PushReport) -> None:
+    changed = dict.fromkeys(report.changed, "CHANGED since the export")
+    print_table("file  size  ", [(name, size_text(size), changed.get(name, "")) for name, size in report.files.items()])
+    print()
+    print_facts(
+        ("to", report.repo_id),
+        ("branch", report.revision),
+        ("as", "a pull request" if report.create_pr else None),
+        ("visibility", "private" if report.private else None),
+        ("in all", f"{len(report.files)} files, {size_text(report.nbytes)}"),
+        ("no part of the export, not sent", ", ".join(report.left_out)),
+    )
+
+
+def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """The client's own bars on a terminal, for nothing else shows how far a large file is."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    unwanted = args.quiet or args.json or not sys.stderr.isatty()
+    return without_bars(unwanted and not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)

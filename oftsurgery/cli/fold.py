@@ -1,0 +1,98 @@
+"""The commands ``plan``, ``fold`` and ``unfold``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import oftsurgery  # its names are imported when they are first used
+
+from .arguments import FOLDING_FLAGS, ROUNDED, ROUNDINGS, RUNNING_FLAGS, AddCommand, keywords
+from .printing import print_facts, print_table, progress_for, size_text, wants_words
+
+
+def add_commands(command: AddCommand) -> None:
+    plan = command("plan", "show what a fold would do, and what it needs", "BASE ADAPTER --format bf16", show_plan)
+    plan.add_shared("base", "adapter", "--format", *FOLDING_FLAGS)
+
+    text = "fold an adapter into a checkpoint"
+    fold = command("fold", text, "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold)
+    fold.add_shared("base", "adapter", "output", "--format", *FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
+
+    unfold = command("unfold", "take the last fold out of a checkpoint", "FOLDED OUTPUT --base BASE", _unfold)
+    unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
+    unfold.add_shared("output")
+    how = unfold.add_mutually_exclusive_group(required=True)
+    how.add_argument("--base", help="checkpoint that was folded: restores exactly")
+    how.add_argument("--undo", metavar="FILE", help="undo record that was written with the fold: restores exactly")
+    how.add_argument(
+        "--adapter",
+        action="append",
+        help="adapter that was folded: rotates back, and states the error; several in the live order",
+    )
+    unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{ROUNDED} (default: %(default)s)")
+    unfold.add_shared("--max-shard-size", *RUNNING_FLAGS)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    from oftsurgery.api.checkpoints import FoldSettings, plan_fold
+
+    facts = plan_fold(args.base, args.adapter, FoldSettings(**_fold_settings(args))).to_dict()
+    if wants_words(args, facts):
+        rows = [
+            (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
+            for f in facts["folds"]
+        ]
+        print_table("module  shape  from  to  block size", rows)
+        print()
+        print_facts(
+            ("folds", str(len(facts["folds"]))),
+            ("other weights converted", str(facts["converts"])),
+            ("tensors copied", str(facts["copies"])),
+            ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("files carried over", ", ".join(facts["carried"]) or "none"),
+            ("shards", str(len(facts["shards"]))),
+            ("disk", size_text(facts["bytes"])),
+            ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
+            limit=10_000,
+        )
+
+
+def _fold(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        show_plan(args)
+    else:
+        print_written(args, fold_into(args, args.output, force=args.force))
+
+
+def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> oftsurgery.FoldRecord:
+    settings = _fold_settings(args) | keywords(args, "calibration", "device", "resume")
+    return oftsurgery.fold_checkpoint(
+        args.base, args.adapter, output, **settings, force=force, progress=progress_for(args)
+    )
+
+
+def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
+    from oftsurgery.api.checkpoints import FoldSettings
+
+    format_ = args.format
+    if format_ in ("bnb", "onnx-quantized"):
+        format_ = args.quantize or "same"
+    elif format_ == "onnx":  # rotated weights that are not quantised once more
+        format_ = "fp32" if args.dtype == "float32" else "fp16"
+    settings = {field.name: getattr(args, field.name, None) for field in fields(FoldSettings)}
+    return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}
+
+
+def _unfold(args: argparse.Namespace) -> None:
+    settings = keywords(args, "base", "adapter", "undo", "rounding", "max_shard_size", "device", "resume", "force")
+    print_written(args, oftsurgery.unfold_checkpoint(args.folded, args.output, **settings, progress=progress_for(args)))
+
+
+def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None) -> None:
+    if wants_words(args, record):
+        carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
+        kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
+        print(f"wrote {args.output}{carried}{kept}")

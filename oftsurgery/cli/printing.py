@@ -1,0 +1,76 @@
+"""How results and progress are printed: tables, facts, sizes, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from oftsurgery.errors import printable
+from oftsurgery.progress import Progress
+
+
+def wants_words(args: argparse.Namespace, result: Any) -> bool:
+    """Whether to tell of a result in words; ``--json`` prints it here."""
+    if args.json:
+        print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, indent=2))
+    return not args.json and not args.quiet
+
+
+def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
+    """What is known, a line each."""
+    for label, value in rows:
+        if value:
+            print(f"{label}: {printable(value, limit)}")
+
+
+Row = Sequence[str | float | None]
+
+
+def print_table(head: str, rows: Sequence[Row]) -> None:
+    """Columns, whose names stand two spaces apart in ``head``, each with the format of its figures."""
+    names, _, formats = zip(*(column.partition(":") for column in head.split("  ")), strict=True)
+    cells = [names, *([_cell(*pair) for pair in zip(row, formats, strict=True)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: str | float | None, spec: str) -> str:
+    if isinstance(value, str):
+        return printable(value)
+    return "-" if value is None else format(value, spec)
+
+
+def size_text(nbytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}"
+        nbytes = nbytes / 1000  # type: ignore[assignment]
+    return f"{nbytes:.2f} GB"
+
+
+_EVERY_S = 10.0  # between two lines of progress
+
+
+def progress_for(args: argparse.Namespace) -> bool | Progress:
+    """A bar in bytes on a terminal, a plain line now and then elsewhere, every weight with ``-v``, nothing with ``-q``
+    or ``--json``.
+    """
+    last = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if args.verbose:
+            print(f"{size_text(done)} of {size_text(total)}: {printable(what)}", file=sys.stderr)
+        elif time.monotonic() - last >= _EVERY_S or done == total:
+            last = time.monotonic()
+            part = f"{size_text(done)} of {size_text(total)} ({done / total:.0%})" if total else "nothing to read"
+            print(part, file=sys.stderr)
+
+    if args.quiet or args.json:
+        return False
+    return line if args.verbose or not sys.stderr.isatty() else True

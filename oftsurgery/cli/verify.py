@@ -1,0 +1,78 @@
+"""The commands ``verify`` and ``doctor``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import printable
+
+from .arguments import AddCommand, ExitCode
+from .printing import Row, print_table, wants_words
+
+
+def add_commands(command: AddCommand) -> None:
+    text = "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter"
+    verify = command("verify", text, "FOLDED BASE ADAPTER", _verify)
+    verify.add_argument("folded", metavar="FOLDED", help="checkpoint; without BASE and ADAPTER its hashes alone")
+    verify.add_shared("base", nargs="?", help="folder or Hub id of the model that was folded")
+    verify.add_shared("adapter", nargs="*", help="and of the adapter; several in the live order")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="ERROR",
+        help="largest relative error that passes (default: what storing the exact weight costs)",
+    )
+
+    text = "find and explain what is wrong with a checkpoint or an adapter"
+    doctor = command("doctor", text, "PATH --base BASE", _doctor)
+    doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
+    doctor.add_argument("--base", help="checkpoint that was folded")
+    doctor.add_argument("--adapter", help="adapter that was folded")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report = oftsurgery.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
+    if wants_words(args, report):
+        _print_verified(report)
+    return ExitCode.OK if report.ok else ExitCode.CHECK_FAILED
+
+
+def verify_output(args: argparse.Namespace, folded: str | Path) -> int:
+    """``oftsurgery verify`` of what was folded, in words alone: the JSON is the fold's."""
+    verify = {"folded": folded, "tolerance": None, "json": False, "quiet": args.quiet or args.json}
+    return _verify(argparse.Namespace(**vars(args) | verify))
+
+
+def _print_verified(report: oftsurgery.CheckpointReport) -> None:
+    rows: list[Row] = []
+    for path, c in report.worst_first:
+        recorded = {True: "yes", False: "NO", None: None}[c.recorded]
+        gain = c.gain if c.rounding else None
+        passes = "ok" if report.passes(c) else "FAILED"
+        rows.append((path, c.error, c.rounding, gain, c.rho, c.kept, recorded, passes))
+    if rows:
+        head = "module  error:.3e  plain rounding:.3e  of its square:+.0%  ρ:.2f  kept:.1%  as recorded  "
+        print_table(head, rows)
+    for name, why in report.wrong.items():
+        print(f"{printable(name)}: {printable(why)}")
+    if report.config is not None:
+        print(f"config.json: {printable(report.config)}")
+    if report.tensors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in report.looked_at.items())
+        print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} wrong")
+    wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
+    for name, state in wrong:
+        print(f"{printable(name)}: {state.upper()} since it was recorded")
+    if report.files and not wrong:
+        print(f"{len(report.files)} files are as recorded")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    findings = oftsurgery.doctor(args.path, base=args.base, adapter=args.adapter)
+    if wants_words(args, [f.to_dict() for f in findings]):
+        for finding in findings:
+            print(f"{finding}\n")
+        print("nothing found" if not findings else f"{len(findings)} findings")
+    return ExitCode.CHECK_FAILED if any(f.severity == "error" for f in findings) else ExitCode.OK
