@@ -22,6 +22,7 @@ import torch
 
 from oftsurgery import Rotation, WeightFormat
 from oftsurgery.formats import codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.weights.fold import FoldedWeight, fold_encoded
 
 MODES = ("nearest", "preserve", "grid", "mse")
@@ -29,7 +30,7 @@ MODES = ("nearest", "preserve", "grid", "mse")
 TURN = 0.1 / 32**0.5
 
 
-def case(size: int, codec: str, nested: bool, turn: float = TURN) -> tuple[codecs.EncodedWeight, Rotation]:
+def case(size: int, codec: str, nested: bool, turn: float = TURN) -> tuple[EncodedWeight, Rotation]:
     torch.manual_seed(0)
     blocks = {} if codec == "int8" else {"blocksize": 64, "nested_blocksize": 256 * nested}
     f = WeightFormat(codec, (size, size), **blocks)

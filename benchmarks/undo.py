@@ -33,7 +33,7 @@ from oftsurgery import Rotation
 from oftsurgery.folding import undo_file
 from oftsurgery.folding.memory import modules_of
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.layers import Layer
 from oftsurgery.weights import undo
 from oftsurgery.weights.fold import fold_encoded

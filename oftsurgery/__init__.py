@@ -29,11 +29,12 @@ if _typing.TYPE_CHECKING:
         verify_checkpoint,
         wrap,
     )
-    from .checks.doctor import Finding, doctor
-    from .checks.extract import ExtractedAdapter
-    from .checks.folders import CheckpointReport, TensorCheck, WeightCheck
-    from .checks.models import OutputError, VerifyReport, verify
-    from .formats.codecs import EncodedWeight, WeightFormat
+    from .checks.checkpoint_report import CheckpointReport, TensorCheck, WeightCheck
+    from .checks.doctor import doctor
+    from .checks.extract_adapters import ExtractedAdapter
+    from .checks.findings import Finding
+    from .checks.verify_models import OutputError, VerifyReport, verify
+    from .formats.encoded_weight import EncodedWeight, WeightFormat
     from .hub import PushReport, push_to_hub
     from .live import dispatch_bnb_4bit, dispatch_bnb_8bit
     from .onnx.export import OnnxCheck, OnnxReport
@@ -95,12 +96,13 @@ _EXPORTS = {
     "adapters.adapter": "DIALECTS Cayley OFTAdapter Rotation blend",
     "api.api": "export_onnx export_safetensors extract extract_checkpoint fold fold_checkpoint "
     "load_adapter report unfold unfold_checkpoint verify_checkpoint wrap",
-    "checks.folders": "CheckpointReport TensorCheck WeightCheck",
-    "formats.codecs": "EncodedWeight WeightFormat",
-    "checks.models": "OutputError VerifyReport verify",
-    "checks.doctor": "Finding doctor",
+    "checks.checkpoint_report": "CheckpointReport TensorCheck WeightCheck",
+    "formats.encoded_weight": "EncodedWeight WeightFormat",
+    "checks.verify_models": "OutputError VerifyReport verify",
+    "checks.doctor": "doctor",
+    "checks.findings": "Finding",
     "weights.extract": "ExtractedRotation extract_rotation",
-    "checks.extract": "ExtractedAdapter",
+    "checks.extract_adapters": "ExtractedAdapter",
     "hub": "PushReport push_to_hub",
     "weights.kernels": "backends use_backend",
     "live": "dispatch_bnb_4bit dispatch_bnb_8bit",

@@ -26,8 +26,8 @@ from oftsurgery.calibrate import inputs
 from oftsurgery.folding.engine import _warn_of_rounding as warn_of_rounding
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import LEVELS
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.levels import LEVELS
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.weights.calibrate import LayerInputs, compensate, fold_calibrated
 

@@ -19,7 +19,7 @@ import oftsurgery
 from oftsurgery.adapters.adapter import Cayley, Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs, four_bit
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
 from oftsurgery.weights.kernels import blockwise, fold_cpu

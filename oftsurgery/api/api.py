@@ -17,11 +17,10 @@ from torch import nn
 from oftsurgery.adapters.adapter import Dialect, OFTAdapter, parse_adapter
 from oftsurgery.calibrate import inputs, texts
 from oftsurgery.calibrate.inputs import Batch
-from oftsurgery.checks import extract as extractors
-from oftsurgery.checks import folders as checks
-from oftsurgery.checks.extract import ExtractedAdapter
-from oftsurgery.checks.folders import CheckpointReport
-from oftsurgery.checks.models import VerifyReport
+from oftsurgery.checks import extract_adapters, verify_checkpoints
+from oftsurgery.checks.checkpoint_report import CheckpointReport
+from oftsurgery.checks.extract_adapters import ExtractedAdapter
+from oftsurgery.checks.verify_models import VerifyReport
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files import finding as files
@@ -534,7 +533,7 @@ def extract(
     for model in (base, merged):
         _check_model(model)
     with shown(progress, "extract", "layer") as step:
-        return extractors.extract_from_models(base, merged, block_size, progress=step)
+        return extract_adapters.extract_from_models(base, merged, block_size, progress=step)
 
 
 def extract_checkpoint(
@@ -555,7 +554,7 @@ def extract_checkpoint(
     """
     here, there = _opened(base), _opened(merged)
     with shown(progress, "extract", "layer") as step:
-        return extractors.extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
+        return extract_adapters.extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
 
 def verify_checkpoint(
@@ -590,9 +589,9 @@ def verify_checkpoint(
         )
     folder = files.find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
-        return checks.check_files(folder)
+        return verify_checkpoints.check_files(folder)
     opened = shards.open_checkpoint(folder)
-    return checks.check_checkpoint(
+    return verify_checkpoints.check_checkpoint(
         opened,
         _opened(base),
         _loaded(adapter),

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.checks.models import batches_of, eval_mode
+from oftsurgery.checks.verify_models import batches_of, eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, needs, printable
 from oftsurgery.folding.disk import CheckpointPlan
 from oftsurgery.folding.memory import inner_model, modules_of
 from oftsurgery.folding.plan import in_names_of
-from oftsurgery.formats import FORMATS
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.hashing import hash_tensors
 from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress
@@ -147,7 +147,7 @@ def _load(plan: CheckpointPlan, device: str) -> nn.Module:
         settings["dtype"] = q.dtype or "auto"
         if plan.fold_into == "quantized":
             settings["quantization_config"] = transformers.BitsAndBytesConfig(
-                **FORMATS[q.codec].loading,
+                **FORMATS[q.codec].config_fields,
                 bnb_4bit_use_double_quant=q.double_quant,
                 bnb_4bit_compute_dtype=q.compute_dtype,
                 llm_int8_skip_modules=None if q.skip is None else list(q.skip),

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.shards import Checkpoint
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
 
 __all__ = ["Loaded", "Stored"]
@@ -216,7 +215,9 @@ class Loaded:
         weight, module = tensors[source], source.removesuffix("weight")
         if len(tensors) == 1:
             return _plain(weight)
-        encoded = formats.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
+        encoded = checkpoint_tensors.read_weight(
+            source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype
+        )
         return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
@@ -283,6 +284,6 @@ class Loaded:
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
     entries = checkpoint.entries
-    kind = formats.of_names(name, entries, DTYPES[entries[name].dtype])
-    beside = kind.names(name).values() if kind.quantised else ()
+    kind = checkpoint_tensors.format_by_names(name, entries, DTYPES[entries[name].dtype])
+    beside = kind.tensor_names(name).values() if kind.quantised else ()
     return (name, *(n for n in beside if n in entries and n != name))

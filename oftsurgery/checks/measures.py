@@ -12,7 +12,8 @@ from torch import Tensor
 from oftsurgery.adapters.adapter import Rotation
 from oftsurgery.errors import NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.base import in_blocks
+from oftsurgery.formats.encoded_weight import EncodedWeight
 
 __all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
 
@@ -106,7 +107,7 @@ def step_error(stored: EncodedWeight, exact: Tensor) -> float:
     grid = codecs.grid_of(stored)
     levels, scales = grid.levels.to(torch.float64), grid.scales.to(torch.float64)
     size = grid.blocksize
-    blocks = codecs.blocks_of(exact.to(torch.float64).reshape(-1), size)
+    blocks = in_blocks(exact.to(torch.float64).reshape(-1), size)
     scales = scales.reshape(-1, 1)
     above = torch.searchsorted(levels, torch.where(scales != 0, blocks / scales, 0.0)).clamp(1, len(levels) - 1)
     steps = ((levels[above] - levels[above - 1]) * scales).reshape(-1)[: exact.numel()]

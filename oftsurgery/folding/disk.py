@@ -21,14 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from oftsurgery import formats
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DENSE, DTYPES, FLOATS, name_of
 from oftsurgery.errors import FormatError, IntegrityError, MatchError, StateError, UndoError, printable
 from oftsurgery.files.shards import Checkpoint, ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.progress import Progress
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord, ModuleRecord, versions
@@ -47,7 +47,7 @@ from .undo_file import UndoParts, UndoRecord, UndoWriter, check_free, described,
 __all__ = ["CheckpointPlan", "Quantization", "plan_checkpoint", "plan_restore", "plan_undo", "plan_unfold", "run_plan"]
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
+QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 #: raises where a tensor, as loading has it and as it is stored, is not what it must be
 Check = Callable[[EncodedWeight, EncodedWeight], None]
@@ -373,7 +373,7 @@ def _undone(job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[E
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with(job, replace(part, restore=read))
     before = undo.format(path, part.into.shape)
-    outputs = dict(formats.spread_shapes(part.output, before) if before.quantised else job.outputs)
+    outputs = dict(checkpoint_tensors.checkpoint_shapes(part.output, before) if before.quantised else job.outputs)
     beside = {}
     for suffix, tensor in undo.files(path).items():
         output = part.output.removesuffix("weight") + suffix
@@ -519,8 +519,8 @@ class _Builder:
             if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
-            elif not formats.is_companion(name, self.entries):  # that comes with its weight
-                group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+            elif not checkpoint_tensors.is_companion(name, self.entries):  # that comes with its weight
+                group = checkpoint_tensors.companion_names(name, self.entries) if name.endswith("weight") else (name,)
                 done.update(group)
                 if target in self.touched or self._converts(target, name):
                     made.append(self._of_tensor(target, name, name, group))
@@ -575,7 +575,7 @@ class _Builder:
         if not (self.touched.get(target) or converts or len(group) > 1):
             return self._plain(name, target, output)
         part = self._weight(target, output, untied=untied)
-        outputs = formats.spread_shapes(output, part.into)
+        outputs = checkpoint_tensors.checkpoint_shapes(output, part.into)
         transposed = name in self.architecture.transposed
         if not part.into.quantised:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
@@ -588,7 +588,7 @@ class _Builder:
         if untied:  # an output head, which loading leaves as it is
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = loaded.kind.home(loaded)
+        into = loaded.kind.once_quantised(loaded)
         if self.format in DENSE:
             into = WeightFormat("dense", stored.shape, DENSE[self.format])
         if self.fold_into == "original" and name in self.rotate:
@@ -615,7 +615,7 @@ class _Builder:
     def _unit_job(self, unit: Unit, parts: Sequence[Part], outputs: Outputs | None = None) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
         if outputs is None:
-            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
+            outputs = {n: o for p in parts for n, o in checkpoint_tensors.checkpoint_shapes(p.output, p.into).items()}
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
     def _to_untie(self) -> list[str]:
@@ -853,14 +853,14 @@ class _Run:
         for part, encoded in zip(job.parts, new, strict=True):
             if job.transposed and not encoded.format.quantised:
                 encoded = codecs.dense(encoded.tensors["weight"].t())
-            made |= {**encoded.format.kind.spread(part.output, encoded), **part.beside}
+            made |= {**encoded.format.kind.to_checkpoint(part.output, encoded), **part.beside}
         return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
 
     def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
         before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
         if part.base is not None:
-            before = codecs.load(before, part.base)
+            before = codecs.as_loaded(before, part.base)
         if part.check is not None:
             part.check(before, stored)
         if part.restore is not None:
@@ -913,10 +913,10 @@ def _part(shard: Shard) -> str:
 
 def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
     """What :func:`~oftsurgery.folding.undo_file.described` gives of small tensors beside a weight that are not what
-    :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
+    :meth:`~oftsurgery.formats.base.Format.to_checkpoint` makes of it, by the ends of their names.
     """
-    usual = weight.format.kind.spread(name, weight)
-    there = formats.companion_names(name, source.entries)
+    usual = weight.format.kind.to_checkpoint(name, weight)
+    there = checkpoint_tensors.companion_names(name, source.entries)
     found = {}
     for n in {*usual, *there} - {name}:
         stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter, Rotation
 from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
 
 __all__ = ["FoldPlan", "Replace", "Rotate", "in_names_of", "plan_changes", "takes_no_values"]

@@ -22,7 +22,7 @@ from oftsurgery.adapters.adapter import Rotation
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from oftsurgery.files.shards import TensorEntry, header_bytes, read_header, to_disk
 from oftsurgery.files.staging import Replacement, disk_errors
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights import undo

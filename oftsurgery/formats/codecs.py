@@ -9,6 +9,7 @@ prefix; only the planner knows module paths. These are the readable reference: c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -16,20 +17,18 @@ from torch import Tensor
 
 from oftsurgery.errors import NonFiniteError, ShapeError, StateError, printable
 
-from . import EncodedWeight, Grid, WeightFormat, blocks_of
+from .encoded_weight import EncodedWeight, WeightFormat
 
 __all__ = [
     "ROUNDINGS",
-    "EncodedWeight",
+    "Grid",
     "Rounding",
-    "WeightFormat",
-    "blocks_of",
+    "as_loaded",
     "check_rounding",
     "decode",
     "dense",
     "encode",
     "grid_of",
-    "load",
     "rounding_of",
     "with_levels",
 ]
@@ -39,6 +38,27 @@ __all__ = [
 #: 4-bit block that errs less or least
 Rounding = Literal["preserve", "nearest", "grid", "mse"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that each element of a quantised weight can take, its statistics given.
+
+    Attributes:
+        levels: ascending, ``(16,)`` or ``(255,)`` float32 in [-1, 1].
+        bounds: between neighbouring levels.
+        scales: what the levels are multiplied by: one a block of the flat weight, float32.
+        blocksize: elements a block.
+    """
+
+    levels: Tensor
+    bounds: Tensor
+    scales: Tensor
+    blocksize: int
+
+    def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Numbers of the levels that are nearest to ``values``, each with its scale, as int32."""
+        return torch.bucketize(torch.where(scale != 0, values / scale, 0.0), self.bounds, out_int32=True)
 
 
 def dense(weight: Tensor) -> EncodedWeight:
@@ -106,7 +126,7 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
     return format.kind.encode(weight, format, rounding)
 
 
-def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+def as_loaded(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
     was loaded, and to the dtype from which the format is quantised.
     """
@@ -115,7 +135,7 @@ def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     loaded = encode(weight, WeightFormat("dense", into.shape, into.dtype))
     if not into.quantised:
         return loaded
-    home = into.kind.home(into)
+    home = into.kind.once_quantised(into)
     return encode(loaded.tensors["weight"].to(home.dtype), home)
 
 

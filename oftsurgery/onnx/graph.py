@@ -29,7 +29,7 @@ from oftsurgery.dtypes import name_of
 from oftsurgery.errors import ExportError, NonFiniteError, OFTSurgeryError, StateError, causes, needs, printable
 from oftsurgery.formats import codecs
 from oftsurgery.formats.base import OPSET
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.sharing import share_model
 
@@ -154,7 +154,7 @@ class Prepared:
         new = _QuantizedLinear(f, self._dtype_of(f"{layer.path}.weight"))
         # 4-bit: codes (out·in/2,) uint8 as bitsandbytes packs them and the absmax, double quantisation undone; int8:
         # codes (out, in) and SCB/127
-        for local, part in (("qweight", f.kind.codes), (f.kind.graph_scales, f.kind.steps)):
+        for local, part in (("qweight", f.kind.codes), (f.kind.onnx_scales, f.kind.steps)):
             like = part(encoded)
             placeholder = self._empty(like.shape, like.dtype)
             self._reads[id(placeholder)] = functools.partial(_read, layer, part)
@@ -168,7 +168,7 @@ def _obstacle(layer: Layer, f: WeightFormat, *, tied: bool) -> str | None:
         return f"an {layer.kind}: only linear layers can stay quantised"
     if tied:
         return "its weight is shared with a module that is dequantised"
-    return f.kind.graph_obstacle(f)
+    return f.kind.onnx_obstacle(f)
 
 
 class _QuantizedLinear(nn.Module):
@@ -191,8 +191,8 @@ class _QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         torch._check(x.shape[-1] == self.in_features)  # type: ignore[no-untyped-call]  # torch knows nothing of the operator
-        f, scales = self.format, getattr(self, self.format.kind.graph_scales)
-        y = f.kind.graph_product(x, self.qweight, scales, f)
+        f, scales = self.format, getattr(self, self.format.kind.onnx_scales)
+        y = f.kind.onnx_product(x, self.qweight, scales, f)
         return y if self.bias is None else y + self.bias
 
 

@@ -13,7 +13,8 @@ from oftsurgery import rotations
 from oftsurgery.adapters.adapter import Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, Rounding, WeightFormat
+from oftsurgery.formats.codecs import Rounding
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import ModuleRecord
 
 from . import kernels, preserve

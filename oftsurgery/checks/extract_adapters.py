@@ -23,7 +23,7 @@ from oftsurgery.errors import (
     warn_caller,
 )
 from oftsurgery.files.shards import Checkpoint
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live

@@ -1,0 +1,117 @@
+"""What :func:`oftsurgery.doctor` finds in an adapter: in its files, for other releases of peft, and for a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from oftsurgery.adapters.adapter import OFTAdapter, Rotation, parse_adapter
+from oftsurgery.files import finding as files
+from oftsurgery.folding.disk import plan_checkpoint
+from oftsurgery.folding.plan import plan_changes
+from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.store import Store
+
+from .doctor_stores import open_store
+from .doctor_weights import non_finite
+from .findings import FOLD, Finding, Model, Numbers, noting, shape_text
+
+__all__ = ["examine_adapter", "large_kernel", "large_kernels", "obstacles", "other_releases"]
+
+
+def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
+    found: list[Finding] = []
+    with noting(found, folder.name):
+        config, tensors, sha256 = files.read_adapter(folder)
+        for name, tensor in tensors.items():
+            found += non_finite(name, tensor)
+        if found:
+            return sorted(found, key=lambda f: -float(f.evidence["values"] or 0))
+        with noting(found):  # its own subject: the tensor or the module
+            adapter = parse_adapter(config, tensors, source=str(folder), sha256=sha256)
+            found += other_releases(adapter, folder.name)
+            if base is not None:
+                found += obstacles(adapter, open_store(base))
+    return found
+
+
+def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
+    """What keeps an adapter from being folded in."""
+    found: list[Finding] = []
+    with noting(found):
+        found += large_kernels(adapter, store)
+        if found:
+            return found
+        if isinstance(store, FolderStore):
+            plan_checkpoint(store.source, [adapter])
+        elif isinstance(store, LiveStore):
+            store.record = None  # what is folded in is told of elsewhere
+            plan_changes(store, [adapter])
+    return found
+
+
+def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
+    names = store.locate([f"{path}.weight" for path in adapter.modules])
+    for path in adapter.modules:
+        shape = store.shape(names[f"{path}.weight"]) if f"{path}.weight" in names else ()
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            yield large_kernel(path, shape[2:])
+
+
+def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
+    message = (
+        "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
+        "computes the same, and peft's own merge is off by about as much as the weight itself"
+    )
+    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+    return Finding("error", "convolution", message, path, {"kernel": shape_text(kernel)}, remedy)
+
+
+def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:
+    """What other releases of peft make of the adapter."""
+    modules = adapter.modules.values()
+    turns = any(r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any())) for r in modules)
+    numbers: Numbers = {
+        "modules": len(adapter.modules),
+        "largest_angle": max((r.angle for r in modules), default=0.0),
+        "dialect": adapter.dialect,
+    }
+    remedy = f"oftsurgery reads it rightly: {FOLD}"
+    if not turns and not adapter.saved:
+        terms = next(iter(modules)).cayley.terms
+        one = "a Neumann series of one term is the identity, whatever the weights"
+        why = one if terms == 1 else "its rotations are all zero: it is untrained"
+        numbers["neumann_terms"] = terms
+        code, message, remedy = "no-effect", f"the adapter changes nothing: {why}", "train it, or check its config"
+    elif adapter.dialect == "peft-0.15":
+        code = "loads-as-identity"
+        message = (
+            "written by peft 0.14 or 0.15: newer peft drops its tensors (oft_r, oft_s) with no more than a warning about missing keys, "
+            "and computes the base model"
+        )
+    elif adapter.dialect == "peft-0.13":
+        code = "refused-by-newer-peft"
+        message = "written by peft ≤ 0.13: newer peft refuses it and asks to train it again"
+    elif adapter.dialect == "peft-0.17":
+        apart = {path: _series_apart(r) for path, r in adapter.modules.items()}
+        worst = max(apart, key=lambda path: apart[path])
+        if apart[worst] <= 1e-6:
+            return []
+        numbers |= {"worst_module": worst, "largest_difference_of_R": apart[worst]}
+        code, remedy = "other-series", f"oftsurgery computes it as trained: {FOLD}"
+        message = "written by peft 0.16 or 0.17: newer peft computes it by another Neumann series, after a warning"
+    else:
+        return []
+    return [Finding("warning", code, message, subject, numbers, remedy)]
+
+
+def _series_apart(r: Rotation) -> float:
+    """Largest spectral norm of the difference between what the two Neumann series make of the blocks."""
+    if r.cayley.exact:
+        return 0.0
+    other = replace(r, cayley=replace(r.cayley, since_0_18=not r.cayley.since_0_18))
+    return float(torch.linalg.matrix_norm(r.blocks - other.blocks, ord=2).max())
