@@ -109,15 +109,15 @@ class FourBitRows(Int8):
         scaled = weight.reshape(f.shape) / scales.unsqueeze(-1)
         return torch.round(7 * scaled).clamp(-7, 7).to(torch.int8)
 
-    def ranks(self, facts: Mapping[str, Any]) -> Tensor:
+    def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
         return torch.arange(-7, 8).to(torch.int8)
 
-    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest_ranks(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         near = torch.round(numbers).clamp(-7, 7)
         up = ((numbers > near) | (near == -7)) & (near < 7)
         return near + 7, up, (0.5 - (numbers - near).abs()) * 1024
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         return ""
 
 

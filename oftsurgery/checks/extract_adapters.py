@@ -207,8 +207,7 @@ def extract_from_models(
     for name, model in (("base", base), ("merged model", merged)):
         if live.live_layers(model) or peft_live.has_live_layers(inner_model(model)):
             raise StateError(
-                f"the {name} carries live adapters",
-                remedy="fold them first (oftsurgery.fold), or give the plain model",
+                f"the {name} carries live adapters", remedy="fold them first (oftsurgery.fold), or give the plain model"
             )
     here, there = modules_of(base), modules_of(merged)
     pairs, seen = [], set()

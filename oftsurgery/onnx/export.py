@@ -20,15 +20,19 @@ from oftsurgery.files.staging import Staging, check_apart, disk_errors
 from oftsurgery.folding import export
 from oftsurgery.folding.folder_writer import write_rest
 from oftsurgery.folding.memory import inner_model, record_of
+from oftsurgery.formats.base import OPSET
 from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.stores import configs, peft_live
 from oftsurgery.stores.skeleton import quiet
 
-from . import graph as onnx_graph
 from . import run as onnx_run
+from .capture import capture_graph
+from .graph import weights_file, write_graph
+from .placeholders import Prepared, float32_copy
 from .tasks import CacheTask, Task, task_of
+from .toolchain import require_onnx
 
 __all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
 
@@ -140,7 +144,7 @@ def export_model(
             "the model carries live adapters",
             remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
         )
-    onnx_graph.require_onnx()
+    require_onnx()
     home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
     _check_tokenizer(tokenizer)
@@ -153,8 +157,8 @@ def export_model(
     with torch.no_grad():
         step("read the model")
         task = task_of(model, example_inputs, with_past=with_past)
-        reference = onnx_graph.reference(model)
-        prepared = onnx_graph.Prepared(model, NAMED[dtype], quantized=quantized)
+        reference = float32_copy(model)
+        prepared = Prepared(model, NAMED[dtype], quantized=quantized)
         if quantized and not prepared.kept and not prepared.dequantised:
             raise StateError(
                 "no layer of the model is quantised: there are no codes to keep",
@@ -164,10 +168,10 @@ def export_model(
         with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
             outputs = _outputs(task, reference)
             inputs = task.inputs(NAMED[dtype])
-            graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
+            graph = capture_graph(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
             step("write the graph")
             with staging.writing(GRAPH) as path:
-                nbytes = onnx_graph.write(graph, path)
+                nbytes = write_graph(graph, path)
             for written in staging.folder.glob(f"{GRAPH}*"):
                 with written.open("rb+") as file:
                     to_disk(file)
@@ -175,7 +179,7 @@ def export_model(
             genai = _genai_config(model, task) if isinstance(task, CacheTask) else None
             report = OnnxReport(
                 dtype=dtype,
-                opset=onnx_graph.OPSET,
+                opset=OPSET,
                 inputs=tuple(inputs),
                 outputs=tuple(outputs),
                 nbytes=nbytes,
@@ -290,7 +294,7 @@ def _prove(
             f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
         ) from error
     step("compare with torch")
-    with onnx_run.Process(path, lean=onnx_graph.external(path).exists()) as process:
+    with onnx_run.Process(path, lean=weights_file(path).exists()) as process:
         given, made = process.inputs, process.outputs
         axes = {v.name: v.shape for v in (*given, *made)}
         dtypes = {v.name: v.dtype for v in given}
