@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter, Rotation
 from oftsurgery.errors import MatchError
+from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.records.record import ENOUGH, FoldRecord
@@ -33,6 +34,7 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
+        base = base if isinstance(base, nn.Module) else find_checkpoint(base)  # a missing one is raised, not noted
         with noting(found):
             found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
