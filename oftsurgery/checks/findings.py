@@ -19,12 +19,10 @@ from oftsurgery.records.record import plain
 __all__ = ["FOLD", "UNFOLD", "Finding", "Model", "Numbers", "Severity", "noting", "of_error", "shape_text"]
 
 Severity = Literal["error", "warning", "note"]  # the worst first
+Numbers = dict[str, float | int | str | None]
+Model = str | PathLike[str] | nn.Module
 
 FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED OUTPUT --adapter ADAPTER"
-
-Numbers = dict[str, float | int | str | None]
-
-Model = str | PathLike[str] | nn.Module
 
 
 @dataclass(frozen=True)

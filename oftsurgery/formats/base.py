@@ -21,11 +21,8 @@ __all__ = ["OPSET", "Format", "Layout", "Live", "Offloaded", "Read", "bnb_class"
 OPSET = 20
 
 Read = Callable[[str], Tensor]
-
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
-
 Offloaded = Mapping[str, Tensor] | None
-
 Live = tuple[EncodedWeight, WeightFormat]
 
 
@@ -47,18 +44,14 @@ class Format:
     roundings: tuple[str, ...] = ("nearest",)  #: that have a part in the format
     scales_name = ""  #: local name of the tensor that holds the blocks' scales
     unit = 1.0  #: the number of level 1
-    codes_per_element = 1  #: weights an element of the stored codes
+    codes_per_element = 1  #: of the stored tensor
     either_sign = False  #: a block's scale may be negative
-    strong_change = (
-        0.0  #: a change, in units of the scale, from which on oftsurgery.weights.preserve scales a block anew
-    )
+    strong_change = 0.0  #: in units of the scale: from it on oftsurgery.weights.preserve scales a block anew
     shared_tensors: tuple[str, ...] = ()  #: local names of the tensors that are the same in many weights
     least_blocksize = 0
     width = ""  #: what messages call the formats of this class
     name_part = "\0"  #: part of a tensor's name which tells that a checkpoint has weights in formats of this class
-    config_fields: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  #: fields of transformers' BitsAndBytesConfig that ask for it
+    config_fields: Mapping[str, Any] = MappingProxyType({})  #: of transformers' BitsAndBytesConfig that ask for it
     layer_classes: tuple[str, ...] = ()  #: bitsandbytes' classes of layers …
     parameter_class = ""  #: … and of parameters that hold such weights
     onnx_scales = ""  #: name of the scales in an ONNX graph
@@ -121,7 +114,7 @@ class Format:
         return EncodedWeight(f, {"weight": codes, **statistics})
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels in order, the bounds between them, as in a :class:`Grid`, and the stored codes of the levels."""
+        """The levels in order, the bounds between them, as in a :class:`~oftsurgery.formats.codecs.Grid`, and the stored codes of the levels."""
         raise NotImplementedError
 
     def nearest_levels(self, scaled: Tensor) -> Tensor:
