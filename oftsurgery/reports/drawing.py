@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from oftsurgery.errors import needs
 from oftsurgery.records.record import FoldRecord
 
-from .summary import LEVELS, Scale, Stack, check_figures, degrees, layout, percent
+from .figures import LEVELS, Scale, check_figures, degrees, percent
+from .model_layout import Stack, layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
