@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from . import measures
 
-__all__ = ["CheckpointReport", "FileCheck", "Kind", "TensorCheck", "WeightCheck"]
+__all__ = ["CheckpointReport", "FileCheck", "TensorCheck", "TensorKind", "WeightCheck"]
 
 #: what became of a recorded file
 FileCheck = Literal["ok", "changed", "missing"]
@@ -17,7 +17,7 @@ FileCheck = Literal["ok", "changed", "missing"]
 #: what a tensor should be: ``"rotated"``; ``"replaced"`` by the adapter's own values; ``"tied"``, with no tensor of its
 #: own, and unchanged; ``"copied"`` from the source; ``"converted"``, the source's in another format or dtype;
 #: ``"absent"`` in both folders, made by the model itself; ``"added"`` beside what the source has
-Kind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
+TensorKind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
 
 # what storing the right weight once more may differ by: rounding ties, and the last bits of float32 products
 _SLACK = 1.05
@@ -77,7 +77,7 @@ class TensorCheck:
         why: what is wrong with it, or None.
     """
 
-    kind: Kind
+    kind: TensorKind
     why: str | None = None
 
     @property

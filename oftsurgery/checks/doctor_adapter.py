@@ -1,8 +1,7 @@
-"""What :func:`oftsurgery.doctor` finds in an adapter: in its files, for other releases of peft, and for a base."""
+"""What :func:`oftsurgery.doctor` finds in an adapter: in its files, and in what other releases of peft make of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,17 +9,12 @@ import torch
 
 from oftsurgery.adapters.adapter import OFTAdapter, Rotation, parse_adapter
 from oftsurgery.files import finding as files
-from oftsurgery.folding.disk import plan_checkpoint
-from oftsurgery.folding.plan import plan_changes
-from oftsurgery.stores.folder import FolderStore
-from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.store import Store
 
-from .doctor_stores import open_store
+from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite
-from .findings import FOLD, Finding, Model, Numbers, noting, shape_text
+from .findings import FOLD, Finding, Model, Numbers, noting
 
-__all__ = ["examine_adapter", "large_kernel", "large_kernels", "obstacles", "other_releases"]
+__all__ = ["examine_adapter", "other_releases"]
 
 
 def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
@@ -37,38 +31,6 @@ def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
             if base is not None:
                 found += obstacles(adapter, open_store(base))
     return found
-
-
-def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
-    """What keeps an adapter from being folded in."""
-    found: list[Finding] = []
-    with noting(found):
-        found += large_kernels(adapter, store)
-        if found:
-            return found
-        if isinstance(store, FolderStore):
-            plan_checkpoint(store.source, [adapter])
-        elif isinstance(store, LiveStore):
-            store.record = None  # what is folded in is told of elsewhere
-            plan_changes(store, [adapter])
-    return found
-
-
-def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
-    names = store.locate([f"{path}.weight" for path in adapter.modules])
-    for path in adapter.modules:
-        shape = store.shape(names[f"{path}.weight"]) if f"{path}.weight" in names else ()
-        if len(shape) == 4 and shape[2:] != (1, 1):
-            yield large_kernel(path, shape[2:])
-
-
-def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
-    message = (
-        "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
-        "computes the same, and peft's own merge is off by about as much as the weight itself"
-    )
-    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
-    return Finding("error", "convolution", message, path, {"kernel": shape_text(kernel)}, remedy)
 
 
 def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:

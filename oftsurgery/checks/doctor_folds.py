@@ -1,11 +1,12 @@
-"""What :func:`oftsurgery.doctor` finds of what is folded in: weights against their record, their base and the adapter."""
+"""What :func:`oftsurgery.doctor` finds of what is folded in, against record, base and adapter, and of what is to be."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,24 @@ from torch import Tensor, nn
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter, Rotation
 from oftsurgery.errors import MatchError
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files import finding as files
+from oftsurgery.files.shards import open_checkpoint
+from oftsurgery.folding.disk import plan_checkpoint
+from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
-from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import ENOUGH, FoldRecord
+from oftsurgery.stores import peft_live
+from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.store import Store
+from oftsurgery.stores.ties import modules_of
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
-from .doctor_adapter import large_kernels, obstacles
-from .doctor_stores import is_cpu_packed, open_store, weight_at
 from .findings import FOLD, UNFOLD, Finding, Model, Numbers, Severity, noting, shape_text
 
-__all__ = ["examine_folds"]
+__all__ = ["examine_folds", "is_cpu_packed", "large_kernel", "obstacles", "open_store", "plain_paths", "quant_state_of"]
 
 
 def examine_folds(
@@ -34,12 +39,46 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        base = base if isinstance(base, nn.Module) else find_checkpoint(base)  # a missing one is raised, not noted
+        base = (
+            base if isinstance(base, nn.Module) else files.find_checkpoint(base)
+        )  # a missing one is raised, not noted
         with noting(found):
             found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += obstacles(adapter, store)
     return found
+
+
+def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
+    """What keeps an adapter from being folded in."""
+    found: list[Finding] = []
+    with noting(found):
+        found += large_kernels(adapter, store)
+        if found:
+            return found
+        if isinstance(store, FolderStore):
+            plan_checkpoint(store.source, [adapter])
+        elif isinstance(store, LiveStore):
+            store.record = None  # what is folded in is told of elsewhere
+            plan_changes(store, [adapter])
+    return found
+
+
+def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
+    names = store.locate([f"{path}.weight" for path in adapter.modules])
+    for path in adapter.modules:
+        shape = store.shape(names[f"{path}.weight"]) if f"{path}.weight" in names else ()
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            yield large_kernel(path, shape[2:])
+
+
+def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
+    message = (
+        "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
+        "computes the same, and peft's own merge is off by about as much as the weight itself"
+    )
+    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+    return Finding("error", "convolution", message, path, {"kernel": shape_text(kernel)}, remedy)
 
 
 def _against_record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> list[Finding]:
@@ -211,3 +250,32 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
         far["base_transposed"] = relative_error(weight.t(), start)
         far["fold_transposed"] = relative_error(weight.t(), right)
     return far
+
+
+def open_store(base: Model) -> Store:
+    if isinstance(base, nn.Module):
+        return LiveStore(base, plain_paths(base))
+    return FolderStore(open_checkpoint(files.find_checkpoint(base)))
+
+
+def weight_at(store: Store, path: str) -> EncodedWeight | None:
+    """The weight of the module at ``path`` as it is stored; None where there is none."""
+    name: str | None = f"{path}.weight"
+    if isinstance(store, FolderStore):
+        name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
+    return None if name is None else store.weight(name, WeightFormat("dense", ()))
+
+
+def plain_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the paths of the base model: peft's live layers are left out, what they wrap stands in their place."""
+    prefix = "base_model.model." if peft_live.base_of(model) is not model else ""
+    named = {path.removeprefix(prefix): m for path, m in modules_of(model).items()}
+    return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in named}
+
+
+def quant_state_of(module: nn.Module) -> Any:
+    return getattr(module._parameters.get("weight"), "quant_state", None) or module.__dict__.get("quant_state")
+
+
+def is_cpu_packed(module: nn.Module) -> bool:
+    return bool(getattr(quant_state_of(module), "packing_format_for_cpu", False))

@@ -14,9 +14,8 @@ from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.ties import tensors_in
 
-from .doctor_adapter import large_kernel, other_releases
-from .doctor_folds import examine_folds
-from .doctor_stores import is_cpu_packed, plain_paths, quant_state_of
+from .doctor_adapter import other_releases
+from .doctor_folds import examine_folds, is_cpu_packed, large_kernel, plain_paths, quant_state_of
 from .doctor_weights import non_finite
 from .findings import FOLD, Finding, Model, Numbers, Severity, noting, shape_text
 

@@ -27,7 +27,7 @@ from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
 
-__all__ = ["Loaded", "Stored"]
+__all__ = ["LoadedCheckpoint", "StoredTensor"]
 
 # transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -45,18 +45,18 @@ class _Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredTensor:
     """One tensor: the weight, and all that is stored of it as its companions' names end; None where it is computed."""
 
     weight: EncodedWeight
     parts: Mapping[str, Tensor] | None = None
 
 
-def _plain(tensor: Tensor) -> Stored:
-    return Stored(codecs.dense(tensor), {"weight": tensor})
+def _plain(tensor: Tensor) -> StoredTensor:
+    return StoredTensor(codecs.dense(tensor), {"weight": tensor})
 
 
-class Loaded:
+class LoadedCheckpoint:
     """What transformers would load from a folder.
 
     Args:
@@ -198,7 +198,7 @@ class Loaded:
 
     # --- tensors ---
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str) -> StoredTensor:
         """One tensor.
 
         Raises:
@@ -218,7 +218,7 @@ class Loaded:
         encoded = checkpoint_tensors.read_weight(
             source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype
         )
-        return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
+        return StoredTensor(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
         """Whether a plain weight is held ``(in, out)``."""

@@ -31,8 +31,8 @@ from oftsurgery.records.record import FoldRecord
 from oftsurgery.stores import configs
 
 from . import measures
-from .checkpoint_report import CheckpointReport, FileCheck, Kind, TensorCheck, WeightCheck
-from .loaded import Loaded, Stored
+from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
+from .loaded import LoadedCheckpoint, StoredTensor
 
 __all__ = ["check_checkpoint", "check_files"]
 
@@ -90,12 +90,12 @@ def check_checkpoint(
         raise StateError("the adapter rotates nothing", remedy="give the adapter that was folded")
     record = configs.record_in(folded.folder)
     loading = _Loading(record, folded, base)
-    before = Loaded(base, loading.dtype)
+    before = LoadedCheckpoint(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
-    before = Loaded(base, loading.dtype, apart) if apart else before
-    after = Loaded(folded, apart=frozenset(before.apart))
-    comparison = _Comparison(before, after, _Live(before, adapters, idle), loading, record, tolerance)
+    before = LoadedCheckpoint(base, loading.dtype, apart) if apart else before
+    after = LoadedCheckpoint(folded, apart=frozenset(before.apart))
+    comparison = _Comparison(before, after, _AdapterEffects(before, adapters, idle), loading, record, tolerance)
     names = [n for n in {**before.sources, **after.sources} if n not in before.left_out]
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
@@ -122,9 +122,9 @@ class _Loading:
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
         said = record.base if record is not None else {}
         stored = next((DTYPES[e.dtype] for e in base.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
-        self.dtype = _dtype(said.get("dtype")) or _configured(base if said else folded) or stored
-        dense = not _quantised(folded)
-        self.codec = said.get("quantize") if said else None if dense or _quantised(base) else "stored"
+        self.dtype = _dtype_named(said.get("dtype")) or _dtype_in_config(base if said else folded) or stored
+        dense = not _is_quantised(folded)
+        self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
         self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
         self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
@@ -135,7 +135,7 @@ class _Loading:
             raise CheckpointError("the record's `skip_modules` is no JSON", path=folded.folder) from error
 
 
-class _Live:
+class _AdapterEffects:
     """What adapters do to which of the base's tensors, as peft's live model has them.
 
     Attributes:
@@ -145,25 +145,27 @@ class _Live:
             is trained in its place wherever it is tied to.
     """
 
-    def __init__(self, base: Loaded, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None) -> None:
+    def __init__(
+        self, base: LoadedCheckpoint, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None
+    ) -> None:
         self.chains: dict[str, tuple[str, list[Rotation]]] = {}
         self.values: dict[str, Tensor] = {}
         for adapter in adapters:
             for path, rotation in adapter.modules.items():
-                place = _found(base, f"{path}.weight", adapter)
+                place = _place_of(base, f"{path}.weight", adapter)
                 if idle is None or base.model is None or not idle(base.model, place.rpartition(".")[0]):
                     self.chains.setdefault(place, (path, []))[1].append(rotation)
-            places = {name: _found(base, name, adapter) for name in adapter.saved}
+            places = {name: _place_of(base, name, adapter) for name in adapter.saved}
             twice = next((name for name, place in places.items() if place in self.values), None)
             if twice is not None:
                 raise MatchError("two adapters bring their own values for one tensor", tensor=twice)
             order = {place: i for i, place in enumerate(base.sources)}
-            for name in sorted(places, key=lambda name: (_copied(name, adapter), order[places[name]])):
-                where = {places[name]} if _copied(name, adapter) else base.together(places[name])
+            for name in sorted(places, key=lambda name: (_in_modules_to_save(name, adapter), order[places[name]])):
+                where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
                 self.values |= dict.fromkeys(where, adapter.saved[name])
 
 
-def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
+def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
     place = base.place(name)
     if place is None or base.sources[place] is None:
         message = "the base has no such tensor, which the adapter names"
@@ -172,7 +174,7 @@ def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
     return place
 
 
-def _copied(name: str, adapter: OFTAdapter) -> bool:
+def _in_modules_to_save(name: str, adapter: OFTAdapter) -> bool:
     """Whether a tensor is of a module in ``modules_to_save``, by the ends of paths, as peft finds them."""
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
@@ -183,9 +185,9 @@ def _copied(name: str, adapter: OFTAdapter) -> bool:
 class _Comparison:
     """Of one tensor after the other; of a group that transformers makes others of, one at a time."""
 
-    base: Loaded
-    folded: Loaded
-    live: _Live
+    base: LoadedCheckpoint
+    folded: LoadedCheckpoint
+    live: _AdapterEffects
     loading: _Loading
     record: FoldRecord | None
     tolerance: float | None
@@ -200,7 +202,7 @@ class _Comparison:
     def check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
-        kind: Kind = "rotated" if rotated else "replaced" if replaced else "copied"
+        kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
         if source is None:
             return TensorCheck("absent") if now is None else TensorCheck("added", "the source has no such tensor")
         if now is None:
@@ -219,34 +221,34 @@ class _Comparison:
             return TensorCheck(kind, error.message)
         before = self._before(name, stored.weight.format)
         if decoded is not None:
-            return TensorCheck(kind, self._rotated(name, before, stored, decoded))
+            return TensorCheck(kind, self._as_rotated(name, before, stored, decoded))
         if replaced:
-            return TensorCheck(kind, self._replaced(name, before, stored))
+            return TensorCheck(kind, self._as_replaced(name, before, stored))
         same = before.parts is not None and before.weight.format == stored.weight.format
         kind = kind if kind == "tied" else "copied" if same else "converted"
-        found = self.done[source, now] = TensorCheck(kind, self._kept(name, before, stored))
+        found = self.done[source, now] = TensorCheck(kind, self._unchanged(name, before, stored))
         return found
 
-    def _before(self, name: str, into: WeightFormat) -> Stored:
+    def _before(self, name: str, into: WeightFormat) -> StoredTensor:
         """The weight as the live model had it before any rotation, of a plain base as it was loaded."""
         base, values, how = self.base.read(name), self.live.values.get(name), self.loading
         quantised = base.weight.format.quantised
         if values is not None:
-            base = Stored(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
+            base = StoredTensor(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
         weight = base.weight.tensors["weight"]
         cast = how.cast and weight.is_floating_point() and not (how.original and name in self.live.chains)
         if quantised or not cast:
             return base
         dtype = self.base.dtype_of(name) or weight.dtype
-        base = base if dtype == weight.dtype else Stored(codecs.dense(weight.to(dtype)))
+        base = base if dtype == weight.dtype else StoredTensor(codecs.dense(weight.to(dtype)))
         first = into if into.quantised and how.codec in ("stored", into.codec) else how.format
         if first is None or (not into.quantised and (name not in self._first or self.base.sources[name] != name)):
             return base
         weight = _linear(self.base, name, base.weight).tensors["weight"]
         weight = weight.to(torch.float16) if first.codec == "int8" else weight  # as bitsandbytes itself does
-        return Stored(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
+        return StoredTensor(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
 
-    def _rotated(self, name: str, before: Stored, stored: Stored, decoded: Tensor) -> str | None:
+    def _as_rotated(self, name: str, before: StoredTensor, stored: StoredTensor, decoded: Tensor) -> str | None:
         path, chain = self.live.chains[name]
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
         exact, into = measures.rotated(start, chain, path), own.format
@@ -269,23 +271,23 @@ class _Comparison:
             recorded = "" if check.recorded is not False else "; its record has other contents"
             return f"{error:.2e} off what base and adapter give, its format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
-            return self._dtype(before, into.dtype)
+            return self._wrong_dtype(before, into.dtype)
         if before.weight.format.codec == into.codec and before.weight.format != into:
             was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
             return f"stored with other settings than in the source, where it has {was}"
         # as the source has them (old releases write fewer), or as they are written now
-        found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, Stored(plain))]
+        found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
 
-    def _replaced(self, name: str, before: Stored, stored: Stored) -> str | None:
+    def _as_replaced(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         values, got = self.live.values[name], stored.weight.tensors["weight"]
         if stored.weight.format.quantised:
             return f"stored as {stored.weight.format.label}, the adapter's own values are plain"
         if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
             return "not the adapter's own values"
-        return self._dtype(before, got.dtype)
+        return self._wrong_dtype(before, got.dtype)
 
-    def _kept(self, name: str, before: Stored, stored: Stored) -> str | None:
+    def _unchanged(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         if stored.weight.format.quantised:
             if not before.weight.format.quantised:
                 return f"stored as {stored.weight.format.label}, in the source plain"
@@ -296,16 +298,16 @@ class _Comparison:
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
-        return self._dtype(before, got.dtype) if _same(got, want) else "not what the source has"
+        return self._wrong_dtype(before, got.dtype) if _same(got, want) else "not what the source has"
 
-    def _dtype(self, before: Stored, dtype: torch.dtype) -> str | None:
+    def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype: it may be the source's, or the one that the config names."""
-        fine = {_configured(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
+        fine = {_dtype_in_config(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
         fine |= set() if before.weight.format.quantised else {before.weight.format.dtype}
         return None if dtype in fine else f"stored as {dtype}, expected {' or '.join(sorted(map(str, fine)))}"
 
 
-def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
+def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> EncodedWeight:
     """A weight as ``(out, in)``."""
     weight = encoded.tensors["weight"]
     if encoded.format.quantised:
@@ -315,7 +317,7 @@ def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
     return codecs.dense(weight.t()) if loaded.transposed(name) else encoded
 
 
-def _parts_unlike(stored: Stored, expected: Stored, *, fixed: bool = False) -> str | None:
+def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool = False) -> str | None:
     """How a quantised weight's tensors differ from what they should be; in what does not depend on the weight alone
     where ``fixed``.
     """
@@ -342,15 +344,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def _quantised(checkpoint: Checkpoint) -> bool:
+def _is_quantised(checkpoint: Checkpoint) -> bool:
     return any(".quant_state.bitsandbytes__" in n or n.endswith(".SCB") for n in checkpoint.entries)
 
 
-def _configured(checkpoint: Checkpoint) -> torch.dtype | None:
+def _dtype_in_config(checkpoint: Checkpoint) -> torch.dtype | None:
     """The dtype that a config names."""
-    return _dtype(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
+    return _dtype_named(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
 
 
-def _dtype(name: object) -> torch.dtype | None:
+def _dtype_named(name: object) -> torch.dtype | None:
     found = getattr(torch, name, None) if isinstance(name, str) else None
     return found if isinstance(found, torch.dtype) else None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError, StateError, printable
-from oftsurgery.folding.memory import inner_model, modules_of, record_of
 from oftsurgery.records.record import plain
 from oftsurgery.stores import peft_live
+from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.ties import inner_model, modules_of
 
 __all__ = ["OutputError", "VerifyReport", "batches_of", "eval_mode", "verify"]
 

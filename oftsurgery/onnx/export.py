@@ -19,13 +19,14 @@ from oftsurgery.files.shards import inside, read_json, to_disk
 from oftsurgery.files.staging import Staging, check_apart, disk_errors
 from oftsurgery.folding import export
 from oftsurgery.folding.folder_writer import write_rest
-from oftsurgery.folding.memory import inner_model, record_of
 from oftsurgery.formats.base import OPSET
 from oftsurgery.live import wrap as live
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.skeleton import quiet
+from oftsurgery.stores.ties import inner_model
 
 from . import run as onnx_run
 from .capture import capture_graph
