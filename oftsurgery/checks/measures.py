@@ -18,7 +18,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight
 __all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
 
 
-def blocks_of(rotation: Rotation) -> Tensor:
+def rotation_blocks(rotation: Rotation) -> Tensor:
     """``R: (n, b, b)`` float64 of a live layer's ``x · blockdiag(R)``.
 
     Exact Cayley: ``(I - Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ - I``, block by block. A truncated series, by Horner's rule:
@@ -64,7 +64,7 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
     for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
         out, features = w.shape
         rotation.check_fits((out, features), module)
-        r = blocks_of(rotation)
+        r = rotation_blocks(rotation)
         b, over = r.shape[-1], out if rotation.side == "output" else features
         count = -(-over // b)
         r = r.expand(count, b, b) if len(r) == 1 else r[:count]

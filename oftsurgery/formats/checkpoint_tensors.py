@@ -58,9 +58,7 @@ def companion_names(weight: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 #: ends of the names of tensors that belong to a weight, behind its module's
-_ENDS = tuple(
-    dict.fromkeys(n for kind in FORMATS.values() for n in kind.tensor_names(".weight").values() if n != ".weight")
-)
+_ENDS = tuple({n: None for k in FORMATS.values() for n in k.tensor_names(".weight").values() if n != ".weight"})
 
 
 def owner_of(name: str) -> str | None:

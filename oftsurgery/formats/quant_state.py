@@ -1,5 +1,6 @@
 """bitsandbytes' QuantState of a 4-bit weight: its JSON in a checkpoint, a copy of a live one, and the layout that a CPU forward
-makes of its weight."""
+makes of its weight.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from .encoded_weight import RELOAD
 from .levels import LEVELS
 
 __all__ = ["QUANTISE_AGAIN", "copy_quant_state", "unpack_cpu_layout", "unpack_state"]
+
 QUANTISE_AGAIN = "quantise the model again"
 
 
