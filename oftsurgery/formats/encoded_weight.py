@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["RELOAD", "EncodedWeight", "WeightFormat"]
 
 RELOAD = "reload the model: part of its quantisation state is damaged"
+
+
+@cache
+def _formats() -> dict[str, Format]:
+    from .all_formats import FORMATS  # whose formats are of the classes here
+
+    return FORMATS
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,10 @@ class WeightFormat:
         Raises:
             FormatError: there is no such format.
         """
-        from .all_formats import FORMATS
-
         try:
-            return FORMATS[self.codec]
+            return _formats()[self.codec]
         except KeyError:
-            known = f"unknown storage format; known are {', '.join(FORMATS)}"
+            known = f"unknown storage format; known are {', '.join(_formats())}"
             raise FormatError(known, format=self.codec, remedy="use one of those") from None
 
     @property
@@ -66,9 +72,7 @@ class WeightFormat:
     @property
     def label(self) -> str:
         """``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``, ``"float16"`` …"""
-        from .all_formats import FORMATS
-
-        if self.codec in FORMATS and not self.quantised:
+        if self.codec in _formats() and not self.quantised:
             return name_of(self.dtype)
         return f"{self.codec} (double quantisation)" if self.nested_blocksize else self.codec
 
