@@ -112,11 +112,10 @@ def _extract(
     unexplained += differing
     turned = [pair for pair in pairs if pair.path in changed]
     if not turned:
-        raise ExtractionError(
-            "no weight is rotated"
-            + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
-            remedy="give the base and the model that an adapter was merged into",
+        message = "no weight is rotated" + (
+            f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
         )
+        raise ExtractionError(message, remedy="give the base and the model that an adapter was merged into")
     sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
@@ -206,9 +205,8 @@ def extract_from_models(
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
         if live.live_layers(model) or peft_live.has_live_layers(inner_model(model)):
-            raise StateError(
-                f"the {name} carries live adapters", remedy="fold them first (oftsurgery.fold), or give the plain model"
-            )
+            message = f"the {name} carries live adapters"
+            raise StateError(message, remedy="fold them first (oftsurgery.fold), or give the plain model")
     here, there = modules_of(base), modules_of(merged)
     pairs, seen = [], set()
     for path, module in here.items():
@@ -222,9 +220,8 @@ def extract_from_models(
         except FormatError:
             continue  # a norm, a large kernel …: compared as a plain tensor
         if other is None:
-            raise MatchError(
-                "the merged model lacks a layer of the base", module=path, remedy="give two models of one class"
-            )
+            message = "the merged model lacks a layer of the base"
+            raise MatchError(message, module=path, remedy="give two models of one class")
         pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
@@ -258,12 +255,8 @@ def extract_from_checkpoints(
     found = there.locate(names)
     missing = [n for n in names if n not in found]
     if missing:
-        raise MatchError(
-            "the merged checkpoint lacks a weight of the base",
-            tensor=missing[0],
-            path=merged.folder,
-            remedy="give two checkpoints of one model",
-        )
+        message = "the merged checkpoint lacks a weight of the base"
+        raise MatchError(message, tensor=missing[0], path=merged.folder, remedy="give two checkpoints of one model")
     # a tied head counts where a fold untied it
     own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
     pairs = [

@@ -103,13 +103,9 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
         NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
     """
     if tuple(weight.shape) != format.shape:
-        raise ShapeError(
-            "the weight does not have its format's shape",
-            shape=tuple(weight.shape),
-            expected=format.shape,
-            format=format.label,
-            remedy="reshape it, or give the format of this weight",
-        )
+        message = "the weight does not have its format's shape"
+        remedy = "reshape it, or give the format of this weight"
+        raise ShapeError(message, shape=tuple(weight.shape), expected=format.shape, format=format.label, remedy=remedy)
     check_rounding(rounding)
     return format.kind.encode(weight, format, rounding)
 

@@ -98,12 +98,11 @@ class FourBit(Format):
             return
         levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
         if given.shape != levels.shape or not torch.allclose(given, levels, rtol=0, atol=1e-3):
-            raise FormatError(
-                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else",
-                tensor="quant_map",
-                format=f.label,
-                remedy="quantise the model again with a stock bitsandbytes",
+            message = (
+                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
             )
+            remedy = "quantise the model again with a stock bitsandbytes"
+            raise FormatError(message, tensor="quant_map", format=f.label, remedy=remedy)
 
     def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
         flat = finite(weight.detach().to(torch.float32).reshape(-1), "the weight to quantise is not finite", f)
@@ -261,13 +260,11 @@ class FourBit(Format):
     def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
         # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
         # out), which read flat is noise
-        return FormatError(
-            "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise",
-            tensor=tensor,
-            shape=shape,
-            format=self.name,
-            remedy="start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward",
+        message = (
+            "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise"
         )
+        remedy = "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward"
+        return FormatError(message, tensor=tensor, shape=shape, format=self.name, remedy=remedy)
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
@@ -341,11 +338,9 @@ class FourBit(Format):
 
     def read_live(self, module: Any, weight: Any, offloaded: Offloaded, path: str) -> Live:
         if offloaded is not None:
-            raise StateError(
-                "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight",
-                module=path,
-                remedy="keep 4-bit layers on a device (device_map), or fold the checkpoint on disk",
-            )
+            message = "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight"
+            remedy = "keep 4-bit layers on a device (device_map), or fold the checkpoint on disk"
+            raise StateError(message, module=path, remedy=remedy)
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
             if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
@@ -366,13 +361,9 @@ class FourBit(Format):
         if state.absmax.ndim != 1:
             # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
             # transposed
-            raise StateError(
-                "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
-                module=path,
-                tensor="absmax",
-                shape=tuple(state.absmax.shape),
-                remedy="load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU",
-            )
+            message = "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now"
+            remedy = "load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU"
+            raise StateError(message, module=path, tensor="absmax", shape=tuple(state.absmax.shape), remedy=remedy)
         tensors, nested = {"weight": data, "absmax": state.absmax, "quant_map": state.code}, 0
         if state.nested:
             inner, nested = state.state2, state.state2.blocksize

@@ -97,10 +97,9 @@ _ADVICE = (
 def _not_captured(error: Exception, module: str | None) -> ExportError:
     reason = _first_line(error)
     if reason.startswith("Constraints violated"):  # torch names the axes by places in its own arguments
-        return ExportError(
-            "torch.export cannot capture the model: its code takes a batch or length for fixed",
-            remedy="give example_inputs={'input_ids': …} of the size that it is to have: with them such an axis is fixed",
-        )
+        message = "torch.export cannot capture the model: its code takes a batch or length for fixed"
+        remedy = "give example_inputs={'input_ids': …} of the size that it is to have: with them such an axis is fixed"
+        return ExportError(message, remedy=remedy)
     message = f"torch.export cannot capture the model: {type(error).__name__}: {printable(reason, 400)}"
     return ExportError(message, module=module, remedy=_ADVICE)
 

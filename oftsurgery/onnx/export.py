@@ -141,10 +141,8 @@ def export_model(
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
     if peft_live.has_live_layers(model) or live.live_layers(model):
-        raise StateError(
-            "the model carries live adapters",
-            remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
-        )
+        message = "the model carries live adapters"
+        raise StateError(message, remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)")
     require_onnx()
     home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
@@ -161,10 +159,11 @@ def export_model(
         reference = float32_copy(model)
         prepared = Prepared(model, NAMED[dtype], quantized=quantized)
         if quantized and not prepared.kept and not prepared.dequantised:
-            raise StateError(
-                "no layer of the model is quantised: there are no codes to keep",
-                remedy="leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)",
+            message = "no layer of the model is quantised: there are no codes to keep"
+            remedy = (
+                "leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)"
             )
+            raise StateError(message, remedy=remedy)
         needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
         with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
             outputs = _outputs(task, reference)
@@ -214,11 +213,9 @@ def load_model(folder: Path) -> nn.Module:
     names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(
-            f"transformers has no {printable(names[0])}",
-            path=folder,
-            remedy="load the model yourself and give it to oftsurgery.export_onnx",
-        )
+        message = f"transformers has no {printable(names[0])}"
+        remedy = "load the model yourself and give it to oftsurgery.export_onnx"
+        raise CheckpointError(message, path=folder, remedy=remedy)
     bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
     settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     remedy = "oftsurgery doctor says what is wrong with it"
@@ -242,10 +239,9 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
         raise
     except Exception as error:  # whatever the model's own code raises
         listed = ", ".join(task.inputs(torch.float32))
-        raise StateError(
-            f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}",
-            remedy="give example inputs on which it does: example_inputs={'name': tensor, …}",
-        ) from error
+        message = f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}"
+        remedy = "give example inputs on which it does: example_inputs={'name': tensor, …}"
+        raise StateError(message, remedy=remedy) from error
     if not names:
         raise StateError("the model returns no tensor", remedy="wrap it in a module that does")
     return names
@@ -255,20 +251,16 @@ def _check_tokenizer(tokenizer: object) -> None:
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return
     if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
-        raise StateError(
-            f"no folder of a tokenizer: {printable(tokenizer)}",
-            remedy="give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files",
-        )
+        message = f"no folder of a tokenizer: {printable(tokenizer)}"
+        remedy = "give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files"
+        raise StateError(message, remedy=remedy)
 
 
 def _checked_dtype(dtype: str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name in ("bfloat16", "bf16"):
-        raise StateError(
-            "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there",
-            format="bfloat16",
-            remedy="dtype='float16', or 'float32' where float16 overflows",
-        )
+        message = "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there"
+        raise StateError(message, format="bfloat16", remedy="dtype='float16', or 'float32' where float16 overflows")
     if name not in _TOLERANCE:
         raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
     return name
@@ -291,9 +283,8 @@ def _prove(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
-        ) from error
+        message = f"the written graph is no valid ONNX: {printable(error, 400)}"
+        raise ExportError(message, remedy="report it, with the model's config") from error
     step("compare with torch")
     with onnx_run.Process(path, lean=weights_file(path).exists()) as process:
         given, made = process.inputs, process.outputs

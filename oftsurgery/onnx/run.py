@@ -91,10 +91,9 @@ class Process:
         except (EOFError, pickle.UnpicklingError) as error:
             raise self._ended(what) from error
         if failed:
-            raise ExportError(
-                f"onnxruntime cannot {what} the graph: {printable(answer, 400)}",
-                remedy="report it, with the model's config; verify=False (--no-verify) writes the graph all the same",
-            )
+            message = f"onnxruntime cannot {what} the graph: {printable(answer, 400)}"
+            remedy = "report it, with the model's config; verify=False (--no-verify) writes the graph all the same"
+            raise ExportError(message, remedy=remedy)
         return answer
 
     def _end(self) -> bytes:
@@ -106,10 +105,9 @@ class Process:
 
     def _ended(self, what: str) -> ExportError:
         said = self._end().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        return ExportError(
-            f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}",
-            remedy="is there enough memory? verify=False (--no-verify) writes the graph without running it",
-        )
+        message = f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}"
+        remedy = "is there enough memory? verify=False (--no-verify) writes the graph without running it"
+        return ExportError(message, remedy=remedy)
 
 
 def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:

@@ -35,10 +35,8 @@ def own_errors(what: str) -> Iterator[None]:
         if own is not None:
             raise own from None
         deepest = chain[-1]
-        raise ExportError(
-            f"the graph cannot be {what}: {type(deepest).__name__}: {printable(deepest, 400)}",
-            remedy="report it, with the model's config",
-        ) from error
+        message = f"the graph cannot be {what}: {type(deepest).__name__}: {printable(deepest, 400)}"
+        raise ExportError(message, remedy="report it, with the model's config") from error
 
 
 _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")

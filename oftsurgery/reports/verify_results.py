@@ -43,11 +43,8 @@ def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
     known = set(record.modules).union(*(r.modules for r in record.earlier))
     strange = [path for path in modules if path not in known]
     if strange:
-        raise StateError(
-            "the result of verify is of another model: the record has no such module",
-            module=strange[0],
-            remedy="verify this very fold",
-        )
+        message = "the result of verify is of another model: the record has no such module"
+        raise StateError(message, module=strange[0], remedy="verify this very fold")
     try:
         return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -55,10 +52,11 @@ def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
 
 
 def _no_result() -> StateError:
-    return StateError(
-        "this is no result of verify",
-        remedy="give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)",
+    message = "this is no result of verify"
+    remedy = (
+        "give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)"
     )
+    return StateError(message, remedy=remedy)
 
 
 def _figure(value: object) -> float:
