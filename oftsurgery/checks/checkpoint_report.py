@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from . import measures
 
-__all__ = ["CheckpointReport", "FileCheck", "TensorCheck", "TensorKind", "WeightCheck"]
-
 #: what became of a recorded file
 FileCheck = Literal["ok", "changed", "missing"]
 

@@ -23,8 +23,6 @@ from .doctor_checkpoint import examine_checkpoint
 from .doctor_live_model import examine_model
 from .findings import Finding, Severity
 
-__all__ = ["doctor"]
-
 
 def doctor(
     path_or_model: str | PathLike[str] | nn.Module,

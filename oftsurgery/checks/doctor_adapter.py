@@ -14,8 +14,6 @@ from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite
 from .findings import FOLD, Finding, Model, Numbers, noting
 
-__all__ = ["examine_adapter", "other_releases"]
-
 
 def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
     found: list[Finding] = []

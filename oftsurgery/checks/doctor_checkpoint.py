@@ -28,8 +28,6 @@ from .doctor_folds import examine_folds
 from .doctor_weights import examine_weights
 from .findings import Finding, Model, Numbers, noting, of_error
 
-__all__ = ["examine_checkpoint"]
-
 
 def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     found: list[Finding] = []

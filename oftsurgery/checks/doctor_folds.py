@@ -31,8 +31,6 @@ from oftsurgery.weights.fold import relative_error, rotate_chain
 from . import measures
 from .findings import FOLD, UNFOLD, Finding, Model, Numbers, Severity, noting, shape_text
 
-__all__ = ["examine_folds", "is_cpu_packed", "large_kernel", "obstacles", "open_store", "plain_paths", "quant_state_of"]
-
 
 def examine_folds(
     store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None

@@ -19,8 +19,6 @@ from .doctor_folds import examine_folds, is_cpu_packed, large_kernel, plain_path
 from .doctor_weights import non_finite
 from .findings import FOLD, Finding, Model, Numbers, Severity, noting, shape_text
 
-__all__ = ["examine_model"]
-
 
 def examine_model(model: nn.Module, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     store = LiveStore(model, plain_paths(model))

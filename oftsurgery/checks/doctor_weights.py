@@ -20,8 +20,6 @@ from oftsurgery.weights.fold import relative_error
 
 from .findings import FOLD, Finding, Numbers, noting, shape_text
 
-__all__ = ["examine_weights", "non_finite"]
-
 
 def examine_weights(checkpoint: Checkpoint) -> list[Finding]:
     found: list[Finding] = []

@@ -38,8 +38,6 @@ from oftsurgery.weights.extract import (
     unrotated,
 )
 
-__all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
-
 # weights of one width whose curves are pooled: more would cost time and change nothing
 _SAMPLE = 4
 # a smaller explained fraction is said; a small rotation among the rounding of 4 bits is seen to explain as little as this

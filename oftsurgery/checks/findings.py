@@ -16,8 +16,6 @@ from oftsurgery import errors
 from oftsurgery.errors import OFTSurgeryError, printable
 from oftsurgery.records.record import plain
 
-__all__ = ["FOLD", "UNFOLD", "Finding", "Model", "Numbers", "Severity", "noting", "of_error", "shape_text"]
-
 Severity = Literal["error", "warning", "note"]  # the worst first
 Numbers = dict[str, float | int | str | None]
 Model = str | PathLike[str] | nn.Module

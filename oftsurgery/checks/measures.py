@@ -15,8 +15,6 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight
 
-__all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
-
 
 def rotation_blocks(rotation: Rotation) -> Tensor:
     """``R: (n, b, b)`` float64 of a live layer's ``x · blockdiag(R)``.

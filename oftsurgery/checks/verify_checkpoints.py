@@ -34,8 +34,6 @@ from . import measures
 from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
 
-__all__ = ["check_checkpoint", "check_files"]
-
 
 def check_files(folder: Path) -> CheckpointReport:
     """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, and nothing else.

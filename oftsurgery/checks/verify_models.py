@@ -18,8 +18,6 @@ from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.ties import inner_model, modules_of
 
-__all__ = ["OutputError", "VerifyReport", "batches_of", "eval_mode", "verify"]
-
 
 @dataclass(frozen=True)
 class OutputError:

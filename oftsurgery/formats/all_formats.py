@@ -9,8 +9,6 @@ from .dense import Dense
 from .four_bit import FourBit
 from .int8 import Int8
 
-__all__ = ["FORMATS", "format_of_parameter"]
-
 #: every storage format by its name
 FORMATS: dict[str, Format] = {
     kind.name: kind

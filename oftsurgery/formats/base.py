@@ -15,8 +15,6 @@ from oftsurgery.errors import NonFiniteError, StateError
 
 from .encoded_weight import EncodedWeight, WeightFormat
 
-__all__ = ["OPSET", "Format", "Layout", "Live", "Offloaded", "Read", "bnb_class", "finite", "in_blocks"]
-
 #: of every exported ONNX graph
 OPSET = 20
 

@@ -10,8 +10,6 @@ from .all_formats import FORMATS
 from .base import Format, Layout, Read
 from .encoded_weight import EncodedWeight, WeightFormat
 
-__all__ = ["checkpoint_shapes", "companion_names", "format_by_names", "is_companion", "owner_of", "read_weight", "stored_format"]  # fmt: skip
-
 
 def format_by_names(weight: str, names: Collection[str], dtype: torch.dtype) -> Format:
     """The format of a stored weight, by the names of the tensors beside it and the dtype of its own."""

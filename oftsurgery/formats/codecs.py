@@ -19,9 +19,6 @@ from oftsurgery.errors import NonFiniteError, ShapeError, StateError, printable
 
 from .encoded_weight import EncodedWeight, WeightFormat
 
-__all__ = ["ROUNDINGS", "Grid", "Rounding", "as_loaded", "check_rounding", "decode", "dense", "encode", "grid_of", "rounding_of", "with_levels"]  # fmt: skip
-
-
 #: how quantised weights are rounded: so that what a rotation did is kept, as bitsandbytes does, or with a scale of each
 #: 4-bit block that errs less or least
 Rounding = Literal["preserve", "nearest", "grid", "mse"]

@@ -12,8 +12,6 @@ from oftsurgery.errors import FormatError
 from .base import Format, Layout, Read, finite
 from .encoded_weight import EncodedWeight, WeightFormat
 
-__all__ = ["Dense"]
-
 _KERNELS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

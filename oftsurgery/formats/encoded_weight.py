@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .base import Format
 
 
-__all__ = ["RELOAD", "EncodedWeight", "WeightFormat"]
-
 RELOAD = "reload the model: part of its quantisation state is damaged"
 
 

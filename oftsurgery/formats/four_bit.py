@@ -27,8 +27,6 @@ from .levels import LEVELS, levels_of, levels_of_bytes, sorted_levels
 from .quant_state import QUANTISE_AGAIN, copy_quant_state, unpack_cpu_layout, unpack_state
 from .scales import TINY, best_scales, grid_scales
 
-__all__ = ["FourBit"]
-
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 
 #: block sizes of com.microsoft::MatMulBnb4 (onnxruntime's contrib operators, since 1.17)

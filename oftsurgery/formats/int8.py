@@ -15,8 +15,6 @@ from oftsurgery.errors import FormatError, StateError
 from .base import OPSET, Format, Layout, Live, Offloaded, Read, finite
 from .encoded_weight import EncodedWeight, WeightFormat
 
-__all__ = ["Int8"]
-
 
 class Int8(Format):
     """``weight (out, in)`` int8 and ``SCB (out,)`` float32; beside them a checkpoint has ``weight_format``."""

@@ -9,8 +9,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-__all__ = ["LEVELS", "levels_of", "levels_of_bytes", "sorted_levels"]
-
 # Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
 LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {

@@ -16,8 +16,6 @@ from oftsurgery.errors import FormatError
 from .encoded_weight import RELOAD
 from .levels import LEVELS
 
-__all__ = ["QUANTISE_AGAIN", "copy_quant_state", "unpack_cpu_layout", "unpack_state"]
-
 QUANTISE_AGAIN = "quantise the model again"
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["GRID", "TINY", "best_scales", "grid_scales"]
-
 #: bitsandbytes' bound under absmax
 TINY = 1e-38
 

@@ -18,8 +18,6 @@ from .graph import MODULE_PREFIX, fill_values, may_fold, name_axes, named_values
 from .placeholders import Read
 from .toolchain import own_errors, quiet
 
-__all__ = ["capture_graph"]
-
 
 def capture_graph(
     module: Any,

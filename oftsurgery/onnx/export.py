@@ -35,8 +35,6 @@ from .placeholders import Prepared, float32_copy
 from .tasks import CacheTask, Task, task_of
 from .toolchain import require_onnx
 
-__all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
-
 GRAPH = "model.onnx"
 
 _STAGES = 7

@@ -14,8 +14,6 @@ from torch import Tensor
 from .placeholders import Read
 from .toolchain import own_errors, quiet
 
-__all__ = ["MODULE_PREFIX", "fill_values", "may_fold", "name_axes", "named_values", "transpose_weights", "weights_file", "write_graph"]  # fmt: skip
-
 #: larger models have their weights in a file of their own; beyond 2 GB protobuf leaves no choice, and below it a single
 #: file takes several copies in memory
 _SINGLE_FILE_BYTES = 1 << 30

@@ -21,8 +21,6 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.sharing import share_model
 
-__all__ = ["Prepared", "Read", "float32_copy"]
-
 Read = Callable[[], Tensor]
 
 

@@ -21,7 +21,6 @@ from oftsurgery.errors import ExportError, printable
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Process", "Value"]
 
 # where numpy has another name of a dtype than onnxruntime
 _DTYPES = {"float": "float32", "double": "float64"}

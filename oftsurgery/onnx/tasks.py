@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import StateError, printable
 
-__all__ = ["CacheTask", "Case", "ExampleTask", "Run", "Task", "TextTask", "task_of"]
-
 #: ``{input name: tensor}`` to ``{output name: tensor}``, by onnxruntime
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 

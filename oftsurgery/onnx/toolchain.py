@@ -10,8 +10,6 @@ from contextlib import contextmanager
 
 from oftsurgery.errors import ExportError, OFTSurgeryError, causes, needs, printable
 
-__all__ = ["own_errors", "quiet", "require_onnx"]
-
 
 def require_onnx() -> None:
     """Import the packages of the ``onnx`` extra.

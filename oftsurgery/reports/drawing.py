@@ -15,7 +15,6 @@ from .model_layout import Stack, layout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figures"]
 
 # the page's own colours, on white
 _COLOURS = ("#f3f6fb", "#dfe9f5", "#c6d8ee", "#a6c3e4", "#83abd8", "#5e92ca", "#3573b1", "#1f568f", "#103763")

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from oftsurgery.errors import CheckpointError
 from oftsurgery.records.record import FoldRecord
 
-__all__ = ["LEVELS", "Scale", "check_figures", "degrees", "histogram", "is_figure", "percent", "scientific", "size"]
-
 #: steps of a colour scale
 LEVELS = 9
 

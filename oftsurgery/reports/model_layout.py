@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Layout", "Stack", "layout", "natural"]
-
 # names of lists inside a layer whose members are layers too (Swin's stages, a U-Net's blocks); a list of another name,
 # such as a mixture's experts, holds parts of one layer
 _INNER_LAYERS = ("blocks", "layers", "resblocks", "attentions", "resnets", "transformer_blocks")

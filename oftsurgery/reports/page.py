@@ -24,8 +24,6 @@ from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure
 from .model_layout import Layout, Stack, layout, natural
 from .verify_results import MOST_LISTED, Column, VerifyResult, verify_result
 
-__all__ = ["headline", "render"]
-
 # what a page shows at most, so that no record makes it larger than a browser likes: far above any dense model's
 _ROWS, _STACKS, _KINDS, _CELLS = 1000, 12, 24, 1200
 

@@ -11,8 +11,6 @@ from oftsurgery.records.record import FoldRecord
 
 from .figures import is_figure, percent, scientific
 
-__all__ = ["MOST_LISTED", "Column", "VerifyResult", "verify_result"]
-
 #: entries of a list on the page at most
 MOST_LISTED = 100
 
