@@ -35,11 +35,8 @@ def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:
     """What other releases of peft make of the adapter."""
     modules = adapter.modules.values()
     turns = any(r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any())) for r in modules)
-    numbers: Numbers = {
-        "modules": len(adapter.modules),
-        "largest_angle": max((r.angle for r in modules), default=0.0),
-        "dialect": adapter.dialect,
-    }
+    angle = max((r.angle for r in modules), default=0.0)
+    numbers: Numbers = {"modules": len(adapter.modules), "largest_angle": angle, "dialect": adapter.dialect}
     remedy = f"oftsurgery reads it rightly: {FOLD}"
     if not turns and not adapter.saved:
         terms = next(iter(modules)).cayley.terms

@@ -37,9 +37,7 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        base = (
-            base if isinstance(base, nn.Module) else files.find_checkpoint(base)
-        )  # a missing one is raised, not noted
+        base = base if isinstance(base, nn.Module) else files.find_checkpoint(base)  # raises, and is not noted
         with noting(found):
             found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):

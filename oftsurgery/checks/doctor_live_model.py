@@ -43,11 +43,9 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
             return [Finding("error", "transposed", message, path, shapes, f"load the base again and fold it: {FOLD}")]
         codecs.decode(encoded)  # refuses what is not finite, or does not fit together
         if is_cpu_packed(module):
-            numbers: Numbers = {
-                "weight_shape": shape_text(weight.shape),
-                "absmax_shape": shape_text(quant_state_of(module).absmax.shape),
-                "rounding_of_absmax": 2.0**-9,
-            }
+            absmax = shape_text(quant_state_of(module).absmax.shape)
+            numbers: Numbers = {"weight_shape": shape_text(weight.shape), "absmax_shape": absmax}
+            numbers["rounding_of_absmax"] = 2.0**-9
             message = (
                 "a CPU eval forward has repacked the weight for this CPU: it computes rightly, but its state_dict() and peft's merge give noise, "
                 "and its statistics are rounded to bfloat16"

@@ -110,10 +110,9 @@ def _extract(
     unexplained += differing
     turned = [pair for pair in pairs if pair.path in changed]
     if not turned:
-        message = "no weight is rotated" + (
-            f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
-        )
-        raise ExtractionError(message, remedy="give the base and the model that an adapter was merged into")
+        others = f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
+        remedy = "give the base and the model that an adapter was merged into"
+        raise ExtractionError(f"no weight is rotated{others}", remedy=remedy)
     sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.shards import Checkpoint
-from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats import codecs
+from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
 
@@ -213,9 +214,7 @@ class LoadedCheckpoint:
         weight, module = tensors[source], source.removesuffix("weight")
         if len(tensors) == 1:
             return _plain(weight)
-        encoded = checkpoint_tensors.read_weight(
-            source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype
-        )
+        encoded = read_weight(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
         return StoredTensor(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
@@ -282,6 +281,6 @@ class LoadedCheckpoint:
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
     entries = checkpoint.entries
-    kind = checkpoint_tensors.format_by_names(name, entries, DTYPES[entries[name].dtype])
+    kind = format_by_names(name, entries, DTYPES[entries[name].dtype])
     beside = kind.tensor_names(name).values() if kind.quantised else ()
     return (name, *(n for n in beside if n in entries and n != name))

@@ -9,16 +9,10 @@ from .dense import Dense
 from .four_bit import FourBit
 from .int8 import Int8
 
+_NF4, _FP4 = FourBit("nf4", strong_change=1 / 18), FourBit("fp4", strong_change=1 / 12, farther=(20.0, 70.0))
+
 #: every storage format by its name
-FORMATS: dict[str, Format] = {
-    kind.name: kind
-    for kind in (
-        Dense(),
-        FourBit("nf4", strong_change=1 / 18),
-        FourBit("fp4", strong_change=1 / 12, farther=(20.0, 70.0)),
-        Int8(),
-    )
-}
+FORMATS: dict[str, Format] = {kind.name: kind for kind in (Dense(), _NF4, _FP4, Int8())}
 
 
 def format_of_parameter(parameter: object) -> Format:

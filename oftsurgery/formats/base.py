@@ -150,12 +150,8 @@ class Format:
 
     def to_checkpoint(self, weight: str, encoded: EncodedWeight) -> dict[str, Tensor]:
         """The tensors under their names, byte for byte what bitsandbytes' ``state_dict`` gives."""
-        t = encoded.tensors
-        return {
-            n: t[k] if k else self.format_tensor(encoded)
-            for k, n in self.tensor_names(weight).items()
-            if k in t or not k
-        }
+        t, names = encoded.tensors, self.tensor_names(weight)
+        return {n: t[k] if k else self.format_tensor(encoded) for k, n in names.items() if k in t or not k}
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         """What transformers' quantising makes of a plain weight that it loads in ``dtype``."""
@@ -211,9 +207,8 @@ class Format:
 
     def holds_module(self, module: nn.Module) -> bool:
         """Whether a module or its weight is of this format's classes, quantised or not."""
-        return bnb_class(module, *self.layer_classes) or bnb_class(
-            getattr(module, "weight", None), self.parameter_class
-        )
+        weight = getattr(module, "weight", None)
+        return bnb_class(module, *self.layer_classes) or bnb_class(weight, self.parameter_class)
 
     def is_quantised(self, weight: Any) -> bool:
         """Whether the weight of such a module is quantised already."""

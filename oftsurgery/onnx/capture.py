@@ -112,11 +112,9 @@ def _not_translated(error: Exception, program: Any) -> ExportError:
     operators = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     named = [node for node in operators if repr(node.target) in reason or str(node.target) in reason]
     stacks = [[path for path, _ in (node.meta.get("nn_module_stack") or {}).values()] for node in named]
-    return ExportError(
-        f"there is no ONNX operator for what the model computes: {printable(reason, 400)}",
-        module=next((stack[-1].removeprefix(MODULE_PREFIX) for stack in stacks if stack), None),
-        remedy="replace that module by one of plain torch operations",
-    )
+    message = f"there is no ONNX operator for what the model computes: {printable(reason, 400)}"
+    module = next((stack[-1].removeprefix(MODULE_PREFIX) for stack in stacks if stack), None)
+    return ExportError(message, module=module, remedy="replace that module by one of plain torch operations")
 
 
 def _first_line(error: BaseException) -> str:

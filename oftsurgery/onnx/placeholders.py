@@ -80,9 +80,8 @@ class Prepared:
             name = f"{layer.path}.{local}".lstrip(".")
             if layer.bitsandbytes or original.is_floating_point():
                 shape = original.shape if local != "weight" else new.weight.shape
-                _set_parameter(
-                    new, local, self._parameter(original, name, shape, functools.partial(_value, layer, local))
-                )
+                read = functools.partial(_value, layer, local)
+                _set_parameter(new, local, self._parameter(original, name, shape, read))
             else:
                 _set_parameter(new, local, nn.Parameter(_value(layer, local), requires_grad=False))
         for local, buffer in layer.module._buffers.items():

@@ -158,11 +158,8 @@ def headline(record: FoldRecord) -> dict[str, Any]:
         values = metric.values(record)
         if values:
             worst = max(values, key=values.__getitem__)
-            found[metric.id] = {
-                "median": metric.mirrored(statistics.median(values.values())),
-                "worst": metric.mirrored(values[worst]),
-                "worst_module": worst,
-            }
+            middle, most = map(metric.mirrored, (statistics.median(values.values()), values[worst]))
+            found[metric.id] = {"median": middle, "worst": most, "worst_module": worst}
     return found
 
 
@@ -359,11 +356,9 @@ def _onnx(value: object) -> dict[str, Any] | None:
             facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts)))
         else:
             facts += _flat(item, name)
-    outputs = list(dict.fromkeys(output for check in checks for output in check["errors"]))[:_KINDS]
-    rows = [
-        [printable(c.get("inputs", "")), *(scientific(c["errors"][o]) if o in c["errors"] else "–" for o in outputs)]
-        for c in checks
-    ]
+    tables = [(printable(check.get("inputs", "")), check["errors"]) for check in checks]
+    outputs = list(dict.fromkeys(output for _, errors in tables for output in errors))[:_KINDS]
+    rows = [[ran, *(scientific(errors[o]) if o in errors else "–" for o in outputs)] for ran, errors in tables]
     return {"facts": facts, "outputs": outputs, "rows": rows}
 
 
