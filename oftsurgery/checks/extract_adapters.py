@@ -85,9 +85,6 @@ class _Pair:
     read: Callable[[], tuple[EncodedWeight, EncodedWeight]]
 
 
-# --- the extraction ---------------------------------------------------------------------------------------------------
-
-
 def _extract(
     pairs: Sequence[_Pair],
     differing: Iterator[str],
@@ -193,9 +190,6 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.to(narrow), b.to(narrow))
 
 
-# --- live models ------------------------------------------------------------------------------------------------------
-
-
 def extract_from_models(
     base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: Progress | None = None
 ) -> ExtractedAdapter:
@@ -233,9 +227,6 @@ def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered:
     for name in dict.fromkeys((*here, *there)):
         if name not in covered and not _same(here.get(name), there.get(name)):
             yield name
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def extract_from_checkpoints(

@@ -18,6 +18,8 @@ from .encoded_weight import EncodedWeight, WeightFormat
 #: of every exported ONNX graph
 OPSET = 20
 
+Names = Collection[str]
+Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
 Offloaded = Mapping[str, Tensor] | None
@@ -142,9 +144,7 @@ class Format:
         """Whether a weight of ``dtype`` among tensors ``names`` is in this format."""
         return False
 
-    def from_checkpoint(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         """See :func:`oftsurgery.formats.checkpoint_tensors.read_weight`."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from .all_formats import FORMATS
-from .base import Format, Layout, Read
+from .base import Format, Layout, Names, Read, Shape
 from .encoded_weight import EncodedWeight, WeightFormat
 
 
@@ -16,9 +16,7 @@ def format_by_names(weight: str, names: Collection[str], dtype: torch.dtype) -> 
     return next((kind for kind in FORMATS.values() if kind.recognises(weight, names, dtype)), FORMATS["dense"])
 
 
-def read_weight(
-    weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-) -> EncodedWeight:
+def read_weight(weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
     """The stored weight from its tensors; the mirror of :meth:`Format.to_checkpoint`.
 
     Args:
@@ -33,9 +31,7 @@ def read_weight(
     return format_by_names(weight, names, dtype).from_checkpoint(weight, names, read, shape, dtype)
 
 
-def stored_format(
-    weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-) -> WeightFormat:
+def stored_format(weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> WeightFormat:
     """How :func:`read_weight` finds a weight stored; reads nothing but a 4-bit state's JSON."""
     mark = format_by_names(weight, names, dtype).tensor_names(weight).get("")
     return read_weight(weight, names, lambda n: read(n) if n == mark else torch.empty(0), shape, dtype).format

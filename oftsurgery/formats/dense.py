@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
 from oftsurgery.errors import FormatError
 
-from .base import Format, Layout, Read, finite
+from .base import Format, Layout, Names, Read, Shape, finite
 from .encoded_weight import EncodedWeight, WeightFormat
 
 _KERNELS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -44,9 +42,7 @@ class Dense(Format):
         weight = self.codes(encoded)
         return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
-    def from_checkpoint(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         if not dtype.is_floating_point or dtype.itemsize < 2:
             message = f"a weight of {dtype} is stored in a way that oftsurgery does not know"
             raise FormatError(message, tensor=weight, remedy="dequantise it first")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import NAMED, name_of
 from oftsurgery.errors import FormatError, StateError
 
-from .base import Format, Layout, Live, Offloaded, Read, bnb_class, finite, in_blocks
+from .base import Format, Layout, Live, Names, Offloaded, Read, Shape, bnb_class, finite, in_blocks
 from .encoded_weight import RELOAD, EncodedWeight, WeightFormat
 from .levels import LEVELS, levels_of, levels_of_bytes, sorted_levels
 from .quant_state import QUANTISE_AGAIN, copy_quant_state, unpack_cpu_layout, unpack_state
@@ -96,11 +96,9 @@ class FourBit(Format):
             return
         levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
         if given.shape != levels.shape or not torch.allclose(given, levels, rtol=0, atol=1e-3):
-            message = (
-                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
-            )
+            why = "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
             remedy = "quantise the model again with a stock bitsandbytes"
-            raise FormatError(message, tensor="quant_map", format=f.label, remedy=remedy)
+            raise FormatError(why, tensor="quant_map", format=f.label, remedy=remedy)
 
     def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
         flat = finite(weight.detach().to(torch.float32).reshape(-1), "the weight to quantise is not finite", f)
@@ -223,9 +221,7 @@ class FourBit(Format):
     def recognises(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
         return self.tensor_names(weight)[""] in names
 
-    def from_checkpoint(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         named = self.tensor_names(weight)
         fields = unpack_state(read(named[""]), named[""])
         if fields["quant_type"] != self.name:
@@ -258,11 +254,9 @@ class FourBit(Format):
     def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
         # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
         # out), which read flat is noise
-        message = (
-            "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise"
-        )
+        why = "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise"
         remedy = "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward"
-        return FormatError(message, tensor=tensor, shape=shape, format=self.name, remedy=remedy)
+        return FormatError(why, tensor=tensor, shape=shape, format=self.name, remedy=remedy)
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import FormatError, StateError
 
-from .base import OPSET, Format, Layout, Live, Offloaded, Read, finite
+from .base import OPSET, Format, Layout, Live, Names, Offloaded, Read, Shape, finite
 from .encoded_weight import EncodedWeight, WeightFormat
 
 
@@ -83,9 +83,7 @@ class Int8(Format):
     def recognises(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
         return dtype == torch.int8
 
-    def from_checkpoint(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         scb = self.tensor_names(weight)["SCB"]
         if scb not in names:
             message = "an int8 weight without its SCB statistics"
