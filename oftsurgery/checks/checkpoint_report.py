@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.verify_checkpoint` found, of each file, each tensor and each rotated weight."""
+"""A :class:`CheckpointReport` says what :func:`oftsurgery.verify_checkpoint` found of each file, tensor and rotated weight."""
 
 from __future__ import annotations
 

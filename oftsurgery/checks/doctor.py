@@ -1,4 +1,4 @@
-"""Find and explain what is wrong with a checkpoint, an adapter or a live model: :func:`doctor`.
+""":func:`doctor` finds and explains what is wrong with a checkpoint, an adapter or a live model.
 
 Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
 together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` finds in an adapter: in its files, and in what other releases of peft make of it."""
+""":func:`examine_adapter` finds what is wrong with an adapter's files, and what other releases of peft make of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` finds in a checkpoint's folder: index, shards and settings."""
+""":func:`examine_checkpoint` finds what is wrong with a checkpoint's folder: its index, shards, settings and all that they hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` finds of what is folded in, against record, base and adapter, and of what is to be."""
+""":func:`examine_folds` holds weights against their record, base and adapter; :func:`obstacles` says what keeps an adapter out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` finds in the layers of a live model."""
+""":func:`examine_model` finds what is wrong with the layers of a live model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` finds in the stored weights of a checkpoint."""
+""":func:`examine_weights` finds what is wrong with the stored weights of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
+"""These functions extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What :func:`oftsurgery.doctor` reports: one :class:`Finding` a trouble, and errors as findings."""
+"""A :class:`Finding` is what :func:`oftsurgery.doctor` reports of one trouble; errors become findings here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as its client has it: what transformers loads from a folder, by the model's own names.
+"""A :class:`LoadedCheckpoint` is what transformers loads from a folder, by the model's own names.
 
 For checks: by none of the code that plans or writes a fold. The model's class is built on the meta device (names and
 shapes, no weights, no code of the checkpoint's); transformers' conversion tables then say what becomes of each stored

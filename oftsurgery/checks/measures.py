@@ -1,5 +1,5 @@
-"""How far a stored weight is from what it should be, for checks: from its values alone, in float64, by none of the code
-that folds.
+"""These functions measure how far a stored weight is from what it should be, for checks: in float64, from its values alone, by
+none of the code that folds.
 """
 
 from __future__ import annotations

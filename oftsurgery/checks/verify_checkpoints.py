@@ -1,5 +1,5 @@
-"""Check a folded checkpoint on disk: its files against the hashes in its record, every tensor that its model would load
-against base and adapter.
+""":func:`check_checkpoint` checks a folded checkpoint on disk: its files against the hashes in its record, every tensor that
+its model would load against base and adapter.
 
 By none of the code that folds: :mod:`~oftsurgery.checks.loaded` says what the model has before and after,
 :mod:`~oftsurgery.checks.measures` rotates anew in float64, and what a live adapter does to which tensor is written here once

@@ -1,4 +1,4 @@
-"""Compare two models that should compute the same: module by module and end to end."""
+""":func:`verify` compares two live models that should compute the same, module by module and end to end."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The table of all storage formats. A new one is a subclass of :class:`~oftsurgery.formats.base.Format` in a file here, and a
-row of :data:`FORMATS`; what is asked of any format goes through :attr:`WeightFormat.kind`.
+""":data:`FORMATS` is the table of all storage formats. A new one is a subclass of
+:class:`~oftsurgery.formats.base.Format` in a file here, and a row of the table; what is asked of any format goes through :attr:`WeightFormat.kind`.
 """
 
 from __future__ import annotations

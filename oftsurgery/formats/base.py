@@ -1,4 +1,4 @@
-"""What a storage format is: the class that each format fills in."""
+"""A :class:`Format` is a way to store a weight, and each storage format fills it in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are one weight, and in which format it is stored, by their names."""
+"""These functions tell by names which tensors of a checkpoint are one weight, and in which format it is stored."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What is done with a weight in any storage format, as pure functions of tensors; :mod:`oftsurgery.formats` has what each
-format does.
+"""These pure functions of tensors do what is done with a weight in any storage format; a format's class does what is its own.
 
 ``decode`` gives the exact float32 weight that the stored tensors stand for (not rounded to a compute dtype), ``encode``
 gives what bitsandbytes' own quantiser gives for the same float32 weight, or with ``rounding="mse"`` what errs least of

@@ -1,4 +1,4 @@
-"""Plain tensors, as a storage format."""
+"""A plain tensor is a storage format too, which :class:`Dense` describes."""
 
 from __future__ import annotations
 

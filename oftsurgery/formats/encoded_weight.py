@@ -1,4 +1,4 @@
-"""A weight as it is stored: its format and its tensors."""
+"""An :class:`EncodedWeight` is a weight as it is stored: its :class:`WeightFormat` and its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 and FP4, as storage formats (Dettmers et al. 2023, "QLoRA").
+"""bitsandbytes' NF4 and FP4 are storage formats (Dettmers et al. 2023, "QLoRA").
 
 Flat blocks of ``blocksize`` lie over the row-major weight, so that a block straddles rows where ``in`` is no multiple;
 two codes make a byte, the first in the high nibble; each block is scaled by its absmax. Double quantisation stores the

@@ -1,4 +1,4 @@
-"""bitsandbytes' int8, as a storage format (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``."""
+"""bitsandbytes' int8 (Dettmers et al. 2022, "LLM.int8()") is a storage format with one scale a row, ``W = weight · SCB / 127``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 16 levels of NF4 and of FP4, by code and in order."""
+"""NF4 and FP4 have 16 levels each, which stand here by code and in order."""
 
 from __future__ import annotations
 

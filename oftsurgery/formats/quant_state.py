@@ -1,5 +1,5 @@
-"""bitsandbytes' QuantState of a 4-bit weight: its JSON in a checkpoint, a copy of a live one, and the layout that a CPU forward
-makes of its weight.
+"""bitsandbytes keeps a QuantState with a 4-bit weight: these functions read its JSON in a checkpoint, copy a live one, and undo
+the layout that a CPU forward gives the weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which scales err least: of 4-bit blocks, by the levels that their codes stand for."""
+"""These functions find the scales of 4-bit blocks that err least, by the levels that their codes stand for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph of a model, captured by torch.export and translated to ONNX, and why where that fails."""
+""":func:`capture_graph` has torch.export capture a model and translates it to ONNX, or says why that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export models as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
+""":func:`export_model` exports a model as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A captured graph made ready and written: names of its axes, its weights and the files that it is in."""
+"""A captured graph gets names for its axes and its weights here, and :func:`write_graph` writes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model over placeholders: a copy of its structure whose parameters are fake tensors, shapes and dtypes without storage.
+""":class:`Prepared` copies a model's structure over placeholders: fake tensors, which are shapes and dtypes without storage.
 
 The values stay where they are, in bitsandbytes' 4 or 8 bits or in any float dtype, and each becomes an initializer at the
 moment it is written. So an export holds one dequantised weight at a time.

@@ -1,4 +1,4 @@
-"""A graph run by onnxruntime in a process of its own, as whoever uses it will run it: from its path, without torch.
+"""onnxruntime runs a graph in a process of its own, as whoever uses it will run it: from its path, without torch.
 
 So its memory is not added to the model's, and a crash of the runtime is an error like others. ``python -m
 oftsurgery.onnx.run GRAPH`` is that process: it answers feeds on its standard input with outputs, both pickled, to

@@ -1,4 +1,4 @@
-"""What goes into an exported graph and comes out of it: names, dynamic axes, and the inputs on which it is proved.
+"""A task says what goes into an exported graph and comes out of it: names, dynamic axes, and inputs to prove it on.
 
 Three kinds of task: text models without a cache, decoders with one, and any module with example inputs. Each gives the
 module to capture, its inputs, and the cases on which onnxruntime and torch are compared.

@@ -1,4 +1,4 @@
-"""The packages that write an ONNX graph: whether they are there, what they say meanwhile, and whose errors theirs are."""
+"""The packages that write an ONNX graph are asked for here, kept quiet, and their errors are told as ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PNGs of a fold's record, for places that show no HTML, such as a model card."""
+""":func:`figures` draws PNGs of a fold's record, for places that show no HTML, such as a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fold's figures: whether they are any, on a colour scale, in bars, and as text."""
+"""A fold's figures are checked here, put on a colour scale or in bars, and written as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules of a fold laid out as layers × kinds, in the order in which people look at them."""
+""":func:`layout` puts the modules of a fold in layers × kinds, in the order in which people look at them."""
 
 from __future__ import annotations
 

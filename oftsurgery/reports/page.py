@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a fold's record: no network, no file beside it, a function of its inputs alone.
+""":func:`render` makes one self-contained HTML page of a fold's record: it needs no network and no file beside it.
 
 Figures are found and checked here; their words and markup are in ``report.html``.
 """

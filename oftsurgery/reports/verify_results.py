@@ -1,4 +1,4 @@
-"""What ``verify`` and ``verify_checkpoint`` measured, for the page."""
+""":func:`verify_result` takes what ``verify`` or ``verify_checkpoint`` measured to the page."""
 
 from __future__ import annotations
 
