@@ -1,5 +1,6 @@
 """:data:`FORMATS` is the table of all storage formats. A new one is a subclass of
-:class:`~oftsurgery.formats.base.Format` in a file here, and a row of the table; what is asked of any format goes through :attr:`WeightFormat.kind`.
+:class:`~oftsurgery.formats.base.Format` in a file here, and a row of the table; what is asked of any format goes through
+:attr:`WeightFormat.kind`.
 """
 
 from __future__ import annotations

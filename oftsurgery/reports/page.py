@@ -1,6 +1,6 @@
 """:func:`render` makes one self-contained HTML page of a fold's record: it needs no network and no file beside it.
 
-Figures are found and checked here; their words and markup are in ``report.html``.
+The page is a function of its inputs alone. Figures are found and checked here; their words and markup are in ``report.html``.
 """
 
 from __future__ import annotations
