@@ -403,7 +403,9 @@ FOLD = """
 import sys, warnings
 {before}
 import torch
-from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
+from oftsurgery import Cayley, Rotation, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded
 torch.manual_seed(0)
 f = WeightFormat("nf4", (1030, 1024), torch.float16, 64, 256)
@@ -440,7 +442,8 @@ SAME_CODES = """
 import sys, warnings
 {before}
 import torch
-from oftsurgery import Rotation, WeightFormat, codecs, rotations
+from oftsurgery import Rotation, WeightFormat, rotations
+from oftsurgery.formats import codecs
 from oftsurgery.weights.fold import fold_encoded
 warnings.simplefilter("ignore")  # of a path that cannot serve
 gen = torch.Generator().manual_seed(0)
@@ -506,7 +509,8 @@ def test_a_processor_without_avx512_gives_the_same_codes(name, features, tmp_pat
 
 BETTER_SCALES = """
 import torch
-from oftsurgery import Rotation, WeightFormat, codecs
+from oftsurgery import Rotation, WeightFormat
+from oftsurgery.formats import codecs
 from oftsurgery.weights.fold import fold_encoded
 gen = torch.Generator().manual_seed(0)
 weight = torch.randn(64, 1024, generator=gen) * 0.02
@@ -587,7 +591,9 @@ import warnings
 import torch
 # numpy's, which the interpreter computes with, where 127/scb overflows; a GPU says nothing
 warnings.filterwarnings("ignore", "(overflow|invalid value) encountered", RuntimeWarning)
-from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
+from oftsurgery import Cayley, Rotation, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded
 torch.manual_seed(0)
 for codec, shape, b, blocksize, nested, special in [
@@ -646,7 +652,9 @@ def test_the_triton_kernel_gives_the_reference_result_on_a_gpu():
 def test_peak_memory_is_a_tile_a_thread_above_input_and_output(backend, features):
     code = f"""
     import torch
-    from oftsurgery import EncodedWeight, Rotation, WeightFormat, codecs, kernels
+    from oftsurgery import EncodedWeight, Rotation, WeightFormat
+    from oftsurgery.formats import codecs
+    from oftsurgery.weights import kernels
     from oftsurgery.weights.fold import fold_encoded
     def peak():
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -24,7 +24,9 @@ from dataclasses import replace
 import pytest
 import torch
 from test_kernels import codes_of, exact
-from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
+from oftsurgery import Cayley, Rotation, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.weights import kernels
 from oftsurgery.weights.kernels import tiled
 from oftsurgery.weights.fold import fold_encoded
 

@@ -446,7 +446,9 @@ def test_a_record_sums_up_what_is_kept(modules: Any, kept: float | None, weak: d
 
 ALIKE = """
 import torch
-from oftsurgery import Cayley, Rotation, WeightFormat, codecs, kernels
+from oftsurgery import Cayley, Rotation, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.weights import kernels
 from oftsurgery.weights.kernels import tiled
 from oftsurgery.weights.fold import fold_encoded
 tiled._TILE_WEIGHTS = 1 << 13  # else weights of these sizes are the reference's
