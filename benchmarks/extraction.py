@@ -26,7 +26,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 import oftsurgery
 from oftsurgery import Rotation, rotations
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.weights.extract import block_size_curve, choose_block_size
 
 FORMATS = {

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from oftsurgery import Rotation, WeightFormat
+from oftsurgery import EncodedWeight, Rotation, WeightFormat
 from oftsurgery.formats import codecs
 from oftsurgery.weights.fold import fold_encoded
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
@@ -30,7 +30,7 @@ MODES = ("nearest", "preserve", "grid", "mse")
 TURN = 0.1 / 32**0.5
 
 
-def case(size: int, codec: str, nested: bool, turn: float = TURN) -> tuple[codecs.EncodedWeight, Rotation]:
+def case(size: int, codec: str, nested: bool, turn: float = TURN) -> tuple[EncodedWeight, Rotation]:
     torch.manual_seed(0)
     blocks = {} if codec == "int8" else {"blocksize": 64, "nested_blocksize": 256 * nested}
     f = WeightFormat(codec, (size, size), **blocks)

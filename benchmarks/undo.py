@@ -32,7 +32,7 @@ import oftsurgery
 from oftsurgery import Rotation
 from oftsurgery.folding import undo_reader
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.ties import modules_of
 from oftsurgery.weights import undo, undo_streams

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ._version import __version__
-from .checks import folders as checks
+from .checks import verify_checkpoints
 from .errors import (
     CheckpointError,
     HubError,
@@ -171,7 +171,7 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
             path=folder,
             remedy="export it with this version of oftsurgery, or send the folder as it is with `hf upload`",
         )
-    state = checks.check_files(folder).files
+    state = verify_checkpoints.check_files(folder).files
     for wrong, verb in (("missing", "are missing"), ("changed", "are not those that were exported")):
         names = [n for n, s in state.items() if s == wrong and (wrong == "missing" or n.endswith(_TENSORS))]
         if names:

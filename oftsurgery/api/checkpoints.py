@@ -11,8 +11,9 @@ from typing import Any, Literal
 from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
 from oftsurgery.calibrate.checkpoint import checkpoint_inputs
 from oftsurgery.calibrate.texts import read_texts
-from oftsurgery.checks.extract import ExtractedAdapter, extract_from_checkpoints
-from oftsurgery.checks.folders import CheckpointReport, check_checkpoint, check_files
+from oftsurgery.checks.checkpoint_report import CheckpointReport
+from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
+from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint

@@ -14,7 +14,7 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.calibrate.batches import Batch, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration
-from oftsurgery.checks.extract import ExtractedAdapter, extract_from_models
+from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
 from oftsurgery.folding.plan import FoldPlan

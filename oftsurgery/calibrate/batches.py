@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery.checks.models import batches_of
+from oftsurgery.checks.verify_models import batches_of
 from oftsurgery.errors import CalibrationError, needs, printable
 from oftsurgery.hashing import hash_tensors
 

@@ -11,7 +11,7 @@ from torch import nn
 from oftsurgery.errors import CalibrationError, needs, printable
 from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
-from oftsurgery.formats import FORMATS
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.progress import Progress
 from oftsurgery.stores.skeleton import quiet, without_code
 from oftsurgery.weights.calibrate import InputsOf
@@ -60,7 +60,7 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         settings["dtype"] = q.dtype or "auto"
         if plan.fold_into == "quantized":
             settings["quantization_config"] = transformers.BitsAndBytesConfig(
-                **FORMATS[q.codec].loading,
+                **FORMATS[q.codec].config_fields,
                 bnb_4bit_use_double_quant=q.double_quant,
                 bnb_4bit_compute_dtype=q.compute_dtype,
                 llm_int8_skip_modules=None if q.skip is None else list(q.skip),

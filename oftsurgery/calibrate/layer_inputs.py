@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.checks.models import eval_mode
+from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress

@@ -1,4 +1,4 @@
-"""A checkpoint as its client has it: what transformers loads from a folder, by the model's own names.
+"""A :class:`LoadedCheckpoint` is what transformers loads from a folder, by the model's own names.
 
 For checks: by none of the code that plans or writes a fold. The model's class is built on the meta device (names and
 shapes, no weights, no code of the checkpoint's); transformers' conversion tables then say what becomes of each stored
@@ -20,15 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
-
-__all__ = ["Loaded", "Stored"]
 
 # transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -46,18 +44,18 @@ class _Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredTensor:
     """One tensor: the weight, and all that is stored of it as its companions' names end; None where it is computed."""
 
     weight: EncodedWeight
     parts: Mapping[str, Tensor] | None = None
 
 
-def _plain(tensor: Tensor) -> Stored:
-    return Stored(codecs.dense(tensor), {"weight": tensor})
+def _plain(tensor: Tensor) -> StoredTensor:
+    return StoredTensor(codecs.dense(tensor), {"weight": tensor})
 
 
-class Loaded:
+class LoadedCheckpoint:
     """What transformers would load from a folder.
 
     Args:
@@ -199,7 +197,7 @@ class Loaded:
 
     # --- tensors ---
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str) -> StoredTensor:
         """One tensor.
 
         Raises:
@@ -216,8 +214,8 @@ class Loaded:
         weight, module = tensors[source], source.removesuffix("weight")
         if len(tensors) == 1:
             return _plain(weight)
-        encoded = formats.gather(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
-        return Stored(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
+        encoded = read_weight(source, tensors, tensors.__getitem__, tuple(weight.shape), weight.dtype)
+        return StoredTensor(encoded, {n.removeprefix(module): t for n, t in tensors.items()})
 
     def transposed(self, name: str) -> bool:
         """Whether a plain weight is held ``(in, out)``."""
@@ -283,6 +281,6 @@ class Loaded:
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
     entries = checkpoint.entries
-    kind = formats.of_names(name, entries, DTYPES[entries[name].dtype])
-    beside = kind.names(name).values() if kind.quantised else ()
+    kind = format_by_names(name, entries, DTYPES[entries[name].dtype])
+    beside = kind.tensor_names(name).values() if kind.quantised else ()
     return (name, *(n for n in beside if n in entries and n != name))

@@ -1,5 +1,5 @@
-"""How far a stored weight is from what it should be, for checks: from its values alone, in float64, by none of the code
-that folds.
+"""These functions measure how far a stored weight is from what it should be, for checks: in float64, from its values alone, by
+none of the code that folds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from torch import Tensor
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.base import in_blocks
+from oftsurgery.formats.encoded_weight import EncodedWeight
 
-__all__ = ["WHOLE", "kept", "relative", "rotated", "step_error"]
 
-
-def blocks_of(rotation: Rotation) -> Tensor:
+def rotation_blocks(rotation: Rotation) -> Tensor:
     """``R: (n, b, b)`` float64 of a live layer's ``x · blockdiag(R)``.
 
     Exact Cayley: ``(I - Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ - I``, block by block. A truncated series, by Horner's rule:
@@ -63,7 +62,7 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
     for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
         out, features = w.shape
         rotation.check_fits((out, features), module)
-        r = blocks_of(rotation)
+        r = rotation_blocks(rotation)
         b, over = r.shape[-1], out if rotation.side == "output" else features
         count = -(-over // b)
         r = r.expand(count, b, b) if len(r) == 1 else r[:count]
@@ -106,7 +105,7 @@ def step_error(stored: EncodedWeight, exact: Tensor) -> float:
     grid = codecs.grid_of(stored)
     levels, scales = grid.levels.to(torch.float64), grid.scales.to(torch.float64)
     size = grid.blocksize
-    blocks = codecs.blocks_of(exact.to(torch.float64).reshape(-1), size)
+    blocks = in_blocks(exact.to(torch.float64).reshape(-1), size)
     scales = scales.reshape(-1, 1)
     above = torch.searchsorted(levels, torch.where(scales != 0, blocks / scales, 0.0)).clamp(1, len(levels) - 1)
     steps = ((levels[above] - levels[above - 1]) * scales).reshape(-1)[: exact.numel()]

@@ -100,7 +100,7 @@ def _export_checkpoint(args: argparse.Namespace) -> int:
 
 def _export_onnx(args: argparse.Namespace) -> int:
     from oftsurgery.files.staging import check_apart, scratch
-    from oftsurgery.onnx.graph import require_onnx
+    from oftsurgery.onnx.toolchain import require_onnx
 
     require_onnx()  # before a fold that may take hours
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from oftsurgery import formats
 from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
 from oftsurgery.errors import FormatError, MatchError, printable
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats import checkpoint_tensors
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.conversion import Unit, check_known
 from oftsurgery.stores.folder import FolderStore
 
@@ -117,8 +117,8 @@ class JobBuilder:
             if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
-            elif not formats.is_companion(name, self.entries):  # that comes with its weight
-                group = formats.companion_names(name, self.entries) if name.endswith("weight") else (name,)
+            elif not checkpoint_tensors.is_companion(name, self.entries):  # that comes with its weight
+                group = checkpoint_tensors.companion_names(name, self.entries) if name.endswith("weight") else (name,)
                 done.update(group)
                 if target in self.touched or self._converts(target, name):
                     made.append(self._of_tensor(target, name, name, group))
@@ -173,7 +173,7 @@ class JobBuilder:
         if not (self.touched.get(target) or converts or len(group) > 1):
             return self._plain(name, target, output)
         part = self._weight(target, output, untied=untied)
-        outputs = formats.spread_shapes(output, part.into)
+        outputs = checkpoint_tensors.checkpoint_shapes(output, part.into)
         transposed = name in self.architecture.transposed
         if not part.into.quantised:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
@@ -186,7 +186,7 @@ class JobBuilder:
         if untied:  # an output head, which loading leaves as it is
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = loaded.kind.home(loaded)
+        into = loaded.kind.once_quantised(loaded)
         if self.format in DENSE:
             into = WeightFormat("dense", stored.shape, DENSE[self.format])
         if self.fold_into == "original" and name in self.rotate:
@@ -213,7 +213,7 @@ class JobBuilder:
     def _unit_job(self, unit: Unit, parts: Sequence[Part], outputs: Outputs | None = None) -> Job:
         nbytes = sum(self.entries[name].nbytes for name in unit.stored)
         if outputs is None:
-            outputs = {n: o for p in parts for n, o in formats.spread_shapes(p.output, p.into).items()}
+            outputs = {n: o for p in parts for n, o in checkpoint_tensors.checkpoint_shapes(p.output, p.into).items()}
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
     def _to_untie(self) -> list[str]:

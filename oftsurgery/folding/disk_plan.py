@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from oftsurgery import formats
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
@@ -28,7 +28,7 @@ from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
 
 Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-QUANTISED = tuple(name for name, kind in formats.FORMATS.items() if kind.quantised)
+QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery import formats
 from oftsurgery.errors import StateError, UndoError
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, ModuleRecord, versions
 from oftsurgery.records.record_file import public_info
@@ -250,14 +249,14 @@ class _Run:
         for part, encoded in zip(job.parts, new, strict=True):
             if job.transposed and not encoded.format.quantised:
                 encoded = codecs.dense(encoded.tensors["weight"].t())
-            made |= {**encoded.format.kind.spread(part.output, encoded), **part.beside}
+            made |= {**encoded.format.kind.to_checkpoint(part.output, encoded), **part.beside}
         return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
 
     def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """What becomes of one of the model's tensors."""
         before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
         if part.base is not None:
-            before = codecs.load(before, part.base)
+            before = codecs.as_loaded(before, part.base)
         if part.check is not None:
             part.check(before, stored)
         if part.restore is not None:
@@ -310,10 +309,10 @@ def _undo_part(shard: Shard) -> str:
 
 def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
     """What :func:`~oftsurgery.folding.undo_writer.tensor_as_json` gives of small tensors beside a weight that are not what
-    :meth:`~oftsurgery.formats.base.Format.spread` makes of it, by the ends of their names.
+    :meth:`~oftsurgery.formats.base.Format.to_checkpoint` makes of it, by the ends of their names.
     """
-    usual = weight.format.kind.spread(name, weight)
-    there = formats.companion_names(name, source.entries)
+    usual = weight.format.kind.to_checkpoint(name, weight)
+    there = checkpoint_tensors.companion_names(name, source.entries)
     found = {}
     for n in {*usual, *there} - {name}:
         stored = source.read(n) if n in there and source.entries[n].nbytes <= ShardWriter.LATE_BYTES else None

@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from oftsurgery import formats
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import IntegrityError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
@@ -178,7 +177,7 @@ def _undone_job(
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))
     before = undo.format(path, part.into.shape)
-    outputs = dict(formats.spread_shapes(part.output, before) if before.quantised else job.outputs)
+    outputs = dict(checkpoint_tensors.checkpoint_shapes(part.output, before) if before.quantised else job.outputs)
     beside = {}
     for suffix, tensor in undo.files(path).items():
         output = part.output.removesuffix("weight") + suffix

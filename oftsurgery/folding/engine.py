@@ -21,7 +21,8 @@ from oftsurgery.errors import (
     printable,
     warn_caller,
 )
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat, dense
+from oftsurgery.formats.codecs import dense
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_tensors
 from oftsurgery.records.record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.stores.store import Store

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import FORMAT_OF, NAMED
 from oftsurgery.errors import FormatError, StateError
 from oftsurgery.files.staging import Staging
-from oftsurgery.formats import codecs, spread_shapes
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import public_place, public_record
 from oftsurgery.stores import configs, peft_live
@@ -118,7 +119,7 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
     if local == "weight" and layer.quantised:
         _, home = layer.read()
         into = home if dtype is None else WeightFormat("dense", home.shape, dtype)
-        outputs = spread_shapes(name, into)
+        outputs = checkpoint_shapes(name, into)
         conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         if conv1d:
             # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
@@ -145,7 +146,7 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
     if not into.quantised:
         weight = codecs.encode(codecs.decode(encoded), into).tensors["weight"]
         return {name: weight.t() if transpose else weight}
-    return into.kind.spread(name, into.kind.restate(encoded, into))
+    return into.kind.to_checkpoint(name, into.kind.change_storage(encoded, into))
 
 
 def source_of(model: nn.Module) -> Path | None:

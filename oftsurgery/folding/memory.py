@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import name_of
 from oftsurgery.errors import IntegrityError, StateError, module_in_errors
-from oftsurgery.formats.codecs import EncodedWeight, dense
+from oftsurgery.formats.codecs import dense
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo

@@ -17,7 +17,7 @@ from torch import Tensor
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
-from oftsurgery.formats.codecs import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
 
 

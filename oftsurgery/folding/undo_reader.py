@@ -19,7 +19,7 @@ from torch import Tensor
 from oftsurgery.errors import CheckpointError, IntegrityError, StateError, UndoError, printable
 from oftsurgery.files.reading import TensorEntry, read_header
 from oftsurgery.files.writing import disk_errors
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights import undo

@@ -19,7 +19,7 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import StateError
 from oftsurgery.files.shard_writer import header_bytes
 from oftsurgery.files.writing import Replacement, disk_errors, to_disk
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights import undo

@@ -1,174 +1,34 @@
-"""What a storage format is: the description of one stored weight, its tensors, and the class that each format fills in."""
+"""A :class:`Format` is a way to store a weight, and each storage format fills it in."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import name_of
-from oftsurgery.errors import FormatError, NonFiniteError, ShapeError, StateError
-from oftsurgery.hashing import hash_tensors
+from oftsurgery.errors import NonFiniteError, StateError
 
-__all__ = ["FORMATS", "EncodedWeight", "Format", "Grid", "WeightFormat", "blocks_of"]
-
-RELOAD = "reload the model: part of its quantisation state is damaged"
+from .encoded_weight import EncodedWeight, WeightFormat
 
 #: of every exported ONNX graph
 OPSET = 20
 
+Names = Collection[str]
+Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
 Offloaded = Mapping[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How one weight is stored.
-
-    Attributes:
-        codec: key of :data:`FORMATS`: ``"dense"``, ``"nf4"``, ``"fp4"``, ``"int8"``.
-        shape: logical shape, ``(out, in)`` for a linear.
-        dtype: of the stored values (dense), or that bitsandbytes dequantises to (``quant_state.dtype``; float16 for
-            int8).
-        blocksize: weights a 4-bit block; 0 elsewhere.
-        nested_blocksize: absmax values a block of the double quantisation; 0 where there is none.
-        storage: dtype in which the packed 4-bit bytes are held (``quant_storage``; FSDP wants a float one).
-    """
-
-    codec: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    blocksize: int = 0
-    nested_blocksize: int = 0
-    storage: torch.dtype = torch.uint8
-
-    @property
-    def kind(self) -> Format:
-        """What knows all about the format.
-
-        Raises:
-            FormatError: there is no such format.
-        """
-        try:
-            return FORMATS[self.codec]
-        except KeyError:
-            known = f"unknown storage format; known are {', '.join(FORMATS)}"
-            raise FormatError(known, format=self.codec, remedy="use one of those") from None
-
-    @property
-    def quantised(self) -> bool:
-        return self.kind.quantised
-
-    @property
-    def label(self) -> str:
-        """``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``, ``"float16"`` …"""
-        if self.codec in FORMATS and not self.quantised:
-            return name_of(self.dtype)
-        return f"{self.codec} (double quantisation)" if self.nested_blocksize else self.codec
-
-    @property
-    def block(self) -> int:
-        """How many weights share a scale: a 4-bit block of the flat weight, an int8 row."""
-        return self.kind.entries(self)[self.kind.scales_name]
-
-    @property
-    def single(self) -> WeightFormat:
-        """The same without double quantisation, its codes held as bytes."""
-        return replace(self, nested_blocksize=0, storage=torch.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedWeight:
-    """A weight as stored: its format and its tensors under their local names.
-
-    ======  =====================================================================================================================================
-    codec   tensors
-    ======  =====================================================================================================================================
-    dense   ``weight`` of ``shape``
-    4-bit   ``weight`` (packed codes, ``(⌈n/2⌉, 1)`` uint8 or as ``storage``), ``absmax`` (one a block: float32, or uint8 with double quantisation),
-            ``quant_map`` (16,), and with double quantisation ``nested_absmax``, ``nested_quant_map`` (256,),
-            ``nested_offset`` ()
-    int8    ``weight`` ``(out, in)`` int8, ``SCB`` ``(out,)`` float32
-    ======  =====================================================================================================================================
-    """
-
-    format: WeightFormat
-    tensors: Mapping[str, Tensor]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
-
-    @property
-    def fingerprint(self) -> str:
-        """Content hash of the tensors, :func:`~oftsurgery.hashing.hash_tensors`."""
-        return hash_tensors(self.tensors)
-
-    @property
-    def scales(self) -> Tensor:
-        """The scales of a quantised weight's blocks as its reader sees them, double quantisation included: float32."""
-        return self.format.kind.scales(self)
-
-    def single(self) -> EncodedWeight:
-        """The same without double quantisation, its codes as kernels take them; refused where its tensors do not fit."""
-        kind = self.format.kind
-        kind.check(self)
-        statistics = {kind.scales_name: self.scales} if kind.quantised else {}
-        return EncodedWeight(self.format.single, {"weight": kind.codes(self), **statistics})
-
-    def cpu(self) -> EncodedWeight:
-        """The same, detached, on the CPU."""
-        return EncodedWeight(self.format, {k: t.detach().cpu() for k, t in self.tensors.items()})
-
-    def require(self, *names: str) -> list[Tensor]:
-        """The tensors of these names.
-
-        Raises:
-            FormatError: one is missing.
-        """
-        missing = [n for n in names if n not in self.tensors]
-        if missing:
-            raise FormatError(f"the stored weight lacks {', '.join(missing)}", format=self.format.label, remedy=RELOAD)
-        return [self.tensors[n] for n in names]
-
-    def misfit(self, message: str, tensor: str | None, shape: tuple[int, ...], expected: tuple[int, ...]) -> ShapeError:
-        """The error of a tensor that does not have the shape which the format needs."""
-        label = None if tensor is None else self.format.label
-        return ShapeError(message, tensor=tensor, shape=shape, expected=expected, format=label, remedy=RELOAD)
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """The values that each element of a quantised weight can take, its statistics given.
-
-    Attributes:
-        levels: ascending, ``(16,)`` or ``(255,)`` float32 in [-1, 1].
-        bounds: between neighbouring levels.
-        scales: what the levels are multiplied by: one a block of the flat weight, float32.
-        blocksize: elements a block.
-    """
-
-    levels: Tensor
-    bounds: Tensor
-    scales: Tensor
-    blocksize: int
-
-    def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
-        """Numbers of the levels that are nearest to ``values``, each with its scale, as int32."""
-        return torch.bucketize(torch.where(scale != 0, values / scale, 0.0), self.bounds, out_int32=True)
-
-
 Live = tuple[EncodedWeight, WeightFormat]
 
 
 class Format:
-    """A way to store a weight. Each is one subclass in a file of this folder, and a row of :data:`FORMATS`.
+    """A way to store a weight. Each is one subclass in a file of this folder, and a row of
+    :data:`~oftsurgery.formats.all_formats.FORMATS`.
 
     In every method ``f`` is a :class:`WeightFormat` of this format, ``encoded`` a weight in it, and ``weight`` the name
     of a weight's tensor in a checkpoint, which ends in ``weight``. A quantised weight is made of *codes*, which stand
@@ -184,26 +44,26 @@ class Format:
     roundings: tuple[str, ...] = ("nearest",)  #: that have a part in the format
     scales_name = ""  #: local name of the tensor that holds the blocks' scales
     unit = 1.0  #: the number of level 1
-    packed = 1  #: weights an element of the stored codes
+    codes_per_element = 1  #: of the stored tensor
     either_sign = False  #: a block's scale may be negative
-    strong = 0.0  #: a change, in units of the scale, from which on oftsurgery.weights.preserve scales a block anew
-    shared: tuple[str, ...] = ()  #: local names of the tensors that are the same in many weights
+    strong_change = 0.0  #: in units of the scale: from it on oftsurgery.weights.preserve scales a block anew
+    shared_tensors: tuple[str, ...] = ()  #: local names of the tensors that are the same in many weights
     least_blocksize = 0
     width = ""  #: what messages call the formats of this class
-    evidence_in = "\0"  #: part of a tensor's name which tells that a checkpoint has weights in formats of this class
-    loading: Mapping[str, Any] = MappingProxyType({})  #: fields of transformers' BitsAndBytesConfig that ask for it
-    modules: tuple[str, ...] = ()  #: bitsandbytes' classes of layers …
-    parameter = ""  #: … and of parameters that hold such weights
-    graph_scales = ""  #: name of the scales in an ONNX graph
+    name_part = "\0"  #: part of a tensor's name which tells that a checkpoint has weights in formats of this class
+    config_fields: Mapping[str, Any] = MappingProxyType({})  #: of transformers' BitsAndBytesConfig that ask for it
+    layer_classes: tuple[str, ...] = ()  #: bitsandbytes' classes of layers …
+    parameter_class = ""  #: … and of parameters that hold such weights
+    onnx_scales = ""  #: name of the scales in an ONNX graph
 
     # --- values ---
 
     def layout(self, f: WeightFormat) -> Layout:
-        """Dtype and shape of each tensor by its local name, and of :meth:`mark` under ``""``."""
+        """Dtype and shape of each tensor by its local name, and of :meth:`format_tensor` under ``""``."""
         raise NotImplementedError
 
-    def entries(self, f: WeightFormat) -> dict[str, int]:
-        """How many weights one entry of each tensor is of, by local name; of those that are not :attr:`shared`."""
+    def weights_per_entry(self, f: WeightFormat) -> dict[str, int]:
+        """How many weights one entry of each tensor is of, by local name; of those that are not :attr:`shared_tensors`."""
         raise NotImplementedError
 
     def check(self, encoded: EncodedWeight) -> None:
@@ -218,10 +78,10 @@ class Format:
         f, n = encoded.format, math.prod(encoded.format.shape)
         # flat, never by rows: a 4-bit block may straddle them (bitsandbytes 0.50's own CPU kernel gets in = 96 with
         # blocksize 64 wrong)
-        values = blocks_of(self.numbers(self.codes(encoded))[:n], f.block) * self.steps(encoded).unsqueeze(-1)
+        values = in_blocks(self.numbers(self.codes(encoded))[:n], f.block) * self.steps(encoded).unsqueeze(-1)
         return values.reshape(-1)[:n].reshape(f.shape)
 
-    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    def change_storage(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
         """The weight in a format that differs in the storage of codes and statistics alone: no code changes."""
         return EncodedWeight(into, encoded.tensors)
 
@@ -254,7 +114,7 @@ class Format:
         return EncodedWeight(f, {"weight": codes, **statistics})
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The levels in order, the bounds between them, as in a :class:`Grid`, and the stored codes of the levels."""
+        """The levels in order, the bounds between them, as in a :class:`~oftsurgery.formats.codecs.Grid`, and the stored codes of the levels."""
         raise NotImplementedError
 
     def nearest_levels(self, scaled: Tensor) -> Tensor:
@@ -272,86 +132,85 @@ class Format:
 
     # --- in a checkpoint ---
 
-    def names(self, weight: str) -> dict[str, str]:
-        """The names of a weight's tensors by their local names, that of :meth:`mark` under ``""``."""
+    def tensor_names(self, weight: str) -> dict[str, str]:
+        """The names of a weight's tensors by their local names, that of :meth:`format_tensor` under ``""``."""
         return {"weight": weight}
 
-    def mark(self, encoded: EncodedWeight) -> Tensor:
+    def format_tensor(self, encoded: EncodedWeight) -> Tensor:
         """The tensor beside a weight that says how it is stored."""
         raise NotImplementedError
 
-    def shows(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
+    def recognises(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
         """Whether a weight of ``dtype`` among tensors ``names`` is in this format."""
         return False
 
-    def gather(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
-        """See :func:`oftsurgery.formats.gather`."""
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
+        """See :func:`oftsurgery.formats.checkpoint_tensors.read_weight`."""
         raise NotImplementedError
 
-    def spread(self, weight: str, encoded: EncodedWeight) -> dict[str, Tensor]:
+    def to_checkpoint(self, weight: str, encoded: EncodedWeight) -> dict[str, Tensor]:
         """The tensors under their names, byte for byte what bitsandbytes' ``state_dict`` gives."""
-        t = encoded.tensors
-        return {n: t[k] if k else self.mark(encoded) for k, n in self.names(weight).items() if k in t or not k}
+        t, names = encoded.tensors, self.tensor_names(weight)
+        return {n: t[k] if k else self.format_tensor(encoded) for k, n in names.items() if k in t or not k}
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         """What transformers' quantising makes of a plain weight that it loads in ``dtype``."""
         return WeightFormat(self.name, shape, dtype)
 
-    def home(self, f: WeightFormat) -> WeightFormat:
+    def once_quantised(self, f: WeightFormat) -> WeightFormat:
         """``f`` of :meth:`loaded_as` as it is once it is quantised."""
         return f
 
     # --- undo records ---
 
-    def evidence(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+    def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         """What a prediction is made from: the same before and after bitsandbytes repacks a weight for the CPU."""
         return {"weight": encoded.tensors["weight"]}
 
-    def spell(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
+    def unpack_codes(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
         """One code a weight, ``(n,)``; ``facts`` is given what it takes to have the bytes back."""
         return stored.reshape(-1)
 
-    def unspell(self, codes: Tensor, facts: Mapping[str, Any]) -> Tensor:
-        """The bytes of :meth:`spell`'s codes."""
+    def repack_codes(self, codes: Tensor, facts: Mapping[str, Any]) -> Tensor:
+        """The bytes of :meth:`unpack_codes`'s codes."""
         return codes
 
-    def ranks(self, facts: Mapping[str, Any]) -> Tensor | None:
-        """Codes in the order of their levels; None for facts that are none of :meth:`spell`."""
+    def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor | None:
+        """Codes in the order of their levels; None for facts that are none of :meth:`unpack_codes`."""
         raise NotImplementedError
 
-    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest_ranks(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each number the nearest rank, whether the next nearest is the one above, and how far that is, in parts."""
         raise NotImplementedError
 
     # --- in kernels and graphs ---
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         """The name of the constant by which kernels know the storage, ``""`` where they do not."""
         return ""
 
-    def source(self, encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
+    def kernel_operands(self, encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
         """The codes and their steps, contiguous, for a kernel; None where they are not."""
         self.check(encoded)
         codes = self.codes(encoded)
         return (codes, self.steps(encoded).contiguous()) if codes.is_contiguous() else None
 
-    def graph_obstacle(self, f: WeightFormat) -> str | None:
+    def onnx_obstacle(self, f: WeightFormat) -> str | None:
         """Why an ONNX graph cannot hold the codes, or None."""
         return None
 
-    def graph_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+    def onnx_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         """``x · Wᵀ`` as nodes of an ONNX graph."""
         raise NotImplementedError
 
     # --- in a live model ---
 
-    def holds(self, module: nn.Module) -> bool:
+    def holds_module(self, module: nn.Module) -> bool:
         """Whether a module or its weight is of this format's classes, quantised or not."""
-        return bnb_class(module, *self.modules) or bnb_class(getattr(module, "weight", None), self.parameter)
+        weight = getattr(module, "weight", None)
+        return bnb_class(module, *self.layer_classes) or bnb_class(weight, self.parameter_class)
 
-    def is_live(self, weight: Any) -> bool:
+    def is_quantised(self, weight: Any) -> bool:
         """Whether the weight of such a module is quantised already."""
         raise NotImplementedError
 
@@ -381,11 +240,7 @@ class Format:
         return new  # type: ignore[no-any-return]
 
 
-#: every storage format by its name; the package's ``__init__`` fills it
-FORMATS: dict[str, Format] = {}
-
-
-def blocks_of(flat: Tensor, blocksize: int) -> Tensor:
+def in_blocks(flat: Tensor, blocksize: int) -> Tensor:
     """``(n,)`` → ``(⌈n/blocksize⌉, blocksize)``, zero-padded."""
     rest = -flat.numel() % blocksize
     return torch.nn.functional.pad(flat, (0, rest)).reshape(-1, blocksize) if rest else flat.reshape(-1, blocksize)

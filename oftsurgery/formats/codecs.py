@@ -1,5 +1,4 @@
-"""What is done with a weight in any storage format, as pure functions of tensors; :mod:`oftsurgery.formats` has what each
-format does.
+"""These pure functions of tensors do what is done with a weight in any storage format; a format's class does what is its own.
 
 ``decode`` gives the exact float32 weight that the stored tensors stand for (not rounded to a compute dtype), ``encode``
 gives what bitsandbytes' own quantiser gives for the same float32 weight, or with ``rounding="mse"`` what errs least of
@@ -9,6 +8,7 @@ prefix; only the planner knows module paths. These are the readable reference: c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -16,29 +16,33 @@ from torch import Tensor
 
 from oftsurgery.errors import NonFiniteError, ShapeError, StateError, printable
 
-from . import EncodedWeight, Grid, WeightFormat, blocks_of
-
-__all__ = [
-    "ROUNDINGS",
-    "EncodedWeight",
-    "Rounding",
-    "WeightFormat",
-    "blocks_of",
-    "check_rounding",
-    "decode",
-    "dense",
-    "encode",
-    "grid_of",
-    "load",
-    "rounding_of",
-    "with_levels",
-]
-
+from .encoded_weight import EncodedWeight, WeightFormat
 
 #: how quantised weights are rounded: so that what a rotation did is kept, as bitsandbytes does, or with a scale of each
 #: 4-bit block that errs less or least
 Rounding = Literal["preserve", "nearest", "grid", "mse"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that each element of a quantised weight can take, its statistics given.
+
+    Attributes:
+        levels: ascending, ``(16,)`` or ``(255,)`` float32 in [-1, 1].
+        bounds: between neighbouring levels.
+        scales: what the levels are multiplied by: one a block of the flat weight, float32.
+        blocksize: elements a block.
+    """
+
+    levels: Tensor
+    bounds: Tensor
+    scales: Tensor
+    blocksize: int
+
+    def nearest(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Numbers of the levels that are nearest to ``values``, each with its scale, as int32."""
+        return torch.bucketize(torch.where(scale != 0, values / scale, 0.0), self.bounds, out_int32=True)
 
 
 def dense(weight: Tensor) -> EncodedWeight:
@@ -95,18 +99,14 @@ def encode(weight: Tensor, format: WeightFormat, rounding: str = "nearest") -> E
         NonFiniteError: the weight, or its dense narrowing (float16 overflow), is not finite.
     """
     if tuple(weight.shape) != format.shape:
-        raise ShapeError(
-            "the weight does not have its format's shape",
-            shape=tuple(weight.shape),
-            expected=format.shape,
-            format=format.label,
-            remedy="reshape it, or give the format of this weight",
-        )
+        message = "the weight does not have its format's shape"
+        remedy = "reshape it, or give the format of this weight"
+        raise ShapeError(message, shape=tuple(weight.shape), expected=format.shape, format=format.label, remedy=remedy)
     check_rounding(rounding)
     return format.kind.encode(weight, format, rounding)
 
 
-def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+def as_loaded(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     """A plain weight as the trainer's bitsandbytes loading held it: from its rounding to ``into.dtype``, in which the model
     was loaded, and to the dtype from which the format is quantised.
     """
@@ -115,7 +115,7 @@ def load(plain: EncodedWeight, into: WeightFormat) -> EncodedWeight:
     loaded = encode(weight, WeightFormat("dense", into.shape, into.dtype))
     if not into.quantised:
         return loaded
-    home = into.kind.home(into)
+    home = into.kind.once_quantised(into)
     return encode(loaded.tensors["weight"].to(home.dtype), home)
 
 

@@ -1,17 +1,14 @@
-"""Plain tensors, as a storage format."""
+"""A plain tensor is a storage format too, which :class:`Dense` describes."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from oftsurgery.errors import FormatError
 
-from .base import EncodedWeight, Format, Layout, Read, WeightFormat, finite
-
-__all__ = ["Dense"]
+from .base import Format, Layout, Names, Read, Shape, finite
+from .encoded_weight import EncodedWeight, WeightFormat
 
 _KERNELS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -24,7 +21,7 @@ class Dense(Format):
     def layout(self, f: WeightFormat) -> Layout:
         return {"weight": (f.dtype, f.shape)}
 
-    def entries(self, f: WeightFormat) -> dict[str, int]:
+    def weights_per_entry(self, f: WeightFormat) -> dict[str, int]:
         return {"weight": f.shape[1]}
 
     def check(self, encoded: EncodedWeight) -> None:
@@ -45,18 +42,16 @@ class Dense(Format):
         weight = self.codes(encoded)
         return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
-    def gather(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         if not dtype.is_floating_point or dtype.itemsize < 2:
             message = f"a weight of {dtype} is stored in a way that oftsurgery does not know"
             raise FormatError(message, tensor=weight, remedy="dequantise it first")
         return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         return _KERNELS.get(f.dtype, "")
 
-    def source(self, encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
+    def kernel_operands(self, encoded: EncodedWeight) -> tuple[Tensor, Tensor] | None:
         self.check(encoded)
         weight = self.codes(encoded)
         return (weight, weight) if weight.dtype == encoded.format.dtype and weight.is_contiguous() else None

@@ -1,4 +1,4 @@
-"""bitsandbytes' NF4 and FP4, as storage formats (Dettmers et al. 2023, "QLoRA").
+"""bitsandbytes' NF4 and FP4 are storage formats (Dettmers et al. 2023, "QLoRA").
 
 Flat blocks of ``blocksize`` lie over the row-major weight, so that a block straddles rows where ``in`` is no multiple;
 two codes make a byte, the first in the high nibble; each block is scaled by its absmax. Double quantisation stores the
@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -22,63 +21,16 @@ from torch import Tensor, nn
 from oftsurgery.dtypes import NAMED, name_of
 from oftsurgery.errors import FormatError, StateError
 
-from .base import (
-    RELOAD,
-    EncodedWeight,
-    Format,
-    Layout,
-    Live,
-    Offloaded,
-    Read,
-    WeightFormat,
-    blocks_of,
-    bnb_class,
-    finite,
-)
+from .base import Format, Layout, Live, Names, Offloaded, Read, Shape, bnb_class, finite, in_blocks
+from .encoded_weight import RELOAD, EncodedWeight, WeightFormat
+from .levels import LEVELS, levels_of, levels_of_bytes, sorted_levels
+from .quant_state import QUANTISE_AGAIN, copy_quant_state, unpack_cpu_layout, unpack_state
 from .scales import TINY, best_scales, grid_scales
 
-__all__ = ["LEVELS", "FourBit", "copy_quant_state", "levels_of", "sorted_levels", "unpack_cpu_layout", "unpack_state"]
-
-# Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
-LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
-    {
-        "nf4": (
-            -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-        ),
-        "fp4": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0),
-    }
-)  # fmt: skip
-
 _QUANT_STATE = ".quant_state.bitsandbytes__"
-_AGAIN = "quantise the model again"
+
 #: block sizes of com.microsoft::MatMulBnb4 (onnxruntime's contrib operators, since 1.17)
 _GRAPH_BLOCKSIZES = (16, 32, 64, 128, 256)
-
-
-@cache
-def levels_of(codec: str, device: torch.device) -> Tensor:
-    """The 16 levels, (16,) float32 in [-1, 1], by code."""
-    levels = torch.tensor(LEVELS[codec], dtype=torch.float32, device=device)
-    return levels / levels.abs().max()
-
-
-@cache
-def sorted_levels(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The levels in order (16,), the midpoints between them (15,), and their codes (16,) uint8."""
-    levels = levels_of(codec, device)
-    order = torch.argsort(levels)
-    levels = levels[order]
-    return levels, (levels[:-1] + levels[1:]) / 2, order.to(torch.uint8)
-
-
-@cache
-def _byte_table(codec: str, device: torch.device) -> Tensor:
-    """(256, 2) float32: a packed byte to its two levels, first code in the high nibble."""
-    byte = torch.arange(256, device=device)
-    levels = levels_of(codec, device)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=-1)
 
 
 class FourBit(Format):
@@ -86,24 +38,24 @@ class FourBit(Format):
 
     Args:
         name: ``"nf4"`` or ``"fp4"``.
-        strong: see :class:`Format`.
+        strong_change: see :class:`Format`.
         farther: scales, in units of absmax, from which :mod:`oftsurgery.weights.kernels.fold_cpu` searches too.
     """
 
     roundings = ("nearest", "preserve", "grid", "mse")
     scales_name = "absmax"
-    packed = 2
+    codes_per_element = 2
     either_sign = True
-    shared = ("quant_map", "nested_quant_map")
+    shared_tensors = ("quant_map", "nested_quant_map")
     least_blocksize = 2
     width = "4-bit"
-    evidence_in = _QUANT_STATE
-    modules, parameter = ("Linear4bit", "Embedding4bit"), "Params4bit"
-    graph_scales = "absmax"
+    name_part = _QUANT_STATE
+    layer_classes, parameter_class = ("Linear4bit", "Embedding4bit"), "Params4bit"
+    onnx_scales = "absmax"
 
-    def __init__(self, name: str, strong: float, farther: tuple[float, ...] = ()) -> None:
-        self.name, self.strong, self.farther = name, strong, farther
-        self.loading = MappingProxyType({"load_in_4bit": True, "bnb_4bit_quant_type": name})
+    def __init__(self, name: str, strong_change: float, farther: tuple[float, ...] = ()) -> None:
+        self.name, self.strong_change, self.farther = name, strong_change, farther
+        self.config_fields = MappingProxyType({"load_in_4bit": True, "bnb_4bit_quant_type": name})
 
     # --- values ---
 
@@ -125,7 +77,7 @@ class FourBit(Format):
             "nested_offset": (torch.float32, ()),
         }
 
-    def entries(self, f: WeightFormat) -> dict[str, int]:
+    def weights_per_entry(self, f: WeightFormat) -> dict[str, int]:
         return {"weight": 2, "absmax": f.blocksize}
 
     def check(self, encoded: EncodedWeight) -> None:
@@ -144,23 +96,20 @@ class FourBit(Format):
             return
         levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
         if given.shape != levels.shape or not torch.allclose(given, levels, rtol=0, atol=1e-3):
-            raise FormatError(
-                "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else",
-                tensor="quant_map",
-                format=f.label,
-                remedy="quantise the model again with a stock bitsandbytes",
-            )
+            why = "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
+            remedy = "quantise the model again with a stock bitsandbytes"
+            raise FormatError(why, tensor="quant_map", format=f.label, remedy=remedy)
 
     def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
         flat = finite(weight.detach().to(torch.float32).reshape(-1), "the weight to quantise is not finite", f)
         if rounding != "nearest":
             ways = best_scales if rounding == "mse" else grid_scales
-            scales = ways(blocks_of(flat, f.blocksize), *self.levels(flat.device)[:2])
+            scales = ways(in_blocks(flat, f.blocksize), *self.levels(flat.device)[:2])
             statistics = self.statistics(scales, f)
             if f.nested_blocksize:  # codes for what the reader will see
                 scales = self.scales(EncodedWeight(f, statistics))
             return self.assemble(f, self.codes_at(flat, scales, f), statistics)
-        blocks = blocks_of(flat, f.blocksize)
+        blocks = in_blocks(flat, f.blocksize)
         absmax = blocks.abs().amax(-1)
         scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)
         if flat.numel() % f.blocksize:
@@ -169,7 +118,7 @@ class FourBit(Format):
             scaled[-1] = blocks[-1] / absmax[-1]
         return self.assemble(f, self._nearest(scaled.reshape(-1)[: flat.numel()]), self.statistics(absmax, f))
 
-    def restate(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
+    def change_storage(self, encoded: EncodedWeight, into: WeightFormat) -> EncodedWeight:
         t = dict(encoded.tensors)
         if encoded.format.nested_blocksize != into.nested_blocksize:
             t |= self.statistics(self.scales(encoded), into)
@@ -181,7 +130,7 @@ class FourBit(Format):
         return encoded.tensors["weight"].detach().contiguous().reshape(-1).view(torch.uint8)
 
     def numbers(self, codes: Tensor) -> Tensor:
-        return _byte_table(self.name, codes.device)[codes.to(torch.int64)].reshape(-1)
+        return levels_of_bytes(self.name, codes.device)[codes.to(torch.int64)].reshape(-1)
 
     def pack(self, codes: Tensor, f: WeightFormat) -> Tensor:
         return self._held(self._packed(codes.reshape(-1)), f)
@@ -224,7 +173,7 @@ class FourBit(Format):
                 message = f"{name} does not hold what absmax needs"
                 raise encoded.misfit(message, name, (tensor.numel(),), (expected,))
         values = torch.index_select(nested_map.to(torch.float32), 0, absmax.reshape(-1).to(torch.int32))
-        scaled = blocks_of(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
+        scaled = in_blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
         return scaled.reshape(-1)[: absmax.numel()] + offset.to(device=absmax.device, dtype=torch.float32)
 
     def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
@@ -247,7 +196,7 @@ class FourBit(Format):
         return sorted_levels(self.name, device)
 
     def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
-        rows, s = blocks_of(weight, f.blocksize), scales.unsqueeze(-1)
+        rows, s = in_blocks(weight, f.blocksize), scales.unsqueeze(-1)
         scaled = torch.where(s.abs() >= TINY, rows * (1.0 / s), rows / s)  # where 1/s overflows, divide
         return self._nearest(torch.where(s != 0, scaled, 0.0).reshape(-1)[: weight.numel()])
 
@@ -256,11 +205,11 @@ class FourBit(Format):
 
     # --- in a checkpoint ---
 
-    def names(self, weight: str) -> dict[str, str]:
+    def tensor_names(self, weight: str) -> dict[str, str]:
         plain = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         return {"weight": weight, **{p: f"{weight}.{p}" for p in plain}, "": weight + _QUANT_STATE + self.name}
 
-    def mark(self, encoded: EncodedWeight) -> Tensor:
+    def format_tensor(self, encoded: EncodedWeight) -> Tensor:
         f = encoded.format
         fields: dict[str, Any] = {"quant_type": f.codec, "blocksize": f.blocksize, "dtype": name_of(f.dtype)}
         fields["shape"] = list(f.shape)
@@ -269,21 +218,19 @@ class FourBit(Format):
             fields |= {"nested_blocksize": f.nested_blocksize, "nested_dtype": "float32", "nested_offset": offset}
         return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
-    def shows(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
-        return self.names(weight)[""] in names
+    def recognises(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
+        return self.tensor_names(weight)[""] in names
 
-    def gather(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
-        named = self.names(weight)
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
+        named = self.tensor_names(weight)
         fields = unpack_state(read(named[""]), named[""])
         if fields["quant_type"] != self.name:
             message = f"the packed state says {fields['quant_type']}, its name another type"
-            raise FormatError(message, tensor=named[""], remedy=_AGAIN)
+            raise FormatError(message, tensor=named[""], remedy=QUANTISE_AGAIN)
         if -(-math.prod(fields["shape"]) // 2) != math.prod(shape) * dtype.itemsize:
             said = "×".join(map(str, fields["shape"]))
             message = f"the stored bytes are not those of a weight of {said}, which its packed state says it is"
-            raise FormatError(message, tensor=weight, shape=shape, format=self.name, remedy=_AGAIN)
+            raise FormatError(message, tensor=weight, shape=shape, format=self.name, remedy=QUANTISE_AGAIN)
         if len(shape) > 1 and sorted(shape)[-2] != 1:
             raise self._cpu_packed(weight, shape)
         nested = named["nested_absmax"] in names
@@ -294,7 +241,7 @@ class FourBit(Format):
             raise FormatError(message, tensor=missing[0], format=self.name, remedy="save it again, whole")
         if nested and ("nested_offset" not in fields or "nested_blocksize" not in fields):
             message = "the packed state lacks what its nested statistics need"
-            raise FormatError(message, tensor=named[""], format=self.name, remedy=_AGAIN)
+            raise FormatError(message, tensor=named[""], format=self.name, remedy=QUANTISE_AGAIN)
         tensors = {k: read(n) for k, n in named.items() if k == "weight" or (k and n in names)}
         if tensors["absmax"].ndim > 1 and min(tensors["absmax"].shape) > 1:
             raise self._cpu_packed(named["absmax"], tuple(tensors["absmax"].shape))
@@ -307,35 +254,31 @@ class FourBit(Format):
     def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
         # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
         # out), which read flat is noise
-        return FormatError(
-            "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise",
-            tensor=tensor,
-            shape=shape,
-            format=self.name,
-            remedy="start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward",
-        )
+        why = "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise"
+        remedy = "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward"
+        return FormatError(why, tensor=tensor, shape=shape, format=self.name, remedy=remedy)
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
 
     # --- undo records ---
 
-    def evidence(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+    def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         # a CPU forward that repacks the weight rounds absmax so
         return {"codes": self.codes(encoded), "absmax": self.scales(encoded).to(torch.bfloat16)}
 
-    def spell(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
+    def unpack_codes(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
         packed = stored.contiguous().reshape(-1).view(torch.uint8)
         codes = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1)
         facts["present"] = sum(1 << c for c in range(16) if bool((codes[:n] == c).any()))
         facts["pad"] = int(codes[n]) if n % 2 else 0
         return codes[:n]
 
-    def unspell(self, codes: Tensor, facts: Mapping[str, Any]) -> Tensor:
+    def repack_codes(self, codes: Tensor, facts: Mapping[str, Any]) -> Tensor:
         codes = torch.cat([codes, codes.new_full((len(codes) % 2,), facts["pad"])])
         return codes[::2] << 4 | codes[1::2]
 
-    def ranks(self, facts: Mapping[str, Any]) -> Tensor | None:
+    def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor | None:
         present = facts.get("present")
         if type(present) is not int or not 0 < present < 1 << 16 or facts.get("pad") not in range(16):
             return None
@@ -344,7 +287,7 @@ class FourBit(Format):
         there = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
         return torch.tensor(there, dtype=torch.uint8)
 
-    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest_ranks(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level = levels_of(self.name, torch.device("cpu")).to(torch.float64)[ranks.to(torch.int64)]
         bounds = (level[1:] + level[:-1]) / 2
         infinite = bounds.new_full((1,), torch.inf)
@@ -355,10 +298,10 @@ class FourBit(Format):
 
     # --- in kernels and graphs ---
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         return "FOUR_BIT"
 
-    def graph_obstacle(self, f: WeightFormat) -> str | None:
+    def onnx_obstacle(self, f: WeightFormat) -> str | None:
         if f.blocksize not in _GRAPH_BLOCKSIZES:
             known = ", ".join(map(str, _GRAPH_BLOCKSIZES))
             return f"MatMulBnb4 has no block size of {f.blocksize}, only {known}"
@@ -366,7 +309,7 @@ class FourBit(Format):
             return f"{f.shape[1]} input features are no multiple of the block size {f.blocksize}"
         return None
 
-    def graph_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+    def onnx_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         # scales in float32 whatever the graph's dtype: narrowing would change them, and onnxruntime's CPU kernel takes
         # no other
         rows, columns = f.shape
@@ -382,16 +325,14 @@ class FourBit(Format):
 
     # --- in a live model ---
 
-    def is_live(self, weight: Any) -> bool:
+    def is_quantised(self, weight: Any) -> bool:
         return weight is None or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None
 
     def read_live(self, module: Any, weight: Any, offloaded: Offloaded, path: str) -> Live:
         if offloaded is not None:
-            raise StateError(
-                "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight",
-                module=path,
-                remedy="keep 4-bit layers on a device (device_map), or fold the checkpoint on disk",
-            )
+            message = "a 4-bit layer offloaded by accelerate keeps no quantisation state with its weight"
+            remedy = "keep 4-bit layers on a device (device_map), or fold the checkpoint on disk"
+            raise StateError(message, module=path, remedy=remedy)
         state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
         if state is None:
             if weight.is_floating_point() and not getattr(weight, "bnb_quantized", False):
@@ -412,13 +353,9 @@ class FourBit(Format):
         if state.absmax.ndim != 1:
             # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
             # transposed
-            raise StateError(
-                "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now",
-                module=path,
-                tensor="absmax",
-                shape=tuple(state.absmax.shape),
-                remedy="load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU",
-            )
+            message = "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now"
+            remedy = "load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU"
+            raise StateError(message, module=path, tensor="absmax", shape=tuple(state.absmax.shape), remedy=remedy)
         tensors, nested = {"weight": data, "absmax": state.absmax, "quant_map": state.code}, 0
         if state.nested:
             inner, nested = state.state2, state.state2.blocksize
@@ -439,7 +376,7 @@ class FourBit(Format):
             nested = QuantState(absmax=inner, blocksize=f.nested_blocksize, code=code, dtype=torch.float32)
         held = {"absmax": t["absmax"], "code": t["quant_map"], "offset": t.get("nested_offset"), "state2": nested}
         state = QuantState(shape=torch.Size(f.shape), blocksize=f.blocksize, quant_type=f.codec, dtype=f.dtype, **held)
-        if not bnb_class(old, self.parameter):
+        if not bnb_class(old, self.parameter_class):
             # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
             # in the same way
             settings = (f.blocksize, bool(nested), f.codec, f.storage, module)
@@ -454,70 +391,3 @@ class FourBit(Format):
         if new.quant_state is not None:
             new.quant_state = copy_quant_state(new.quant_state)
         return new  # type: ignore[no-any-return]
-
-
-def copy_quant_state(state: Any) -> Any:
-    """A QuantState of its own over the same tensors: bitsandbytes changes states in place (``to``, CPU packing)."""
-    new = copy.copy(state)
-    if getattr(new, "state2", None) is not None:
-        new.state2 = copy.copy(new.state2)
-    return new
-
-
-def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], blocksize: int) -> tuple[Tensor, Tensor]:
-    """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on
-    AVX512-BF16 machines.
-
-    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16.
-    The codes come back exactly; the rounding of absmax (2⁻⁹ relative) is lost.
-
-    Args:
-        weight: ``(out, in/2)`` uint8, tiled.
-        absmax: ``(in/blocksize, out)`` bfloat16.
-        shape: ``(out, in)``.
-        blocksize: of the 4-bit blocks.
-
-    Returns:
-        packed codes ``(out·in/2, 1)`` uint8 in the checkpoint's layout, and absmax ``(out·in/blocksize,)`` float32.
-    """
-    rows, columns = shape
-    if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
-        message, expected = "a CPU-packed weight of a shape that bitsandbytes cannot pack", (rows, columns // 2)
-        raise FormatError(message, tensor="weight", shape=tuple(weight.shape), expected=expected, remedy=RELOAD)
-    tiles = weight.reshape(-1, 32)
-    codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
-    codes = codes.transpose(1, 2).reshape(-1)
-    return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax.t().reshape(-1).to(torch.float32)
-
-
-_MAX_BLOB = 1 << 12
-# bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
-_BLOCKSIZES = tuple(1 << n for n in range(1, 13))
-
-
-def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
-    """The JSON object in the uint8 tensor ``name``, its fields checked.
-
-    Raises:
-        FormatError: no such object, or fields that no bitsandbytes release writes.
-    """
-    try:
-        if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
-            raise ValueError("no blob of JSON")
-        fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
-        sizes = (fields["blocksize"], fields.get("nested_blocksize", 256))
-        good = (
-            fields["quant_type"] in LEVELS
-            and fields["dtype"] in ("float32", "float16", "bfloat16")
-            and isinstance(fields["shape"], list)
-            and fields["shape"] != []
-            and all(type(n) is int and n > 0 for n in fields["shape"])
-            and all(type(n) is int and n in _BLOCKSIZES for n in sizes)
-            and isinstance(fields.get("nested_offset", 0.0), float)
-            and fields.get("nested_dtype", "float32") == "float32"
-        )
-    except (ValueError, KeyError, RecursionError, TypeError):
-        good = False
-    if not good:
-        raise FormatError("the packed quantisation state is no such thing", tensor=name, remedy=_AGAIN)
-    return fields  # type: ignore[no-any-return]

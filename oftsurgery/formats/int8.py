@@ -1,4 +1,4 @@
-"""bitsandbytes' int8, as a storage format (Dettmers et al. 2022, "LLM.int8()"): one scale a row, ``W = weight · SCB / 127``."""
+"""bitsandbytes' int8 (Dettmers et al. 2022, "LLM.int8()") is a storage format with one scale a row, ``W = weight · SCB / 127``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import FormatError, StateError
 
-from .base import OPSET, EncodedWeight, Format, Layout, Live, Offloaded, Read, WeightFormat, finite
-
-__all__ = ["Int8"]
+from .base import OPSET, Format, Layout, Live, Names, Offloaded, Read, Shape, finite
+from .encoded_weight import EncodedWeight, WeightFormat
 
 
 class Int8(Format):
@@ -24,17 +23,17 @@ class Int8(Format):
     roundings = ("nearest", "preserve")
     scales_name = "SCB"
     unit = 127.0
-    strong = 1 / 254
+    strong_change = 1 / 254
     width = "int8"
-    evidence_in = ".SCB"
-    loading = MappingProxyType({"load_in_8bit": True})
-    modules, parameter = ("Linear8bitLt", "Embedding8bit"), "Int8Params"
-    graph_scales = "scale"
+    name_part = ".SCB"
+    config_fields = MappingProxyType({"load_in_8bit": True})
+    layer_classes, parameter_class = ("Linear8bitLt", "Embedding8bit"), "Int8Params"
+    onnx_scales = "scale"
 
     def layout(self, f: WeightFormat) -> Layout:
         return {"weight": (torch.int8, f.shape), "SCB": (torch.float32, f.shape[:1]), "": (torch.uint8, ())}
 
-    def entries(self, f: WeightFormat) -> dict[str, int]:
+    def weights_per_entry(self, f: WeightFormat) -> dict[str, int]:
         return {"weight": f.shape[-1], "SCB": f.shape[-1]}
 
     def check(self, encoded: EncodedWeight) -> None:
@@ -74,47 +73,45 @@ class Int8(Format):
 
     # --- in a checkpoint ---
 
-    def names(self, weight: str) -> dict[str, str]:
+    def tensor_names(self, weight: str) -> dict[str, str]:
         module = weight.removesuffix("weight")
         return {"weight": weight, "SCB": f"{module}SCB", "": f"{module}weight_format"}
 
-    def mark(self, encoded: EncodedWeight) -> Tensor:
+    def format_tensor(self, encoded: EncodedWeight) -> Tensor:
         return torch.tensor(0, dtype=torch.uint8)
 
-    def shows(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
+    def recognises(self, weight: str, names: Collection[str], dtype: torch.dtype) -> bool:
         return dtype == torch.int8
 
-    def gather(
-        self, weight: str, names: Collection[str], read: Read, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> EncodedWeight:
-        scb = self.names(weight)["SCB"]
+    def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
+        scb = self.tensor_names(weight)["SCB"]
         if scb not in names:
             message = "an int8 weight without its SCB statistics"
             raise FormatError(message, tensor=weight, format="int8", remedy="save the checkpoint again, whole")
         return EncodedWeight(WeightFormat("int8", shape, torch.float16), {"weight": read(weight), "SCB": read(scb)})
 
-    def home(self, f: WeightFormat) -> WeightFormat:
+    def once_quantised(self, f: WeightFormat) -> WeightFormat:
         return replace(f, dtype=torch.float16)  # Int8Params quantises the float16 rounding
 
     # --- undo records ---
 
-    def evidence(self, encoded: EncodedWeight) -> dict[str, Tensor]:
+    def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         return {"weight": encoded.tensors["weight"], "SCB": encoded.tensors["SCB"].reshape(-1)}
 
-    def ranks(self, facts: Mapping[str, Any]) -> Tensor:
+    def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
         return torch.arange(-128, 128).to(torch.int8)
 
-    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest_ranks(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         near = torch.clamp(torch.round(numbers), -127, 127)
         up = ((numbers > near) | (near == -127)) & (near < 127)
         return near + 128, up, (0.5 - (numbers - near).abs()) * 1024
 
     # --- in kernels and graphs ---
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         return "INT8"
 
-    def graph_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
+    def onnx_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         # along the rows and then transposed: with the scales along the columns onnxruntime would quantise the
         # activations too
         symbolic = torch.onnx.ops.symbolic
@@ -124,11 +121,11 @@ class Int8(Format):
 
     # --- in a live model ---
 
-    def is_live(self, weight: Any) -> bool:
+    def is_quantised(self, weight: Any) -> bool:
         return weight is not None and weight.dtype == torch.int8
 
     def read_live(self, module: Any, weight: Any, offloaded: Offloaded, path: str) -> Live | None:
-        if not self.is_live(weight):
+        if not self.is_quantised(weight):
             if getattr(weight, "has_fp16_weights", True):
                 return None
             remedy = "move the model to its device first: model.to(device)"

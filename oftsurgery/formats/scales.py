@@ -1,11 +1,9 @@
-"""Which scales err least: of 4-bit blocks, by the levels that their codes stand for."""
+"""These functions find the scales of 4-bit blocks that err least, by the levels that their codes stand for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-__all__ = ["GRID", "TINY", "best_scales", "grid_scales"]
 
 #: bitsandbytes' bound under absmax
 TINY = 1e-38

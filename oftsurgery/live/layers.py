@@ -102,7 +102,7 @@ class LiveLayer(nn.Module):
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             encoded, home = layer.read()
             now = replace(encoded.format, storage=home.storage)
-            layer.write(now.kind.restate(encoded, now), park=False)
+            layer.write(now.kind.change_storage(encoded, now), park=False)
             # bitsandbytes' own marks of what has been packed and is not any more: Layer.read knows by them that it was
             # doubly quantised
             state: Any = base.weight.quant_state

@@ -1,4 +1,4 @@
-"""Export models as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
+""":func:`export_model` exports a model as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.files.writing import disk_errors, to_disk
 from oftsurgery.folding import export
 from oftsurgery.folding.folder_writer import write_other_files
+from oftsurgery.formats.base import OPSET
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress, without_bars
 from oftsurgery.records.record import FoldRecord, plain
@@ -29,11 +30,12 @@ from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.skeleton import quiet
 from oftsurgery.stores.ties import inner_model
 
-from . import graph as onnx_graph
 from . import run as onnx_run
+from .capture import capture_graph
+from .graph import weights_file, write_graph
+from .placeholders import Prepared, float32_copy
 from .tasks import CacheTask, Task, task_of
-
-__all__ = ["OnnxCheck", "OnnxReport", "export_model", "load_model"]
+from .toolchain import require_onnx
 
 GRAPH = "model.onnx"
 
@@ -42,21 +44,12 @@ _STAGES = 7
 #: dtypes of a graph, and the largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
 
+#: files of a tokenizer
 _TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,11 +132,9 @@ def export_model(
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
     if peft_live.has_live_layers(model) or live_layers(model):
-        raise StateError(
-            "the model carries live adapters",
-            remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)",
-        )
-    onnx_graph.require_onnx()
+        message = "the model carries live adapters"
+        raise StateError(message, remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)")
+    require_onnx()
     home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
     _check_tokenizer(tokenizer)
@@ -156,21 +147,22 @@ def export_model(
     with torch.no_grad():
         step("read the model")
         task = task_of(model, example_inputs, with_past=with_past)
-        reference = onnx_graph.reference(model)
-        prepared = onnx_graph.Prepared(model, NAMED[dtype], quantized=quantized)
+        reference = float32_copy(model)
+        prepared = Prepared(model, NAMED[dtype], quantized=quantized)
         if quantized and not prepared.kept and not prepared.dequantised:
-            raise StateError(
-                "no layer of the model is quantised: there are no codes to keep",
-                remedy="leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)",
+            message = "no layer of the model is quantised: there are no codes to keep"
+            remedy = (
+                "leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)"
             )
+            raise StateError(message, remedy=remedy)
         needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
         with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
             outputs = _outputs(task, reference)
             inputs = task.inputs(NAMED[dtype])
-            graph = onnx_graph.capture(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
+            graph = capture_graph(task.wrap(prepared.structure), inputs, outputs, prepared.values, step)
             step("write the graph")
             with staging.writing(GRAPH) as path:
-                nbytes = onnx_graph.write(graph, path)
+                nbytes = write_graph(graph, path)
             for written in staging.folder.glob(f"{GRAPH}*"):
                 with written.open("rb+") as file:
                     to_disk(file)
@@ -178,7 +170,7 @@ def export_model(
             genai = _genai_config(model, task) if isinstance(task, CacheTask) else None
             report = OnnxReport(
                 dtype=dtype,
-                opset=onnx_graph.OPSET,
+                opset=OPSET,
                 inputs=tuple(inputs),
                 outputs=tuple(outputs),
                 nbytes=nbytes,
@@ -212,11 +204,9 @@ def load_model(folder: Path) -> nn.Module:
     names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(
-            f"transformers has no {printable(names[0])}",
-            path=folder,
-            remedy="load the model yourself and give it to oftsurgery.export_onnx",
-        )
+        message = f"transformers has no {printable(names[0])}"
+        remedy = "load the model yourself and give it to oftsurgery.export_onnx"
+        raise CheckpointError(message, path=folder, remedy=remedy)
     bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
     settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     remedy = "oftsurgery doctor says what is wrong with it"
@@ -240,10 +230,9 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
         raise
     except Exception as error:  # whatever the model's own code raises
         listed = ", ".join(task.inputs(torch.float32))
-        raise StateError(
-            f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}",
-            remedy="give example inputs on which it does: example_inputs={'name': tensor, …}",
-        ) from error
+        message = f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}"
+        remedy = "give example inputs on which it does: example_inputs={'name': tensor, …}"
+        raise StateError(message, remedy=remedy) from error
     if not names:
         raise StateError("the model returns no tensor", remedy="wrap it in a module that does")
     return names
@@ -253,20 +242,16 @@ def _check_tokenizer(tokenizer: object) -> None:
     if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
         return
     if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
-        raise StateError(
-            f"no folder of a tokenizer: {printable(tokenizer)}",
-            remedy="give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files",
-        )
+        message = f"no folder of a tokenizer: {printable(tokenizer)}"
+        remedy = "give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files"
+        raise StateError(message, remedy=remedy)
 
 
 def _checked_dtype(dtype: str) -> str:
     name = str(dtype).removeprefix("torch.")
     if name in ("bfloat16", "bf16"):
-        raise StateError(
-            "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there",
-            format="bfloat16",
-            remedy="dtype='float16', or 'float32' where float16 overflows",
-        )
+        message = "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there"
+        raise StateError(message, format="bfloat16", remedy="dtype='float16', or 'float32' where float16 overflows")
     if name not in _TOLERANCE:
         raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
     return name
@@ -289,11 +274,10 @@ def _prove(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"the written graph is no valid ONNX: {printable(error, 400)}", remedy="report it, with the model's config"
-        ) from error
+        message = f"the written graph is no valid ONNX: {printable(error, 400)}"
+        raise ExportError(message, remedy="report it, with the model's config") from error
     step("compare with torch")
-    with onnx_run.Process(path, lean=onnx_graph.external(path).exists()) as process:
+    with onnx_run.Process(path, lean=weights_file(path).exists()) as process:
         given, made = process.inputs, process.outputs
         axes = {v.name: v.shape for v in (*given, *made)}
         dtypes = {v.name: v.dtype for v in given}

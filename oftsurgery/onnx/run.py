@@ -1,4 +1,4 @@
-"""A graph run by onnxruntime in a process of its own, as whoever uses it will run it: from its path, without torch.
+"""onnxruntime runs a graph in a process of its own, as whoever uses it will run it: from its path, without torch.
 
 So its memory is not added to the model's, and a crash of the runtime is an error like others. ``python -m
 oftsurgery.onnx.run GRAPH`` is that process: it answers feeds on its standard input with outputs, both pickled, to
@@ -21,7 +21,6 @@ from oftsurgery.errors import ExportError, printable
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Process", "Value"]
 
 # where numpy has another name of a dtype than onnxruntime
 _DTYPES = {"float": "float32", "double": "float64"}
@@ -91,10 +90,9 @@ class Process:
         except (EOFError, pickle.UnpicklingError) as error:
             raise self._ended(what) from error
         if failed:
-            raise ExportError(
-                f"onnxruntime cannot {what} the graph: {printable(answer, 400)}",
-                remedy="report it, with the model's config; verify=False (--no-verify) writes the graph all the same",
-            )
+            message = f"onnxruntime cannot {what} the graph: {printable(answer, 400)}"
+            remedy = "report it, with the model's config; verify=False (--no-verify) writes the graph all the same"
+            raise ExportError(message, remedy=remedy)
         return answer
 
     def _end(self) -> bytes:
@@ -106,10 +104,9 @@ class Process:
 
     def _ended(self, what: str) -> ExportError:
         said = self._end().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        return ExportError(
-            f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}",
-            remedy="is there enough memory? verify=False (--no-verify) writes the graph without running it",
-        )
+        message = f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}"
+        remedy = "is there enough memory? verify=False (--no-verify) writes the graph without running it"
+        return ExportError(message, remedy=remedy)
 
 
 def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""What goes into an exported graph and comes out of it: names, dynamic axes, and the inputs on which it is proved.
+"""A task says what goes into an exported graph and comes out of it: names, dynamic axes, and inputs to prove it on.
 
 Three kinds of task: text models without a cache, decoders with one, and any module with example inputs. Each gives the
 module to capture, its inputs, and the cases on which onnxruntime and torch are compared.
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.errors import StateError, printable
-
-__all__ = ["CacheTask", "Case", "ExampleTask", "Run", "Task", "TextTask", "task_of"]
 
 #: ``{input name: tensor}`` to ``{output name: tensor}``, by onnxruntime
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -85,18 +83,15 @@ def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
     """
     if example_inputs is not None:
         if with_past:
-            raise StateError(
-                "a graph with a cache takes its own inputs, and example inputs were given too",
-                remedy="leave out with_past=True or example_inputs",
-            )
+            message = "a graph with a cache takes its own inputs, and example inputs were given too"
+            raise StateError(message, remedy="leave out with_past=True or example_inputs")
         return ExampleTask(model, example_inputs)
     config = getattr(model, "config", None)
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" not in parameters or not hasattr(config, "get_text_config"):
-        raise StateError(
-            f"what a {type(model).__name__} takes is not known",
-            remedy="give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors",
-        )
+        message = f"what a {type(model).__name__} takes is not known"
+        remedy = "give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors"
+        raise StateError(message, remedy=remedy)
     return CacheTask(model) if with_past else TextTask(model)
 
 
@@ -241,16 +236,13 @@ class CacheTask(TextTask):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         if "decoder_input_ids" in self.names or getattr(model.config, "is_encoder_decoder", False):
-            raise StateError(
-                "an encoder-decoder has no cache that one graph could serve for prompt and generation",
-                remedy="export it without with_past=True (--with-past)",
-            )
+            message = "an encoder-decoder has no cache that one graph could serve for prompt and generation"
+            raise StateError(message, remedy="export it without with_past=True (--with-past)")
         parameters = inspect.signature(model.forward).parameters
         if "past_key_values" not in parameters:
-            raise StateError(
-                f"a {type(model).__name__} keeps no cache of keys and values",
-                remedy="export it without with_past=True (--with-past); only decoders that generate have a cache",
-            )
+            message = f"a {type(model).__name__} keeps no cache of keys and values"
+            remedy = "export it without with_past=True (--with-past); only decoders that generate have a cache"
+            raise StateError(message, remedy=remedy)
         self.names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in parameters]
         self.layers: list[tuple[tuple[int, int], tuple[int, int]]] = []
 
@@ -275,10 +267,8 @@ class CacheTask(TextTask):
         except (AttributeError, TypeError, ValueError):
             self.layers = []
         if not self.layers or "logits" not in out:
-            raise StateError(
-                f"the cache of a {type(model).__name__} is not keys and values of attention layers alone",
-                remedy="export it without with_past=True (--with-past)",
-            )
+            message = f"the cache of a {type(model).__name__} is not keys and values of attention layers alone"
+            raise StateError(message, remedy="export it without with_past=True (--with-past)")
         return ["logits", *self.presents]
 
     @property
@@ -380,10 +370,8 @@ class ExampleTask(Task):
             )
         for name, tensor in found.items():
             if not tensor.numel():
-                raise StateError(
-                    f"the example input {printable(name)!r} is empty, shape {tuple(tensor.shape)}",
-                    remedy="give one with at least one element",
-                )
+                message = f"the example input {printable(name)!r} is empty, shape {tuple(tensor.shape)}"
+                raise StateError(message, remedy="give one with at least one element")
         self.examples: dict[str, Tensor] = {
             str(n): (t.float() if t.is_floating_point() else t).detach().cpu() for n, t in found.items()
         }

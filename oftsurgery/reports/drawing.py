@@ -1,4 +1,4 @@
-"""PNGs of a fold's record, for places that show no HTML, such as a model card."""
+""":func:`figures` draws PNGs of a fold's record, for places that show no HTML, such as a model card."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from oftsurgery.errors import needs
 from oftsurgery.records.record import FoldRecord
 
-from .summary import LEVELS, Scale, Stack, check_figures, degrees, layout, percent
+from .figures import LEVELS, Scale, check_figures, degrees, percent
+from .model_layout import Stack, layout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figures"]
 
 # the page's own colours, on white
 _COLOURS = ("#f3f6fb", "#dfe9f5", "#c6d8ee", "#a6c3e4", "#83abd8", "#5e92ca", "#3573b1", "#1f568f", "#103763")

@@ -1,6 +1,6 @@
-"""One self-contained HTML page of a fold's record: no network, no file beside it, a function of its inputs alone.
+""":func:`render` makes one self-contained HTML page of a fold's record: it needs no network and no file beside it.
 
-Figures are found and checked here; their words and markup are in ``report.html``.
+The page is a function of its inputs alone. Figures are found and checked here; their words and markup are in ``report.html``.
 """
 
 from __future__ import annotations
@@ -17,29 +17,15 @@ from itertools import groupby
 from typing import Any
 
 from oftsurgery._version import __version__
-from oftsurgery.errors import StateError, needs, printable
+from oftsurgery.errors import needs, printable
 from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
 
-from .summary import (
-    LEVELS,
-    Layout,
-    Scale,
-    Stack,
-    check_figures,
-    degrees,
-    histogram,
-    is_figure,
-    layout,
-    natural,
-    percent,
-    scientific,
-    size,
-)
-
-__all__ = ["headline", "render"]
+from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure, percent, scientific, size
+from .model_layout import Layout, Stack, layout, natural
+from .verify_results import MOST_LISTED, Column, VerifyResult, verify_result
 
 # what a page shows at most, so that no record makes it larger than a browser likes: far above any dense model's
-_ROWS, _LOOSE, _STACKS, _KINDS, _CELLS = 1000, 100, 12, 24, 1200
+_ROWS, _STACKS, _KINDS, _CELLS = 1000, 12, 24, 1200
 
 # below this a rotation is orthogonal as far as float32 can tell
 _ORTHOGONAL = 1e-5
@@ -135,7 +121,7 @@ def render(
     """
     check_figures(record)
     modules, files = record.modules, files or {}
-    checks = [_check(data, record) for data in verified]
+    checks = [verify_result(data, record) for data in verified]
     ranked = sorted(modules, key=lambda path: (-modules[path].error, natural(path)))
     rows = {path: f"m{i}" for i, path in enumerate(ranked[:_ROWS])}
     place = _limited(layout(modules))
@@ -172,11 +158,8 @@ def headline(record: FoldRecord) -> dict[str, Any]:
         values = metric.values(record)
         if values:
             worst = max(values, key=values.__getitem__)
-            found[metric.id] = {
-                "median": metric.mirrored(statistics.median(values.values())),
-                "worst": metric.mirrored(values[worst]),
-                "worst_module": worst,
-            }
+            middle, most = map(metric.mirrored, (statistics.median(values.values()), values[worst]))
+            found[metric.id] = {"median": middle, "worst": most, "worst_module": worst}
     return found
 
 
@@ -216,9 +199,6 @@ def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
-
-
 def _adapters(record: FoldRecord) -> str:
     return " + ".join(_last(a.source) for a in record.adapters) or "No adapter"
 
@@ -250,9 +230,6 @@ def _middle_half(values: Iterable[float], show: Callable[[float], str] = percent
     return f"{show(first)} and {show(last)}"
 
 
-# --- the maps ---------------------------------------------------------------------------------------------------------
-
-
 def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, str]) -> dict[str, Any]:
     values = metric.values(record)
     scale = metric.scale(list(values.values()))
@@ -267,7 +244,7 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
         return {"path": worst, "value": values[worst], "level": scale.level(values[worst]), "row": row, "of": known}
 
     loose = [path for path in place.loose if path in values]
-    shown = loose if len(loose) <= _LOOSE else sorted(loose, key=lambda path: -values[path])[:_LOOSE]
+    shown = loose if len(loose) <= MOST_LISTED else sorted(loose, key=lambda path: -values[path])[:MOST_LISTED]
     return {
         "metric": metric,
         "drawn": values,
@@ -328,107 +305,12 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
     return {"errors": errors, "nearest": nearest, "bins": bins, "top": max([*mine, *plain])}
 
 
-# --- what verify measured ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Figures of modules in their table: ``{path: value}``, and how one is shown. The template has words for it by ``id``."""
-
-    id: str
-    values: Mapping[str, float]
-    show: Callable[[float], str] = percent
-
-
-@dataclass(frozen=True)
-class _Check:
-    """One result of ``verify``: of ``"outputs"`` or of ``"weights"``, what failed in it, and what else its section says."""
-
-    kind: str
-    column: _Column
-    failed: Sequence[str]
-    facts: Mapping[str, Any]
-
-
-def _check(data: Mapping[str, Any], record: FoldRecord) -> _Check:
-    modules = data.get("modules")
-    if not isinstance(modules, Mapping) or not all(isinstance(m, Mapping) for m in modules.values()):
-        raise _no_result()
-    known = set(record.modules).union(*(r.modules for r in record.earlier))
-    strange = [path for path in modules if path not in known]
-    if strange:
-        raise StateError(
-            "the result of verify is of another model: the record has no such module",
-            module=strange[0],
-            remedy="verify this very fold",
-        )
-    try:
-        return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _no_result() from error
-
-
-def _no_result() -> StateError:
-    return StateError(
-        "this is no result of verify",
-        remedy="give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)",
-    )
-
-
-def _figure(value: object) -> float:
-    if not is_figure(value):
-        raise TypeError
-    return float(value)  # type: ignore[arg-type]
-
-
-def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
-    """Of :class:`~oftsurgery.VerifyReport`."""
-    shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
-    rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
-    column = _Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
-    return _Check("outputs", column, [], {"rows": rows, "batches": int(data["batches"])})
-
-
-def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> _Check:
-    """Of :class:`~oftsurgery.CheckpointReport`."""
-    errors = {path: _figure(m["error"]) for path, m in modules.items()}
-    failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
-    files, tensors = data.get("files") or {}, data.get("tensors") or {}
-    changed = [f"{printable(name)}: {printable(state)}" for name, state in files.items() if state != "ok"]
-    wrong = [f"{printable(name)}: {printable(t['why'])}" for name, t in tensors.items() if t["why"] is not None]
-    wrong = [w for w in wrong if w.partition(".weight: ")[0] not in set(map(printable, failed))]
-    wrong += [f"config.json: {printable(data['config'])}"] if data.get("config") is not None else []
-    recorded = {True: "yes", False: "no"}
-    facts = {
-        "weights": len(modules),
-        "failed": [
-            (
-                printable(path),
-                percent(errors[path]),
-                percent(_figure(modules[path]["rounding"])),
-                recorded.get(modules[path]["recorded"], "not recorded"),
-            )
-            for path in failed[:_LOOSE]
-        ],
-        "passed": len(modules) - len(failed),
-        "tolerance": None if data["tolerance"] is None else _figure(data["tolerance"]),
-        "files": files,
-        "changed": changed,
-        "tensors": tensors,
-        "wrong": wrong[:_LOOSE],
-    }
-    return _Check("weights", _Column("verified_error", errors), failed + wrong + changed, facts)
-
-
-# --- the tables -------------------------------------------------------------------------------------------------------
-
-
-def _columns(record: FoldRecord, maps: Iterable[Mapping[str, Any]], checks: Iterable[_Check]) -> list[_Column]:
+def _columns(record: FoldRecord, maps: Iterable[Mapping[str, Any]], checks: Iterable[VerifyResult]) -> list[Column]:
     """Of the modules' table, without those that have no figure of these modules."""
     columns = []
     for found in maps:
         metric = found["metric"]
-        columns += [_Column(metric.id, found["drawn"], metric.show), _Column(metric.nearest, found["nearest"])]
+        columns += [Column(metric.id, found["drawn"], metric.show), Column(metric.nearest, found["nearest"])]
     columns += [check.column for check in checks]
     return [column for column in columns if not record.modules.keys().isdisjoint(column.values)]
 
@@ -468,17 +350,15 @@ def _onnx(value: object) -> dict[str, Any] | None:
         if key == "nbytes" and is_figure(item):
             facts.append(("weights of the graph", size(item)))
         elif key == "checks" and isinstance(item, (list, tuple)) and all(map(_is_check, item)):
-            checks = item[:_LOOSE]
+            checks = item[:MOST_LISTED]
         elif isinstance(item, Mapping) and len(item) > 6 and all(isinstance(v, str) for v in item.values()):
             counts = Counter(item.values()).most_common(10)
             facts.append((name, ", ".join(f"{n} × {printable(v)}" for v, n in counts)))
         else:
             facts += _flat(item, name)
-    outputs = list(dict.fromkeys(output for check in checks for output in check["errors"]))[:_KINDS]
-    rows = [
-        [printable(c.get("inputs", "")), *(scientific(c["errors"][o]) if o in c["errors"] else "–" for o in outputs)]
-        for c in checks
-    ]
+    tables = [(printable(check.get("inputs", "")), check["errors"]) for check in checks]
+    outputs = list(dict.fromkeys(output for _, errors in tables for output in errors))[:_KINDS]
+    rows = [[ran, *(scientific(errors[o]) if o in errors else "–" for o in outputs)] for ran, errors in tables]
     return {"facts": facts, "outputs": outputs, "rows": rows}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.files.reading import inside
-from oftsurgery.formats import FORMATS
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def readable_rope(config: dict[str, Any]) -> None:
 
 def _bnb_config(q: Quantization) -> dict[str, Any]:
     """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
-    four = "load_in_4bit" in FORMATS[q.codec].loading
+    four = "load_in_4bit" in FORMATS[q.codec].config_fields
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,

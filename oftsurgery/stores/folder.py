@@ -11,12 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from oftsurgery import formats
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
@@ -116,7 +116,7 @@ class FolderStore:
         return dict.fromkeys(
             n
             for n in [*a.stored, *a.made, *a.tied, *unknown]
-            if not formats.is_companion(self.holder(n), self.source.entries)
+            if not checkpoint_tensors.is_companion(self.holder(n), self.source.entries)
         )
 
     def is_weight(self, name: str) -> bool:
@@ -134,7 +134,7 @@ class FolderStore:
 
     def is_quantised(self, stored: str) -> bool:
         """Whether a tensor of the checkpoint is a quantised weight: integers alone are none."""
-        return stored.endswith("weight") and len(formats.companion_names(stored, self.source.entries)) > 1
+        return stored.endswith("weight") and len(checkpoint_tensors.companion_names(stored, self.source.entries)) > 1
 
     def is_embedding(self, name: str) -> bool:
         """Whether the weight is an embedding's."""
@@ -193,10 +193,10 @@ class FolderStore:
             return WeightFormat("dense", self.shape(name), self.dtype(next(iter(unit.stored))))
         holder, entries = self.holder(name), self.source.entries
         dtype, shape = self.dtype(holder), entries[holder].shape
-        if not formats.of_names(holder, entries, dtype).quantised:
+        if not checkpoint_tensors.format_by_names(holder, entries, dtype).quantised:
             turned = shape[::-1] if holder in self.architecture.transposed else shape
             shape = turned[:2] if turned[2:] == (1, 1) else turned
-        return formats.format_of(holder, entries, self.source.read, shape, dtype)
+        return checkpoint_tensors.stored_format(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:
         """A weight's format as loading the model has it."""
@@ -205,7 +205,7 @@ class FolderStore:
             return stored
         dtype = self.loaded_dtype(name) or stored.dtype
         if self.quantises(name):
-            return formats.FORMATS[q.codec].loaded_as(stored.shape, dtype, q.double_quant)
+            return FORMATS[q.codec].loaded_as(stored.shape, dtype, q.double_quant)
         return replace(stored, dtype=dtype)
 
     def quantises(self, name: str) -> bool:
@@ -235,7 +235,7 @@ class FolderStore:
             home = self.loaded(name)
         elif found.format.quantised or not home.quantised:
             home = found.format
-        return found if found.format == home else codecs.load(found, home)
+        return found if found.format == home else codecs.as_loaded(found, home)
 
     def tensor(self, name: str) -> Tensor | None:
         found = locate([name], self.architecture).get(name)
@@ -266,7 +266,7 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
     """A stored weight with its companions, in the canonical shape; ``transposed``: a plain one is held ``(in, out)``."""
     entry = source.entries[name]
-    encoded = formats.gather(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
+    encoded = checkpoint_tensors.read_weight(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
     return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.errors import FormatError, StateError
-from oftsurgery.formats import FORMATS, Format, codecs, of_parameter
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats import codecs
+from oftsurgery.formats.all_formats import FORMATS, format_of_parameter
+from oftsurgery.formats.base import Format
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 Kind = Literal["linear", "embedding", "conv"]
 
@@ -70,13 +72,13 @@ class Layer:
     @property
     def bitsandbytes(self) -> Format | None:
         """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
-        return next((kind for kind in FORMATS.values() if kind.holds(self.module)), None)
+        return next((kind for kind in FORMATS.values() if kind.holds_module(self.module)), None)
 
     @property
     def quantised(self) -> bool:
         """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
         bnb = self.bitsandbytes
-        return bnb is not None and bnb.is_live(self.module._parameters.get("weight"))
+        return bnb is not None and bnb.is_quantised(self.module._parameters.get("weight"))
 
     @property
     def repacked(self) -> bool:
@@ -192,7 +194,7 @@ class Layer:
     def _new_parameter(self, old: Any, encoded: EncodedWeight) -> nn.Parameter:
         if encoded.format.quantised:
             return encoded.format.kind.parameter_of(encoded, old, self.module)
-        return of_parameter(old).plain_parameter(old, self._stored(encoded.tensors["weight"]))
+        return format_of_parameter(old).plain_parameter(old, self._stored(encoded.tensors["weight"]))
 
 
 @dataclass(eq=False)

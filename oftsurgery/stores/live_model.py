@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .idle import is_idle

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from oftsurgery.errors import StateError
-from oftsurgery.formats import of_parameter
-from oftsurgery.formats.four_bit import copy_quant_state
+from oftsurgery.formats.all_formats import format_of_parameter
+from oftsurgery.formats.quant_state import copy_quant_state
 
 from .layers import hooks_of, quant_states
 
@@ -64,7 +64,7 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     for parameter in module._parameters.values():
         if parameter is None or id(parameter) in memo:
             continue
-        alias: Any = of_parameter(parameter).alias(parameter)
+        alias: Any = format_of_parameter(parameter).alias(parameter)
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             alias.quant_state = uses.get(id(state)) or memo.get(id(state)) or alias.quant_state

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from oftsurgery.errors import MatchError, MissingDependencyError, StateError, printable
-from oftsurgery.formats import owner_of
+from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
 from .skeleton import skeleton

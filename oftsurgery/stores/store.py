@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .ties import Ties

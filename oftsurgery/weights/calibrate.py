@@ -25,7 +25,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 from .fold import fold_encoded, measured, relative_error, rotate_chain
 from .kernels.blockwise import FoldedWeight

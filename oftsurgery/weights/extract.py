@@ -27,7 +27,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.encoded_weight import EncodedWeight
 
 from . import preserve
 from .fold import fold_encoded, relative_error

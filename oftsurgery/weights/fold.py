@@ -13,11 +13,12 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, Rounding, WeightFormat
+from oftsurgery.formats.codecs import Rounding
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import ModuleRecord
+from oftsurgery.weights.kernels.blockwise import FoldedWeight
 
 from . import kernels, preserve
-from .kernels import FoldedWeight
 
 W = TypeVar("W", Tensor, EncodedWeight)
 

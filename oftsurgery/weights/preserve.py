@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.base import in_blocks
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
 MOST = 16 * STEPS
-#: a block is strong where the rotation moves its weights by more than its format says (``Format.strong``: their root mean
+#: a block is strong where the rotation moves its weights by more than its format says (``Format.strong_change``: their root mean
 #: square, in units of the scale; about half a step between the levels near zero): there nearest rounding keeps 96 to 98 %
 #: of the change, and a scale that fits the rotated block errs less
 #: … or where its largest weight exceeds the base's scale by more than this factor
@@ -103,7 +103,7 @@ def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
     Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
     quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
     """
-    restated = into.kind.restate(encoded, into)
+    restated = into.kind.change_storage(encoded, into)
     t, values = restated.tensors, restated.scales
     if not into.nested_blocksize:
         return Scales(values, None, {}, 0)
@@ -136,7 +136,7 @@ def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
 
 def limits(f: WeightFormat) -> tuple[float, float]:
     """(the largest mean square of δ, the largest |w|) of a weak block, in units of its scale."""
-    return f.kind.strong**2, CLIP
+    return f.kind.strong_change**2, CLIP
 
 
 def span(start: int, stop: int, features: int, size: int) -> slice:
@@ -188,7 +188,7 @@ def relaxation(
     for start, stop in sample_of(f.shape[0], f.shape[1], whole_rows(f, chain)):
         base, exact = rows_of(start, stop)
         scales = own.values[span(start, stop, f.shape[1], f.block)]
-        v, w = codecs.blocks_of(base.reshape(-1), f.block), codecs.blocks_of(exact.reshape(-1), f.block)
+        v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)
         strong = is_strong(v, w, scales, base.numel(), f)
         strong_blocks, blocks = strong_blocks + int(strong.sum()), blocks + strong.numel()
         weak = ~strong & (scales != 0)
@@ -252,7 +252,7 @@ def encode_rows(
         quantisation), and those scales; None where the base's statistics would clip a strong block.
     """
     size, n = f.block, base.numel()
-    v, w = codecs.blocks_of(base.reshape(-1), size), codecs.blocks_of(exact.reshape(-1), size)
+    v, w = in_blocks(base.reshape(-1), size), in_blocks(exact.reshape(-1), size)
     here = slice(first, first + v.shape[0])
     seen = scales.values[here].clone()
     stated = seen if scales.codes is None else scales.codes[here].clone()

@@ -22,7 +22,7 @@ from torch import Tensor
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import NAMED, name_of
 from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes, hash_tensors
 
 from . import preserve
@@ -66,7 +66,7 @@ def evidence(folded: EncodedWeight) -> str:
     """Content hash of what the prediction is made from; the same before and after bitsandbytes repacks a 4-bit weight
     at a CPU forward.
     """
-    return hash_tensors(folded.format.kind.evidence(folded.cpu()))
+    return hash_tensors(folded.format.kind.prediction_inputs(folded.cpu()))
 
 
 @_on_the_cpu()
@@ -92,7 +92,7 @@ def encode_weight(
         IntegrityError: the entry does not give ``before`` back.
     """
     before, after, f = before.cpu(), after.cpu(), before.format
-    tables = {k: bytes_of(before.tensors[k]) for k in f.kind.shared if k in before.tensors}
+    tables = {k: bytes_of(before.tensors[k]) for k in f.kind.shared_tensors if k in before.tensors}
     facts: dict[str, Any] = {
         "format": asdict(f) | {"shape": list(f.shape), "dtype": name_of(f.dtype), "storage": name_of(f.storage)},
         "before": before.fingerprint,

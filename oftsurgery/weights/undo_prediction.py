@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.base import in_blocks
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 from . import preserve
 from .undo_rotations import Stage, apply_stage, power_of_two
@@ -36,12 +36,12 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
     codes = kind.codes(after).contiguous().reshape(-1)
     if not f.quantised:
         return lambda first, end: codes[first:end].to(torch.float64)
-    steps, n = _folded_scales(after) / kind.unit, kind.packed
+    steps, n = _folded_scales(after) / kind.unit, kind.codes_per_element
 
     def values(first: int, end: int) -> Tensor:
         numbers = kind.numbers(codes[first // n : -(-end // n)])[: end - first].to(torch.float64)
         here = steps[first // f.block : -(-end // f.block)]
-        return (codecs.blocks_of(numbers, f.block) * here.unsqueeze(-1)).reshape(-1)[: end - first]
+        return (in_blocks(numbers, f.block) * here.unsqueeze(-1)).reshape(-1)[: end - first]
 
     return values
 
@@ -49,7 +49,7 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
 def _folded_scales(after: EncodedWeight) -> Tensor:
     """The scales of the folded weight's blocks or rows, float64; of 4 bits rounded as in :func:`_folded_values`."""
     kind = after.format.kind
-    return kind.evidence(after)[kind.scales_name].to(torch.float64)
+    return kind.prediction_inputs(after)[kind.scales_name].to(torch.float64)
 
 
 def rotated_back(
@@ -106,9 +106,11 @@ def code_tensors(
     kind, n = f.kind, math.prod(f.shape)
     given: dict[str, Array] = {}
     if true is not None:
-        given = {k: t.contiguous().reshape(-1).numpy() for k, t in true.items() if k not in ("weight", *kind.shared)}
-        given["weight"] = kind.spell(true["weight"], n, facts).view(torch.uint8).numpy()
-    ranked, relaxation = kind.ranks(facts), facts.get("relaxation")
+        given = {
+            k: t.contiguous().reshape(-1).numpy() for k, t in true.items() if k not in ("weight", *kind.shared_tensors)
+        }
+        given["weight"] = kind.unpack_codes(true["weight"], n, facts).view(torch.uint8).numpy()
+    ranked, relaxation = kind.codes_by_level(facts), facts.get("relaxation")
     fits = relaxation is None or (
         type(relaxation) is int and 0 < relaxation < 1 << (RELAXATION_BITS + 17) and preserve.applies(f, after.format)
     )
@@ -134,18 +136,18 @@ def code_tensors(
     for first, x in rotated_back(after, stages, f.blocksize, relaxation):
         here = slice(first, first + x.numel())
         of = slice(first // f.block, -(-here.stop // f.block))
-        blocks = codecs.blocks_of(x, f.block)
+        blocks = in_blocks(x, f.block)
         peaks = blocks.abs().amax(-1) if kept is None else kept[of]
         stated = given[kind.scales_name][of] if given else None
         scales[of], seen = _code_scales(io, stated, peaks, of.start, nested)
         divisors = torch.from_numpy(seen.astype(np.float64))
         numbers = blocks * kind.unit / torch.where(divisors == 0, 1.0, divisors).unsqueeze(-1)
         wanted = ranks[given["weight"][here]] if given else None
-        found = _code_ranks(io, wanted, *kind.near(numbers.reshape(-1)[: x.numel()], ranked))
+        found = _code_ranks(io, wanted, *kind.nearest_ranks(numbers.reshape(-1)[: x.numel()], ranked))
         if found.min() < 0 or found.max() >= len(order):
             raise damaged()
         codes[here] = order[found]
-    stored = kind.unspell(torch.from_numpy(codes).view(ranked.dtype), facts)
+    stored = kind.repack_codes(torch.from_numpy(codes).view(ranked.dtype), facts)
     return {"weight": bytes_of(stored), kind.scales_name: scales.tobytes(), **out}
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import oftsurgery
-from oftsurgery.checks.doctor import Finding, doctor
+from oftsurgery.checks.doctor import doctor
+from oftsurgery.checks.findings import Finding
 
 Q_PROJ, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -18,7 +18,7 @@ from models import BART
 from safetensors.torch import save_file
 
 from oftsurgery import CheckpointError
-from oftsurgery.checks.loaded import Loaded
+from oftsurgery.checks.loaded import LoadedCheckpoint
 from oftsurgery.files.checkpoint import open_checkpoint
 
 T5 = {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
@@ -62,7 +62,7 @@ def real(folder: Path, cls: str) -> tuple[dict[str, torch.Tensor], set[str]]:
     return model.state_dict(), set(info["missing_keys"])
 
 
-def values(loaded: Loaded) -> dict[str, torch.Tensor]:
+def values(loaded: LoadedCheckpoint) -> dict[str, torch.Tensor]:
     return {n: loaded.read(n).weight.tensors["weight"] for n, source in loaded.sources.items() if source is not None}
 
 
@@ -71,7 +71,7 @@ def test_every_tensor_is_the_clients(tmp_path: Path, case: str) -> None:
     cls, config, tied, groups = CLASSES[case]
     saved(tmp_path, cls, config)
     state, _ = real(tmp_path, cls)
-    loaded = Loaded(open_checkpoint(tmp_path))
+    loaded = LoadedCheckpoint(open_checkpoint(tmp_path))
     assert list(loaded.sources) == list(state)
     missing = {name for name, source in loaded.sources.items() if source is None}
     assert all("embed_positions" in name for name in missing)
@@ -98,7 +98,7 @@ def test_ties_are_the_clients_whatever_is_there(tmp_path: Path, kept: tuple[bool
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": flag}))
     state, missing = real(tmp_path, "BartForConditionalGeneration")
-    loaded = Loaded(open_checkpoint(tmp_path))
+    loaded = LoadedCheckpoint(open_checkpoint(tmp_path))
     assert {name for name, source in loaded.sources.items() if source is None} == missing & set(names)
     assert differing(values(loaded), {n: t for n, t in state.items() if n not in missing}) == []
 
@@ -110,7 +110,7 @@ def test_names_of_old_releases(tmp_path: Path) -> None:
     twice = "bert.embeddings.LayerNorm.weight"
     save_file(old | {twice: torch.zeros(64)}, tmp_path / "model.safetensors", {"format": "pt"})
     state, _ = real(tmp_path, "BertForMaskedLM")
-    found = values(Loaded(open_checkpoint(tmp_path)))
+    found = values(LoadedCheckpoint(open_checkpoint(tmp_path)))
     assert torch.equal(found.pop(f"{twice} (second)"), torch.zeros(64))
     assert differing(found, state) == []
 
@@ -119,8 +119,8 @@ def test_names_of_old_releases(tmp_path: Path) -> None:
 def test_quantised_weights_come_with_what_is_beside_them(tmp_path: Path, codec: str) -> None:
     saved(tmp_path / "plain", "LlamaForCausalLM", SIZES | GROUPED)
     load(tmp_path / "plain", "LlamaForCausalLM", quantization_config=bnb_config(codec)).save_pretrained(tmp_path / "q")
-    loaded = Loaded(open_checkpoint(tmp_path / "q"))
-    assert list(loaded.sources) == list(Loaded(open_checkpoint(tmp_path / "plain")).sources)
+    loaded = LoadedCheckpoint(open_checkpoint(tmp_path / "q"))
+    assert list(loaded.sources) == list(LoadedCheckpoint(open_checkpoint(tmp_path / "plain")).sources)
     stored = loaded.read("model.layers.0.mlp.up_proj.weight")
     assert stored.weight.format.codec == codec
     assert stored.parts is not None
@@ -134,7 +134,7 @@ def test_quantised_weights_come_with_what_is_beside_them(tmp_path: Path, codec: 
 def test_without_a_class_names_are_as_they_are(tmp_path: Path, config: dict[str, Any]) -> None:
     save_file({"h.0.attn.c_attn.weight": torch.ones(2, 6), "b": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = Loaded(open_checkpoint(tmp_path))
+    loaded = LoadedCheckpoint(open_checkpoint(tmp_path))
     assert loaded.model is None
     assert set(loaded.sources) == {"h.0.attn.c_attn.weight", "b"}
     assert (loaded.place("b"), loaded.place("c"), loaded.together("b")) == ("b", None, {"b"})
@@ -155,4 +155,4 @@ def test_a_config_that_no_model_has_is_refused(tmp_path: Path, config: dict[str,
     save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"cannot build it from this config|`model_type` is no string"):
-        Loaded(open_checkpoint(tmp_path))
+        LoadedCheckpoint(open_checkpoint(tmp_path))

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import oftsurgery
-from oftsurgery.checks import folders as checks
+from oftsurgery.checks import verify_checkpoints
 from oftsurgery.cli import main as cli
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.formats import codecs
@@ -606,7 +606,7 @@ def test_one_part_of_a_tensor_that_the_model_splits(places: Places, tmp_path: Pa
     )
     # quantised as one tensor, which transformers cannot split
     quantised = oftsurgery.WeightFormat("nf4", (192, 64), blocksize=64)
-    parts = quantised.kind.spread(name, codecs.encode(whole, quantised))
+    parts = quantised.kind.to_checkpoint(name, codecs.encode(whole, quantised))
     folder = written(tmp_path / "quantised", base, {n: t for n, t in found.items() if n != name} | parts)
     report = oftsurgery.verify_checkpoint(folder, base, adapter)
     assert set(report.wrong) == {name, *(f"layers.0.self_attn.{n}_proj.weight" for n in "qkv")}
@@ -654,9 +654,9 @@ def test_a_module_that_is_read_and_not_called_is_not_rotated(places: Places, tmp
         return path.endswith("dt_proj")
 
     parts = (open_checkpoint(folder), open_checkpoint(base), [oftsurgery.load_adapter(adapter)])
-    report = checks.check_checkpoint(*parts)
+    report = verify_checkpoints.check_checkpoint(*parts)
     assert set(report.wrong) == {"backbone.layers.0.mixer.dt_proj.weight"}
-    report = checks.check_checkpoint(*parts, idle=idle)
+    report = verify_checkpoints.check_checkpoint(*parts, idle=idle)
     assert report.ok, report.wrong
     assert list(report.modules) == ["backbone.layers.0.mixer.out_proj"]
     assert report.tensors["backbone.layers.0.mixer.dt_proj.weight"].kind == "copied"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from oftsurgery.errors import FormatError, NonFiniteError, OFTSurgeryError, ShapeError
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import unpack_cpu_layout
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.quant_state import unpack_cpu_layout
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 

@@ -12,9 +12,10 @@ from independent import seeded
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from oftsurgery import Rotation, formats
-from oftsurgery.formats import FORMATS, codecs
-from oftsurgery.formats.base import EncodedWeight, WeightFormat
+from oftsurgery import Rotation
+from oftsurgery.formats import checkpoint_tensors, codecs
+from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.int8 import Int8
 from oftsurgery.weights import undo
 from oftsurgery.weights.fold import fold_encoded
@@ -35,17 +36,17 @@ def stored(f: WeightFormat) -> EncodedWeight:
 
 @by_case
 def test_a_stored_weight_is_known_by_its_names(f: WeightFormat) -> None:
-    tensors = f.kind.spread("a.weight", stored(f))
+    tensors = f.kind.to_checkpoint("a.weight", stored(f))
     names, weight = {**tensors, "a.bias": None, "b.weight": None}, tensors["a.weight"]
     where = ("a.weight", names, tensors.__getitem__, tuple(weight.shape), weight.dtype)
-    assert formats.of_names("a.weight", names, weight.dtype) is f.kind
-    assert formats.companion_names("a.weight", names) == tuple(tensors)
-    found = formats.gather(*where)
+    assert checkpoint_tensors.format_by_names("a.weight", names, weight.dtype) is f.kind
+    assert checkpoint_tensors.companion_names("a.weight", names) == tuple(tensors)
+    found = checkpoint_tensors.read_weight(*where)
     assert (found.format, found.fingerprint) == (f, stored(f).fingerprint)
     read = []
-    assert formats.format_of(*where[:2], lambda n: read.append(n) or tensors[n], *where[3:]) == f
+    assert checkpoint_tensors.stored_format(*where[:2], lambda n: read.append(n) or tensors[n], *where[3:]) == f
     assert read == ([f"a.weight.quant_state.bitsandbytes__{f.codec}"] if f.blocksize else [])
-    shapes = formats.spread_shapes("a.weight", f)
+    shapes = checkpoint_tensors.checkpoint_shapes("a.weight", f)
     assert shapes.keys() == tensors.keys()
     for name, (dtype, shape) in shapes.items():
         assert tensors[name].dtype == dtype
@@ -54,13 +55,13 @@ def test_a_stored_weight_is_known_by_its_names(f: WeightFormat) -> None:
 
 @by_case
 def test_tensors_beside_a_weight_belong_to_it(f: WeightFormat) -> None:
-    names = f.kind.spread("a.weight", stored(f)).keys()
+    names = f.kind.to_checkpoint("a.weight", stored(f)).keys()
     for name in names - {"a.weight"}:
-        assert formats.owner_of(name) == "a.weight"
-        assert formats.is_companion(name, names)
-        assert not formats.is_companion(name, names - {"a.weight"})
+        assert checkpoint_tensors.owner_of(name) == "a.weight"
+        assert checkpoint_tensors.is_companion(name, names)
+        assert not checkpoint_tensors.is_companion(name, names - {"a.weight"})
     for name in ("a.weight", "a.bias", "SCB", "absmax", "a.weight.absmax.x"):
-        assert formats.owner_of(name) is None
+        assert checkpoint_tensors.owner_of(name) is None
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -69,7 +70,7 @@ def test_tensors_beside_a_weight_belong_to_it(f: WeightFormat) -> None:
 def test_a_plain_weight_is_loaded_as_by_bitsandbytes(name: str, dtype: torch.dtype, double: bool) -> None:
     plain = torch.randn(6, 128, generator=seeded(name))
     kind = FORMATS[name]
-    got = codecs.load(codecs.dense(plain), kind.loaded_as((6, 128), dtype, double))
+    got = codecs.as_loaded(codecs.dense(plain), kind.loaded_as((6, 128), dtype, double))
     new: torch.Tensor
     if name == "int8":
         new = bnb.nn.Int8Params(plain.to(dtype), requires_grad=False, has_fp16_weights=False).to("cpu")
@@ -81,21 +82,21 @@ def test_a_plain_weight_is_loaded_as_by_bitsandbytes(name: str, dtype: torch.dty
         assert (got.format.blocksize, got.format.dtype) == (new.quant_state.blocksize, new.quant_state.dtype)
         assert bool(got.format.nested_blocksize) == new.quant_state.nested == double
     assert torch.equal(got.tensors["weight"], new.data)
-    asked = BitsAndBytesConfig(**kind.loading)
+    asked = BitsAndBytesConfig(**kind.config_fields)
     assert (asked.load_in_4bit, asked.load_in_8bit) == (name != "int8", name == "int8")
     assert asked.quantization_method() == ("llm_int8" if name == "int8" else name)
 
 
 def test_a_dense_weight_is_loaded_in_its_dtype() -> None:
     plain = torch.randn(6, 128, generator=seeded(0))
-    got = codecs.load(codecs.dense(plain), FORMATS["dense"].loaded_as((6, 128), torch.bfloat16, False))
+    got = codecs.as_loaded(codecs.dense(plain), FORMATS["dense"].loaded_as((6, 128), torch.bfloat16, False))
     assert torch.equal(got.tensors["weight"], plain.bfloat16())
 
 
 class FourBitRows(Int8):
     """Int8 with fewer levels."""
 
-    name, unit, strong = "rows", 7.0, 1 / 14
+    name, unit, strong_change = "rows", 7.0, 1 / 14
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         codes = torch.arange(-7, 8, device=device, dtype=torch.int8)
@@ -108,15 +109,15 @@ class FourBitRows(Int8):
         scaled = weight.reshape(f.shape) / scales.unsqueeze(-1)
         return torch.round(7 * scaled).clamp(-7, 7).to(torch.int8)
 
-    def ranks(self, facts: Mapping[str, Any]) -> Tensor:
+    def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
         return torch.arange(-7, 8).to(torch.int8)
 
-    def near(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def nearest_ranks(self, numbers: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         near = torch.round(numbers).clamp(-7, 7)
         up = ((numbers > near) | (near == -7)) & (near < 7)
         return near + 7, up, (0.5 - (numbers - near).abs()) * 1024
 
-    def kernel(self, f: WeightFormat) -> str:
+    def kernel_name(self, f: WeightFormat) -> str:
         return ""
 
 

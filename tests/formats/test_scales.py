@@ -24,7 +24,7 @@ import oftsurgery
 from oftsurgery import Rotation, RoundingWarning, WeakAdapterWarning, WeightFormat, use_backend
 from oftsurgery.cli.main import main
 from oftsurgery.formats import codecs
-from oftsurgery.formats.four_bit import levels_of
+from oftsurgery.formats.levels import levels_of
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.weights.fold import fold_encoded
 from oftsurgery.weights.kernels.blockwise import FoldedWeight

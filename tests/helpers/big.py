@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oftsurgery.files.shard_writer import ShardWriter
-from oftsurgery.formats import spread_shapes
-from oftsurgery.formats.base import EncodedWeight, WeightFormat
+from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 
 def linears(hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
@@ -67,7 +67,7 @@ def write_checkpoint(
                 "lm_head.weight": (vocab, hidden),
                 "model.norm.weight": (hidden,),
             }
-        planned = {n: v for weight, f in formats.items() for n, v in spread_shapes(weight, f).items()}
+        planned = {n: v for weight, f in formats.items() for n, v in checkpoint_shapes(weight, f).items()}
         writer = ShardWriter(
             folder / name, planned | {n: (torch.bfloat16, s) for n, s in plain.items()}, {"format": "pt"}
         )
@@ -92,7 +92,7 @@ def _quantised(formats: dict[str, WeightFormat], generator: torch.Generator) -> 
             "absmax": 0.05 + 0.05 * torch.rand(n // f.blocksize, generator=generator),
             "quant_map": bnbf.get_4bit_type("nf4", device="cpu"),
         }
-        yield from f.kind.spread(weight, EncodedWeight(f, tensors)).items()
+        yield from f.kind.to_checkpoint(weight, EncodedWeight(f, tensors)).items()
 
 
 def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32) -> None:

@@ -28,7 +28,8 @@ from oftsurgery.files import writing
 from oftsurgery.onnx.export import OnnxCheck
 from oftsurgery.records.record import AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.reports import drawing, page
-from oftsurgery.reports.summary import LEVELS, Scale, histogram, layout
+from oftsurgery.reports.figures import LEVELS, Scale, histogram
+from oftsurgery.reports.model_layout import layout
 
 KINDS = tuple(f"self_attn.{k}_proj" for k in "qkvo") + tuple(f"mlp.{k}_proj" for k in ("gate", "up", "down"))
 

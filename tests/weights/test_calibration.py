@@ -27,8 +27,8 @@ from oftsurgery.calibrate.batches import read_batches
 from oftsurgery.folding.engine import _warn_of_rounding as warn_of_rounding
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import LEVELS
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.levels import LEVELS
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.weights.calibrate import LayerInputs, compensate, fold_calibrated
 

@@ -31,7 +31,7 @@ from oftsurgery import (
     extract_rotation,
 )
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights.extract import block_size_curve, choose_block_size
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -165,7 +165,7 @@ def weight(out: int = 512, features: int = 64, seed: int = 3) -> Tensor:
     return whole[f"encoder.layer.{seed}.intermediate.dense.weight"][:out, :features].clone()
 
 
-def stored(w: Tensor, form: str) -> codecs.EncodedWeight:
+def stored(w: Tensor, form: str) -> EncodedWeight:
     shape = (w.shape[0], w.shape[1])
     formats = {
         "nf4": WeightFormat("nf4", shape, torch.float32, 64, 256),
@@ -503,7 +503,7 @@ def test_differences_on_disk_are_named(checkpoints: Path, tmp_path: Path) -> Non
 
 MEASURE = """
 import pathlib, sys
-import bitsandbytes, oftsurgery, oftsurgery.checks.extract, safetensors.torch, torch
+import bitsandbytes, oftsurgery, oftsurgery.checks.extract_adapters, safetensors.torch, torch
 
 def peak():
     status = pathlib.Path("/proc/self/status").read_text().splitlines()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import oftsurgery
 from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFormat, rotations
 from oftsurgery.errors import MissingDependencyError, StateError
-from oftsurgery.formats import FORMATS, codecs
+from oftsurgery.formats import codecs
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded
 from oftsurgery.weights.kernels.blockwise import FoldedWeight

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 import oftsurgery
 from oftsurgery import EncodedWeight, NonFiniteError, OFTAdapter, Rotation, WeightFormat, use_backend
 from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.checks.doctor import Finding, doctor
+from oftsurgery.checks.doctor import doctor
+from oftsurgery.checks.findings import Finding
 from oftsurgery.formats import codecs
 from oftsurgery.formats.scales import GRID
 from oftsurgery.records.record import FoldRecord, ModuleRecord

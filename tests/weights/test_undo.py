@@ -47,7 +47,7 @@ from oftsurgery import (
 from oftsurgery.adapters.rotation import Cayley
 from oftsurgery.folding import undo_reader, undo_writer
 from oftsurgery.formats import codecs
-from oftsurgery.formats.base import WeightFormat
+from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.stores.layers import Layer
 from oftsurgery.weights import undo, undo_rotations
@@ -426,7 +426,7 @@ def test_the_recorded_rotation_is_the_cayley_map(b: int, norm: float) -> None:
 _CODE = """
 import sys, torch, oftsurgery
 from oftsurgery.weights import undo
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from safetensors.torch import load_file, save_file
 folder, n = sys.argv[1], sys.argv[2]
 assert torch.get_num_threads() == int(n)

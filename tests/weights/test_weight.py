@@ -18,8 +18,8 @@ from torch import Tensor
 import oftsurgery
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
-from oftsurgery.formats import codecs, four_bit
-from oftsurgery.formats.base import EncodedWeight, WeightFormat
+from oftsurgery.formats import codecs, levels
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
 from oftsurgery.weights.kernels import blockwise, fold_cpu
@@ -256,9 +256,9 @@ def _check_surroundings(
 ) -> None:
     expected, back = fold_encoded(base, rotations), fold_encoded(base, rotations, inverse=True)
     assert (expected.backend, back.backend) == (backend, backend)
-    cleared = ("levels_of", "sorted_levels", "_byte_table")
+    cleared = ("levels_of", "sorted_levels", "levels_of_bytes")
     for name in cleared:  # tables are kept: none may be made in these surroundings and be wrong for later
-        getattr(four_bit, name).cache_clear()
+        getattr(levels, name).cache_clear()
     blockwise.tables.cache_clear()
     fold_cpu._cells.cache_clear()
     if surrounding is not SURROUNDINGS["default device meta"]:  # bitsandbytes cannot make its own table there

@@ -32,7 +32,7 @@ from torch import Tensor
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 from .blockwise import FoldedWeight
 from .pool import start

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import LEVELS, levels_of, sorted_levels
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.levels import LEVELS, levels_of, sorted_levels
 from oftsurgery.weights import preserve
 
 #: bits of infinity: of |value| as integers, from here on not finite

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.formats.scales import GRID
 from oftsurgery.weights import preserve
@@ -48,7 +48,7 @@ class _Side:
 
 
 def _side(f: WeightFormat) -> _Side | None:
-    kind = getattr(cpu, f.kind.kernel(f), None)
+    kind = getattr(cpu, f.kind.kernel_name(f), None)
     if kind is None or (kind == cpu.F16 and not cpu.HAS_F16) or f.blocksize % cpu.LANES:
         return None
     return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
@@ -190,7 +190,7 @@ def fold(
     if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
         return None
     tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
-    source = f.kind.source(encoded)
+    source = f.kind.kernel_operands(encoded)
     if tiles is None or source is None:
         return None
     factors = None if scale is None else scale.to(torch.float32).contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import preserve
 
 from . import blockwise, gpu, tiled
@@ -25,13 +25,13 @@ def fold(
     are to be found.
     """
     f = encoded.format
-    kind, new_kind = (getattr(gpu, side.kind.kernel(side), None) for side in (f, into))
+    kind, new_kind = (getattr(gpu, side.kind.kernel_name(side), None) for side in (f, into))
     rows, features = f.shape
     b = math.lcm(matrices.shape[-1], *(side.blocksize for side in (f, into) if side.blocksize))
     # Triton's tiles are powers of two
     if kind is None or new_kind is None or b > _MAX_BLOCK or b & (b - 1) or features % b:
         return None
-    source = f.kind.source(encoded)
+    source = f.kind.kernel_operands(encoded)
     if source is None:
         return None
     own, omega = None, 1.0

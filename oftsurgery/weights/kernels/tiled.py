@@ -14,7 +14,7 @@ from torch import Tensor
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import preserve
 
 from .blockwise import Fold, FoldedWeight, Sums
@@ -149,7 +149,7 @@ class _Fold(Fold):
         base, weight = self.exact(start, stop)
         form = self._form(weight)
         kind, nearest = form.kind, 0.0
-        of, here = (preserve.span(start, stop, self.features, size) for size in (form.block, kind.packed))
+        of, here = (preserve.span(start, stop, self.features, size) for size in (form.block, kind.codes_per_element))
         if plain_seen is not None:
             codes[here] = kind.codes_at(weight.to(torch.float32).reshape(-1), seen[of], form)
             plain = preserve.stored_as(form, codecs.encode(weight, form).tensors["weight"], plain_seen[of])
@@ -161,14 +161,14 @@ class _Fold(Fold):
 def rows_of(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
     """Some rows of a weight from :meth:`EncodedWeight.single`."""
     f = replace(encoded.format, shape=(stop - start, encoded.format.shape[1]))
-    entries = f.kind.entries(f).items()
+    entries = f.kind.weights_per_entry(f).items()
     return EncodedWeight(f, {n: encoded.tensors[n][preserve.span(start, stop, f.shape[1], k)] for n, k in entries})
 
 
 def _place(new: dict[str, Tensor], part: EncodedWeight, start: int, rows: int) -> None:
     """Put the tensors of some rows, from row ``start`` on, into those of ``rows``, but for those that all weights share."""
     features = part.format.shape[1]
-    for name, weights in part.format.kind.entries(part.format).items():
+    for name, weights in part.format.kind.weights_per_entry(part.format).items():
         tensor = part.tensors[name]
         if name not in new:
             new[name] = tensor.new_empty(-(-rows * features // weights), *tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""Compare two models that should compute the same: module by module and end to end."""
+""":func:`verify` compares two live models that should compute the same, module by module and end to end."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from oftsurgery.records.record import plain
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.ties import inner_model, modules_of
-
-__all__ = ["OutputError", "VerifyReport", "batches_of", "eval_mode", "verify"]
 
 
 @dataclass(frozen=True)

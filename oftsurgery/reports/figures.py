@@ -1,146 +1,17 @@
-"""A fold's figures, in the order in which people look at them: modules laid out as layers × kinds, and scales."""
+"""A fold's figures are checked here, put on a colour scale or in bars, and written as text."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from oftsurgery.errors import CheckpointError
 from oftsurgery.records.record import FoldRecord
 
-__all__ = [
-    "LEVELS",
-    "Layout",
-    "Scale",
-    "Stack",
-    "check_figures",
-    "degrees",
-    "histogram",
-    "is_figure",
-    "layout",
-    "natural",
-    "percent",
-    "scientific",
-    "size",
-]
-
 #: steps of a colour scale
 LEVELS = 9
-
-# names of lists inside a layer whose members are layers too (Swin's stages, a U-Net's blocks); a list of another name,
-# such as a mixture's experts, holds parts of one layer
-_INNER_LAYERS = ("blocks", "layers", "resblocks", "attentions", "resnets", "transformer_blocks")
-
-# in which order people name the linears of a layer; files hold them in that of the alphabet
-_ORDER = ("q", "query", "k", "key", "v", "value", "o", "gate", "up", "down")
-
-# a list of at most as many parts is told apart in the layout, of more (experts) drawn as one
-_FEW = 4
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Layers of one list of modules.
-
-    Attributes:
-        name: path of the list, such as ``"model.layers"``.
-        layers: their indices in it, ascending.
-        kinds: paths inside a layer, attention first; ``*`` stands for the index of an expert and the like.
-        cells: ``{(layer, kind): module paths}``.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    kinds: tuple[str, ...]
-    cells: Mapping[tuple[str, str], tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each module is.
-
-    Attributes:
-        stacks: of layers.
-        loose: modules outside of any, in the record's order: embeddings, heads, poolers.
-    """
-
-    stacks: tuple[Stack, ...]
-    loose: tuple[str, ...]
-
-
-def layout(paths: Iterable[str]) -> Layout:
-    """Sort module paths into layers and kinds, whatever the architecture's own names.
-
-    >>> layout(["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "head"])
-    Layout(stacks=(Stack(name='h', layers=('0', '1'), kinds=('attn', 'mlp'), cells={('0', 'attn'): ('h.0.attn',), \
-('0', 'mlp'): ('h.0.mlp',), ('1', 'attn'): ('h.1.attn',), ('1', 'mlp'): ('h.1.mlp',)}),), loose=('head',))
-    """
-    paths = list(paths)
-    found: dict[str, list[tuple[str, list[str], str]]] = defaultdict(list)
-    for path in paths:
-        place = _place(path)
-        if place is not None:
-            found[place[0]].append((place[1], place[2], path))
-    stacks = [_stack(name, members) for name, members in found.items() if len({layer for layer, _, _ in members}) > 1]
-    placed = {path for stack in stacks for cell in stack.cells.values() for path in cell}
-    return Layout(tuple(stacks), tuple(path for path in paths if path not in placed))
-
-
-def _place(path: str) -> tuple[str, str, list[str]] | None:
-    """``(list of layers, index in it, parts of the path inside the layer)``; None outside of layers."""
-    parts = path.split(".")
-    inner = range(len(parts) - 1)  # what ends in a number is a member of a plain list, such as nn.Sequential
-    first = next((i for i in inner if _number(parts[i])), None)
-    if first is None:
-        return None
-    last = max([first, *(i for i in inner if i > first and _number(parts[i]) and parts[i - 1] in _INNER_LAYERS)])
-    return ".".join(parts[:first]), ".".join(parts[first : last + 1]), parts[last + 1 :]
-
-
-def _number(part: str) -> bool:
-    return part.isascii() and part.isdigit()
-
-
-def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
-    values: dict[tuple[tuple[str, ...], int], set[str]] = defaultdict(set)
-    for _, parts, _ in members:
-        for i, part in enumerate(parts):
-            values[_template(parts), i].add(part)
-    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for layer, parts, path in members:
-        template = _template(parts)
-        kind = ".".join("*" if len(values[template, i]) > _FEW else part for i, part in enumerate(parts))
-        cells[layer, kind].append(path)
-    return Stack(
-        name,
-        tuple(sorted({layer for layer, _ in cells}, key=natural)),
-        tuple(sorted(dict.fromkeys(kind for _, kind in cells), key=_rank)),
-        {place: tuple(paths) for place, paths in cells.items()},
-    )
-
-
-def _rank(kind: str) -> tuple[bool, int]:
-    """Attention first, and :data:`_ORDER` in it and outside of it; the rest stays as it is."""
-    group, _, leaf = kind.rpartition(".")
-    leaf = leaf.removesuffix("_proj")
-    return "att" not in group.lower(), _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER)
-
-
-def _template(parts: Sequence[str]) -> tuple[str, ...]:
-    return tuple("*" if _number(part) else part for part in parts)
-
-
-def natural(path: str) -> list[tuple[int, int, str]]:
-    """Key that sorts numbers in a path by their value.
-
-    >>> sorted(["h.10.up", "h.9.up"], key=natural)
-    ['h.9.up', 'h.10.up']
-    """
-    parts = (part.lstrip("0") if _number(part) else part for part in path.split("."))
-    return [(0, len(p), p) if _number(p) or not p else (1, 0, p) for p in parts]
 
 
 @dataclass(frozen=True)
@@ -223,15 +94,13 @@ def check_figures(record: FoldRecord) -> None:
 
 
 _NEEDED = ("error", "defect", "angle")
+
 _SIGNED = ("kept", "output_kept")  # which may be negative
 
 
 def is_figure(value: object) -> bool:
     """Whether a value from a file is a finite number, not negative."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-# --- numbers for people -----------------------------------------------------------------------------------------------
 
 
 def percent(value: float) -> str:

@@ -1,5 +1,5 @@
-"""Check a folded checkpoint on disk: its files against the hashes in its record, every tensor that its model would load
-against base and adapter.
+""":func:`check_checkpoint` checks a folded checkpoint on disk: its files against the hashes in its record, every tensor that
+its model would load against base and adapter.
 
 By none of the code that folds: :mod:`~oftsurgery.checks.loaded` says what the model has before and after,
 :mod:`~oftsurgery.checks.measures` rotates anew in float64, and what a live adapter does to which tensor is written here once
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,147 +27,14 @@ from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, Stat
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.reading import inside, sha256_of
 from oftsurgery.formats import codecs
-from oftsurgery.formats.codecs import EncodedWeight, WeightFormat
-from oftsurgery.formats.four_bit import unpack_state
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.formats.quant_state import unpack_state
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 
 from . import measures
-from .loaded import Loaded, Stored
-
-__all__ = ["CheckpointReport", "FileCheck", "TensorCheck", "WeightCheck", "check_checkpoint", "check_files"]
-
-#: what became of a recorded file
-FileCheck = Literal["ok", "changed", "missing"]
-
-#: what a tensor should be: ``"rotated"``; ``"replaced"`` by the adapter's own values; ``"tied"``, with no tensor of its
-#: own, and unchanged; ``"copied"`` from the source; ``"converted"``, the source's in another format or dtype;
-#: ``"absent"`` in both folders, made by the model itself; ``"added"`` beside what the source has
-Kind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
-
-# what storing the right weight once more may differ by: rounding ties, and the last bits of float32 products
-_SLACK = 1.05
-
-
-@dataclass(frozen=True)
-class WeightCheck:
-    """One folded weight.
-
-    Attributes:
-        error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius), exact being base and rotation in float64.
-        rounding: what storing the exact weight in the folded format costs by itself.
-        recorded: content hash as the record has it: True, False, or None where there is no record.
-        calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
-            errs more than a plainly rounded one, so that its layer's outputs err less.
-        rho: ``‖folded - exact‖ / ‖exact - base‖``; None where the adapter changes nothing.
-        kept: ``⟨folded - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
-        steps: the error of a weight that lies anywhere between the format's levels: rounding that keeps the change costs
-            no more.
-    """
-
-    error: float
-    rounding: float
-    recorded: bool | None
-    calibrated: float | None = None
-    rho: float | None = None
-    kept: float | None = None
-    steps: float = 0.0
-
-    @property
-    def gain(self) -> float:
-        """What this fold's rounding changes in the squared error of plain rounding, as a part of it: below 0 for the
-        better.
-        """
-        return (self.error / self.rounding) ** 2 - 1 if self.rounding else 0.0
-
-    @property
-    def excess(self) -> float:
-        """How far the error is beyond plain rounding, beyond what calibration made of it, or, where the change is kept,
-        beyond what the format's steps cost.
-        """
-        whole = self.kept is not None and abs(self.kept - 1) <= measures.WHOLE
-        return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
-
-    def passes(self, tolerance: float | None) -> bool:
-        """Whether it is within ``tolerance`` (None: plain rounding and no more) and as recorded."""
-        within = self.error <= tolerance if tolerance is not None else self.excess <= 1e-6
-        return within and self.recorded is not False
-
-
-@dataclass(frozen=True)
-class TensorCheck:
-    """One tensor: of the model, or of the files where the model's class does not take it.
-
-    Attributes:
-        kind: what it should be.
-        why: what is wrong with it, or None.
-    """
-
-    kind: Kind
-    why: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.why is None
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """What :func:`check_checkpoint` looked at.
-
-    Attributes:
-        modules: ``{path: WeightCheck}`` of what was rotated.
-        tolerance: the largest error that passes; None: plain rounding and no more.
-        files: ``{file name: FileCheck}`` of the files that the record has hashes of; empty without a record.
-        tensors: ``{name: TensorCheck}`` of everything that the model loads, and of stored tensors that it does not take.
-        config: what the folded ``config.json`` makes the model compute otherwise, or None.
-
-    >>> report = CheckpointReport({}, None, tensors={"lm_head.weight": TensorCheck("tied"), "norm.weight": TensorCheck("copied")})
-    >>> report.ok, report.looked_at
-    (True, {'tied': 1, 'copied': 1})
-    """
-
-    modules: Mapping[str, WeightCheck]
-    tolerance: float | None
-    files: Mapping[str, FileCheck] = field(default_factory=dict)
-    tensors: Mapping[str, TensorCheck] = field(default_factory=dict)
-    config: str | None = None
-
-    def passes(self, check: WeightCheck) -> bool:
-        """Whether one weight is within the tolerance and as recorded."""
-        return check.passes(self.tolerance)
-
-    @property
-    def ok(self) -> bool:
-        """Whether all weights are, every tensor is what it should be, and every file is as recorded."""
-        right = all(map(self.passes, self.modules.values())) and all(c == "ok" for c in self.files.values())
-        return right and not self.wrong and self.config is None
-
-    @property
-    def wrong(self) -> dict[str, str]:
-        """``{tensor: what is wrong with it}``."""
-        return {name: check.why for name, check in self.tensors.items() if check.why is not None}
-
-    @property
-    def looked_at(self) -> dict[str, int]:
-        """How many tensors of each kind were looked at."""
-        return dict(Counter(check.kind for check in self.tensors.values()))
-
-    @property
-    def worst_first(self) -> list[tuple[str, WeightCheck]]:
-        return sorted(self.modules.items(), key=lambda item: (self.passes(item[1]), -item[1].error))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, worst first."""
-        return {
-            "ok": self.ok,
-            "tolerance": self.tolerance,
-            "files": dict(self.files),
-            "config": self.config,
-            "modules": {path: {**asdict(c), "passes": self.passes(c)} for path, c in self.worst_first},
-            "looked_at": self.looked_at,
-            "tensors": {n: asdict(c) for n, c in sorted(self.tensors.items(), key=lambda item: item[1].ok)},
-        }
+from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
+from .loaded import LoadedCheckpoint, StoredTensor
 
 
 def check_files(folder: Path) -> CheckpointReport:
@@ -224,12 +90,12 @@ def check_checkpoint(
         raise StateError("the adapter rotates nothing", remedy="give the adapter that was folded")
     record = record_in(folded.folder)
     loading = _Loading(record, folded, base)
-    before = Loaded(base, loading.dtype)
+    before = LoadedCheckpoint(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
-    before = Loaded(base, loading.dtype, apart) if apart else before
-    after = Loaded(folded, apart=frozenset(before.apart))
-    comparison = _Comparison(before, after, _Live(before, adapters, idle), loading, record, tolerance)
+    before = LoadedCheckpoint(base, loading.dtype, apart) if apart else before
+    after = LoadedCheckpoint(folded, apart=frozenset(before.apart))
+    comparison = _Comparison(before, after, _AdapterEffects(before, adapters, idle), loading, record, tolerance)
     names = [n for n in {**before.sources, **after.sources} if n not in before.left_out]
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
@@ -256,9 +122,9 @@ class _Loading:
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
         said = record.base if record is not None else {}
         stored = next((DTYPES[e.dtype] for e in base.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
-        self.dtype = _dtype(said.get("dtype")) or _configured(base if said else folded) or stored
-        dense = not _quantised(folded)
-        self.codec = said.get("quantize") if said else None if dense or _quantised(base) else "stored"
+        self.dtype = _dtype_named(said.get("dtype")) or _dtype_in_config(base if said else folded) or stored
+        dense = not _is_quantised(folded)
+        self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
         self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
         self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
@@ -269,7 +135,7 @@ class _Loading:
             raise CheckpointError("the record's `skip_modules` is no JSON", path=folded.folder) from error
 
 
-class _Live:
+class _AdapterEffects:
     """What adapters do to which of the base's tensors, as peft's live model has them.
 
     Attributes:
@@ -279,25 +145,27 @@ class _Live:
             is trained in its place wherever it is tied to.
     """
 
-    def __init__(self, base: Loaded, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None) -> None:
+    def __init__(
+        self, base: LoadedCheckpoint, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None
+    ) -> None:
         self.chains: dict[str, tuple[str, list[Rotation]]] = {}
         self.values: dict[str, Tensor] = {}
         for adapter in adapters:
             for path, rotation in adapter.modules.items():
-                place = _found(base, f"{path}.weight", adapter)
+                place = _place_of(base, f"{path}.weight", adapter)
                 if idle is None or base.model is None or not idle(base.model, place.rpartition(".")[0]):
                     self.chains.setdefault(place, (path, []))[1].append(rotation)
-            places = {name: _found(base, name, adapter) for name in adapter.saved}
+            places = {name: _place_of(base, name, adapter) for name in adapter.saved}
             twice = next((name for name, place in places.items() if place in self.values), None)
             if twice is not None:
                 raise MatchError("two adapters bring their own values for one tensor", tensor=twice)
             order = {place: i for i, place in enumerate(base.sources)}
-            for name in sorted(places, key=lambda name: (_copied(name, adapter), order[places[name]])):
-                where = {places[name]} if _copied(name, adapter) else base.together(places[name])
+            for name in sorted(places, key=lambda name: (_in_modules_to_save(name, adapter), order[places[name]])):
+                where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
                 self.values |= dict.fromkeys(where, adapter.saved[name])
 
 
-def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
+def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
     place = base.place(name)
     if place is None or base.sources[place] is None:
         message = "the base has no such tensor, which the adapter names"
@@ -306,7 +174,7 @@ def _found(base: Loaded, name: str, adapter: OFTAdapter) -> str:
     return place
 
 
-def _copied(name: str, adapter: OFTAdapter) -> bool:
+def _in_modules_to_save(name: str, adapter: OFTAdapter) -> bool:
     """Whether a tensor is of a module in ``modules_to_save``, by the ends of paths, as peft finds them."""
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
@@ -317,9 +185,9 @@ def _copied(name: str, adapter: OFTAdapter) -> bool:
 class _Comparison:
     """Of one tensor after the other; of a group that transformers makes others of, one at a time."""
 
-    base: Loaded
-    folded: Loaded
-    live: _Live
+    base: LoadedCheckpoint
+    folded: LoadedCheckpoint
+    live: _AdapterEffects
     loading: _Loading
     record: FoldRecord | None
     tolerance: float | None
@@ -334,7 +202,7 @@ class _Comparison:
     def check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
-        kind: Kind = "rotated" if rotated else "replaced" if replaced else "copied"
+        kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
         if source is None:
             return TensorCheck("absent") if now is None else TensorCheck("added", "the source has no such tensor")
         if now is None:
@@ -353,34 +221,34 @@ class _Comparison:
             return TensorCheck(kind, error.message)
         before = self._before(name, stored.weight.format)
         if decoded is not None:
-            return TensorCheck(kind, self._rotated(name, before, stored, decoded))
+            return TensorCheck(kind, self._as_rotated(name, before, stored, decoded))
         if replaced:
-            return TensorCheck(kind, self._replaced(name, before, stored))
+            return TensorCheck(kind, self._as_replaced(name, before, stored))
         same = before.parts is not None and before.weight.format == stored.weight.format
         kind = kind if kind == "tied" else "copied" if same else "converted"
-        found = self.done[source, now] = TensorCheck(kind, self._kept(name, before, stored))
+        found = self.done[source, now] = TensorCheck(kind, self._unchanged(name, before, stored))
         return found
 
-    def _before(self, name: str, into: WeightFormat) -> Stored:
+    def _before(self, name: str, into: WeightFormat) -> StoredTensor:
         """The weight as the live model had it before any rotation, of a plain base as it was loaded."""
         base, values, how = self.base.read(name), self.live.values.get(name), self.loading
         quantised = base.weight.format.quantised
         if values is not None:
-            base = Stored(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
+            base = StoredTensor(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
         weight = base.weight.tensors["weight"]
         cast = how.cast and weight.is_floating_point() and not (how.original and name in self.live.chains)
         if quantised or not cast:
             return base
         dtype = self.base.dtype_of(name) or weight.dtype
-        base = base if dtype == weight.dtype else Stored(codecs.dense(weight.to(dtype)))
+        base = base if dtype == weight.dtype else StoredTensor(codecs.dense(weight.to(dtype)))
         first = into if into.quantised and how.codec in ("stored", into.codec) else how.format
         if first is None or (not into.quantised and (name not in self._first or self.base.sources[name] != name)):
             return base
         weight = _linear(self.base, name, base.weight).tensors["weight"]
         weight = weight.to(torch.float16) if first.codec == "int8" else weight  # as bitsandbytes itself does
-        return Stored(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
+        return StoredTensor(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
 
-    def _rotated(self, name: str, before: Stored, stored: Stored, decoded: Tensor) -> str | None:
+    def _as_rotated(self, name: str, before: StoredTensor, stored: StoredTensor, decoded: Tensor) -> str | None:
         path, chain = self.live.chains[name]
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
         exact, into = measures.rotated(start, chain, path), own.format
@@ -403,23 +271,23 @@ class _Comparison:
             recorded = "" if check.recorded is not False else "; its record has other contents"
             return f"{error:.2e} off what base and adapter give, its format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
-            return self._dtype(before, into.dtype)
+            return self._wrong_dtype(before, into.dtype)
         if before.weight.format.codec == into.codec and before.weight.format != into:
             was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
             return f"stored with other settings than in the source, where it has {was}"
         # as the source has them (old releases write fewer), or as they are written now
-        found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, Stored(plain))]
+        found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
 
-    def _replaced(self, name: str, before: Stored, stored: Stored) -> str | None:
+    def _as_replaced(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         values, got = self.live.values[name], stored.weight.tensors["weight"]
         if stored.weight.format.quantised:
             return f"stored as {stored.weight.format.label}, the adapter's own values are plain"
         if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
             return "not the adapter's own values"
-        return self._dtype(before, got.dtype)
+        return self._wrong_dtype(before, got.dtype)
 
-    def _kept(self, name: str, before: Stored, stored: Stored) -> str | None:
+    def _unchanged(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         if stored.weight.format.quantised:
             if not before.weight.format.quantised:
                 return f"stored as {stored.weight.format.label}, in the source plain"
@@ -430,16 +298,16 @@ class _Comparison:
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
-        return self._dtype(before, got.dtype) if _same(got, want) else "not what the source has"
+        return self._wrong_dtype(before, got.dtype) if _same(got, want) else "not what the source has"
 
-    def _dtype(self, before: Stored, dtype: torch.dtype) -> str | None:
+    def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype: it may be the source's, or the one that the config names."""
-        fine = {_configured(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
+        fine = {_dtype_in_config(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
         fine |= set() if before.weight.format.quantised else {before.weight.format.dtype}
         return None if dtype in fine else f"stored as {dtype}, expected {' or '.join(sorted(map(str, fine)))}"
 
 
-def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
+def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> EncodedWeight:
     """A weight as ``(out, in)``."""
     weight = encoded.tensors["weight"]
     if encoded.format.quantised:
@@ -449,11 +317,11 @@ def _linear(loaded: Loaded, name: str, encoded: EncodedWeight) -> EncodedWeight:
     return codecs.dense(weight.t()) if loaded.transposed(name) else encoded
 
 
-def _parts_unlike(stored: Stored, expected: Stored, *, fixed: bool = False) -> str | None:
+def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool = False) -> str | None:
     """How a quantised weight's tensors differ from what they should be; in what does not depend on the weight alone
     where ``fixed``.
     """
-    got, want = (s.parts or s.weight.format.kind.spread("weight", s.weight) for s in (stored, expected))
+    got, want = (s.parts or s.weight.format.kind.to_checkpoint("weight", s.weight) for s in (stored, expected))
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
             return f"its {name} is missing" if name not in got else f"it has a {name} too many"
@@ -476,15 +344,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def _quantised(checkpoint: Checkpoint) -> bool:
+def _is_quantised(checkpoint: Checkpoint) -> bool:
     return any(".quant_state.bitsandbytes__" in n or n.endswith(".SCB") for n in checkpoint.entries)
 
 
-def _configured(checkpoint: Checkpoint) -> torch.dtype | None:
+def _dtype_in_config(checkpoint: Checkpoint) -> torch.dtype | None:
     """The dtype that a config names."""
-    return _dtype(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
+    return _dtype_named(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
 
 
-def _dtype(name: object) -> torch.dtype | None:
+def _dtype_named(name: object) -> torch.dtype | None:
     found = getattr(torch, name, None) if isinstance(name, str) else None
     return found if isinstance(found, torch.dtype) else None

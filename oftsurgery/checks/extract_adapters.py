@@ -1,4 +1,4 @@
-"""Extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
+"""These functions extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from oftsurgery.errors import (
     warn_caller,
 )
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.formats.codecs import EncodedWeight
+from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
@@ -37,8 +37,6 @@ from oftsurgery.weights.extract import (
     extract_encoded,
     unrotated,
 )
-
-__all__ = ["ExtractedAdapter", "extract_from_checkpoints", "extract_from_models"]
 
 # weights of one width whose curves are pooled: more would cost time and change nothing
 _SAMPLE = 4
@@ -87,9 +85,6 @@ class _Pair:
     read: Callable[[], tuple[EncodedWeight, EncodedWeight]]
 
 
-# --- the extraction ---------------------------------------------------------------------------------------------------
-
-
 def _extract(
     pairs: Sequence[_Pair],
     differing: Iterator[str],
@@ -112,11 +107,9 @@ def _extract(
     unexplained += differing
     turned = [pair for pair in pairs if pair.path in changed]
     if not turned:
-        raise ExtractionError(
-            "no weight is rotated"
-            + (f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""),
-            remedy="give the base and the model that an adapter was merged into",
-        )
+        others = f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
+        remedy = "give the base and the model that an adapter was merged into"
+        raise ExtractionError(f"no weight is rotated{others}", remedy=remedy)
     sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
@@ -197,19 +190,14 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.to(narrow), b.to(narrow))
 
 
-# --- live models ------------------------------------------------------------------------------------------------------
-
-
 def extract_from_models(
     base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: Progress | None = None
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
         if live_layers(model) or peft_live.has_live_layers(inner_model(model)):
-            raise StateError(
-                f"the {name} carries live adapters",
-                remedy="fold them first (oftsurgery.fold), or give the plain model",
-            )
+            message = f"the {name} carries live adapters"
+            raise StateError(message, remedy="fold them first (oftsurgery.fold), or give the plain model")
     here, there = modules_of(base), modules_of(merged)
     pairs, seen = [], set()
     for path, module in here.items():
@@ -223,9 +211,8 @@ def extract_from_models(
         except FormatError:
             continue  # a norm, a large kernel …: compared as a plain tensor
         if other is None:
-            raise MatchError(
-                "the merged model lacks a layer of the base", module=path, remedy="give two models of one class"
-            )
+            message = "the merged model lacks a layer of the base"
+            raise MatchError(message, module=path, remedy="give two models of one class")
         pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
@@ -242,9 +229,6 @@ def _differing(here: Mapping[str, Tensor], there: Mapping[str, Tensor], covered:
             yield name
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
 def extract_from_checkpoints(
     base: Checkpoint,
     merged: Checkpoint,
@@ -259,12 +243,8 @@ def extract_from_checkpoints(
     found = there.locate(names)
     missing = [n for n in names if n not in found]
     if missing:
-        raise MatchError(
-            "the merged checkpoint lacks a weight of the base",
-            tensor=missing[0],
-            path=merged.folder,
-            remedy="give two checkpoints of one model",
-        )
+        message = "the merged checkpoint lacks a weight of the base"
+        raise MatchError(message, tensor=missing[0], path=merged.folder, remedy="give two checkpoints of one model")
     # a tied head counts where a fold untied it
     own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
     pairs = [

@@ -1,0 +1,142 @@
+"""A :class:`CheckpointReport` says what :func:`oftsurgery.verify_checkpoint` found of each file, tensor and rotated weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from . import measures
+
+#: what became of a recorded file
+FileCheck = Literal["ok", "changed", "missing"]
+
+#: what a tensor should be: ``"rotated"``; ``"replaced"`` by the adapter's own values; ``"tied"``, with no tensor of its
+#: own, and unchanged; ``"copied"`` from the source; ``"converted"``, the source's in another format or dtype;
+#: ``"absent"`` in both folders, made by the model itself; ``"added"`` beside what the source has
+TensorKind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
+
+# what storing the right weight once more may differ by: rounding ties, and the last bits of float32 products
+_SLACK = 1.05
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """One folded weight.
+
+    Attributes:
+        error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius), exact being base and rotation in float64.
+        rounding: what storing the exact weight in the folded format costs by itself.
+        recorded: content hash as the record has it: True, False, or None where there is no record.
+        calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
+            errs more than a plainly rounded one, so that its layer's outputs err less.
+        rho: ``‖folded - exact‖ / ‖exact - base‖``; None where the adapter changes nothing.
+        kept: ``⟨folded - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        steps: the error of a weight that lies anywhere between the format's levels: rounding that keeps the change costs
+            no more.
+    """
+
+    error: float
+    rounding: float
+    recorded: bool | None
+    calibrated: float | None = None
+    rho: float | None = None
+    kept: float | None = None
+    steps: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        """What this fold's rounding changes in the squared error of plain rounding, as a part of it: below 0 for the
+        better.
+        """
+        return (self.error / self.rounding) ** 2 - 1 if self.rounding else 0.0
+
+    @property
+    def excess(self) -> float:
+        """How far the error is beyond plain rounding, beyond what calibration made of it, or, where the change is kept,
+        beyond what the format's steps cost.
+        """
+        whole = self.kept is not None and abs(self.kept - 1) <= measures.WHOLE
+        return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
+
+    def passes(self, tolerance: float | None) -> bool:
+        """Whether it is within ``tolerance`` (None: plain rounding and no more) and as recorded."""
+        within = self.error <= tolerance if tolerance is not None else self.excess <= 1e-6
+        return within and self.recorded is not False
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor: of the model, or of the files where the model's class does not take it.
+
+    Attributes:
+        kind: what it should be.
+        why: what is wrong with it, or None.
+    """
+
+    kind: TensorKind
+    why: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.why is None
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What :func:`check_checkpoint` looked at.
+
+    Attributes:
+        modules: ``{path: WeightCheck}`` of what was rotated.
+        tolerance: the largest error that passes; None: plain rounding and no more.
+        files: ``{file name: FileCheck}`` of the files that the record has hashes of; empty without a record.
+        tensors: ``{name: TensorCheck}`` of everything that the model loads, and of stored tensors that it does not take.
+        config: what the folded ``config.json`` makes the model compute otherwise, or None.
+
+    >>> report = CheckpointReport({}, None, tensors={"lm_head.weight": TensorCheck("tied"), "norm.weight": TensorCheck("copied")})
+    >>> report.ok, report.looked_at
+    (True, {'tied': 1, 'copied': 1})
+    """
+
+    modules: Mapping[str, WeightCheck]
+    tolerance: float | None
+    files: Mapping[str, FileCheck] = field(default_factory=dict)
+    tensors: Mapping[str, TensorCheck] = field(default_factory=dict)
+    config: str | None = None
+
+    def passes(self, check: WeightCheck) -> bool:
+        """Whether one weight is within the tolerance and as recorded."""
+        return check.passes(self.tolerance)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all weights are, every tensor is what it should be, and every file is as recorded."""
+        right = all(map(self.passes, self.modules.values())) and all(c == "ok" for c in self.files.values())
+        return right and not self.wrong and self.config is None
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """``{tensor: what is wrong with it}``."""
+        return {name: check.why for name, check in self.tensors.items() if check.why is not None}
+
+    @property
+    def looked_at(self) -> dict[str, int]:
+        """How many tensors of each kind were looked at."""
+        return dict(Counter(check.kind for check in self.tensors.values()))
+
+    @property
+    def worst_first(self) -> list[tuple[str, WeightCheck]]:
+        return sorted(self.modules.items(), key=lambda item: (self.passes(item[1]), -item[1].error))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, worst first."""
+        return {
+            "ok": self.ok,
+            "tolerance": self.tolerance,
+            "files": dict(self.files),
+            "config": self.config,
+            "modules": {path: {**asdict(c), "passes": self.passes(c)} for path, c in self.worst_first},
+            "looked_at": self.looked_at,
+            "tensors": {n: asdict(c) for n, c in sorted(self.tensors.items(), key=lambda item: item[1].ok)},
+        }

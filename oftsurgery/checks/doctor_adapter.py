@@ -1,0 +1,76 @@
+""":func:`examine_adapter` finds what is wrong with an adapter's files, and what other releases of peft make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.reading import read_adapter
+from oftsurgery.adapters.rotation import Rotation
+
+from .doctor_folds import obstacles, open_store
+from .doctor_weights import non_finite
+from .findings import FOLD, Finding, Model, Numbers, noting
+
+
+def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
+    found: list[Finding] = []
+    with noting(found, folder.name):
+        config, tensors, sha256 = read_adapter(folder)
+        for name, tensor in tensors.items():
+            found += non_finite(name, tensor)
+        if found:
+            return sorted(found, key=lambda f: -float(f.evidence["values"] or 0))
+        with noting(found):  # its own subject: the tensor or the module
+            adapter = parse_adapter(config, tensors, source=str(folder), sha256=sha256)
+            found += other_releases(adapter, folder.name)
+            if base is not None:
+                found += obstacles(adapter, open_store(base))
+    return found
+
+
+def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:
+    """What other releases of peft make of the adapter."""
+    modules = adapter.modules.values()
+    turns = any(r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any())) for r in modules)
+    angle = max((r.angle for r in modules), default=0.0)
+    numbers: Numbers = {"modules": len(adapter.modules), "largest_angle": angle, "dialect": adapter.dialect}
+    remedy = f"oftsurgery reads it rightly: {FOLD}"
+    if not turns and not adapter.saved:
+        terms = next(iter(modules)).cayley.terms
+        one = "a Neumann series of one term is the identity, whatever the weights"
+        why = one if terms == 1 else "its rotations are all zero: it is untrained"
+        numbers["neumann_terms"] = terms
+        code, message, remedy = "no-effect", f"the adapter changes nothing: {why}", "train it, or check its config"
+    elif adapter.dialect == "peft-0.15":
+        code = "loads-as-identity"
+        message = (
+            "written by peft 0.14 or 0.15: newer peft drops its tensors (oft_r, oft_s) with no more than a warning about missing keys, "
+            "and computes the base model"
+        )
+    elif adapter.dialect == "peft-0.13":
+        code = "refused-by-newer-peft"
+        message = "written by peft ≤ 0.13: newer peft refuses it and asks to train it again"
+    elif adapter.dialect == "peft-0.17":
+        apart = {path: _series_apart(r) for path, r in adapter.modules.items()}
+        worst = max(apart, key=lambda path: apart[path])
+        if apart[worst] <= 1e-6:
+            return []
+        numbers |= {"worst_module": worst, "largest_difference_of_R": apart[worst]}
+        code, remedy = "other-series", f"oftsurgery computes it as trained: {FOLD}"
+        message = "written by peft 0.16 or 0.17: newer peft computes it by another Neumann series, after a warning"
+    else:
+        return []
+    return [Finding("warning", code, message, subject, numbers, remedy)]
+
+
+def _series_apart(r: Rotation) -> float:
+    """Largest spectral norm of the difference between what the two Neumann series make of the blocks."""
+    if r.cayley.exact:
+        return 0.0
+    other = replace(r, cayley=replace(r.cayley, since_0_18=not r.cayley.since_0_18))
+    return float(torch.linalg.matrix_norm(r.blocks - other.blocks, ord=2).max())

@@ -1,0 +1,172 @@
+""":func:`examine_checkpoint` finds what is wrong with a checkpoint's folder: its index, shards, settings and all that they hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
+from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.stores import configs
+from oftsurgery.stores.folder import FolderStore
+
+from .doctor_folds import examine_folds
+from .doctor_weights import examine_weights
+from .findings import Finding, Model, Numbers, noting, of_error
+
+
+def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    found: list[Finding] = []
+    checkpoint = _open_or_recover(folder, found)
+    if checkpoint is None:
+        return found
+    if not any(f.code == "index" for f in found):  # one that a wrong index leaves out is no stray
+        found += _stray_shards(checkpoint)
+    with noting(found):
+        configs.carried_files(folder)  # refuses links that leave the folder
+    found += _unread_rope_settings(checkpoint.config)
+    found += _stale_config(checkpoint)
+    found += examine_weights(checkpoint)
+    store = record = None
+    with noting(found):
+        store = FolderStore(checkpoint)
+    with noting(found, RECORD):
+        record = record_in(folder)
+    return found if store is None else found + examine_folds(store, record, base, adapter)
+
+
+def _open_or_recover(folder: Path, found: list[Finding]) -> Checkpoint | None:
+    """The checkpoint, or what can be read of one whose index and shards disagree."""
+    try:
+        checkpoint = open_checkpoint(folder)
+    except CheckpointError as error:
+        readable = _by_its_shards(folder, found)
+        if readable is None:
+            found.append(of_error(error))
+        return readable
+    if len(checkpoint.files) > 1:
+        metadata = read_json(folder / INDEX).get("metadata")
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+        held = sum(e.nbytes for e in checkpoint.entries.values())
+        if isinstance(stated, (int, float)) and stated != held:
+            message = "the index states another total size than its shards hold"
+            remedy = f'set "total_size" to {held} in {INDEX}'
+            sizes: Numbers = {"stated_bytes": stated, "held_bytes": held}
+            found.append(Finding("note", "index-size", message, INDEX, sizes, remedy))
+    return checkpoint
+
+
+def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
+    """A checkpoint of what its shards hold, and how the index disagrees; None where the trouble is another."""
+    try:
+        weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+        config = read_json(inside(folder, CONFIG)) if (folder / CONFIG).exists() else {}
+    except CheckpointError:
+        return None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        return None
+    entries: dict[str, TensorEntry] = {}
+    lost: list[str] = []
+    twice: list[str] = []
+    shards = sorted(set(weight_map.values()))
+    for file in shards:
+        try:
+            header, _ = read_header(inside(folder, file))
+        except CheckpointError:
+            lost.append(file)
+            continue
+        twice += [e.name for e in header if e.name in entries]
+        entries |= {e.name: e for e in header}
+    troubles = {
+        "shards_missing_or_damaged": lost,
+        "absent_from_their_shard": [n for n, file in weight_map.items() if n not in entries and file not in lost],
+        "in_another_shard": [n for n, file in weight_map.items() if n in entries and entries[n].file != file],
+        "not_listed": [n for n in entries if n not in weight_map],
+        "in_two_shards": twice,
+    }
+    wrong = [name for names in troubles.values() for name in names]
+    if not wrong:
+        return None
+    message = "the index and its shards disagree: transformers fills what it does not find with random numbers, or does not load at all"
+    remedy = "download the checkpoint again, or restore the index that belongs to these shards"
+    counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
+    found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
+    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config)
+
+
+def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
+    message = "a file of weights that is no part of the checkpoint: nothing reads it"
+    remedy = "remove it, unless the index is the wrong one"
+    for path in sorted(checkpoint.folder.glob("model*.safetensors")):
+        if path.name not in checkpoint.files and path.is_file():
+            yield Finding("note", "stray-shard", message, path.name, {"bytes": path.stat().st_size}, remedy)
+
+
+def _unread_rope_settings(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Settings that transformers 5 writes in ``rope_parameters`` alone, where transformers 4 does not look."""
+    message = "rope settings stand in `rope_parameters` alone: transformers 4 ignores them silently and rotates positions by its defaults"
+    for where, part in (("config.json", config), ("config.json: text_config", config.get("text_config"))):
+        rope = part.get("rope_parameters") if isinstance(part, Mapping) else None
+        if not isinstance(part, Mapping) or not isinstance(rope, Mapping):
+            continue
+        readable = dict(part)
+        configs.readable_rope(readable)
+        default = _default_theta(part.get("model_type", config.get("model_type")))
+        missing = {k: v for k, v in readable.items() if k not in part and (k, v) != ("rope_theta", default)}
+        nested = {k: v for k, v in rope.items() if isinstance(v, Mapping)}
+        if missing:
+            add = printable(json.dumps(missing, sort_keys=True), 500)
+            theta = part.get("rope_theta", default)
+            numbers: Numbers = {"rope_theta": rope.get("rope_theta"), "transformers_4_uses": theta}
+            if "rope_scaling" in missing:
+                numbers["rope_type"] = printable(rope.get("rope_type"))
+            remedy = f"add {add} to it; oftsurgery fold and export write both"
+            yield Finding("warning", "rope", message, where, numbers, remedy)
+        elif nested and "rope_theta" not in part:
+            numbers = {f"{printable(k)}.rope_theta": v.get("rope_theta") for k, v in nested.items()}
+            remedy = "use transformers ≥ 5 for this checkpoint, or add the fields that its class has in transformers 4"
+            yield Finding("warning", "rope", message, where, numbers, remedy)
+
+
+def _default_theta(model_type: object) -> float:
+    """``rope_theta`` of a model type's class where the config has none."""
+    with suppress(ImportError, KeyError, TypeError):
+        from transformers import CONFIG_MAPPING
+
+        return float(getattr(CONFIG_MAPPING[str(model_type)], "default_theta", 10_000.0))
+    return 10_000.0
+
+
+def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
+    settings = checkpoint.config.get("quantization_config")
+    if settings is not None and not isinstance(settings, Mapping):
+        message, remedy = "`quantization_config` is no JSON object", "restore the config.json that was saved"
+        return [Finding("error", "stale-config", message, CONFIG, remedy=remedy)]
+    method = "bitsandbytes" if settings is None else settings.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        message = "the config says that another library quantised the weights: oftsurgery knows bitsandbytes' formats and plain ones"
+        says, remedy = {"config_says": printable(method)}, "dequantise it with that library first"
+        return [Finding("error", "other-quantiser", message, CONFIG, says, remedy)]
+    kinds = [kind for kind in FORMATS.values() if kind.quantised]
+    held = {kind.width: sum(kind.name_part in n for n in checkpoint.entries) for kind in kinds}
+    asked = (kind.width for kind in kinds if settings is not None and settings.get(next(iter(kind.config_fields))))
+    stated = next(asked, None)
+    remedy = "restore the config.json that was saved with these weights"
+    if settings is not None and not any(held.values()):
+        message = "the config says that bitsandbytes quantised the weights, but all are plain: from_pretrained fails, or quantises them once more"
+        remedy = 'remove "quantization_config" from config.json'
+    elif settings is None and any(held.values()) and checkpoint.config:
+        message = "the weights are bitsandbytes', but the config has no `quantization_config`: from_pretrained takes the codes for values, or fails"
+    elif stated is not None and not held[stated]:
+        message = "the config names another quantisation than the weights have"
+    else:
+        return []
+    evidence: Numbers = {f"{width}_weights": n for width, n in held.items()} | {"config_says": stated}
+    return [Finding("error", "stale-config", message, CONFIG, evidence, remedy)]

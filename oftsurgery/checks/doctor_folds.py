@@ -1,0 +1,278 @@
+""":func:`examine_folds` holds weights against their record, base and adapter; :func:`obstacles` says what keeps an adapter out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery import rotations
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.errors import MatchError
+from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.folding.disk_plan import plan_checkpoint
+from oftsurgery.folding.plan import plan_changes
+from oftsurgery.formats import codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.records.record import ENOUGH, FoldRecord
+from oftsurgery.stores import peft_live
+from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.store import Store
+from oftsurgery.stores.ties import modules_of
+from oftsurgery.weights.fold import relative_error, rotate_chain
+
+from . import measures
+from .findings import FOLD, UNFOLD, Finding, Model, Numbers, Severity, noting, shape_text
+
+
+def examine_folds(
+    store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None
+) -> list[Finding]:
+    found = [] if record is None else _against_record(record, store, adapter if base is None else None)
+    if adapter is not None and base is not None:
+        base = base if isinstance(base, nn.Module) else find_checkpoint(base)  # raises, and is not noted
+        with noting(found):
+            found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
+    elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
+        found += obstacles(adapter, store)
+    return found
+
+
+def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
+    """What keeps an adapter from being folded in."""
+    found: list[Finding] = []
+    with noting(found):
+        found += large_kernels(adapter, store)
+        if found:
+            return found
+        if isinstance(store, FolderStore):
+            plan_checkpoint(store.source, [adapter])
+        elif isinstance(store, LiveStore):
+            store.record = None  # what is folded in is told of elsewhere
+            plan_changes(store, [adapter])
+    return found
+
+
+def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
+    names = store.locate([f"{path}.weight" for path in adapter.modules])
+    for path in adapter.modules:
+        shape = store.shape(names[f"{path}.weight"]) if f"{path}.weight" in names else ()
+        if len(shape) == 4 and shape[2:] != (1, 1):
+            yield large_kernel(path, shape[2:])
+
+
+def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
+    message = (
+        "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
+        "computes the same, and peft's own merge is off by about as much as the weight itself"
+    )
+    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+    return Finding("error", "convolution", message, path, {"kernel": shape_text(kernel)}, remedy)
+
+
+def _against_record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> list[Finding]:
+    found: list[Finding] = []
+    folded = [a for r in (*record.earlier, record) for a in r.adapters]
+    for fingerprint, times in Counter(a.fingerprint for a in folded).items():
+        if times > 1:
+            source = next(a.source for a in folded if a.fingerprint == fingerprint)
+            message = "the record says that this adapter was folded in more than once"
+            remedy = f"take the last fold out: {UNFOLD}"
+            found.append(Finding("error", "folded-twice", message, source or fingerprint, {"times": times}, remedy))
+    if adapter is not None and adapter.fingerprint in record.fingerprints():
+        message = "this adapter is folded in already: folding it again would rotate twice, and is refused"
+        remedy, folds = f"use the checkpoint as it is, or take it out: {UNFOLD}", {"adapters_folded": len(folded)}
+        subject = adapter.source or adapter.fingerprint
+        found.append(Finding("warning", "already-folded", message, subject, folds, remedy))
+    for path, module in record.modules.items():
+        if isinstance(store, LiveStore) and path in store.modules and is_cpu_packed(store.modules[path]):
+            continue  # a forward on the CPU packs a 4-bit weight and rounds its statistics: that is told of the layer
+        with noting(found, path):
+            encoded = weight_at(store, path)
+            if encoded is None:
+                remedy = "restore the record that belongs to the weights"
+                raise MatchError("the record names a module that is not there", module=path, remedy=remedy)
+            after = encoded.fingerprint
+            if after == module.after:
+                continue
+            message = "the weight is not the one that the record was written for: changed since, or a record of another checkpoint"
+            if after == module.before:
+                message = "the record says that the weight is folded, but it is the base's"
+            hashes = {"recorded": module.after, "found": after, "base": module.before, "format": encoded.format.label}
+            found.append(Finding("error", "record", message, path, hashes, f"fold again: {FOLD}"))
+    return found
+
+
+def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldRecord | None) -> list[Finding]:
+    """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice. And how much
+    of the adapter is in all of them: of a weight that ``record`` calls calibrated, what it says of the outputs.
+    """
+    found: list[Finding] = []
+    kept: dict[str, tuple[float, float]] = {}
+    recorded = record.modules if record is not None else {}
+    outputs = {path: m.output_kept for path, m in recorded.items() if m.output_kept is not None}
+    for path, rotation in adapter.modules.items():
+        with noting(found, path):
+            before, after = weight_at(base, path), weight_at(folded, path)
+            if before is None or after is None:
+                message = f"the adapter's module is not in the {'base' if before is None else 'folded'} model"
+                remedy = "give the base and the adapter that it was folded from"
+                raise MatchError(message, module=path, remedy=remedy)
+            rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
+            finding, part = _judge_weight(path, rotation, before, after)
+            found += [] if finding is None else [finding]
+            if part is not None:
+                kept[path] = (outputs.get(path, part[0]), part[1])
+    # worst first: the one that is farthest from the right fold
+    found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
+    # of a merge that is wrong there is nothing to say of how much it keeps
+    wrong = any(f.severity == "error" for f in found)
+    return found if wrong else found + _how_much_is_kept(kept, calibrated=not outputs.keys().isdisjoint(kept))
+
+
+def _how_much_is_kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list[Finding]:
+    """How much of what the adapter changes is in the merged weights: of each ``(kept, ‖exact - base‖²)``. Calibrated ones
+    were judged by their outputs.
+    """
+    total = math.fsum(change for _, change in parts.values())
+    if not total:
+        return []
+    overall = math.fsum(kept * change for kept, change in parts.values()) / total
+    least = min(parts, key=lambda path: parts[path][0])
+    evidence: Numbers = {
+        "kept": overall,
+        "least": parts[least][0],
+        "weights": len(parts),
+        f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
+    }
+    text = f"{round(overall, 2) + 0.0:.0%} of what the adapter changes is in the merged weights"
+    if overall >= ENOUGH or calibrated:
+        return [Finding("note", "kept", text, least, evidence)]
+    text += ": rounding to the format's levels has put the rest back"
+    text += ", and the model computes nearly what its base does" if overall < 0.5 else ""
+    remedy = 'fold the base again with --rounding preserve (rounding="preserve"), which keeps it in the same format'
+    return [Finding("warning", "adapter-lost", text, least, evidence, remedy)]
+
+
+_TRANSPOSED = (
+    "the weight is the base's, transposed and not rotated: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so "
+    "(a square one loads, and computes noise)"
+)
+
+_COARSE = "the weight is the right fold, but farther from it than its format's rounding: it was stored in a coarser format before"
+
+_OTHER = "the weight is neither the base's nor this adapter's fold of it: it is of another base or adapter, or damaged"
+
+# what a merged weight is nearest to → the finding's code and message
+_NEAREST: Mapping[str, tuple[str, str]] = {
+    "base": ("unrotated", "the weight is the base's, not rotated: the adapter is not in it, though it should be"),
+    "base_transposed": ("transposed", _TRANSPOSED),
+    "fold_transposed": ("transposed", "the weight is folded, but transposed"),
+    "fold_twice": ("folded-twice", "the adapter is folded into the weight twice"),
+    "right_fold": ("coarse-fold", _COARSE),
+    "none": ("not-the-fold", _OTHER),
+}
+
+# a fold in NF4 is off by about a tenth, in FP4 by a little more
+_COARSEST = 0.2
+
+
+def _judge_weight(
+    path: str, rotation: Rotation, before: EncodedWeight, after: EncodedWeight
+) -> tuple[Finding | None, tuple[float, float] | None]:
+    """What is wrong with a merged weight, and how much of the change it holds, with ``‖exact - base‖²``."""
+    device = before.tensors["weight"].device
+    with rotations.full_precision(device.type):
+        weight = codecs.decode(after).to(device)
+        start = _rotated_from(before, after, weight, rotation)
+        right = rotate_chain(start, [rotation])
+        stored = codecs.decode(codecs.encode(right, replace(after.format, shape=tuple(right.shape))))
+        rounding, effect = relative_error(stored, right), relative_error(start, right)
+        kept = measures.kept(weight, start, right) if weight.shape == right.shape else None
+        part = None if kept is None else (kept, float((right - start).square().sum(dtype=torch.float64)))
+        if weight.shape == right.shape and relative_error(weight, stored) <= max(rounding / 2, 1e-6):
+            return None, part
+        far = _distances(weight, start, right, rotation)
+    # what storing costs, with room for a base that was itself quantised on the way
+    limit = 2 * rounding + 1e-3
+    off, nearest = far.get("right_fold", math.inf), min(far, key=lambda k: far[k], default="none")
+    if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
+        return None, part
+    whole = kept is not None and abs(kept - 1) <= measures.WHOLE
+    # rounding that keeps the change may err by more than to the nearest level, but no more than the format's steps
+    if whole and off <= max(limit, 1.1 * measures.step_error(after, right)):
+        return None, part
+    if kept is not None and nearest == "base" and far["base"] <= limit and not torch.equal(weight, start):
+        # a right merge to the nearest level would have put it back too: that is told of all weights together
+        of_nearest = measures.kept(stored, start, right)
+        if of_nearest is not None and of_nearest < 1 - measures.WHOLE:
+            return None, part
+    if far.get(nearest, math.inf) > (_COARSEST if nearest == "right_fold" else limit):
+        nearest = "none"
+    code, message = _NEAREST[nearest]
+    evidence: Numbers = {f"from_the_{k}": v for k, v in far.items()}
+    evidence |= {"rounding": rounding, "rotation_effect": effect}
+    evidence |= {"shape": shape_text(weight.shape), "format": after.format.label}
+    severity: Severity = "warning" if nearest == "right_fold" else "error"
+    return Finding(severity, code, message, path, evidence, f"fold the base again: {FOLD}"), part
+
+
+def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> Tensor:
+    """The weight that was rotated: the base's, or what quantising a plain base gives, whichever explains the merged one
+    better. A QOFT adapter was trained on the quantised base.
+    """
+    start = codecs.decode(before)
+    if before.format.quantised or not after.format.quantised or before.format.shape != after.format.shape:
+        return start
+    quantised = codecs.decode(codecs.encode(start, after.format))
+    return min((start, quantised), key=lambda s: relative_error(weight, rotate_chain(s, [rotation])))
+
+
+def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:
+    """How far a merged weight is from the base, from the right fold, and from what wrong merges make of them."""
+    far: dict[str, float] = {}
+    if weight.shape == right.shape:
+        far["right_fold"] = relative_error(weight, right)
+        far["base"] = relative_error(start, right) and relative_error(weight, start)
+        far["fold_twice"] = relative_error(weight, rotate_chain(right, [rotation]))
+    if weight.shape == right.shape[::-1]:
+        far["base_transposed"] = relative_error(weight.t(), start)
+        far["fold_transposed"] = relative_error(weight.t(), right)
+    return far
+
+
+def open_store(base: Model) -> Store:
+    if isinstance(base, nn.Module):
+        return LiveStore(base, plain_paths(base))
+    return FolderStore(open_checkpoint(find_checkpoint(base)))
+
+
+def weight_at(store: Store, path: str) -> EncodedWeight | None:
+    """The weight of the module at ``path`` as it is stored; None where there is none."""
+    name: str | None = f"{path}.weight"
+    if isinstance(store, FolderStore):
+        name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
+    return None if name is None else store.weight(name, WeightFormat("dense", ()))
+
+
+def plain_paths(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by the paths of the base model: peft's live layers are left out, what they wrap stands in their place."""
+    prefix = "base_model.model." if peft_live.base_of(model) is not model else ""
+    named = {path.removeprefix(prefix): m for path, m in modules_of(model).items()}
+    return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in named}
+
+
+def quant_state_of(module: nn.Module) -> Any:
+    return getattr(module._parameters.get("weight"), "quant_state", None) or module.__dict__.get("quant_state")
+
+
+def is_cpu_packed(module: nn.Module) -> bool:
+    return bool(getattr(quant_state_of(module), "packing_format_for_cpu", False))

@@ -1,0 +1,21 @@
+""":data:`FORMATS` is the table of all storage formats. A new one is a subclass of
+:class:`~oftsurgery.formats.base.Format` in a file here, and a row of the table; what is asked of any format goes through
+:attr:`WeightFormat.kind`.
+"""
+
+from __future__ import annotations
+
+from .base import Format, bnb_class
+from .dense import Dense
+from .four_bit import FourBit
+from .int8 import Int8
+
+_NF4, _FP4 = FourBit("nf4", strong_change=1 / 18), FourBit("fp4", strong_change=1 / 12, farther=(20.0, 70.0))
+
+#: every storage format by its name
+FORMATS: dict[str, Format] = {kind.name: kind for kind in (Dense(), _NF4, _FP4, Int8())}
+
+
+def format_of_parameter(parameter: object) -> Format:
+    """The format of which bitsandbytes' class of a parameter is; the plain one for all others."""
+    return next((kind for kind in FORMATS.values() if bnb_class(parameter, kind.parameter_class)), FORMATS["dense"])

@@ -1,0 +1,102 @@
+""":func:`verify_result` takes what ``verify`` or ``verify_checkpoint`` measured to the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from oftsurgery.errors import StateError, printable
+from oftsurgery.records.record import FoldRecord
+
+from .figures import is_figure, percent, scientific
+
+#: entries of a list on the page at most
+MOST_LISTED = 100
+
+
+@dataclass(frozen=True)
+class Column:
+    """Figures of modules in their table: ``{path: value}``, and how one is shown. The template has words for it by ``id``."""
+
+    id: str
+    values: Mapping[str, float]
+    show: Callable[[float], str] = percent
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """One result of ``verify``: of ``"outputs"`` or of ``"weights"``, what failed in it, and what else its section says."""
+
+    kind: str
+    column: Column
+    failed: Sequence[str]
+    facts: Mapping[str, Any]
+
+
+def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
+    modules = data.get("modules")
+    if not isinstance(modules, Mapping) or not all(isinstance(m, Mapping) for m in modules.values()):
+        raise _no_result()
+    known = set(record.modules).union(*(r.modules for r in record.earlier))
+    strange = [path for path in modules if path not in known]
+    if strange:
+        message = "the result of verify is of another model: the record has no such module"
+        raise StateError(message, module=strange[0], remedy="verify this very fold")
+    try:
+        return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _no_result() from error
+
+
+def _no_result() -> StateError:
+    message = "this is no result of verify"
+    remedy = (
+        "give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)"
+    )
+    return StateError(message, remedy=remedy)
+
+
+def _figure(value: object) -> float:
+    if not is_figure(value):
+        raise TypeError
+    return float(value)  # type: ignore[arg-type]
+
+
+def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
+    """Of :class:`~oftsurgery.VerifyReport`."""
+    shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
+    rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
+    column = Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
+    return VerifyResult("outputs", column, [], {"rows": rows, "batches": int(data["batches"])})
+
+
+def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
+    """Of :class:`~oftsurgery.CheckpointReport`."""
+    errors = {path: _figure(m["error"]) for path, m in modules.items()}
+    failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
+    files, tensors = data.get("files") or {}, data.get("tensors") or {}
+    changed = [f"{printable(name)}: {printable(state)}" for name, state in files.items() if state != "ok"]
+    wrong = [f"{printable(name)}: {printable(t['why'])}" for name, t in tensors.items() if t["why"] is not None]
+    wrong = [w for w in wrong if w.partition(".weight: ")[0] not in set(map(printable, failed))]
+    wrong += [f"config.json: {printable(data['config'])}"] if data.get("config") is not None else []
+    recorded = {True: "yes", False: "no"}
+    facts = {
+        "weights": len(modules),
+        "failed": [
+            (
+                printable(path),
+                percent(errors[path]),
+                percent(_figure(modules[path]["rounding"])),
+                recorded.get(modules[path]["recorded"], "not recorded"),
+            )
+            for path in failed[:MOST_LISTED]
+        ],
+        "passed": len(modules) - len(failed),
+        "tolerance": None if data["tolerance"] is None else _figure(data["tolerance"]),
+        "files": files,
+        "changed": changed,
+        "tensors": tensors,
+        "wrong": wrong[:MOST_LISTED],
+    }
+    return VerifyResult("weights", Column("verified_error", errors), failed + wrong + changed, facts)
