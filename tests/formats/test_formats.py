@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes as bnb
 import pytest
@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from oftsurgery import Rotation
+from oftsurgery.cli import arguments
+from oftsurgery.folding import disk_plan
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.int8 import Int8
+from oftsurgery.records import card
 from oftsurgery.weights import undo
 from oftsurgery.weights.fold import fold_encoded
 
@@ -28,6 +31,14 @@ CASES = {
     "int8": WeightFormat("int8", (6, 128), torch.float16),
 }
 by_case = pytest.mark.parametrize("f", CASES.values(), ids=CASES)
+
+
+def test_every_list_of_formats_names_them_all() -> None:
+    quantised = {name for name, kind in FORMATS.items() if kind.quantised}
+    assert {f.codec for f in CASES.values()} == FORMATS.keys()
+    assert set(get_args(disk_plan.Format)) == set(arguments.FORMATS) == {"same", "fp32", "fp16", "bf16", *quantised}
+    assert set(arguments._SHARED["--quantize"]["choices"]) == quantised
+    assert quantised <= card._FORMAT_TAGS
 
 
 def stored(f: WeightFormat) -> EncodedWeight:
