@@ -203,10 +203,8 @@ def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | 
     try:
         validate_repo_id(wanted)
     except HFValidationError as error:
-        raise StateError(
-            f"no name of a repository: {printable(wanted)!r} ({printable(error)})",
-            remedy="owner/name, of letters, digits, '-', '_' and '.'",
-        ) from None
+        message = f"no name of a repository: {printable(wanted)!r} ({printable(error)})"
+        raise StateError(message, remedy="owner/name, of letters, digits, '-', '_' and '.'") from None
     return wanted if "/" in wanted else f"{login(token)}/{wanted}"
 
 
@@ -367,10 +365,8 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
         try:
             found = record_in(record.parent)
         except CheckpointError as error:
-            raise StateError(
-                f"the {RECORD} in the repository {report.repo_id} cannot be read: {error.message}",
-                remedy="name another repository or revision, or delete that file there",
-            ) from None
+            message = f"the {RECORD} in the repository {report.repo_id} cannot be read: {error.message}"
+            raise StateError(message, remedy="name another repository or revision, or delete that file there") from None
         earlier = {n for n in found.files if not n.startswith(".") and n != CARD} if found is not None else set()
     others = there - set(report.files)
     foreign = {n for n in others - earlier if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}

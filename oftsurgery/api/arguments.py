@@ -93,10 +93,8 @@ def rounding_mode(rounding: RoundingMode | None, calibration: object) -> Roundin
 
 def check_is_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise StateError(
-            f"a model is a torch.nn.Module, this is a {type(model).__name__}",
-            remedy="load it first; folders go to fold_checkpoint",
-        )
+        message = f"a model is a torch.nn.Module, this is a {type(model).__name__}"
+        raise StateError(message, remedy="load it first; folders go to fold_checkpoint")
 
 
 def opened_checkpoint(source: str | PathLike[str]) -> Checkpoint:

@@ -68,17 +68,13 @@ class FoldSettings:
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
             return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
         if self.double_quant:
-            raise StateError(
-                "double quantisation of a checkpoint that is not to be quantised",
-                remedy="name the 4-bit type too: quantize='nf4'",
-            )
+            message = "double quantisation of a checkpoint that is not to be quantised"
+            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4'")
         return None
 
 
 def plan_fold(
-    source: str | PathLike[str],
-    adapter: AdapterLike | Sequence[AdapterLike],
-    settings: FoldSettings = FoldSettings(),
+    source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings = FoldSettings()
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
     mode: RoundingMode = settings.rounding or "preserve"
@@ -303,10 +299,8 @@ def verify_checkpoint(
         OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
     """
     if (base is None) != (adapter is None):
-        raise StateError(
-            "a base without an adapter, or an adapter without its base",
-            remedy="give both, or neither to check the files' hashes alone",
-        )
+        message = "a base without an adapter, or an adapter without its base"
+        raise StateError(message, remedy="give both, or neither to check the files' hashes alone")
     folder = find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return check_files(folder)

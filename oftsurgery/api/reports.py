@@ -67,10 +67,8 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
     if isinstance(source, FoldRecord):
         return source, None
     if not isinstance(source, (str, PathLike)):
-        raise StateError(
-            f"a report is of a record, a folder or a file, not of a {type(source).__name__}",
-            remedy="report(folded.oftsurgery), or the folder that a fold wrote",
-        )
+        message = f"a report is of a record, a folder or a file, not of a {type(source).__name__}"
+        raise StateError(message, remedy="report(folded.oftsurgery), or the folder that a fold wrote")
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
     record = record_at(path) if folder is None else record_in(path)

@@ -110,10 +110,8 @@ def _adapter_compose(args: argparse.Namespace) -> None:
 
 def _adapter_blend(args: argparse.Namespace) -> None:
     if len(args.weights) != len(args.adapter):
-        raise StateError(
-            f"{len(args.adapter)} adapters and {len(args.weights)} weights",
-            remedy="one weight for each: --weights 0.5 0.5",
-        )
+        message = f"{len(args.adapter)} adapters and {len(args.weights)} weights"
+        raise StateError(message, remedy="one weight for each: --weights 0.5 0.5")
     _write_adapter(args, oftsurgery.blend(zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)))
 
 

@@ -84,7 +84,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--create-pr": switch("open a pull request instead of committing"),
     "--token": {
         "help": "'-' reads it from the standard input (default: HF_TOKEN, or what `hf auth login` stored); one that "
-        "stands here is seen in the list of processes",
+        "stands here is seen in the list of processes"
     },
     "--yes": switch("do not ask about a derived name"),
 }

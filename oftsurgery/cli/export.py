@@ -154,10 +154,8 @@ def _print_stage(done: int, total: int, what: str) -> None:
 def _prepare_push(args: argparse.Namespace, *, asks: bool) -> None:
     """What a push needs of the standard input: somebody to consent where it ``asks``, and the token where that is there."""
     if asks and not args.yes and not sys.stdin.isatty():
-        raise StateError(
-            "a repository's name that is derived needs your consent, and there is no terminal to ask on",
-            remedy="name the repository, or consent with --yes",
-        )
+        message = "a repository's name that is derived needs your consent, and there is no terminal to ask on"
+        raise StateError(message, remedy="name the repository, or consent with --yes")
     if args.token == "-":  # noqa: S105 - no token
         args.token = sys.stdin.readline().strip()
     elif args.token and not args.quiet:

@@ -98,11 +98,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         weight_map = _weight_map(folder)
         files = tuple(dict.fromkeys(weight_map.values()))
         if (folder / SINGLE).exists() and SINGLE not in files:
-            raise CheckpointError(
-                f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}",
-                path=folder,
-                remedy="remove the one that is not meant",
-            )
+            message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
+            raise CheckpointError(message, path=folder, remedy="remove the one that is not meant")
     elif (folder / SINGLE).exists():
         files = (SINGLE,)
     else:
@@ -111,11 +108,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name in sorted(files):
         for entry in read_header(inside(folder, name))[0]:
             if entry.name in entries:
-                raise CheckpointError(
-                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor",
-                    tensor=entry.name,
-                    path=folder,
-                )
+                message = f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor"
+                raise CheckpointError(message, tensor=entry.name, path=folder)
             entries[entry.name] = entry
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
@@ -159,9 +153,5 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
             raise damaged(f"the index says {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
-        raise CheckpointError(
-            "a shard holds a tensor that the index lacks",
-            tensor=unlisted[0],
-            path=folder / INDEX,
-            remedy="repair the index",
-        )
+        message = "a shard holds a tensor that the index lacks"
+        raise CheckpointError(message, tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")

@@ -48,11 +48,8 @@ def inside(folder: Path, name: str) -> Path:
         CheckpointError: otherwise, or if there is no such file.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
-        raise CheckpointError(
-            "the index or record names a file outside its folder",
-            path=name,
-            remedy="do not use this checkpoint, or repair its index",
-        )
+        message = "the index or record names a file outside its folder"
+        raise CheckpointError(message, path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
     try:
         plain, there = path.is_file(), os.path.lexists(path)
@@ -65,11 +62,8 @@ def inside(folder: Path, name: str) -> Path:
     target, root = path.resolve(), folder.resolve()
     cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
-        raise CheckpointError(
-            "a file of the checkpoint is a link that leaves its folder",
-            path=path,
-            remedy="do not use this checkpoint, or copy the file into the folder",
-        )
+        message = "a file of the checkpoint is a link that leaves its folder"
+        raise CheckpointError(message, path=path, remedy="do not use this checkpoint, or copy the file into the folder")
     return path
 
 

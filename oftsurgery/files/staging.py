@@ -55,17 +55,11 @@ class Staging:
         check_free("destination", self.destination, force=self.force)
         with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
-                raise StateError(
-                    "the destination's parent folder does not exist",
-                    path=self.destination.parent,
-                    remedy="make it first",
-                )
+                message = "the destination's parent folder does not exist"
+                raise StateError(message, path=self.destination.parent, remedy="make it first")
             if self.folder.is_symlink():
-                raise StateError(
-                    "a link is in the place of unfinished work",
-                    path=self.folder,
-                    remedy="remove it, or name another destination",
-                )
+                message = "a link is in the place of unfinished work"
+                raise StateError(message, path=self.folder, remedy="remove it, or name another destination")
             self._acquire()
             try:
                 self._recover()
@@ -99,11 +93,8 @@ class Staging:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise DiskError(
-                "another run is at work on this destination",
-                path=self.destination,
-                remedy="wait for it, or name another destination",
-            ) from None
+            message = "another run is at work on this destination"
+            raise DiskError(message, path=self.destination, remedy="wait for it, or name another destination") from None
 
     def _recover(self) -> None:
         """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
@@ -161,11 +152,8 @@ class Staging:
         free = shutil.disk_usage(self.folder).free
         needed = self.needed - there
         if needed > free:
-            raise DiskError(
-                f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
-                path=self.folder.parent,
-                remedy="make room, or name a destination elsewhere",
-            )
+            message = f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            raise DiskError(message, path=self.folder.parent, remedy="make room, or name a destination elsewhere")
 
     # --- writing ---
 

@@ -173,11 +173,8 @@ def make_plan(
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
     settings = store.source.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
-        raise FormatError(
-            "`quantization_config` is no JSON object",
-            tensor="config.json",
-            remedy="restore the config.json that was saved",
-        )
+        message = "`quantization_config` is no JSON object"
+        raise FormatError(message, tensor="config.json", remedy="restore the config.json that was saved")
     method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise FormatError(
@@ -205,10 +202,8 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
     if codec not in QUANTISED:
         raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
     if format == "same":
-        raise StateError(
-            "a plain checkpoint is to be quantised, and to stay as it is",
-            remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'",
-        )
+        message = "a plain checkpoint is to be quantised, and to stay as it is"
+        raise StateError(message, remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'")
     if format in QUANTISED and format != codec:
         raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
     if store.architecture.linears is None:

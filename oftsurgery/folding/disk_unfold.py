@@ -59,11 +59,8 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
     """
     record = record_in(folded.folder)
     if record is None:
-        raise StateError(
-            f"the checkpoint has no {RECORD}",
-            path=folded.folder,
-            remedy="give the adapter instead: it is then rotated back",
-        )
+        message = f"the checkpoint has no {RECORD}"
+        raise StateError(message, path=folded.folder, remedy="give the adapter instead: it is then rotated back")
     quantization = recorded_quantization(record, folded.config)
     origin = FolderStore(base, quantization)
     written = "same" if quantization is None else quantization.codec
@@ -99,11 +96,8 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
             return
         there = folded.weight(name, found.format)
         if there is None or there.fingerprint != found.fingerprint:
-            raise IntegrityError(
-                "the base differs from the folded checkpoint in a tensor that the fold did not touch",
-                tensor=name,
-                remedy="give the very checkpoint that was folded",
-            )
+            message = "the base differs from the folded checkpoint in a tensor that the fold did not touch"
+            raise IntegrityError(message, tensor=name, remedy="give the very checkpoint that was folded")
 
     return check
 

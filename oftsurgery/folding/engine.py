@@ -191,12 +191,8 @@ def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight]
     found = store.locate(wanted)
     lost = [name for name in wanted if name not in found]
     if lost:
-        raise MatchError(
-            f"the {store.what} lacks {len(lost)} of the tensors that the undo record restores",
-            tensor=lost[0],
-            path=undo.path,
-            remedy=f"give the {store.what} that was folded",
-        )
+        message = f"the {store.what} lacks {len(lost)} of the tensors that the undo record restores"
+        raise MatchError(message, tensor=lost[0], path=undo.path, remedy=f"give the {store.what} that was folded")
 
     def weight(path: str, current: EncodedWeight) -> EncodedWeight:
         other = undo.shared_with(path)

@@ -37,10 +37,8 @@ def save_model(
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
     if peft_live.has_live_layers(model):
-        raise StateError(
-            "the model carries live peft adapters",
-            remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)",
-        )
+        message = "the model carries live peft adapters"
+        raise StateError(message, remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)")
     if dtype is not None and dtype not in FORMAT_OF:
         raise StateError(
             f"unknown dtype {dtype}",

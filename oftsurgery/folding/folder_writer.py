@@ -65,10 +65,7 @@ def into_shards(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
 
     numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
     found = split_state_dict_into_shards_factory(
-        numbered,
-        get_storage_size=nbytes_of,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=limit,
+        numbered, get_storage_size=nbytes_of, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
     )
     return tuple(Shard(file, tuple(map(int, names))) for file, names in found.filename_to_tensors.items())
 

@@ -60,10 +60,8 @@ def fold_model(
             remedy="fold(peft_model) folds its active adapters, fold(peft_model, ['name']) named ones; load the plain base model to fold files into it",
         )
     if not live and adapters is None:
-        raise StateError(
-            "no adapter to fold was given, and the model carries no live peft adapter",
-            remedy="give an OFTAdapter, its folder, or a list of them",
-        )
+        message = "no adapter to fold was given, and the model carries no live peft adapter"
+        raise StateError(message, remedy="give an OFTAdapter, its folder, or a list of them")
     if adapters is None:
         adapters = peft_live.read_adapters(inner_model(model), names)
         already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
@@ -168,11 +166,8 @@ def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: l
     """
     old: Any = tensors_in(modules)[change.name]
     if old.is_meta:
-        raise StateError(
-            "the tensor is offloaded or not loaded; an adapter's own values cannot go there",
-            tensor=change.name,
-            remedy="load it on a device",
-        )
+        message = "the tensor is offloaded or not loaded; an adapter's own values cannot go there"
+        raise StateError(message, tensor=change.name, remedy="load it on a device")
     if change.values.is_floating_point() and not old.is_floating_point():
         raise takes_no_values(change.name, name_of(old.dtype))
     data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)

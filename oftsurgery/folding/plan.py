@@ -198,10 +198,8 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
     if not adapters:
         raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
     if len({a.fingerprint for a in adapters}) < len(adapters):
-        raise StateError(
-            "the same adapter is given twice",
-            remedy="give each adapter once; compose or scale it to apply it more strongly",
-        )
+        message = "the same adapter is given twice"
+        raise StateError(message, remedy="give each adapter once; compose or scale it to apply it more strongly")
     record = store.record
     if record is None:
         return
@@ -240,11 +238,8 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
-        raise MatchError(
-            f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}",
-            module=path,
-            remedy="use the base model that the adapter was trained on",
-        )
+        message = f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}"
+        raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
     if len(info.format.shape) != 2:
         raise ShapeError("the module's weight is not (out, in)", module=path, shape=info.format.shape)
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)

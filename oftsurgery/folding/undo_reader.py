@@ -150,11 +150,8 @@ class UndoRecord:
                 path=self.path,
                 remedy="take those out first, the last one first, each with its own record",
             )
-        raise StateError(
-            f"the undo record is of another fold: it is of {mine}, the last fold of {_sources(record)}",
-            path=self.path,
-            remedy="give the record that was written with this fold",
-        )
+        message = f"the undo record is of another fold: it is of {mine}, the last fold of {_sources(record)}"
+        raise StateError(message, path=self.path, remedy="give the record that was written with this fold")
 
 
 def _sources(fold: FoldRecord) -> str:
@@ -190,11 +187,8 @@ def open_undo(path: Path) -> UndoRecord:
     if metadata.get("format") != FORMAT:
         raise _no_record("a safetensors file, but no undo record", path)
     if metadata.get("version") != str(VERSION):
-        raise UndoError(
-            f"an undo record of version {printable(metadata.get('version'))}; this oftsurgery reads {VERSION}",
-            path=path,
-            remedy="use the oftsurgery that wrote it, or a newer one",
-        )
+        message = f"an undo record of version {printable(metadata.get('version'))}; this oftsurgery reads {VERSION}"
+        raise UndoError(message, path=path, remedy="use the oftsurgery that wrote it, or a newer one")
     found = {e.name: e for e in entries}
     if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
         raise damaged(path)

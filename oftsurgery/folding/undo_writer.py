@@ -37,11 +37,8 @@ def check_place(path: Path, *, force: bool = False) -> None:
         StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
     """
     if os.path.lexists(path) and (not force or not path.is_file()):
-        raise StateError(
-            "something is there already, and undo records are not overwritten",
-            path=path,
-            remedy="name another file; a record belongs to one fold",
-        )
+        message = "something is there already, and undo records are not overwritten"
+        raise StateError(message, path=path, remedy="name another file; a record belongs to one fold")
     if not path.absolute().parent.is_dir():
         raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
 

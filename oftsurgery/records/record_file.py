@@ -45,11 +45,8 @@ def record_at(path: Path) -> FoldRecord:
     try:
         return FoldRecord.from_dict(read_json(path))
     except (TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"the record of an earlier fold cannot be read ({printable(error)})",
-            path=path,
-            remedy="restore it, or remove it if nothing is folded in",
-        ) from error
+        message = f"the record of an earlier fold cannot be read ({printable(error)})"
+        raise CheckpointError(message, path=path, remedy="restore it, or remove it if nothing is folded in") from error
 
 
 def public_info(info: AdapterInfo) -> AdapterInfo:
@@ -60,9 +57,7 @@ def public_info(info: AdapterInfo) -> AdapterInfo:
 def public_record(record: FoldRecord) -> FoldRecord:
     """``record`` and its earlier ones without paths of this machine."""
     return replace(
-        record,
-        adapters=tuple(map(public_info, record.adapters)),
-        earlier=tuple(map(public_record, record.earlier)),
+        record, adapters=tuple(map(public_info, record.adapters)), earlier=tuple(map(public_record, record.earlier))
     )
 
 

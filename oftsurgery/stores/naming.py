@@ -185,10 +185,8 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
     try:
         should_convert_module("", keep)
     except re.error as error:
-        raise StateError(
-            f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})",
-            remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)",
-        ) from error
+        message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+        raise StateError(message, remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)") from error
     return lambda path: not should_convert_module(path, keep)
 
 
@@ -210,11 +208,8 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             here.add(architecture.renamed[name])
         stored = [n for target in here for n in architecture.stored.get(target, (target,))]
         if len(stored) > 1:
-            raise MatchError(
-                f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}",
-                tensor=name,
-                remedy="save the checkpoint again with one release of transformers",
-            )
+            message = f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}"
+            raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 
     return find_names(names, called, architecture.base_prefix)

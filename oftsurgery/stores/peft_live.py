@@ -102,10 +102,8 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
     found = {tuple(layer.active_adapters) for _, layer in layers}
     if len(found) > 1:
-        raise StateError(
-            "the model's layers have different active adapters",
-            remedy="name the adapters to fold: fold(model, ['a', 'b'])",
-        )
+        message = "the model's layers have different active adapters"
+        raise StateError(message, remedy="name the adapters to fold: fold(model, ['a', 'b'])")
     return list(found.pop()) if found else []
 
 

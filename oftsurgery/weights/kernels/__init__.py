@@ -108,12 +108,7 @@ def _missing(name: str) -> str | None:
 
 
 def fold(
-    encoded: EncodedWeight,
-    order: Sequence[Rotation],
-    into: WeightFormat,
-    *,
-    inverse: bool,
-    rounding: str = "nearest",
+    encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
 ) -> FoldedWeight | None:
     """The folded weight; None where the reference is to.
 
