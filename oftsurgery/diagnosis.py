@@ -447,8 +447,9 @@ def _misread(checkpoint: Checkpoint, name: str, format_: WeightFormat, *, tiled:
 def _folds(store: Store, record: FoldRecord | None, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
     found = [] if record is None else _record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
+        before = _store(base)
         with _noting(found):
-            found += [*_convolutions(adapter, store), *_folded(adapter, _store(base), store, record)]
+            found += [*_convolutions(adapter, store), *_folded(adapter, before, store, record)]
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += _fits(adapter, store)
     return found
