@@ -162,3 +162,9 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
 
     assert build_main(["-q", "-E", "-W", "--keep-going", "-b", "html", str(ROOT / "docs"), str(tmp_path)]) == 0
     assert (tmp_path / "reference.html").stat().st_size > 50_000
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        for name in re.findall(r"\btests/[\w/]+\.py", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"

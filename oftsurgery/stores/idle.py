@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-#: attribute → classes of transformers that read its weight and never call it; ``tests/test_idle.py`` looks for more
+#: attribute → classes of transformers that read its weight and never call it; ``tests/stores/test_idle.py`` looks for more
 _READ: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         name: frozenset(owners.split())

@@ -1,6 +1,6 @@
 """Rounding that keeps what a rotation did: against a float64 reference of our own and brute force, on every path.
 
-Nothing here takes an expected value from oftsurgery.preserve: levels are bitsandbytes', rotations those of
+Nothing here takes an expected value from oftsurgery.weights.preserve: levels are bitsandbytes', rotations those of
 `independent`, and rounding, scales and sums are written out below.
 """
 
