@@ -156,7 +156,7 @@ def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
         return [Finding("error", "other-quantiser", message, CONFIG, says, remedy)]
     kinds = [kind for kind in FORMATS.values() if kind.quantised]
     held = {kind.width: sum(kind.name_part in n for n in checkpoint.entries) for kind in kinds}
-    asked = (kind.width for kind in kinds if settings is not None and settings.get(next(iter(kind.config_fields))))
+    asked = (kind.width for kind in kinds if settings is not None and settings.get(next(iter(kind.config_fields), "")))
     stated = next(asked, None)
     remedy = "restore the config.json that was saved with these weights"
     if settings is not None and not any(held.values()):

@@ -27,7 +27,8 @@ class Int8(Format):
     width = "int8"
     name_part = ".SCB"
     config_fields = MappingProxyType({"load_in_8bit": True})
-    layer_classes, parameter_class = ("Linear8bitLt", "Embedding8bit"), "Int8Params"
+    layer_classes: tuple[str, ...] = ("Linear8bitLt", "Embedding8bit")
+    parameter_class = "Int8Params"
     onnx_scales = "scale"
 
     def layout(self, f: WeightFormat) -> Layout:

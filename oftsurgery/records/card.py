@@ -16,6 +16,7 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, StateError, needs, printable
 from oftsurgery.files.reading import inside
+from oftsurgery.formats.all_formats import FORMATS
 
 from .record import FoldRecord
 
@@ -48,7 +49,8 @@ _PICTURES = {
 # what a tokenizer gives
 _TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
 # tags that tell of the format, which another export may change
-_FORMAT_TAGS = frozenset({"bitsandbytes", "nf4", "fp4", "int8", "4-bit", "8-bit", "onnx"})
+_BITS = {name: f"{8 // kind.codes_per_element}-bit" for name, kind in FORMATS.items() if kind.quantised}
+_FORMAT_TAGS = frozenset({"bitsandbytes", "onnx", *_BITS, *_BITS.values()})
 _OURS = ("base_model_relation", "library_name")
 #: end of an architecture's name → the class that loads it, and the Hub's name of its task
 _TASKS: Mapping[str, tuple[str | None, str | None]] = {
@@ -112,7 +114,7 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
     bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
     onnx = any(name.endswith(".onnx") for name in files)
     stored = _onnx_facts(record, "quantized", {}).values() if onnx else [m.format for m in record.modules.values()]
-    quantised = {str(label).partition(" ")[0] for label in stored} & {"nf4", "fp4", "int8"}
+    quantised = {str(label).partition(" ")[0] for label in stored} & _BITS.keys()
     architecture = _architecture(config)
     found = {
         "base_model": next(iter(bases), None),
@@ -120,7 +122,7 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
         "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
         "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
-        + [width for width, of in (("4-bit", {"nf4", "fp4"}), ("8-bit", {"int8"})) if quantised & of]
+        + sorted({_BITS[name] for name in quantised})
         + (["onnx"] if onnx else []),
     }
     return {key: value for key, value in found.items() if value is not None}
