@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -65,11 +66,10 @@ def minilm(quantisation: str, adapter: Path, folder: Path) -> None:
             streams.append(true)
         return raw(self, true, nbytes)
 
-    undo_streams.Streams.raw = listen  # type: ignore[method-assign]
     path = folder / f"{quantisation}.undo"
     start = time.perf_counter()
-    folded = oftsurgery.fold(base, adapter, undo=path)
-    undo_streams.Streams.raw = raw  # type: ignore[method-assign]
+    with mock.patch.object(undo_streams.Streams, "raw", listen):
+        folded = oftsurgery.fold(base, adapter, undo=path)
     middle = time.perf_counter()
     oftsurgery.unfold(folded, undo=path)
     end = time.perf_counter()

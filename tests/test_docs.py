@@ -141,6 +141,7 @@ def test_what_is_not_run_says_why() -> None:
 
 
 def test_links_lead_somewhere() -> None:
+    assert re.search(r"\]\(docs/", PAGES[0].read_text(encoding="utf-8"))
     for page in PAGES:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from oftsurgery.errors import AdapterError, ConversionWarning, MatchError, module_in_errors, printable, warn_caller
+from oftsurgery.errors import (
+    AdapterError,
+    ConversionWarning,
+    DialectError,
+    MatchError,
+    module_in_errors,
+    printable,
+    warn_caller,
+)
 from oftsurgery.hashing import hash_tensors
 
 from .algebra import inverse, product, weighted_mean
+from .dialects import DIALECTS
 from .rotation import Rotation
 from .to_peft import CARRIED, config_and_tensors
 
@@ -46,6 +55,9 @@ class OFTAdapter:
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            message = f"unknown dialect {printable(self.dialect)!r}"
+            raise DialectError(message, path=self.source, remedy=f"one of {', '.join(DIALECTS)}")
         for name in ("modules", "saved", "config"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         parts = dict(self.saved)

@@ -45,11 +45,11 @@ def _cell(value: str | float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def size_text(nbytes: int) -> str:
+def size_text(nbytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}"
-        nbytes = nbytes / 1000  # type: ignore[assignment]
+        nbytes /= 1000
     return f"{nbytes:.2f} GB"
 
 

@@ -175,7 +175,8 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         return {}
     plain = json.loads(config.to_json_string(use_diff=False))
     plain["architectures"] = [type(model).__name__]
-    plain["_name_or_path"] = public_place(plain.get("_name_or_path"))
+    if plain.get("_name_or_path"):
+        plain["_name_or_path"] = public_place(plain["_name_or_path"])
     found = next((Layer(p, m) for p, m in modules_of(model).items() if Layer(p, m).quantised), None)
     quantization = None
     if dtype is None and found is not None and not plain.get("quantization_config"):

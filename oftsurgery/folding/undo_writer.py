@@ -147,7 +147,7 @@ class UndoWriter(UndoCollector):
 
         Args:
             fold: that the record undoes.
-            ties: names of tensors that were one and the same, that which a checkpoint holds first.
+            ties: names of tensors that were one and the same, the name that a checkpoint holds first.
             tie_word_embeddings: of the base's config, or None.
             config: the checkpoint's ``config.json`` without the fold, or None.
         """

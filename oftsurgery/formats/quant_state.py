@@ -83,5 +83,7 @@ def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
     except (ValueError, KeyError, RecursionError, TypeError):
         good = False
     if not good:
-        raise FormatError("the packed quantisation state is no such thing", tensor=name, remedy=QUANTISE_AGAIN)
+        raise FormatError(
+            "the packed quantisation state is not one that bitsandbytes writes", tensor=name, remedy=QUANTISE_AGAIN
+        )
     return fields  # type: ignore[no-any-return]

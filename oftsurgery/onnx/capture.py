@@ -52,7 +52,7 @@ def capture_graph(
         try:
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # a failed capture prints its graph
                 program = torch.export.export(module, args, dynamic_shapes=(dims,), strict=False)
-        except Exception as error:
+        except Exception as error:  # whatever the model's code and torch raise while it is traced
             raise _not_captured(error, _deepest(error, module.model)) from error
         step("translate to ONNX")
         try:
@@ -65,7 +65,7 @@ def capture_graph(
                 optimize=False,
                 verbose=False,
             ).model  # type: ignore[union-attr]
-        except Exception as error:
+        except Exception as error:  # as many kinds as there are operators
             raise _not_translated(error, program) from error
         name_axes(model, inputs)
         fill_values(model, values)

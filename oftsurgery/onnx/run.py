@@ -124,7 +124,7 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
         more["disabled_optimizers"] = ["ConstantFolding"]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], **more)
-    except Exception as error:
+    except Exception as error:  # onnxruntime has no class of its errors in common; the parent raises it as ours
         say(str(error), failed=True)
         return
     say((tuple(map(_facts, session.get_inputs())), tuple(map(_facts, session.get_outputs()))))

@@ -628,3 +628,8 @@ def test_odd_values_in_a_config_give_a_typed_error_or_a_whole_fold(field: str, o
             else:
                 assert refused.remedy, (field, value)
                 assert str(refused).isprintable(), (field, value)
+
+
+def test_an_adapter_of_an_unknown_dialect_is_refused() -> None:
+    with pytest.raises(DialectError, match=r"unknown dialect 'peft-9' .*Remedy: one of peft-0.13, "):
+        oftsurgery.OFTAdapter({}, dialect="peft-9")
