@@ -183,10 +183,14 @@ class FourBit(Format):
         # of the cases
         from bitsandbytes.functional import quantize_blockwise
 
-        offset = finite(scales.mean(), "the mean of absmax, which double quantisation stores, is not finite", f)
+        offset = self.offset_of(scales, f)
         codes, state = quantize_blockwise(scales - offset, blocksize=f.nested_blocksize)
         nested = {"nested_absmax": state.absmax, "nested_quant_map": state.code.clone(), "nested_offset": offset}
         return {"absmax": codes, **nested}
+
+    def offset_of(self, scales: Tensor, f: WeightFormat) -> Tensor:
+        """What double quantisation takes off the scales before it rounds them."""
+        return finite(scales.mean(), "the mean of absmax, which double quantisation stores, is not finite", f)
 
     def assemble(self, f: WeightFormat, codes: Tensor, statistics: Mapping[str, Tensor]) -> EncodedWeight:
         levels = levels_of(self.name, codes.device).clone()

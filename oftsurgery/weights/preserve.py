@@ -217,19 +217,26 @@ def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
     Args:
         kept: gives its values for several k at once.
     """
-    low, high, width = 0, MOST, MOST
-    at_low, at_high = kept([low, high])
-    if at_low >= 1:
-        return 0
-    while width > 1:
-        width //= 8
-        between = [low + width * i for i in range(1, 8)]
-        values = kept(between)
-        for k, at in zip(between, values, strict=True):
+    low, at_low, high, at_high = -1, 0.0, MOST + 1, 1.0
+
+    def evaluate(points: Sequence[int]) -> None:
+        nonlocal low, at_low, high, at_high
+        for k, at in zip(points, kept(points), strict=True):
             if at >= 1:
                 high, at_high = k, at
-                break
+                return
             low, at_low = k, at
+
+    octaves = range(0, MOST + 1, STEPS)
+    while high > MOST and low < MOST:  # ω = 1, 2, 4, 8, …
+        evaluate(octaves[(low + 1) // STEPS + (low >= 0) :][:4])
+    if high == 0 or low == MOST:
+        return max(low, 0)
+    while high - low > 1:  # where a straight line from low to high would be 1, and on either side
+        near = low + round((1 - at_low) / (at_high - at_low) * (high - low))
+        aside = max(1, (high - low) // 32)
+        between = [k for k in (near - aside, near, near + aside) if low < k < high]
+        evaluate(between or [(low + high) // 2])
     return low if 1 - at_low <= abs(at_high - 1) else high
 
 

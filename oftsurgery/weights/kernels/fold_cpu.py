@@ -1,4 +1,4 @@
-"""Drive the fused CPU kernel (:mod:`oftsurgery.weights.kernels.cpu`): addresses, tiles and threads."""
+"""Drive the fused CPU kernels (:mod:`oftsurgery.weights.kernels.cpu`): jobs, tiles and threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
-from oftsurgery.formats.scales import GRID
 from oftsurgery.weights import preserve
 
-from . import blockwise, cpu
+from . import blockwise
+from .cpu import layout, processor, tables
+from .cpu.compiled import kernel
 from .pool import run
 
 #: of block matrices that stay in the second-level cache while rows pass by
@@ -25,22 +26,25 @@ _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
 _MAX_BLOCK = 512
+#: scales, and values of a sample, of one task
+_SCALES = _SAMPLE_CHUNK = 1 << 14
 
 _local = threading.local()
+_CPU = torch.device("cpu")
 
 
-def _scratch(count: int) -> int:
-    """Address of ``count`` float32 of this thread's own, 64-byte aligned, kept for the next tile."""
+def _scratch(nbytes: int) -> int:
+    """Address of so many bytes of this thread's own, 64-byte aligned, kept for the next tile."""
     held: tuple[int, int, np.ndarray] | None = getattr(_local, "scratch", None)
-    if held is None or held[0] < count:
-        room = np.zeros(4 * count + 64, dtype=np.uint8)
-        held = _local.scratch = count, (room.ctypes.data + 63) & ~63, room
+    if held is None or held[0] < nbytes:
+        room = np.zeros(nbytes + 64, dtype=np.uint8)
+        held = _local.scratch = nbytes, (room.ctypes.data + 63) & ~63, room
     return held[1]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's storage as the kernel takes it."""
+    """One side's storage as the kernels take it."""
 
     kind: int
     blocksize: int = 1
@@ -48,89 +52,11 @@ class _Side:
 
 
 def _side(f: WeightFormat) -> _Side | None:
-    kind = getattr(cpu, f.kind.kernel_name(f), None)
-    if kind is None or (kind == cpu.F16 and not cpu.HAS_F16) or f.blocksize % cpu.LANES:
+    kind = getattr(layout, f.kind.kernel_name(f), None)
+    usable = kind is not None and (kind != layout.F16 or processor.HAS_F16)
+    if not usable or f.blocksize % layout.LANES or f.blocksize > layout.MOST_BLOCK:
         return None
     return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
-
-
-_CPU = torch.device("cpu")
-
-
-@cache
-def _cells(codec: str) -> tuple[bool, np.ndarray]:
-    """Whether :func:`oftsurgery.weights.kernels.cpu.rank_by_cell` serves the codec's levels, and its table: 32 int32, 32
-    float32.
-    """
-    _, _, bounds, order = (t.numpy() for t in blockwise.tables(codec, _CPU))
-    bounds = bounds[:15]
-    # a value's cell grows with it, so one in a higher cell than a bound is above it; no bound is at the edge of its own,
-    # where the kernel's rounding would matter
-    positions = bounds.astype(np.float64) * cpu.CELL_FACTOR + 16
-    own = positions.astype(np.int32)
-    table = np.zeros((2, 32), dtype=np.int32)
-    sure = len(set(own)) == 15 and bool((np.abs(positions - positions.round()) > 1e-4).all())
-    if not cpu.CELLS or not sure or (order != np.arange(16)).any():
-        return False, table
-    table[0] = [(own < cell).sum() for cell in range(32)]
-    table[1] = np.full(32, np.inf, dtype=np.float32).view(np.int32)
-    table[1, own] = bounds.view(np.int32)
-    return True, table
-
-
-#: scales, in units of absmax, between which the kernel's search for the best begins: the farther from the usual best,
-#: the farther apart they may be
-_RATIOS = (
-    0.65, 0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.035, 1.07, 1.11, 1.155, 1.21, 1.275, 1.35, 1.45, 1.58, 1.76, 2.05, 2.5,
-    3.3, 5.0, 9.0,
-)  # fmt: skip
-
-
-@cache
-def _search(kind: FourBit, rounding: str) -> np.ndarray:
-    """What the kernel looks scales up in: see :func:`oftsurgery.weights.kernels.cpu._try_ratios`."""
-    codec = kind.name
-    _, levels, bounds, _ = (t.numpy().astype(np.float64) for t in blockwise.tables(codec, _CPU))
-    bounds = bounds[:15]
-    mirrored = bool((levels == -levels[::-1]).all())  # the signs apart, half as many levels
-    if mirrored:
-        levels, bounds = levels[8:], bounds[8:]
-    # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last
-    factor, shift = (32 * (1 - 1e-5), 0.0) if mirrored else (16 * (1 - 1e-5), 16.0)
-    ratios = np.array(GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
-    count = len(ratios)
-    nothing = 1.01 / np.abs(bounds).min()  # from here on all codes are zero
-    table = np.zeros(cpu.CELL_TABLES + 64 * count, dtype=np.float32)
-
-    def place(offset: int, values: np.ndarray) -> None:
-        table[offset : offset + len(values)] = values
-
-    ends = np.append(ratios, nothing)
-    steps, low, high = np.diff(ends), ends[:-1], ends[1:]
-    place(cpu.RATIOS, ends)
-    place(cpu.CURVE, steps**2 / (low * high))
-    place(cpu.LEFT, steps / low)
-    place(cpu.RIGHT, steps / high)
-    table[cpu.UNUSED : cpu.UNUSED + 32] = 1e30
-    table[cpu.UNUSED : cpu.UNUSED + count] = 0
-    place(cpu.LEVELS, np.append(levels, np.full(16 - len(levels), levels[-1])))
-    place(cpu.BOUNDS, np.append(bounds, np.full(16 - len(bounds), np.inf)))
-    one, step = list(ratios).index(1.0), 1.25 * (rounding == "mse")
-    place(cpu.META, np.array([factor, shift, mirrored, count, one, step, ends[-1]]))
-    edges = (np.arange(33) - shift) / factor
-    for j, ratio in enumerate(ratios):
-        at = cpu.CELL_TABLES + 64 * j
-        below = np.searchsorted(bounds * ratio, edges)  # each edge
-        inside, k = np.diff(below) > 0, below[:-1]
-        assert (np.diff(below) < 2).all(), (codec, ratio)  # noqa: S101 - of the table above
-        # the level on either side of the bound, or the cell's only one
-        place(at, np.where(inside, np.append(bounds, 0.0)[k], levels[k]) * ratio)
-        place(at + 32, np.where(inside, np.append(np.diff(levels), 0.0)[k] / 2, 0.0) * ratio)
-    return table
-
-
-def _search_for(into: WeightFormat, rounding: str) -> np.ndarray | None:
-    return _search(into.kind, rounding) if isinstance(into.kind, FourBit) else None
 
 
 @dataclass(frozen=True)
@@ -150,16 +76,16 @@ class _Tiles:
 def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | None:
     """How the weight is cut; None where its blocks make the scratch too large."""
     rows, features = shape
-    whole = old.flat or new.flat or new.kind == cpu.INT8
+    whole = old.flat or new.flat or new.kind == layout.INT8
     inner = math.lcm(b, 1 if old.flat else old.blocksize)
     outer = inner if whole else math.lcm(inner, new.blocksize)
     wanted = max(1, _MATRIX_BYTES // (4 * b))
     columns = features if whole else min(features, max(1, wanted // outer) * outer)
-    group = cpu.ROWS
+    group = layout.ROWS
     for side in (old, new):
         if side.flat:
             group = math.lcm(group, side.blocksize // math.gcd(features, side.blocksize))
-    pad = cpu.LANES  # rows at a power of two from each other would share their lines of the cache
+    pad = layout.LANES  # rows at a power of two from each other would share their lines of the cache
     x_stride = 4 * (columns if old.flat or new.flat else columns + pad)
     y_stride = 4 * (columns if new.flat else columns + pad)
     # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number
@@ -187,7 +113,7 @@ def fold(
     f = encoded.format
     old, new = _side(f), _side(into)
     b = matrices.shape[-1]
-    if old is None or new is None or b % cpu.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
+    if old is None or new is None or b % layout.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
         return None
     tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
     source = f.kind.kernel_operands(encoded)
@@ -197,11 +123,22 @@ def fold(
     return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
-def _levels(codec: str) -> tuple[int, int, int, bool, int]:
-    """What kernels take as the new levels."""
-    _, levels, bounds, order = (t.data_ptr() for t in blockwise.tables(codec, _CPU))
-    by_cell, cells = _cells(codec)
-    return levels, bounds, order, by_cell, cells.ctypes.data
+_DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
+_Job = dict[int, int]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What a pass has summed up, see :mod:`.cpu.layout`."""
+
+    norm: float
+    error: float
+    top: float
+    nearest: float
+    change: float
+    held: float
+    strong: float
+    misfits: float
 
 
 @dataclass(eq=False)
@@ -216,50 +153,64 @@ class _Fold(blockwise.Fold):
     matrices: Tensor
     factors: Tensor | None
 
+    def __post_init__(self) -> None:
+        into, tiles, b = self.into, self.tiles, self.matrices.shape[-1]
+        rows, features = into.shape
+        self.by = tables.suffix(into.codec)
+        self.common: _Job = {
+            layout.DECODE: kernel(_DECODERS.get(self.old.kind, "decode_dense")).address,
+            layout.KIND: self.old.kind,
+            layout.CODES: self.weight.data_ptr(),
+            layout.SCALES: self.scales.data_ptr(),
+            layout.BLOCKSIZE: self.old.blocksize,
+            layout.LEVELS: blockwise.tables(self.encoded.format.codec, _CPU)[0].data_ptr(),
+            layout.NEW_KIND: self.new.kind,
+            layout.NEW_BLOCKSIZE: self.new.blocksize,
+            layout.NEW_LEVELS: tables.levels(into.codec).ctypes.data,
+            layout.MATRICES: self.matrices.data_ptr(),
+            layout.BLOCK: b,
+            layout.STEP: 0 if self.matrices.shape[0] == 1 else 4 * b * b,
+            layout.FACTORS: 0 if self.factors is None else self.factors.data_ptr(),
+            layout.OUT: rows,
+            layout.FEATURES: features,
+            layout.GROUP: tiles.group,
+            layout.FLAT: self.old.flat,
+            layout.NEW_FLAT: self.new.flat,
+            layout.X_STRIDE: tiles.x_stride,
+            layout.Y_STRIDE: tiles.y_stride,
+        }
+
     def _pass(
-        self,
-        mode: int,
-        places: Sequence[tuple[int, int, int]],
-        result: Sequence[int],
-        scales: Tensor,
-        *,
-        search: np.ndarray | None = None,
-        moments: Tensor | None = None,
-        plain: Tensor | None = None,
-        keep: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """``(SUMS,)`` of one pass over ``places``, (first row, end, first column) each; ``result``: an address each."""
-        old, new, tiles, matrices = self.old, self.new, self.tiles, self.matrices
-        rows, features = self.encoded.format.shape
-        old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
-        first = (
-            old.kind, self.weight.data_ptr(), self.scales.data_ptr(), old.blocksize, old_levels.data_ptr(), new.kind,
-        )  # fmt: skip
-        search_at, keep_at = (0 if table is None else table.ctypes.data for table in (search, keep))
-        moments_at, plain_at, factors_at = (0 if t is None else t.data_ptr() for t in (moments, plain, self.factors))
-        then = (
-            scales.data_ptr(), new.blocksize, *_levels(self.into.codec), moments_at,
-            matrices.data_ptr(), matrices.shape[-1], matrices.shape[0] == 1, factors_at, rows, features,
-        )  # fmt: skip
-        sums = np.zeros((len(places), cpu.SUMS))
+        self, places: Sequence[tuple[int, int, int]], result: Sequence[int], encode: str, then: str = "", **more: Any
+    ) -> tuple[_Sums, _Sums]:
+        """The sums of one pass over ``places``, (first row, end, first column) each; of an encoder that another follows apart.
+
+        Args:
+            result: an address for each place.
+            encode, then: names of kernels.
+            more: tensors or numbers of the job by their names in :mod:`.cpu.layout`, in lower case.
+        """
+        job = np.zeros(layout.JOB // 8, np.int64)
+        own = {getattr(layout, name.upper()): _word(value) for name, value in more.items()}
+        own[layout.ENCODE], own[layout.THEN] = kernel(encode).address, kernel(then).address if then else 0
+        for place, value in {**self.common, **own}.items():
+            job[place // 8] = value
+        tile, address = kernel("tile"), job.ctypes.data
+        sums = np.zeros((len(places), 2, layout.SUMS // 128, layout.LANES))
+        at = sums.ctypes.data
+        features, step, scratch = self.into.shape[1], self.tiles.column_step, self.tiles.scratch + layout.WORK + 192
 
         def task(i: int) -> None:
             row, end, column = places[i]
-            x = _scratch(tiles.scratch // 4 + 32 + cpu.WORK)
-            y = (x + tiles.group * tiles.x_stride + 63) & ~63
-            work = (y + tiles.group * tiles.y_stride + 63) & ~63
-            cpu.fold_tile(
-                *first, result[i], *then,
-                row, end, column, min(column + tiles.column_step, features),
-                tiles.group, old.flat, new.flat, x, tiles.x_stride, y, tiles.y_stride,
-                mode, search_at, plain_at, work, keep_at, sums[i],
-            )  # fmt: skip
+            to, sums_at = result[i], at + 2 * layout.SUMS * i
+            tile(address, to, row, end, column, min(column + step, features), _scratch(scratch), sums_at)
 
         run(task, len(places))
-        total: np.ndarray = sums.sum(0)
-        total[2] = sums[:, 2].max(initial=0)
-        self.finite = self.finite and total[2] < blockwise.NOT_FINITE
-        return total
+        totals = sums.sum((0, 3))
+        totals[:, layout.TOP // 128] = sums[:, :, layout.TOP // 128].max((0, 2), initial=0)
+        self.finite = self.finite and bool(totals[:, layout.TOP // 128].max() < layout.NOT_FINITE)
+        last, first = (_Sums(*map(float, each)) for each in totals)
+        return last, first
 
     def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """Tiles of the rows from ``begin`` to ``end``."""
@@ -270,128 +221,174 @@ class _Fold(blockwise.Fold):
             for row in range(begin, end, step)
         ]
 
+    def _find(self, rounding: str) -> tuple[str, np.ndarray]:
+        """The kernel that finds scales, and its table."""
+        assert isinstance(self.into.kind, FourBit)  # noqa: S101 - no other format has such roundings
+        return f"{'best' if rounding == 'mse' else 'grid'}_{self.by}", tables.search(self.into.kind, rounding)
+
     def round(self, rounding: str) -> blockwise.FoldedWeight | None:
         into = self.into
         result, scales, moments = blockwise.allocate(into, _CPU)
         places = self._places(0, into.shape[0])
         to = [result.data_ptr()] * len(places)
-        best = rounding != "nearest"
-        search = _search_for(into, rounding) if best else None
-        plain = torch.empty_like(scales) if best and moments is not None else None
-        mode = cpu.NEAREST if not best else cpu.BEST if moments is None else cpu.SCALES
-        total = self._pass(mode, places, to, scales, search=search, moments=moments, plain=plain)
-        if not self.finite:
-            return None
-        norm, error, _, nearest, change, held, _, _ = map(float, total)
-        statistics = into.kind.statistics(scales, into)
-        if not best:
-            if moments is not None:
-                more, more_held = _nested_error(into, scales, statistics, moments)
-                error, held = error + more, held + more_held
+        room = {"absmax": scales, "new_scales": scales, "moments": moments, "moment_plane": 4 * len(scales)}
+        if rounding == "nearest":
+            names = {layout.FOUR_BIT: f"nearest_{self.by}", layout.INT8: "encode_int8"}
+            sums, _ = self._pass(places, to, names.get(self.new.kind, "encode_dense"), **room)
+            if not self.finite:
+                return None
+            statistics, error, held = self._statistics(scales, moments)
+            error, held = sums.error + error, sums.held + held
             nearest = error
-        elif plain is not None and moments is not None:
-            # codes for the scales that the reader will see
-            seen = EncodedWeight(into, statistics).scales.contiguous()
-            again = self._pass(cpu.GIVEN, places, to, seen, search=search)
-            error, held = float(again[1]), float(again[5])
-            nearest += _nested_error(into, plain, into.kind.statistics(plain, into), moments)[0]
-        sums = blockwise.Sums(norm, error, nearest, change, held)
-        return sums.folded(into.kind.assemble(into, result, statistics), rounding)
+        else:
+            find, table = self._find(rounding)
+            if moments is None:
+                sums, _ = self._pass(places, to, find, f"given_{self.by}", search=table, **room)
+                statistics, nearest, after = self._statistics(scales, None)[0], sums.nearest, sums
+            else:
+                # codes with plain rounding first, which tell its error; others come in their place
+                room["absmax"] = plain = torch.empty_like(scales)
+                sums, first = self._pass(places, to, f"nearest_{self.by}", find, search=table, **room)
+                if not self.finite:
+                    return None
+                nearest = first.error + self._statistics(plain, moments)[1]
+                # codes for the scales that the reader will see
+                seen = torch.empty_like(scales)
+                statistics = self._statistics(scales, None, seen)[0]
+                after, _ = self._pass(places, to, f"given_{self.by}", new_scales=seen)
+            if not self.finite:
+                return None
+            error, held = after.error, after.held
+            sums = _Sums(sums.norm, error, 0, nearest, after.change, held, 0, 0)
+        folded = blockwise.Sums(sums.norm, error, nearest, sums.change, held)
+        return folded.folded(into.kind.assemble(into, result, statistics), rounding)
+
+    def _statistics(
+        self, scales: Tensor, moments: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """The tensors that hold ``scales``; what their double quantisation adds to Σ (stored - exact)² and to Σ (stored - exact)
+        (exact - base), from the ``moments`` where they are given. Leaves in ``seen`` the scales that a reader sees.
+        """
+        into = self.into
+        if not into.nested_blocksize:
+            return into.kind.statistics(scales, into), 0.0, 0.0
+        assert isinstance(into.kind, FourBit)  # noqa: S101 - no other format has them
+        offset = into.kind.offset_of(scales, into)
+        table = tables.dynamic().copy()
+        table.view(np.float32)[0] = offset.item()
+        count, size = len(scales), into.nested_blocksize
+        blocks, each = -(-count // size), max(1, _SCALES // size)
+        codes = torch.empty(count, dtype=torch.uint8, device=_CPU)
+        factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
+        sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
+        first = [_word(x) for x in (table, scales, count, size)]
+        then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
+        quantise, at = kernel("quantise_scales"), sums.ctypes.data
+
+        def task(i: int) -> None:
+            quantise(*first, i * each, min(i * each + each, blocks), *then, at + i * layout.SUMS)
+
+        run(task, len(sums))
+        error, held, misfits = (float(sums.sum((0, 2))[x // 128]) for x in (layout.ERROR, layout.HELD, layout.MISFITS))
+        map_ = table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS].view(np.float32).copy()
+        nested = {"nested_absmax": factors, "nested_quant_map": torch.from_numpy(map_), "nested_offset": offset}
+        statistics = {"absmax": codes, **nested}
+        if misfits:  # scales so near to each other that their reciprocals are infinite: whatever bitsandbytes makes of them
+            statistics = into.kind.statistics(scales, into)
+            if seen is not None:
+                seen.copy_(EncodedWeight(into, statistics).scales)
+            if moments is not None:
+                error, held = blockwise.nested_error(into, scales, statistics, moments.reshape(3, -1).t())
+        return statistics, error, held
 
     def keep(self) -> blockwise.FoldedWeight | None:
         into, rows = self.into, self.into.shape[0]
         own = preserve.scales_of(self.encoded, into)
-        options = _Keep(own, into)
-        steps = self._steps(options)
+        kept = _kept(own, into)
+        steps = self._steps(kept)
         if steps is None:
             return None
         result, scales, _ = blockwise.allocate(into.single, _CPU)
         places = self._places(0, rows)
-        options.numbers[0] = preserve.relaxation_of(steps) - 1
-        total = self._pass(
-            cpu.KEEP, places, [result.data_ptr()] * len(places), scales,
-            search=_search_for(into, "grid"), keep=options.table,
-        )  # fmt: skip
-        norm, error, _, _, change, held, _, misfits = map(float, total)
-        if not self.finite or misfits:
+        kept["numbers"][layout.OVER // 4] = preserve.relaxation_of(steps) - 1
+        encode, room = "encode_int8", {"new_scales": scales, "keeps": 1}
+        if self.new.kind != layout.INT8:
+            find, table = self._find("grid")
+            encode, room = f"keep_{self.by}", {"new_scales": scales, "find": kernel(find).address, "search": table}
+        sums, _ = self._pass(places, [result.data_ptr()] * len(places), encode, **room, **kept)
+        if not self.finite or sums.misfits:
             return None
-        statistics = preserve.put_scales(own, into, scales if options.codes is None else options.codes)
-        sums = blockwise.Sums(norm, error, None, change, held)
-        return sums.folded(into.kind.assemble(into, result, statistics), "preserve", preserve.relaxation_of(steps))
+        codes = kept["held_out"]
+        statistics = preserve.put_scales(own, into, scales if codes is None else codes)
+        folded = blockwise.Sums(sums.norm, sums.error, None, sums.change, sums.held)
+        return folded.folded(into.kind.assemble(into, result, statistics), "preserve", preserve.relaxation_of(steps))
 
-    def _steps(self, options: _Keep) -> int | None:
+    def _steps(self, kept: dict[str, Any]) -> int | None:
         """:func:`oftsurgery.weights.preserve.relaxation` of this weight."""
-        rows, features = self.into.shape
-        ranges = preserve.sample_of(rows, features, preserve.whole_rows(self.into))
-        planes = np.empty((3, sum(end - begin for begin, end in ranges) * features), np.float32)
-        options.table[cpu.PLANE] = planes.strides[0]
-        places, to, at = [], [], planes.ctypes.data
-        for begin, end in ranges:
+        into, features, size = self.into, self.into.shape[1], self.into.block
+        ranges = preserve.sample_of(into.shape[0], features, preserve.whole_rows(into))
+        blocks = [-(-(end - begin) * features // size) for begin, end in ranges]
+        planes, weights = np.empty((2, sum(blocks) * size), np.float32), np.zeros(sum(blocks), np.float32)
+        planes[:, -size:] = 0  # the last block may be a short one
+        at, plane = planes.ctypes.data, planes.strides[0]
+        places: list[tuple[int, int, int]] = []
+        to: list[int] = []
+        for (begin, end), before in zip(ranges, np.cumsum([0, *blocks]).tolist(), strict=False):
             here = self._places(begin, end)
             places += here
-            to += [at + 4 * (row - begin) * features for row, _, _ in here]
-            at += 4 * (end - begin) * features
-        total = self._pass(cpu.SAMPLE, places, to, options.own.values, keep=options.table)
-        blocks = -(-planes.shape[1] // self.into.block)
-        if not self.finite or 2 * total[6] > blocks:
+            to += [at + 4 * (before * size - begin * features)] * len(here)
+        room = {"planes": planes, "plane": plane, "weights": weights, "new_blocksize": size}
+        sums, _ = self._pass(places, to, "sample", **room, **kept)
+        if not self.finite or 2 * sums.strong > len(weights):
             return None
-        if not total[0] > 0:
+        if not sums.norm > 0:
             return 0
-        chunk = 1 << 14
+        project = kernel("project_int8" if self.new.kind == layout.INT8 else f"project_{self.by}")
+        each, first = max(1, _SAMPLE_CHUNK // size), [at, plane, weights.ctypes.data]
+        levels = self.common[layout.NEW_LEVELS]
 
-        def kept(steps: Sequence[int]) -> list[float]:
-            relaxations = np.array([preserve.relaxation_of(k) for k in steps])
-            sums = np.zeros((-(-planes.shape[1] // chunk), len(steps)))
+        def kept_at(steps: Sequence[int]) -> list[float]:
+            omegas = np.array([preserve.relaxation_of(k) for k in steps], np.float32)
+            parts = np.zeros((-(-len(weights) // each), len(steps), layout.LANES), np.float32)
 
             def task(i: int) -> None:
-                cpu.projections(
-                    planes.ctypes.data, planes.strides[0], i * chunk, min(i * chunk + chunk, planes.shape[1]),
-                    self.new.kind == cpu.INT8, *_levels(self.into.codec), relaxations, sums[i],
-                )  # fmt: skip
+                end = min(i * each + each, len(weights))
+                out = parts.ctypes.data + i * parts.strides[0]
+                project(*first, i * each, end, size, levels, omegas.ctypes.data, len(steps), out)
 
-            run(task, len(sums))
-            return [float(x) for x in sums.sum(0) / total[0]]
+            run(task, len(parts))
+            return [float(x) for x in parts.sum((0, 2), dtype=np.float64) / sums.norm]
 
-        return preserve.solve(kept)
-
-
-def _nested_error(
-    into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
-) -> tuple[float, float]:
-    """:func:`oftsurgery.weights.kernels.blockwise.nested_error` in one pass, without temporaries."""
-    codes, nested, levels, offset = (
-        statistics[name] for name in ("absmax", "nested_absmax", "nested_quant_map", "nested_offset")
-    )
-    error, kept = cpu.nested_error(
-        scales.numpy(), codes.reshape(-1).numpy(), levels.numpy(), nested.reshape(-1).numpy(),
-        np.float32(offset.item()), into.nested_blocksize, moments.numpy(),
-    )  # fmt: skip
-    return float(error), float(kept)
+        return preserve.solve(kept_at)
 
 
-class _Keep:
-    """The table that :func:`oftsurgery.weights.kernels.cpu.fold_tile` takes for KEEP and SAMPLE, and what it points to."""
+def _word(value: Any) -> int:
+    """A number, or the address of a tensor or an array."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return int(value.ctypes.data) if isinstance(value, np.ndarray) else int(value or 0)
 
-    def __init__(self, own: preserve.Scales, into: WeightFormat) -> None:
-        self.own = own
-        self._values = own.values.contiguous()
-        square, clip = preserve.limits(into)
-        largest = float(self._values.abs().max())
-        offset = float(own.nested.get("nested_offset", 0.0))
-        self.numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest or 1], np.float32)
-        self.table = np.zeros(8, np.int64)
-        self.table[cpu.OWN], self.table[cpu.NUMBERS] = self._values.data_ptr(), self.numbers.ctypes.data
-        self.codes: Tensor | None = None
-        if own.codes is not None:
-            ordered, order = (t.numpy() for t in own.in_order())
-            middles = (ordered[1:] + ordered[:-1]) / 2
-            self._ordered = np.concatenate([ordered, middles, [np.inf]]).astype(np.float32)
-            self._order = order.astype(np.float32)
-            self._factors = own.nested["nested_absmax"].reshape(-1).to(torch.float32).contiguous()
-            self.codes = own.codes.detach().clone()
-            self.table[cpu.TABLE], self.table[cpu.TABLE_CODES] = self._ordered.ctypes.data, self._order.ctypes.data
-            self.table[cpu.FACTORS], self.table[cpu.FACTOR_SIZE] = self._factors.data_ptr(), own.size
-            self.table[cpu.SCALE_CODES] = self.codes.data_ptr()
+
+def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
+    """What a job has of the base's own scales."""
+    values = own.values.contiguous()
+    square, clip = preserve.limits(into)
+    largest = float(values.abs().max()) or 1.0
+    offset = float(own.nested.get("nested_offset", 0.0))
+    numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest], np.float32)
+    if own.codes is None:
+        return {"own": values, "numbers": numbers, "held_out": None}
+    ordered, order = (t.numpy() for t in own.in_order())
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    return {
+        "own": values,
+        "numbers": numbers,
+        "held_levels": np.concatenate([ordered, middles, [np.inf]]).astype(np.float32),
+        "held_codes": order.astype(np.float32),
+        "held_factors": own.nested["nested_absmax"].reshape(-1).to(torch.float32).contiguous(),
+        "held_size": own.size,
+        "held_out": own.codes.detach().clone(),
+    }
 
 
 # --- block rotations --------------------------------------------------------------------------------------------------
@@ -415,11 +412,12 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
         None where the solve is not right.
     """
     v, parts, count = _parted(generator, b, wide)
-    out = np.empty((count, wide, wide))
-    residuals = np.zeros(len(parts))
+    out, residuals, last = np.empty((count, wide, wide)), np.zeros(len(parts)), np.array([weight])
+    make, head, end = kernel("rotation_blocks"), [_word(v), len(v), b, wide], [power, _word(last)]
 
     def task(i: int) -> None:
-        residuals[i] = cpu.rotation_blocks(v, b, *parts[i], power, weight, np.empty((3, wide, wide)), out)
+        room = np.empty((3, wide, wide))
+        make(*head, *parts[i], *end, _word(room), _word(out), _word(residuals) + 8 * i)
 
     run(task, len(parts))
     return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
@@ -428,25 +426,32 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
     v, parts, count = _parted(generator, b, wide)
-    steps = min(wide, _LANCZOS_STEPS) + 2
+    steps = min(wide, _LANCZOS_STEPS)
+    look, head = kernel("largest_angle"), [_word(v), len(v), b, wide]
+
+    def room() -> np.ndarray:
+        return np.empty((wide + steps + 2) * wide + steps)
+
     if count > 1 and wide <= _BOUNDED:
-        bounds = np.empty(count)
+        bounds, best, scratch = np.empty(count), np.zeros(1), room()
+        bound = kernel("angle_bounds")
 
-        def bound(i: int) -> None:
-            cpu.angle_bounds(v, b, wide, *parts[i], np.empty((3, wide, wide)), bounds)
+        def limit(i: int) -> None:
+            scratch = np.empty((3, wide, wide))
+            bound(*head, *parts[i], _word(scratch), _word(bounds))
 
-        run(bound, len(parts))
+        run(limit, len(parts))
         # the likeliest first: few of the others can be larger
-        q, basis, best = np.empty((wide, wide)), np.empty((steps, wide)), 0.0
-        for index in np.argsort(-bounds):
-            if bounds[index] * (1 + 1e-9) < best:
+        for index in np.argsort(-bounds).tolist():
+            if bounds[index] * (1 + 1e-9) < best[0]:
                 break
-            best = cpu.largest_angle(v, b, wide, index, index + 1, best, q, basis)
-        return best
+            look(*head, index, index + 1, steps, _word(scratch), _word(best))
+        return float(best[0])
     found = np.zeros(len(parts))
 
     def task(i: int) -> None:
-        found[i] = cpu.largest_angle(v, b, wide, *parts[i], 0.0, np.empty((wide, wide)), np.empty((steps, wide)))
+        scratch = room()
+        look(*head, *parts[i], steps, _word(scratch), _word(found) + 8 * i)
 
     run(task, len(parts))
     return float(found.max())

@@ -1,0 +1,169 @@
+"""Machine code of the CPU kernels: from a cache on disk, or compiled by numba, each kernel when it is first needed.
+
+A kernel in the cache needs llvmlite alone; numba, whose import takes as long as many a fold, is there to compile. A cached file
+is named by a hash of all that its contents follow from (these sources, the compiler's versions, the processor), and holds a
+hash of its contents: no file is ever stale or half-written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from . import processor
+
+#: the kernels: where each one is written
+KERNELS = {
+    "tile": "tile",
+    "decode_4bit": "tile",
+    "decode_int8": "tile",
+    "decode_dense": "tile",
+    "nearest_by_cells": "encode",
+    "nearest_by_ranks": "encode",
+    "given_by_cells": "encode",
+    "given_by_ranks": "encode",
+    "encode_int8": "encode_rows",
+    "encode_dense": "encode_rows",
+    "grid_by_cells": "search",
+    "grid_by_ranks": "search",
+    "best_by_cells": "search_best",
+    "best_by_ranks": "search_best",
+    "keep_by_cells": "keep",
+    "keep_by_ranks": "keep",
+    "sample": "keep",
+    "project_by_cells": "keep",
+    "project_by_ranks": "keep",
+    "project_int8": "keep",
+    "quantise_scales": "nested",
+    "rotation_blocks": "rotations",
+    "angle_bounds": "rotations",
+    "largest_angle": "rotations",
+}
+
+_lock = threading.RLock()
+_kernels: dict[str, Kernel] = {}
+
+
+class Kernel:
+    """A compiled function of 64-bit integers. Calling it lets other threads run; its address is for other kernels.
+
+    Args:
+        name: a key of :data:`KERNELS`.
+        symbol: its name in the object code.
+        arguments: how many it takes.
+        code: the object code.
+    """
+
+    def __init__(self, name: str, symbol: str, arguments: int, code: bytes) -> None:
+        self.name = name
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target())
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        self.address: int = self._engine.get_function_address(symbol)
+        if not self.address:
+            raise RuntimeError(f"the object code of {name} lacks {symbol}")
+        # numba's own convention: where the result goes (none), where an exception goes (never one), the arguments
+        words = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * arguments
+        self._call = ctypes.CFUNCTYPE(ctypes.c_int32, *words)(self.address)
+        self._unused = ctypes.create_string_buffer(64)
+        self._at = ctypes.addressof(self._unused)
+
+    def __call__(self, *arguments: int) -> None:
+        self._call(self._at, self._at, *arguments)
+
+
+@cache
+def _target() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    relocation = "static" if llvm.Target.from_default_triple().name.startswith("x86") else "default"
+    triple = llvm.Target.from_triple(llvm.get_process_triple())
+    return triple.create_target_machine(
+        cpu=processor.NAME, features=processor.FEATURES, opt=3, reloc=relocation, codemodel="jitdefault", jit=True
+    )
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of that name, compiled or read from the cache if this process has not yet."""
+    found = _kernels.get(name)
+    if found is not None:
+        return found
+    with _lock:
+        found = _kernels.get(name)
+        if found is None:
+            found = _kernels[name] = _read(name) or _compile(name)
+        return found
+
+
+def _compile(name: str) -> Kernel:
+    compiled: Callable[[Any], tuple[str, int, bytes]] = import_module(".compiling", __package__).compiled
+    symbol, arguments, code = compiled(getattr(import_module(f".{KERNELS[name]}", __package__), name))
+    _write(name, json.dumps([symbol, arguments]).encode() + b"\n" + code)
+    return Kernel(name, symbol, arguments, code)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def folders() -> Iterator[Path]:
+    """Where machine code may lie: the folder that NUMBA_CACHE_DIR names, else beside these sources, or the user's."""
+    named = os.environ.get("NUMBA_CACHE_DIR")
+    if named:
+        yield Path(named)
+        return
+    yield Path(__file__).parent / "__pycache__"
+    try:
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oftsurgery"
+    except RuntimeError:  # a user without a home
+        return
+
+
+@cache
+def _key() -> str:
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    facts = [metadata.version("numba"), metadata.version("llvmlite"), llvm.get_process_triple()]
+    facts += [processor.NAME, processor.FEATURES]
+    facts += [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_") and k != "NUMBA_CACHE_DIR"]
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    return hashlib.sha256("\0".join(facts + contents).encode()).hexdigest()[:32]
+
+
+def _file(name: str) -> str:
+    return f"oftsurgery-{name}-{_key()}.nbc"
+
+
+def _read(name: str) -> Kernel | None:
+    for folder in folders():
+        try:
+            digest, _, content = (folder / _file(name)).read_bytes().partition(b"\n")
+        except OSError:
+            continue
+        if hashlib.sha256(content).hexdigest().encode() == digest:
+            head, _, code = content.partition(b"\n")
+            return Kernel(name, *json.loads(head), code)
+    return None
+
+
+def _write(name: str, content: bytes) -> None:
+    """Keep ``content`` in the first folder that can be written to; nothing is lost but time where none can."""
+    for folder in folders():
+        path = folder / _file(name)
+        part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True) if part.parent.is_dir() and os.access(part.parent, os.W_OK) else None
+            continue
+        return

@@ -1,0 +1,279 @@
+"""Block rotations of skew-symmetric generators, in float64, and their angles.
+
+``v`` is the address of rows of float64, each the upper triangle of a block of size b. Blocks of ``wide`` (a multiple of 16 and
+b) hold wide/b of them on the diagonal.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import float64, int64, types
+
+from .compiling import part
+from .lanes import (
+    BLOCK_LANES,
+    BLOCK_ROWS,
+    fill64,
+    fma64,
+    load64,
+    load_double,
+    product64,
+    store64,
+    store_double,
+    total64,
+)
+from .layout import LANES
+
+
+@part(types.void(*[int64] * 6))
+def _skew(v, rows, index, b, wide, q):
+    """The skew-symmetric block ``index`` of ``wide``, at q: (wide, wide)."""
+    for at in range(q, q + 8 * wide * wide, 8 * LANES):
+        store64(at, fill64(0.0))
+    each, length = wide // b, 4 * b * (b - 1)
+    for e in range(each):
+        at = v + (index * each + e) % rows * length
+        for i in range(e * b, e * b + b):
+            for j in range(i + 1, e * b + b):
+                value = load_double(at)
+                store_double(q + 8 * (i * wide + j), value)
+                store_double(q + 8 * (j * wide + i), -value)
+                at += 8
+
+
+@part(types.void(int64, int64, int64, int64))
+def _multiply(x, y, out, wide):
+    """out = x · y, all (wide, wide)."""
+    stride = 8 * wide
+    for r in range(0, wide, BLOCK_ROWS):
+        for c in range(0, wide, BLOCK_LANES):  # two registers of float64
+            product64(x + r * stride, stride, y + 8 * c, stride, out + r * stride + 8 * c, stride, wide)
+
+
+@part(types.void(int64, int64))
+def _invert(a, wide):
+    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought."""
+    stride = 8 * wide
+    for k in range(wide):
+        row = a + stride * k
+        pivot = 1.0 / load_double(row + 8 * k)
+        store_double(row + 8 * k, 1.0)
+        for c in range(row, row + stride, 8 * LANES):
+            store64(c, fma64(load64(c), fill64(pivot), fill64(0.0)))
+        for i in range(wide):
+            if i != k:
+                other = a + stride * i
+                factor = fill64(-load_double(other + 8 * k))
+                store_double(other + 8 * k, 0.0)
+                for c in range(0, stride, 8 * LANES):
+                    store64(other + c, fma64(load64(row + c), factor, load64(other + c)))
+
+
+@part(types.void(int64, int64, float64, float64, int64))
+def _combine(to, x, factor, one, wide):
+    """``to += factor · x``, and ``one`` on the diagonal: (wide, wide)."""
+    for at in range(0, 8 * wide * wide, 8 * LANES):
+        store64(to + at, fma64(load64(x + at), fill64(factor), load64(to + at)))
+    for i in range(to, to + 8 * wide * wide, 8 * wide + 8):
+        store_double(i, load_double(i) + one)
+
+
+@part(float64(int64, int64, int64, int64))
+def _residual(product, q, r, wide):
+    """The largest element of ``product - (I - Q)``, relative to the operands; NaN where one is not finite."""
+    residual, size_r, size_q = 0.0, 0.0, 1.0
+    at = int64(0)
+    for i in range(wide):
+        for j in range(wide):
+            miss = abs(load_double(product + at) + load_double(q + at) - (1.0 if i == j else 0.0))
+            if not miss < np.inf:
+                return np.nan
+            residual = max(residual, miss)
+            size_r, size_q = max(size_r, abs(load_double(r + at))), max(size_q, abs(load_double(q + at)))
+            at += 8
+    return residual / (size_q * (1.0 + size_r))
+
+
+def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, residual):
+    """Blocks ``first`` to ``last`` at out: (n, wide, wide).
+
+    Args:
+        power: 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
+        weight: address of the float64.
+        scratch: address of (3, wide, wide).
+        residual: address of a float64, the largest ‖R(I+Q) - (I-Q)‖ relative to the operands, element-wise (NaN where that is
+            not finite); 0 for a series.
+    """
+    nbytes = 8 * wide * wide
+    q, p, t = scratch, scratch + nbytes, scratch + 2 * nbytes
+    last_weight, worst = load_double(weight), 0.0
+    for index in range(first, last):
+        r = out + index * nbytes
+        _skew(v, rows, index, b, wide, q)
+        for at in range(0, nbytes, 8 * LANES):
+            store64(r + at, fill64(0.0))
+            store64(p + at, load64(q + at))
+        if power == 0:
+            _combine(r, q, 1.0, 1.0, wide)
+            _combine(p, q, 0.0, 1.0, wide)
+            _invert(r, wide)
+            _combine(r, r, 1.0, -1.0, wide)
+            _multiply(r, p, t, wide)
+            found = _residual(t, q, r, wide)
+            if not found <= worst:
+                worst = found
+        else:
+            _combine(r, q, last_weight if power == 1 else 2.0, 1.0, wide)
+            for k in range(2, power + 1):
+                _multiply(p, q, t, wide)
+                p, t = t, p
+                _combine(r, p, last_weight if k == power else 2.0, 0.0, wide)
+        if worst != worst:
+            break
+    store_double(residual, worst)
+
+
+# --- angles -----------------------------------------------------------------------------------------------------------
+
+
+@part(float64(int64, int64))
+def _squares(x, wide):
+    """The sum of squares of x: (wide, wide)."""
+    square = fill64(0.0)
+    for at in range(x, x + 8 * wide * wide, 8 * LANES):
+        value = load64(at)
+        square = fma64(value, value, square)
+    return total64(square)
+
+
+def angle_bounds(v, rows, b, wide, first, last, scratch, out):
+    """A bound above the largest θ of each generator ``first`` to ``last``, float64 at ``out``: with eigenvalues ±iθ, ‖Q⁴‖² =
+    Σθ⁸ over all of them, so twice the largest's. ``scratch``: address of (3, wide, wide).
+    """
+    nbytes = 8 * wide * wide
+    q, p, t = scratch, scratch + nbytes, scratch + 2 * nbytes
+    for index in range(first, last):
+        _skew(v, rows, index, b, wide, q)
+        size = np.sqrt(_squares(q, wide))
+        bound = 0.0
+        if size > 0.0:
+            for at in range(q, q + nbytes, 8 * LANES):
+                store64(at, fma64(load64(at), fill64(1.0 / size), fill64(0.0)))
+            _multiply(q, q, p, wide)
+            _multiply(p, p, t, wide)
+            bound = size * np.sqrt(np.sqrt(np.sqrt(0.5 * _squares(t, wide))))
+        store_double(out + 8 * index, bound if size == size else size)
+
+
+@part(int64(int64, int64, float64))
+def _above(beta, count, x):
+    """Whether the symmetric tridiagonal matrix with a zero diagonal and ``count`` off-diagonals has an eigenvalue above x > 0
+    (a Sturm sequence).
+    """
+    d = -x
+    for at in range(beta, beta + 8 * count, 8):
+        if d >= 0.0:
+            return 1
+        d = -x - load_double(at) * load_double(at) / d
+    return d >= 0.0
+
+
+@part(float64(int64, int64, float64))
+def _top(beta, count, floor):
+    """The largest eigenvalue of that matrix, or ``floor`` if it has none above it."""
+    if not _above(beta, count, floor if floor > 0.0 else 1e-300):
+        return floor
+    low, high = floor, 0.0
+    for i in range(count):
+        high = max(high, load_double(beta + 8 * i) + (load_double(beta + 8 * i + 8) if i + 1 < count else 0.0))
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        if middle <= low or middle >= high:
+            break
+        if _above(beta, count, middle):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@part(float64(int64, int64, int64))
+def _product_of(x, y, wide):
+    """Σ x·y of two vectors."""
+    sum_ = fill64(0.0)
+    for at in range(0, 8 * wide, 8 * LANES):
+        sum_ = fma64(load64(x + at), load64(y + at), sum_)
+    return total64(sum_)
+
+
+@part(types.void(*[int64] * 4))
+def _times(x, q, to, wide):
+    """``to = x · Q``, vectors."""
+    for c in range(0, 8 * wide, 8 * LANES):
+        sum_ = fill64(0.0)
+        for k in range(wide):
+            sum_ = fma64(load64(q + 8 * k * wide + c), fill64(load_double(x + 8 * k)), sum_)
+        store64(to + c, sum_)
+
+
+@part(types.void(int64, int64, float64, int64))
+def _add_multiple(to, x, factor, wide):
+    """``to += factor · x``, vectors."""
+    for at in range(0, 8 * wide, 8 * LANES):
+        store64(to + at, fma64(load64(x + at), fill64(factor), load64(to + at)))
+
+
+@part(types.void(int64, int64, float64, int64))
+def _scaled(to, x, factor, wide):
+    """``to = factor · x``, vectors."""
+    for at in range(0, 8 * wide, 8 * LANES):
+        store64(to + at, fma64(load64(x + at), fill64(factor), fill64(0.0)))
+
+
+def largest_angle(v, rows, b, wide, first, last, steps, scratch, best):
+    """The largest θ, with ±iθ an eigenvalue of one of the generators ``first`` to ``last``.
+
+    Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the spectrum is
+    there much before), then bisection.
+
+    Args:
+        steps: at most, at least 2.
+        scratch: address of (wide + steps + 2, wide) and ``steps`` float64.
+        best: address of a float64, which is made larger.
+    """
+    stride = 8 * wide
+    q, basis = scratch, scratch + wide * stride
+    beta = basis + (steps + 2) * stride
+    for index in range(first, last):
+        _skew(v, rows, index, b, wide, q)
+        scale = 0.0
+        for at in range(q, q + wide * stride, 8):
+            scale = max(scale, load_double(at))
+        if scale == 0.0:
+            continue
+        # a fixed start with a part in every eigenvector, as random numbers have
+        seed = int64(12345)
+        for at in range(basis, basis + stride, 8):
+            seed = (seed * 1103515245 + 12345) % 2147483648
+            store_double(at, float64(seed) / 2147483648.0 - 0.5)
+        _scaled(basis, basis, 1.0 / np.sqrt(_product_of(basis, basis, wide)), wide)
+        count, reached = int64(0), 0.0
+        for step in range(steps):
+            own, after = basis + step * stride, basis + (step + 1) * stride
+            _times(own, q, after, wide)
+            for other in range(basis, after, stride):
+                _add_multiple(after, other, -_product_of(after, other, wide), wide)
+            norm = np.sqrt(_product_of(after, after, wide))
+            if not norm > 1e-13 * scale:
+                break
+            store_double(beta + 8 * count, norm)
+            count += 1
+            # all of the basis is rarely needed: further steps find nothing larger once the end of the spectrum is there
+            if count % 16 == 8 and count > 16:
+                top = _top(beta, count, reached)
+                if top <= reached * (1 + 1e-14):
+                    break
+                reached = top
+            _scaled(after, after, 1.0 / norm, wide)
+        if count > 0:
+            store_double(best, _top(beta, count, load_double(best)))
