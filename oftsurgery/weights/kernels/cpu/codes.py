@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import int32, int64, types
+from numba import float32, int32, int64, types
 
 from . import processor
 from .lanes import (
@@ -42,6 +42,7 @@ from .layout import BOUND, CELL_BASE, CELL_BOUND, LANES, LEVEL, ORDER
 
 #: cells a unit, a little less than 16: 1 and what rounds to a bit more is in the last of 32
 CELL_FACTOR = 15.9999
+UN = 4
 
 #: a format's levels: in order, the bounds between them, their codes
 RANKS = types.Tuple((f32x, f32x, i32x))
@@ -74,7 +75,8 @@ def _number_by_cell(b: Any, x: Any, base_low: Any, base_high: Any, bounds_low: A
     cell = b.fptosi(emit_fma(b, x, constant(CELL_FACTOR), constant(16.0)), INTS)
     base = call(b, "llvm.x86.avx512.vpermi2var.d.512", INTS, base_low, cell, base_high)
     bound = call(b, "llvm.x86.avx512.vpermi2var.ps.512", FLOATS, bounds_low, cell, bounds_high)
-    return b.select(b.fcmp_ordered(">", x, bound), b.add(base, constant(1, INTS)), base)
+    # by the sign of a difference: a comparison's bits would first have to be made lanes
+    return b.sub(base, b.ashr(b.bitcast(b.fsub(bound, x), INTS), constant(31, INTS)))
 
 
 def _within_one(b: Any, x: Any) -> Any:
@@ -191,12 +193,15 @@ def _codes(levels: Any, by_cells: bool) -> Codes:
         return encoder(4, over)(b, x, base, factor, *more)
 
     def fit(b: Any, x: Any, n: Any, factor: Any, of: Any) -> list[Any]:
-        def step(i: Any, cross: Any, power: Any) -> list[Any]:
-            s = b.fmul(emit_load(b, b.add(x, b.shl(i, ir.Constant(LONG, 2)))), factor)
-            c = level(b, number(b, s, of), of)
-            return [emit_fma(b, c, s, cross), emit_fma(b, c, c, power)]
+        def step(i: Any, *sums: Any) -> list[Any]:
+            at, sums_ = b.add(x, b.shl(i, ir.Constant(LONG, 2))), list(sums)
+            for k in range(UN):
+                s = b.fmul(emit_load(b, further(b, at, 64 * k)), factor)
+                c = level(b, number(b, s, of), of)
+                sums_[0], sums_[1] = emit_fma(b, c, s, sums_[0]), emit_fma(b, c, c, sums_[1])
+            return sums_
 
-        return loop(b, n, LANES, [constant(0.0)] * 2, step)
+        return loop(b, n, UN * LANES, [constant(0.0)] * 2, step)
 
     def project(b: Any, base: Any, change: Any, n: Any, omega: Any, of: Any) -> Any:
         def step(i: Any, sum_: Any) -> list[Any]:
@@ -241,37 +246,57 @@ def project_on_int8(b, base, change, n, omega, _levels):
 # --- the errors with many scales --------------------------------------------------------------------------------------
 
 
-def _errors(b: Any, vectors: int, values: Any, rows: Any, n: Any, table: Any, out: Any) -> Any:
-    """At ``out`` the squared error of n values (a multiple of 4) with each of 16 · ``vectors`` scales. ``rows``: int32 a
+def _errors(b: Any, lanes: int, vectors: int, values: Any, rows: Any, n: Any, table: Any, out: Any) -> Any:
+    """At ``out`` the squared error of n values (a multiple of 4) with each of ``lanes · vectors`` scales. ``rows``: int32 a
     value, the row of ``table`` for the cell that it lies in: for each scale the middle between the two levels on either
     side, and half their distance (0 where there is one level alone).
     """
+    vector = ir.VectorType(FLOAT, lanes)
+    nbytes = 4 * lanes
 
     def step(i: Any, *sums: Any) -> list[Any]:
         new = []
         for k in range(4):
             at = b.shl(b.add(i, ir.Constant(LONG, k)), ir.Constant(LONG, 2))
-            v = emit_fill(b, emit_load(b, b.add(values, at), FLOAT))
+            v = emit_fill(b, emit_load(b, b.add(values, at), FLOAT), lanes)
             row = b.add(table, b.zext(emit_load(b, b.add(rows, at), INT), LONG))
             for j in range(vectors):
-                middle = emit_load(b, further(b, row, 64 * j))
-                half = emit_load(b, further(b, row, 64 * (vectors + j)))
+                middle = emit_load(b, further(b, row, nbytes * j), vector)
+                half = emit_load(b, further(b, row, nbytes * (vectors + j)), vector)
                 miss = b.fsub(emit_absolute(b, b.fsub(v, middle)), half)
                 new.append(emit_fma(b, miss, miss, sums[k * vectors + j]))
         return new
 
-    sums = loop(b, n, 4, [constant(0.0)] * (4 * vectors), step)
+    sums = loop(b, n, 4, [constant(0.0, vector)] * (4 * vectors), step)
     for j in range(vectors):
         one, two, three, four = sums[j::vectors]
-        emit_store(b, further(b, out, 64 * j), b.fadd(b.fadd(one, two), b.fadd(three, four)))
+        emit_store(b, further(b, out, nbytes * j), b.fadd(b.fadd(one, two), b.fadd(three, four)))
     return NOTHING
 
 
-errors_of_16 = operation(int32(*[int64] * 5))(lambda b, *args: _errors(b, 1, *args))
-errors_of_32 = operation(int32(*[int64] * 5))(lambda b, *args: _errors(b, 2, *args))
+errors_of_8 = operation(int32(*[int64] * 5))(lambda b, *args: _errors(b, 8, 1, *args))
+errors_of_32 = operation(int32(*[int64] * 5))(lambda b, *args: _errors(b, LANES, 2, *args))
 
 
-@operation(i32x(f32x, f32x, f32x, int32))
-def rows_of(b, x, factor, shift, nbytes):
-    """The cells of x, ``x · factor + shift`` rounded down, as the offsets of rows of ``nbytes``."""
-    return b.mul(b.fptosi(emit_fma(b, x, factor, shift), INTS), emit_fill(b, nbytes))
+@operation(int64(int64, float32))
+def least_of_8(b, address, limit):
+    """The number of the least of 8 values, of equal ones the first, if it is below ``limit``; else 8."""
+    vector = ir.VectorType(FLOAT, 8)
+    values = emit_load(b, address, vector)
+    least = values
+    for half in (4, 2, 1):
+        other = shuffle(b, least, [(lane + half) % 8 for lane in range(8)])
+        least = emit_lesser(b, least, other)
+    found = b.zext(b.bitcast(b.fcmp_ordered("==", values, least), BYTE), LONG)
+    number = b.cttz(found, ir.Constant(ir.IntType(1), 1))
+    below = b.fcmp_ordered("<", b.extract_element(least, ir.Constant(INT, 0)), limit)
+    return b.select(below, number, ir.Constant(LONG, 8))
+
+
+def _rows_of(b: Any, x: Any, factor: Any, shift: Any, bits: int) -> Any:
+    """The cells of x, ``x · factor + shift`` rounded down, as the offsets of rows of ``1 << bits`` bytes."""
+    return b.shl(b.fptosi(emit_fma(b, x, factor, shift), INTS), constant(bits, INTS))
+
+
+rows_of_64 = operation(i32x(f32x, f32x, f32x))(lambda b, *args: _rows_of(b, *args, 6))
+rows_of_256 = operation(i32x(f32x, f32x, f32x))(lambda b, *args: _rows_of(b, *args, 8))

@@ -82,8 +82,8 @@ class Kernel:
         self._call(self._at, self._at, *arguments)
 
 
-@cache
 def _target() -> Any:
+    """The processor for one engine, which will own it."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     relocation = "static" if llvm.Target.from_default_triple().name.startswith("x86") else "default"

@@ -80,12 +80,14 @@ CELLS = 64
 
 # --- scratch behind a tile's rows -------------------------------------------------------------------------------------
 
-#: of 16 blocks: the largest magnitudes, scales, factors, weights, and room for a vector
-PEAKS, OWN_SCALES, UNITS, SHARES, ASIDE = range(0, 320, 64)
+#: of 16 blocks: the largest magnitudes, scales, factors, weights, room for a vector, errors of plain rounding
+PEAKS, OWN_SCALES, UNITS, SHARES, ASIDE, PLAIN_ERRORS = range(0, 384, 64)
 #: a vector a block, six times
 PARTIAL = 1024
 #: the scratch of the kernel that finds a strong block's scale, and sums that nobody reads
 FINDING, UNREAD = 8192, 65536
-#: in it: errors at each ratio, the best so far and its scale, changes of codes, intervals; a block's values and their rows
-ERRORS, BEST, EACH, CROSSINGS, INTERVALS, VALUES, VALUE_ROWS = 8192, 8320, 8384, 8640, 9984, 12288, 28672
+#: in it: errors at the ratios, the best so far and its scale, changes of codes, intervals; blocks' values, and so far behind them the
+#: rows that they lie in
+ERRORS, BEST, EACH, CROSSINGS, INTERVALS, VALUES = 8192, 8320, 8384, 8640, 9984, 12288
+ROWS_APART = 4 * MOST_BLOCK
 WORK = 65536 + SUMS

@@ -13,6 +13,7 @@ from .compiling import part
 from .lanes import (
     BLOCK_LANES,
     BLOCK_ROWS,
+    add64,
     fill64,
     fma64,
     load64,
@@ -28,17 +29,22 @@ from .layout import LANES
 @part(types.void(*[int64] * 6))
 def _skew(v, rows, index, b, wide, q):
     """The skew-symmetric block ``index`` of ``wide``, at q: (wide, wide)."""
-    for at in range(q, q + 8 * wide * wide, 8 * LANES):
+    stride = 8 * wide
+    for at in range(q, q + wide * stride, 8 * LANES):
         store64(at, fill64(0.0))
     each, length = wide // b, 4 * b * (b - 1)
     for e in range(each):
         at = v + (index * each + e) % rows * length
-        for i in range(e * b, e * b + b):
-            for j in range(i + 1, e * b + b):
+        corner = q + e * b * (stride + 8)
+        for left in range(b - 1, 0, -1):
+            below = corner + stride
+            for right in range(corner + 8, corner + 8 + 8 * left, 8):
                 value = load_double(at)
-                store_double(q + 8 * (i * wide + j), value)
-                store_double(q + 8 * (j * wide + i), -value)
+                store_double(right, value)
+                store_double(below, -value)
                 at += 8
+                below += stride
+            corner += stride + 8
 
 
 @part(types.void(int64, int64, int64, int64))
@@ -50,23 +56,35 @@ def _multiply(x, y, out, wide):
             product64(x + r * stride, stride, y + 8 * c, stride, out + r * stride + 8 * c, stride, wide)
 
 
-@part(types.void(int64, int64))
-def _invert(a, wide):
-    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought."""
+@part(types.void(int64, int64, float64, int64))
+def _scaled(to, x, factor, wide):
+    """``to = factor · x``, vectors."""
+    for at in range(0, 8 * wide, 8 * LANES):
+        store64(to + at, fma64(load64(x + at), fill64(factor), fill64(0.0)))
+
+
+@part(types.void(int64, int64, int64))
+def _invert(a, factors, wide):
+    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought.
+    ``factors``: address of ``wide`` float64.
+    """
     stride = 8 * wide
     for k in range(wide):
         row = a + stride * k
-        pivot = 1.0 / load_double(row + 8 * k)
-        store_double(row + 8 * k, 1.0)
-        for c in range(row, row + stride, 8 * LANES):
-            store64(c, fma64(load64(c), fill64(pivot), fill64(0.0)))
         for i in range(wide):
-            if i != k:
-                other = a + stride * i
-                factor = fill64(-load_double(other + 8 * k))
-                store_double(other + 8 * k, 0.0)
-                for c in range(0, stride, 8 * LANES):
-                    store64(other + c, fma64(load64(row + c), factor, load64(other + c)))
+            store_double(factors + 8 * i, -load_double(a + stride * i + 8 * k))
+        pivot = 1.0 / load_double(row + 8 * k)
+        store_double(factors + 8 * k, 0.0)
+        store_double(row + 8 * k, 1.0)
+        _scaled(row, row, pivot, wide)
+        # one more, so that what stands in the column is taken off with the rest
+        store_double(row + 8 * k, pivot + 1.0)
+        for c in range(0, stride, 8 * LANES):
+            own = load64(row + c)
+            for i in range(wide):
+                at = a + stride * i + c
+                store64(at, fma64(own, fill64(load_double(factors + 8 * i)), load64(at)))
+        store_double(row + 8 * k, pivot)
 
 
 @part(types.void(int64, int64, float64, float64, int64))
@@ -80,18 +98,13 @@ def _combine(to, x, factor, one, wide):
 
 @part(float64(int64, int64, int64, int64))
 def _residual(product, q, r, wide):
-    """The largest element of ``product - (I - Q)``, relative to the operands; NaN where one is not finite."""
-    residual, size_r, size_q = 0.0, 0.0, 1.0
-    at = int64(0)
-    for i in range(wide):
-        for j in range(wide):
-            miss = abs(load_double(product + at) + load_double(q + at) - (1.0 if i == j else 0.0))
-            if not miss < np.inf:
-                return np.nan
-            residual = max(residual, miss)
-            size_r, size_q = max(size_r, abs(load_double(r + at))), max(size_q, abs(load_double(q + at)))
-            at += 8
-    return residual / (size_q * (1.0 + size_r))
+    """‖product - (I - Q)‖ relative to the operands' norms, with ``q`` the address of Q - I; NaN where one is not finite."""
+    miss, size_q, size_r = fill64(0.0), fill64(0.0), fill64(0.0)
+    for at in range(0, 8 * wide * wide, 8 * LANES):
+        own, turned = load64(q + at), load64(r + at)
+        d = add64(load64(product + at), own)
+        miss, size_q, size_r = fma64(d, d, miss), fma64(own, own, size_q), fma64(turned, turned, size_r)
+    return np.sqrt(total64(miss)) / (np.sqrt(total64(size_q)) * (1.0 + np.sqrt(total64(size_r))))
 
 
 def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, residual):
@@ -101,8 +114,8 @@ def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, 
         power: 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
         weight: address of the float64.
         scratch: address of (3, wide, wide).
-        residual: address of a float64, the largest ‖R(I+Q) - (I-Q)‖ relative to the operands, element-wise (NaN where that is
-            not finite); 0 for a series.
+        residual: address of a float64, the largest ‖R(I+Q) - (I-Q)‖ relative to the operands' norms (NaN where one is not finite);
+            0 for a series.
     """
     nbytes = 8 * wide * wide
     q, p, t = scratch, scratch + nbytes, scratch + 2 * nbytes
@@ -116,8 +129,9 @@ def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, 
         if power == 0:
             _combine(r, q, 1.0, 1.0, wide)
             _combine(p, q, 0.0, 1.0, wide)
-            _invert(r, wide)
+            _invert(r, t, wide)
             _combine(r, r, 1.0, -1.0, wide)
+            _combine(q, q, 0.0, -1.0, wide)
             _multiply(r, p, t, wide)
             found = _residual(t, q, r, wide)
             if not found <= worst:
@@ -221,13 +235,6 @@ def _add_multiple(to, x, factor, wide):
     """``to += factor · x``, vectors."""
     for at in range(0, 8 * wide, 8 * LANES):
         store64(to + at, fma64(load64(x + at), fill64(factor), load64(to + at)))
-
-
-@part(types.void(int64, int64, float64, int64))
-def _scaled(to, x, factor, wide):
-    """``to = factor · x``, vectors."""
-    for at in range(0, 8 * wide, 8 * LANES):
-        store64(to + at, fma64(load64(x + at), fill64(factor), fill64(0.0)))
 
 
 def largest_angle(v, rows, b, wide, first, last, steps, scratch, best):

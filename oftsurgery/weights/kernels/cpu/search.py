@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import float32, float64, int32, int64, types
+from numba import float32, float64, int64, types
 
 from .blocks import count_up, peaks, put
-from .codes import BY_CELLS, BY_RANKS, Codes, errors_of_16, errors_of_32, rows_of
+from .codes import BY_CELLS, BY_RANKS, Codes, errors_of_8, least_of_8, rows_of_64, rows_of_256
 from .compiling import part
 from .lanes import (
-    as_bits,
-    as_float,
     choose_less,
     div,
     fill,
-    first_bit,
     fma,
-    least,
     lesser,
     load,
     load_one,
@@ -34,10 +30,10 @@ from .lanes import (
     store_one,
     total,
     totals,
-    which_below,
     zeros,
 )
 from .layout import (
+    ASIDE,
     CELL_ROWS,
     CELLS,
     ERRORS,
@@ -45,6 +41,7 @@ from .layout import (
     LARGEST,
     LAST,
     MANY,
+    MOST_BLOCK,
     NEAREST,
     NEW_BLOCKSIZE,
     NEW_LEVELS,
@@ -55,48 +52,62 @@ from .layout import (
     OWN_SCALES,
     PARTIAL,
     PEAKS,
+    PLAIN_ERRORS,
     RATIOS,
+    ROWS_APART,
     SEARCH,
     TINY,
-    VALUE_ROWS,
     VALUES,
 )
 
 _FACTOR, _SHIFT = float(CELLS / 2 * (1 - 1e-5)), float(CELLS / 2)  # 1 is in the last cell
+_MORE = 1e20
 
 
-@part(float32(int64, int64, float32, int64, int64))
-def _place(x, n, absmax, row_bytes, work):
-    """Leave n values in units of their absmax > 0 at VALUES, and the rows that they lie in; gives Σ value²."""
+@part(types.void(int64, int64, float32, int64, int64, int64))
+def place(x, n, absmax, many, squares, values):
+    """Leave n values in units of their absmax > 0 at ``values``, behind them the rows that they lie in (of ``many`` ratios, or 8),
+    and their squares, by lanes, at ``squares``.
+    """
     small = absmax < TINY
     unit = fill(absmax if small else float32(1.0) / absmax)
     factor, shift, power = fill(float32(_FACTOR)), fill(float32(_SHIFT)), zeros()
     for i in range(0, 4 * n, 4 * LANES):
         v = load(x + i)
         v = div(v, unit) if small else mul(v, unit)
-        store(work + VALUES + i, v)
-        store_ints(work + VALUE_ROWS + i, rows_of(v, factor, shift, int32(row_bytes)))
+        store(values + i, v)
+        store_ints(values + ROWS_APART + i, rows_of_256(v, factor, shift) if many else rows_of_64(v, factor, shift))
         power = fma(v, v, power)
-    return total(power)
+    store(squares, power)
 
 
-@part(int64(float32, int64, int64, int64))
-def _choose(absmax, wide, table, work):
-    """The number of the ratio with the least error at ERRORS, of equal ones the first, but 1 before all."""
-    first = load(work + ERRORS)
-    more = load(work + ERRORS + 64) if wide else first
-    j = int64(load_one(table + ONE))
-    if LARGEST / absmax > load_one(table + LAST):
-        lowest = least(lesser(first, more))
-        if lowest < load_one(work + ERRORS + 4 * j):
-            edge = fill(as_float(as_bits(lowest) + int32(1)))
-            j = first_bit(which_below(first, edge) | (which_below(more, edge) << 16))
-    return j
+def searcher(codes: Codes, best_ratios: Any, fits: int) -> Callable[..., None]:
+    """The kernel that finds scales: those of ``best_ratios``, then ``fits`` times the best for the codes at the one before."""
+    load_levels, fit = codes.load_levels, codes.fit
 
+    @part(types.void(int64, int64, int64, int64, codes.levels, int64))
+    def fit_many(x, size, here, blocks, levels, work):
+        for k in range(blocks):
+            scale, n, at = load_one(work + OWN_SCALES + 4 * k), min(size, here - k * size), x + 4 * k * size
+            if 0 < scale < TINY:  # its reciprocal is beyond float32
+                for i in range(0, 4 * n, 4 * LANES):
+                    store(work + VALUES + i, mul(load(at + i), fill(float32(_MORE))))
+                at = work + VALUES
+                scale = scale * float32(_MORE)
+            cross, power = fit(at, n, fill(float32(1.0) / scale if scale > 0 else float32(0.0)), levels)
+            store(work + PARTIAL + 64 * k, cross)
+            store(work + PARTIAL + 1024 + 64 * k, power)
+        scales = load(work + OWN_SCALES)
+        fitted = mul(div(totals(work + PARTIAL), totals(work + PARTIAL + 1024)), scales)
+        fitted = choose_less(zeros(), scales, lesser(fitted, fill(LARGEST)), zeros())
+        store(work + OWN_SCALES, fitted)
 
-def finder(codes: Codes, best_ratio: Any) -> Callable[..., None]:
-    """The kernel that finds scales, by the ratios of its table, or by ``best_ratio`` after these."""
-    load_levels, fit, exact = codes.load_levels, codes.fit, best_ratio is not None
+    @part(float64(int64, int64, float32, float32, codes.levels))
+    def bounded_error(x, n, absmax, power, levels):
+        """The squared error of plain rounding, in units of absmax², where its codes are of bitsandbytes' bound of absmax."""
+        cross, squares = fit(x, n, fill(float32(1.0) / TINY), levels)
+        ratio = float64(TINY) / float64(absmax)
+        return max(0.0, float64(power) + float64(total(squares)) - 2.0 * ratio * float64(total(cross)))
 
     def find(job, base, x, first, count, row, result, work, sums):
         """Find a scale for each block of ``count`` values at ``x``, the flat weights ``first`` and on, a block's first.
@@ -105,49 +116,63 @@ def finder(codes: Codes, best_ratio: Any) -> Callable[..., None]:
         """
         size, scales, table = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES), load_word(job + SEARCH)
         levels = load_levels(load_word(job + NEW_LEVELS))
-        block, one = first // size, int64(load_one(table + ONE))
+        block = first // size
         for done in range(0, count, MANY * size):
-            here = min(MANY * size, count - done)
+            here, at = min(MANY * size, count - done), x + 4 * done
             blocks = (here + size - 1) // size
-            if peaks(x + 4 * done, here, size, work, sums) >= NOT_FINITE:
+            if peaks(at, here, size, work, sums) >= NOT_FINITE:
                 return
+            best_ratios(at, size, here, blocks, table, load_word(job + NEW_LEVELS), work)
+            store(work + ASIDE, totals(work + PARTIAL))
             norm = error = 0.0
-            store(work + OWN_SCALES, zeros())
             for k in range(blocks):
-                absmax = load_one(work + PEAKS + 4 * k)
+                absmax, power = load_one(work + PEAKS + 4 * k), load_one(work + ASIDE + 4 * k)
                 if absmax > 0:
-                    at, n = x + 4 * (done + k * size), min(size, here - k * size)
-                    power = _place(at, n, absmax, 256 if exact else 128, work)
-                    if exact:
-                        errors_of_32(work + VALUES, work + VALUE_ROWS, n, table + CELL_ROWS, work + ERRORS)
-                    else:
-                        errors_of_16(work + VALUES, work + VALUE_ROWS, n, table + CELL_ROWS, work + ERRORS)
                     square = float64(absmax) * float64(absmax)
+                    plain = float64(load_one(work + PLAIN_ERRORS + 4 * k))
+                    if absmax < TINY:
+                        plain = bounded_error(at + 4 * k * size, min(size, here - k * size), absmax, power, levels)
                     norm += square * float64(power)
-                    if absmax >= TINY:
-                        error += square * float64(load_one(work + ERRORS + 4 * one))
-                    else:  # plain rounding takes the codes of bitsandbytes' bound under absmax
-                        s, q = fit(at, n, fill(float32(1.0) / TINY), levels)
-                        both = square * (float64(power) + float64(total(q)))
-                        error += max(0.0, both - 2.0 * float64(absmax) * float64(TINY) * float64(total(s)))
-                    j = _choose(absmax, exact, table, work)
-                    ratio = load_one(table + RATIOS + 4 * j)
-                    if exact:
-                        ratio = best_ratio(n, j, power, LARGEST / absmax, table, load_word(job + NEW_LEVELS), work)
-                    # the best scale for the codes at that one; after the exact search that is the same, to the last bits
-                    cross, squares = fit(work + VALUES, n, fill(float32(1.0) / ratio), levels)
-                    store(work + PARTIAL + 64 * k, cross)
-                    store(work + PARTIAL + 1024 + 64 * k, squares)
-                    store_one(work + OWN_SCALES + 4 * k, ratio * absmax)
+                    error += square * plain
             count_up(sums, NORM, norm)
             count_up(sums, NEAREST, error)
-            found = load(work + OWN_SCALES)
-            fitted = mul(div(totals(work + PARTIAL), totals(work + PARTIAL + 1024)), found)
-            fitted = choose_less(zeros(), found, lesser(fitted, fill(LARGEST)), zeros())
-            put(fitted, scales + 4 * block, blocks, work)
+            for _ in range(fits):
+                fit_many(at, size, here, blocks, levels, work)
+            put(load(work + OWN_SCALES), scales + 4 * block, blocks, work)
             block += blocks
 
     return find
 
 
-grid_by_cells, grid_by_ranks = finder(BY_CELLS, None), finder(BY_RANKS, None)
+@part(types.void(*[int64] * 7))
+def _grid_ratios(x, size, here, blocks, table, levels, work):
+    """Of the table's 8 ratios the one that errs least, for each block: the scales at OWN_SCALES, the blocks' squares, by
+    lanes, at PARTIAL, and the errors at their absmax, both in units of its square.
+    """
+    one = int64(load_one(table + ONE))
+    store(work + OWN_SCALES, zeros())
+    # small blocks all before the first errors: what has just been stored cannot be loaded in other pieces without a wait
+    together = MANY * size <= MOST_BLOCK
+    for k in range(blocks):
+        absmax, n, values = load_one(work + PEAKS + 4 * k), min(size, here - k * size), work + VALUES
+        if together:
+            values += 4 * k * size
+        if absmax > 0:
+            place(x + 4 * k * size, n, absmax, 0, work + PARTIAL + 64 * k, values)
+            if not together:
+                errors_of_8(values, values + ROWS_APART, n, table + CELL_ROWS, work + ERRORS + 32 * k)
+    for k in range(blocks if together else 0):
+        n, values = min(size, here - k * size), work + VALUES + 4 * k * size
+        if load_one(work + PEAKS + 4 * k) > 0:
+            errors_of_8(values, values + ROWS_APART, n, table + CELL_ROWS, work + ERRORS + 32 * k)
+    for k in range(blocks):
+        absmax, errors = load_one(work + PEAKS + 4 * k), work + ERRORS + 32 * k
+        if absmax > 0:
+            plain = load_one(errors + 4 * one)
+            store_one(work + PLAIN_ERRORS + 4 * k, plain)
+            # of equal ones the first, but 1 before all, which is behind the 8
+            j = least_of_8(errors, plain) if LARGEST / absmax > load_one(table + LAST) else int64(8)
+            store_one(work + OWN_SCALES + 4 * k, load_one(table + RATIOS + 4 * j) * absmax)
+
+
+grid_by_cells, grid_by_ranks = searcher(BY_CELLS, _grid_ratios, 2), searcher(BY_RANKS, _grid_ratios, 2)

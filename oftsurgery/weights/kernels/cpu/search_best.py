@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, int32, int64, types
 
-from .codes import BY_CELLS, BY_RANKS, rank
+from .codes import BY_CELLS, BY_RANKS, errors_of_32, rank
 from .compiling import part
 from .lanes import (
     absolute,
@@ -42,6 +42,7 @@ from .lanes import (
 from .layout import (
     BEST,
     BOUND,
+    CELL_ROWS,
     COUNT,
     CROSSINGS,
     CURVE,
@@ -49,14 +50,22 @@ from .layout import (
     ERRORS,
     INTERVALS,
     LANES,
+    LARGEST,
+    LAST,
     LEFT,
     LEVEL,
+    ONE,
+    OWN_SCALES,
+    PARTIAL,
+    PEAKS,
+    PLAIN_ERRORS,
     RATIOS,
     RIGHT,
+    ROWS_APART,
     VALUES,
     WIDEST,
 )
-from .search import finder
+from .search import place, searcher
 
 #: code changes that are looked at together
 _MOST = 64
@@ -243,4 +252,34 @@ def _best_ratio(n, j, power, limit, table, levels, work):
     return load_one(work + BEST + 4)
 
 
-best_by_cells, best_by_ranks = finder(BY_CELLS, _best_ratio), finder(BY_RANKS, _best_ratio)
+@part(int64(float32, int64, int64))
+def _choose(absmax, table, work):
+    """The number of the ratio with the least of 32 ERRORS, of equal ones the first, but 1 before all."""
+    first, more = load(work + ERRORS), load(work + ERRORS + 64)
+    j = int64(load_one(table + ONE))
+    if LARGEST / absmax > load_one(table + LAST):
+        lowest = least(lesser(first, more))
+        if lowest < load_one(work + ERRORS + 4 * j):
+            edge = fill(as_float(as_bits(lowest) + int32(1)))
+            j = first_bit(which_below(first, edge) | (which_below(more, edge) << 16))
+    return j
+
+
+@part(types.void(*[int64] * 7))
+def _best_ratios(x, size, here, blocks, table, levels, work):
+    """As :func:`.search._grid_ratios`, of all ratios."""
+    one = int64(load_one(table + ONE))
+    store(work + OWN_SCALES, zeros())
+    for k in range(blocks):
+        absmax, n, squares = load_one(work + PEAKS + 4 * k), min(size, here - k * size), work + PARTIAL + 64 * k
+        if absmax > 0:
+            place(x + 4 * k * size, n, absmax, 1, squares, work + VALUES)
+            errors_of_32(work + VALUES, work + VALUES + ROWS_APART, n, table + CELL_ROWS, work + ERRORS)
+            store_one(work + PLAIN_ERRORS + 4 * k, load_one(work + ERRORS + 4 * one))
+            j, limit = _choose(absmax, table, work), LARGEST / absmax
+            ratio = _best_ratio(n, j, total(load(squares)), limit, table, levels, work)
+            store_one(work + OWN_SCALES + 4 * k, ratio * absmax)
+
+
+# the best scale for the best one's codes is that one, to the last bits
+best_by_cells, best_by_ranks = searcher(BY_CELLS, _best_ratios, 1), searcher(BY_RANKS, _best_ratios, 1)

@@ -74,8 +74,8 @@ def search(kind: FourBit, rounding: str) -> np.ndarray:
     values, bounds = values[np.append(True, apart)], bounds[apart]
     ratios = np.array(GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
     count = len(ratios)
-    lanes = layout.LANES if rounding == "grid" else 2 * layout.LANES
-    assert count < lanes  # noqa: S101
+    lanes = 8 if rounding == "grid" else 2 * layout.LANES
+    assert count == 8 if rounding == "grid" else count < lanes  # noqa: S101
     table = _aligned(layout.CELL_ROWS + layout.CELLS * 2 * lanes * 4).view(np.float32)
 
     def place(at: int, *numbers: float) -> None:
@@ -91,6 +91,8 @@ def search(kind: FourBit, rounding: str) -> np.ndarray:
     place(layout.ONE, list(ratios).index(1.0))
     place(layout.WIDEST, _WIDEST)
     place(layout.LAST, ends[-1])
+    if rounding == "grid":
+        place(layout.RATIOS + 4 * count, 1.0)
     edges = np.arange(layout.CELLS + 1) * 2 / layout.CELLS / (1 - 1e-5) - 1 / (1 - 1e-5)
     rows = table[layout.CELL_ROWS // 4 :].reshape(layout.CELLS, 2, lanes)
     rows[:, 0] = 1e10  # no ratio: an error beyond all others
