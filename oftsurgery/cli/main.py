@@ -1,4 +1,4 @@
-"""The command line: ``oftsurgery plan|fold|unfold|extract|adapter|export|verify|doctor|report|show|push``.
+"""The command line: ``oftsurgery plan|fold|unfold|extract|adapter|export|verify|doctor|report|show|push|warmup``.
 
 Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once: a command
 imports what it uses when it runs.
@@ -23,7 +23,7 @@ from oftsurgery.errors import (
     UnfoldWarning,
 )
 
-from . import adapters, export, fold, show, verify
+from . import adapters, export, fold, show, verify, warmup
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
 
 
@@ -42,6 +42,7 @@ def command_parser() -> Parser:
     verify.add_commands(command)
     show.add_commands(command)
     export.add_push(command)
+    warmup.add_warmup(command)
     for leaf in commands.choices.values():
         if leaf.get_default("run") is not None:  # `adapter` has commands of its own
             add_output_flags(leaf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -103,7 +104,8 @@ class Format:
 
     def steps(self, encoded: EncodedWeight) -> Tensor:
         """What numbers are multiplied by: the scales over the unit."""
-        return self.scales(encoded) / self.unit
+        scales = self.scales(encoded)
+        return scales if self.unit == 1 else scales / self.unit
 
     def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
         """The tensors that hold scales ``(blocks,)``."""
@@ -258,4 +260,9 @@ def bnb_class(obj: object, *names: str) -> bool:
     """Whether ``obj`` is of one of bitsandbytes' classes (or derived), without importing it: without it no model can
     hold any.
     """
-    return any(c.__name__ in names and c.__module__.startswith("bitsandbytes.") for c in type(obj).__mro__)
+    return _is_class(type(obj), names)
+
+
+@cache
+def _is_class(type_: type, names: tuple[str, ...]) -> bool:
+    return any(c.__name__ in names and c.__module__.startswith("bitsandbytes.") for c in type_.__mro__)

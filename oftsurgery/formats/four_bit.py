@@ -95,7 +95,8 @@ class FourBit(Format):
         if quant_map is None:
             return
         levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
-        if given.shape != levels.shape or not torch.allclose(given, levels, rtol=0, atol=1e-3):
+        near = given.shape == levels.shape and (given.equal(levels) or torch.allclose(given, levels, rtol=0, atol=1e-3))
+        if not near:
             why = "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
             remedy = "quantise the model again with a stock bitsandbytes"
             raise FormatError(why, tensor="quant_map", format=f.label, remedy=remedy)

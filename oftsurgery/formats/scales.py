@@ -15,27 +15,22 @@ _SCAN_WEIGHTS = 1 << 16
 
 
 def grid_scales(blocks: Tensor, levels: Tensor, bounds: Tensor) -> Tensor:
-    """A good scale of each 4-bit block: of :data:`GRID` the one that errs least, and then, twice, the best for the codes
-    at the one before, S/Q.
+    """A good scale of each 4-bit block: of :data:`GRID` the one that errs least, and then the best for its codes, S/Q.
 
     Args and result as of :func:`best_scales`; never worse than the absmax.
     """
     absmax = blocks.abs().amax(-1, keepdim=True)
     x = torch.where(absmax >= TINY, blocks * (1.0 / absmax), blocks / absmax).nan_to_num(0.0)
     usable = absmax < torch.finfo(torch.float32).max / GRID[-1]
-
-    def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The error at a scale, and the best one for its codes."""
-        codes = levels[torch.bucketize(x / scale, bounds)]
-        best = (codes * x).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)
-        return (codes * scale - x).square().sum(-1, keepdim=True), best
-
-    best, best_error = torch.ones_like(absmax), torch.full_like(absmax, torch.inf)
+    best, best_error = absmax, torch.full_like(absmax, torch.inf)
     for ratio in (1.0, *GRID):  # the absmax itself where two are as good
-        error, scale = fit(torch.full_like(absmax, ratio))
+        codes = levels[torch.bucketize(x / ratio, bounds)]
+        error = (codes * ratio - x).square().sum(-1, keepdim=True)
+        power = codes.square().sum(-1, keepdim=True)
+        scale = (codes * x).sum(-1, keepdim=True) / power
         better = (error < best_error) & (usable | (ratio == 1.0))
         best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-    scales = (fit(best)[1] * absmax).clamp(max=torch.finfo(torch.float32).max)
+    scales = (best * absmax).clamp(max=torch.finfo(torch.float32).max)
     return torch.where(absmax > 0, scales, 0.0).squeeze(-1)
 
 

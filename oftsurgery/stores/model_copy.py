@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from oftsurgery.formats.quant_state import copy_quant_state
 from .layers import hooks_of, quant_states
 
 M = TypeVar("M", bound=nn.Module)
+
+_COLLECTIONS = (OrderedDict, dict, set, list)
 
 
 def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
@@ -71,6 +74,8 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
         uses[id(parameter)] = alias
     for holder in (module.__dict__, module._buffers, getattr(getattr(module, "state", None), "__dict__", {})):
         uses.update({id(t): t for t in holder.values() if isinstance(t, torch.Tensor)})
+    # a deep copy takes an empty collection to pieces too, and every module has ten
+    uses.update({id(v): type(v)() for v in module.__dict__.values() if type(v) in _COLLECTIONS and not v})
     for hook in hooks_of(module):
         # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
         maps = (getattr(hook, name, None) for name in ("weights_map", "tied_params_map"))

@@ -6,7 +6,7 @@ peft itself is not imported: where none of its classes is in the model, there is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,12 @@ from .layers import Undo, swap_modules
 
 
 def _peft_class(obj: object, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)
+    return _is_class(type(obj), name)
+
+
+@cache
+def _is_class(type_: type, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type_.__mro__)
 
 
 def _all_of(name: str, model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -88,15 +93,15 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
     layers = list(_all_of("BaseTunerLayer", base))
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
+    if not kinds & {"all", "oft_only"}:
+        return []
     inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
     found = {
         n.replace(".base_layer.", ".")
         for n, _ in base.named_parameters()
         if n.endswith(".bias") and not any(f".{w}." in n for w in inside)
     }
-    if "all" in kinds:
-        return sorted(found)
-    return sorted(found & {f"{path}.bias" for path, _ in layers}) if "oft_only" in kinds else []
+    return sorted(found if "all" in kinds else found & {f"{path}.bias" for path, _ in layers})
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
+import bitsandbytes.functional as bnbf
+import numpy as np
 import pytest
 import torch
 from backends import codes_of, exact, in_process
@@ -18,9 +20,12 @@ from oftsurgery import Cayley, EncodedWeight, NonFiniteError, Rotation, WeightFo
 from oftsurgery.errors import MissingDependencyError, StateError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded
+from oftsurgery.weights.kernels import blockwise, fold_cpu
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
+from oftsurgery.weights.kernels.cpu import layout, tables
 
 MAPS = {
     "exact": Cayley(),
@@ -257,6 +262,74 @@ def test_a_transposed_weight_and_float64_take_the_tiled_path():
         got, want = folded("auto", codecs.dense(weight), chain), folded("reference", codecs.dense(weight), chain)
         assert got.backend == "tiled"
         assert torch.allclose(got.encoded.tensors["weight"], want.encoded.tensors["weight"], rtol=0, atol=2e-6)
+
+
+# --- double quantisation ----------------------------------------------------------------------------------------------
+
+
+def test_the_steps_of_double_quantisation_are_bitsandbytes_own():
+    """For a million values, and on either side of each step."""
+    steps = torch.from_numpy(
+        tables.dynamic()[layout.DYNAMIC_STEPS : layout.DYNAMIC_START].copy().view(np.float32)[:255]
+    )
+    assert steps.isfinite().all()
+    edges = [
+        steps,
+        steps.nextafter(torch.tensor(-2.0)),
+        steps.nextafter(torch.tensor(2.0)),
+        torch.linspace(-1, 1, 1 << 20),
+    ]
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0])
+    values = torch.cat([*edges, tiny, torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) * 1e-3]).clamp(
+        -1, 1
+    )
+    values = torch.cat([torch.nn.functional.pad(part, (1, 0), value=1.0) for part in values.split(4095)])
+    theirs, state = bnbf.quantize_blockwise(values, blocksize=4096)
+    f = WeightFormat("nf4", (1, 64 * len(values)), blocksize=64, nested_blocksize=4096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FourBit, "offset_of", lambda *_: torch.zeros(()))
+        mine = fold_cpu.quantise_scales(values, f)[0]["absmax"]
+    assert torch.equal(mine, theirs)
+    assert torch.equal(state.absmax, torch.ones(len(state.absmax)))
+
+
+@st.composite
+def scales_of_blocks(draw: st.DrawFn) -> tuple[torch.Tensor, WeightFormat]:
+    count, size = draw(st.integers(1, 3000), "count"), draw(st.sampled_from([64, 128, 256, 1024]), "nested")
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31), "seed"))
+    scales = torch.rand(count, generator=gen) + 0.5
+    kind = draw(
+        st.sampled_from(["", "equal", "zeros", "one large", "tiny", "denormal", "huge", "negative", "parts"]), "kind"
+    )
+    scales = {
+        "": lambda: scales * 0.02,
+        "equal": lambda: torch.full_like(scales, 0.1),
+        "zeros": lambda: scales.zero_(),
+        "one large": lambda: torch.where(torch.arange(count) == count // 2, 1e4, scales),
+        "tiny": lambda: scales * 1e-30,
+        "denormal": lambda: scales * 1e-39,
+        "huge": lambda: scales * 1e34,
+        "negative": lambda: scales - 1,
+        "parts": lambda: scales * 10.0 ** -(torch.arange(count) // size % 9).float(),
+    }[kind]()
+    return scales, WeightFormat("nf4", (count, 64), torch.float16, 64, size)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(scales_of_blocks())
+def test_double_quantisation_is_bitsandbytes_own(case):
+    scales, f = case
+    moments = torch.randn(3, len(scales), generator=torch.Generator().manual_seed(1))
+    seen = torch.empty_like(scales)
+    got, error, held = fold_cpu.quantise_scales(scales, f, moments, seen)
+    want = f.kind.statistics(scales, f)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(got[name], tensor), name
+    assert torch.equal(seen, EncodedWeight(f, want).scales)
+    wanted = blockwise.nested_error(f, scales, want, moments.t())
+    assert (error, held) == pytest.approx(wanted, rel=1e-9, abs=1e-9 * float(scales.abs().max()) ** 2)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from oftsurgery.formats import codecs, levels
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
-from oftsurgery.weights.kernels import blockwise, fold_cpu
+from oftsurgery.weights.kernels import blockwise
+from oftsurgery.weights.kernels.cpu import tables
 
 NEUMANN = Cayley(terms=5)
 
@@ -260,7 +261,8 @@ def _check_surroundings(
     for name in cleared:  # tables are kept: none may be made in these surroundings and be wrong for later
         getattr(levels, name).cache_clear()
     blockwise.tables.cache_clear()
-    fold_cpu._cells.cache_clear()
+    for table in (tables.levels, tables.suffix, tables.search, tables.dynamic):
+        table.cache_clear()
     if surrounding is not SURROUNDINGS["default device meta"]:  # bitsandbytes cannot make its own table there
         bnbf.name2qmap.clear()
     before = torch.get_float32_matmul_precision()

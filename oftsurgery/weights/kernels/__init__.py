@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import cache
 from importlib import import_module, util
 from types import ModuleType
 from typing import TypeVar, cast
@@ -104,11 +105,16 @@ def _problem(name: str) -> str | None:
 
 
 def _missing(name: str) -> str | None:
-    if name in ("numba", "triton") and util.find_spec(name) is None:
+    if name in ("numba", "triton") and not _installed(name):
         return f"{name} is not installed"
     if name == "triton" and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device"
     return None
+
+
+@cache
+def _installed(name: str) -> bool:
+    return util.find_spec(name) is not None
 
 
 def fold(
@@ -247,6 +253,10 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
     b = math.lcm(16, *(r.block_size for r in order))
     if not order or b > _MAX_BLOCK or features % b or any(r.side == "output" for r in order):
         return None
+    if len(order) == 1 and order[0].scale is None and (order[0].cayley.exact or not inverse):
+        found = _single_blocks(order[0], b, inverse=inverse)
+        if found is not None:
+            return found, None
     whole: Tensor | None = None
     scale: Tensor | None = None
     for rotation in order:
@@ -265,6 +275,17 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
             factor = 1 / factor if inverse else factor
             scale = factor if scale is None else scale * factor
     return _single(cast(Tensor, whole)), None if scale is None else scale.to(torch.float32)
+
+
+def _single_blocks(rotation: Rotation, wide: int, *, inverse: bool) -> Tensor | None:
+    """:func:`_matrices` of one rotation in blocks of its own size, by the kernel alone; None where that does not serve."""
+    v, b = rotation.generator, rotation.block_size
+    turned = (rotation.side == "input") != inverse
+
+    def use(driver: ModuleType, own: int, series: tuple[int, float]) -> Tensor | None:
+        return driver.blocks(v, b, own, *series, np.float32, turned=turned) if own == wide else None  # type: ignore[no-any-return]
+
+    return _by_kernel(rotation, use)
 
 
 def _single(matrices: Tensor) -> Tensor:

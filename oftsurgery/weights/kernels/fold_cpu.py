@@ -26,8 +26,10 @@ _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
 _MAX_BLOCK = 512
-#: scales, and values of a sample, of one task
+#: scales of one task; values of a sample that are summed up in float32
 _SCALES = _SAMPLE_CHUNK = 1 << 14
+#: into which the evaluations of a sample are cut
+_TASKS = 4
 
 _local = threading.local()
 _CPU = torch.device("cpu")
@@ -125,6 +127,7 @@ def fold(
 
 _DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 _Job = dict[int, int]
+_Stored = tuple[dict[str, Tensor], blockwise.Sums]
 
 
 @dataclass(frozen=True)
@@ -221,101 +224,73 @@ class _Fold(blockwise.Fold):
             for row in range(begin, end, step)
         ]
 
-    def _find(self, rounding: str) -> tuple[str, np.ndarray]:
-        """The kernel that finds scales, and its table."""
-        assert isinstance(self.into.kind, FourBit)  # noqa: S101 - no other format has such roundings
-        return f"{'best' if rounding == 'mse' else 'grid'}_{self.by}", tables.search(self.into.kind, rounding)
-
     def round(self, rounding: str) -> blockwise.FoldedWeight | None:
         into = self.into
         result, scales, moments = blockwise.allocate(into, _CPU)
-        places = self._places(0, into.shape[0])
-        to = [result.data_ptr()] * len(places)
-        room = {"absmax": scales, "new_scales": scales, "moments": moments, "moment_plane": 4 * len(scales)}
-        if rounding == "nearest":
-            names = {layout.FOUR_BIT: f"nearest_{self.by}", layout.INT8: "encode_int8"}
-            sums, _ = self._pass(places, to, names.get(self.new.kind, "encode_dense"), **room)
-            if not self.finite:
-                return None
-            statistics, error, held = self._statistics(scales, moments)
-            error, held = sums.error + error, sums.held + held
-            nearest = error
+        room = {
+            "absmax": scales,
+            "new_scales": scales,
+            "moments": None if moments is None else moments.view(3, -1),
+            "moment_plane": 4 * len(scales),
+        }
+        found = (self._nearest if rounding == "nearest" else self._better)(rounding, result, room)
+        if found is None:
+            return None
+        statistics, sums = found
+        return sums.folded(into.kind.assemble(into, result, statistics), rounding)
+
+    def _nearest(self, _: str, result: Tensor, room: dict[str, Any]) -> _Stored | None:
+        """The statistics and sums of plain rounding, its codes in ``result``."""
+        names = {layout.FOUR_BIT: f"nearest_{self.by}", layout.INT8: "encode_int8"}
+        sums, _ = self._over_all(result, names.get(self.new.kind, "encode_dense"), **room)
+        if not self.finite:
+            return None
+        statistics, error, held = quantise_scales(room["absmax"], self.into, room["moments"])
+        error += sums.error
+        return statistics, blockwise.Sums(sums.norm, error, error, sums.change, sums.held + held)
+
+    def _better(self, rounding: str, result: Tensor, room: dict[str, Any]) -> _Stored | None:
+        """The same of scales that err less."""
+        assert isinstance(self.into.kind, FourBit)  # noqa: S101 - no other format has such roundings
+        scales, find = room["new_scales"], f"{'best' if rounding == 'mse' else 'grid'}_{self.by}"
+        room["search"] = tables.search(self.into.kind, rounding)
+        if not self.into.nested_blocksize:
+            sums, _ = after, _ = self._over_all(result, find, f"given_{self.by}", **room)
+            statistics, nearest = quantise_scales(scales, self.into)[0], sums.nearest
         else:
-            find, table = self._find(rounding)
-            if moments is None:
-                sums, _ = self._pass(places, to, find, f"given_{self.by}", search=table, **room)
-                statistics, nearest, after = self._statistics(scales, None)[0], sums.nearest, sums
-            else:
-                # codes with plain rounding first, which tell its error; others come in their place
-                room["absmax"] = plain = torch.empty_like(scales)
-                sums, first = self._pass(places, to, f"nearest_{self.by}", find, search=table, **room)
-                if not self.finite:
-                    return None
-                nearest = first.error + self._statistics(plain, moments)[1]
-                # codes for the scales that the reader will see
-                seen = torch.empty_like(scales)
-                statistics = self._statistics(scales, None, seen)[0]
-                after, _ = self._pass(places, to, f"given_{self.by}", new_scales=seen)
+            # codes with plain rounding first, which tell its error; others come in their place
+            plain, seen = torch.empty_like(scales), torch.empty_like(scales)
+            sums, first = self._over_all(result, f"nearest_{self.by}", find, **room | {"absmax": plain})
             if not self.finite:
                 return None
-            error, held = after.error, after.held
-            sums = _Sums(sums.norm, error, 0, nearest, after.change, held, 0, 0)
-        folded = blockwise.Sums(sums.norm, error, nearest, sums.change, held)
-        return folded.folded(into.kind.assemble(into, result, statistics), rounding)
+            nearest = first.error + quantise_scales(plain, self.into, room["moments"])[1]
+            statistics = quantise_scales(scales, self.into, seen=seen)[0]
+            # codes for the scales that the reader will see
+            after, _ = self._over_all(result, f"given_{self.by}", new_scales=seen)
+        if not self.finite:
+            return None
+        return statistics, blockwise.Sums(sums.norm, after.error, nearest, after.change, after.held)
 
-    def _statistics(
-        self, scales: Tensor, moments: Tensor | None = None, seen: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], float, float]:
-        """The tensors that hold ``scales``; what their double quantisation adds to Σ (stored - exact)² and to Σ (stored - exact)
-        (exact - base), from the ``moments`` where they are given. Leaves in ``seen`` the scales that a reader sees.
-        """
-        into = self.into
-        if not into.nested_blocksize:
-            return into.kind.statistics(scales, into), 0.0, 0.0
-        assert isinstance(into.kind, FourBit)  # noqa: S101 - no other format has them
-        offset = into.kind.offset_of(scales, into)
-        table = tables.dynamic().copy()
-        table.view(np.float32)[0] = offset.item()
-        count, size = len(scales), into.nested_blocksize
-        blocks, each = -(-count // size), max(1, _SCALES // size)
-        codes = torch.empty(count, dtype=torch.uint8, device=_CPU)
-        factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
-        sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
-        first = [_word(x) for x in (table, scales, count, size)]
-        then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
-        quantise, at = kernel("quantise_scales"), sums.ctypes.data
-
-        def task(i: int) -> None:
-            quantise(*first, i * each, min(i * each + each, blocks), *then, at + i * layout.SUMS)
-
-        run(task, len(sums))
-        error, held, misfits = (float(sums.sum((0, 2))[x // 128]) for x in (layout.ERROR, layout.HELD, layout.MISFITS))
-        map_ = table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS].view(np.float32).copy()
-        nested = {"nested_absmax": factors, "nested_quant_map": torch.from_numpy(map_), "nested_offset": offset}
-        statistics = {"absmax": codes, **nested}
-        if misfits:  # scales so near to each other that their reciprocals are infinite: whatever bitsandbytes makes of them
-            statistics = into.kind.statistics(scales, into)
-            if seen is not None:
-                seen.copy_(EncodedWeight(into, statistics).scales)
-            if moments is not None:
-                error, held = blockwise.nested_error(into, scales, statistics, moments.reshape(3, -1).t())
-        return statistics, error, held
+    def _over_all(self, result: Tensor, encode: str, then: str = "", **more: Any) -> tuple[_Sums, _Sums]:
+        """:meth:`_pass` over the whole weight."""
+        places = self._places(0, self.into.shape[0])
+        return self._pass(places, [result.data_ptr()] * len(places), encode, then, **more)
 
     def keep(self) -> blockwise.FoldedWeight | None:
-        into, rows = self.into, self.into.shape[0]
+        into = self.into
         own = preserve.scales_of(self.encoded, into)
         kept = _kept(own, into)
         steps = self._steps(kept)
         if steps is None:
             return None
         result, scales, _ = blockwise.allocate(into.single, _CPU)
-        places = self._places(0, rows)
         kept["numbers"][layout.OVER // 4] = preserve.relaxation_of(steps) - 1
         encode, room = "encode_int8", {"new_scales": scales, "keeps": 1}
         if self.new.kind != layout.INT8:
-            find, table = self._find("grid")
-            encode, room = f"keep_{self.by}", {"new_scales": scales, "find": kernel(find).address, "search": table}
-        sums, _ = self._pass(places, [result.data_ptr()] * len(places), encode, **room, **kept)
+            assert isinstance(into.kind, FourBit)  # noqa: S101 - the kernels know no third
+            find, table = kernel(f"grid_{self.by}").address, tables.search(into.kind, "grid")
+            encode, room = f"keep_{self.by}", {"new_scales": scales, "find": find, "search": table}
+        sums, _ = self._over_all(result, encode, **room, **kept)
         if not self.finite or sums.misfits:
             return None
         codes = kept["held_out"]
@@ -344,22 +319,69 @@ class _Fold(blockwise.Fold):
         if not sums.norm > 0:
             return 0
         project = kernel("project_int8" if self.new.kind == layout.INT8 else f"project_{self.by}")
-        each, first = max(1, _SAMPLE_CHUNK // size), [at, plane, weights.ctypes.data]
-        levels = self.common[layout.NEW_LEVELS]
+        each = max(1, _SAMPLE_CHUNK // size)
+        parts = -(-len(weights) // each)
+        first, levels = [at, plane, _word(weights), len(weights), each], self.common[layout.NEW_LEVELS]
 
         def kept_at(steps: Sequence[int]) -> list[float]:
             omegas = np.array([preserve.relaxation_of(k) for k in steps], np.float32)
-            parts = np.zeros((-(-len(weights) // each), len(steps), layout.LANES), np.float32)
+            found = np.empty((parts, len(steps), layout.LANES), np.float32)
+            end = [size, levels, _word(omegas), len(steps), _word(found)]
 
             def task(i: int) -> None:
-                end = min(i * each + each, len(weights))
-                out = parts.ctypes.data + i * parts.strides[0]
-                project(*first, i * each, end, size, levels, omegas.ctypes.data, len(steps), out)
+                project(*first, parts * i // _TASKS, parts * (i + 1) // _TASKS, *end)
 
-            run(task, len(parts))
-            return [float(x) for x in parts.sum((0, 2), dtype=np.float64) / sums.norm]
+            run(task, _TASKS)
+            return [float(x) for x in found.sum((0, 2), dtype=np.float64) / sums.norm]
 
         return preserve.solve(kept_at)
+
+
+def quantise_scales(
+    scales: Tensor, into: WeightFormat, moments: Tensor | None = None, seen: Tensor | None = None
+) -> tuple[dict[str, Tensor], float, float]:
+    """The tensors that hold the ``scales`` of a format, and what their double quantisation costs.
+
+    Args:
+        scales: ``(blocks,)`` float32.
+        into: the format, with double quantisation or without.
+        moments: ``(3, blocks)`` float32: Σ c(c - s), Σ c² and Σ c(s - v) of each block's levels c and its weights before (v)
+            and after the rotation (s), in units of its scale; or None.
+        seen: ``(blocks,)`` float32, which the scales that a reader sees are put in; or None.
+
+    Returns:
+        the tensors, and from the moments what is added to Σ (stored - exact)² and to Σ (stored - exact)(exact - base).
+    """
+    if not into.nested_blocksize:
+        return into.kind.statistics(scales, into), 0.0, 0.0
+    assert isinstance(into.kind, FourBit)  # noqa: S101 - no other format has them
+    offset = into.kind.offset_of(scales, into)
+    table = tables.dynamic().copy()
+    table.view(np.float32)[0] = offset.item()
+    count, size = len(scales), into.nested_blocksize
+    blocks, each = -(-count // size), max(1, _SCALES // size)
+    codes = torch.empty(count, dtype=torch.uint8, device=_CPU)
+    factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
+    sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
+    first = [_word(x) for x in (table, scales, count, size)]
+    then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
+    quantise, at = kernel("quantise_scales"), sums.ctypes.data
+
+    def task(i: int) -> None:
+        quantise(*first, i * each, min(i * each + each, blocks), *then, at + i * layout.SUMS)
+
+    run(task, len(sums))
+    error, held, misfits = (float(sums.sum((0, 2))[x // 128]) for x in (layout.ERROR, layout.HELD, layout.MISFITS))
+    map_ = table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS].view(np.float32).copy()
+    nested = {"nested_absmax": factors, "nested_quant_map": torch.from_numpy(map_), "nested_offset": offset}
+    statistics = {"absmax": codes, **nested}
+    if misfits:  # scales so near to each other that their reciprocals are infinite: whatever bitsandbytes makes of them
+        statistics = into.kind.statistics(scales, into)
+        if seen is not None:
+            seen.copy_(EncodedWeight(into, statistics).scales)
+        if moments is not None:
+            error, held = blockwise.nested_error(into, scales, statistics, moments.t())
+    return statistics, error, held
 
 
 def _word(value: Any) -> int:
@@ -401,23 +423,26 @@ _BOUNDED = 32
 _TASK_PRODUCTS = 1 << 19
 
 
-def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> Tensor | None:
-    """``(n·b/wide, wide, wide)`` float64: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal
-    (one for a single, shared one).
+def blocks(
+    generator: Tensor, b: int, wide: int, power: int, weight: float, dtype: type = np.float64, *, turned: bool = False
+) -> Tensor | None:
+    """``(n·b/wide, wide, wide)``: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal (one for a single,
+    shared one).
 
     Args:
         power: 0 for the exact Cayley map, else of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
+        dtype: float64, or float32, each transposed where ``turned``.
 
     Returns:
         None where the solve is not right.
     """
     v, parts, count = _parted(generator, b, wide)
-    out, residuals, last = np.empty((count, wide, wide)), np.zeros(len(parts)), np.array([weight])
-    make, head, end = kernel("rotation_blocks"), [_word(v), len(v), b, wide], [power, _word(last)]
+    out, residuals, last = np.empty((count, wide, wide), dtype), np.zeros(len(parts)), np.array([weight])
+    to = [_word(out), 0, 0] if dtype is np.float64 else [0, _word(out), turned]
+    make, head, series = kernel("rotation_blocks"), [_word(v), len(v), b, wide], [power, _word(last)]
 
     def task(i: int) -> None:
-        room = np.empty((3, wide, wide))
-        make(*head, *parts[i], *end, _word(room), _word(out), _word(residuals) + 8 * i)
+        make(*head, *parts[i], *series, _scratch(32 * wide * wide), *to, _word(residuals) + 8 * i)
 
     run(task, len(parts))
     return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
@@ -425,36 +450,12 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
 
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
     """The largest θ with ±iθ an eigenvalue of a generator's block."""
-    v, parts, count = _parted(generator, b, wide)
-    steps = min(wide, _LANCZOS_STEPS)
-    look, head = kernel("largest_angle"), [_word(v), len(v), b, wide]
-
-    def room() -> np.ndarray:
-        return np.empty((wide + steps + 2) * wide + steps)
-
-    if count > 1 and wide <= _BOUNDED:
-        bounds, best, scratch = np.empty(count), np.zeros(1), room()
-        bound = kernel("angle_bounds")
-
-        def limit(i: int) -> None:
-            scratch = np.empty((3, wide, wide))
-            bound(*head, *parts[i], _word(scratch), _word(bounds))
-
-        run(limit, len(parts))
-        # the likeliest first: few of the others can be larger
-        for index in np.argsort(-bounds).tolist():
-            if bounds[index] * (1 + 1e-9) < best[0]:
-                break
-            look(*head, index, index + 1, steps, _word(scratch), _word(best))
-        return float(best[0])
-    found = np.zeros(len(parts))
-
-    def task(i: int) -> None:
-        scratch = room()
-        look(*head, *parts[i], steps, _word(scratch), _word(found) + 8 * i)
-
-    run(task, len(parts))
-    return float(found.max())
+    v, _, count = _parted(generator, b, wide)
+    steps, best = min(wide, _LANCZOS_STEPS), np.zeros(1)
+    bounds = np.empty(count) if count > 1 and wide <= _BOUNDED else None
+    scratch = _scratch(8 * wide * max(3 * wide, wide + steps + 3))
+    kernel("largest_angle")(_word(v), len(v), b, wide, count, steps, _word(bounds), scratch, _word(best))
+    return float(best[0])
 
 
 def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:

@@ -13,18 +13,14 @@ from .lanes import (
     add,
     add64,
     add_product,
-    as_float,
     div,
     f32x,
     f64x,
     fill,
     fill64,
-    floats,
     fma,
     greater,
-    i32x,
     least,
-    lesser,
     load,
     load64,
     load_double,
@@ -52,7 +48,6 @@ from .layout import (
     ERROR,
     HELD,
     LANES,
-    LARGEST,
     MANY,
     NORM,
     OWN_SCALES,
@@ -93,7 +88,13 @@ def add_squares(sums, norm, error, change, held, unit):
     if not total(add(norm, add(error, change))) < float32(1e30):
         return 0
     none, weight = fill64(0.0), fill64(float64(unit) * float64(unit))
-    add_four(sums, weigh(norm, weight, none), weigh(error, weight, none), weigh(change, weight, none), weigh(held, weight, none))
+    add_four(
+        sums,
+        weigh(norm, weight, none),
+        weigh(error, weight, none),
+        weigh(change, weight, none),
+        weigh(held, weight, none),
+    )
     return 1
 
 
@@ -220,8 +221,9 @@ def _parts(codes: Codes) -> Parts:
                 store(work + PARTIAL + 64 * k, cross)
                 store(work + PARTIAL + 1024 + 64 * k, add(add(square, crossed), cross))
                 store(work + PARTIAL + 2048 + 64 * k, add(turned, along))
-            norm, error = fma(four[0], weight, norm), fma(four[1], weight, error)
-            held, change = fma(four[2], weight, held), fma(four[3], weight, change)
+            square, miss, along, moved = four
+            norm, error = fma(square, weight, norm), fma(miss, weight, error)
+            held, change = fma(along, weight, held), fma(moved, weight, change)
             x += 4 * size
             base += 4 * size
         if moments != 0:

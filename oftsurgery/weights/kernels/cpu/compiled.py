@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -46,7 +47,6 @@ KERNELS = {
     "project_int8": "keep",
     "quantise_scales": "nested",
     "rotation_blocks": "rotations",
-    "angle_bounds": "rotations",
     "largest_angle": "rotations",
 }
 
@@ -108,11 +108,15 @@ def kernel(name: str) -> Kernel:
 def _compile(name: str) -> Kernel:
     compiled: Callable[[Any], tuple[str, int, bytes]] = import_module(".compiling", __package__).compiled
     symbol, arguments, code = compiled(getattr(import_module(f".{KERNELS[name]}", __package__), name))
-    _write(name, json.dumps([symbol, arguments]).encode() + b"\n" + code)
+    _write(name, symbol, arguments, code)
     return Kernel(name, symbol, arguments, code)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
+
+SOURCES = Path(__file__).parent
+#: machine code beside the sources, which an image can be built with
+BESIDE = SOURCES / "__pycache__"
 
 
 def folders() -> Iterator[Path]:
@@ -121,7 +125,7 @@ def folders() -> Iterator[Path]:
     if named:
         yield Path(named)
         return
-    yield Path(__file__).parent / "__pycache__"
+    yield BESIDE
     try:
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "oftsurgery"
     except RuntimeError:  # a user without a home
@@ -129,41 +133,61 @@ def folders() -> Iterator[Path]:
 
 
 @cache
-def _key() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+def key() -> str:
+    """A hash of all that the machine code follows from."""
     facts = [metadata.version("numba"), metadata.version("llvmlite"), llvm.get_process_triple()]
     facts += [processor.NAME, processor.FEATURES]
     facts += [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NUMBA_") and k != "NUMBA_CACHE_DIR"]
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
-    return hashlib.sha256("\0".join(facts + contents).encode()).hexdigest()[:32]
+    facts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(SOURCES.glob("*.py"))]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
 
 
 def _file(name: str) -> str:
-    return f"oftsurgery-{name}-{_key()}.nbc"
+    return f"oftsurgery-{name}-{key()}.nbc"
 
 
 def _read(name: str) -> Kernel | None:
     for folder in folders():
         try:
-            digest, _, content = (folder / _file(name)).read_bytes().partition(b"\n")
+            content = contents_of((folder / _file(name)).read_bytes())
         except OSError:
             continue
-        if hashlib.sha256(content).hexdigest().encode() == digest:
-            head, _, code = content.partition(b"\n")
-            return Kernel(name, *json.loads(head), code)
+        if content is not None:
+            return Kernel(name, *content)
     return None
 
 
-def _write(name: str, content: bytes) -> None:
-    """Keep ``content`` in the first folder that can be written to; nothing is lost but time where none can."""
+def contents_of(file: bytes) -> tuple[str, int, bytes] | None:
+    """The symbol, the arguments and the object code in a cached file; None where it is damaged."""
+    digest, _, rest = file.partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != digest:
+        return None
+    head, _, code = rest.partition(b"\n")
+    symbol, arguments = json.loads(head)
+    return symbol, arguments, code
+
+
+def _write(name: str, symbol: str, arguments: int, code: bytes) -> None:
+    """Keep object code in the first folder that can be written to; nothing is lost but time where none can."""
+    content = json.dumps([symbol, arguments]).encode() + b"\n" + code
     for folder in folders():
-        path = folder / _file(name)
-        part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            part.replace(path)
+            with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+                part.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            Path(part.name).chmod(0o644)  # for other users of an image
+            Path(part.name).replace(folder / _file(name))
         except OSError:
-            part.unlink(missing_ok=True) if part.parent.is_dir() and os.access(part.parent, os.W_OK) else None
             continue
         return
+
+
+def warm_up() -> tuple[int, Path | None]:
+    """Compile every kernel that no cache holds yet; how many that were, and the folder with the code, None where there is room
+    for none.
+    """
+    missing = [name for name in KERNELS if _read(name) is None]
+    for name in missing:
+        _compile(name)
+    held = (folder for folder in folders() if (folder / _file(next(iter(KERNELS)))).is_file())
+    return len(missing), next(held, None)

@@ -23,9 +23,12 @@ def compiled(function: Callable[..., None]) -> tuple[str, int, bytes]:
         target.refresh()
         library = target.codegen().create_library(function.__name__)
         library.enable_object_caching()
-        made = _compile_into(library, function, types.void(*[int64] * arguments))
+        symbol = _compile_into(library, function, types.void(*[int64] * arguments)).fndesc.mangled_name
+        for each in library._final_module.functions:
+            if not each.is_declaration and each.name != symbol:
+                each.linkage = "internal"  # of a part that is inlined wherever it is called nothing stays
         library.finalize()
-        return made.fndesc.mangled_name, arguments, library._get_compiled_object()
+        return symbol, arguments, library._get_compiled_object()
 
 
 def part(signature: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from numba import float32, float64, int64, types
 
-from .codes import BY_CELLS, BY_RANKS, project_on_int8
 from .blocks import CELL_PARTS, RANK_PARTS, Parts, count_up, get, is_strong, peaks, put, reciprocals, weigh_many
+from .codes import BY_CELLS, BY_RANKS, project_on_int8
 from .compiling import part
 from .lanes import (
     absolute,
@@ -186,10 +186,9 @@ def sample(job, base, x, first, count, row, result, work, sums):
             top, n = load_one(work + PEAKS + 4 * k), min(size, here - k * size)
             at = 4 * (done + k * size)
             hardly = abs(scale) < TINY
+            strong = moved_sum > square * float32(n) or top > clip * abs(scale)
             if hardly:
                 strong = is_strong(base + at, x + at, n, scale, numbers, top) != 0
-            else:
-                strong = moved_sum > square * float32(n) or top > clip * abs(scale)
             weight = float32(0.0) if hardly or strong else (scale / unit) * (scale / unit)
             if strong:
                 count_up(sums, STRONG, 1.0)
@@ -199,18 +198,23 @@ def sample(job, base, x, first, count, row, result, work, sums):
 
 
 def _projector(load_levels: Any, project: Any) -> Callable[..., None]:
-    def projector(planes, plane, weights, first, last, size, table, omegas, count, out):
-        """For each of ``count`` float32 ω at ``omegas`` the sum over blocks ``first`` to ``last`` of a sample of weight · change ·
-        (level(base + ω change) - base), by 16 lanes in float32 at ``out``, which is added to.
+    def projector(planes, plane, weights, count, each, first, last, size, table, omegas, many, out):
+        """For each of ``many`` float32 ω at ``omegas``, and each of the parts ``first`` to ``last`` of ``each`` blocks, the sum over
+        the part's blocks of a sample, of ``count`` in all, of weight · change · (level(base + ω change) - base): by 16 lanes in
+        float32 at ``out``, (parts, many, 16).
         """
         levels = load_levels(table)
-        for k in range(first, last):
-            weight = fill(load_one(weights + 4 * k))
-            if load_one(weights + 4 * k) > 0:
-                base = planes + 4 * k * size
-                for j in range(count):
-                    part_ = project(base, base + plane, size, fill(load_one(omegas + 4 * j)), levels)
-                    store(out + 64 * j, fma(part_, weight, load(out + 64 * j)))
+        for number in range(first, last):
+            sums = out + 64 * many * number
+            for j in range(many):
+                store(sums + 64 * j, zeros())
+            for k in range(number * each, min(number * each + each, count)):
+                weight = load_one(weights + 4 * k)
+                if weight > 0:
+                    base = planes + 4 * k * size
+                    for j in range(many):
+                        found = project(base, base + plane, size, fill(load_one(omegas + 4 * j)), levels)
+                        store(sums + 64 * j, fma(found, fill(weight), load(sums + 64 * j)))
 
     return projector
 

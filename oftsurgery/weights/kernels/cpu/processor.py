@@ -8,9 +8,7 @@ import llvmlite.binding as llvm
 
 #: the processor's name, and its features as LLVM writes them
 NAME = os.environ.get("NUMBA_CPU_NAME") or llvm.get_host_cpu_name()
-FEATURES = os.environ.get("NUMBA_CPU_FEATURES") or (
-    "" if NAME == "generic" else llvm.get_host_cpu_features().flatten()
-)
+FEATURES = os.environ.get("NUMBA_CPU_FEATURES") or ("" if NAME == "generic" else llvm.get_host_cpu_features().flatten())
 
 _HAS = set(FEATURES.split(","))
 AVX512 = "+avx512f" in _HAS

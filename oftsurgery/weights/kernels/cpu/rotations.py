@@ -7,7 +7,7 @@ b) hold wide/b of them on the diagonal.
 from __future__ import annotations
 
 import numpy as np
-from numba import float64, int64, types
+from numba import float32, float64, int64, types
 
 from .compiling import part
 from .lanes import (
@@ -21,6 +21,7 @@ from .lanes import (
     product64,
     store64,
     store_double,
+    store_one,
     total64,
 )
 from .layout import LANES
@@ -107,13 +108,24 @@ def _residual(product, q, r, wide):
     return np.sqrt(total64(miss)) / (np.sqrt(total64(size_q)) * (1.0 + np.sqrt(total64(size_r))))
 
 
-def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, residual):
-    """Blocks ``first`` to ``last`` at out: (n, wide, wide).
+@part(types.void(int64, int64, int64, int64))
+def _narrow(r, out, wide, turned):
+    """r: (wide, wide) in float32, or its transpose."""
+    for i in range(wide):
+        for j in range(wide):
+            at = j * wide + i if turned else i * wide + j
+            store_one(out + 4 * at, float32(load_double(r + 8 * (i * wide + j))))
+
+
+def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, single, turned, residual):
+    """Blocks ``first`` to ``last`` of rotations.
 
     Args:
         power: 0: the exact Cayley map; else ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
         weight: address of the float64.
-        scratch: address of (3, wide, wide).
+        scratch: address of (4, wide, wide).
+        out: 0, or address of (n, wide, wide) float64.
+        single: 0, or address of the same in float32, each transposed where ``turned``.
         residual: address of a float64, the largest ‖R(I+Q) - (I-Q)‖ relative to the operands' norms (NaN where one is not finite);
             0 for a series.
     """
@@ -121,7 +133,7 @@ def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, 
     q, p, t = scratch, scratch + nbytes, scratch + 2 * nbytes
     last_weight, worst = load_double(weight), 0.0
     for index in range(first, last):
-        r = out + index * nbytes
+        r = scratch + 3 * nbytes if out == 0 else out + index * nbytes
         _skew(v, rows, index, b, wide, q)
         for at in range(0, nbytes, 8 * LANES):
             store64(r + at, fill64(0.0))
@@ -144,6 +156,8 @@ def rotation_blocks(v, rows, b, wide, first, last, power, weight, scratch, out, 
                 _combine(r, p, last_weight if k == power else 2.0, 0.0, wide)
         if worst != worst:
             break
+        if single != 0:
+            _narrow(r, single + index * (nbytes // 2), wide, turned)
     store_double(residual, worst)
 
 
@@ -160,23 +174,22 @@ def _squares(x, wide):
     return total64(square)
 
 
-def angle_bounds(v, rows, b, wide, first, last, scratch, out):
-    """A bound above the largest θ of each generator ``first`` to ``last``, float64 at ``out``: with eigenvalues ±iθ, ‖Q⁴‖² =
-    Σθ⁸ over all of them, so twice the largest's. ``scratch``: address of (3, wide, wide).
+@part(float64(*[int64] * 6))
+def _angle_bound(v, rows, index, b, wide, scratch):
+    """A bound above the largest θ of a generator: with eigenvalues ±iθ, ‖Q⁴‖² = Σθ⁸ over all of them, so twice the largest's.
+    ``scratch``: address of (3, wide, wide).
     """
     nbytes = 8 * wide * wide
     q, p, t = scratch, scratch + nbytes, scratch + 2 * nbytes
-    for index in range(first, last):
-        _skew(v, rows, index, b, wide, q)
-        size = np.sqrt(_squares(q, wide))
-        bound = 0.0
-        if size > 0.0:
-            for at in range(q, q + nbytes, 8 * LANES):
-                store64(at, fma64(load64(at), fill64(1.0 / size), fill64(0.0)))
-            _multiply(q, q, p, wide)
-            _multiply(p, p, t, wide)
-            bound = size * np.sqrt(np.sqrt(np.sqrt(0.5 * _squares(t, wide))))
-        store_double(out + 8 * index, bound if size == size else size)
+    _skew(v, rows, index, b, wide, q)
+    size = np.sqrt(_squares(q, wide))
+    if not size > 0.0:
+        return size
+    for at in range(q, q + nbytes, 8 * LANES):
+        store64(at, fma64(load64(at), fill64(1.0 / size), fill64(0.0)))
+    _multiply(q, q, p, wide)
+    _multiply(p, p, t, wide)
+    return size * np.sqrt(np.sqrt(np.sqrt(0.5 * _squares(t, wide))))
 
 
 @part(int64(int64, int64, float64))
@@ -237,50 +250,72 @@ def _add_multiple(to, x, factor, wide):
         store64(to + at, fma64(load64(x + at), fill64(factor), load64(to + at)))
 
 
-def largest_angle(v, rows, b, wide, first, last, steps, scratch, best):
-    """The largest θ, with ±iθ an eigenvalue of one of the generators ``first`` to ``last``.
+@part(float64(*[int64] * 7, float64))
+def _angle(v, rows, index, b, wide, steps, scratch, floor):
+    """The largest θ of a generator, or ``floor`` if that is larger.
 
     Lanczos with full reorthogonalisation (it makes Q tridiagonal: exact after ``wide`` steps, and the end of the spectrum is
     there much before), then bisection.
-
-    Args:
-        steps: at most, at least 2.
-        scratch: address of (wide + steps + 2, wide) and ``steps`` float64.
-        best: address of a float64, which is made larger.
     """
     stride = 8 * wide
     q, basis = scratch, scratch + wide * stride
     beta = basis + (steps + 2) * stride
-    for index in range(first, last):
-        _skew(v, rows, index, b, wide, q)
-        scale = 0.0
-        for at in range(q, q + wide * stride, 8):
-            scale = max(scale, load_double(at))
-        if scale == 0.0:
-            continue
-        # a fixed start with a part in every eigenvector, as random numbers have
-        seed = int64(12345)
-        for at in range(basis, basis + stride, 8):
-            seed = (seed * 1103515245 + 12345) % 2147483648
-            store_double(at, float64(seed) / 2147483648.0 - 0.5)
-        _scaled(basis, basis, 1.0 / np.sqrt(_product_of(basis, basis, wide)), wide)
-        count, reached = int64(0), 0.0
-        for step in range(steps):
-            own, after = basis + step * stride, basis + (step + 1) * stride
-            _times(own, q, after, wide)
-            for other in range(basis, after, stride):
-                _add_multiple(after, other, -_product_of(after, other, wide), wide)
-            norm = np.sqrt(_product_of(after, after, wide))
-            if not norm > 1e-13 * scale:
+    _skew(v, rows, index, b, wide, q)
+    scale = 0.0
+    for at in range(q, q + wide * stride, 8):
+        scale = max(scale, load_double(at))
+    if scale == 0.0:
+        return floor
+    # a fixed start with a part in every eigenvector, as random numbers have
+    seed = int64(12345)
+    for at in range(basis, basis + stride, 8):
+        seed = (seed * 1103515245 + 12345) % 2147483648
+        store_double(at, float64(seed) / 2147483648.0 - 0.5)
+    _scaled(basis, basis, 1.0 / np.sqrt(_product_of(basis, basis, wide)), wide)
+    count, reached = int64(0), 0.0
+    for step in range(steps):
+        own, after = basis + step * stride, basis + (step + 1) * stride
+        _times(own, q, after, wide)
+        for other in range(basis, after, stride):
+            _add_multiple(after, other, -_product_of(after, other, wide), wide)
+        norm = np.sqrt(_product_of(after, after, wide))
+        if not norm > 1e-13 * scale:
+            break
+        store_double(beta + 8 * count, norm)
+        count += 1
+        # all of the basis is rarely needed: further steps find nothing larger once the end of the spectrum is there
+        if count % 16 == 8 and count > 16:
+            top = _top(beta, count, reached)
+            if top <= reached * (1 + 1e-14):
                 break
-            store_double(beta + 8 * count, norm)
-            count += 1
-            # all of the basis is rarely needed: further steps find nothing larger once the end of the spectrum is there
-            if count % 16 == 8 and count > 16:
-                top = _top(beta, count, reached)
-                if top <= reached * (1 + 1e-14):
-                    break
-                reached = top
-            _scaled(after, after, 1.0 / norm, wide)
-        if count > 0:
-            store_double(best, _top(beta, count, load_double(best)))
+            reached = top
+        _scaled(after, after, 1.0 / norm, wide)
+    return _top(beta, count, floor) if count > 0 else floor
+
+
+def largest_angle(v, rows, b, wide, count, steps, bounds, scratch, best):
+    """The largest θ, with ±iθ an eigenvalue of one of ``count`` generators.
+
+    Args:
+        steps: of Lanczos's method, at most, at least 2.
+        bounds: 0, or address of ``count`` float64 of scratch: the generators are looked at in the order of a bound above their θ
+            then, as long as one may be larger.
+        scratch: address of (wide + steps + 3, wide) float64, three times (wide, wide) at least.
+        best: address of the float64 that it is put in.
+    """
+    found = 0.0
+    if bounds != 0:
+        for index in range(count):
+            store_double(bounds + 8 * index, _angle_bound(v, rows, index, b, wide, scratch))
+    for number in range(count):
+        index, bound = number, np.inf
+        if bounds != 0:
+            bound = -1.0
+            for other in range(count):
+                if not load_double(bounds + 8 * other) <= bound:
+                    index, bound = other, load_double(bounds + 8 * other)
+            if bound * (1 + 1e-9) < found:
+                break
+            store_double(bounds + 8 * index, -1.0)
+        found = _angle(v, rows, index, b, wide, steps, scratch, found)
+    store_double(best, found)

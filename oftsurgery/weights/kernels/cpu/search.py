@@ -81,8 +81,8 @@ def place(x, n, absmax, many, squares, values):
     store(squares, power)
 
 
-def searcher(codes: Codes, best_ratios: Any, fits: int) -> Callable[..., None]:
-    """The kernel that finds scales: those of ``best_ratios``, then ``fits`` times the best for the codes at the one before."""
+def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
+    """The kernel that finds scales: the best for the codes at those that ``best_ratios`` leaves."""
     load_levels, fit = codes.load_levels, codes.fit
 
     @part(types.void(int64, int64, int64, int64, codes.levels, int64))
@@ -136,8 +136,7 @@ def searcher(codes: Codes, best_ratios: Any, fits: int) -> Callable[..., None]:
                     error += square * plain
             count_up(sums, NORM, norm)
             count_up(sums, NEAREST, error)
-            for _ in range(fits):
-                fit_many(at, size, here, blocks, levels, work)
+            fit_many(at, size, here, blocks, levels, work)
             put(load(work + OWN_SCALES), scales + 4 * block, blocks, work)
             block += blocks
 
@@ -175,4 +174,4 @@ def _grid_ratios(x, size, here, blocks, table, levels, work):
             store_one(work + OWN_SCALES + 4 * k, load_one(table + RATIOS + 4 * j) * absmax)
 
 
-grid_by_cells, grid_by_ranks = searcher(BY_CELLS, _grid_ratios, 2), searcher(BY_RANKS, _grid_ratios, 2)
+grid_by_cells, grid_by_ranks = searcher(BY_CELLS, _grid_ratios), searcher(BY_RANKS, _grid_ratios)

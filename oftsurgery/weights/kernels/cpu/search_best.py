@@ -282,4 +282,4 @@ def _best_ratios(x, size, here, blocks, table, levels, work):
 
 
 # the best scale for the best one's codes is that one, to the last bits
-best_by_cells, best_by_ranks = searcher(BY_CELLS, _best_ratios, 1), searcher(BY_RANKS, _best_ratios, 1)
+best_by_cells, best_by_ranks = searcher(BY_CELLS, _best_ratios), searcher(BY_RANKS, _best_ratios)

@@ -1,0 +1,27 @@
+"""The command ``warmup``: compile the kernels before the first fold, while an image is built."""
+
+from __future__ import annotations
+
+import argparse
+
+from oftsurgery.errors import needs
+
+from .arguments import AddCommand
+from .printing import wants_words
+
+
+def add_warmup(command: AddCommand) -> None:
+    text = "compile the CPU kernels that the first folds would compile, where no cache holds them yet"
+    command("warmup", text, "--quiet", _warmup)
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    with needs("numba", "pip install numba; without numba folds take a slower path, which needs no warming"):
+        import numba  # noqa: F401
+    from oftsurgery.weights.kernels.cpu import compiled
+
+    count, folder = compiled.warm_up()
+    facts = {"kernels": len(compiled.KERNELS), "compiled": count, "folder": None if folder is None else str(folder)}
+    if wants_words(args, facts):
+        where = "in no cache: no folder can be written to" if folder is None else f"in {folder}"
+        print(f"{len(compiled.KERNELS)} kernels, {count} of them compiled now, {where}")
