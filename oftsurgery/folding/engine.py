@@ -52,7 +52,6 @@ class Operation:
         undo: takes what changes, for an undo record; or None.
         already: ``{tensor name: content hash before, or None}`` of those that held the adapters' own values before: the
             fold changes nothing in them.
-        modules: ``{path: record}`` of what was rotated.
         saved: ``{tensor name: content hash before, or None}`` of what was replaced.
         brought: names of weights that take an adapter's own values, and are rotated after that.
     """
@@ -64,10 +63,19 @@ class Operation:
     already: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.modules: dict[str, ModuleRecord] = {}
+        self._records: dict[str, Callable[[], ModuleRecord]] = {}
+        self._modules: dict[str, ModuleRecord] = {}
         self.saved = dict(self.already)
         rotated = {r.name for r in self.plan.rotate}
         self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
+
+    @property
+    def modules(self) -> dict[str, ModuleRecord]:
+        """``{path: record}`` of what was rotated."""
+        while self._records:
+            path = next(iter(self._records))
+            self._modules[path] = self._records.pop(path)()
+        return self._modules
 
     def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
         """A tensor took an adapter's own values."""
@@ -98,7 +106,7 @@ class Operation:
             inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
             folded = fold_calibrated(before, change.chain, into, inputs)
         new = folded.encoded
-        self.modules[change.path] = end(folded)
+        self._records[change.path] = end(folded)
         if self.undo is not None:
             same = None if change.name in self.brought else self.plan.partner(change.name)
             if same is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +37,9 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     """
     instead = instead or {}
     memo: dict[int, Any] = {}
+    copied = list(_modules_of_copy(model, instead, set()))
     try:
-        for module in model.modules():
+        for module in copied:
             memo.update(_shared_by(module, memo))
         for wrapper, inside in instead.items():
             memo[wrapper] = copy.deepcopy(inside, memo)
@@ -47,16 +48,25 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
         message = f"the model holds something that cannot be copied ({error})"
         remedy = "fold with inplace=True, which copies no module but one that stands in two places; or take off what holds it"
         raise StateError(message, remedy=remedy) from error
-    for old in model.modules():
-        new = memo.get(id(old))
-        if new is None:  # in a wrapper that has another module in its place
-            continue
+    for old in copied:
+        new = memo[id(old)]
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
             weight.module = new
         if old._compiled_call_impl is not None:
             _compile_like(old, new)
     return shared
+
+
+def _modules_of_copy(module: nn.Module, instead: Mapping[int, nn.Module], seen: set[int]) -> Iterator[nn.Module]:
+    """The modules that a copy has copies of, each once."""
+    module = instead.get(id(module), module)
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield module
+        for child in module._modules.values():
+            if child is not None:
+                yield from _modules_of_copy(child, instead, seen)
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:

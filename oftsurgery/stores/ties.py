@@ -54,7 +54,8 @@ class Ties:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The module behind ``torch.compile``'s wrapper, or ``model`` itself."""
-    return getattr(model, "_orig_mod", model)
+    inner = model._modules.get("_orig_mod")  # getattr would ask all that other wrappers hold
+    return model if inner is None else inner
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -25,27 +25,32 @@ W = TypeVar("W", Tensor, EncodedWeight)
 
 def begin_record(
     encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
-) -> Callable[[FoldedWeight], ModuleRecord]:
+) -> Callable[[FoldedWeight], Callable[[], ModuleRecord]]:
     """Begin the record of a fold of ``encoded`` before it, with what is known by then: another thread looks into that
-    meanwhile. The function returned ends it.
+    meanwhile. The function returned takes the folded weight, and another thread looks into that too, until the function that
+    comes back is asked for the record.
     """
     known = kernels.start(lambda: (encoded.fingerprint, [kernels.measure(r) for r in chain]))
 
-    def end(folded: FoldedWeight) -> ModuleRecord:
-        after = folded.encoded.fingerprint
+    def end(folded: FoldedWeight) -> Callable[[], ModuleRecord]:
+        after = kernels.start(lambda: folded.encoded.fingerprint)
         before, measures = known()
         figures: dict[str, Any] = {f.name: getattr(folded, f.name) for f in fields(folded) if f.name != "encoded"}
-        return ModuleRecord(
-            format=folded.encoded.format.label,
-            side="+".join(dict.fromkeys(r.side for r in chain)),
-            block_size=tuple(r.block_size for r in chain),
-            defect=max(defect for defect, _ in measures),
-            angle=max(angle for _, angle in measures),
-            before=before,
-            after=after,
-            untied=untied,
-            **figures,
-        )
+
+        def record() -> ModuleRecord:
+            return ModuleRecord(
+                format=folded.encoded.format.label,
+                side="+".join(dict.fromkeys(r.side for r in chain)),
+                block_size=tuple(r.block_size for r in chain),
+                defect=max(defect for defect, _ in measures),
+                angle=max(angle for _, angle in measures),
+                before=before,
+                after=after(),
+                untied=untied,
+                **figures,
+            )
+
+        return record
 
     return end
 

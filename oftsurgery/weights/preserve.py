@@ -97,14 +97,15 @@ class Scales:
         return order[at].to(torch.uint8), ordered[at] * factor + offset
 
 
-def scales_of(encoded: EncodedWeight, into: WeightFormat) -> Scales:
-    """The :class:`Scales` of a quantised weight that is to be stored as ``into``.
+def scales_of(encoded: EncodedWeight, into: WeightFormat, values: Tensor | None = None) -> Scales:
+    """The :class:`Scales` of a quantised weight that is to be stored as ``into``; ``values`` where they are known already.
 
     Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
     quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
     """
-    restated = into.kind.change_storage(encoded, into)
-    t, values = restated.tensors, restated.scales
+    same = encoded.format.nested_blocksize == into.nested_blocksize
+    restated = encoded if same else into.kind.change_storage(encoded, into)
+    t, values = restated.tensors, restated.scales if values is None or not same else values
     if not into.nested_blocksize:
         return Scales(values, None, {}, 0)
     nested = {name: t[name] for name in ("nested_quant_map", "nested_absmax", "nested_offset")}

@@ -197,7 +197,10 @@ def measure(rotation: Rotation) -> tuple[float, float]:
     # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue
     # matters
     power, weight = series
-    values = np.polynomial.polynomial.polyval(1j * np.linspace(0, theta, 129), [1.0, *[2.0] * (power - 1), weight])
+    x = 1j * np.linspace(0, theta, 129)
+    values = np.full_like(x, weight)
+    for coefficient in (*[2.0] * (power - 1), 1.0):
+        values = values * x + coefficient
     defects, angles = np.abs(np.abs(values) ** 2 - 1), np.abs(np.angle(values))
     if theta < 1 and defects.max() <= defects[-1] and angles.max() <= angles[-1]:
         return float(defects[-1]), float(angles[-1])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,21 +118,46 @@ def fold(
     if old is None or new is None or b % layout.LANES or b > _MAX_BLOCK or f.shape[1] % b or 0 in f.shape:
         return None
     tiles = _tiles((f.shape[0], f.shape[1]), b, old, new)
-    source = f.kind.kernel_operands(encoded)
+    source = f.kind.kernel_operands(_plainly_scaled(encoded))
     if tiles is None or source is None:
         return None
     factors = None if scale is None else scale.to(torch.float32).contiguous()
     return _Fold(encoded, into, old, new, tiles, *source, matrices.contiguous(), factors).run(rounding)
 
 
+def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
+    """The weight without double quantisation. By a kernel: torch would have its threads wait for more, on processors that
+    are needed.
+    """
+    f = encoded.format
+    if not f.nested_blocksize:
+        return encoded
+    names = ("weight", "absmax", "nested_quant_map", "nested_absmax", "nested_offset")
+    weight, *parts = encoded.require(*names)
+    blocks = -(-math.prod(f.shape) // f.blocksize)
+    sizes = (blocks, 256, -(-blocks // f.nested_blocksize), 1)
+    if parts[0].dtype != torch.uint8 or any(t.numel() != n for t, n in zip(parts, sizes, strict=True)):
+        return encoded  # which is refused
+    codes, *numbers = (t.detach().contiguous() for t in parts)
+    numbers = [t.to(torch.float32) for t in numbers]
+    scales = torch.empty(blocks, dtype=torch.float32, device=_CPU)
+    read, head = kernel("read_scales"), [_word(t) for t in (codes, *numbers, f.nested_blocksize)]
+    each = max(_SCALES, -(-blocks // 8))
+
+    def task(i: int) -> None:
+        read(*head, i * each, min(i * each + each, blocks), _word(scales))
+
+    run(task, -(-blocks // each))
+    others = {name: t for name, t in encoded.tensors.items() if name == "quant_map"}
+    return EncodedWeight(replace(f, nested_blocksize=0), {"weight": weight, "absmax": scales, **others})
+
+
 _DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
-_Job = dict[int, int]
 _Stored = tuple[dict[str, Tensor], blockwise.Sums]
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """What a pass has summed up, see :mod:`.cpu.layout`."""
+class _Sums(NamedTuple):
+    """What a pass has summed up, see :mod:`.cpu.layout`; ``top`` is nothing."""
 
     norm: float
     error: float
@@ -160,28 +185,36 @@ class _Fold(blockwise.Fold):
         into, tiles, b = self.into, self.tiles, self.matrices.shape[-1]
         rows, features = into.shape
         self.by = tables.suffix(into.codec)
-        self.common: _Job = {
-            layout.DECODE: kernel(_DECODERS.get(self.old.kind, "decode_dense")).address,
-            layout.KIND: self.old.kind,
-            layout.CODES: self.weight.data_ptr(),
-            layout.SCALES: self.scales.data_ptr(),
-            layout.BLOCKSIZE: self.old.blocksize,
-            layout.LEVELS: blockwise.tables(self.encoded.format.codec, _CPU)[0].data_ptr(),
-            layout.NEW_KIND: self.new.kind,
-            layout.NEW_BLOCKSIZE: self.new.blocksize,
-            layout.NEW_LEVELS: tables.levels(into.codec).ctypes.data,
-            layout.MATRICES: self.matrices.data_ptr(),
-            layout.BLOCK: b,
-            layout.STEP: 0 if self.matrices.shape[0] == 1 else 4 * b * b,
-            layout.FACTORS: 0 if self.factors is None else self.factors.data_ptr(),
-            layout.OUT: rows,
-            layout.FEATURES: features,
-            layout.GROUP: tiles.group,
-            layout.FLAT: self.old.flat,
-            layout.NEW_FLAT: self.new.flat,
-            layout.X_STRIDE: tiles.x_stride,
-            layout.Y_STRIDE: tiles.y_stride,
-        }
+        self.common = np.zeros(layout.JOB // 8, np.int64)
+        self._fill(
+            self.common,
+            decode=kernel(_DECODERS.get(self.old.kind, "decode_dense")).address,
+            kind=self.old.kind,
+            codes=self.weight,
+            scales=self.scales,
+            blocksize=self.old.blocksize,
+            levels=blockwise.tables(self.encoded.format.codec, _CPU)[0],
+            new_kind=self.new.kind,
+            new_blocksize=self.new.blocksize,
+            new_levels=tables.levels(into.codec),
+            matrices=self.matrices,
+            block=b,
+            step=0 if self.matrices.shape[0] == 1 else 4 * b * b,
+            factors=self.factors,
+            out=rows,
+            features=features,
+            group=tiles.group,
+            flat=self.old.flat,
+            new_flat=self.new.flat,
+            x_stride=tiles.x_stride,
+            y_stride=tiles.y_stride,
+        )
+
+    @staticmethod
+    def _fill(job: np.ndarray, **values: Any) -> None:
+        """Put tensors and numbers into a job, by the names of their places in :mod:`.cpu.layout`, in lower case."""
+        for name, value in values.items():
+            job[getattr(layout, name.upper()) // 8] = _word(value)
 
     def _pass(
         self, places: Sequence[tuple[int, int, int]], result: Sequence[int], encode: str, then: str = "", **more: Any
@@ -191,17 +224,13 @@ class _Fold(blockwise.Fold):
         Args:
             result: an address for each place.
             encode, then: names of kernels.
-            more: tensors or numbers of the job by their names in :mod:`.cpu.layout`, in lower case.
+            more: of the job, see :meth:`_fill`.
         """
-        job = np.zeros(layout.JOB // 8, np.int64)
-        own = {getattr(layout, name.upper()): _word(value) for name, value in more.items()}
-        own[layout.ENCODE], own[layout.THEN] = kernel(encode).address, kernel(then).address if then else 0
-        for place, value in {**self.common, **own}.items():
-            job[place // 8] = value
-        tile, address = kernel("tile"), job.ctypes.data
+        job = self.common.copy()
+        self._fill(job, encode=kernel(encode).address, then=kernel(then).address if then else 0, **more)
         sums = np.zeros((len(places), 2, layout.SUMS // 128, layout.LANES))
-        at = sums.ctypes.data
         features, step, scratch = self.into.shape[1], self.tiles.column_step, self.tiles.scratch + layout.WORK + 192
+        tile, address, at = kernel("tile"), _word(job), _word(sums)
 
         def task(i: int) -> None:
             row, end, column = places[i]
@@ -210,9 +239,9 @@ class _Fold(blockwise.Fold):
 
         run(task, len(places))
         totals = sums.sum((0, 3))
-        totals[:, layout.TOP // 128] = sums[:, :, layout.TOP // 128].max((0, 2), initial=0)
-        self.finite = self.finite and bool(totals[:, layout.TOP // 128].max() < layout.NOT_FINITE)
-        last, first = (_Sums(*map(float, each)) for each in totals)
+        tops = sums[:, :, layout.TOP // 128, 0]
+        self.finite = self.finite and bool(tops.max() < layout.NOT_FINITE)
+        last, first = (_Sums(*each) for each in totals.tolist())
         return last, first
 
     def _places(self, begin: int, end: int) -> list[tuple[int, int, int]]:
@@ -278,7 +307,7 @@ class _Fold(blockwise.Fold):
 
     def keep(self) -> blockwise.FoldedWeight | None:
         into = self.into
-        own = preserve.scales_of(self.encoded, into)
+        own = preserve.scales_of(self.encoded, into, None if self.new.kind == layout.INT8 else self.scales)
         kept = _kept(own, into)
         steps = self._steps(kept)
         if steps is None:
@@ -321,7 +350,7 @@ class _Fold(blockwise.Fold):
         project = kernel("project_int8" if self.new.kind == layout.INT8 else f"project_{self.by}")
         each = max(1, _SAMPLE_CHUNK // size)
         parts = -(-len(weights) // each)
-        first, levels = [at, plane, _word(weights), len(weights), each], self.common[layout.NEW_LEVELS]
+        first, levels = [at, plane, _word(weights), len(weights), each], _word(tables.levels(into.codec))
 
         def kept_at(steps: Sequence[int]) -> list[float]:
             omegas = np.array([preserve.relaxation_of(k) for k in steps], np.float32)
@@ -364,7 +393,8 @@ def quantise_scales(
     factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
     sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
     first = [_word(x) for x in (table, scales, count, size)]
-    then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
+    given = torch.empty_like(scales) if seen is None else seen
+    then = [_word(x) for x in (codes, factors, given, moments, 4 * count)]
     quantise, at = kernel("quantise_scales"), sums.ctypes.data
 
     def task(i: int) -> None:
@@ -388,14 +418,14 @@ def _word(value: Any) -> int:
     """A number, or the address of a tensor or an array."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return int(value.ctypes.data) if isinstance(value, np.ndarray) else int(value or 0)
+    return value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else int(value or 0)  # type: ignore[no-any-return]
 
 
 def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
     """What a job has of the base's own scales."""
     values = own.values.contiguous()
     square, clip = preserve.limits(into)
-    largest = float(values.abs().max()) or 1.0
+    largest = max(float(values.numpy().max()), -float(values.numpy().min())) or 1.0
     offset = float(own.nested.get("nested_offset", 0.0))
     numbers = np.array([0, square, clip, offset, preserve.MISFIT, largest], np.float32)
     if own.codes is None:
@@ -409,7 +439,7 @@ def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
         "held_codes": order.astype(np.float32),
         "held_factors": own.nested["nested_absmax"].reshape(-1).to(torch.float32).contiguous(),
         "held_size": own.size,
-        "held_out": own.codes.detach().clone(),
+        "held_out": torch.from_numpy(own.codes.detach().numpy().copy()),
     }
 
 

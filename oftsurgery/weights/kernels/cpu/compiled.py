@@ -46,6 +46,7 @@ KERNELS = {
     "project_by_ranks": "keep",
     "project_int8": "keep",
     "quantise_scales": "nested",
+    "read_scales": "nested",
     "rotation_blocks": "rotations",
     "largest_angle": "rotations",
 }
