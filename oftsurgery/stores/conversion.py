@@ -7,7 +7,7 @@ checkpoint's names are resolved: what does not come back as it was there is no u
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +105,15 @@ def _tried(
         return {}
 
 
+#: where transformers notes the conversions of the last files that it loaded into a model
+CONVERSIONS = "_weight_conversions"
+
+
+def of_adapter(conversions: Sequence[Any] | None) -> bool:
+    """Whether the files were an adapter's: then the conversions say nothing of the model's own tensors."""
+    return any(source.startswith("base_model.model.") for c in conversions or () for source in c.source_patterns)
+
+
 class Saving:
     """What transformers calls a live model's tensors in files, and what it makes of them there."""
 
@@ -119,8 +128,8 @@ class Saving:
             from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
         except ImportError:
             return
-        found = getattr(model, "_weight_conversions", None)
-        if found is None:
+        found = getattr(model, CONVERSIONS, None)
+        if found is None or of_adapter(found):
             known = get_model_conversion_mapping(model, add_legacy=False)
             found = [t for t in known if not isinstance(t, PrefixChange)]
         # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing

@@ -13,9 +13,10 @@ from oftsurgery.records.record import FoldRecord
 
 from .idle import is_idle
 from .layers import Layer
+from .modules import inner_model, modules_of, shells_of, tensors_in
 from .naming import find_names, names_in_model
 from .store import LayerInfo
-from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 _ATTRIBUTE = "oftsurgery"
 
@@ -28,10 +29,11 @@ def record_of(model: nn.Module) -> FoldRecord | None:
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
     """Note what is folded into the model."""
-    if record is None:
-        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
-    else:
-        inner_model(model).__dict__[_ATTRIBUTE] = record
+    for shell in shells_of(model):  # a DataParallel gives none of its model's attributes
+        if record is None:
+            shell.__dict__.pop(_ATTRIBUTE, None)
+        else:
+            shell.__dict__[_ATTRIBUTE] = record
 
 
 class LiveStore:

@@ -20,8 +20,9 @@ from oftsurgery.errors import MatchError, MissingDependencyError, StateError, pr
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
+from .modules import modules_of, tensors_in
 from .skeleton import skeleton
-from .ties import Ties, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
