@@ -13,8 +13,8 @@ from oftsurgery.records.record import FoldRecord
 
 from .idle import is_idle
 from .layers import Layer
+from .layouts import find_names, layouts_of, names_in_model
 from .modules import inner_model, modules_of, shells_of, tensors_in
-from .naming import find_names, names_in_model
 from .store import LayerInfo
 from .ties import Ties, ties_of
 
@@ -79,7 +79,7 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+        return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)

@@ -21,6 +21,8 @@ _AROUND: Mapping[str, str] = MappingProxyType(
         "FullyShardedDataParallel": "_fsdp_wrapped_module",
     }
 )
+#: those of them that replicate it
+_REPLICATE = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
@@ -51,6 +53,13 @@ def shells_of(model: nn.Module) -> list[nn.Module]:
     while (held := _inside(found[-1])) is not None:
         found.append(held)
     return found
+
+
+def without_replicas(model: nn.Module) -> nn.Module:
+    """The model behind what computes it on several devices or processes, which cannot be copied by one of them alone."""
+    shells = shells_of(model)
+    last = max((i for i, shell in enumerate(shells) if type(shell).__name__ in _REPLICATE), default=-1)
+    return shells[last + 1]
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
