@@ -184,7 +184,7 @@ class FolderStore:
             return unit.model[self.architecture.tied.get(name, name)]
         return self.source.entries[self.holder(name)].shape
 
-    # --- what they hold ---
+    # --- formats and values ---
 
     def stored(self, name: str) -> WeightFormat:
         """A weight's stored format, in the canonical shape. Only a 4-bit state's JSON is read."""

@@ -35,7 +35,7 @@ class Layer:
     path: str
     module: nn.Module
 
-    # --- what it is ---
+    # --- kind and format ---
 
     @property
     def kind(self) -> Kind:

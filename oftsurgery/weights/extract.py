@@ -345,7 +345,7 @@ def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
         gain = 1 - (least / pooled[1]) ** 2
         raise ExtractionError(
             f"no block size can be told: rotations of the input features explain {gain:.1%} of the difference on rows that they "
-            "were not fitted to, so the difference is no such rotation (a LoRA or full fine-tune), or the rotation is too small "
+            "were not fitted to, so the difference is not such a rotation (a LoRA or full fine-tune), or the rotation is too small "
             "against the rounding of the stored weights",
             remedy="give block_size=… for the best rotation of that size and its quality, or give less coarsely stored weights",
         )
