@@ -165,7 +165,8 @@ class Format:
 
     def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         """What a prediction is made from: the same before and after bitsandbytes repacks a weight for the CPU."""
-        return {"weight": encoded.tensors["weight"]}
+        codes = {"weight": encoded.tensors["weight"]}
+        return codes | {self.scales_name: encoded.tensors[self.scales_name].reshape(-1)} if self.quantised else codes
 
     def unpack_codes(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
         """One code a weight, ``(n,)``; ``facts`` is given what it takes to have the bytes back."""
