@@ -34,15 +34,20 @@ if TYPE_CHECKING:
 class OFTAdapter:
     """An OFT adapter of any dialect, immutable.
 
+    >>> adapter = oftsurgery.load_adapter("ADAPTER")
+    >>> half = adapter.scaled(0.5)                               # half of each angle
+    >>> nothing = adapter.compose(adapter.inverse())             # the identity
+    >>> errors = half.save("HALF")                               # as peft's current release loads it
+
     Attributes:
         modules: ``{module path as the base model names it: Rotation}``.
         saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings,
             which replace the model's own.
         dialect: a key of :data:`~oftsurgery.adapters.dialects.DIALECTS`.
         config: the adapter's ``adapter_config.json``, as read.
-        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters, wherever they
-            came from.
-        source: folder, repository or live model it came from.
+        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters from different
+            places.
+        source: folder, repository or live model that the adapter came from.
         sha256: of the tensors' file, where there is one.
     """
 
@@ -154,10 +159,16 @@ class OFTAdapter:
 def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     """The weighted mean of adapters' rotations: ``exp(Σ wᵢ log Rᵢ)`` for each module.
 
-    The log-Euclidean mean: taken in the Lie algebra, it does not depend on the order, and is again a rotation.
-    ``blend([(a, w)])`` is ``a.scaled(w)``; for rotations that commute it is their composition. Weights need not sum
+    >>> a, b = oftsurgery.load_adapter("ADAPTER"), oftsurgery.load_adapter("ADAPTER").scaled(0.2)
+    >>> mean = oftsurgery.blend([(a, 0.5), (b, 0.5)])
+    >>> path = "model.layers.0.self_attn.q_proj"
+    >>> torch.allclose(mean.modules[path].blocks, a.scaled(0.6).modules[path].blocks, atol=1e-6)
+    True
+
+    The mean is log-Euclidean: it is taken in the Lie algebra, does not depend on the order, and is again a rotation.
+    ``blend([(a, w)])`` is ``a.scaled(w)``; the blend of commuting rotations is their composition. Weights need not sum
     to 1: ``[(a, 1), (b, 1)]`` adds two tasks, ``[(a, 0.5), (b, 0.5)]`` averages them. An adapter that lacks a module
-    counts there as the identity.
+    counts as the identity there.
 
     Args:
         parts: ``(adapter, weight)``, at least one.

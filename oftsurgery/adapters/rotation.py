@@ -15,12 +15,15 @@ from oftsurgery.errors import AdapterError, NonFiniteError, ShapeError
 
 @dataclass(frozen=True)
 class Cayley:
-    """Which map takes the generator ``Q`` to ``R``.
+    """The map that takes the generator ``Q`` to ``R``.
+
+    >>> oftsurgery.Cayley().exact, oftsurgery.Cayley(terms=5).exact
+    (True, False)
 
     Attributes:
         terms: None for the exact map ``(I-Q)(I+Q)⁻¹``, else the number of terms of the truncated Neumann series (of the
             inverse: mind the sign).
-        since_0_18: the series of peft ≥ 0.18 rather than that of 0.16 and 0.17.
+        since_0_18: the series of peft ≥ 0.18 rather than the series of 0.16 and 0.17.
     """
 
     terms: int | None = None
@@ -41,16 +44,20 @@ class Cayley:
 class Rotation:
     """One module's rotation.
 
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # one block, 2 × 2: a quarter turn
+    >>> quarter.blocks.tolist(), round(quarter.angle, 4)
+    ([[[0.0, 1.0], [-1.0, 0.0]]], 1.5708)
+
     Attributes:
         generator: ``(n, b(b-1)/2)``, the upper triangles of the skew-symmetric generators, COFT's clamp applied.
         cayley: the map from generator to rotation.
-        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; see :mod:`oftsurgery.rotations` for what each
+        side: ``"input"``, ``"output"`` (peft ≤ 0.13) or ``"embedding"``; :mod:`oftsurgery.rotations` says what each side
             folds to.
         scale: ``(out,)``, the ``oft_s`` of peft 0.14 and 0.15, which multiplies the outputs before the bias; or None.
-        shared: whether a single row serves all blocks (peft's ``block_share``); if not, its one block must cover the
-            features alone.
+        shared: whether a single row serves all blocks (peft's ``block_share``); if not, the one block of a single row must
+            cover the features alone.
         whole: on the output side, whether a last block that reaches beyond the outputs is refused. peft ≤ 0.13 crops
-            it, to something that is no rotation, and of which no product or power is a cropped block again.
+            such a block; a cropped block is not a rotation, and its products and powers are not cropped blocks.
     """
 
     generator: Tensor

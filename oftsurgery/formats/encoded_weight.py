@@ -33,11 +33,14 @@ def _formats() -> dict[str, Format]:
 class WeightFormat:
     """How one weight is stored.
 
+    >>> oftsurgery.WeightFormat("nf4", (4096, 4096), torch.bfloat16, blocksize=64, nested_blocksize=256).label
+    'nf4 (double quantisation)'
+
     Attributes:
         codec: key of :data:`~oftsurgery.formats.all_formats.FORMATS`: ``"dense"``, ``"nf4"``, ``"fp4"``, ``"int8"``.
         shape: logical shape, ``(out, in)`` for a linear.
-        dtype: of the stored values (dense), or that bitsandbytes dequantises to (``quant_state.dtype``; float16 for
-            int8).
+        dtype: of the stored values (dense), or of the values that bitsandbytes dequantises to (``quant_state.dtype``;
+            float16 for int8).
         blocksize: weights a 4-bit block; 0 elsewhere.
         nested_blocksize: absmax values a block of the double quantisation; 0 where there is none.
         storage: dtype in which the packed 4-bit bytes are held (``quant_storage``; FSDP wants a float one).
@@ -88,6 +91,11 @@ class WeightFormat:
 @dataclass(frozen=True, eq=False)
 class EncodedWeight:
     """A weight as stored: its format and its tensors under their local names.
+
+    >>> stored = oftsurgery.EncodedWeight(oftsurgery.WeightFormat("dense", (1, 2)), {"weight": torch.tensor([[3.0, 4.0]])})
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))
+    >>> oftsurgery.fold_weight(stored, quarter).tensors["weight"]
+    tensor([[ 4., -3.]])
 
     ======  =====================================================================================================================================
     codec   tensors

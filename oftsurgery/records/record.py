@@ -140,11 +140,15 @@ def plain(value: Any) -> Any:
 class AdapterInfo(_Stored):
     """An adapter that was folded.
 
+    >>> info = oftsurgery.fold(model, "ADAPTER").oftsurgery.adapters[0]
+    >>> info.dialect, info.source
+    ('peft-0.21', 'ADAPTER')
+
     Attributes:
         source: folder, repository or live adapter name.
         dialect: see :data:`oftsurgery.adapters.dialects.DIALECTS`.
-        fingerprint: ``xxh3:…`` of all that it computes.
-        sha256: of its file of tensors, where it came from a file.
+        fingerprint: ``xxh3:…`` of all that the adapter computes.
+        sha256: of its file of tensors, where the adapter came from a file.
         base_model: the base that its config names.
         peft_version: the release that its config names.
         extra: fields of a newer version.
@@ -179,30 +183,34 @@ def _named(value: object) -> str | None:
 class ModuleRecord(_Stored):
     """One module's fold.
 
+    >>> module = oftsurgery.fold(model, "ADAPTER").oftsurgery.modules["model.layers.0.self_attn.q_proj"]
+    >>> module.format, module.block_size, module.error < 0.15, module.kept > 0.9
+    ('nf4 (double quantisation)', (16,), True, True)
+
     Attributes:
         format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
             ``"bfloat16"`` …
-        side: of the weight that the rotation is on.
+        side: the side of the weight that the rotation is on.
         block_size: of each rotation of the chain.
         error: relative Frobenius error of storing the rotated weight, ``‖stored - exact‖ / ‖exact‖``.
         defect: largest ``‖RᵀR - I‖₂`` of the chain's rotations.
         angle: largest rotation angle of the chain's rotations, radians.
         before: content hash of the stored weight before the fold.
-        after: and after it.
-        untied: the weight was shared with another module, and is no more.
-        backend: what computed the fold, a key of :func:`oftsurgery.backends`.
+        after: content hash of the stored weight after the fold.
+        untied: whether the weight was shared with another module before the fold.
+        backend: the backend that computed the fold, a key of :func:`oftsurgery.backends`.
         rounding: how this weight was rounded; ``"nearest"`` where the mode that was asked for has no part in its format.
         nearest: what ``error`` would have been with plain rounding; None where it was not measured.
-        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside what the adapter changed; None where that is
-            nothing, or it was not measured.
-        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of what the adapter changed is there: 1 all of
-            it, 0 nothing; None where that is nothing, or it was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside the adapter's change; None where the adapter
+            changes nothing, or where it was not measured.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the adapter's change is there: 1 all of
+            it, 0 nothing; None where the adapter changes nothing, or where it was not measured.
         change: ``‖exact - base‖``, Frobenius; None where it was not measured.
-        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before it was rounded; 1 elsewhere.
-        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
+        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before rounding; 1 elsewhere.
+        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without inputs.
         output_nearest: what ``output_error`` would have been with plain rounding.
-        output_kept: what ``kept`` is of the layer's outputs over those inputs, ``X`` times the change, where the weight is
-            calibrated: codes that make up for each other's errors keep the outputs' change, not the weight's own.
+        output_kept: ``kept`` of the layer's outputs over those inputs, where the weight is calibrated: codes that make up
+            for each other's errors keep the change of the outputs, not the change of the weight.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """
@@ -237,14 +245,19 @@ class ModuleRecord(_Stored):
 
 @dataclass(frozen=True)
 class FoldRecord(_Stored):
-    """What was folded into what, and what it cost.
+    """What was folded into what, and what the fold cost.
+
+    >>> record = oftsurgery.fold(model, "ADAPTER").oftsurgery
+    >>> len(record.modules), record.kept > 0.9, record.weak
+    (4, True, {})
+    >>> text = record.to_json()                                  # the contents of oftsurgery.json
 
     Attributes:
         adapters: in the live order.
         modules: ``{module path: ModuleRecord}``.
-        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save``
-            replaced; None for a bias that was trained in place, whose original nobody has.
-        rounding: how quantised weights were to be rounded; each module's record says how it was.
+        saved: ``{tensor name: content hash before}`` of the tensors that the adapters' trained biases and
+            ``modules_to_save`` replaced; None for a bias that was trained in place, whose original nobody has.
+        rounding: how quantised weights were to be rounded; each module's record says how its weight was rounded.
         base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
             (``fold_into``); empty in memory.
         versions: of the libraries that took part.

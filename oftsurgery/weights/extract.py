@@ -55,16 +55,23 @@ _PLAIN, _REFINED = 2.0, 2.0**1.25
 class ExtractedRotation:
     """A rotation out of one pair of weights.
 
+    >>> turn = oftsurgery.Rotation(generator=torch.tensor([[0.1], [0.2]]))
+    >>> base = torch.randn(64, 4, dtype=torch.float64)
+    >>> found = oftsurgery.extract_rotation(base, oftsurgery.fold_weight(base, turn))
+    >>> found.change > 0.1, found.residual < 1e-6, found.bounded
+    (True, True, False)
+
     Attributes:
         rotation: with the exact Cayley map.
-        change: ``‖W' - W‖ / ‖W'‖`` (Frobenius), what there is to explain.
+        change: ``‖W' - W‖ / ‖W'‖`` (Frobenius), the difference that is to be explained.
         residual: ``‖W' - W Rᵀ‖ / ‖W'‖``, what the rotation leaves.
-        rounding: what storing ``W Rᵀ`` as ``W'`` is stored costs by itself.
+        rounding: the relative error of storing ``W Rᵀ`` in the format of ``W'``.
         explained: the fraction of the squared change, the rounding aside, that the rotation explains on rows that it was
             not fitted to: 1 for a rotation, about 0 for anything else.
         error: estimated relative error of the generator, ``‖Q - Q_true‖ / ‖Q_true‖`` (Frobenius, all blocks).
-        angle_error: by how much directions are turned wrongly, radians, estimated root mean square.
-        bounded: a block turns by more than the largest generator allows (‖Q‖₂ = 100, 3.12 rad) and is given that instead.
+        angle_error: estimated root mean square of the error of directions, radians.
+        bounded: whether a block turns by more than the largest generator allows (‖Q‖₂ = 100, 3.12 rad) and is given that
+            largest turn.
     """
 
     rotation: Rotation
@@ -92,23 +99,25 @@ def extract_rotation(
 ) -> ExtractedRotation:
     """The rotation that takes one weight to another: the mirror of :func:`~oftsurgery.fold_weight`.
 
-    Args:
-        base: ``(out, in)``, a plain tensor or of any codec.
-        merged: of the same shape, in any format.
-        block_size: of the rotation; None to detect it.
-        embedding: the weights are ``(tokens, features)``, and the result rotates an embedding's features.
-
-    Raises:
-        ShapeError: shapes that differ, or a block size that does not divide the input features.
-        ExtractionError: the block size cannot be told.
-        NonFiniteError: NaN or infinity in a weight.
-
-    >>> import torch, oftsurgery
     >>> turn = oftsurgery.Rotation(generator=torch.tensor([[0.1], [0.2]]))
     >>> base = torch.randn(64, 4, dtype=torch.float64)
     >>> found = oftsurgery.extract_rotation(base, oftsurgery.fold_weight(base, turn))
     >>> found.rotation.generator.round(decimals=6).tolist(), found.explained > 0.999
     ([[0.1], [0.2]], True)
+
+    Args:
+        base: ``(out, in)``, a plain tensor or an :class:`~oftsurgery.EncodedWeight` of any codec.
+        merged: of the same shape, in any format.
+        block_size: of the rotation; None to detect it.
+        embedding: the weights are ``(tokens, features)``, and the result rotates an embedding's features.
+
+    Returns:
+        an :class:`~oftsurgery.ExtractedRotation`: the rotation, and how well it explains the difference.
+
+    Raises:
+        ShapeError: the shapes differ, or the block size does not divide the input features.
+        ExtractionError: the weights do not tell the block size.
+        NonFiniteError: NaN or infinity in a weight.
     """
     before, after = (w if isinstance(w, EncodedWeight) else codecs.dense(w) for w in (base, merged))
     if block_size is None:

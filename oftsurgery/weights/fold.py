@@ -53,6 +53,10 @@ def begin_record(
 def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # R = [[0, 1], [-1, 0]]: a quarter turn
+    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
+    [[4.0, -3.0]]
+
     Args:
         weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
         rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
@@ -67,11 +71,6 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
         ShapeError: the rotation does not fit.
         MatchError: the chain mixes an ``oft_s`` with a rotation on the output side.
         NonFiniteError: NaN or infinity in the weight or the result.
-
-    >>> import torch, oftsurgery
-    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))   # Q = [[0, -1], [1, 0]]: a quarter turn
-    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
-    [[4.0, -3.0]]
     """
     return _apply(weight, rotation, rounding, inverse=False)
 
@@ -79,7 +78,11 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
 def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
-    Same arguments, result and errors as :func:`fold_weight`.
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))
+    >>> oftsurgery.unfold_weight(torch.tensor([[4.0, -3.0]]), quarter).tolist()
+    [[3.0, 4.0]]
+
+    Arguments, result and errors are those of :func:`fold_weight`.
     """
     return _apply(weight, rotation, rounding, inverse=True)
 

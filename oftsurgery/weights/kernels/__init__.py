@@ -51,13 +51,13 @@ _broken: dict[str, str] = {}
 
 
 def backends() -> dict[str, str]:
-    """``{name: "ready", or why it does not serve}`` of all backends, the fastest first; ``"forced"`` where
-    ``OFTSURGERY_BACKEND`` or
-    :func:`use_backend` names it.
+    """``{name: state}`` of all backends, the fastest first.
 
-    >>> import oftsurgery
     >>> oftsurgery.backends()["reference"]
     'ready'
+
+    The state is ``"ready"``, the reason why the backend does not serve here, or ``"forced"`` where ``OFTSURGERY_BACKEND``
+    or :func:`use_backend` names the backend.
     """
     state = {name: _problem(name) or "ready" for name in _NAMES}
     name = _choice()
@@ -66,11 +66,15 @@ def backends() -> dict[str, str]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend (or ``"auto"``) for the body, as ``OFTSURGERY_BACKEND`` does for a process.
+    """Force a backend (or ``"auto"``) for the body of a ``with``, as ``OFTSURGERY_BACKEND`` does for a process.
+
+    >>> with oftsurgery.use_backend("reference"):
+    ...     oftsurgery.backends()["reference"]
+    'forced'
 
     Raises:
-        StateError: no such backend.
-        MissingDependencyError: it cannot serve here.
+        StateError: there is no backend of that name.
+        MissingDependencyError: the backend cannot serve here.
     """
     token = _forced.set(name)
     try:
