@@ -105,12 +105,12 @@ def _tried(
         return {}
 
 
-#: where transformers notes the conversions of the last files that it loaded into a model
+#: attribute in which transformers keeps the conversions of the files that it loaded last into a model
 CONVERSIONS = "_weight_conversions"
 
 
 def of_adapter(conversions: Sequence[Any] | None) -> bool:
-    """Whether the files were an adapter's: then the conversions say nothing of the model's own tensors."""
+    """Whether those files were an adapter's; such conversions say nothing about the model's own tensors."""
     return any(source.startswith("base_model.model.") for c in conversions or () for source in c.source_patterns)
 
 

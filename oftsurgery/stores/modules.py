@@ -1,4 +1,4 @@
-"""A model's modules and tensors by their paths, without what stands around them to compile, replicate or checkpoint them."""
+"""A model's modules and tensors by path, without the shells around them: wrappers that compile, replicate or checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import StateError
 
-#: class of torch's or DeepSpeed's that computes what the one module in it computes → that module's name in it
-_AROUND: Mapping[str, str] = MappingProxyType(
+#: class of a shell, in torch or DeepSpeed → name of the one module in it, whose output the shell gives
+_SHELLS: Mapping[str, str] = MappingProxyType(
     {
         "OptimizedModule": "_orig_mod",
         "DataParallel": "module",
@@ -21,49 +21,49 @@ _AROUND: Mapping[str, str] = MappingProxyType(
         "FullyShardedDataParallel": "_fsdp_wrapped_module",
     }
 )
-#: those of them that replicate it
+#: the shells that replicate their module on devices or in processes
 _REPLICATE = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """The module that ``module`` stands around, or None where ``module`` is a part of the model itself."""
+    """The module in a shell, or None for a module that is no shell."""
     for cls in type(module).__mro__:
-        if cls.__name__ in _AROUND and cls.__module__.partition(".")[0] in ("torch", "deepspeed"):
+        if cls.__name__ in _SHELLS and cls.__module__.partition(".")[0] in ("torch", "deepspeed"):
             if cls.__name__ == "FullyShardedDataParallel":
                 raise StateError(
-                    "torch's FullyShardedDataParallel holds the model's weights as parts of one flat parameter",
-                    remedy="save its full state dict (StateDictType.FULL_STATE_DICT), and load that into the plain model",
+                    "FullyShardedDataParallel holds the model's weights as parts of one flat parameter",
+                    remedy="save the full state dict (StateDictType.FULL_STATE_DICT), and load it into the plain model",
                 )
-            return module._modules[_AROUND[cls.__name__]]
+            return module._modules[_SHELLS[cls.__name__]]
     return None
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The module behind what ``torch.compile``, data parallel classes and the like put around it, or ``model`` itself.
+def shells_of(model: nn.Module) -> list[nn.Module]:
+    """The shells of a model from outside to inside, and then the model inside them.
 
     Raises:
-        StateError: the model is sharded by torch's FullyShardedDataParallel.
+        StateError: one of the shells is torch's FullyShardedDataParallel.
     """
-    return shells_of(model)[-1]
-
-
-def shells_of(model: nn.Module) -> list[nn.Module]:
-    """The model, and one by one what stands inside; :func:`inner_model` comes last."""
     found = [model]
     while (held := _inside(found[-1])) is not None:
         found.append(held)
     return found
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside all of its shells; a model without shells is its own."""
+    return shells_of(model)[-1]
+
+
 def without_replicas(model: nn.Module) -> nn.Module:
-    """The model behind what computes it on several devices or processes, which cannot be copied by one of them alone."""
+    """The model without the shells that replicate it: one process alone cannot copy those."""
     shells = shells_of(model)
     last = max((i for i, shell in enumerate(shells) if type(shell).__name__ in _REPLICATE), default=-1)
     return shells[last + 1]
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """``{path: module}``, every name of a shared one; what stands around modules has no part in the paths."""
+    """``{path: module}`` with every name of a shared module; shells have no part in the paths."""
     return dict(_walk("", model))
 
 
@@ -84,7 +84,7 @@ def distinct(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``{name: parameter or buffer}``, tied ones under each of their names."""
+    """``{name: parameter or buffer}``; tied tensors are under each of their names."""
     return {
         f"{path}.{name}".lstrip("."): tensor
         for path, m in modules.items()

@@ -37,7 +37,7 @@ def has_live_layers(model: nn.Module) -> bool:
     return base_of(model) is not model or any(True for _ in _all_of("BaseTunerLayer", model))
 
 
-#: peft's classes around a base model → that model's name in them; ``PeftModel`` holds a ``BaseTuner``, which holds the model
+#: class of peft's around a base model → name of what is in it: ``PeftModel`` holds a ``BaseTuner``, which holds the model
 _AROUND = MappingProxyType({"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"})
 
 
@@ -91,10 +91,10 @@ def _configs(model: nn.Module) -> dict[str, Any]:
     configs: dict[str, Any] = getattr(inner_model(model), "peft_config", {})
     if configs:
         return configs
-    # the path that get_submodule takes, with what stands around modules
-    holder = next((path for path, m in model.named_modules() if path and "peft_config" in m.__dict__), None)
+    # get_submodule takes the path with its shells
+    holder = next((path for path, m in model.named_modules() if path and m.__dict__.get("peft_config")), None)
     if holder is None:
-        message = "the model carries live peft layers, but no `peft_config` that says what adapters they are"
+        message = "the model has live peft layers, and its `peft_config` names no adapter"
         raise StateError(message, remedy="load the plain base model, and fold the adapter's files into it")
     raise StateError(
         "the live peft layers are in a part of this model, not in the model itself",
