@@ -25,11 +25,16 @@ def layouts_of(model: Any) -> tuple[Layout, ...]:
     own: tuple[Layout, ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
     inside = list(_language_models(model))
     if not inside:
-        return own + tuple(lambda name, rule=rule: rule(_AROUND_TEXT.sub("", name)) for rule in own)
-    return own + tuple(partial(_moved, before=before, after=f"{path}.") for path, before in inside)
+        return own + tuple(partial(_taken_out, rule=rule) for rule in own)
+    return own + tuple(partial(_put_in, before=before, after=f"{path}.") for path, before in inside)
 
 
-def _moved(name: str, before: str, after: str) -> str:
+def _taken_out(name: str, rule: Layout) -> str:
+    found = _AROUND_TEXT.sub("", name)
+    return name if found == name else rule(found)
+
+
+def _put_in(name: str, before: str, after: str) -> str:
     return after + name.removeprefix(before) if name.startswith(before) else name
 
 

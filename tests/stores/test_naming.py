@@ -153,6 +153,7 @@ ALIASES = {
         "language_model.model.layers.0.self_attn.q_proj",
         "model.language_model.layers.0.self_attn.q_proj",
         "language_model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.q_proj",
     ],
     "qwen2 vl": [
         "model.layers.0.self_attn.q_proj",
@@ -181,7 +182,7 @@ def test_names_of_every_generation_find_the_same_tensor(tmp_path: Path, name: st
 UNKNOWN = {
     "another text layout": (
         "llava",
-        "model.layers.0.self_attn.q_proj",
+        "text.layers.0.self_attn.q_proj",
         r"model\.language_model\.layers\.0\.self_attn\.q_proj",
     ),
     "a layer too many": ("llama", "model.layers.2.self_attn.q_proj", r"model\.layers\.[01]\.self_attn\.q_proj"),
