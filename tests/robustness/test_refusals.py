@@ -177,7 +177,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a pickle only",
     e.AdapterError,
-    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load it with the peft that wrote it",
+    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load the adapter with the peft release that wrote it",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -715,7 +715,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "adapters disabled",
     e.StateError,
-    r"the adapters are disabled: the model computes the base .*Remedy: enable_adapter_layers\(\)",
+    r"the adapters are disabled: the model computes the base .*Remedy: call enable_adapter_layers\(\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.disable_adapter_layers()
@@ -735,7 +735,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "layers with different active adapters",
     e.StateError,
-    r"the model's layers have different active adapters Remedy: name the adapters to fold",
+    r"the model's layers have different active adapters: .*default.*other.* Remedy: name the adapters to fold",
 )
 def _(t: Bench) -> Callable[[], object]:
     model = live(t)
