@@ -908,7 +908,10 @@ def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path)
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     (tmp_path / "file").write_text("x")
     for destination, message in (
-        (tmp_path / "file", r"the destination exists.*Remedy: name another, or replace it with force=True"),
+        (
+            tmp_path / "file",
+            r"the destination exists.*Remedy: name another destination, or replace the destination with force=True",
+        ),
         (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
         (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
     ):
