@@ -17,7 +17,7 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
-from oftsurgery.files.checkpoint import INDEX, SINGLE
+from oftsurgery.files.checkpoint import layout_of
 from oftsurgery.files.finding import find_checkpoint
 
 from .doctor_adapter import examine_adapter
@@ -62,11 +62,8 @@ def doctor(
         found = examine_model(path_or_model, base, adapter)
     else:
         folder = find_checkpoint(path_or_model)
-        is_adapter = (folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()
-        if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-            found = examine_adapter(folder, base)
-        else:
-            found = examine_checkpoint(folder, base, adapter)
+        is_adapter = any((folder / name).exists() for name in (CONFIG_FILE, TENSORS_FILE)) and layout_of(folder) is None
+        found = examine_adapter(folder, base) if is_adapter else examine_checkpoint(folder, base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
+from oftsurgery.files.checkpoint import LAYOUTS
 from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD
@@ -20,7 +21,8 @@ _NOT_CARRIED = re.compile(
     r"\..*|adapter_.*"  # hidden files, and an adapter's files
     rf"|config\.json|{re.escape(RECORD)}|README\.md"  # files that are written anew
     r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
-    r"|.*(?i:\.py)",  # code
+    r"|.*(?i:\.py)"  # code
+    rf"|{'|'.join(re.escape(name) for layout in LAYOUTS for name in layout.names)}",
     re.DOTALL,
 )
 

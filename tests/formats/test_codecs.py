@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oftsurgery.errors import FormatError, NonFiniteError, OFTSurgeryError, ShapeError
 from oftsurgery.formats import codecs
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_cpu_layout
 
@@ -485,7 +486,7 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "unknown codec": (
         lambda: EncodedWeight(WeightFormat("nf3", (2, 2)), {}),
         FormatError,
-        r"unknown storage format; known are dense, nf4, fp4, int8 \[format nf3\]",
+        rf"unknown storage format; known are {', '.join(FORMATS)} \[format nf3\]",
     ),
 }
 
@@ -546,7 +547,7 @@ UNFIT: dict[str, tuple[Tensor, WeightFormat, type[OFTSurgeryError], str]] = {
         torch.ones(2, 2),
         WeightFormat("awq", (2, 2)),
         FormatError,
-        r"known are dense, nf4, fp4, int8 \[format awq\]",
+        rf"known are {', '.join(FORMATS)} \[format awq\]",
     ),
 }
 
