@@ -169,7 +169,7 @@ REFUSED = {
     "quantised as it is": (
         ["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"],
         2,
-        "to be quantised, and to stay as it is",
+        "keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
     "double quant of nothing": (
         ["plan", "BASE", "ADAPTER", "--double-quant"],
