@@ -1,4 +1,4 @@
-""":func:`run_plan` runs a plan on disk one weight at a time, and never loads the model. It writes into a folder beside the
+""":func:`run_plan` runs a plan on disk one weight at a time, and never loads the model. The run writes into a folder beside the
 destination, which one rename then makes the destination.
 
 The output is a function of the inputs alone, so a run that was killed and resumed writes the same bytes as an

@@ -633,10 +633,10 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "double quantisation of nothing": (
         "plain",
         {"double_quant": True},
-        "double quantisation of a checkpoint that is not to be quantised",
+        "but the checkpoint is not to be quantised",
     ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
-    "no size": ("plain", {"max_shard_size": "5 gigs"}, "no size: '5 gigs'"),
+    "no size": ("plain", {"max_shard_size": "5 gigs"}, "'5 gigs' is not a size"),
 }
 
 

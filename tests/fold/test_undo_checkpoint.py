@@ -361,6 +361,6 @@ def test_the_command_line(sources: Sources, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "x.undo").read_bytes() == Path(undo).read_bytes()
     with pytest.raises(SystemExit):
         cli.main([*again, str(tmp_path / "y.undo"), "--format", "onnx"])
-    assert "a graph is not unfolded: --undo belongs to the other formats" in capsys.readouterr().err
+    assert "a graph cannot be unfolded, so --undo belongs to the other formats" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["unfold", folded, back, "--undo", undo, "--base", base])

@@ -648,7 +648,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(folder)
 
 
-@case("one adapter twice", e.StateError, r"the same adapter is given twice \[at .*adapter\] Remedy: give each adapter once")
+@case(
+    "one adapter twice",
+    e.StateError,
+    r"the same adapter is given twice \[at .*adapter\] Remedy: give each adapter once",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return t.fold([folder, oftsurgery.load_adapter(folder)])
@@ -753,7 +757,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown rounding",
     e.StateError,
-    r"unknown rounding 'up' Remedy: 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
+    r"the rounding 'up' is not known Remedy: choose 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(), rounding="up")
@@ -776,7 +780,7 @@ def folded(t: Bench) -> tuple[nn.Module, Path]:
 @case(
     "unfold with neither",
     e.StateError,
-    r"unfold needs one of the adapter, the base and an undo record Remedy: unfold\(model, adapter\) rotates back, ",
+    r"unfold needs one of the adapter, the base and an undo record, but 0 of these were given Remedy: call unfold\(model, adapter\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
