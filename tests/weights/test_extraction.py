@@ -331,7 +331,8 @@ def test_a_lora_merge_is_no_rotation_and_says_so() -> None:
     ):
         oftsurgery.extract(base, merged)
     with pytest.warns(
-        ExtractionWarning, match=r"rotations explain [\d.]+% of the difference of 1 weights .*the difference is not a rotation alone"
+        ExtractionWarning,
+        match=r"rotations explain [\d.]+% of the difference of 1 weights .*the difference is not a rotation alone",
     ):
         found = oftsurgery.extract(base, merged, block_size=16)
     assert found.explained < 0.2
