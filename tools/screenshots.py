@@ -1,9 +1,9 @@
-"""``PYTHONPATH=tests/helpers python tools/screenshots.py [FOLDER]`` makes the pictures of the report in ``docs/pictures/``,
-and needs Debian's chromium. Adapters and reports stay in FOLDER, and a later run uses the adapter in FOLDER again.
+"""``PYTHONPATH=tests/helpers python tools/screenshots.py [FOLDER]`` makes the pictures of the report in ``docs/pictures/``. The script needs
+Debian's chromium. The models and adapters of the script stay in FOLDER, and a second run uses them again.
 
-The pictures show two real folds: MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (in about a minute),
-compared end to end with the live adapter; and a llama of 32 layers (with random weights, 64 wide), folded on disk with a
-peft adapter whose rotations grow from layer to layer.
+The pictures show two real folds. The first fold is MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (in
+about a minute); the script compares the fold end to end with the live adapter. The second fold is a llama of 32 layers
+(of random weights, 64 wide), folded on disk, with a peft adapter whose rotations grow from layer to layer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def llama(folder: Path) -> Path:
 
 
 def save(data: bytes, name: str) -> None:
-    """Save a picture as a PNG of 256 colours, which are enough for the page."""
+    """Save the picture as a PNG of 256 colours; the page has fewer colours."""
     DOCS.mkdir(exist_ok=True)
     Image.open(BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
     print(f"docs/pictures/{name}: {(DOCS / name).stat().st_size / 1000:.0f} kB")

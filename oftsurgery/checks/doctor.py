@@ -17,7 +17,7 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
-from oftsurgery.files.checkpoint import INDEX, SINGLE
+from oftsurgery.files.checkpoint import layout_of
 from oftsurgery.files.finding import find_checkpoint
 
 from .doctor_adapter import examine_adapter
@@ -34,19 +34,26 @@ def doctor(
 ) -> list[Finding]:
     """Examine a checkpoint's folder, an adapter's folder (or a Hub id of either), or a live model.
 
+    >>> oftsurgery.doctor("ADAPTER")                             # nothing is wrong
+    []
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
+    >>> for finding in oftsurgery.doctor("OUTPUT", base="BASE", adapter="ADAPTER"):
+    ...     print(finding.severity, finding.code)
+    note kept
+
     Args:
         path_or_model: what to examine.
-        base: what it was folded from, or what an adapter is for. With ``adapter`` each folded weight is held against
-            the base's, rotated anew.
-        adapter: that is folded in (with ``base``), or that is to be.
+        base: the checkpoint or model that was folded, or that an adapter is for. With ``adapter`` each folded weight is
+            compared with the base's weight, rotated anew.
+        adapter: the adapter that is folded in (with ``base``), or that is to be.
 
     Returns:
-        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter`` also, as a note or
-        a warning, how much of what the adapter changes is in the weights.
+        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter``, a note or a warning
+        says how much of the adapter's change is in the weights.
 
     Raises:
         CheckpointError: ``path_or_model`` or ``base`` does not exist.
-        AdapterError: ``adapter`` is given and cannot be used (give it alone to have it examined).
+        AdapterError: ``adapter`` cannot be used (``doctor(adapter)`` examines it).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
         config, tensors, sha256 = read_adapter(find_adapter(adapter))
@@ -55,11 +62,8 @@ def doctor(
         found = examine_model(path_or_model, base, adapter)
     else:
         folder = find_checkpoint(path_or_model)
-        is_adapter = (folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()
-        if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-            found = examine_adapter(folder, base)
-        else:
-            found = examine_checkpoint(folder, base, adapter)
+        is_adapter = any((folder / name).exists() for name in (CONFIG_FILE, TENSORS_FILE)) and layout_of(folder) is None
+        found = examine_adapter(folder, base) if is_adapter else examine_checkpoint(folder, base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
-from oftsurgery.files.checkpoint import CONFIG, INDEX, Checkpoint, open_checkpoint
+from oftsurgery.files.checkpoint import CONFIG, LAYOUTS, Checkpoint, layout_of, open_checkpoint
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD, record_in
@@ -44,29 +44,30 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
 
 def _open_or_recover(folder: Path, found: list[Finding]) -> Checkpoint | None:
     """The checkpoint, or its readable shards where the index and the shards disagree."""
+    index = (layout_of(folder) or LAYOUTS[0]).index
     try:
         checkpoint = open_checkpoint(folder)
     except CheckpointError as error:
-        readable = _by_its_shards(folder, found)
+        readable = _by_its_shards(folder, folder / index, found)
         if readable is None:
             found.append(of_error(error))
         return readable
     if len(checkpoint.files) > 1:
-        metadata = read_json(folder / INDEX).get("metadata")
+        metadata = read_json(folder / index).get("metadata")
         stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         held = sum(e.nbytes for e in checkpoint.entries.values())
         if isinstance(stated, (int, float)) and stated != held:
             message = "the total size in the index is not the size of the shards' tensors"
-            remedy = f'set "total_size" to {held} in {INDEX}'
+            remedy = f'set "total_size" to {held} in {index}'
             sizes: Numbers = {"stated_bytes": stated, "held_bytes": held}
-            found.append(Finding("note", "index-size", message, INDEX, sizes, remedy))
+            found.append(Finding("note", "index-size", message, index, sizes, remedy))
     return checkpoint
 
 
-def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
+def _by_its_shards(folder: Path, index: Path, found: list[Finding]) -> Checkpoint | None:
     """A checkpoint of the tensors in the shards, with a finding on the index; None where the index is not the trouble."""
     try:
-        weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+        weight_map = read_json(inside(index.parent, index.name)).get("weight_map")
         config = read_json(inside(folder, CONFIG)) if (folder / CONFIG).exists() else {}
     except CheckpointError:
         return None
@@ -78,7 +79,7 @@ def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
     shards = sorted(set(weight_map.values()))
     for file in shards:
         try:
-            header, _ = read_header(inside(folder, file))
+            header, _ = read_header(inside(index.parent, file))
         except CheckpointError:
             lost.append(file)
             continue
@@ -98,14 +99,16 @@ def _by_its_shards(folder: Path, found: list[Finding]) -> Checkpoint | None:
     remedy = "download the checkpoint again, or restore the index that belongs to these shards"
     counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
     found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
-    return Checkpoint(folder, entries, tuple(sorted({e.file for e in entries.values()})), config)
+    return Checkpoint(folder, index.parent, entries, tuple(sorted({e.file for e in entries.values()})), config)
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
     message = "the file of weights is not a part of the checkpoint, and nothing reads the file"
     remedy = "remove the file, or restore the index where the index is wrong"
-    for path in sorted(checkpoint.folder.glob("model*.safetensors")):
-        if path.name not in checkpoint.files and path.is_file():
+    own = {checkpoint.weights / file for file in checkpoint.files}
+    patterns = [f"{layout.single.removesuffix('.safetensors')}*.safetensors" for layout in LAYOUTS]
+    for path in sorted(path for pattern in patterns for path in checkpoint.folder.glob(pattern)):
+        if path not in own and path.is_file():
             yield Finding("note", "stray-shard", message, path.name, {"bytes": path.stat().st_size}, remedy)
 
 

@@ -465,7 +465,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K}.absmax"),
         {K},
-        "without its statistics",
+        "lacks this tensor of statistics",
     ),
     "int8, SCB": (LLAMA, "int8", {}, off(f"{K[:-6]}SCB"), {K}, "the tensor SCB differs"),
     "int8, SCB missing": (
@@ -474,7 +474,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K[:-6]}SCB"),
         {K},
-        "without its SCB statistics",
+        "lacks its SCB statistics",
     ),
     "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "the relative error is "),
     "rotated nf4, quant_map": (

@@ -298,17 +298,7 @@ def test_sides_that_do_not_commute_are_refused_as_fold_refuses_them() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_in_float64(variant: str) -> None:
     model = Single(nn.Linear(8, 10)).double()
-    dialect, config = VARIANTS[variant]
-    if dialect == "peft-0.13":
-        tensors = {"oft_r": 0.3 * torch.randn(config["r"], -(-10 // config["r"]), -(-10 // config["r"]))}
-    elif dialect == "peft-0.15":
-        tensors = {"oft_r": 0.3 * torch.randn(2, 4, 4), "oft_s": 1 + 0.1 * torch.randn(10, 1)}
-    else:
-        tensors = {"oft_R.weight": 0.3 * torch.randn(2, 6)}
-    adapter = parse_adapter(
-        {"peft_type": "OFT", **config}, {f"base_model.model.layer.{k}": v for k, v in tensors.items()}
-    )
-    wrapped = wrap(model, adapter).double()
+    wrapped = wrap(model, make_case(variant, 8, 10, size=0.3, b=4).adapter).double()
     parts = dict(wrapped.layer.oft_R.named_parameters())
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
 

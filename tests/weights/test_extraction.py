@@ -292,7 +292,7 @@ def test_too_small_a_rotation_for_its_format_asks_for_the_block_size() -> None:
     base = stored(weight(), "nf4")
     merged = oftsurgery.fold_weight(base, rotation(64, 32, 0.01, 1))
     with pytest.raises(
-        ExtractionError, match=r"no block size can be told: .*too small a one against the rounding.*block_size="
+        ExtractionError, match=r"no block size can be told: .*too small against the rounding.*block_size="
     ):
         extract_rotation(base, merged)
     found = extract_rotation(base, merged, block_size=32)
@@ -327,7 +327,7 @@ def test_a_lora_merge_is_no_rotation_and_says_so() -> None:
     merged = changed(base, "down.weight", lora)
     assert relative(merged.down.weight.detach(), base.down.weight.detach()) > 0.1
     with pytest.raises(
-        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*no such rotation \(a LoRA or full"
+        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*not such a rotation \(a LoRA or full"
     ):
         oftsurgery.extract(base, merged)
     with pytest.warns(
