@@ -119,7 +119,7 @@ def test_of_many_modules_the_worst_are_shown_and_the_others_counted() -> None:
     record = FoldRecord((AdapterInfo("a", "peft-0.21", "xxh3:0", None, None, None),), modules)
     text = card.section(record, {}, ["model.safetensors"], exact=True)
     assert re.findall(r"^\| `m\.(\d+)`", text, flags=re.MULTILINE) == [str(i) for i in range(35, 25, -1)]
-    assert "`oftsurgery.json` also has the other 26 modules." in text
+    assert "The other 26 modules are in `oftsurgery.json`." in text
     assert "over 36 modules is 1.75e-02" in text
     assert "base_model" not in card.metadata(record, {}, [])
 
