@@ -38,6 +38,7 @@ from .arguments import (
     opened_checkpoint,
     parse_size,
     rounding_mode,
+    tokenizer_choice,
 )
 
 
@@ -55,6 +56,7 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
 
     def quantization(self) -> Quantization | None:
         """How a plain source is quantised first.
@@ -86,6 +88,7 @@ def plan_fold(
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
     )
     return replace(plan, rounding=mode)
@@ -107,6 +110,7 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -134,6 +138,8 @@ def fold_checkpoint(
             the fold changes. It needs a fold that keeps the weights' formats (quantising a plain source first is no
             part of the fold, and stays).
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
+        tokenizer: whose tokenizer and chat template go along: the ``"adapter"``'s or the ``"base"``'s, or those in a folder;
+            None: the adapter's where its folder has them, else the base's.
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without any, simply start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
@@ -150,7 +156,17 @@ def fold_checkpoint(
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        rounding=mode,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
     )
     plan = plan_fold(source, adapter, settings)
     batches = None

@@ -16,7 +16,7 @@ from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
-from .arguments import check_is_model, parse_size
+from .arguments import check_is_model, parse_size, tokenizer_choice
 
 
 def export_safetensors(
@@ -25,6 +25,7 @@ def export_safetensors(
     dtype: torch.dtype | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    tokenizer: object = None,
     force: bool = False,
 ) -> FoldRecord | None:
     """Save a live model as a checkpoint that ``from_pretrained`` loads, bitsandbytes layers included.
@@ -34,7 +35,12 @@ def export_safetensors(
         destination: a folder that does not exist yet; it appears whole, by one rename.
         dtype: dequantise to this (float32, float16 or bfloat16); None keeps every weight as it is stored.
         max_shard_size: bytes, or as the Hub's tools write it.
+        tokenizer: whose tokenizer and chat template go along: the ``"adapter"``'s or the ``"base"``'s, those in a folder, or an
+            object with ``save_pretrained``; None: the folded adapter's where its folder has them, else the base's.
         force: replace what is at ``destination``.
+
+    The files beside the weights come from the folder that transformers loaded the model from, local or in the Hub's cache
+    (``model.name_or_path``), as :func:`fold_checkpoint` carries them.
 
     Returns:
         the model's record, which is ``oftsurgery.json`` in the destination too, or None where nothing was folded.
@@ -44,7 +50,14 @@ def export_safetensors(
         FormatError: a tensor that cannot be saved.
         DiskError: the disk did not take it; nothing is left behind.
     """
-    return save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
+    return save_model(
+        model,
+        Path(destination),
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        tokenizer=tokenizer_choice(tokenizer),
+        force=force,
+    )
 
 
 def export_onnx(
@@ -81,8 +94,7 @@ def export_onnx(
             outputs as the model names them. Batch and lengths are dynamic.
         example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors; axes
             that torch.export finds to be dynamic are so, but those of size 1 that are not the batch.
-        tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the folder that
-            transformers loaded the model from, local or in the Hub's cache.
+        tokenizer: as for :func:`export_safetensors`.
         verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
             largest difference may be 1e-5 (float32) or 5e-3 (float16) of the output's largest value.
         force: replace what is at ``destination``.
@@ -115,7 +127,7 @@ def export_onnx(
             quantized=quantized,
             with_past=with_past,
             example_inputs=example_inputs,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_choice(tokenizer),
             record=record,
             verify=verify,
             force=force,

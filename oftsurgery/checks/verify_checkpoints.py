@@ -25,7 +25,7 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.reading import inside, sha256_of
+from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
@@ -55,10 +55,10 @@ def check_files(folder: Path) -> CheckpointReport:
 def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
     found: dict[str, FileCheck] = {}
     for name, sha256 in sorted(record.files.items()):
-        if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
+        if is_nested_name(name) and not os.path.lexists(folder / name):
             found[name] = "missing"
         else:  # a record's names may lead anywhere, and links too: those are refused
-            found[name] = "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
+            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
     return MappingProxyType(found)
 
 

@@ -73,6 +73,10 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "metavar": "SIZE",
         "help": "largest file, as the Hub's tools write it (default: %(default)s)",
     },
+    "--tokenizer": {
+        "metavar": "adapter|base|FOLDER",
+        "help": "whose tokenizer and chat template go along (default: the adapter's, where its folder has them)",
+    },
     "--undo": {"metavar": "FILE", "help": "write an undo record too: `oftsurgery unfold --undo FILE` restores exactly"},
     "--device": {"default": "cpu", "help": "where the arithmetic runs (default: %(default)s)"},
     "--resume": switch("go on with the unfinished work of a run that was killed"),
@@ -89,7 +93,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--yes": switch("do not ask about a derived name"),
 }
 _QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
-FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size")
+FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size", "--tokenizer")
 RUNNING_FLAGS = ("--device", "--resume", "--force")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from oftsurgery.dtypes import DTYPES
@@ -40,14 +40,27 @@ def damaged(message: str, path: object, tensor: str | None = None) -> Checkpoint
     return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
-def inside(folder: Path, name: str) -> Path:
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is that of a file in a folder itself."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and not PureWindowsPath(name).anchor
+
+
+def is_nested_name(name: str) -> bool:
+    """Whether ``name`` leads to a file in a folder, or in folders inside it: ``1_Pooling/config.json``."""
+    return all(map(is_plain_name, name.split("/")))
+
+
+def inside(folder: Path, name: str, *, nested: bool = False) -> Path:
     """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the
     Hub cache's blobs beside it).
+
+    Args:
+        nested: the name may lead through folders inside ``folder``, by ``/``.
 
     Raises:
         CheckpointError: otherwise, or if there is no such file.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+    if not (is_nested_name(name) if nested else is_plain_name(name)):
         message = "the index or record names a file outside its folder"
         raise CheckpointError(message, path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
@@ -73,18 +86,23 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
         CheckpointError: too large, not readable, no JSON, too deep, or no object.
     """
+    value = read_json_value(path, limit=limit)
+    if not isinstance(value, dict):
+        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
+    return value
+
+
+def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
+    """What :func:`read_json` reads, which may be a list too."""
     try:
         if path.stat().st_size > limit:
             raise damaged(f"a JSON file of {path.stat().st_size} bytes is not read", path)
         data = path.read_bytes()
         if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
             raise damaged(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path)
-        value = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise damaged(f"no JSON that can be read ({printable(error)})", path) from error
-    if not isinstance(value, dict):
-        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
-    return value
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:

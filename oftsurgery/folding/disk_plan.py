@@ -12,9 +12,12 @@ from typing import Any, Literal
 import torch
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.reading import homes_of
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
+from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.tokenizer_files import choose_tokenizer
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
@@ -40,7 +43,7 @@ class CheckpointPlan:
         jobs: in the order of the destination.
         shards: the destination's files.
         config: the new ``config.json``.
-        carried: other files that are copied.
+        carried: what goes along with the weights.
         changes: of the model.
         format: what is written.
         fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
@@ -55,7 +58,7 @@ class CheckpointPlan:
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
-    carried: tuple[str, ...]
+    carried: Carried
     changes: FoldPlan = field(default_factory=FoldPlan)
     format: str = "same"
     fold_into: str = "quantized"
@@ -76,11 +79,9 @@ class CheckpointPlan:
     @property
     def nbytes(self) -> int:
         """That will be written, a guess at the undo record's among them."""
-        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
-        return (
-            sum(nbytes_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
-        )
+        undo = rotated // 4 if self.undo is not None else 0
+        return sum(nbytes_of(job.outputs) for job in self.jobs) + self.carried.nbytes + undo
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what ``oftsurgery plan --json`` prints."""
@@ -114,7 +115,12 @@ class CheckpointPlan:
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
-            "carried": list(self.carried),
+            "carried": list(self.carried.files),
+            "code": list(self.carried.code),
+            "left_out": list(self.carried.left_out),
+            "lost": dict(self.carried.lost),
+            "tokenizer": self.carried.tokenizer,
+            "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
         }
@@ -129,6 +135,7 @@ def plan_checkpoint(
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: str = "nearest",
     undo: Path | None = None,
+    tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
@@ -153,17 +160,17 @@ def plan_checkpoint(
     changes = plan_changes(store, adapters) if adapters else FoldPlan()
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
     config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
-    plan = make_plan(store, jobs, config, max_shard_bytes)
+    carried = choose_tokenizer(carried_from(source.folder, source.files), homes_of(adapters), tokenizer)
+    plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
 def make_plan(
-    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int, carried: Carried
 ) -> CheckpointPlan:
     """The plan of ``jobs``, as far as all plans are alike."""
-    carried = configs.carried_files(store.source.folder)
     card.own_card(store.source.folder)  # is refused now where it cannot be read
     return CheckpointPlan(
         store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried

@@ -89,7 +89,7 @@ def run_plan(
             record,
             source=plan.source.folder,
             jsons={"config.json": plan.config},
-            carried=[plan.source.folder / name for name in plan.carried],
+            carried=plan.carried,
             exact=plan.format in ("same", *QUANTISED),
             # unfolded: the earlier fold's
             before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),

