@@ -14,6 +14,7 @@ from torch import Tensor
 from oftsurgery.errors import AdapterError, printable
 from oftsurgery.files.finding import find_folder
 from oftsurgery.files.reading import sha256_of
+from oftsurgery.files.tokenizer_files import PATTERNS
 
 if TYPE_CHECKING:
     from oftsurgery.records.record import AdapterInfo
@@ -40,7 +41,7 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
         message = "an adapter is a folder, this is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {CONFIG_FILE}")
     where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE], AdapterError, where, revision)
+    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE, *PATTERNS], AdapterError, where, revision)
 
 
 def homes_of(adapters: Iterable[OFTAdapter | AdapterInfo]) -> list[Path]:

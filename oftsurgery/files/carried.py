@@ -35,7 +35,7 @@ _NEVER = re.compile(
     re.DOTALL,
 )
 _WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index\.json)?)", re.DOTALL)
-_PICKLES = re.compile(r"(?i:.*\.(bin|pth?|ckpt|pkl|pickle|joblib|dill))", re.DOTALL)
+_PICKLE = "pytorch_model.bin"  # of a module's weights
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
 #: what is written anew
 _ANEW = ("config.json", "README.md", "oftsurgery.json", "model.safetensors.index.json")
@@ -111,7 +111,7 @@ def missing_in(folder: Path) -> list[str]:
     """What the index files in ``folder`` name and the folder lacks, as the Hub's client takes patterns of names."""
     walk = _Walk(folder, set())
     walk.visit("")
-    return walk.missing
+    return walk.missing[:_MAX_FILES]
 
 
 class _Walk:
@@ -225,8 +225,8 @@ class _Walk:
         if any(_WEIGHTS.fullmatch(n) for n in files):
             return
         self.missing.append(f"{place}/*.safetensors*")
-        for name in filter(_PICKLES.fullmatch, files):
-            self.lost[_join(place, name)] = "a pickle, which could run code when read"
+        if _PICKLE in files:
+            self.lost[_join(place, _PICKLE)] = "a pickle, which could run code when read"
 
     # --- model code ---
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
+from .carried import missing_in
+
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
@@ -16,8 +18,26 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -
         CheckpointError: neither a folder nor a repository that can be read.
     """
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
+    folder = find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
+    if not whole and not Path(path_or_repo).expanduser().is_dir():
+        folder = _with_what_it_names(folder, path_or_repo, where)
+    return folder
 
+
+def _with_what_it_names(folder: Path, repo: str | PathLike[str], where: str) -> Path:
+    """A repository's folder with the files that its index files name, which may name further ones."""
+    asked: set[str] = set()
+    for _ in range(_MOST_ROUNDS):
+        missing = [name for name in missing_in(folder) if name not in asked]
+        if not missing:
+            break
+        asked.update(missing)
+        folder = find_folder(repo, missing, CheckpointError, where)
+    return folder
+
+
+# of index files that name index files
+_MOST_ROUNDS = 8
 
 # what a fold needs of a repository
 _NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]

