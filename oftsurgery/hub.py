@@ -49,20 +49,25 @@ _MAX_NAME = 96  # of a repository, as the Hub allows
 class PushReport:
     """What is pushed, and where to.
 
+    >>> record = oftsurgery.export_safetensors(oftsurgery.fold(model, "ADAPTER"), "OUTPUT")
+    >>> report = oftsurgery.push_to_hub("OUTPUT", "me/my-model", dry_run=True)
+    >>> report.derived, report.url
+    (False, None)
+
     Attributes:
-        folder: that is pushed.
+        folder: the folder that is pushed.
         repo_id: ``owner/name``.
-        derived: the repository's name was derived from the record.
+        derived: whether the repository's name was derived from the record.
         revision: branch, or None for the main one.
-        private: whether the repository is to be private, if it has to be made; None for the owner's default.
-        create_pr: as a pull request.
-        files: ``{file name: bytes}`` of all that is sent.
-        changed: files among them that are no longer as the record has them (no weights: those are refused).
+        private: whether a new repository is to be private; None for the owner's default.
+        create_pr: whether the push is a pull request.
+        files: ``{file name: bytes}`` of all files that are sent.
+        changed: files among them that differ from the record (never weights: a push of changed weights is refused).
         left_out: names in the folder that are no part of the export.
         pictures: ``{file name: PNG}`` of those that are drawn for the card, where matplotlib is installed.
         url: of the commit; None before the push, and in a dry run.
-        commit: its hash.
-        pull_request: its address.
+        commit: hash of the commit.
+        pull_request: address of the pull request.
     """
 
     folder: str
@@ -103,28 +108,36 @@ def push_to_hub(
 ) -> PushReport:
     """Push an exported folder to a Hub repository, as one commit.
 
-    Sent are the files that ``oftsurgery.json`` names, itself, and the model card (with pictures, where matplotlib is
-    installed to draw them); nothing else that lies in the folder.
-    A card that the repository has already is amended in the section between oftsurgery's marks. Files of an earlier
-    export in the repository that this one has not are deleted there.
+    >>> record = oftsurgery.export_safetensors(oftsurgery.fold(model, "ADAPTER"), "OUTPUT")
+    >>> report = oftsurgery.push_to_hub("OUTPUT", "me/my-model", dry_run=True)                # what would be sent
+    >>> report.repo_id, "model.safetensors" in report.files
+    ('me/my-model', True)
+
+    The push sends the files that ``oftsurgery.json`` names, ``oftsurgery.json``, and the model card (with pictures, where
+    matplotlib is installed to draw them); nothing else of the folder.
+    In a card that the repository has already, the section between oftsurgery's marks is replaced. Files of an earlier
+    export that this export lacks are deleted from the repository.
 
     Args:
-        folder: that an export wrote.
-        repo_id: ``owner/name``; a name alone is one of the user's own; None: named after base, adapter and format.
-        private: make the repository a private one. None: as the owner's settings say. One that exists stays as it is;
+        folder: a folder that an export wrote.
+        repo_id: ``owner/name``; a name alone is a repository of the user; None: named after base, adapter and format.
+        private: make a new repository private. None: as the owner's settings say. An existing repository stays as it is;
             with True, a public one is refused.
-        revision: branch to commit to, made if there is none; None: the main one.
+        revision: branch to commit to; a missing branch is made; None: the main one.
         commit_message: its first line.
         create_pr: open a pull request instead of committing to the branch.
-        token: of the Hub; None: ``HF_TOKEN``, or what ``hf auth login`` stored.
+        token: of the Hub; None: ``HF_TOKEN``, or the token that ``hf auth login`` stored.
         dry_run: report what would be sent where, and send nothing. Only a name without an owner needs the network.
         progress: called with (bytes done, bytes in all, file name) after each file.
 
+    Returns:
+        a :class:`~oftsurgery.PushReport`.
+
     Raises:
-        CheckpointError, StateError: no folder that an export wrote, a repository that does not fit, two cards that
-            contradict each other.
+        CheckpointError, StateError: no export wrote the folder, the repository does not fit, or two cards contradict each
+            other.
         IntegrityError: weights are missing, or are not those that were exported.
-        HubError: network, permission or a conflict; what was uploaded is not sent again by the next attempt.
+        HubError: network, permission or a conflict; the next attempt does not send again what was uploaded.
     """
     report = plan_push(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
     return report if dry_run else send(report, commit_message=commit_message, token=token, progress=progress)

@@ -1,4 +1,4 @@
-"""The immutable OFT adapter of any dialect: its rotations by module, and the adapters that others give."""
+"""The immutable OFT adapter of any dialect: its rotations by module, and adapters that are computed from others."""
 
 from __future__ import annotations
 
@@ -34,15 +34,20 @@ if TYPE_CHECKING:
 class OFTAdapter:
     """An OFT adapter of any dialect, immutable.
 
+    >>> adapter = oftsurgery.load_adapter("ADAPTER")
+    >>> half = adapter.scaled(0.5)                               # half of each angle
+    >>> nothing = adapter.compose(adapter.inverse())             # the identity
+    >>> errors = half.save("HALF")                               # as peft's current release loads it
+
     Attributes:
         modules: ``{module path as the base model names it: Rotation}``.
         saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings,
             which replace the model's own.
         dialect: a key of :data:`~oftsurgery.adapters.dialects.DIALECTS`.
         config: the adapter's ``adapter_config.json``, as read.
-        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters, wherever they
-            came from.
-        source: folder, repository or live model it came from.
+        fingerprint: ``xxh3:…`` over all that decides what the adapter computes; equal for equal adapters from different
+            places.
+        source: folder, repository or live model that the adapter came from.
         sha256: of the tensors' file, where there is one.
     """
 
@@ -57,7 +62,7 @@ class OFTAdapter:
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
             message = f"unknown dialect {printable(self.dialect)!r}"
-            raise DialectError(message, path=self.source, remedy=f"one of {', '.join(DIALECTS)}")
+            raise DialectError(message, path=self.source, remedy=f"use one of {', '.join(DIALECTS)}")
         for name in ("modules", "saved", "config"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         parts = dict(self.saved)
@@ -109,7 +114,7 @@ class OFTAdapter:
         twice = sorted(set(self.saved) & set(other.saved))
         if twice:
             message = "two adapters bring their own values for one tensor"
-            remedy = "compose them without one's: dataclasses.replace(adapter, saved={})"
+            remedy = "leave out the values of one adapter: dataclasses.replace(adapter, saved={})"
             raise MatchError(message, tensor=twice[0], remedy=remedy)
 
         def chained(path: str) -> tuple[Rotation, float]:
@@ -154,10 +159,16 @@ class OFTAdapter:
 def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     """The weighted mean of adapters' rotations: ``exp(Σ wᵢ log Rᵢ)`` for each module.
 
-    The log-Euclidean mean: taken in the Lie algebra, it does not depend on the order, and is again a rotation.
-    ``blend([(a, w)])`` is ``a.scaled(w)``; for rotations that commute it is their composition. Weights need not sum
+    >>> a, b = oftsurgery.load_adapter("ADAPTER"), oftsurgery.load_adapter("ADAPTER").scaled(0.2)
+    >>> mean = oftsurgery.blend([(a, 0.5), (b, 0.5)])
+    >>> path = "model.layers.0.self_attn.q_proj"
+    >>> torch.allclose(mean.modules[path].blocks, a.scaled(0.6).modules[path].blocks, atol=1e-6)
+    True
+
+    The mean is log-Euclidean: it is taken in the Lie algebra, does not depend on the order, and is again a rotation.
+    ``blend([(a, w)])`` is ``a.scaled(w)``; the blend of commuting rotations is their composition. Weights need not sum
     to 1: ``[(a, 1), (b, 1)]`` adds two tasks, ``[(a, 0.5), (b, 0.5)]`` averages them. An adapter that lacks a module
-    counts there as the identity.
+    counts as the identity there.
 
     Args:
         parts: ``(adapter, weight)``, at least one.
@@ -166,12 +177,12 @@ def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     """
     given = list(parts)
     if not given:
-        raise AdapterError("nothing to blend", remedy="give (adapter, weight) pairs")
+        raise AdapterError("there is no adapter to blend", remedy="give (adapter, weight) pairs")
     return _mean_of(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
 
 
 def describe(adapter: OFTAdapter) -> dict[str, Any]:
-    """What an adapter is, as plain values: what ``oftsurgery adapter show --json`` prints."""
+    """The facts about an adapter as plain values, which ``oftsurgery adapter show --json`` prints."""
     return {
         "source": adapter.source,
         "dialect": adapter.dialect,
@@ -197,8 +208,9 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
 
 def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
     adapters = [a for a, _ in parts]
-    if not all(math.isfinite(w) for _, w in parts):
-        raise AdapterError("a weight is not finite", remedy="give finite numbers")
+    for adapter, w in parts:
+        if not math.isfinite(w):
+            raise AdapterError(f"the weight {w} is not finite", path=adapter.source, remedy="give finite numbers")
     _check_no_saved(adapters)
 
     def mean(path: str) -> tuple[Rotation, float]:
@@ -209,7 +221,7 @@ def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapt
 
 
 def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tuple[Rotation, float]]) -> OFTAdapter:
-    """An adapter from others: ``make`` gives a module's rotation, and how far it is from what it stands for."""
+    """An adapter from others: ``make`` gives a module's rotation, and its distance from the exact result."""
     residuals: dict[str, float] = {}
     modules: dict[str, Rotation] = {}
     for path in dict.fromkeys(path for a in origins for path in a.modules):
@@ -234,8 +246,8 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
 
 
 def _warn_converted(residuals: Mapping[str, float]) -> None:
-    """One :class:`ConversionWarning` for all modules."""
-    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # less is float64's rounding
+    """Give one :class:`ConversionWarning` for all modules."""
+    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # smaller residuals are float64's rounding
     if changed:
         worst = max(changed, key=lambda path: changed[path])
         what = f"{len(changed)} truncated Neumann series became the nearest rotations, which the exact Cayley map gives"
@@ -247,6 +259,6 @@ def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
     for adapter in adapters:
         if adapter.saved:
             own = "the adapter brings values of its own for a tensor (a trained bias, `modules_to_save`)"
-            message = f"{own}, which cannot be scaled, blended or inverted without the base's"
-            remedy = "leave them out knowingly: dataclasses.replace(adapter, saved={})"
+            message = f"{own}, which cannot be scaled, blended or inverted without the base's values"
+            remedy = "leave these values out on purpose: dataclasses.replace(adapter, saved={})"
             raise AdapterError(message, tensor=next(iter(adapter.saved)), path=adapter.source, remedy=remedy)

@@ -1,4 +1,4 @@
-"""An adapter's files: where they are, in a local folder or the Hub's cache, and what is in them."""
+"""Find and read an adapter's files, in a local folder or in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-# peft's configs are a few kB; a larger one is not a config
+# peft's configs are a few kB; a much larger file is no config
 _MAX_CONFIG_BYTES = 4 << 20
 
 
 def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache
-    alone).
+    """The folder of an adapter: a local folder, or the Hub's cache of a repository. Offline, only the cache is read.
 
     Raises:
-        AdapterError: neither a folder nor a repository with an adapter.
+        AdapterError: ``path_or_repo`` is neither a folder nor a repository with an adapter.
     """
     path = Path(path_or_repo).expanduser()
     if path.exists() and not path.is_dir():
-        message = "an adapter is a folder, this is a file"
+        message = "an adapter is a folder, but the path is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {CONFIG_FILE}")
     where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
     return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE, *PATTERNS], AdapterError, where, revision)
@@ -63,10 +62,10 @@ def _home_of(source: str | None, sha256: str | None) -> Path | None:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
+    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. No file is executed.
 
     Raises:
-        AdapterError: a file is missing, a pickle, truncated or no JSON object.
+        AdapterError: a file is missing, is a pickle, is truncated, or holds no JSON object.
     """
     config_path, tensors_path = folder / CONFIG_FILE, folder / TENSORS_FILE
     if not config_path.is_file():
@@ -76,7 +75,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         pickles = [name for name in _PICKLES if (folder / name).is_file()]
         if pickles:
             message = f"{pickles[0]} is a pickle, which could run code when read; oftsurgery reads safetensors only"
-            remedy = "load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)"
+            remedy = (
+                "load the adapter with the peft release that wrote it, and save_pretrained(…, safe_serialization=True)"
+            )
             raise AdapterError(message, path=folder, remedy=remedy)
         message = f"the folder has no {TENSORS_FILE}"
         raise AdapterError(message, path=folder, remedy="save the adapter again with peft's save_pretrained")
@@ -88,7 +89,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return AdapterError(message, path=path, remedy="restore the file that peft wrote")
 
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise wrong(f"a config of {path.stat().st_size} bytes is no config")
+        raise wrong(f"the config has {path.stat().st_size} bytes, more than the limit of {_MAX_CONFIG_BYTES}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -105,5 +106,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, KeyError) as error:
-        message = f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})"
+        message = f"the tensors cannot be read: the file is truncated, or no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -28,16 +28,25 @@ def load_adapter(
 ) -> OFTAdapter:
     """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
 
+    >>> adapter = oftsurgery.load_adapter("ADAPTER")
+    >>> adapter.dialect, len(adapter.modules)
+    ('peft-0.21', 4)
+    >>> adapter.modules["model.layers.0.self_attn.q_proj"].block_size
+    16
+
     Args:
         path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
-        dialect: which releases' arithmetic the adapter is of, where its files do not tell (a key of
+        dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: of the Hub repository.
 
+    Returns:
+        the :class:`~oftsurgery.OFTAdapter`.
+
     Raises:
-        AdapterError: files are missing, damaged, pickles, or not an adapter's.
-        DialectError: another kind of adapter, or an OFT one that cannot be told or is not supported.
-        ShapeError, NonFiniteError: tensors that no adapter has.
+        AdapterError: files are missing, damaged, pickles, or no adapter's.
+        DialectError: the adapter is of another kind, its dialect is unknown, or its files do not tell the dialect.
+        ShapeError, NonFiniteError: a tensor has a shape or values that no adapter has.
     """
     folder = find_adapter(path_or_repo, revision=revision)
     config, tensors, sha256 = read_adapter(folder)

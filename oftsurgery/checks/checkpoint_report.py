@@ -25,14 +25,19 @@ _SLACK = 1.05
 class WeightCheck:
     """One folded weight.
 
+    >>> check = oftsurgery.WeightCheck(error=0.08, rounding=0.08, recorded=True)
+    >>> check.passes(None)
+    True
+
     Attributes:
-        error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius), exact being base and rotation in float64.
-        rounding: what storing the exact weight in the folded format costs by itself.
-        recorded: content hash as the record has it: True, False, or None where there is no record.
+        error: ``‖folded - exact‖ / ‖exact‖`` (Frobenius); exact is base and rotation in float64.
+        rounding: the error of storing the exact weight in the folded format.
+        recorded: whether the content hash is the record's: True, False, or None where there is no record.
         calibrated: the error that the record names where the weight was calibrated; None elsewhere. A calibrated weight
-            errs more than a plainly rounded one, so that its layer's outputs err less.
+            errs more than a plainly rounded weight, so that its layer's outputs err less.
         rho: ``‖folded - exact‖ / ‖exact - base‖``; None where the adapter changes nothing.
-        kept: ``⟨folded - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
+        kept: ``⟨folded - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None where the adapter
+            changes nothing.
         steps: the error of a weight that lies anywhere between the format's levels: rounding that keeps the change costs
             no more.
     """
@@ -70,9 +75,12 @@ class WeightCheck:
 class TensorCheck:
     """One tensor: of the model, or of the files where the model's class does not take it.
 
+    >>> oftsurgery.TensorCheck("copied").ok, oftsurgery.TensorCheck("copied", why="it differs from the base's").ok
+    (True, False)
+
     Attributes:
-        kind: what it should be.
-        why: what is wrong with it, or None.
+        kind: what the tensor should be.
+        why: what is wrong with the tensor, or None.
     """
 
     kind: TensorKind
@@ -85,18 +93,20 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What :func:`check_checkpoint` looked at.
+    """What :func:`~oftsurgery.verify_checkpoint` looked at.
 
-    Attributes:
-        modules: ``{path: WeightCheck}`` of what was rotated.
-        tolerance: the largest error that passes; None: plain rounding and no more.
-        files: ``{file name: FileCheck}`` of the files that the record has hashes of; empty without a record.
-        tensors: ``{name: TensorCheck}`` of everything that the model loads, and of stored tensors that it does not take.
-        config: what the folded ``config.json`` makes the model compute otherwise, or None.
-
-    >>> report = CheckpointReport({}, None, tensors={"lm_head.weight": TensorCheck("tied"), "norm.weight": TensorCheck("copied")})
+    >>> checks = {"lm_head.weight": oftsurgery.TensorCheck("tied"), "norm.weight": oftsurgery.TensorCheck("copied")}
+    >>> report = oftsurgery.CheckpointReport({}, None, tensors=checks)
     >>> report.ok, report.looked_at
     (True, {'tied': 1, 'copied': 1})
+
+    Attributes:
+        modules: ``{path: WeightCheck}`` of the rotated weights.
+        tolerance: the largest error that passes; None: plain rounding and no more.
+        files: ``{file name: FileCheck}`` of the files that the record has hashes of; empty without a record.
+        tensors: ``{name: TensorCheck}`` of every tensor that the model loads, and of stored tensors that the model does
+            not take.
+        config: what the folded ``config.json`` makes the model compute otherwise, or None.
     """
 
     modules: Mapping[str, WeightCheck]

@@ -34,19 +34,26 @@ def doctor(
 ) -> list[Finding]:
     """Examine a checkpoint's folder, an adapter's folder (or a Hub id of either), or a live model.
 
+    >>> oftsurgery.doctor("ADAPTER")                             # nothing is wrong
+    []
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
+    >>> for finding in oftsurgery.doctor("OUTPUT", base="BASE", adapter="ADAPTER"):
+    ...     print(finding.severity, finding.code)
+    note kept
+
     Args:
         path_or_model: what to examine.
-        base: what it was folded from, or what an adapter is for. With ``adapter`` each folded weight is held against
-            the base's, rotated anew.
-        adapter: that is folded in (with ``base``), or that is to be.
+        base: the checkpoint or model that was folded, or that an adapter is for. With ``adapter`` each folded weight is
+            compared with the base's weight, rotated anew.
+        adapter: the adapter that is folded in (with ``base``), or that is to be.
 
     Returns:
-        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter`` also, as a note or
-        a warning, how much of what the adapter changes is in the weights.
+        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter``, a note or a warning
+        says how much of the adapter's change is in the weights.
 
     Raises:
         CheckpointError: ``path_or_model`` or ``base`` does not exist.
-        AdapterError: ``adapter`` is given and cannot be used (give it alone to have it examined).
+        AdapterError: ``adapter`` cannot be used (``doctor(adapter)`` examines it).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
         config, tensors, sha256 = read_adapter(find_adapter(adapter))

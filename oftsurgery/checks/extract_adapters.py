@@ -46,12 +46,16 @@ _GOOD = 0.7
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExtractedAdapter(OFTAdapter):
-    """The :class:`~oftsurgery.OFTAdapter` that :func:`~oftsurgery.extract` found, with what it is worth.
+    """The :class:`~oftsurgery.OFTAdapter` that :func:`~oftsurgery.extract` found, and how well it explains the difference.
+
+    >>> found = oftsurgery.extract(plain, oftsurgery.fold(plain, "ADAPTER"))
+    >>> found.report["model.layers.0.self_attn.q_proj"].rotation.block_size, found.unexplained
+    (16, ())
 
     Attributes:
         report: ``{module path: ExtractedRotation}``, the figures of each module.
-        unexplained: names of modules and tensors that differ by no rotation (biases, norms, a new head …): not in the
-            adapter.
+        unexplained: names of modules and tensors that differ by no rotation (biases, norms, a new head …): the adapter
+            does not hold them.
     """
 
     report: Mapping[str, ExtractedRotation] = field(default_factory=lambda: MappingProxyType({}))

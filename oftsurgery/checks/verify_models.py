@@ -23,6 +23,10 @@ from oftsurgery.stores.ties import inner_model, modules_of
 class OutputError:
     """How far one output is from the reference's, over all inputs.
 
+    >>> report = oftsurgery.verify(model, model, inputs)
+    >>> report.outputs["logits"].max_abs
+    0.0
+
     Attributes:
         relative: ``‖a - b‖ / ‖b‖`` (Frobenius).
         max_abs: largest absolute difference.
@@ -36,14 +40,19 @@ class OutputError:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` measured.
+    """What :func:`~oftsurgery.verify` measured.
+
+    >>> report = oftsurgery.verify(oftsurgery.fold(model, "ADAPTER"), live, inputs)
+    >>> path, error = report.worst
+    >>> error == report.modules[path], list(report.outputs), report.batches
+    (True, ['logits'], 1)
 
     Attributes:
-        modules: ``{path: OutputError}`` of each compared module, given the very inputs that it gets in the reference
-            model: its own error, not the upstream one.
+        modules: ``{path: OutputError}`` of each compared module, given the very inputs that the module gets in the
+            reference model: the error of this module, not of the modules before it.
         outputs: ``{name: OutputError}`` of the models' outputs.
         batches: how many inputs were run.
-        plain: ``{name: OutputError}`` of the outputs of a model to set it beside; empty without one.
+        plain: ``{name: OutputError}`` of the outputs of the model ``plain``; empty without one.
         uncalled: folded modules that the reference never called on these inputs: where their owners only read the
             weights, a live adapter does nothing there, and a fold should not either.
     """
@@ -116,23 +125,32 @@ def _measured(meters: Mapping[str, _Meter]) -> Mapping[str, OutputError]:
 
 @torch.no_grad()
 def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Module | None = None) -> VerifyReport:
-    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to
-    end.
+    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to end.
+
+    >>> folded = oftsurgery.fold(model, "ADAPTER")
+    >>> report = oftsurgery.verify(folded, live, inputs)
+    >>> report.modules["model.layers.0.self_attn.q_proj"].relative < 0.2     # this module alone, on the same inputs
+    True
+    >>> report.outputs["logits"].cosine_distance < 0.05                      # end to end
+    True
 
     Args:
-        folded: a folded model (its record says which modules to compare), or any.
-        reference: what it should compute: the live ``PeftModel``, a wrapped model, the base model …
+        folded: a folded model, whose record says which modules to compare, or any model.
+        reference: the model whose outputs ``folded`` should give: the live ``PeftModel``, a wrapped model, the base model …
         inputs: a batch (a tensor, a tuple of arguments or a mapping of keyword arguments), or an iterable of batches.
-        plain: a model to set the folded one's outputs beside: the same fold with ``rounding="nearest"``, and the report
-            says what the rounding gained end to end.
+        plain: a model whose outputs are set beside those of ``folded``: with the same fold by ``rounding="nearest"``, the
+            report says what the rounding gained end to end.
 
-    Both run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes' 4-bit
-    layers repacks them in place, here as in any other forward.
+    Returns:
+        a :class:`~oftsurgery.VerifyReport`.
+
+    Both models run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes'
+    4-bit layers repacks them in place, here as in any other forward.
 
     Raises:
         MatchError: a folded module is not in the reference.
         ShapeError, NonFiniteError: outputs cannot be compared.
-        StateError: no inputs.
+        StateError: there are no inputs.
     """
     mine, theirs = modules_of(folded), modules_of(peft_live.base_of(inner_model(reference)))
     record = record_of(folded)
@@ -173,8 +191,8 @@ def _compared(
 ) -> Iterator[None]:
     """While the reference runs, give each of its modules' inputs to our module too."""
 
-    def hook(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        got = mine[path](*args, **kwargs)
+    def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        got = output if mine[path] is module else mine[path](*args, **kwargs)  # a call of itself would hook again
         for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
             meters[path].add(f"{path} {name}".strip(), a, b)
 

@@ -1,4 +1,4 @@
-""":func:`open_checkpoint` reads a checkpoint's headers and JSON without data, :class:`Checkpoint` one tensor at a time."""
+""":func:`open_checkpoint` reads a checkpoint's headers and JSON; :class:`Checkpoint` reads its tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Checkpoint:
     """A checkpoint's headers and JSON.
 
     Attributes:
-        folder: that holds it.
+        folder: folder of the checkpoint.
         entries: ``{tensor name: TensorEntry}`` in the files' order.
-        files: shards in order.
-        config: the parsed ``config.json``; empty without one.
+        files: names of the shards, in order.
+        config: the parsed ``config.json``; empty if the folder has no such file.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Checkpoint:
     config: Mapping[str, Any]
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name``, in memory of its own."""
+        """The tensor ``name``, in new memory."""
         entry = self.entries[name]
         buffer = bytearray(entry.nbytes)
         with (self.folder / entry.file).open("rb") as file:
@@ -67,15 +67,13 @@ class Checkpoint:
                 yield chunk
 
     def _ended(self, entry: TensorEntry) -> CheckpointError:
-        return CheckpointError(
-            "the shard ended early: it changed while it was read", tensor=entry.name, path=self.folder / entry.file
-        )
+        message = f"the shard ended early, before {entry.nbytes} bytes of the tensor: the file has changed since its header was read"
+        remedy = "wait until no program writes the checkpoint, and run again"
+        return CheckpointError(message, tensor=entry.name, path=self.folder / entry.file, remedy=remedy)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files,
-        and its config.
-        """
+        """Sizes and times of the checkpoint's files, and its config. With an equal identity it counts as unchanged."""
         stats = {name: (self.folder / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
@@ -84,12 +82,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of the checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the
-        folder, a header that lies.
+        CheckpointError: the folder has no safetensors checkpoint, the index disagrees with the shards, a file lies
+            outside the folder, or a header is wrong.
     """
     if not folder.is_dir():
         raise CheckpointError(
-            "no such folder",
+            "the folder does not exist",
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )
@@ -99,7 +97,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         files = tuple(dict.fromkeys(weight_map.values()))
         if (folder / SINGLE).exists() and SINGLE not in files:
             message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
-            raise CheckpointError(message, path=folder, remedy="remove the one that is not meant")
+            raise CheckpointError(message, path=folder, remedy="remove the checkpoint that you do not mean")
     elif (folder / SINGLE).exists():
         files = (SINGLE,)
     else:
@@ -108,8 +106,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for name in sorted(files):
         for entry in read_header(inside(folder, name))[0]:
             if entry.name in entries:
-                message = f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor"
-                raise CheckpointError(message, tensor=entry.name, path=folder)
+                message = (
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold the same tensor"
+                )
+                remedy = "save the checkpoint again with save_pretrained"
+                raise CheckpointError(message, tensor=entry.name, path=folder, remedy=remedy)
             entries[entry.name] = entry
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
@@ -123,7 +124,7 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
         return CheckpointError(
             f"{printable(pickles[0])} is a pickle, which could run code when read; oftsurgery reads safetensors only",
             path=folder,
-            remedy="load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)",
+            remedy="load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)",
         )
     if (folder / "adapter_config.json").exists():
         return CheckpointError(
@@ -150,8 +151,8 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
             raise damaged("the index names a tensor that its shards lack", folder / INDEX, name)
         if entries[name].file != file:
             there = printable(entries[name].file)
-            raise damaged(f"the index says {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
+            raise damaged(f"the index names {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
-        message = "a shard holds a tensor that the index lacks"
+        message = f"the shard {printable(entries[unlisted[0]].file)} holds a tensor that the index lacks"
         raise CheckpointError(message, tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")

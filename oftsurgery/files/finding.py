@@ -1,4 +1,4 @@
-"""Folders of adapters and checkpoints: local ones, or the Hub's cache."""
+"""Find the folder of an adapter or a checkpoint, on this machine or in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .carried import missing_in
 
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
-    """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
-    needs, or the ``whole`` of it.
+    """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
+    a fold needs, or with ``whole`` all files.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be read.
+        CheckpointError: ``path_or_repo`` is neither a folder nor a repository that can be read.
     """
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
     folder = find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
@@ -25,7 +25,7 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -
 
 
 def _with_what_it_names(folder: Path, repo: str | PathLike[str], where: str) -> Path:
-    """A repository's folder with the files that its index files name, which may name further ones."""
+    """The folder of a repository with the files that its index files name; such a file may name further files."""
     asked: set[str] = set()
     for _ in range(_MOST_ROUNDS):
         missing = [name for name in missing_in(folder) if name not in asked]
@@ -36,10 +36,10 @@ def _with_what_it_names(folder: Path, repo: str | PathLike[str], where: str) -> 
     return folder
 
 
-# of index files that name index files
+# rounds in which downloaded index files name further files
 _MOST_ROUNDS = 8
 
-# what a fold needs of a repository
+# the files of a repository that a fold needs
 _NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
 
 
@@ -50,13 +50,14 @@ def find_folder(
     where: str,
     revision: str | None = None,
 ) -> Path:
-    """A local folder, or the files of a Hub repository that ``patterns`` match; where there is neither, a ``refusal``."""
+    """A local folder, or the cached files of a Hub repository that match ``patterns``; otherwise ``refusal`` is raised."""
     path = Path(place).expanduser()
     if path.is_dir():
         return path
     is_hub_id = isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
     if path.exists() or not is_hub_id:
-        raise refusal("no such folder", path=path, remedy=where)
+        message = "the path is a file, not a folder" if path.exists() else "the folder does not exist"
+        raise refusal(message, path=path, remedy=where)
     with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -64,6 +65,6 @@ def find_folder(
         return Path(snapshot_download(str(place), revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        message = f"neither a folder nor a Hub repository that can be read ({printable(reason)})"
-        remedy = "check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache"
+        message = f"the name is neither a folder nor a Hub repository that can be read ({printable(reason)})"
+        remedy = "check the name; a private repository needs a login (HF_TOKEN), and offline use needs a filled cache"
         raise refusal(message, path=place, remedy=remedy) from error

@@ -40,13 +40,18 @@ _IGNORED = {
 def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear8bitLt | None:
     """The live layer over ``target``, or None where ``target`` is no :class:`bitsandbytes.nn.Linear8bitLt`.
 
+    >>> target = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+    >>> layer = oftsurgery.dispatch_bnb_8bit(target, "default", oft_block_size=16)
+    >>> layer(torch.randn(2, 64)).shape
+    torch.Size([2, 32])
+
     Args:
-        target: the layer to wrap; or a live one over such a layer, which gets the adapter and is returned.
+        target: the layer to wrap; or a live layer over such a layer, which gets the adapter and is returned.
         adapter_name: of the adapter.
         **kw: ``rotation=Rotation``; or the settings of a new adapter as peft 0.16 to 0.20 passed them: ``config`` (or
             ``oft_config``; an ``OFTConfig`` or a dict), ``r``, ``oft_block_size``, ``coft``, ``eps``, ``block_share``,
-            ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``init_weights`` and ``module_dropout``; what is given
-            by itself goes before the config's. ``loaded_in_8bit=False`` gives None.
+            ``use_cayley_neumann``, ``num_cayley_neumann_terms``, ``init_weights`` and ``module_dropout``; a setting that
+            is given by itself goes before the config's. ``loaded_in_8bit=False`` gives None.
 
     Raises:
         AdapterError: unknown or contradicting settings.
@@ -56,7 +61,13 @@ def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear
 
 
 def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, **kw: Any) -> Linear4bit | None:
-    """:func:`dispatch_bnb_8bit` for :class:`bitsandbytes.nn.Linear4bit`; ``loaded_in_4bit=False`` gives None."""
+    """:func:`dispatch_bnb_8bit` for :class:`bitsandbytes.nn.Linear4bit`; ``loaded_in_4bit=False`` gives None.
+
+    >>> target = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    >>> layer = oftsurgery.dispatch_bnb_4bit(target, "default", oft_block_size=16)
+    >>> oftsurgery.dispatch_bnb_4bit(torch.nn.Linear(64, 32), "default", oft_block_size=16) is None
+    True
+    """
     return cast("Linear4bit | None", _dispatch(Linear4bit, "loaded_in_4bit", target, adapter_name, kw))
 
 

@@ -50,6 +50,9 @@ _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
 class OnnxCheck:
     """One comparison of onnxruntime with torch.
 
+    >>> oftsurgery.OnnxCheck(inputs="batch 2, length 7", errors={"logits": 2e-7}).errors["logits"] < 1e-5
+    True
+
     Attributes:
         inputs: what was run: batch size and lengths.
         errors: ``{output: largest absolute difference / largest absolute value of torch's in all comparisons}``.
@@ -61,7 +64,11 @@ class OnnxCheck:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What :func:`oftsurgery.export_onnx` wrote, and how far it is from torch.
+    """What :func:`~oftsurgery.export_onnx` wrote, and how far it is from torch.
+
+    >>> report = oftsurgery.export_onnx(torch.nn.Linear(8, 4), "OUT-ONNX", example_inputs=torch.randn(2, 8))
+    >>> len(report.inputs), report.worst < report.tolerance
+    (1, True)
 
     Attributes:
         dtype: of the graph, ``"float32"`` or ``"float16"``.
@@ -72,8 +79,8 @@ class OnnxReport:
         quantized: ``{module path: format}`` of the layers whose codes the graph holds.
         dequantized: ``{module path: reason}`` of the quantised layers whose codes a quantised graph does not hold.
         repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded their
-            scales to bfloat16, which the graph holds as they are now.
-        tolerance: that ``checks`` had to keep.
+            scales to bfloat16, and the graph holds the rounded scales.
+        tolerance: the largest error that ``checks`` may have.
         checks: the comparisons; empty where ``verified`` is False.
         verified: whether the checker and the comparisons were run.
         versions: of the packages that took part.

@@ -1,4 +1,4 @@
-"""What a folded checkpoint's ``config.json`` says."""
+"""The ``config.json`` of a folded checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def output_config(
 ) -> dict[str, Any]:
     """The destination's ``config.json``.
 
-    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones
-    get transformers' own; rope settings are written for transformers 4 and 5; weights that the fold untied are no
-    longer tied.
+    A dense format loses ``quantization_config`` (an old one breaks the loading) and gets its dtype; a quantised format
+    gets transformers' own ``quantization_config``. Rope settings are written for transformers 4 and 5. The config no
+    longer ties weights that the fold untied.
     """
     new = copy.deepcopy(dict(config))
     if not new:
@@ -42,7 +42,7 @@ def output_config(
 
 
 def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config."""
     new = copy.deepcopy(dict(folded))
     for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
         mine.pop("tie_word_embeddings", None)
@@ -55,7 +55,7 @@ def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readable_rope(config: dict[str, Any]) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which
+    """Add ``rope_theta`` and ``rope_scaling`` to a config that has only transformers 5's ``rope_parameters``, which
     transformers 4 ignores.
     """
     rope = config.get("rope_parameters")

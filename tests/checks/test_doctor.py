@@ -821,11 +821,11 @@ def test_findings_come_worst_first(made: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_what_does_not_exist_is_refused(tmp_path: Path, made: dict[str, Path]) -> None:
-    with pytest.raises(oftsurgery.CheckpointError, match="no such folder"):
+    with pytest.raises(oftsurgery.CheckpointError, match="the folder does not exist"):
         doctor(tmp_path / "nowhere")
-    with pytest.raises(oftsurgery.AdapterError, match="no such folder"):
+    with pytest.raises(oftsurgery.AdapterError, match="the folder does not exist"):
         doctor(made["plain"], adapter=tmp_path / "nowhere")
-    with pytest.raises(oftsurgery.CheckpointError, match="no such folder"):
+    with pytest.raises(oftsurgery.CheckpointError, match="the folder does not exist"):
         doctor(made["plain"], base=tmp_path / "nowhere", adapter=made["adapter"])
 
 

@@ -437,7 +437,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K}.absmax"),
         {K},
-        "without its statistics",
+        "lacks this tensor of statistics",
     ),
     "int8, SCB": (LLAMA, "int8", {}, off(f"{K[:-6]}SCB"), {K}, "its SCB is not"),
     "int8, SCB missing": (
@@ -446,7 +446,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K[:-6]}SCB"),
         {K},
-        "without its SCB statistics",
+        "lacks its SCB statistics",
     ),
     "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "off what base and adapter give"),
     "rotated nf4, quant_map": (

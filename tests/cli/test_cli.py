@@ -158,8 +158,8 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
 REFUSED = {
     "no command": ([], 2, "the following arguments are required: COMMAND"),
     "unknown format": (["fold", "BASE", "ADAPTER", "x", "--format", "gguf"], 2, "invalid choice: 'gguf'"),
-    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: no such folder"),
-    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: no such folder"),
+    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: the folder does not exist"),
+    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: the folder does not exist"),
     "base is an adapter": (["fold", "ADAPTER", "ADAPTER", "x"], 2, "the folder holds an adapter, not a model"),
     "adapter is a model": (["fold", "BASE", "BASE", "x"], 2, "no adapter_config.json"),
     "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),

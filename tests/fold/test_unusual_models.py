@@ -211,7 +211,7 @@ def test_weights_that_are_not_plain_parameters_are_refused_by_name(kind: str) ->
         (lambda: oftsurgery.fold(net(nn.Linear(4, 4)), net(nn.Linear(4, 4))), "not a Sequential"),
         (
             lambda: oftsurgery.fold(oft(net(nn.Linear(16, 16)), ["0"]), "zz"),
-            "no live adapter zz.*the model's adapters are default",
+            r"no live adapter zz.*the model's adapters with set_adapter\(\): default",
         ),
         (
             lambda: oftsurgery.fold(net(oft(net(nn.Linear(16, 16)), ["0"]))),

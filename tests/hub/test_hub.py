@@ -161,7 +161,7 @@ def test_a_real_model_comes_back_and_its_card_loads_it(
     assert here.encode(["The quick brown fox"]).tolist() == names["embeddings"].tolist()
     assert "1_Pooling/config.json" in sent(tmp_path / "out")
     assert "library_name: sentence-transformers" in text
-    assert re.search(r"And \d+ more, all in `oftsurgery.json`", text)
+    assert re.search(r"The other \d+ modules are in `oftsurgery.json`", text)
 
 
 def test_the_command_pushes_in_a_process_of_its_own(place: Path, server: Hub, tmp_path: Path) -> None:

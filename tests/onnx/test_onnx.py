@@ -238,7 +238,7 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
     assert dict(report.quantized) == {"kept": "nf4 (double quantisation)", "fp4": "fp4", "int8": "int8"}
     assert dict(report.dequantized) == {
         "large_blocks": "MatMulBnb4 has no block size of 512, only 16, 32, 64, 128, 256",
-        "straddling": "48 input features are no multiple of the block size 32",
+        "straddling": "48 input features are not a multiple of the block size 32",
     }
     assert report.outputs == ("last_hidden_state", "scaled")
     again = {"example_inputs": {"x": x, "scale": scale}, "verify": False}
@@ -909,8 +909,8 @@ def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path)
     (tmp_path / "file").write_text("x")
     for destination, message in (
         (tmp_path / "file", r"the destination exists.*Remedy: name another, or replace it with force=True"),
-        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make it first"),
-        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make it first"),
+        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
+        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
     ):
         stages: list[tuple[int, int, str]] = []
 

@@ -119,7 +119,7 @@ def test_of_many_modules_the_worst_are_shown_and_the_others_counted() -> None:
     record = FoldRecord((AdapterInfo("a", "peft-0.21", "xxh3:0", None, None, None),), modules)
     text = card.section(record, {}, ["model.safetensors"], exact=True)
     assert re.findall(r"^\| `m\.(\d+)`", text, flags=re.MULTILINE) == [str(i) for i in range(35, 25, -1)]
-    assert "And 26 more, all in `oftsurgery.json`." in text
+    assert "The other 26 modules are in `oftsurgery.json`." in text
     assert "over 36 modules is 1.75e-02" in text
     assert "base_model" not in card.metadata(record, {}, [])
 
@@ -214,7 +214,7 @@ def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatc
     data = ModelCard(text).data.to_dict()
     assert (data["library_name"], data["base_model_relation"]) == ("onnx", "merge")
     assert data["tags"] == ["oft", "oftsurgery", "onnx"]
-    assert "Nothing is folded back out of an ONNX graph" in text
+    assert "An ONNX graph cannot be unfolded" in text
     monkeypatch.chdir(tmp_path / "out")
     (code,) = snippets(text, "python")
     model = load(folded, "LlamaForCausalLM")

@@ -232,7 +232,7 @@ def test_a_record_of_an_older_version_is_read_with_defaults() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no object": ([], "FoldRecord is a list"),
-    "no modules": ({"adapters": []}, "FoldRecord without 'modules'"),
+    "no modules": ({"adapters": []}, "FoldRecord lacks 'modules'"),
     "modules in a list": ({"adapters": [], "modules": []}, r"FoldRecord.modules is '\(\)'"),
     "an adapter of text": ({"adapters": ["a"], "modules": {}}, "AdapterInfo is a str"),
     "adapters of a number": ({"adapters": 3, "modules": {}}, "not iterable"),
@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "versions in a list": (OLDEST | {"versions": ["torch"]}, "FoldRecord.versions"),
     "a hash that is none": (OLDEST | {"files": {"a": 1}}, "FoldRecord.files"),
     "earlier of an object": (OLDEST | {"earlier": {"a": 1}}, "FoldRecord is a str"),
-    "a damaged earlier one": (OLDEST | {"earlier": [{"adapters": []}]}, "FoldRecord without 'modules'"),
+    "a damaged earlier one": (OLDEST | {"earlier": [{"adapters": []}]}, "FoldRecord lacks 'modules'"),
 }
 
 

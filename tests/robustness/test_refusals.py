@@ -107,9 +107,9 @@ def case(name: str, error: type[e.OFTSurgeryError], message: str) -> Callable[[C
 
 
 @case(
-    "no such folder",
+    "the folder does not exist",
     e.AdapterError,
-    r"no such folder \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
+    r"the folder does not exist \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.tmp / "nowhere")
@@ -118,7 +118,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a file instead of its folder",
     e.AdapterError,
-    r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config",
+    r"an adapter is a folder, but the path is a file .*Remedy: give the folder that holds adapter_config",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter() / "adapter_model.safetensors")
@@ -165,7 +165,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(peft_type=...))
 
 
-@case("config of wrong types", e.AdapterError, r"has coft = 'yes', which is no bool .*Remedy: restore the config")
+@case(
+    "config of wrong types",
+    e.AdapterError,
+    r"has coft = 'yes', but the value must be of type bool .*Remedy: restore the config",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(coft="yes"))
 
@@ -193,7 +197,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "tensors truncated",
     e.AdapterError,
-    r"the tensors cannot be read: truncated, or no safetensors file .*Remedy: copy or download the file again",
+    r"the tensors cannot be read: the file is truncated, or no safetensors file .*Remedy: copy or download the file again",
 )
 def _(t: Bench) -> Callable[[], object]:
     path = t.adapter() / "adapter_model.safetensors"
@@ -207,14 +211,14 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a LoRA adapter",
     e.DialectError,
-    r"this is a LORA adapter, not an OFT one Remedy: .*merge others with peft's merge_and_unload",
+    r"the adapter is a LORA adapter, not an OFT adapter Remedy: .*merge others with peft's merge_and_unload",
 )
 def _(t: Bench) -> Callable[[], object]:
     get_peft_model(Net(), LoraConfig(target_modules=["q_proj"])).save_pretrained(t.tmp / "lora")
     return t.fold(t.tmp / "lora")
 
 
-@case("a BOFT adapter", e.DialectError, r"this is a BOFT adapter, not an OFT one")
+@case("a BOFT adapter", e.DialectError, r"the adapter is a BOFT adapter, not an OFT adapter")
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.boft_R": torch.ones(1, 2, 4, 4)}, peft_type="BOFT"))
 
@@ -235,13 +239,13 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a dialect that cannot be told",
     e.DialectError,
-    r"the files do not tell the dialect: peft-0.17 or peft-0.21 .*Remedy: name it: load_adapter\(",
+    r"the files do not tell the dialect: it is peft-0.17 or peft-0.21 .*Remedy: name the dialect, load_adapter\(",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(peft_version="0.18.0.dev0"))
 
 
-@case("an unknown dialect", e.DialectError, r"unknown dialect 'peft-1' Remedy: one of peft-0\.13, ")
+@case("an unknown dialect", e.DialectError, r"unknown dialect 'peft-1' Remedy: use one of peft-0\.13, ")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return lambda: oftsurgery.load_adapter(folder, dialect="peft-1")  # type: ignore[arg-type]
@@ -250,7 +254,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "the wrong dialect named",
     e.DialectError,
-    r"named peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out",
+    r"the named dialect is peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -290,7 +294,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown key",
     e.AdapterError,
-    r"unknown key: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy",
+    r"the key is unknown: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"layers.0.q_proj.oft_R.weight": rows()}))
@@ -299,7 +303,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an integer tensor",
     e.AdapterError,
-    r"must be float32, float16, .* this is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore",
+    r"must be float32, float16, .* the tensor is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows().int()}))
@@ -461,7 +465,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a grouped convolution",
     e.FormatError,
-    r"a grouped convolution cannot be folded \[module 'grouped'\] Remedy: .*`exclude_modules`",
+    r"a grouped convolution cannot be folded, .* \d+ groups \[module 'grouped'\] Remedy: .*`exclude_modules`",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("grouped", 1)
@@ -470,7 +474,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a LayerNorm",
     e.FormatError,
-    r"a LayerNorm has no weight that OFT rotates .*module 'norm'.*Remedy: known are torch's Linear",
+    r"a LayerNorm has no weight that oftsurgery can rotate .*module 'norm'.*Remedy: rotate torch's Linear",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("norm")
@@ -481,7 +485,7 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers")
 
 
-@case("a recurrent layer", e.FormatError, r"a LSTM has no weight that OFT rotates .*module 'lstm'")
+@case("a recurrent layer", e.FormatError, r"a LSTM has no weight that oftsurgery can rotate .*module 'lstm'")
 def _(t: Bench) -> Callable[[], object]:
     return t.on("lstm")
 
@@ -499,7 +503,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a parametrised weight",
     e.StateError,
-    r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: remove_parametrizations",
+    r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: call remove_parametrizations",
 )
 def _(t: Bench) -> Callable[[], object]:
     nn.utils.parametrizations.weight_norm(t.model.layers[1].q_proj)  # type: ignore[index,union-attr]
@@ -509,7 +513,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a model on the meta device",
     e.StateError,
-    r"the weight is on the meta device: it has no values \[module 'layers\.0\.q_proj'\] Remedy: load",
+    r"the weight is on the meta device and has no values \[module 'layers\.0\.q_proj'\] Remedy: load",
 )
 def _(t: Bench) -> Callable[[], object]:
     t.model.to("meta")
@@ -583,7 +587,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown 4-bit type",
     e.FormatError,
-    r"unknown 4-bit type \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4",
+    r"the 4-bit type is unknown \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4",
 )
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "nf4").to("cpu").weight.quant_state.quant_type = "int4"
@@ -593,7 +597,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "packed codes cut short",
     e.ShapeError,
-    r"the packed codes do not hold the weight's elements .*'layers\.1\.q_proj'.*shape 2000, expected 2048",
+    r"the packed codes have another number of bytes than the weight needs .*'layers\.1\.q_proj'.*shape 2000, expected 2048",
 )
 def _(t: Bench) -> Callable[[], object]:
     layer = quantised(t, "nf4").to("cpu")
@@ -721,7 +725,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "no active adapter",
     e.StateError,
-    r"the model has no active adapter Remedy: the model's adapters are default; set_adapter\(\) one",
+    r"the model has no active adapter Remedy: activate one of the model's adapters with set_adapter\(\): default",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.set_adapter([])

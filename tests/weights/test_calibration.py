@@ -153,7 +153,7 @@ def test_a_hessian_that_cannot_be_factorised_is_said_and_not_used() -> None:
     x = correlated(50, 128)
     folded = fold_calibrated(codecs.encode(exact, f), [rotation], f, LayerInputs(-x.t() @ x, 50, x))
     assert folded.rounding == "preserve"
-    assert folded.uncalibrated == "the Hessian of its inputs cannot be factorised"
+    assert folded.uncalibrated == "the Hessian of the inputs cannot be factorised"
 
 
 def test_a_hessian_near_the_limit_of_float32_is_factorised_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,10 +431,14 @@ def test_where_it_is_worse_on_held_out_inputs_the_layer_falls_back(adapter: Path
     model = build("nf4")
     with pytest.warns(CalibrationWarning) as caught:
         folded = oftsurgery.fold(model, adapter, calibration=[{"hidden": s.unsqueeze(0)} for s in sequences])
-    worse = [p for p, m in folded.oftsurgery.modules.items() if (m.uncalibrated or "").startswith("worse on held-out")]
+    worse = [
+        p
+        for p, m in folded.oftsurgery.modules.items()
+        if (m.uncalibrated or "").startswith("the error on held-out inputs is worse")
+    ]
     assert "q" in worse
     assert f"{len(worse) + 1} of 6 weights are not calibrated, but rounded without data" in str(caught[0].message)
-    assert "q: worse on held-out inputs, " in str(caught[0].message)
+    assert "q: the error on held-out inputs is worse, " in str(caught[0].message)
     plain = oftsurgery.fold(model, adapter, rounding="preserve")
     for path in worse:
         module = folded.oftsurgery.modules[path]
@@ -459,7 +463,9 @@ def test_an_embedding_is_named(write_adapter: Callable[..., Path], oft_config: C
     }
     folder = write_adapter(tensors, oft_config(oft_block_size=32))
     ids = [torch.randint(0, 100, (4, 20)) for _ in range(8)]
-    with pytest.warns(CalibrationWarning, match=r"embed: the model never multiplies inputs by it on the calibration\)"):
+    with pytest.warns(
+        CalibrationWarning, match=r"embed: the model never multiplies inputs by this weight on the calibration\)"
+    ):
         folded = oftsurgery.fold(Words().to("cpu").eval(), folder, calibration=ids)
     rounding = {path: m.rounding for path, m in folded.oftsurgery.modules.items()}
     assert rounding == {"embed": "grid", "up": "calibrated"}

@@ -327,7 +327,7 @@ def test_a_lora_merge_is_no_rotation_and_says_so() -> None:
     merged = changed(base, "down.weight", lora)
     assert relative(merged.down.weight.detach(), base.down.weight.detach()) > 0.1
     with pytest.raises(
-        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*no such rotation \(a LoRA or full"
+        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*not such a rotation \(a LoRA or full"
     ):
         oftsurgery.extract(base, merged)
     with pytest.warns(

@@ -638,7 +638,7 @@ def test_another_model(folded: Any, real_weight: Tensor, tmp_path: Path) -> None
     with pytest.raises(IntegrityError, match="not the one that this record's fold left") as caught:
         oftsurgery.unfold(plain, undo=tmp_path / "u")
     assert "module '0'" in str(caught.value)
-    assert "take out later folds first, the last one first; or unfold with base=…" in str(caught.value)
+    assert "take out later folds first, beginning with the last; or unfold with base=…" in str(caught.value)
     with pytest.raises(MatchError, match="the model lacks 1 of the tensors that the undo record restores"):
         oftsurgery.unfold(nn.Sequential(plain[0]), undo=tmp_path / "u")
     # one code of one weight

@@ -55,6 +55,13 @@ def test_errors_are_those_worked_out_by_hand() -> None:
     assert [line.split()[0] for line in lines[1:]] == ["out", "second", "first"]
 
 
+def test_a_model_is_like_itself() -> None:
+    net = Net()
+    report = verify(net, net, X)
+    assert set(report.modules) == {"first", "second"}
+    assert {e.max_abs for e in (*report.modules.values(), *report.outputs.values())} == {0.0}
+
+
 def test_opposite_outputs_are_two_apart() -> None:
     assert verify(Net(-1.0), Net(), X).outputs["out"].cosine_distance == pytest.approx(2)
 
