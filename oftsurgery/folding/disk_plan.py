@@ -24,6 +24,7 @@ from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
+from oftsurgery.stores.quantised_loading import loadable_config
 
 from .disk_jobs import Job, JobBuilder, Part
 from .folder_writer import Shard, into_shards, nbytes_of
@@ -171,6 +172,8 @@ def make_plan(
     store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int, carried: Carried
 ) -> CheckpointPlan:
     """The plan of ``jobs``, as far as all plans are alike."""
+    outputs = {name: output for job in jobs for name, output in job.outputs.items()}
+    config = loadable_config(config, outputs)
     card.own_card(store.source.folder)  # is refused now where it cannot be read
     return CheckpointPlan(
         store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried

@@ -26,6 +26,7 @@ from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.quantised_loading import loadable_config
 from oftsurgery.stores.ties import inner_model, modules_of, ties_of
 
 from .beside import beside_model
@@ -58,6 +59,9 @@ def save_model(
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
+    if "config.json" in jsons:
+        written = {name: output for item in items for name, output in item.outputs.items()}
+        jsons["config.json"] = loadable_config(jsons["config.json"], written)
     with (
         beside_model(home, private, tokenizer) as carried,
         Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
