@@ -25,7 +25,8 @@ Config = Mapping[str, Any]
 Parts = Mapping[str, Tensor]  # a module's tensors by the ends of their keys
 Modules = Mapping[str, Parts]
 
-_OLD_PARTS = {"oft_r", "oft_s"}  # peft ≤ 0.15
+_MATRICES = frozenset({"oft_r", "oft_s"})  # peft ≤ 0.15: the generator is the skew part of a matrix
+_TRIANGLES = frozenset({"oft_R.weight", "oft_embedding_R.weight"})  # peft ≥ 0.16: the upper triangle of a matrix
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class _Rules:
 
     Attributes:
         releases: the peft releases that write the dialect, in words.
-        matrices: whether a generator is stored as a matrix (peft ≤ 0.15), or as the upper triangle of a matrix.
+        ends: the ends of the keys of a module's rotation, for any config; an adapter with other ends has another dialect.
         wrote: function of ``(config, modules, source)`` that tells whether these releases may have written the files;
             it raises if no release writes such files.
         rotation: function of ``(a module's parts, config)`` that gives the rotation.
     """
 
     releases: str
-    matrices: bool
+    ends: frozenset[str]
     wrote: Callable[[Config, Modules, str | None], bool]
     rotation: Callable[[Parts, Config], Rotation]
 
@@ -55,11 +56,12 @@ def detect_dialect(config: Config, modules: Modules, named: str | None, source: 
     """
     if named is not None and named not in DIALECTS:
         raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"use one of {', '.join(DIALECTS)}")
-    old = [path for path, parts in modules.items() if parts.keys() & _OLD_PARTS]
-    if old and {part for parts in modules.values() for part in parts} - _OLD_PARTS:
-        message = "the adapter mixes keys of peft ≤ 0.15 (oft_r) and of peft ≥ 0.16 (oft_R)"
-        raise DialectError(message, tensor=old[0], path=source, remedy="save the adapter with one release of peft")
-    possible = {dialect: rules for dialect, rules in _RULES.items() if rules.matrices == bool(old)}
+    ends = {part for parts in modules.values() for part in parts}
+    possible = {dialect: rules for dialect, rules in _RULES.items() if ends <= rules.ends}
+    if not possible:
+        message = f"the adapter has keys of several dialects: {', '.join(sorted(ends))}"
+        remedy = "save the whole adapter with one release of peft"
+        raise DialectError(message, path=source, remedy=remedy)
     candidates = [dialect for dialect, rules in possible.items() if rules.wrote(config, modules, source)]
     fitting = [dialect for dialect in candidates if named in (None, dialect)]
     if not fitting:
@@ -82,7 +84,7 @@ def rotation_of(dialect: str, parts: Parts, config: Config) -> Rotation:
 def live_coft_radius(dialect: str, config: Config, rotation: Rotation) -> float | None:
     """COFT's bound of each block's ``‖Q‖_F`` in training, for a rotation of this dialect; None without COFT."""
     rows = rotation.generator.shape[0]
-    width = _width_of_matrices(rows, rotation.block_size, rotation.scale) if _RULES[dialect].matrices else 1
+    width = _width_of_matrices(rows, rotation.block_size, rotation.scale) if _RULES[dialect].ends == _MATRICES else 1
     return coft_radius(config, rows, width)
 
 
@@ -129,7 +131,7 @@ def _wrote_0_15(config: Config, modules: Modules, source: str | None) -> bool:
     if "oft_block_size" not in config:
         return False
     for path, parts in modules.items():
-        missing = _OLD_PARTS - parts.keys()
+        missing = _MATRICES - parts.keys()
         if missing:
             message = f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing"
             raise AdapterError(message, module=path, path=source, remedy="restore the whole file")
@@ -219,14 +221,17 @@ def _rotation_of_triangles(parts: Parts, config: Config, *, since_0_18: bool) ->
 
 _RULES: Mapping[str, _Rules] = {
     "peft-0.13": _Rules(
-        "peft ≤ 0.13: output side, `oft_r` without `oft_s`", True, _wrote_0_13, partial(_rotation_of_matrices, side="output")),
+        "peft ≤ 0.13: output side, `oft_r` without `oft_s`", _MATRICES, _wrote_0_13, partial(_rotation_of_matrices, side="output")),
     "peft-0.15": _Rules(
-        "peft 0.14 and 0.15: input side with `oft_s`", True, _wrote_0_15, partial(_rotation_of_matrices, side="input")),
+        "peft 0.14 and 0.15: input side with `oft_s`", _MATRICES, _wrote_0_15, partial(_rotation_of_matrices, side="input")),
     "peft-0.17": _Rules(
-        "peft 0.16 and 0.17: input side, the first Neumann series", False, _wrote_0_17, partial(_rotation_of_triangles, since_0_18=False)),
+        "peft 0.16 and 0.17: input side, the first Neumann series", _TRIANGLES, _wrote_0_17, partial(_rotation_of_triangles, since_0_18=False)),
     "peft-0.21": _Rules(
-        "peft ≥ 0.18: input side and embeddings, the second Neumann series", False, _wrote_0_21, partial(_rotation_of_triangles, since_0_18=True)),
+        "peft ≥ 0.18: input side and embeddings, the second Neumann series", _TRIANGLES, _wrote_0_21, partial(_rotation_of_triangles, since_0_18=True)),
 }  # fmt: skip
 
 #: dialect → the peft releases that write it
 DIALECTS: Mapping[str, str] = MappingProxyType({dialect: rules.releases for dialect, rules in _RULES.items()})
+
+#: ends of all keys that hold a rotation
+ROTATION_KEYS: tuple[str, ...] = tuple(sorted({end for rules in _RULES.values() for end in rules.ends}))

@@ -14,7 +14,7 @@ from oftsurgery.dtypes import FLOATS
 from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteError, module_in_errors, printable
 
 from .adapter import OFTAdapter
-from .dialects import Dialect, detect_dialect, rotation_of
+from .dialects import ROTATION_KEYS, Dialect, detect_dialect, rotation_of
 from .rotation import Rotation
 from .to_peft import KEY_PREFIX
 
@@ -102,7 +102,7 @@ def _wrong_config(what: str) -> AdapterError:
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
-_PARTS = re.compile(r"^(?P<path>.+)\.(?P<part>oft_R\.weight|oft_embedding_R\.weight|oft_r|oft_s)$", re.DOTALL)
+_PARTS = re.compile(rf"^(?P<path>.+)\.(?P<part>{'|'.join(map(re.escape, ROTATION_KEYS))})$", re.DOTALL)
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
 )
@@ -140,7 +140,7 @@ def _sort_keys(
             if earlier is not tensor and not (earlier.dtype == tensor.dtype and torch.equal(earlier, tensor)):
                 raise MatchError("two keys name one tensor of the model", **where, remedy="remove one of the keys")
     if not raw:
-        message = f"the adapter has {len(saved)} tensors, but none is a rotation (oft_R, oft_embedding_R, oft_r)"
+        message = f"the adapter has {len(saved)} tensors, but none is a rotation ({', '.join(ROTATION_KEYS)})"
         remedy = "check that the adapter was saved after training, from the rank that holds the weights"
         raise AdapterError(message, path=source, remedy=remedy)
     return raw, saved

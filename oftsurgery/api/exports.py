@@ -1,4 +1,4 @@
-"""The public functions that export a model in memory: to safetensors, to ONNX."""
+"""The public functions here export a model in memory to safetensors or to ONNX."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """:func:`doctor` finds and explains what is wrong with a checkpoint, an adapter or a live model.
 
-Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
-together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters
-that newer peft loads as the identity, settings that readers ignore.
+The doctor reads tensor by tensor and changes nothing. The doctor collects all errors that other functions raise one by one, and
+also finds damage that is valid data and therefore loads without an error: weights that peft merged wrongly, adapters that
+newer peft loads as the identity, settings that readers ignore.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
-from oftsurgery.files.checkpoint import INDEX, SINGLE
+from oftsurgery.files.checkpoint import layout_of
 from oftsurgery.files.finding import find_checkpoint
 
 from .doctor_adapter import examine_adapter
@@ -62,16 +62,13 @@ def doctor(
         found = examine_model(path_or_model, base, adapter)
     else:
         folder = find_checkpoint(path_or_model)
-        is_adapter = (folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()
-        if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-            found = examine_adapter(folder, base)
-        else:
-            found = examine_checkpoint(folder, base, adapter)
+        is_adapter = any((folder / name).exists() for name in (CONFIG_FILE, TENSORS_FILE)) and layout_of(folder) is None
+        found = examine_adapter(folder, base) if is_adapter else examine_checkpoint(folder, base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
 
 
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding a trouble: the first (the callers put the worst first) with the names of the others."""
+    """One finding for each trouble: the first (the callers put the worst first) with the subjects of the others."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.code, finding.message), []).append(finding)

@@ -16,6 +16,7 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, printable
 
+from .checkpoint import CONFIG, LAYOUTS
 from .reading import inside, is_nested_name, is_plain_name, read_json_value
 
 #: kinds of files that loaders read: configs, vocabularies, templates; and the terms that go with a model
@@ -38,7 +39,7 @@ _WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index\.json)?)", re.DOTALL)
 _PICKLE = "pytorch_model.bin"  # of a module's weights
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
 #: what is written anew
-_ANEW = ("config.json", "README.md", "oftsurgery.json", "model.safetensors.index.json")
+_ANEW = (CONFIG, "README.md", "oftsurgery.json")
 
 _MAX_FILES = 512
 _MAX_NAMED = 4096  # files that an index names one by one
@@ -99,7 +100,7 @@ def carried_from(folder: Path, weights: Collection[str] = ()) -> Carried:
     Raises:
         CheckpointError: an index names a place outside the folder, a link leaves it, or too many files would go along.
     """
-    walk = _Walk(folder, {*weights, *_ANEW})
+    walk = _Walk(folder, {*weights, *_ANEW, *(name for layout in LAYOUTS for name in layout.names)})
     walk.visit("")
     left_out = walk.left_out()
     if len(left_out) > _MAX_LISTED:

@@ -21,6 +21,24 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of a checkpoint's files, as paths below its folder. ``single`` holds all tensors, or ``index`` lists the
+    shards; they all lie in one folder, which may be a subfolder.
+    """
+
+    single: str
+    index: str
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.single, self.index
+
+
+#: every layout that is read; what is written has the first one
+LAYOUTS = (Layout(SINGLE, INDEX),)
+
 _MAX_CONFIG_BYTES = 4 << 20
 _CHUNK = 8 << 20
 
@@ -31,21 +49,28 @@ class Checkpoint:
 
     Attributes:
         folder: folder of the checkpoint.
+        weights: folder of the shards.
         entries: ``{tensor name: TensorEntry}`` in the files' order.
         files: names of the shards, in order.
         config: the parsed ``config.json``; empty if the folder has no such file.
     """
 
     folder: Path
+    weights: Path
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards as paths below the folder, with ``/``."""
+        return [(self.weights / name).relative_to(self.folder).as_posix() for name in self.files]
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in new memory."""
         entry = self.entries[name]
         buffer = bytearray(entry.nbytes)
-        with (self.folder / entry.file).open("rb") as file:
+        with (self.weights / entry.file).open("rb") as file:
             file.seek(entry.start)
             if file.readinto(buffer) < entry.nbytes:
                 raise self._ended(entry)
@@ -57,7 +82,7 @@ class Checkpoint:
         """The bytes of tensor ``name``, a few megabytes at a time."""
         entry = self.entries[name]
         left = entry.nbytes
-        with (self.folder / entry.file).open("rb") as file:
+        with (self.weights / entry.file).open("rb") as file:
             file.seek(entry.start)
             while left:
                 chunk = file.read(min(left, _CHUNK))
@@ -69,12 +94,12 @@ class Checkpoint:
     def _ended(self, entry: TensorEntry) -> CheckpointError:
         message = f"the shard ended early, before {entry.nbytes} bytes of the tensor: the file has changed since its header was read"
         remedy = "wait until no program writes the checkpoint, and run again"
-        return CheckpointError(message, tensor=entry.name, path=self.folder / entry.file, remedy=remedy)
+        return CheckpointError(message, tensor=entry.name, path=self.weights / entry.file, remedy=remedy)
 
     @property
     def identity(self) -> dict[str, Any]:
         """Sizes and times of the checkpoint's files, and its config. With an equal identity it counts as unchanged."""
-        stats = {name: (self.folder / name).stat() for name in self.files}
+        stats = {name: (self.weights / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
 
@@ -91,20 +116,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )
-    weight_map: Mapping[str, str] | None = None
-    if (folder / INDEX).exists():
-        weight_map = _weight_map(folder)
-        files = tuple(dict.fromkeys(weight_map.values()))
-        if (folder / SINGLE).exists() and SINGLE not in files:
-            message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
-            raise CheckpointError(message, path=folder, remedy="remove the checkpoint that you do not mean")
-    elif (folder / SINGLE).exists():
-        files = (SINGLE,)
-    else:
+    layout = layout_of(folder)
+    if layout is None:
         raise _no_checkpoint(folder)
+    single, index = folder / layout.single, folder / layout.index
+    files: tuple[str, ...] = (single.name,)
+    weight_map: Mapping[str, str] | None = None
+    if index.exists():
+        weight_map = _weight_map(index)
+        files = tuple(dict.fromkeys(weight_map.values()))
+        if single.exists() and single.name not in files:
+            message = f"the folder holds two checkpoints: {layout.single}, which transformers reads, and the shards of {layout.index}"
+            raise CheckpointError(message, path=folder, remedy="remove the checkpoint that you do not mean")
     entries: dict[str, TensorEntry] = {}
     for name in sorted(files):
-        for entry in read_header(inside(folder, name))[0]:
+        for entry in read_header(inside(index.parent, name))[0]:
             if entry.name in entries:
                 message = (
                     f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold the same tensor"
@@ -113,9 +139,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(message, tensor=entry.name, path=folder, remedy=remedy)
             entries[entry.name] = entry
     if weight_map is not None:
-        _check_index(weight_map, entries, folder)
+        _check_index(weight_map, entries, index)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
-    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
+    return Checkpoint(folder, index.parent, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of the checkpoint in ``folder``; None for a folder without a checkpoint."""
+    return next((layout for layout in LAYOUTS if any((folder / name).exists() for name in layout.names)), None)
 
 
 def _no_checkpoint(folder: Path) -> CheckpointError:
@@ -132,27 +163,27 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
             path=folder,
             remedy="give the base model first, the adapter second",
         )
+    names = " nor ".join(name for layout in LAYOUTS for name in layout.names)
     return CheckpointError(
-        f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote"
+        f"the folder has neither {names}", path=folder, remedy="give a folder that save_pretrained wrote"
     )
 
 
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    index = read_json(inside(folder, INDEX))
-    weight_map = index.get("weight_map")
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(inside(index.parent, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise damaged("the index has no `weight_map` of file names", folder / INDEX)
+        raise damaged("the index has no `weight_map` of file names", index)
     return weight_map
 
 
-def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], folder: Path) -> None:
+def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], index: Path) -> None:
     for name, file in weight_map.items():
         if name not in entries:
-            raise damaged("the index names a tensor that its shards lack", folder / INDEX, name)
+            raise damaged("the index names a tensor that its shards lack", index, name)
         if entries[name].file != file:
             there = printable(entries[name].file)
-            raise damaged(f"the index names {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
+            raise damaged(f"the index names {printable(file)}, but the tensor is in {there}", index, name)
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
         message = f"the shard {printable(entries[unlisted[0]].file)} holds a tensor that the index lacks"
-        raise CheckpointError(message, tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")
+        raise CheckpointError(message, tensor=unlisted[0], path=index, remedy="repair the index")

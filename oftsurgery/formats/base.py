@@ -165,7 +165,8 @@ class Format:
 
     def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
         """The inputs of a prediction, which stay the same when bitsandbytes repacks a weight for the CPU."""
-        return {"weight": encoded.tensors["weight"]}
+        codes = {"weight": encoded.tensors["weight"]}
+        return codes | {self.scales_name: encoded.tensors[self.scales_name].reshape(-1)} if self.quantised else codes
 
     def unpack_codes(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
         """One code per weight, ``(n,)``. The method adds to ``facts`` what :meth:`repack_codes` needs."""

@@ -96,9 +96,6 @@ class Int8(Format):
 
     # --- undo records ---
 
-    def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
-        return {"weight": encoded.tensors["weight"], "SCB": encoded.tensors["SCB"].reshape(-1)}
-
     def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
         return torch.arange(-128, 128).to(torch.int8)
 

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.dialects import ROTATION_KEYS
 from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.to_peft import KEY_PREFIX
 from oftsurgery.errors import StateError, printable
 
 from .layers import Undo, swap_modules
@@ -121,15 +123,16 @@ def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config:
 def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
     """The adapter's tensors under peft's keys of saved files, as copies, because training may go on."""
     for path, layer in layers:
-        for part, end in (("oft_R", ".weight"), ("oft_embedding_R", ".weight"), ("oft_r", ""), ("oft_s", "")):
+        for key in ROTATION_KEYS:
+            part, _, inside = key.partition(".")  # a module, or in peft ≤ 0.15 the Parameter itself
             held = getattr(layer, part, {})
-            if name in held:  # a module, or in peft ≤ 0.15 the Parameter itself
-                tensor = held[name].weight if end else held[name]
-                yield f"base_model.model.{path}.{part}{end}", tensor.detach().clone()
+            if name in held:
+                tensor = getattr(held[name], inside) if inside else held[name]
+                yield f"{KEY_PREFIX}{path}.{key}", tensor.detach().clone()
     for path, wrapper in _all_of("ModulesToSaveWrapper", base):
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
-                yield f"base_model.model.{path}.{key}", tensor.detach().clone()
+                yield f"{KEY_PREFIX}{path}.{key}", tensor.detach().clone()
 
 
 def inner_modules(base: nn.Module) -> dict[int, nn.Module]:

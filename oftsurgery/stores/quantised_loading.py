@@ -28,7 +28,7 @@ def loadable_config(config: Mapping[str, Any], written: Written) -> dict[str, An
     Raises:
         FormatError: no list gives these modules, or transformers would not find weights that are written.
     """
-    settings = config.get("quantization_config")
+    settings: Any = config.get("quantization_config")
     quantised = [n for n in written if n.endswith("weight") and len(companion_names(n, written)) > 1]
     model = skeleton(config, torch.float32, len(written)) if quantised and isinstance(settings, Mapping) else None
     if model is None:
@@ -66,9 +66,11 @@ class _Choice:
             message = f"`{_SKIP}` in the config is no list of names"
             raise StateError(message, remedy="restore the config.json that was saved with the weights")
         plain = sorted(name.removesuffix(".weight") for name in self._made_by([]) - self.wanted)
-        for skip in (given, plain, [f"^{re.escape(path)}$" for path in plain]):
+        exactly = [f"^{re.escape(path)}$" for path in plain]
+        lists: tuple[Sequence[str] | None, ...] = (given, None, plain, exactly)
+        for skip in lists:
             if self._made_by(skip) == self.wanted:
-                return skip  # type: ignore[no-any-return]
+                return skip
         strange = min(self.wanted ^ self._made_by(plain))
         message = "the module's weight is written quantised, and transformers' bitsandbytes loading does not quantise such a module"
         raise FormatError(message, module=strange.removesuffix(".weight"), remedy=_REMEDY)
@@ -90,7 +92,7 @@ def _replace_modules(model: Any) -> bool:
 
 def _found(names: Architecture, model: Any) -> set[str]:
     """Names of the model's tensors that a checkpoint gives."""
-    return (names.stored.keys() | names.made.keys()) & model.state_dict().keys()
+    return {*names.stored, *names.made} & set(model.state_dict())
 
 
 def _check_found(before: set[str], after: set[str]) -> None:

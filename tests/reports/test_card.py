@@ -214,7 +214,7 @@ def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatc
     data = ModelCard(text).data.to_dict()
     assert (data["library_name"], data["base_model_relation"]) == ("onnx", "merge")
     assert data["tags"] == ["oft", "oftsurgery", "onnx"]
-    assert "An ONNX graph cannot be unfolded" in text
+    assert "A fold cannot be taken out of an ONNX graph" in text
     monkeypatch.chdir(tmp_path / "out")
     (code,) = snippets(text, "python")
     model = load(folded, "LlamaForCausalLM")
@@ -261,7 +261,7 @@ def test_a_model_that_is_not_transformers_own(tmp_path: Path, place: Path, monke
     assert problems(text) == []
     (code,) = snippets(text, "python")
     assert torch.equal(run_python(code, tmp_path)["tensors"]["up.weight"], folded.up.weight)
-    assert facts(text)["base"] == "as it was in memory"
+    assert facts(text)["base"] == "the model in memory"
 
 
 # --- amending ---------------------------------------------------------------------------------------------------------

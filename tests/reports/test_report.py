@@ -340,7 +340,7 @@ def test_figures_that_are_none_are_refused(name: str, value: object) -> None:
 
 
 def test_places_without_a_record_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="nothing is folded in"):
+    with pytest.raises(StateError, match="so nothing is folded in"):
         oftsurgery.report(tmp_path)
     with pytest.raises(CheckpointError, match="no JSON that can be read"):
         oftsurgery.report(tmp_path / "nowhere")
@@ -365,12 +365,12 @@ BAD_RESULTS: dict[str, Any] = {
 @pytest.mark.parametrize("case", BAD_RESULTS)
 def test_what_is_no_result_of_verify_is_refused(case: str, tmp_path: Path) -> None:
     (tmp_path / "verify.json").write_text(json.dumps(BAD_RESULTS[case]))
-    with pytest.raises(StateError, match="this is no result of verify"):
+    with pytest.raises(StateError, match="the given data are not a result of verify"):
         oftsurgery.report(record_of({"up": module()}), verified=tmp_path / "verify.json")
 
 
 def test_results_of_another_model_are_refused(minilm: dict[str, Any]) -> None:
-    with pytest.raises(StateError, match="of another model: the record has no such module") as caught:
+    with pytest.raises(StateError, match="of another model: it has a module that the record does not have") as caught:
         oftsurgery.report(record_of({"up": module()}), verified=minilm["verified"])
     assert str(caught.value.module).startswith("encoder.layer.")
 
@@ -425,7 +425,7 @@ def test_the_command(
     assert capsys.readouterr().out == "wrote report.html\n"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text == oftsurgery.report(folder, verified=llama["verified"])
-    assert "224 of 224 weights are what base and adapter give" in text
+    assert "224 of 224 weights agree with base and adapter" in text
     assert cli.main(["report", folder]) == 2
     assert "StateError: the file exists" in capsys.readouterr().err
     assert cli.main(["report", str(llama["folder"] / "oftsurgery.json"), "--png", "pictures", "--json"]) == 0

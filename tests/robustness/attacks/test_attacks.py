@@ -487,7 +487,7 @@ ATTACKS = [
             b.index(lambda m: m.update(x=b.shard.name)),
         ),
         C,
-        "none that oftsurgery knows",
+        "oftsurgery does not know the tensor's dtype or shape",
     ),
     Attack(
         "shard: truncated",
@@ -557,7 +557,7 @@ ATTACKS = [
         "allocate terabytes",
         lambda b: b.state(shape=[10**6, 10**6]),
         e.FormatError,
-        "stored bytes are not",
+        "stored bytes do not fit",
     ),
     Attack(
         "state: shape of booleans and floats",
@@ -740,7 +740,7 @@ ATTACKS = [
         "a type error",
         lambda b: b.adapter_config(oft_block_size=True),
         A,
-        "no int",
+        "must be of type int",
         "adapter",
     ),
     Attack(
