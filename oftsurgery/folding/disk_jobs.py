@@ -141,7 +141,7 @@ class JobBuilder:
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        return self.store.quantises(target) or (self.format in DENSE and self.store.is_quantised(name))
+        return self.store.quantises(target) or (self.format in DENSE and self.store.holds_quantised(name))
 
     # --- one job of a kind ---
 
@@ -167,6 +167,8 @@ class JobBuilder:
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
         entry = self.entries[name]
+        if target in self.changes.dequantised:
+            return self._dequantised(target, name, output, group)
         if target in self.values and DTYPES[entry.dtype] not in FLOATS:
             raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
@@ -179,6 +181,15 @@ class JobBuilder:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
             outputs = {output: (part.into.dtype, shape)}
         return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
+
+    def _dequantised(self, target: str, name: str, output: str, group: Sequence[str]) -> Job:
+        """The job of a weight that is stored quantised, and takes an adapter's own values: they stay plain."""
+        if name in self.architecture.transposed:
+            raise takes_no_values(target, self.store.stored(target).label)
+        dtype = DENSE.get(self.format) or self.architecture.loaded.get(target) or self.values[target].dtype
+        into = WeightFormat("dense", self.store.stored(target).shape, dtype)
+        part = Part(target, output, into, values=self.values[target])
+        return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
 
     def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
         stored = self.store.stored(name)

@@ -27,6 +27,7 @@ from oftsurgery.stores.folder import FolderStore, Quantization
 from oftsurgery.stores.quantised_loading import loadable_config
 
 from .disk_jobs import Job, JobBuilder, Part
+from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
@@ -160,6 +161,8 @@ def plan_checkpoint(
             "record (--undo), keep the base, and unfold with base=… (--base)",
         )
     changes = plan_changes(store, adapters) if adapters else FoldPlan()
+    if undo is not None:
+        check_undo(changes)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
     config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
     carried = choose_tokenizer(carried_from(source.folder, source.shards), homes_of(adapters), tokenizer)
@@ -207,7 +210,7 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
 
 
 def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
-    if any(map(store.is_quantised, store.source.entries)):
+    if any(map(store.holds_quantised, store.source.entries)):
         raise StateError(
             "the checkpoint is quantised already, and cannot be quantised once more",
             format=format,

@@ -280,8 +280,8 @@ class _Run:
         self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
     ) -> EncodedWeight:
         values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
-        old = before.tensors["weight"]
-        if job.unit is None:  # in the stored shape
+        old: Any = before if before.format.quantised else before.tensors["weight"]
+        if job.unit is None and isinstance(old, Tensor):  # in the stored shape
             old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
         for name in self.named.get(part.name, ()):
             operation.replaced(name, old, values)

@@ -126,13 +126,16 @@ class FolderStore:
             return len(self.shape(name)) == 2
         if holder not in self.source.entries:
             return False
-        if self.is_quantised(holder):
+        if self.holds_quantised(holder):
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
         return matrix and DTYPES[entry.dtype] in FLOATS
 
-    def is_quantised(self, stored: str) -> bool:
+    def is_quantised(self, name: str) -> bool:
+        return self.holds_quantised(self.holder(name))
+
+    def holds_quantised(self, stored: str) -> bool:
         """Whether a tensor of the checkpoint is a quantised weight: integers without statistics are none."""
         return stored.endswith("weight") and len(checkpoint_tensors.companion_names(stored, self.source.entries)) > 1
 
@@ -182,7 +185,7 @@ class FolderStore:
         unit = self.unit(name)
         if unit is not None:
             return unit.model[self.architecture.tied.get(name, name)]
-        return self.source.entries[self.holder(name)].shape
+        return self.stored(name).shape if self.is_quantised(name) else self.source.entries[self.holder(name)].shape
 
     # --- formats and values ---
 

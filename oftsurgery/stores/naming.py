@@ -8,7 +8,8 @@ which is right for checkpoints of most text models.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -186,15 +187,35 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
         raise MissingDependencyError(
             "this transformers has no rules of bitsandbytes loading", remedy="pip install 'transformers>=5.0'"
         ) from error
-    keep = HfQuantizer.get_modules_to_not_convert(
-        model, None if skip is None else list(skip), model._keep_in_fp32_modules
-    )
+    with _untied(model):
+        keep = HfQuantizer.get_modules_to_not_convert(
+            model, None if skip is None else list(skip), model._keep_in_fp32_modules
+        )
     try:
         should_convert_module("", keep)
     except re.error as error:
         message = f"a module to skip is no regular expression: {printable(list(skip or ()))} ({printable(error)})"
         raise StateError(message, remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)") from error
     return lambda path: not should_convert_module(path, keep)
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Each tied name has a parameter of its own meanwhile: transformers chooses before it ties, and leaves the module of the
+    last parameter alone.
+    """
+    tied: dict[str, Any] = {}
+    for name in model.all_tied_weights_keys:
+        path, _, local = name.rpartition(".")
+        slots = model.get_submodule(path)._parameters
+        if slots.get(local) is not None:
+            tied[name] = (slots, local, slots[local])
+            slots[local] = nn.Parameter(torch.empty_like(slots[local]), requires_grad=False)
+    try:
+        yield
+    finally:
+        for slots, local, parameter in tied.values():
+            slots[local] = parameter
 
 
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
