@@ -18,6 +18,7 @@ from oftsurgery.files.carried import carried_from
 from oftsurgery.records.record_file import record_in
 from oftsurgery.stores.configs import output_config, readable_rope
 from oftsurgery.stores.folder import Quantization
+from oftsurgery.stores.skeleton import readable_config
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
@@ -181,3 +182,46 @@ def test_the_record_in_the_folder_is_the_one_returned_and_names_no_local_path(tm
         "dtype": None,
     }
     assert str(tmp_path) not in (tmp_path / "out" / "oftsurgery.json").read_text()
+
+
+STATE_SPACE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "Mamba2ForCausalLM": (
+        {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8, "expand": 2},
+        ["in_proj"],
+    ),
+    "BambaForCausalLM": ({"attn_layer_indices": [1]}, ["q_proj"]),
+    "FalconH1ForCausalLM": ({"mamba_d_ssm": 128}, ["q_proj"]),
+    "GraniteMoeHybridForCausalLM": (
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "shared_intermediate_size": 64,
+        },
+        ["q_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("cls", STATE_SPACE)
+def test_infinite_numbers_in_configs_are_read_as_transformers_5_writes_them(tmp_path: Path, cls: str) -> None:
+    config, targets = STATE_SPACE[cls]
+    config |= {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    if cls != "Mamba2ForCausalLM":
+        config |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8}
+        config |= {"mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    model_class = getattr(transformers, cls)
+    model_class(model_class.config_class(**config)).save_pretrained(tmp_path / "base")
+    assert '"__float__": "Infinity"' in (tmp_path / "base" / "config.json").read_text()
+    live = adapted(load(tmp_path / "base", cls), targets)
+    live.save_pretrained(tmp_path / "adapter")
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert relative(outputs(load(tmp_path / "out", cls)), outputs(live)) < 1e-5
+    assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok
+
+
+def test_numbers_that_json_lacks() -> None:
+    tag = {"__float__": "Infinity"}
+    config = {"a": tag, "b": {"c": [1, tag, {"__float__": "-Infinity"}], "d": {"__float__": "x"}}, "auto_map": {"e": 1}}
+    inf = float("inf")
+    assert readable_config(config) == {"a": inf, "b": {"c": [1, inf, -inf], "d": {"__float__": "x"}}}
