@@ -239,7 +239,7 @@ class ModuleRecord(_Stored):
 
     @property
     def effect_kept(self) -> float | None:
-        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated weight, else ``kept``."""
         return self.kept if self.output_kept is None else self.output_kept
 
 
@@ -297,8 +297,8 @@ class FoldRecord(_Stored):
 
     @property
     def kept(self) -> float | None:
-        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
-        its change squared. None where no module has them.
+        """How much of the adapters' change is there, over all weights: the modules' ``effect_kept``, each weighed by its change
+        squared. None where no module has the figures.
         """
         of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
         parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
@@ -307,9 +307,9 @@ class FoldRecord(_Stored):
 
     @property
     def weak(self) -> dict[str, float]:
-        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
-        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
-        by their outputs.
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first. Modules
+        whose change is less than a hundredth of the largest are left out, and so are calibrated modules, which were judged by
+        their outputs.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100

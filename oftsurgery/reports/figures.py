@@ -90,7 +90,8 @@ def check_figures(record: FoldRecord) -> None:
                 continue
             if not is_figure(abs(value) if name in _SIGNED else value):
                 remedy = "restore the record that the fold wrote"
-                message = f"the record's {name} is {printable(value, 40)}, which is not a figure of a fold"
+                wanted = "a finite number" + " of at least 0" * (name not in _SIGNED)
+                message = f"the record's {name} is {printable(repr(value), 40)}, expected is {wanted}"
                 raise CheckpointError(message, module=path, remedy=remedy)
 
 

@@ -185,7 +185,7 @@ REFUSED = {
     "undo of a graph": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--format", "onnx", "--undo", "u"],
         2,
-        "a graph is not unfolded",
+        "a graph cannot be unfolded",
     ),
     "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --undo --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),

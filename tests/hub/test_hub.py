@@ -231,7 +231,7 @@ def test_export_asks_for_the_login_before_the_fold(
     assert "the Hub does not accept the token" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     assert cli.main([*words, "--push-to-hub", REPO, "--dry-run"]) == 0
-    assert f"pushed to: {REPO}\n" in capsys.readouterr().out
+    assert f"push to: {REPO}\n" in capsys.readouterr().out
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_weights_that_are_not_the_exports_are_refused_and_other_files_told(
     with pytest.raises(IntegrityError, match=r"1 files of the export have changed since the export: model-00002"):
         oftsurgery.push_to_hub(folder, "me/other")
     shard.unlink()
-    with pytest.raises(IntegrityError, match=r"1 files of the export are missing: model-00002.*export it again"):
+    with pytest.raises(IntegrityError, match=r"1 files of the export are missing: model-00002.*export the model again"):
         oftsurgery.push_to_hub(folder, "me/other")
     shard.symlink_to(place / "FOLDED" / shard.name)
     with pytest.raises(CheckpointError, match="a link that leaves its folder"):
@@ -307,11 +307,11 @@ def test_weights_that_are_not_the_exports_are_refused_and_other_files_told(
 @pytest.mark.parametrize(
     ("folder", "repo", "error", "text"),
     [
-        ("nowhere", REPO, CheckpointError, "no such folder"),
+        ("nowhere", REPO, CheckpointError, "the folder does not exist"),
         ("PLAIN", REPO, StateError, "does not know which files belong to the export.*hf upload"),
         ("FOLDED", "a/b/c", StateError, "'a/b/c' is not a name of a repository"),
-        ("FOLDED", "me/a--b", StateError, "no name of a repository"),
-        ("FOLDED", "", StateError, "no name of a repository"),
+        ("FOLDED", "me/a--b", StateError, "is not a name of a repository"),
+        ("FOLDED", "", StateError, "is not a name of a repository"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_asked(
@@ -384,7 +384,7 @@ def test_a_terminal_that_does_not_consent(
 def test_a_private_repository_stays_private(place: Path, server: Hub, online: list[float]) -> None:
     oftsurgery.push_to_hub(place / "FOLDED", REPO)
     assert not server.repos[REPO].private
-    with pytest.raises(StateError, match="exists, and is public"):
+    with pytest.raises(StateError, match="exists already and is public"):
         oftsurgery.push_to_hub(place / "FOLDED", REPO, private=True)
     oftsurgery.push_to_hub(place / "FOLDED", "me/mine", private=True)
     oftsurgery.push_to_hub(place / "FOLDED", "me/mine", private=True)
@@ -432,7 +432,9 @@ def test_an_export_in_another_format_replaces_the_earlier_one(place: Path, serve
 def test_a_repository_that_ignores_a_file_is_told_of(place: Path, server: Hub, online: list[float]) -> None:
     oftsurgery.push_to_hub(place / "FOLDED", "me/x")
     server.put("me/x", {".gitignore": "generation_config.json", "generation_config.json": None})
-    with pytest.raises(HubError, match=r"left out 1 of the files: generation_config.json.*remove its .gitignore"):
+    with pytest.raises(
+        HubError, match=r"the commit lacks 1 of the files: generation_config.json.*remove the repository's .gitignore"
+    ):
         oftsurgery.push_to_hub(place / "FOLDED", "me/x")
 
 
@@ -517,7 +519,7 @@ FAULTS: dict[str, tuple[list[tuple[tuple[str, str], dict[str, Any]]], list[str],
     ),
     "a server that repeats the token": (
         [(COMMIT, {"status": 418, "body": json.dumps({"error": f"what is Bearer {TOKEN} and hf_{'q' * 30}?"})})],
-        ["the Hub refused (HTTP 418: what is Bearer hf_*** and hf_***?)"],
+        ["the Hub refused the request (HTTP 418: what is Bearer hf_*** and hf_***?)"],
         0,
     ),
 }
@@ -603,7 +605,7 @@ def test_without_network_token_or_consent_to_use_them(
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         huggingface_hub.close_session()
-        with pytest.raises(HubError, match=r"client is in offline mode.*unset HF_HUB_OFFLINE"):
+        with pytest.raises(HubError, match=r"client is in offline mode.*unset the environment variable HF_HUB_OFFLINE"):
             oftsurgery.push_to_hub(place / "FOLDED", REPO)
     huggingface_hub.close_session()
     with monkeypatch.context() as patched:

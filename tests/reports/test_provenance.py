@@ -366,7 +366,7 @@ def test_verify_without_anything_to_check_by_is_refused(
         assert text in err
         assert "give the base and the adapter too" in err
     assert cli.main(["verify", str(place / "FOLDED"), str(place / "BASE")]) == 2
-    assert "give both, or neither" in capsys.readouterr().err
+    assert "give base and adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "link"])

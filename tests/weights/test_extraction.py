@@ -362,7 +362,7 @@ def test_other_differences_are_named_and_nothing_rotated_is_an_error() -> None:
         ExtractionError, match=r"no weight of the merged model is rotated; 1 tensors differ otherwise: up.bias"
     ):
         oftsurgery.extract(base, bias_only)
-    with pytest.raises(ExtractionError, match=r"no weight is rotated Remedy"):
+    with pytest.raises(ExtractionError, match=r"no weight of the merged model is rotated Remedy"):
         oftsurgery.extract(base, copy.deepcopy(base))
     adapter = OFTAdapter({"down": rotation(256, 16, 0.2, 1)})
     both = oftsurgery.fold(changed(changed(base, "up.bias", torch.ones(256)), "norm.weight", torch.ones(32)), adapter)

@@ -376,7 +376,7 @@ ATTACKS = [
         "gigabytes of small objects",
         lambda b: (b.source / INDEX).write_text("[" + "[]," * 20_000_000 + "0]"),
         C,
-        "parts",
+        "lists and objects, more than the limit of",
     ),
     Attack(
         "index: files that are no strings",
