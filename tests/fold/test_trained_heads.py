@@ -141,6 +141,23 @@ def test_what_has_no_way_back_is_refused(tmp_path: Path) -> None:
         oftsurgery.unfold(folded, base=tmp_path / "quantised")
 
 
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+def test_conv1d_takes_no_values_once_quantised(tmp_path: Path, codec: Any) -> None:
+    """GPT-2's own class holds its weights (in, out), bitsandbytes' layer (out, in)."""
+    build("gpt2").save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base", "GPT2LMHeadModel", quantization_config=bnb_config(codec))
+    oftsurgery.export_safetensors(model, tmp_path / "quantised")
+    rotation = oftsurgery.Rotation(torch.randn(4, 120) / 30)
+    saved = {"transformer.h.0.attn.c_proj.weight": torch.randn(64, 64)}
+    adapter = oftsurgery.OFTAdapter({"transformer.h.0.attn.c_attn": rotation}, saved)
+    for fold in (
+        lambda: quiet_fold(tmp_path / "quantised", adapter, tmp_path / "out"),
+        lambda: oftsurgery.fold(model, adapter),
+    ):
+        with pytest.raises(FormatError, match=r"own values for a weight that is stored quantised.*--skip-modules"):
+            fold()
+
+
 def test_an_error_leaves_the_model_as_it_was(tmp_path: Path, snapshot: Any) -> None:
     cls = "BertForSequenceClassification"
     classifier(cls, tmp_path)
