@@ -56,6 +56,7 @@ def show_plan(args: argparse.Namespace) -> None:
             ("other weights converted", str(facts["converts"])),
             ("tensors copied", str(facts["copies"])),
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("added by the adapter", ", ".join(facts["adds"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
             *_beside(facts),
             ("shards", str(len(facts["shards"]))),

@@ -67,6 +67,7 @@ class Job:
         transposed: whether a plain weight is held ``(in, out)``.
         unit: the unit of the tensors, or None.
         origin: the store that is read, where it is not the plan's store.
+        values: a tensor to write for which nothing is read.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Job:
     transposed: bool = False
     unit: Unit | None = None
     origin: FolderStore | None = None
+    values: Tensor | None = None
 
 
 def copy_job(source: Checkpoint, name: str) -> Job:
@@ -100,7 +102,7 @@ class JobBuilder:
     touched: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.entries = self.store.source.entries
+        self.entries = self.store.entries
         self.architecture = self.store.architecture
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
@@ -125,6 +127,7 @@ class JobBuilder:
                 else:
                     made += [self._plain(n) for n in group]
         made += [self._untied(name) for name in self._to_untie()]
+        made += [self._added(name, shape) for name, shape in self.store.added.items()]
         return made
 
     def _touches(self, unit: Unit) -> bool:
@@ -190,6 +193,13 @@ class JobBuilder:
         into = WeightFormat("dense", self.store.stored(target).shape, dtype)
         part = Part(target, output, into, values=self.values[target])
         return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
+
+    def _added(self, name: str, shape: tuple[int, ...]) -> Job:
+        """The job of a tensor that an adapter brings and the checkpoint lacks."""
+        values = self.values[name]
+        dtype = DENSE.get(self.format) or self.architecture.loaded.get(name) or values.dtype
+        part = Part(name, name, WeightFormat("dense", shape, dtype), matrix=False)
+        return Job(name, {name: (dtype, shape)}, 0, (part,), values=values)
 
     def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
         stored = self.store.stored(name)

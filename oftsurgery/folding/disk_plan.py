@@ -24,6 +24,7 @@ from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
+from oftsurgery.stores.new_head import new_head
 from oftsurgery.stores.quantised_loading import loadable_config
 
 from .disk_jobs import Job, JobBuilder, Part
@@ -112,6 +113,7 @@ class CheckpointPlan:
             ],
             "converts": sum(bool(j.parts) and not any(p.changes for p in j.parts) for j in self.jobs),
             "copies": sum(not j.parts for j in self.jobs),
+            "adds": list(self.store.added),
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "shards": [
@@ -160,11 +162,14 @@ def plan_checkpoint(
             remedy="choose format='same' or a quantised format and fold_into='quantized' (--format, --fold-into), or leave out the undo "
             "record (--undo), keep the base, and unfold with base=… (--base)",
         )
+    head = new_head(store, adapters)
+    if head is not None:
+        store = FolderStore(source, quantization, head)
     changes = plan_changes(store, adapters) if adapters else FoldPlan()
     if undo is not None:
-        check_undo(changes)
+        check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
-    config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
+    config = configs.output_config(store.config, format, quantization, untied=changes.clears_flag)
     carried = choose_tokenizer(carried_from(source.folder, source.shards), homes_of(adapters), tokenizer)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(

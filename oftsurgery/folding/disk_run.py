@@ -235,6 +235,8 @@ class _Run:
         store = job.origin or self.plan.store
         if not job.parts:
             return store.source.chunks(job.name)
+        if job.values is not None:
+            return [codecs.dense(job.values)]
         if job.unit is not None:
             made, tied = store.read_unit(job.unit), store.architecture.tied
             return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
@@ -298,6 +300,7 @@ class _Run:
         return replace(
             record,
             adapters=tuple(map(public_info, record.adapters)),
+            added=tuple(plan.store.added),
             base={"fold_into": plan.fold_into, **facts_of_quantization(plan.store.quantization)},
         )
 

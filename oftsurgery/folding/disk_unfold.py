@@ -80,12 +80,12 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             _check_same_format(job, folded, touched)
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
-        elif all(n in folded.entries for n in job.outputs):
+        elif all(n in folded.entries and n not in record.added for n in job.outputs):
             # untouched by the fold: the folded checkpoint's own bytes
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config)
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
     carried = carried_from(folded.folder, folded.shards)
     if _brought(record):
         carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -119,12 +119,18 @@ def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
     return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
 
 
-def check_undo(plan: FoldPlan) -> None:
-    """Refuse an undo record of a fold that makes quantised weights plain.
+def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
+    """Refuse an undo record of a fold that makes quantised weights plain, or brings tensors that the base lacks.
 
     Raises:
-        StateError: the plan has such weights.
+        StateError: the plan has such tensors.
     """
+    if added:
+        raise StateError(
+            "the adapter brings a head that the base lacks, and an undo record has no form for tensors that come or go",
+            tensor=min(added),
+            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+        )
     if plan.dequantised:
         raise StateError(
             "the adapter brings its own values for a quantised weight, and an undo record has no form for a weight that becomes plain",

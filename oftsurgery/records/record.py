@@ -265,6 +265,7 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        added: on disk, names of the tensors that the adapter brought and the base lacked: a head of another class.
         tokenizer: on disk, whose tokenizer lies beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
             there is none, or it was not recorded.
         chat_template: whose chat templates, likewise.
@@ -283,6 +284,7 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
     tokenizer: str | None = None
     chat_template: str | None = None
     code: tuple[str, ...] = ()

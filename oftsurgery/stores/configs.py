@@ -41,9 +41,15 @@ def output_config(
     return new
 
 
-def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config."""
+def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, and
+    with its class and labels where the adapter had brought a ``head``.
+    """
     new = copy.deepcopy(dict(folded))
+    if head:
+        for name in ("architectures", "id2label", "label2id"):
+            new.pop(name, None)
+            new |= {name: base[name]} if name in base else {}
     for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
         mine.pop("tie_word_embeddings", None)
         mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}

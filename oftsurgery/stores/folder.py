@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ from oftsurgery.records.record_file import record_in
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
-from .naming import architecture_of, locate
+from .naming import architecture_of, find_names, locate
 from .store import LayerInfo
 from .ties import Ties
+
+if TYPE_CHECKING:
+    from .new_head import NewHead
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,27 @@ class FolderStore:
     own names too.
 
     Attributes:
+        config: the ``config.json`` of the model, which another one's head may have changed.
+        entries: the checkpoint's tensors that the model has.
+        added: ``{name: shape}`` of the tensors that an adapter brings to it.
         architecture: the names by the model's class.
     """
 
     what = "checkpoint"
 
-    def __init__(self, source: Checkpoint, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, source: Checkpoint, quantization: Quantization | None = None, head: NewHead | None = None
+    ) -> None:
         q = quantization
         self.source = source
         self.quantization = q
+        self.config = source.config if head is None else head.config
+        self.added: Mapping[str, tuple[int, ...]] = {} if head is None else head.added
+        dropped = frozenset() if head is None else head.dropped
+        self.entries = {n: e for n, e in source.entries.items() if not {n, checkpoint_tensors.owner_of(n)} & dropped}
         self.architecture = architecture_of(
-            source.config,
-            {name: e.shape for name, e in source.entries.items()},
+            self.config,
+            {name: e.shape for name, e in self.entries.items()},
             dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
             skip=q.skip if q is not None else None,
         )
@@ -87,7 +100,11 @@ class FolderStore:
         return dict.fromkeys([*a.modules, *weights])
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
-        found = locate(wanted := list(names), self.architecture)
+        wanted = list(names)
+        found = locate(wanted, self.architecture)
+        if self.added:
+            rest = [name for name in wanted if name not in found]
+            found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.base_prefix)
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
 
@@ -182,6 +199,8 @@ class FolderStore:
         return LayerInfo(None, format_, hash(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.added:
+            return self.added[name]
         unit = self.unit(name)
         if unit is not None:
             return unit.model[self.architecture.tied.get(name, name)]
