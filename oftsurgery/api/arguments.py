@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -100,6 +101,24 @@ def rounding_mode(rounding: RoundingMode | None, calibration: object) -> Roundin
             else "choose rounding='calibrated' (--rounding calibrated), or leave the calibration out",
         )
     return rounding
+
+
+def tokenizer_choice(tokenizer: Any) -> Any:
+    """``"adapter"``, ``"base"``, an existing folder as a path, an object with ``save_pretrained``, or None.
+
+    Raises:
+        StateError: anything else.
+    """
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained") or tokenizer in ("adapter", "base"):
+        return tokenizer
+    if not isinstance(tokenizer, (str, PathLike)) or not Path(tokenizer).expanduser().is_dir():
+        message = f"no folder of a tokenizer: {printable(tokenizer)}"
+        remedy = (
+            "tokenizer='adapter' or 'base', a folder that holds its files, or an object with save_pretrained "
+            "(transformers.AutoTokenizer.from_pretrained(…))"
+        )
+        raise StateError(message, remedy=remedy)
+    return Path(tokenizer).expanduser()
 
 
 def check_is_model(model: object) -> None:

@@ -38,6 +38,7 @@ from .arguments import (
     opened_checkpoint,
     parse_size,
     rounding_mode,
+    tokenizer_choice,
 )
 
 
@@ -55,6 +56,7 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
 
     def quantization(self) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None.
@@ -86,6 +88,7 @@ def plan_fold(
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
     )
     return replace(plan, rounding=mode)
@@ -107,6 +110,7 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -140,6 +144,8 @@ def fold_checkpoint(
             the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
             quantised first).
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
@@ -158,7 +164,17 @@ def fold_checkpoint(
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        rounding=mode,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
     )
     plan = plan_fold(source, adapter, settings)
     batches = None

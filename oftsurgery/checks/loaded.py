@@ -246,6 +246,16 @@ class LoadedCheckpoint:
         settings = self.checkpoint.config.get("quantization_config")
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
+    @functools.cached_property
+    def _before_tying(self) -> Any:
+        """The model as transformers' quantizer sees it: the last of its parameters is the last one of the untied model."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name in self._pairs:
+                path, _, local = name.rpartition(".")
+                setattr(model.get_submodule(path), local, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        return model
+
     def linears(self, skip: object) -> frozenset[str]:
         """Names of the weights that bitsandbytes loading quantises.
 
@@ -256,7 +266,7 @@ class LoadedCheckpoint:
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         named = list(map(str, skip)) if isinstance(skip, list) else None
-        keep = HfQuantizer.get_modules_to_not_convert(self.model, named, self.model._keep_in_fp32_modules)
+        keep = HfQuantizer.get_modules_to_not_convert(self._before_tying, named, self.model._keep_in_fp32_modules)
         modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
         try:
             return frozenset(f"{path}.weight" for path in modules if should_convert_module(path, keep))

@@ -73,6 +73,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "metavar": "SIZE",
         "help": "size of the largest file, as the Hub's tools write sizes (default: %(default)s)",
     },
+    "--tokenizer": {
+        "metavar": "adapter|base|FOLDER",
+        "help": "tokenizer and chat template to write beside the weights: those of the adapter, the base or a folder "
+        "(default: those of the adapter where its folder has them)",
+    },
     "--undo": {
         "metavar": "FILE",
         "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
@@ -92,7 +97,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--yes": switch("do not ask for consent to a derived name"),
 }
 _QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
-FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size")
+FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size", "--tokenizer")
 RUNNING_FLAGS = ("--device", "--resume", "--force")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def show_plan(args: argparse.Namespace) -> None:
             ("other weights converted", str(facts["converts"])),
             ("tensors copied", str(facts["copies"])),
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("added by the adapter", ", ".join(facts["adds"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
+            *_beside(facts),
             ("shards", str(len(facts["shards"]))),
             ("disk", size_text(facts["bytes"])),
             ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
@@ -99,3 +102,13 @@ def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
         kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
+        if record is not None:
+            print_facts(*_beside(record.to_dict()))
+
+
+def _beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """What is said of the files beside the weights."""
+    names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
+    whose = {"tokenizer": facts["tokenizer"], "chat template": facts["chat_template"]}
+    told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
+    return [*told, *((what, ", ".join(found)) for what, found in names.items() if found)]

@@ -11,10 +11,9 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
 from oftsurgery.errors import MatchError, StateError, printable
-from oftsurgery.folding.engine import warn_of_idle
+from oftsurgery.folding.engine import content_hash, warn_of_idle
 from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
-from oftsurgery.hashing import hash_tensors
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
@@ -108,9 +107,8 @@ def _put_saved_tensors(
         if any(change.name in origin.saved for origin in origins.values()):
             message = "two adapters bring their own values for one tensor"
             raise MatchError(message, tensor=change.name, remedy="wrap only one of the two adapters")
-        old = store.tensor(change.name)
-        replace_tensor(store.modules, change, journal)
-        hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+        old, _ = replace_tensor(store, change, journal)
+        hashes |= {name: content_hash(name, old) for name in change.places}
     return hashes
 
 
