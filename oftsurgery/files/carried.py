@@ -1,7 +1,7 @@
-""":func:`carried_from` says which files of a model's folder go along with its weights: those that loading the model reads, as the
+""":func:`carried_from` finds the files that are copied beside a model's weights: loading the model reads these files, and the
 folder's own index files name them.
 
-All of them are data here: nothing is imported or run, JSON and the text of Python files are read for names alone.
+Every file is data here. Nothing is imported or run; JSON and the text of Python files are read for names alone.
 """
 
 from __future__ import annotations
@@ -19,49 +19,52 @@ from oftsurgery.errors import CheckpointError, printable
 from .checkpoint import CONFIG, LAYOUTS
 from .reading import inside, is_nested_name, is_plain_name, read_json_value
 
-#: kinds of files that loaders read: configs, vocabularies, templates; and the terms that go with a model
+#: names of files that loaders read (configs, vocabularies, templates), and of a model's terms
 _DATA = re.compile(
     r"(?i:.*\.(json|txt|model|spm|jinja|tiktoken|vocab|bpe|codes|tokenizer)|.*\.model\.v\d+\w*"
     r"|(licen[cs]e|notice|copying|copyright|use_policy|acceptable_use).*)",
     re.DOTALL,
 )
-#: what stays behind, whoever names it
+#: names of files that are not copied, whoever names the files
 _NEVER = re.compile(
-    r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
+    r"\..*|adapter_.*"  # hidden files, and an adapter's files
     r"|(?i:.*\.(bin|pth?|ckpt|pkl|pickle|joblib|dill|npz|h5|keras|msgpack|pb|tflite|onnx|gguf|ot|undo))"  # other weights
     r"|(?i:.*\.(bin|h5|msgpack)\.index\.json)"
     r"|(?i:(optimizer|scheduler|rng_state|random_states|training_args).*)"  # the state of a training
     r"|(?i:trainer_state\.json|(all|train|eval|predict|test)_results\.json)"
-    r"|(?i:.*\.(py|pyc|so|dll|dylib|exe|sh|bat))",  # code, which is taken by its name alone
+    r"|(?i:.*\.(py|pyc|so|dll|dylib|exe|sh|bat))",  # code; an index names the code that is copied
     re.DOTALL,
 )
 _WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index\.json)?)", re.DOTALL)
-_PICKLE = "pytorch_model.bin"  # of a module's weights
+_PICKLE = "pytorch_model.bin"  # the weights of a module that was saved without safetensors
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
-#: what is written anew
+_IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\S+)[ \t]*$|from[ \t]+\.(\S+)[ \t]+import)", re.MULTILINE)
+#: files that every output gets anew
 _ANEW = (CONFIG, "README.md", "oftsurgery.json")
 
 _MAX_FILES = 512
-_MAX_NAMED = 4096  # files that an index names one by one
-_MAX_LISTED = 100  # names of what stays behind
+_MAX_NAMED = 4096  # with the files that an index names one by one
+_MAX_LISTED = 100  # names in the list of files that are left out
 _MAX_DEPTH = 8
-_MAX_BYTES = 1 << 30  # of a file that holds no weights
-_MAX_INDEX_BYTES = 4 << 20  # of a file that is read for names
+_MAX_BYTES = 1 << 30  # of one file without weights
+_MAX_INDEX_BYTES = 4 << 20  # of one file that is read for names
+_MAX_READ_BYTES = 64 << 20  # of all files that are read for names
 
 _REPAIR = "do not use this checkpoint, or repair its index files"
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What goes along with a model's weights.
+    """The files that are copied beside a model's weights.
 
     Attributes:
-        files: ``{name in the new folder: file that is copied}``; names lead through folders by ``/``.
-        code: names of those that are Python code.
-        left_out: names of the folder's other files, and of folders that nothing names.
-        lost: ``{name: why}`` of files that loading the whole model reads, and that stay behind.
-        tokenizer: whose tokenizer it is: ``"base"``, ``"adapter"``, ``"other"``; None where there is none, or nobody chose.
-        chat_template: whose chat templates, likewise.
+        files: ``{name in the new folder: file to copy}``; a name leads through folders by ``/``.
+        code: the names of the files of Python code.
+        left_out: the names of the folder's other files, and of its folders that no index names.
+        lost: ``{name: why}`` of files that loading the whole model reads, and that are not copied.
+        tokenizer: the owner of the tokenizer: ``"base"``, ``"adapter"`` or ``"other"``; None where there is no tokenizer, or
+            nobody has chosen yet.
+        chat_template: the owner of the chat templates, likewise.
     """
 
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -73,32 +76,32 @@ class Carried:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """The bytes of all files."""
         return sum(path.stat().st_size for path in self.files.values())
 
 
 def carried_from(folder: Path, weights: Collection[str] = ()) -> Carried:
-    """What goes along with the weights of the model in ``folder``: files of known kinds in the folder itself, and what its
-    index files name.
+    """The files of the model in ``folder`` that are copied beside its weights: the folder's files of known kinds, and the
+    files that its index files name.
 
     ============================================  ====================================================================
     index                                         names
     ============================================  ====================================================================
-    ``modules.json``, ``router_config.json``,     folders of sentence-transformers' modules, with their own weights, and
-    a ``config.json`` with ``types``              the modules' code
-    ``auto_map`` in any ``*config.json``          files of code, and those that they import from beside them
-    texts in any ``*config.json``                 files with other endings, as a tokenizer's ``vocab_file``
+    ``modules.json``, ``router_config.json``,     the folders of sentence-transformers' modules, with their own weights,
+    a ``config.json`` with ``types``              and the modules' code
+    ``auto_map`` in any ``*config.json``          files of code, and the files beside them that the code imports
+    texts in any ``*config.json``                 files with other endings, such as a tokenizer's ``vocab_file``
     ``speaker_embeddings_path.json``              Bark's voices
     ============================================  ====================================================================
 
-    transformers finds ``additional_chat_templates``, ``custom_generate`` and the folders of a processor's further tokenizers by
-    these names.
+    transformers finds ``additional_chat_templates``, ``custom_generate`` and the folders of a processor's further tokenizers
+    by their names, and so does this function.
 
     Args:
-        weights: names of the files that hold the model's own weights.
+        weights: the names of the files that hold the model's own weights.
 
     Raises:
-        CheckpointError: an index names a place outside the folder, a link leaves it, or too many files would go along.
+        CheckpointError: an index names a place outside the folder, a link leaves the folder, or the files are too many.
     """
     walk = _Walk(folder, {*weights, *_ANEW, *(name for layout in LAYOUTS for name in layout.names)})
     walk.visit("")
@@ -109,7 +112,7 @@ def carried_from(folder: Path, weights: Collection[str] = ()) -> Carried:
 
 
 def missing_in(folder: Path) -> list[str]:
-    """What the index files in ``folder`` name and the folder lacks, as the Hub's client takes patterns of names."""
+    """The files that index files in ``folder`` name and the folder lacks, as patterns for the Hub's client."""
     walk = _Walk(folder, set())
     walk.visit("")
     return walk.missing[:_MAX_FILES]
@@ -119,10 +122,10 @@ class _Walk:
     """A walk through a model's folder.
 
     Attributes:
-        files: ``{name: path}`` of what goes along.
-        code: names of those that are code.
-        lost: ``{name: why}`` of those that should and cannot.
-        missing: patterns of what is named and is not there.
+        files: ``{name: path}`` of the files to copy.
+        code: the names of the files of code.
+        lost: ``{name: why}`` of files that an index names and that are not copied.
+        missing: patterns of files that an index names and the folder lacks.
     """
 
     def __init__(self, root: Path, own: Collection[str]) -> None:
@@ -133,61 +136,67 @@ class _Walk:
         self.missing: list[str] = []
         self._visited: set[str] = set()
         self._seen: list[str] = []  # files of visited folders, and folders with a / at the end
+        self._read = 0
 
     def left_out(self) -> list[str]:
-        """Names of what was seen and does not go along."""
+        """The names of the files and folders in visited folders that are not copied."""
         used = {*self.own, *self.files, *(f"{place}/" for place in self._visited)}
         used |= {f"{name.rpartition('/')[0]}/" for name in self.files}
         return sorted(name for name in self._seen if name not in used)
 
     def visit(self, place: str, *, module: bool = False, kinds: re.Pattern[str] = _DATA) -> None:
-        """Take what goes along from the folder ``place`` (``""`` is the model's own) and from those that it names.
+        """Take files from the folder ``place`` (``""`` is the model's own) and from the folders that its index files name.
 
         Args:
-            module: the folder is that of a module with weights of its own.
-            kinds: names of files that are taken.
+            module: whether the folder is a module's, with weights of its own.
+            kinds: the names of files to take.
         """
         if place in self._visited:
             return
         self._visited.add(place)
         if place.count("/") >= _MAX_DEPTH:
-            raise CheckpointError("the index files name folders within folders", path=self.root / place, remedy=_REPAIR)
+            message = f"the index files name folders within folders, deeper than {_MAX_DEPTH}"
+            raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
         files, folders = self._look(place)
-        configs = [value for n in files if n.endswith("config.json") for value in [self._json(_join(place, n))]]
+        indexes = {n: self._json(_join(place, n)) for n in files if n.endswith("config.json") or n in _INDEXES}
+        configs = [value for name, value in indexes.items() if name.endswith("config.json")]
         named = {text for value in configs for text in _texts(value)}
         for name in files:
-            weights = module and _WEIGHTS.fullmatch(name)
-            if weights or ((kinds.fullmatch(name) or name in named) and not _WEIGHTS.fullmatch(name)):
-                self._take(_join(place, name), weights=bool(weights))
+            if module and _WEIGHTS.fullmatch(name):
+                self._take(_join(place, name), weights=True)
+            elif (kinds.fullmatch(name) or name in named) and not _WEIGHTS.fullmatch(name):
+                self._take(_join(place, name))
         if module:
             self._check_weights(place, files)
         for reference in _auto_maps(configs):
             self._take_class(place, reference)
-        self._visit_modules(place, files)
-        self._take_voices(place, files)
+        for path, kind in _modules(indexes):
+            self._visit_module(place, path, kind)
+        self._take_voices(place, indexes)
         self._visit_known(place, folders)
 
     def _visit_known(self, place: str, folders: Collection[str]) -> None:
         """Visit the folders that transformers finds by their names."""
         if "custom_generate" in folders:
             self._take_code(_join(place, "custom_generate/generate"))
-            self._take_plain(_join(place, "custom_generate/requirements.txt"))
+            self._take_named(_join(place, "custom_generate/requirements.txt"))
         if "additional_chat_templates" in folders:
             self.visit(_join(place, "additional_chat_templates"), kinds=_TEMPLATE)
         for name in folders:
             if name.endswith("tokenizer"):
                 self.visit(_join(place, name))
 
-    # --- what there is ---
+    # --- looking ---
 
     def _look(self, place: str) -> tuple[list[str], list[str]]:
-        """Names of the plain files and of the folders in ``place``, without hidden ones."""
+        """The names of the files and of the folders in ``place``, without hidden ones."""
         folder = self.root / place
         if not folder.is_dir():
             return [], []
         if not folder.resolve().is_relative_to(self.root.resolve()):
-            message = "a folder of the checkpoint is a link that leaves it"
-            raise CheckpointError(message, path=folder, remedy="do not use this checkpoint, or copy the folder into it")
+            message = "a folder of the checkpoint is a link that leaves the checkpoint's folder"
+            remedy = "do not use this checkpoint, or copy the folder into the checkpoint's"
+            raise CheckpointError(message, path=folder, remedy=remedy)
         there = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
         files = [p.name for p in there if p.is_file()]
         folders = [p.name for p in there if p.is_dir()]
@@ -195,10 +204,19 @@ class _Walk:
         return files, folders
 
     def _json(self, name: str) -> Any:
-        """The contents of an index; None where they cannot be read: such a file names nothing to its loaders either."""
+        """The contents of an index; None for an unreadable index, which names nothing to its loaders either."""
+        path = inside(self.root, name, nested=True)
+        self._count(path)
         with suppress(CheckpointError):
-            return read_json_value(inside(self.root, name, nested=True), limit=_MAX_INDEX_BYTES)
+            return read_json_value(path, limit=_MAX_INDEX_BYTES)
         return None
+
+    def _count(self, path: Path) -> None:
+        """Count the bytes of a file that is read for names."""
+        self._read += min(path.stat().st_size, _MAX_INDEX_BYTES)
+        if self._read > _MAX_READ_BYTES:
+            message = f"the index files and the code hold more than {_MAX_READ_BYTES} bytes"
+            raise CheckpointError(message, path=path, remedy=_REPAIR)
 
     # --- taking ---
 
@@ -208,93 +226,106 @@ class _Walk:
             return
         path = inside(self.root, name, nested=True)
         if not weights and path.stat().st_size > _MAX_BYTES:
-            self.lost[name] = f"it holds {path.stat().st_size} bytes, and at most {_MAX_BYTES} go along"
             return
         if len(self.files) >= most:
-            message = f"more than {most} files would go along with the weights"
+            message = f"more than {most} files belong beside the weights, as the index files have it"
             raise CheckpointError(message, path=path.parent, remedy="remove the files that do not belong to the model")
         self.files[name] = path
 
-    def _take_plain(self, name: str, most: int = _MAX_FILES) -> None:
-        """Take a file that is named by itself, if it is there."""
+    def _take_named(self, name: str) -> None:
+        """Take a file that an index names by itself, if the folder has the file."""
         if os.path.lexists(self.root / name):
-            self._take(name, most=most)
+            self._take(name, most=_MAX_NAMED)
         else:
             self.missing.append(name)
 
     def _check_weights(self, place: str, files: Collection[str]) -> None:
-        if any(_WEIGHTS.fullmatch(n) for n in files):
+        """Note a module whose weights are a pickle, or are yet to be downloaded."""
+        if any(_WEIGHTS.fullmatch(name) for name in files):
             return
         self.missing.append(f"{place}/*.safetensors*")
         if _PICKLE in files:
             self.lost[_join(place, _PICKLE)] = "a pickle, which could run code when read"
 
+    def _take_voices(self, place: str, indexes: Mapping[str, Any]) -> None:
+        for text in _texts(indexes.get(_VOICES)):
+            if text.endswith(".npy") and _is_visible(text):
+                self._take_named(_join(place, text))
+
     # --- model code ---
 
     def _take_class(self, place: str, reference: str) -> None:
-        """Take the code of a class that a config names: ``file.Class``; ``owner/name--file.Class`` lies elsewhere."""
+        """Take the code of a class that a config names as ``file.Class``. ``owner/name--file.Class`` is elsewhere."""
         module, _, name = reference.partition(".")
         if "--" not in reference and "." not in name and name and module:
             self._take_code(_join(place, module))
 
     def _take_code(self, module: str) -> None:
-        """Take a file of code, and what it imports from beside it, as transformers looks for that."""
-        name = f"{module}.py"
-        if name in self.code or not is_nested_name(name) or any(part.startswith(".") for part in name.split("/")):
-            return
-        if not os.path.lexists(self.root / name):
-            self.missing.append(name)
-            return
-        self.code.add(name)
-        self._take(name, code=True, most=_MAX_NAMED)
-        path = inside(self.root, name, nested=True)
-        if path.stat().st_size > _MAX_INDEX_BYTES:
-            self.lost[name] = f"code of more than {_MAX_INDEX_BYTES} bytes is not read for what it imports"
-            return
-        text = path.read_text(encoding="utf-8", errors="replace")
-        for imported in re.findall(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", text, re.MULTILINE):
-            self._take_code(_join(module.rpartition("/")[0], "".join(imported)))
+        """Take a file of code and the files beside it that the code imports, by transformers' own pattern."""
+        place, waiting = module.rpartition("/")[0], [module]
+        while waiting:
+            name = f"{waiting.pop()}.py"
+            if name in self.code or not _is_visible(name):
+                continue
+            if not os.path.lexists(self.root / name):
+                self.missing.append(name)
+                continue
+            path = inside(self.root, name, nested=True)
+            if path.stat().st_size > _MAX_INDEX_BYTES:
+                self.lost[name] = f"a file of code with more than {_MAX_INDEX_BYTES} bytes"
+                continue
+            self._count(path)
+            self._take(name, code=True)
+            self.code.add(name)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            waiting += [_join(place, "".join(groups)) for groups in _IMPORT.findall(text)]
 
     # --- sentence-transformers ---
 
-    def _visit_modules(self, place: str, files: Collection[str]) -> None:
-        """Visit the folders of the modules that an index of sentence-transformers names."""
-        found: list[tuple[object, object]] = []
-        if "modules.json" in files:
-            value = self._json(_join(place, "modules.json"))
-            rows = [row for row in (value if isinstance(value, list) else []) if isinstance(row, Mapping)]
-            found += [(row.get("path"), row.get("type")) for row in rows]
-        for name in ("router_config.json", "config.json"):
-            value = self._json(_join(place, name)) if name in files else None
-            types = value.get("types") if isinstance(value, Mapping) and "structure" in value else None
-            found += types.items() if isinstance(types, Mapping) else []
-        for path, kind in found:
-            inner = self._module_folder(place, path)
+    def _visit_module(self, place: str, path: object, kind: object) -> None:
+        """Visit the folder of a module of the class ``kind``, which an index in ``place`` names."""
+        inner = self._module_folder(place, path) if isinstance(path, str) else ""
+        if isinstance(kind, str) and not kind.startswith("sentence_transformers."):
             # the class is looked for beside modules.json, and saved in the module's own folder
-            for where in {"", inner} if isinstance(kind, str) and not kind.startswith("sentence_transformers.") else ():
-                self._take_class(where, str(kind))
-            if inner and inner != place:
-                self.visit(inner, module=True)
+            for where in {"", inner}:
+                self._take_class(where, kind)
+        if inner and inner != place:
+            self.visit(inner, module=True)
 
-    def _module_folder(self, place: str, path: object) -> str:
-        """The folder of a module, from what an index names."""
-        if not isinstance(path, str):
-            return ""
-        parts = [part for part in path.split("/") if part != "."]
-        if path and (path.startswith("/") or not all(is_plain_name(p) for p in parts[: len(parts) - (not parts[-1])])):
-            message = f"an index file names a folder outside the checkpoint's: {printable(path)}"
-            raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
-        if any(part.startswith(".") for part in parts):
-            message = f"an index file names a hidden folder as a module's: {printable(path)}"
+    def _module_folder(self, place: str, path: str) -> str:
+        parts = (
+            [part for part in path.removesuffix("/").split("/") if part != "."] if path not in ("", ".", "./") else []
+        )
+        where = None
+        if not all(map(is_plain_name, parts)):
+            where = "a folder outside the checkpoint's"
+        elif any(part.startswith(".") for part in parts):
+            where = "a hidden folder"
+        if where is not None:
+            message = f"an index file names {where} as a module's: {printable(path)!r}"
             raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
         return "/".join(filter(None, [place, *parts]))
 
-    def _take_voices(self, place: str, files: Collection[str]) -> None:
-        if "speaker_embeddings_path.json" not in files:
-            return
-        for text in _texts(self._json(_join(place, "speaker_embeddings_path.json"))):
-            if text.endswith(".npy") and is_nested_name(text) and not text.startswith("."):
-                self._take_plain(_join(place, text), most=_MAX_NAMED)
+
+_MODULES, _ROUTER, _VOICES = "modules.json", "router_config.json", "speaker_embeddings_path.json"
+_INDEXES = (_MODULES, _VOICES)
+
+
+def _modules(indexes: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
+    """``(path, class)`` of the modules that a folder's index files name."""
+    listed = indexes.get(_MODULES)
+    for row in listed if isinstance(listed, list) else ():
+        if isinstance(row, Mapping):
+            yield row.get("path"), row.get("type")
+    for name in (_ROUTER, CONFIG):
+        value = indexes.get(name)
+        types = value.get("types") if isinstance(value, Mapping) and "structure" in value else None
+        yield from types.items() if isinstance(types, Mapping) else ()
+
+
+def _is_visible(name: str) -> bool:
+    """Whether ``name`` leads to a file inside the folder, through no hidden folder."""
+    return is_nested_name(name) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _join(place: str, name: str) -> str:
@@ -302,7 +333,7 @@ def _join(place: str, name: str) -> str:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """All values in a JSON value, itself among them, however deep."""
+    """A JSON value and all values in it, however deep."""
     stack = [value]
     while stack:
         one = stack.pop()
@@ -318,7 +349,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _auto_maps(configs: Iterable[Any]) -> Iterator[str]:
-    """The classes that ``auto_map`` names, anywhere in ``configs``."""
+    """The classes that ``auto_map`` names anywhere in ``configs``."""
     for config in configs:
         for part in _parts(config):
             if isinstance(part, Mapping) and "auto_map" in part:

@@ -79,6 +79,17 @@ def tokenizer_is_a_link(base: Path) -> None:
     link(adapter / "tokenizer.json", base.parent / "outside" / "config.json")
 
 
+def chained_code(base: Path, count: int = 1500) -> None:
+    for i in range(count):
+        (base / f"m{i}.py").write_text(f"from .m{i + 1} import x\n")
+    _auto_map(base, "m0.M")
+
+
+def large_indexes(base: Path) -> None:
+    for i in range(20):
+        (base / f"{i}_config.json").write_text(json.dumps(["x" * 100] * 39_000))
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "modules.json: parent": (lambda b: modules(b, "../outside"), "outside the checkpoint's"),
     "modules.json: parent, inside a path": (
@@ -120,6 +131,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "folders within folders",
     ),
     "modules within modules": (nested, "folders within folders"),
+    "code that imports thousands of files": (chained_code, "more than 512 files"),
+    "hundreds of megabytes of indexes": (large_indexes, "hold more than 67108864 bytes"),
     "code that is a link": (named_code_is_a_link, "link that leaves"),
     "the adapter's tokenizer is a link": (tokenizer_is_a_link, "link that leaves"),
 }
