@@ -44,7 +44,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.stores.layers import Layer
 from oftsurgery.weights.fold import rotate_chain
 
-#: what the command line prints of each quantisation → the arguments that transformers quantises with
+#: name of a quantisation in the printed text → the arguments with which transformers quantises
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "NF4": {
         "load_in_4bit": True,
@@ -65,7 +65,7 @@ CASES: tuple[tuple[str, float], ...] = (("NF4", 2e-3), ("NF4", 5e-4), ("int8", 2
 
 
 def load_base(quantisation: str) -> nn.Module:
-    """A fresh MiniLM, all 36 linear layers quantised by bitsandbytes, in eval mode."""
+    """A fresh MiniLM in eval mode, with all 36 linear layers quantised by bitsandbytes."""
     config = BitsAndBytesConfig(**QUANTISATIONS[quantisation])
     # without the pooler: sentence embeddings are the mean of the last hidden states
     return AutoModel.from_pretrained(
@@ -95,7 +95,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 
 @cache
 def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
-    """English prose from any Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
+    """English prose from the Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
         (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes
@@ -106,7 +106,7 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
     for i, name in enumerate(sorted(topics)):
         for block in topics[name].split("\n\n"):
             if re.search(r"^ |^\*\*|^==|^--|^>>>|::", block, flags=re.MULTILINE):
-                continue  # code, grammar, lists and headings
+                continue  # a block of code, grammar, a list or a heading
             text = re.sub(r"[*`\"]", "", " ".join(block.split()))
             sentences = [
                 s
@@ -133,7 +133,7 @@ def held_out(count: int) -> list[str]:
 
 @cache
 def tokenizer() -> Any:
-    """MiniLM's own."""
+    """MiniLM's tokenizer."""
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
@@ -147,7 +147,7 @@ def embed(model: nn.Module, sentences: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, sentences: Sequence[str]) -> Tensor:
-    """(sentences, 384) float64, of the model computing in float32."""
+    """(sentences, 384) float64, from the model in float32 arithmetic."""
     compute_in_float32(model)
     return torch.cat([embed(model, sentences[i : i + 32]) for i in range(0, len(sentences), 32)]).double()
 
@@ -163,7 +163,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 def fine_tune(
     quantisation: str, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16
 ) -> Iterator[float]:
-    """:func:`fine_tune_over` a fresh base."""
+    """Fine-tune a fresh base by :func:`fine_tune_over`."""
     yield from fine_tune_over(load_base(quantisation), destination, steps, rate=rate, size=size)
 
 
@@ -198,8 +198,8 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
     """The adapter merged into a fresh model by ``"oftsurgery"`` or ``"peft"``, and the seconds that the merge took.
 
     Args:
-        by: whose merge. oftsurgery gets the base and reads the adapter's files within the time; peft gets the model
-            with the adapter live on it.
+        by: the library that merges. oftsurgery gets the base and reads the adapter's files within the time; peft gets
+            the model with the live adapter.
         quantisation: a key of :data:`QUANTISATIONS`.
         adapter: the folder that peft saved.
         after_forward: the model computes once before the merge, with the default settings, eval mode and bfloat16
@@ -220,13 +220,13 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
 
 
 def weight(model: nn.Module, path: str) -> Tensor:
-    """A layer's weight as its stored form says, dequantised to float32."""
+    """A layer's stored weight, dequantised to float32."""
     return codecs.decode(Layer(path, model.get_submodule(path)).read()[0])
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter makes of a base's weights, before any rounding; ``{path: weight}`` both."""
+    """An adapter's exact change of a base's weights, before any rounding; both fields are ``{path: weight}``."""
 
     base: dict[str, Tensor]
     exact: dict[str, Tensor]
@@ -239,11 +239,11 @@ class Change:
 
     @property
     def moved(self) -> float:
-        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all of them."""
+        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all weights."""
         return math.sqrt(self._square() / math.fsum(float(w.square().sum()) for w in self.base.values()))
 
     def kept(self, model: nn.Module) -> float:
-        """The share of the change that is in a model's weights: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
+        """The share of the change that a model's weights hold: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
         there = (((weight(model, path) - self.base[path]) * d).sum() for path, d in self._differences())
         return math.fsum(map(float, there)) / self._square()
 
@@ -268,22 +268,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models against one live adapter, which moves the weights by ``moved``, a share of their norm."""
+    """The models compared with one live adapter, which moves the weights by ``moved``, a share of their norm."""
 
     quantisation: str
     moved: float
     rows: list[Row]
 
     def of(self, by: str, *, after_forward: bool) -> Row:
-        """The line of a merge."""
+        """The table's line for a merge."""
         label = next(label for label, case in MERGES.items() if case == (by, after_forward))
         return next(row for row in self.rows if row.model == label)
 
 
 def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -> Comparison:
-    """The base and the four merges against the live adapter, on ``sentences`` held-out sentences.
+    """Compare the base and the four merges with the live adapter, on ``sentences`` held-out sentences.
 
-    Each merge is made ``repeats`` times in turn with the others, each into a fresh model.
+    Each merge is made ``repeats`` times, in turn with the others, and each time into a fresh model.
     """
     text = held_out(sentences)
     models: dict[str, nn.Module] = {}
@@ -307,7 +307,7 @@ def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -
 BASE = "base, without the adapter"
 LIVE = "the live adapter"
 
-#: line of the table → (whose merge, after a forward)
+#: line of the table → (library that merges, whether after a forward)
 MERGES: dict[str, tuple[str, bool]] = {
     f"peft {peft_version}, fresh model": ("peft", False),
     f"peft {peft_version}, after a forward": ("peft", True),
@@ -328,13 +328,13 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
     )  # bitsandbytes logs a line per int8 layer about half precision
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
-    )  # peft's call into transformers
+    )  # peft's call into transformers gives this warning
     print(__doc__.split("\n\n")[1], "\n")
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder) / f"{quantisation}-{rate}" for quantisation, rate in CASES]
         for (quantisation, rate), adapter in zip(CASES, adapters, strict=True):
             print_fine_tuning(quantisation, adapter, steps, rate)
-        # the times of the first are shown
+        # the table shows the times of the first case only
         found = [
             compare(quantisation, adapter, sentences=sentences, repeats=1 if i else repeats)
             for i, ((quantisation, _), adapter) in enumerate(zip(CASES, adapters, strict=True))
@@ -375,9 +375,9 @@ def format_table(found: Sequence[Comparison]) -> str:
 
 
 def conclusion(strong: Comparison, weak: Comparison, _: Comparison) -> str:
-    """What the table shows, in words and its own figures."""
+    """A text that explains the table with the table's figures."""
     theirs, ours = (weak.of(by, after_forward=False) for by in ("peft", "oftsurgery"))
-    has = "has it" if has_avx512bf16() else "does not have it"
+    has = "has this feature" if has_avx512bf16() else "does not have this feature"
     return (
         f"People train adapters that move the weights by a few per cent; the weak adapter moves the weights by {weak.moved:.1%}. This move is a\n"
         f"fraction of a step between 4-bit levels. peft's merge rounds to nearest, gives the base back, and keeps {theirs.kept:.0%} of the change.\n"

@@ -77,39 +77,47 @@ class OFTAdapter:
     def scaled(self, alpha: float) -> OFTAdapter:
         """The adapter ``alpha`` times as strong: each rotation by ``alpha`` times its angles, in the same planes.
 
-        The geodesic ``R^α = exp(α log R)`` of the rotation group, so ``tan(α·atan θ)`` on the eigenvalues ``±iθ`` of the
-        generators, not ``α·Q``. ``scaled(a)`` and ``scaled(b)`` compose to ``scaled(a + b)``. A scale ``oft_s`` becomes
-        ``oft_s^α``.
+        >>> half = oftsurgery.load_adapter("ADAPTER").scaled(0.5)
+
+        The result is the geodesic ``R^α = exp(α log R)`` of the rotation group: ``tan(α·atan θ)`` on the eigenvalues ``±iθ``
+        of the generators, not ``α·Q``. ``scaled(a)`` and ``scaled(b)`` compose to ``scaled(a + b)``. A scale ``oft_s``
+        becomes ``oft_s^α``.
 
         Raises:
-            AdapterError: an angle of π or beyond, a scale that is not positive, or biases and other tensors of its own,
-                which cannot be scaled without the base's.
+            AdapterError: an angle is π or more, a scale is not positive, or the adapter brings biases or other tensors, which
+                cannot be scaled without the base's tensors.
         Warns:
-            ConversionWarning: truncated Neumann series were taken as their nearest rotations.
+            ConversionWarning: truncated Neumann series were replaced by their nearest rotations.
         """
         return self if alpha == 1 else _mean_of([(self, alpha)], f"scaled({self.source}, {alpha:g})")
 
     def inverse(self) -> OFTAdapter:
-        """The adapter that undoes this one: ``a.compose(a.inverse())`` is the identity. Errors as :meth:`scaled`, but any
-        scale ``oft_s`` without zeros has an inverse.
+        """The adapter that undoes this adapter: ``a.compose(a.inverse())`` is the identity.
+
+        >>> back = oftsurgery.load_adapter("ADAPTER").inverse()
+
+        The errors are those of :meth:`scaled`, but any scale ``oft_s`` without zeros has an inverse.
         """
         _check_no_saved([self])
         return _derived([self], f"inverse({self.source})", lambda path: inverse(self.modules[path]))
 
     def compose(self, other: OFTAdapter) -> OFTAdapter:
-        """One adapter for the live chain ``x · Ra · Rb`` of this one (a) and then ``other`` (b), peft's active adapters
+        """One adapter for the live chain ``x · Ra · Rb`` of this adapter (a) and then ``other`` (b), peft's active adapters
         ``[a, b]``.
 
-        ``fold(m, a.compose(b))`` is ``fold(m, [a, b])``. With rotations on the input side that is
-        ``fold(fold(m, b), a)``; on the output side (peft ≤ 0.13) and of embeddings ``fold(fold(m, a), b)``. Block sizes
-        that differ are brought to their least common multiple. Modules of one adapter alone stay as they are.
+        >>> a, b = oftsurgery.load_adapter("ADAPTER"), oftsurgery.load_adapter("ADAPTER").scaled(0.2)
+        >>> chain = a.compose(b)                                     # fold(m, chain) is fold(m, [a, b])
+
+        With rotations on the input side ``fold(m, a.compose(b))`` is ``fold(fold(m, b), a)``; on the output side (peft ≤ 0.13)
+        and of embeddings, ``fold(fold(m, a), b)``. Different block sizes are brought to their least common multiple. A module
+        of only one of the adapters stays as it is.
 
         Raises:
-            AdapterError: a product by nearly π (a generator norm over 100).
-            MatchError: both bring values for one tensor, or rotate different sides of one weight.
-            ShapeError: adapters of different base models.
+            AdapterError: a product turns by nearly π (a generator's norm over 100).
+            MatchError: both adapters bring values for one tensor, or rotate different sides of one weight.
+            ShapeError: the adapters are of different base models.
         Warns:
-            ConversionWarning: products of truncated Neumann series were taken as their nearest rotations.
+            ConversionWarning: products of truncated Neumann series were replaced by their nearest rotations.
         """
         twice = sorted(set(self.saved) & set(other.saved))
         if twice:
@@ -126,23 +134,27 @@ class OFTAdapter:
 
     def save(self, folder: str | PathLike[str], *, force: bool = False) -> Mapping[str, float]:
         """Write the adapter as peft 0.21 does: ``adapter_config.json`` and ``adapter_model.safetensors``, with the exact
-        Cayley map and generators in float32. Of an older release's adapter this makes one that peft 0.21 loads.
+        Cayley map and generators in float32. peft 0.21 then loads an adapter of an older release too.
+
+        >>> errors = oftsurgery.load_adapter("OLD").save("NEW")
+        >>> oftsurgery.load_adapter("NEW").dialect
+        'peft-0.21'
 
         Args:
-            folder: appears whole, by one rename; must not exist.
-            force: replace it, at the rename and not before.
+            folder: a folder that does not exist yet; it appears whole, by one rename.
+            force: replace the folder, at the rename and not before.
 
         Returns:
-            ``{module path: ‖R - written R‖₂}``: 0 for the exact map; a truncated Neumann series is no rotation, and
-            becomes the nearest one.
+            ``{module path: ‖R - written R‖₂}``: 0 for the exact map; a truncated Neumann series is not a rotation, and its
+            nearest rotation is written.
 
         Raises:
-            AdapterError: what peft 0.21 has no form for: a rotation on the output side, an ``oft_s``, block sizes that
-                one config does not describe.
+            AdapterError: peft 0.21 has no form for the adapter: a rotation on the output side, an ``oft_s``, or block sizes
+                that one config cannot describe.
             StateError: the folder exists.
-            DiskError: the disk did not take it; nothing is left behind.
+            DiskError: the disk is full, read-only or in use; nothing is left behind.
         Warns:
-            ConversionWarning: states the largest of what is returned.
+            ConversionWarning: states the largest error of the result.
         """
         from . import saving
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from oftsurgery.errors import AdapterError, printable
 from oftsurgery.files.finding import find_folder
 from oftsurgery.files.reading import sha256_of
+from oftsurgery.files.tokenizer_files import PATTERNS
+
+if TYPE_CHECKING:
+    from oftsurgery.records.record import AdapterInfo
+
+    from .adapter import OFTAdapter
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -32,7 +40,25 @@ def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = No
         message = "an adapter is a folder, but the path is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {CONFIG_FILE}")
     where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE], AdapterError, where, revision)
+    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE, *PATTERNS], AdapterError, where, revision)
+
+
+def homes_of(adapters: Iterable[OFTAdapter | AdapterInfo]) -> list[Path]:
+    """The folders that adapters were read from, as far as those are there still: local ones, or the Hub's cache."""
+    return [home for a in adapters for home in [_home_of(a.source, a.sha256)] if home is not None]
+
+
+def _home_of(source: str | None, sha256: str | None) -> Path | None:
+    if source is None or sha256 is None:
+        return None
+    tensors = Path(source).expanduser() / TENSORS_FILE
+    if not tensors.is_file():
+        with suppress(ImportError, ValueError):  # what is no repository's id is a ValueError
+            from huggingface_hub import try_to_load_from_cache
+
+            found = try_to_load_from_cache(source, TENSORS_FILE)
+            tensors = Path(found) if isinstance(found, str) else tensors
+    return tensors.parent if tensors.is_file() and sha256_of(tensors) == sha256 else None
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:

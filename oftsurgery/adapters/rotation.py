@@ -73,10 +73,10 @@ class Rotation:
 
     @property
     def blocks(self) -> Tensor:
-        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Computed anew at each access.
+        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Each access computes the blocks anew.
 
         Raises:
-            NonFiniteError: if the map has no finite result.
+            NonFiniteError: the map has no finite result.
         """
         q = rotations.skew(self.generator.detach().to(torch.float64))
         with rotations.full_precision(q.device.type):

@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk: plan, fold, unfold, extract, verify, and the record in a folder."""
+"""The public functions on checkpoints on disk plan, fold, unfold, extract and verify, and read the record in a folder."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from .arguments import (
     opened_checkpoint,
     parse_size,
     rounding_mode,
+    tokenizer_choice,
 )
 
 
 @dataclass(frozen=True)
 class FoldSettings:
-    """What :func:`fold_checkpoint` takes that decides what is written."""
+    """The arguments of :func:`fold_checkpoint` that decide the output."""
 
     format: Format = "same"
     quantize: str | None = None
@@ -55,12 +56,13 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
 
     def quantization(self) -> Quantization | None:
-        """How a plain source is quantised first.
+        """The quantisation of a plain source before the fold, or None.
 
         Raises:
-            StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
+            StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
         """
         codec = self.quantize or (self.format if self.format in QUANTISED else None)
         if codec is not None:
@@ -68,15 +70,15 @@ class FoldSettings:
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
             return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
         if self.double_quant:
-            message = "double quantisation of a checkpoint that is not to be quantised"
-            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4'")
+            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
+            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
         return None
 
 
 def plan_fold(
     source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings = FoldSettings()
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
+    """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     mode: RoundingMode = settings.rounding or "preserve"
     plan = plan_checkpoint(
         opened_checkpoint(source),
@@ -86,6 +88,7 @@ def plan_fold(
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
     )
     return replace(plan, rounding=mode)
@@ -107,6 +110,7 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -140,6 +144,8 @@ def fold_checkpoint(
             the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
             quantised first).
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
@@ -158,7 +164,17 @@ def fold_checkpoint(
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        rounding=mode,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
     )
     plan = plan_fold(source, adapter, settings)
     batches = None
@@ -193,7 +209,7 @@ def _calibration_batches(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
 
 @dataclass
 class _ProgressWithCalibration:
-    """Tells of a calibration's batches within the progress in bytes, which stands still meanwhile."""
+    """Reports a calibration's batches within the progress in bytes, which stands still during the calibration."""
 
     step: Progress
     at: tuple[int, int] = (0, 0)
@@ -249,7 +265,10 @@ def unfold_checkpoint(
     Warns:
         UnfoldWarning: the result differs from the base by rounding.
     """
-    check_one_way_back((adapter, base, undo), "adapter=… rotates back, base=… and undo=… restore exactly")
+    ways = (
+        "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
+    )
+    check_one_way_back((adapter, base, undo), ways)
     source = opened_checkpoint(folded)
     size = parse_size(max_shard_size)
     if base is not None:
@@ -331,8 +350,12 @@ def verify_checkpoint(
         OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
     """
     if (base is None) != (adapter is None):
-        message = "a base without an adapter, or an adapter without its base"
-        raise StateError(message, remedy="give both, or neither to check the files' hashes alone")
+        message = (
+            f"the {'adapter' if base is None else 'base'} was given without the {'base' if base is None else 'adapter'}"
+        )
+        raise StateError(
+            message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
+        )
     folder = find_checkpoint(folded, whole=True)
     if base is None or adapter is None:
         return check_files(folder)
@@ -350,6 +373,6 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
 
     Raises:
-        CheckpointError: no such folder, or a record that cannot be read.
+        CheckpointError: the folder does not exist, or its record cannot be read.
     """
     return record_in(find_checkpoint(folder))

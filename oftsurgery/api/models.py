@@ -1,4 +1,4 @@
-"""The public functions on models in memory: fold, unfold, wrap, extract."""
+"""The public functions on models in memory fold, unfold, wrap and extract."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def fold(
 
 @contextmanager
 def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Callable[..., nn.Module]]:
-    """``fold_model`` of a model and what is to be folded into it: of one that :func:`wrap` gave, the active adapters as
-    they are trained now, into the plain model.
+    """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
+    folded in their present state.
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
@@ -130,7 +130,7 @@ def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator
     if adapter is not None:
         raise StateError(
             "the model carries live adapters, and an adapter to fold was given too",
-            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
+            remedy="call fold(wrapped) to fold the active adapters, or load the plain base model to fold an adapter from files",
         )
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
@@ -147,7 +147,7 @@ def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator
 def _calibrator(
     batches: Sequence[Batch] | None, progress: bool
 ) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """What gathers the inputs of a model's layers over ``batches``, with a bar of its own."""
+    """A function that gathers the inputs of a model's layers over ``batches``, with its own progress bar."""
     if batches is None:
         yield None
         return
@@ -206,7 +206,7 @@ def unfold(
     check_is_model(folded)
     check_one_way_back(
         (adapter, base, undo),
-        "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
+        "call unfold(model, adapter), which rotates back, or unfold(model, base=…) or unfold(model, undo=…), which restore exactly",
     )
     if undo is not None:
         record = open_undo(Path(undo).expanduser())

@@ -1,8 +1,8 @@
 """:func:`doctor` finds and explains what is wrong with a checkpoint, an adapter or a live model.
 
-Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
-together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters
-that newer peft loads as the identity, settings that readers ignore.
+The doctor reads tensor by tensor and changes nothing. The doctor collects all errors that other functions raise one by one, and
+also finds damage that is valid data and therefore loads without an error: weights that peft merged wrongly, adapters that
+newer peft loads as the identity, settings that readers ignore.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def doctor(
 
 
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding a trouble: the first (the callers put the worst first) with the names of the others."""
+    """One finding for each trouble: the first (the callers put the worst first) with the subjects of the others."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.code, finding.message), []).append(finding)

@@ -65,11 +65,11 @@ class VerifyReport:
 
     @property
     def worst(self) -> tuple[str, OutputError] | None:
-        """The module with the largest relative error."""
+        """The module with the largest relative error, or None without modules."""
         return max(self.modules.items(), key=lambda item: item[1].relative, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers."""
+        """The report as plain dicts, strings and numbers."""
         return dict(plain(self))
 
     def __str__(self) -> str:
@@ -82,7 +82,9 @@ class VerifyReport:
         lines = [f"{'':{width}}  relative   max abs    1 - cos"]
         for name, e in rows:
             lines.append(f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}")
-        lines += [f"{printable(name)}: never called on these inputs" for name in self.uncalled]
+        lines += [
+            f"{printable(name)}: the reference never called this module on these inputs" for name in self.uncalled
+        ]
         return "\n".join(lines)
 
 
@@ -96,11 +98,11 @@ class _Meter:
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         self.calls += 1
         if a.shape != b.shape:
-            message = "the two models' outputs differ in shape"
-            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape)
+            message, remedy = "the two models' outputs differ in shape", "give two models of the same class and size"
+            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape, remedy=remedy)
         a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-            remedy = "check the inputs (a row that is all padding?) and both models"
+            remedy = "check the inputs (is a row all padding?) and both models"
             raise NonFiniteError("an output holds NaN or infinity", tensor=name, remedy=remedy)
         if not a.numel():
             return
@@ -172,14 +174,15 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
             if got.keys() != expected.keys() or not got:
                 names = [", ".join(map(printable, side)) or "none" for side in (got, expected)]
                 remedy = "give models of the same class, with the same output settings (use_cache, return_dict)"
-                raise MatchError(f"the models' outputs differ: {names[0]}, and {names[1]}", remedy=remedy)
+                message = f"the folded model gives other outputs ({names[0]}) than the reference ({names[1]})"
+                raise MatchError(message, remedy=remedy)
             for name, value in got.items():
                 outputs.setdefault(name, _Meter()).add(name, value, expected[name])
             for name, value in _tensors(plain(*args, **kwargs)) if plain is not None else ():
                 beside.setdefault(name, _Meter()).add(name, value, expected[name])
             batches += 1
     if not batches:
-        raise StateError("no inputs to compare on", remedy="give at least one batch")
+        raise StateError("the inputs hold no batch to compare on", remedy="give at least one batch")
     called = {path: meter for path, meter in modules.items() if meter.calls}
     uncalled = tuple(path for path in modules if path not in called)
     return VerifyReport(_measured(called), _measured(outputs), batches, _measured(beside), uncalled)
@@ -206,7 +209,7 @@ def _compared(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module gets its training flag back."""
+    """Put the model in eval mode; each module gets its training flag back afterwards."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -217,7 +220,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """``(args, kwargs)`` of a model's forward for each batch of ``inputs``, of which :func:`verify` says what they are."""
+    """``(args, kwargs)`` of a model's forward for each batch of ``inputs``, which :func:`verify` describes."""
     if isinstance(inputs, (Tensor, tuple, Mapping)) or not isinstance(inputs, Iterable):
         inputs = [inputs]
     for batch in inputs:
@@ -228,7 +231,7 @@ def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Floating-point tensors of an output, with names."""
+    """The floating-point tensors of an output, with their names."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name or "output", value

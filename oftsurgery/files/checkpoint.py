@@ -61,6 +61,11 @@ class Checkpoint:
     files: tuple[str, ...]
     config: Mapping[str, Any]
 
+    @property
+    def shards(self) -> list[str]:
+        """The shards as paths below the folder, with ``/``."""
+        return [(self.weights / name).relative_to(self.folder).as_posix() for name in self.files]
+
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in new memory."""
         entry = self.entries[name]

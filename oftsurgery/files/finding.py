@@ -7,6 +7,8 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
+from .carried import missing_in
+
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
     """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
@@ -16,8 +18,26 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -
         CheckpointError: ``path_or_repo`` is neither a folder nor a repository that can be read.
     """
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
+    folder = find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
+    if not whole and not Path(path_or_repo).expanduser().is_dir():
+        folder = _with_what_it_names(folder, path_or_repo, where)
+    return folder
 
+
+def _with_what_it_names(folder: Path, repo: str | PathLike[str], where: str) -> Path:
+    """The folder of a repository with the files that its index files name; such a file may name further files."""
+    asked: set[str] = set()
+    for _ in range(_MOST_ROUNDS):
+        missing = [name for name in missing_in(folder) if name not in asked]
+        if not missing:
+            break
+        asked.update(missing)
+        folder = find_folder(repo, missing, CheckpointError, where)
+    return folder
+
+
+# rounds in which downloaded index files name further files
+_MOST_ROUNDS = 8
 
 # the files of a repository that a fold needs
 _NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]

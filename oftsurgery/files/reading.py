@@ -12,7 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from oftsurgery.dtypes import DTYPES
@@ -41,14 +41,27 @@ def damaged(message: str, path: object, tensor: str | None = None) -> Checkpoint
     return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
-def inside(folder: Path, name: str) -> Path:
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is the name of a file, without any folder."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and not PureWindowsPath(name).anchor
+
+
+def is_nested_name(name: str) -> bool:
+    """Whether ``name`` leads to a file in a folder, or in folders inside it: ``1_Pooling/config.json``."""
+    return all(map(is_plain_name, name.split("/")))
+
+
+def inside(folder: Path, name: str, *, nested: bool = False) -> Path:
     """The path ``folder / name`` for a name that comes from a file. The name must be plain, and the file must lie in the
     folder, or in the Hub cache's blobs beside the folder.
+
+    Args:
+        nested: the name may lead through folders inside ``folder``, by ``/``.
 
     Raises:
         CheckpointError: the name is not plain, or the file is missing, is no plain file, or lies elsewhere.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+    if not (is_nested_name(name) if nested else is_plain_name(name)):
         message = "the index or record names a file outside its folder"
         raise CheckpointError(message, path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
@@ -76,18 +89,23 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is too large, cannot be read, or holds no JSON object, or the JSON is nested too deeply.
     """
+    value = read_json_value(path, limit=limit)
+    if not isinstance(value, dict):
+        raise damaged(f"the file holds a JSON {type(value).__name__}, not an object", path)
+    return value
+
+
+def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
+    """What :func:`read_json` reads, which may be a list too."""
     try:
         if path.stat().st_size > limit:
             raise damaged(f"the JSON file has {path.stat().st_size} bytes, more than the limit of {limit}", path)
         data = path.read_bytes()
         if (parts := data.count(b"[") + data.count(b"{")) > _MAX_JSON_PARTS:
             raise damaged(f"the JSON has {parts} lists and objects, more than the limit of {_MAX_JSON_PARTS}", path)
-        value = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise damaged(f"the file holds no JSON that can be read ({printable(error)})", path) from error
-    if not isinstance(value, dict):
-        raise damaged(f"the file holds a JSON {type(value).__name__}, not an object", path)
-    return value
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:

@@ -239,7 +239,7 @@ class ModuleRecord(_Stored):
 
     @property
     def effect_kept(self) -> float | None:
-        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated weight, else ``kept``."""
         return self.kept if self.output_kept is None else self.output_kept
 
 
@@ -265,6 +265,12 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        added: on disk, names of the tensors that the adapter brought and the base lacked: a head of another class.
+        tokenizer: on disk, whose tokenizer lies beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
+            there is none, or it was not recorded.
+        chat_template: whose chat templates, likewise.
+        code: on disk, the files of model code that were copied and not run.
+        left_out: on disk, names in the source's folder that did not go along.
         extra: fields of a newer version.
     """
 
@@ -278,6 +284,11 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    code: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 
@@ -288,8 +299,8 @@ class FoldRecord(_Stored):
 
     @property
     def kept(self) -> float | None:
-        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
-        its change squared. None where no module has them.
+        """How much of the adapters' change is there, over all weights: the modules' ``effect_kept``, each weighed by its change
+        squared. None where no module has the figures.
         """
         of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
         parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
@@ -298,9 +309,9 @@ class FoldRecord(_Stored):
 
     @property
     def weak(self) -> dict[str, float]:
-        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
-        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
-        by their outputs.
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first. Modules
+        whose change is less than a hundredth of the largest are left out, and so are calibrated modules, which were judged by
+        their outputs.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100

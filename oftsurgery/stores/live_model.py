@@ -87,7 +87,13 @@ class LiveStore:
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
 
+    def is_quantised(self, name: str) -> bool:
+        path, _, local = name.rpartition(".")
+        return local == "weight" and path in self.modules and self.at(name).quantised
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if self.is_quantised(name):
+            return self.at(name).read()[1].shape
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from oftsurgery.errors import CheckpointError, printable
 
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @contextlib.contextmanager
@@ -28,10 +31,18 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without fields that lead to code, here and in its parts."""
+def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as transformers reads it, without fields that lead to code, here and in its parts."""
     kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
-    return {k: without_code(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+    return {k: _readable(v) for k, v in kept.items()}
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        # JSON has no infinite numbers: transformers 5 writes {"__float__": "Infinity"}
+        tag = value.get("__float__")
+        return _FLOATS[tag] if len(value) == 1 and isinstance(tag, str) and tag in _FLOATS else readable_config(value)
+    return [_readable(v) for v in value] if isinstance(value, list) else value
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
@@ -68,7 +79,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
     handle = register_module_module_registration_hook(bounded)
     try:
         with quiet(), torch.device("meta"):
-            parsed = transformers.AutoConfig.for_model(**without_code(config))
+            parsed = transformers.AutoConfig.for_model(**readable_config(config))
             named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
                 return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]

@@ -334,7 +334,7 @@ def test_a_named_dialect_reaches_the_parser(write_adapter: Callable[..., Path], 
             SCALED,
             {"oft_block_size": ...},
             None,
-            "oft_s without `oft_block_size`.*neither peft ≤ 0.13 nor 0.14/0.15 writes that",
+            "has oft_s, but the config has no `oft_block_size`.*neither peft ≤ 0.13 nor 0.14/0.15 writes that",
         ),
         (
             NEW | {"base_model.model.n.oft_r": torch.zeros(2, 4, 4)},
@@ -499,7 +499,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], type[OFTSurgeryError], str]] = {
         "the adapter is a LORA adapter, not an OFT adapter Remedy: .* merge others with peft's merge_and_unload",
     ),
     "BOFT": ({"peft_type": "BOFT"}, DialectError, "the adapter is a BOFT adapter, not an OFT adapter"),
-    "a type that is a list": ({"peft_type": ["OFT"]}, DialectError, r"this is a \['OFT'\] adapter"),
+    "a type that is a list": ({"peft_type": ["OFT"]}, DialectError, r"the adapter is a \['OFT'\] adapter"),
     "eps a string": (
         {"eps": "small"},
         AdapterError,

@@ -83,7 +83,7 @@ def unknown_dtype(folder: Path) -> None:
 
 NO_JSON = r"the config is no JSON \(.+\) \[at .*adapter_config.json\] Remedy: restore the file"
 UNREADABLE = r"the tensors cannot be read: the file is truncated, or no safetensors file \(.+\) \[at .*adapter_model.safetensors\] Remedy: copy or download"
-PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load it with the peft that wrote it, and save"
+PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load the adapter with the peft release that wrote it"
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (

@@ -117,12 +117,12 @@ def test_live_peft_model_is_a_reference(tmp_path: Path) -> None:
 
 
 def test_wrong_questions_are_refused() -> None:
-    with pytest.raises(StateError, match=r"no inputs to compare on Remedy: give at least one batch"):
+    with pytest.raises(StateError, match=r"the inputs hold no batch to compare on Remedy: give at least one batch"):
         verify(Net(), Net(), [])
     folded = oftsurgery.fold(get_peft_model(Net(), OFTConfig(oft_block_size=4, target_modules=["first"])))
     with pytest.raises(MatchError, match=r"lacks a folded module \[module 'first'\]"):
         verify(folded, nn.Linear(8, 4), X)
-    with pytest.raises(MatchError, match=r"outputs differ: out, and output"):
+    with pytest.raises(MatchError, match=r"gives other outputs \(out\) than the reference \(output\)"):
         verify(Net(), nn.Sequential(nn.Linear(8, 4)), X)
     with pytest.raises(ShapeError, match=r"outputs differ in shape \[tensor '.*', shape 5×4, expected 5×2\]"):
         verify(nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 2)), X)

@@ -302,7 +302,7 @@ def test_show_prints_every_fold_with_what_it_was(place: Path, capsys: pytest.Cap
         assert errors == sorted(errors, reverse=True)
     assert f"files with a recorded hash: {len(record['files'])}" in out
     assert json.loads(said(capsys, "show", str(place / "FOLDED"), "--json")[1]) == record
-    assert said(capsys, "show", str(place / "BASE"))[1] == "nothing is folded in\n"
+    assert said(capsys, "show", str(place / "BASE"))[1] == "nothing is folded into this checkpoint\n"
 
 
 def test_show_of_hostile_values_keeps_the_terminal_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +366,7 @@ def test_verify_without_anything_to_check_by_is_refused(
         assert text in err
         assert "give the base and the adapter too" in err
     assert cli.main(["verify", str(place / "FOLDED"), str(place / "BASE")]) == 2
-    assert "give both, or neither" in capsys.readouterr().err
+    assert "give base and adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "link"])

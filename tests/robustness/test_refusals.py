@@ -177,7 +177,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a pickle only",
     e.AdapterError,
-    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load it with the peft that wrote it",
+    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load the adapter with the peft release that wrote it",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -407,7 +407,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an embedding's rotation on a linear",
     e.MatchError,
-    r"a rotation on the embedding side, but the module is of kind linear .*'layers\.0\.q_proj'",
+    r"the adapter's rotation is on the embedding side, but the module's kind is linear .*'layers\.0\.q_proj'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.oft_embedding_R.weight": rows()}))
@@ -416,7 +416,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a linear's rotation on an embedding",
     e.MatchError,
-    r"a rotation on the input side, but the module is of kind embedding \[module 'embed'\]",
+    r"the adapter's rotation is on the input side, but the module's kind is embedding \[module 'embed'\]",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("embed")
@@ -425,7 +425,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "two keys for one shared module",
     e.MatchError,
-    r"'layers\.0\.q_proj' and this one, are one module of the model \[module 'layers\.1\.q_proj'\]",
+    r"'layers\.0\.q_proj' and 'layers\.1\.q_proj', are one module of the model \[module 'layers\.1\.q_proj'\]",
 )
 def _(t: Bench) -> Callable[[], object]:
     t.model.layers[1].q_proj = t.model.layers[0].q_proj  # type: ignore[index,union-attr]
@@ -644,7 +644,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "folded already",
     e.StateError,
-    r"this adapter is folded into the model already \[at .*adapter\] Remedy: unfold it first",
+    r"this adapter is folded into the model already \[at .*adapter\] Remedy: use the model as it is, unfold the adapter first",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -652,7 +652,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(folder)
 
 
-@case("one adapter twice", e.StateError, r"the same adapter is given twice Remedy: give each adapter once")
+@case(
+    "one adapter twice",
+    e.StateError,
+    r"the same adapter is given twice \[at .*adapter\] Remedy: give each adapter once",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return t.fold([folder, oftsurgery.load_adapter(folder)])
@@ -680,7 +684,7 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold()
 
 
-@case("an empty list of adapters", e.MatchError, r"no adapter to fold Remedy: give an OFTAdapter")
+@case("an empty list of adapters", e.MatchError, r"no adapter to fold was given Remedy: give an OFTAdapter")
 def _(t: Bench) -> Callable[[], object]:
     return t.fold([])
 
@@ -695,7 +699,7 @@ def live(t: Bench, **config: Any) -> PeftModel:
 @case(
     "a live model and files",
     e.StateError,
-    r"carries live peft adapters, and an adapter to fold was given too Remedy: fold\(peft_model\) folds its active",
+    r"carries live peft adapters, and an adapter to fold was given too Remedy: fold\(peft_model\) folds the active",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t)
@@ -715,7 +719,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "adapters disabled",
     e.StateError,
-    r"the adapters are disabled: the model computes the base .*Remedy: enable_adapter_layers\(\)",
+    r"the adapters are disabled: the model computes the base .*Remedy: call enable_adapter_layers\(\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.disable_adapter_layers()
@@ -735,7 +739,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "layers with different active adapters",
     e.StateError,
-    r"the model's layers have different active adapters Remedy: name the adapters to fold",
+    r"the model's layers have different active adapters: .*default.*other.* Remedy: name the adapters to fold",
 )
 def _(t: Bench) -> Callable[[], object]:
     model = live(t)
@@ -757,7 +761,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown rounding",
     e.StateError,
-    r"unknown rounding 'up' Remedy: 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
+    r"the rounding 'up' is not known Remedy: choose 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(), rounding="up")
@@ -780,7 +784,7 @@ def folded(t: Bench) -> tuple[nn.Module, Path]:
 @case(
     "unfold with neither",
     e.StateError,
-    r"unfold needs one of the adapter, the base and an undo record Remedy: unfold\(model, adapter\) rotates back, ",
+    r"unfold needs one of the adapter, the base and an undo record, but 0 of these were given Remedy: call unfold\(model, adapter\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
@@ -805,7 +809,9 @@ def _(t: Bench) -> Callable[[], object]:
 
 
 @case(
-    "unfold without a record", e.StateError, r"the model carries no record of a fold Remedy: give the adapter instead"
+    "unfold without a record",
+    e.StateError,
+    r"the model has no record of a fold Remedy: give the adapter in place of the base",
 )
 def _(t: Bench) -> Callable[[], object]:
     base = copy.deepcopy(t.model)

@@ -338,8 +338,8 @@ def test_after_an_error_the_model_is_as_it_was(
         bad[2] = {"hidden": torch.zeros(2, 3, 5)}
     before = snapshot(model)
     message = {
-        "NaN": r"the live model gives this layer NaN, infinity or what overflows \[module 'q'\] Remedy: check the batches",
-        "a batch that does not fit": r"the model does not take calibration batch 2: .* Remedy: give batches as its forward",
+        "NaN": r"inputs of this layer hold NaN, infinity or values that overflow \[module 'q'\] Remedy: check the calibration",
+        "a batch that does not fit": r"the model does not take calibration batch 2: .* Remedy: give batches that the model's forward takes",
     }[what]
     with pytest.raises(CalibrationError, match=message):
         oftsurgery.fold(model, adapter, calibration=bad, inplace=inplace)
@@ -386,7 +386,7 @@ def test_the_rounding_warning_states_what_it_brought(adapter: Path) -> None:
     folded = calibrated(build(), adapter, calibration=batches(2))
     measured = [m for m in folded.oftsurgery.modules.values() if m.output_error is not None]
     ours, plain = sorted(m.output_error for m in measured)[2], sorted(m.output_nearest for m in measured)[2]
-    said = f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding; per module"
+    said = f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding; the fold's record"
     with pytest.warns(RoundingWarning, match=re.escape(said)):
         warn_of_rounding(folded.oftsurgery)
 
@@ -625,10 +625,10 @@ def test_held_out_inputs_are_bounded_and_from_all_sequences(adapter: Path, monke
     ("calibration", "message"),
     [
         ([], r"the calibration holds no batches Remedy: give at least one"),
-        ("some text", r"the calibration is text, .* Remedy: tokenise it: calibration=\[tokenizer\("),
+        ("some text", r"the calibration is text, .* Remedy: tokenise the texts: calibration=\[tokenizer\("),
         (["one text", "another"], r"the calibration is text"),
         ({"text": ["one", "another"]}, r"the calibration is text"),
-        ([{"input_ids": [1, 2, 3]}], r"calibration batch 0 holds no tensor Remedy: give what the model takes"),
+        ([{"input_ids": [1, 2, 3]}], r"calibration batch 0 holds no tensor Remedy: give the model's inputs"),
         ([{"no_such_argument": torch.zeros(1, 2, 128)}], r"does not take calibration batch 0: TypeError: "),
         (3, r"calibration batch 0 holds no tensor"),
     ],
@@ -641,12 +641,15 @@ def test_what_is_no_calibration(calibration: Any, message: str, adapter: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rounding": "calibrated"}, r"rounding='calibrated' with nothing to calibrate on Remedy: give calibration=…"),
+        (
+            {"rounding": "calibrated"},
+            r"rounding='calibrated' was asked for, but no calibration was given Remedy: give some hundred",
+        ),
         (
             {"rounding": "mse", "calibration": torch.zeros(1, 2, 128)},
-            r"rounding='mse' with a calibration Remedy: rounding='calibrated', or leave",
+            r"rounding='mse' was asked for, but also a calibration was given Remedy: choose rounding='calibrated'",
         ),
-        ({"rounding": "best"}, r"unknown rounding 'best'"),
+        ({"rounding": "best"}, r"the rounding 'best' is not known"),
     ],
 )
 def test_modes_and_calibrations_that_do_not_go_together(arguments: dict[str, Any], message: str, adapter: Path) -> None:
