@@ -28,7 +28,7 @@ from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
-from oftsurgery.stores.ties import modules_of
+from oftsurgery.stores.modules import modules_of
 
 from .arguments import (
     AdapterLike,

@@ -26,8 +26,9 @@ from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.stores.quantised_loading import loadable_config
-from oftsurgery.stores.ties import inner_model, modules_of, ties_of
+from oftsurgery.stores.ties import ties_of
 
 from .beside import beside_model
 from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard

@@ -21,8 +21,9 @@ from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
 from oftsurgery.stores.live_model import LiveStore, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
+from oftsurgery.stores.modules import inner_model, tensors_in
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import FLAG, inner_model, tensors_in
+from oftsurgery.stores.ties import FLAG
 from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
@@ -144,21 +145,22 @@ def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo
     """
     old = modules[path]
     parent, _, name = path.rpartition(".")
-    slots = inner_model(modules[parent])._modules
+    slots = modules[parent]._modules
     if places_of(modules, old) < 2:
         return
     new = share_model(old)
     for key, parameter in old._parameters.items():
         if type(parameter) is nn.Parameter:  # both modules share it; bitsandbytes changes its own Parameters in place
             new._parameters[key] = parameter
-    journal.append(partial(slots.__setitem__, name, old))
+    journal.append(partial(slots.__setitem__, name, slots[name]))
     slots[name] = modules[path] = new
 
 
 def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
     """The number of places in the model that hold the module."""
     parents = {id(m): m for m in modules.values()}.values()
-    return sum(child is module for parent in parents for child in parent._modules.values())
+    children = (child for parent in parents for child in parent._modules.values() if child is not None)
+    return sum(inner_model(child) is module for child in children)
 
 
 def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:

@@ -18,7 +18,7 @@ from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.model_copy import share_model
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 from .layers import LiveLayer, check_name, class_for, repacking_switch_of
 from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers

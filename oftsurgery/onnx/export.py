@@ -28,8 +28,8 @@ from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.stores.skeleton import quiet
-from oftsurgery.stores.ties import inner_model
 
 from . import run as onnx_run
 from .capture import capture_graph

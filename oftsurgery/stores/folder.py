@@ -24,7 +24,8 @@ from oftsurgery.records.record_file import record_in
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
-from .naming import architecture_of, find_names, locate
+from .layouts import find_names
+from .naming import architecture_of, locate
 from .store import LayerInfo
 from .ties import Ties
 
@@ -104,7 +105,7 @@ class FolderStore:
         found = locate(wanted, self.architecture)
         if self.added:
             rest = [name for name in wanted if name not in found]
-            found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.base_prefix)
+            found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.layouts)
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
 

@@ -13,9 +13,10 @@ from oftsurgery.records.record import FoldRecord
 
 from .idle import is_idle
 from .layers import Layer
-from .naming import find_names, names_in_model
+from .layouts import find_names, layouts_of, names_in_model
+from .modules import inner_model, modules_of, shells_of, tensors_in
 from .store import LayerInfo
-from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 _ATTRIBUTE = "oftsurgery"
 
@@ -28,10 +29,11 @@ def record_of(model: nn.Module) -> FoldRecord | None:
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
     """Set the model's record, or remove it."""
-    if record is None:
-        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
-    else:
-        inner_model(model).__dict__[_ATTRIBUTE] = record
+    for shell in shells_of(model):  # a DataParallel gives none of its model's attributes
+        if record is None:
+            shell.__dict__.pop(_ATTRIBUTE, None)
+        else:
+            shell.__dict__[_ATTRIBUTE] = record
 
 
 class LiveStore:
@@ -77,7 +79,7 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+        return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)

@@ -8,7 +8,7 @@ which is right for checkpoints of most text models.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,8 +21,10 @@ from oftsurgery.errors import MatchError, MissingDependencyError, StateError, pr
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
+from .layouts import Layout, find_names, layouts_of
+from .modules import modules_of
 from .skeleton import skeleton
-from .ties import Ties, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -43,7 +45,7 @@ class Architecture:
             class.
         modules: ``{path: module}`` of the model on the meta device; empty for an unknown class.
         ties: ties of the model.
-        base_prefix: transformers' ``base_model_prefix``; empty for an unknown class.
+        layouts: of :func:`~oftsurgery.stores.layouts.layouts_of`.
         name: name of the class, or None.
     """
 
@@ -55,7 +57,7 @@ class Architecture:
     loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     ties: Ties = field(default_factory=Ties)
-    base_prefix: str = ""
+    layouts: tuple[Layout, ...] = (str,)
     name: str | None = None
 
     @cached_property
@@ -158,7 +160,7 @@ def names_of(
         loaded=_loaded(model, renamed, dtype),
         modules=modules,
         ties=ties_of(model),
-        base_prefix=model.base_model_prefix,
+        layouts=layouts_of(model),
         name=type(model).__name__,
     )
 
@@ -240,38 +242,4 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 
-    return find_names(names, called, architecture.base_prefix)
-
-
-def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
-    """Look for names unchanged, and with transformers' ``base_model_prefix`` added or removed (an adapter of
-    ``LlamaModel`` on ``LlamaForCausalLM``), by one rule for all names. A name that is not found is left out.
-
-    Args:
-        called: function from a name to the tensor of that name, if there is one.
-    """
-    prefix = f"{base_prefix}." if base_prefix else ""
-    rules: tuple[Callable[[str], str], ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
-    wanted = list(names)
-    best: dict[str, str] = {}
-    for rule in rules:
-        found = {name: target for name in wanted for target in called(rule(name))}
-        if len(found) > len(best):
-            best = found
-        if len(found) == len(wanted):
-            break
-    return best
-
-
-def names_in_model(model: Any) -> Callable[[str], str]:
-    """A function that renames tensor names of files, also of earlier releases, as transformers does for this model."""
-    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: name
-    renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
-    state = tensors_in(modules_of(model))
-    return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])
+    return find_names(names, called, architecture.layouts)

@@ -16,7 +16,8 @@ from oftsurgery.errors import MatchError, OFTSurgeryError, printable
 from oftsurgery.formats.checkpoint_tensors import is_companion
 
 from .folder import FolderStore
-from .naming import find_names, names_of
+from .layouts import find_names
+from .naming import names_of
 from .skeleton import skeleton
 
 Shape = tuple[int, ...]
@@ -103,7 +104,7 @@ class _Headed:
         return None if model is None else cls(store, config, model)
 
     def _located(self, saved: Mapping[str, Shape]) -> Mapping[str, str]:
-        return find_names(saved, lambda name: {name} & self.shapes.keys(), self.names.base_prefix)
+        return find_names(saved, lambda name: {name} & self.shapes.keys(), self.names.layouts)
 
     def takes(self, saved: Mapping[str, Shape]) -> bool:
         """Whether the class has a place for every one of an adapter's own tensors."""
