@@ -231,7 +231,7 @@ class IdleWarning(UserWarning):
 
 
 class LeftOutWarning(UserWarning):
-    """Names, once an output, files that loading the whole model reads and that do not go along with its weights."""
+    """Names, once an output, files that loading the whole model reads and that the output lacks or has from an adapter."""
 
 
 class CalibrationWarning(UserWarning):

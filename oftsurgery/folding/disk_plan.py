@@ -27,6 +27,7 @@ from oftsurgery.stores.folder import FolderStore, Quantization
 from oftsurgery.stores.new_head import new_head
 from oftsurgery.stores.quantised_loading import loadable_config
 
+from .beside import rows_of
 from .disk_jobs import Job, JobBuilder, Part
 from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
@@ -170,7 +171,8 @@ def plan_checkpoint(
         check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
     config = configs.output_config(store.config, format, quantization, untied=changes.clears_flag)
-    carried = choose_tokenizer(carried_from(source.folder, source.shards), homes_of(adapters), tokenizer)
+    carried = carried_from(source.folder, source.shards)
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False

@@ -93,18 +93,21 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
 
 
 def _carried(folded: Checkpoint) -> Carried:
-    """What goes along from a folded checkpoint whose base is not there; says what stays of the adapter."""
+    """The files beside the weights of a folded checkpoint without its base; one :class:`LeftOutWarning` names the files that
+    stay the adapter's.
+    """
     brought = _brought(record_in(folded.folder))
     if brought:
         warn_caller(
-            f"the {' and the '.join(brought)} stay as the fold brought them: unfold with base=…, or copy the base's",
+            f"the {' and the '.join(brought)} of the output are not the base's, but those that the fold brought: unfold with base=… "
+            "(--base), or copy the base's files",
             LeftOutWarning,
         )
     return carried_from(folded.folder, folded.shards)
 
 
 def _brought(record: FoldRecord | None) -> list[str]:
-    """What the last fold brought in place of the base's."""
+    """The files that the last fold brought in place of the base's files."""
     whose = {} if record is None else {"tokenizer": record.tokenizer, "chat template": record.chat_template}
     return [what for what, name in whose.items() if name not in (None, "base")]
 

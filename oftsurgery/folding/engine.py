@@ -115,7 +115,7 @@ class Operation:
 
 
 def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
-    """The hash that a record has of a tensor ``name``, plain or quantised."""
+    """The hash of the tensor ``name``, plain or quantised, as a record has it."""
     return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
 
 

@@ -65,7 +65,7 @@ def save_model(
         written = {name: output for item in items for name, output in item.outputs.items()}
         jsons["config.json"] = loadable_config(jsons["config.json"], written)
     with (
-        beside_model(home, private, tokenizer) as carried,
+        beside_model(home, private, tokenizer, getattr(model, "config", None)) as carried,
         Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
     ):
         for shard in shards:

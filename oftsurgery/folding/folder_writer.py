@@ -162,11 +162,12 @@ def write_other_files(
 
 
 def _warn_of_lost(carried: Carried) -> None:
+    """One :class:`LeftOutWarning` that names files of the whole model that the output lacks, if there are any."""
     if carried.lost:
         named = "; ".join(f"{printable(name)} ({why})" for name, why in list(carried.lost.items())[:3])
         more = f"; and {len(carried.lost) - 3} more" if len(carried.lost) > 3 else ""
         warn_caller(
-            f"{len(carried.lost)} files that loading the whole model reads do not go along with the weights: {named}{more}. Save the "
-            "source again with safe_serialization=True, or copy the files where you trust them",
+            f"the output lacks {len(carried.lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
+            "safe_serialization=True, or copy the files if you trust them",
             LeftOutWarning,
         )

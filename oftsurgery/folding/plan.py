@@ -77,7 +77,7 @@ class FoldPlan:
         replace: the replacements, which are applied before the rotations.
         apart: groups of tied tensors that the fold separates.
         clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
-        dequantised: names of weights that are stored quantised, and become plain with an adapter's own values.
+        dequantised: names of quantised weights that become plain with an adapter's own values.
         idle: paths of layers whose rotation is left out, since the model never calls these layers.
     """
 
@@ -199,8 +199,8 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
 
 
 def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
-    """Names of the quantised weights that take an adapter's own values, which trained heads are: transformers leaves such a
-    module unquantised where the config says so.
+    """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
+    where the config names it.
     """
     found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
     both = next((name for name in layers if name in found), None)

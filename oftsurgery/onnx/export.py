@@ -331,7 +331,7 @@ def _write_rest(
     if genai is not None:
         jsons["genai_config.json"] = genai
     home = export.source_of(model)
-    with beside_model(home, record, tokenizer) as found:
+    with beside_model(home, record, tokenizer, getattr(model, "config", None)) as found:
         carried = replace(found, files=tokenizer_files(found), code=(), left_out=(), lost={})
         record = FoldRecord((), {}) if record is None else public_record(record)
         record = replace(record, extra={**record.extra, "onnx": report.to_dict()})

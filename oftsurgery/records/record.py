@@ -265,12 +265,12 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
-        added: on disk, names of the tensors that the adapter brought and the base lacked: a head of another class.
-        tokenizer: on disk, whose tokenizer lies beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
-            there is none, or it was not recorded.
-        chat_template: whose chat templates, likewise.
-        code: on disk, the files of model code that were copied and not run.
-        left_out: on disk, names in the source's folder that did not go along.
+        added: on disk, the names of the tensors that the adapter brought and the base lacked (a head of another class).
+        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
+            there is no tokenizer, or an older version wrote the record.
+        chat_template: the owner of the chat templates, likewise.
+        code: on disk, the names of the files of model code that were copied and not run.
+        left_out: on disk, the names in the source's folder that were not copied.
         extra: fields of a newer version.
     """
 

@@ -203,8 +203,8 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
 
 @contextmanager
 def _untied(model: Any) -> Iterator[None]:
-    """Each tied name has a parameter of its own meanwhile: transformers chooses before it ties, and leaves the module of the
-    last parameter alone.
+    """While the body runs, each tied name has a parameter of its own: transformers' quantizer leaves the module of the last
+    parameter alone, and chooses before transformers ties the weights.
     """
     tied: dict[str, Any] = {}
     for name in model.all_tied_weights_keys:

@@ -1,4 +1,4 @@
-"""How transformers loads a checkpoint in 4 or 8 bits: its own rules, asked on the meta device, which needs names and shapes alone."""
+"""How transformers loads a checkpoint in 4 or 8 bits: transformers' own rules, applied to names and shapes on the meta device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _REMEDY = "write the weights dequantised: format='bf16' with quantize='nf4' (--f
 
 
 def loadable_config(config: Mapping[str, Any], written: Written) -> dict[str, Any]:
-    """``config`` with the ``llm_int8_skip_modules`` under which transformers loads what is ``written``: the list that
-    ``config`` has, where transformers then quantises exactly the modules whose weights are written quantised.
+    """``config`` with a list ``llm_int8_skip_modules`` by which transformers quantises exactly the modules whose weights are
+    ``written`` quantised. The config's own list stays where it has this effect.
 
     Raises:
-        FormatError: no list gives these modules, or transformers would not find weights that are written.
+        FormatError: no list has this effect, or transformers would not find a weight that is written.
     """
     settings: Any = config.get("quantization_config")
     quantised = [n for n in written if n.endswith("weight") and len(companion_names(n, written)) > 1]
@@ -44,7 +44,7 @@ def loadable_config(config: Mapping[str, Any], written: Written) -> dict[str, An
 
 
 class _Choice:
-    """The choice of the modules that transformers quantises.
+    """The modules that transformers quantises, chosen by a list of modules to skip.
 
     Attributes:
         wanted: names of the weights that are written quantised.
@@ -59,8 +59,8 @@ class _Choice:
         return self.names.quantised_with(skip) & self._written
 
     def skip(self, given: Any) -> Sequence[str] | None:
-        """``given`` where it makes the choice, else the plain modules' paths, else regular expressions of those: a path
-        that is the end of another path leaves both unquantised.
+        """The list ``given`` or none, where it makes the choice; else the paths of the plain modules; else regular expressions
+        of these paths, since a path also skips the modules whose paths end in it.
         """
         if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
             message = f"`{_SKIP}` in the config is no list of names"
@@ -77,8 +77,8 @@ class _Choice:
 
 
 def _replace_modules(model: Any) -> bool:
-    """Whether transformers replaces modules of the class (Llama 4's experts) for a checkpoint that is quantised already. Such
-    modules are replaced here.
+    """Replace the modules of the class (Llama 4's experts) that transformers replaces as it loads a quantised checkpoint; whether
+    there are such modules.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.utils.quantization_config import BitsAndBytesConfig

@@ -298,7 +298,7 @@ def test_a_chat_template_alone_takes_the_place_of_the_bases(tmp_path: Path, plac
 
 
 def test_refused_tokenizers(tmp_path: Path, place: Path) -> None:
-    with pytest.raises(StateError, match=r"no adapter has a tokenizer.*--tokenizer base"):
+    with pytest.raises(StateError, match=r"no adapter's folder has a tokenizer.*--tokenizer base"):
         quiet_fold(place / "BASE", place / "PLAIN", tmp_path / "out", tokenizer="adapter")
     with pytest.raises(StateError, match="different tokenizers"):
         quiet_fold(place / "BASE", [place / "ADAPTER", place / "OTHER"], tmp_path / "out")
@@ -317,7 +317,7 @@ def test_unfolding_gives_the_bases_tokenizer_back_or_says_that_it_cannot(tmp_pat
     assert {n: d for n, d in file_bytes(tmp_path / "restored").items() if n not in names} == {
         n: d for n, d in file_bytes(place / "BASE").items() if n not in names
     }
-    with pytest.warns(LeftOutWarning, match="the tokenizer and the chat template stay as the fold brought them"):
+    with pytest.warns(LeftOutWarning, match="the tokenizer and the chat template of the output are not the base's"):
         oftsurgery.unfold_checkpoint(tmp_path / "out", tmp_path / "undone", undo=tmp_path / "undo")
     assert tokenizer_of(tmp_path / "undone").convert_tokens_to_ids("<new>") == 6
 
@@ -332,6 +332,34 @@ def test_the_bases_files_that_say_the_same_stay(tmp_path: Path, place: Path) -> 
     (base / "special_tokens_map.json").write_text(json.dumps({"pad_token": "fox"}))
     assert "special_tokens_map.json" not in quiet_fold(base, place / "ADAPTER", tmp_path / "out", force=True).files
     assert tokenizer_of(tmp_path / "out").pad_token == "[PAD]"
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_tokens_that_the_model_has_no_row_for_are_refused(tmp_path: Path, place: Path, where: str) -> None:
+    adapter = shutil.copytree(place / "PLAIN", tmp_path / "adapter")
+    word_tokenizer(*(f"<{i}>" for i in range(60))).save_pretrained(adapter)
+    folded = oftsurgery.fold(load(place / "BASE", "LlamaForCausalLM"), adapter) if where == "memory" else None
+
+    def write(**choice: Any) -> None:
+        if folded is not None:
+            oftsurgery.export_safetensors(folded, tmp_path / "out", **choice)
+        else:
+            quiet_fold(place / "BASE", adapter, tmp_path / "out", **choice)
+
+    with pytest.raises(
+        StateError, match=r"a token with the number 65, and the model's embedding has 64 rows.*resize_token"
+    ):
+        write()
+    assert not (tmp_path / "out").exists()
+    write(tokenizer="base")
+
+
+def test_a_trainers_copy_of_the_bases_tokenizer_is_the_bases(tmp_path: Path, place: Path) -> None:
+    adapter = shutil.copytree(place / "PLAIN", tmp_path / "adapter")
+    word_tokenizer(template=NAMED).save_pretrained(adapter)
+    record = quiet_fold(place / "BASE", adapter, tmp_path / "out", undo=tmp_path / "undo")
+    assert (record.tokenizer, record.chat_template) == ("base", "base")
+    oftsurgery.unfold_checkpoint(tmp_path / "out", tmp_path / "undone", undo=tmp_path / "undo")
 
 
 def test_old_records_are_read(place: Path, tmp_path: Path) -> None:
