@@ -18,6 +18,13 @@ from typing import Any
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
 
 
+#: what to do about tensors that training has spread over processes
+GATHER = (
+    "gather them: `python zero_to_fp32.py CHECKPOINT OUTPUT --safe_serialization` (a script that DeepSpeed puts into the checkpoint), or "
+    "train with stage3_gather_16bit_weights_on_model_save; of FSDP save the full state dict (fsdp_state_dict_type: FULL_STATE_DICT)"
+)
+
+
 def without_tokens(text: str, *known: str) -> str:
     """``text`` with stars in place of access tokens: those that are ``known``, and what looks like one."""
     for token in known:
@@ -223,6 +230,12 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
+
+
+class SourceWarning(UserWarning):
+    """Says what was read where the arguments left that open: the revision of a base, the one adapter in a subfolder, the
+    target of a link, names without a wrapper's prefix, a part of an adapter.
+    """
 
 
 class IdleWarning(UserWarning):

@@ -17,7 +17,8 @@ from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
@@ -25,7 +26,7 @@ from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.ties import modules_of
@@ -35,6 +36,7 @@ from .arguments import (
     RoundingMode,
     check_one_way_back,
     loaded_adapters,
+    opened_base,
     opened_checkpoint,
     parse_size,
     rounding_mode,
@@ -55,6 +57,8 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    revision: str | None = None
+    partial: bool = False
 
     def quantization(self) -> Quantization | None:
         """How a plain source is quantised first.
@@ -78,15 +82,17 @@ def plan_fold(
 ) -> CheckpointPlan:
     """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
     mode: RoundingMode = settings.rounding or "preserve"
+    adapters = loaded_adapters(adapter)
     plan = plan_checkpoint(
-        opened_checkpoint(source),
-        loaded_adapters(adapter),
+        opened_checkpoint(source, settings.revision, adapters),
+        adapters,
         format=settings.format,
         quantization=settings.quantization(),
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
         max_shard_bytes=parse_size(settings.max_shard_size),
+        partial=settings.partial,
     )
     return replace(plan, rounding=mode)
 
@@ -107,6 +113,9 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    revision: str | None = None,
+    partial: bool = False,
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -134,6 +143,11 @@ def fold_checkpoint(
             the fold changes. It needs a fold that keeps the weights' formats (quantising a plain source first is no
             part of the fold, and stays).
         max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
+        revision: branch, tag or commit of a source on the Hub (``owner/name@revision`` says the same). None: the one that
+            the adapter's config names for this base, else the main branch.
+        partial: fold an adapter that lacks modules which its own config targets; they stay as they are, and are in the record.
+        follow_links: read files that are links, wherever these lead; otherwise only those that
+            :func:`~oftsurgery.files.links.check_link` lists.
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without any, simply start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
@@ -150,27 +164,39 @@ def fold_checkpoint(
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
+        format,
+        quantize,
+        double_quant,
+        compute_dtype,
+        load_dtype,
+        skip_modules,
+        fold_into,
+        mode,
+        undo,
+        max_shard_size,
+        revision,
+        partial,
     )
-    plan = plan_fold(source, adapter, settings)
-    batches = None
-    if mode == "calibrated":
-        batches = _calibration_batches(calibration, plan)
-        plan = replace(plan, calibration=batches_fingerprint(batches))
-    with shown(progress, "fold") as step:
-        beside = _ProgressWithCalibration(step or (lambda *_: None))
-        inputs_of = None
-        if batches is not None:
-            inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
-        record = run_plan(
-            plan,
-            Path(destination),
-            device=device,
-            resume=resume,
-            force=force,
-            progress=beside.bytes,
-            inputs_of=inputs_of,
-        )
+    with links_followed(follow_links):
+        plan = plan_fold(source, adapter, settings)
+        batches = None
+        if mode == "calibrated":
+            batches = _calibration_batches(calibration, plan)
+            plan = replace(plan, calibration=batches_fingerprint(batches))
+        with shown(progress, "fold") as step:
+            beside = _ProgressWithCalibration(step or (lambda *_: None))
+            inputs_of = None
+            if batches is not None:
+                inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
+            record = run_plan(
+                plan,
+                Path(destination),
+                device=device,
+                resume=resume,
+                force=force,
+                progress=beside.bytes,
+                inputs_of=inputs_of,
+            )
     assert record is not None  # noqa: S101 - a fold has one
     return record
 
@@ -207,6 +233,7 @@ def unfold_checkpoint(
     undo: str | PathLike[str] | None = None,
     rounding: Rounding = "preserve",
     max_shard_size: int | str = "5GB",
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -217,13 +244,14 @@ def unfold_checkpoint(
     Args:
         folded: a folder that :func:`fold_checkpoint` wrote.
         destination: a folder that does not exist yet.
-        base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
+        base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``. Of a Hub id the
+            revision that the record names.
         adapter: what was folded: rotated back by the true inverse, rounded once more, with an
             :class:`~oftsurgery.UnfoldWarning` that states the error.
         undo: the file that ``fold_checkpoint(…, undo=…)`` wrote, or :func:`fold` of the same model: exact, checked
             against the hashes in it.
         rounding: of quantised weights that are rotated back, as for :func:`fold`.
-        max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
+        max_shard_size, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
         the record of what is still folded in, or None.
@@ -235,17 +263,18 @@ def unfold_checkpoint(
         OFTSurgeryError: as :func:`fold_checkpoint`.
     """
     check_one_way_back((adapter, base, undo), "adapter=… rotates back, base=… and undo=… restore exactly")
-    source = opened_checkpoint(folded)
-    size = parse_size(max_shard_size)
-    if base is not None:
-        plan = plan_restore(source, opened_checkpoint(base), max_shard_bytes=size)
-    elif undo is not None:
-        plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
-    else:
-        assert adapter is not None  # noqa: S101 - checked above
-        plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
-    with shown(progress, "unfold") as step:
-        return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+    with links_followed(follow_links):
+        source = opened_checkpoint(folded)
+        size = parse_size(max_shard_size)
+        if base is not None:
+            plan = plan_restore(source, opened_base(base, record_in(source.folder)), max_shard_bytes=size)
+        elif undo is not None:
+            plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        else:
+            assert adapter is not None  # noqa: S101 - checked above
+            plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
+        with shown(progress, "unfold") as step:
+            return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract_checkpoint(
@@ -253,6 +282,7 @@ def extract_checkpoint(
     merged: str | PathLike[str],
     block_size: int | None = None,
     *,
+    follow_links: bool = False,
     progress: bool | Progress = False,
 ) -> ExtractedAdapter:
     """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
@@ -260,6 +290,7 @@ def extract_checkpoint(
     Args:
         base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
         block_size: as for :func:`extract`.
+        follow_links: as for :func:`fold_checkpoint`.
         progress: show a bar, or a function of (weights done, weights in all, module path).
 
     Raises:
@@ -268,7 +299,8 @@ def extract_checkpoint(
     Warns:
         ExtractionWarning: as :func:`extract`.
     """
-    here, there = opened_checkpoint(base), opened_checkpoint(merged)
+    with links_followed(follow_links):
+        here, there = opened_checkpoint(base), opened_checkpoint(merged)
     with shown(progress, "extract", "layer") as step:
         return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
@@ -279,16 +311,19 @@ def verify_checkpoint(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     tolerance: float | None = None,
+    follow_links: bool = False,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
     are given, every tensor that the model loads against those, by none of the code that folds.
 
     Args:
         folded: in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone.
+        base: the checkpoint that was folded, or None to check the hashes alone; of a Hub id the revision that the
+            adapter's config names for it.
         adapter: that was folded; several in the live order.
         tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format
             costs.
+        follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
         a report with the state of each file, an error for each rotated weight, and what was looked at of each tensor
@@ -301,17 +336,19 @@ def verify_checkpoint(
     if (base is None) != (adapter is None):
         message = "a base without an adapter, or an adapter without its base"
         raise StateError(message, remedy="give both, or neither to check the files' hashes alone")
-    folder = find_checkpoint(folded, whole=True)
-    if base is None or adapter is None:
-        return check_files(folder)
-    opened = open_checkpoint(folder)
-    return check_checkpoint(
-        opened,
-        opened_checkpoint(base),
-        loaded_adapters(adapter),
-        tolerance=tolerance,
-        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-    )
+    with links_followed(follow_links):
+        folder = find_checkpoint(folded, whole=True)
+        if base is None or adapter is None:
+            return check_files(folder)
+        opened = open_checkpoint(folder)
+        adapters = loaded_adapters(adapter)
+        return check_checkpoint(
+            opened,
+            opened_checkpoint(base, adapters=adapters),
+            adapters,
+            tolerance=tolerance,
+            idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
+        )
 
 
 def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
@@ -320,4 +357,5 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: no such folder, or a record that cannot be read.
     """
-    return record_in(find_checkpoint(folder))
+    place = checkpoint_place(folder)
+    return record_in(place.fetch([RECORD]))

@@ -50,6 +50,10 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         message = "transformers does not know the model's class, and a calibration must run the model"
         remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
+    if plan.source.wrapped:
+        message = "transformers does not load the names of wrappers that the checkpoint's tensors have, and a calibration must run the model"
+        remedy = "fold without a calibration, or save the base again under its plain names first"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
     config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
     stored = plan.source.config.get("quantization_config")
     settings: dict[str, Any] = {"dtype": "auto"}

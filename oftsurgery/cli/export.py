@@ -13,7 +13,17 @@ import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable
 from oftsurgery.progress import shown, without_bars
 
-from .arguments import FOLDING_FLAGS, PUSHING_FLAGS, RUNNING_FLAGS, AddCommand, ExitCode, Parser, keywords, switch
+from .arguments import (
+    FOLDING_FLAGS,
+    PUSHING_FLAGS,
+    RUNNING_FLAGS,
+    AddCommand,
+    ExitCode,
+    Parser,
+    base_of,
+    keywords,
+    switch,
+)
 from .fold import fold_into, print_written, show_plan
 from .printing import print_facts, print_table, progress_for, size_text, wants_words
 from .verify import verify_output
@@ -118,7 +128,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
         _print_onnx(args, report)
 
     if not args.adapter:
-        export(args.base)
+        export(base_of(args))
         return ExitCode.OK
     for what, given in (("base", [args.base]), ("adapter", args.adapter)):
         check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])

@@ -20,8 +20,10 @@ from oftsurgery.errors import (
     ExtractionWarning,
     OFTSurgeryError,
     RoundingWarning,
+    SourceWarning,
     UnfoldWarning,
 )
+from oftsurgery.files.links import links_followed
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
@@ -65,6 +67,10 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return _run(parser.parse_args(argv))
 
 
+# warnings of which every one is said
+_ALWAYS = (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, SourceWarning, UnfoldWarning)
+
+
 def _run(args: argparse.Namespace) -> int:
     # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -72,9 +78,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_print_warning, args)
-            for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
+            for category in _ALWAYS:
                 warnings.simplefilter("always", category)
-            return run(args) or ExitCode.OK
+            with links_followed(getattr(args, "follow_links", False)):
+                return run(args) or ExitCode.OK
     except KeyboardInterrupt:
         pushed = "what is uploaded is kept, and not yet seen; push again to go on"
         folded = "what is finished is kept; go on with --resume"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.errors import CheckpointError, SourceWarning, printable, warn_caller
 
-from .reading import TensorEntry, damaged, inside, read_header, read_json
+from .reading import ADAPTER_CONFIG, TensorEntry, damaged, inside, read_header, read_json
+from .wrappers import plain_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,15 +32,19 @@ class Checkpoint:
 
     Attributes:
         folder: that holds it.
-        entries: ``{tensor name: TensorEntry}`` in the files' order.
+        entries: ``{tensor name: TensorEntry}`` in the files' order, by names without wrappers' segments.
         files: shards in order.
         config: the parsed ``config.json``; empty without one.
+        wrapped: the files have names with wrappers' segments, which transformers does not load.
+        revision: of the Hub repository that was asked for, or None.
     """
 
     folder: Path
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
+    wrapped: bool = False
+    revision: str | None = None
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in memory of its own."""
@@ -95,18 +100,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     weight_map: Mapping[str, str] | None = None
     if (folder / INDEX).exists():
-        weight_map = _weight_map(folder)
+        weight_map = weight_map_in(folder)
         files = tuple(dict.fromkeys(weight_map.values()))
         if (folder / SINGLE).exists() and SINGLE not in files:
-            message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
-            raise CheckpointError(message, path=folder, remedy="remove the one that is not meant")
+            raise two_checkpoints(folder)
     elif (folder / SINGLE).exists():
         files = (SINGLE,)
     else:
-        raise _no_checkpoint(folder)
+        raise no_checkpoint(folder, [path.name for path in folder.iterdir()])
     entries: dict[str, TensorEntry] = {}
     for name in sorted(files):
-        for entry in read_header(inside(folder, name))[0]:
+        for entry in read_header(inside(folder, name, own=weight_map is None))[0]:
             if entry.name in entries:
                 message = f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor"
                 raise CheckpointError(message, tensor=entry.name, path=folder)
@@ -114,29 +118,50 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if weight_map is not None:
         _check_index(weight_map, entries, folder)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
-    return Checkpoint(folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
-
-
-def _no_checkpoint(folder: Path) -> CheckpointError:
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-    if pickles:
-        return CheckpointError(
-            f"{printable(pickles[0])} is a pickle, which could run code when read; oftsurgery reads safetensors only",
-            path=folder,
-            remedy="load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)",
+    plain = plain_names(entries, whole="model_type" in config and "auto_map" not in config)
+    changed = next((name for name in entries if plain[name] != name), None)
+    if changed is not None:
+        warn_caller(
+            f"the tensors of {printable(folder)} have names of wrappers in them ({printable(changed)} is read as "
+            f"{printable(plain[changed])}): transformers does not load such names; what is written has the plain ones",
+            SourceWarning,
         )
-    if (folder / "adapter_config.json").exists():
-        return CheckpointError(
-            "the folder holds an adapter, not a model",
-            path=folder,
-            remedy="give the base model first, the adapter second",
-        )
-    return CheckpointError(
-        f"the folder has neither {SINGLE} nor {INDEX}", path=folder, remedy="give a folder that save_pretrained wrote"
+        entries = {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
+    return Checkpoint(
+        folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config), wrapped=changed is not None
     )
 
 
-def _weight_map(folder: Path) -> Mapping[str, str]:
+def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
+    """The error for a folder or repository that holds files of these ``names`` and no weights that are read."""
+
+    def first(*endings: str) -> str | None:
+        return next((printable(name) for name in sorted(names) if name.endswith(endings)), None)
+
+    pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
+    if pickled is not None:
+        message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
+        remedy = "load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)"
+    elif ADAPTER_CONFIG in names:
+        message = "the folder holds an adapter, not a model"
+        remedy = "give the base model first, the adapter second"
+    elif converted is not None:
+        message = f"the weights are there as {converted} alone; oftsurgery reads safetensors only"
+        remedy = "give the model from which that file was converted"
+    else:
+        message, remedy = f"the folder has neither {SINGLE} nor {INDEX}", "give a folder that save_pretrained wrote"
+    return CheckpointError(message, path=place, remedy=remedy)
+
+
+def two_checkpoints(place: object) -> CheckpointError:
+    """The error for a folder or repository with a checkpoint of one file and another one of shards."""
+    message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
+    remedy = "remove the one that is not meant; from the Hub, download the other one alone: hf download --exclude"
+    return CheckpointError(message, path=place, remedy=remedy)
+
+
+def weight_map_in(folder: Path) -> Mapping[str, str]:
+    """``{tensor name: file name}`` of the index in ``folder``."""
     index = read_json(inside(folder, INDEX))
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -1,49 +1,232 @@
-"""Folders of adapters and checkpoints: local ones, or the Hub's cache."""
+"""Where adapters and checkpoints are: folders of the user's, or Hub repositories, whose files come into the Hub's cache.
+
+``owner/name``, ``owner/name/sub/folder`` and ``owner/name@revision`` name a repository, a folder in it, and a branch, tag
+or commit of it.
+"""
 
 from __future__ import annotations
 
+import glob
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
+from .checkpoint import CONFIG, INDEX, SINGLE, no_checkpoint, two_checkpoints, weight_map_in
+from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
-def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False) -> Path:
+# what a fold needs of a repository beside its weights
+_NEEDED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+# folders in which repositories keep the same model in other formats
+_OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
+
+_HUB_ID = re.compile(r"(?P<repo>[^/@.~][^/@]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:@(?P<revision>.+))?")
+# a name of git's that cannot be a path out of the cache's folder of revisions
+_REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
+
+# of a folder in which adapters are looked for: a trainer's output is no deeper
+_MOST_LEVELS, _MOST_FILES = 4, 20_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the user's, or one of a Hub repository.
+
+    Attributes:
+        given: what the user calls it.
+        folder: of the user's; None of the Hub's.
+        repo: ``owner/name``; empty for a folder of the user's.
+        subfolder: in the repository; empty for the whole of it.
+        revision: of the repository; None for its main branch.
+        refusal: the error that says what is wrong with the place.
+        remedy: what to give instead.
+    """
+
+    given: str
+    folder: Path | None
+    repo: str
+    subfolder: str
+    revision: str | None
+    refusal: type[OFTSurgeryError]
+    remedy: str
+
+    def __str__(self) -> str:
+        if self.folder is not None:
+            return self.given
+        sub, revision = self.subfolder, self.revision
+        return self.repo + f"/{sub}" * bool(sub) + (f"@{revision}" if revision is not None else "")
+
+    def below(self, subfolder: str) -> Place:
+        """The place ``subfolder`` in this one.
+
+        Raises:
+            OFTSurgeryError: the subfolder leads out of the place, or the user's folder has no such one.
+        """
+        parts = subfolder.replace("\\", "/").split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            message = f"the subfolder {printable(subfolder)!r} is no path inside the folder"
+            raise self.refusal(message, path=self.given, remedy="name a folder in it, as 'name' or 'name/name'")
+        if self.folder is None:
+            return replace(self, subfolder="/".join([*filter(None, [self.subfolder]), *parts]))
+        folder = self.folder.joinpath(*parts)
+        if not folder.is_dir():
+            raise self.refusal(
+                f"the folder has no subfolder {printable(subfolder)!r}", path=self.given, remedy=self.remedy
+            )
+        if not folder.resolve().is_relative_to(self.folder.resolve()):
+            message = f"the subfolder {printable(subfolder)!r} is a link that leaves the folder"
+            raise self.refusal(message, path=self.given, remedy="give the folder to which the link leads")
+        return replace(self, given=str(Path(self.given, *parts)), folder=folder)
+
+    def fetch(self, patterns: list[str] | None, *, but: list[str] | None = None) -> Path:
+        """The place's folder, of a Hub repository with the files that ``patterns`` match, without those that ``but``
+        does; None: with all of them. A repository that has none of them may leave no folder.
+
+        Raises:
+            OFTSurgeryError: there is no such repository or revision, or the Hub cannot be reached.
+        """
+        if self.folder is not None:
+            return self.folder
+        below = f"{glob.escape(self.subfolder)}/" if self.subfolder else ""
+        wanted = [below + pattern for pattern in (patterns if patterns is not None else ["*"])]
+        with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
+            from huggingface_hub import snapshot_download
+        with self._talking():
+            try:
+                snapshot = snapshot_download(
+                    self.repo,
+                    revision=self.revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=None if but is None else [below + pattern for pattern in but],
+                )
+            except FileNotFoundError as error:
+                # offline, with some of the files in the cache: those that are needed and missing are told of later
+                snapshot = getattr(error, "snapshot_path", None)
+                if snapshot is None:
+                    raise
+        return Path(snapshot, self.subfolder)
+
+    def names(self) -> list[str]:
+        """Paths of the files below, with ``/``: of a Hub repository all of them, or offline those in the cache."""
+        if self.folder is not None:
+            return list(_files_below(self.folder))
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        with self._talking():
+            try:
+                found = HfApi().list_repo_files(self.repo, revision=self.revision)
+            except OfflineModeIsEnabled:
+                snapshot = snapshot_download(self.repo, revision=self.revision, allow_patterns=[])
+                found = list(_files_below(Path(snapshot)))
+        below = f"{self.subfolder}/" if self.subfolder else ""
+        return sorted(name.removeprefix(below) for name in found if name.startswith(below))
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """The client's errors as a refusal."""
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            yield
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            message = f"neither a folder nor a Hub repository that can be read ({printable(reason)})"
+            remedy = "check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache"
+            raise self.refusal(message, path=self.given, remedy=remedy) from error
+
+
+def place_of(
+    given: str | PathLike[str], refusal: type[OFTSurgeryError], remedy: str, *, revision: str | None = None
+) -> Place:
+    """The place that ``given`` names: a folder of the user's where there is one, else a Hub repository.
+
+    Args:
+        refusal: the class of its errors.
+        remedy: what to give instead.
+        revision: of a Hub repository.
+
+    Raises:
+        OFTSurgeryError: it is neither, or a revision that is none.
+    """
+    path = Path(given).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            message = f"a local folder has no revisions, and {printable(revision)!r} was asked for"
+            raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
+        return Place(str(given), path, "", "", None, refusal, remedy)
+    match = _HUB_ID.fullmatch(given) if isinstance(given, str) else None
+    if path.exists() or match is None:
+        raise refusal("no such folder", path=path, remedy=remedy)
+    named = match["revision"]
+    if None not in (named, revision) and named != revision:
+        message = f"two revisions of one repository: {printable(named)!r} and {printable(revision)!r}"
+        raise refusal(message, path=given, remedy="name one of them")
+    at = named if named is not None else revision
+    if at is not None and not _REVISION.fullmatch(at):
+        message = f"{printable(at)!r} is no revision of a repository"
+        raise refusal(message, path=given, remedy="name a branch, a tag or a commit")
+    place = Place(str(given), None, match["repo"], "", at, refusal, remedy)
+    return place.below(match["sub"][1:]) if match["sub"] else place
+
+
+def hub_id_of(given: object) -> str | None:
+    """``owner/name`` of what names a repository of the Hub and no local folder; None of others."""
+    match = _HUB_ID.fullmatch(given) if isinstance(given, str) else None
+    return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - which takes any name
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a folder in the Hub's cache; None of another one."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
+
+
+def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
     needs, or the ``whole`` of it.
 
+    Of the weights only those come that transformers would read: the shards of the index, else ``model.safetensors``.
+
     Raises:
-        CheckpointError: neither a folder nor a repository that can be read.
+        CheckpointError: neither a folder nor a repository that can be read, or a repository without such weights.
     """
+    place = checkpoint_place(path_or_repo, revision)
+    if place.folder is not None or whole:
+        return place.fetch(None)
+    folder = place.fetch(_NEEDED, but=_OTHER_FORMATS)
+    place = replace(
+        place, revision=commit_of(folder) or place.revision
+    )  # the same commit, whatever is pushed meanwhile
+    indexed = (folder / INDEX).is_file()
+    if indexed and SINGLE in place.names():
+        raise two_checkpoints(place.given)
+    names = set(weight_map_in(folder).values()) if indexed else {SINGLE}
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        names = {ADAPTER_TENSORS}  # an adapter's repository: the caller says what is wrong with it
+    place.fetch([glob.escape(name) for name in sorted(names)])
+    if not indexed and not any((folder / name).is_file() for name in names):
+        raise no_checkpoint(place.given, place.names())
+    return folder
+
+
+def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = None) -> Place:
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, None if whole else _NEEDED, CheckpointError, where)
+    return place_of(path_or_repo, CheckpointError, where, revision=revision)
 
 
-# what a fold needs of a repository
-_NEEDED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
-
-
-def find_folder(
-    place: str | PathLike[str],
-    patterns: list[str] | None,
-    refusal: type[OFTSurgeryError],
-    where: str,
-    revision: str | None = None,
-) -> Path:
-    """A local folder, or the files of a Hub repository that ``patterns`` match; where there is neither, a ``refusal``."""
-    path = Path(place).expanduser()
-    if path.is_dir():
-        return path
-    is_hub_id = isinstance(place, str) and place.count("/") == 1 and not place.startswith((".", "~", "/"))
-    if path.exists() or not is_hub_id:
-        raise refusal("no such folder", path=path, remedy=where)
-    with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    try:
-        return Path(snapshot_download(str(place), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        message = f"neither a folder nor a Hub repository that can be read ({printable(reason)})"
-        remedy = "check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache"
-        raise refusal(message, path=place, remedy=remedy) from error
+def _files_below(folder: Path) -> Iterator[str]:
+    """Paths of files in a folder and its subfolders, without following links to folders; the first ones of very many."""
+    left = _MOST_FILES
+    for root, folders, files in os.walk(folder):
+        below = Path(root).relative_to(folder)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if len(below.parts) < _MOST_LEVELS else []
+        for file in sorted(files)[:left]:
+            yield (below / file).as_posix()
+        left -= len(files)
+        if left <= 0:
+            return

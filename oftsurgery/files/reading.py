@@ -11,11 +11,16 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
+
+from .links import check_link
+
+#: the two files of an adapter
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty one takes a byte or two of a file and 60 of memory
@@ -40,14 +45,28 @@ def damaged(message: str, path: object, tensor: str | None = None) -> Checkpoint
     return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the
-    Hub cache's blobs beside it).
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is that of a file in a folder itself."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and not PureWindowsPath(name).anchor
+
+
+def is_nested_name(name: str) -> bool:
+    """Whether ``name`` leads to a file in a folder, or in folders inside it: ``1_Pooling/config.json``."""
+    return all(map(is_plain_name, name.split("/")))
+
+
+def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) -> Path:
+    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder, or is a link
+    that :func:`~oftsurgery.files.links.check_link` follows.
+
+    Args:
+        nested: the name may lead through folders inside ``folder``, by ``/``.
+        own: no file gives the name, it is the one that weights have in a folder of one file.
 
     Raises:
         CheckpointError: otherwise, or if there is no such file.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+    if not (is_nested_name(name) if nested else is_plain_name(name)):
         message = "the index or record names a file outside its folder"
         raise CheckpointError(message, path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
@@ -59,11 +78,7 @@ def inside(folder: Path, name: str) -> Path:
         raise damaged("a file of the checkpoint is missing", path)
     if not plain:  # a pipe or a device would be read for ever
         raise damaged("a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing", path)
-    target, root = path.resolve(), folder.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
-        message = "a file of the checkpoint is a link that leaves its folder"
-        raise CheckpointError(message, path=path, remedy="do not use this checkpoint, or copy the file into the folder")
+    check_link(folder, name, own=own)
     return path
 
 
@@ -73,18 +88,23 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     Raises:
         CheckpointError: too large, not readable, no JSON, too deep, or no object.
     """
+    value = read_json_value(path, limit=limit)
+    if not isinstance(value, dict):
+        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
+    return value
+
+
+def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
+    """What :func:`read_json` reads, which may be a list too."""
     try:
         if path.stat().st_size > limit:
             raise damaged(f"a JSON file of {path.stat().st_size} bytes is not read", path)
         data = path.read_bytes()
         if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
             raise damaged(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path)
-        value = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise damaged(f"no JSON that can be read ({printable(error)})", path) from error
-    if not isinstance(value, dict):
-        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
-    return value
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:

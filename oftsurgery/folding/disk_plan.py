@@ -111,6 +111,8 @@ class CheckpointPlan:
             "copies": sum(not j.parts for j in self.jobs),
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
+            "missing": list(self.changes.missing),
+            "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
@@ -130,10 +132,12 @@ def plan_checkpoint(
     rounding: str = "nearest",
     undo: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    partial: bool = False,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
     Raises:
+        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
         ShapeError, FormatError: it does not fit, or a weight is stored in a way that is not known.
         StateError: formats that make no sense together, or the adapter is folded in already.
@@ -150,7 +154,7 @@ def plan_checkpoint(
             format=format,
             remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
         )
-    changes = plan_changes(store, adapters) if adapters else FoldPlan()
+    changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
     config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
     plan = make_plan(store, jobs, config, max_shard_bytes)

@@ -15,6 +15,7 @@ from oftsurgery.errors import (
     IntegrityError,
     MatchError,
     RoundingWarning,
+    SourceWarning,
     UnfoldWarning,
     UntieWarning,
     WeakAdapterWarning,
@@ -230,6 +231,7 @@ def fold_record(
         rounding=rounding,
         earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         idle=plan.idle,
+        missing=plan.missing,
     )
 
 
@@ -242,6 +244,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     """Say what the fold did, before anybody sees its result: an error to whoever filters a warning so, and then nothing
     has happened.
     """
+    warn_of_missing(plan)
     warn_of_idle(plan)
     if plan.apart:
         reads = (
@@ -256,6 +259,16 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     _warn_of_calibration(record)
     _warn_of_rounding(record)
     _warn_of_weak_adapter(record)
+
+
+def warn_of_missing(plan: FoldPlan) -> None:
+    """One :class:`SourceWarning` that names the modules which partial adapters lack, if any."""
+    if plan.missing:
+        warn_caller(
+            f"{len(plan.missing)} modules that the adapters' configs target are not in the adapters, and stay as in the base "
+            f"({_named(map(printable, plan.missing))})",
+            SourceWarning,
+        )
 
 
 def warn_of_idle(plan: FoldPlan) -> None:

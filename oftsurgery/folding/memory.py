@@ -40,6 +40,7 @@ def fold_model(
     rounding: str = "nearest",
     calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
     undo: UndoWriter | None = None,
+    partial_adapters: bool = False,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -52,6 +53,7 @@ def fold_model(
         rounding: of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: gives the inputs of the layers of a model that is about to be folded.
         undo: takes what the fold changes, and is finished when all is done.
+        partial_adapters: fold adapters that lack modules which their own configs target.
     """
     live = peft_live.has_live_layers(inner_model(model))
     if live and adapters is not None:
@@ -68,7 +70,7 @@ def fold_model(
     # everything is checked before anything is copied or changed; live layers hide their base layers until they are
     # taken out
     given = LiveStore(model)
-    plan = None if live else plan_changes(given, adapters)
+    plan = None if live else plan_changes(given, adapters, partial=partial_adapters)
     with transaction() as journal:
         work = peft_live.base_of(inner_model(model)) if live else model
         if not inplace:

@@ -10,8 +10,9 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.errors import MatchError, StateError, printable
-from oftsurgery.folding.engine import warn_of_idle
+from oftsurgery.folding.engine import warn_of_idle, warn_of_missing
 from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
 from oftsurgery.hashing import hash_tensors
@@ -30,6 +31,7 @@ def wrap_model(
     adapters: OFTAdapter | Mapping[str, OFTAdapter],
     *,
     adapter_name: str = "default",
+    incomplete: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Put live, trainable layers in place of those that an adapter targets, as :func:`oftsurgery.wrap` does.
@@ -42,6 +44,7 @@ def wrap_model(
         model: plain, or wrapped already: the adapter then joins those that are there, active after them.
         adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
         adapter_name: of a single one.
+        incomplete: take adapters that lack modules which their own configs target.
         inplace: change ``model`` itself; otherwise the result shares every tensor that it does not train.
 
     Raises:
@@ -66,7 +69,7 @@ def wrap_model(
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
-        plan = plan_changes(store, list(named.values()))
+        plan = plan_changes(store, list(named.values()), partial=incomplete)
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)
@@ -90,11 +93,12 @@ def wrap_model(
         hashes = _put_saved_tensors(plan, store, origins, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
-            origins[name] = Origin(dict(adapter.config), adapter.dialect, saved)
+            origins[name] = Origin(dict(without_targets(adapter.config)), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
         swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[ORIGINS_ATTRIBUTE] = origins
+        warn_of_missing(plan)
         warn_of_idle(plan)
     return work
 

@@ -22,7 +22,7 @@ from oftsurgery.folding import export
 from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.formats.base import OPSET
 from oftsurgery.live.wrapped_model import live_layers
-from oftsurgery.progress import Progress, without_bars
+from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
 from oftsurgery.stores import configs, peft_live
@@ -200,18 +200,16 @@ def load_model(folder: Path) -> nn.Module:
     """
     with needs("transformers", "pip install 'oftsurgery[peft]'"):
         import transformers
-        from transformers.utils import logging
     names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
         message = f"transformers has no {printable(names[0])}"
         remedy = "load the model yourself and give it to oftsurgery.export_onnx"
         raise CheckpointError(message, path=folder, remedy=remedy)
-    bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
     settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     remedy = "oftsurgery doctor says what is wrong with it"
     try:
-        with quiet(), without_bars(*bars):
+        with quiet():
             model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         message = f"transformers cannot load the checkpoint: {printable(error, 400)}"

@@ -252,6 +252,8 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        missing: paths of modules that the adapters' own configs target and the adapters lack, which stay as they are: the fold
+            was to be ``partial``.
         extra: fields of a newer version.
     """
 
@@ -265,6 +267,7 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
+from .adaptable import adaptable_of
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
@@ -85,6 +87,13 @@ class FolderStore:
         # what the class has, what the files have beside it, and what transformers makes something else of
         weights = (n.removesuffix(".weight") for n in (*a.renamed.values(), *a.units) if n.endswith(".weight"))
         return dict.fromkeys([*a.modules, *weights])
+
+    @property
+    def adaptable(self) -> Adaptable:
+        if self.architecture.modules:
+            return adaptable_of(self.architecture.modules)
+        weights = tuple(n.removesuffix(".weight") for n in self.tensors if n.endswith(".weight") and self.is_weight(n))
+        return Adaptable(linears=(), others=weights, holders=tuple(n.rpartition(".")[0] for n in self.tensors))
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         found = locate(wanted := list(names), self.architecture)

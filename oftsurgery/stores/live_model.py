@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
+from .adaptable import adaptable_of
 from .idle import is_idle
 from .layers import Layer
 from .naming import find_names, names_in_model
@@ -60,6 +62,10 @@ class LiveStore:
     @property
     def tensors(self) -> Collection[str]:
         return tensors_in(self.modules)
+
+    @property
+    def adaptable(self) -> Adaptable:
+        return adaptable_of(self.modules)
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         tensors = self.tensors

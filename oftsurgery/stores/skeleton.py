@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.progress import without_bars
 
 #: fields whose values lead to code that transformers would fetch from the Hub and run, or that have no say in names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
@@ -17,13 +18,14 @@ _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_impl
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing but errors."""
+    """transformers says nothing but errors, and shows no bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar):
+            yield
     finally:
         logging.set_verbosity(before)
 
