@@ -18,13 +18,6 @@ from typing import Any
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
 
 
-#: what to do about tensors that training has spread over processes
-GATHER = (
-    "gather them: `python zero_to_fp32.py CHECKPOINT OUTPUT --safe_serialization` (a script that DeepSpeed puts into the checkpoint), or "
-    "train with stage3_gather_16bit_weights_on_model_save; of FSDP save the full state dict (fsdp_state_dict_type: FULL_STATE_DICT)"
-)
-
-
 def without_tokens(text: str, *known: str) -> str:
     """``text`` with stars in place of access tokens: those that are ``known``, and what looks like one."""
     for token in known:
@@ -194,6 +187,16 @@ class UndoError(OFTSurgeryError):
 
 class MissingDependencyError(OFTSurgeryError, ImportError):
     """An optional dependency is not installed; the remedy names the extra that brings it."""
+
+
+#: what to do about a model in memory
+GATHER_MODEL = "gather the model within `deepspeed.zero.GatheredParameters(list(model.parameters()))`, or load a checkpoint that is whole"
+
+
+def not_gathered(kind: type[OFTSurgeryError], what: str, remedy: str, **where: Any) -> OFTSurgeryError:
+    """The error for a tensor without elements: of a model that DeepSpeed's ZeRO-3 or FSDP holds in parts."""
+    message = f"{what} has no elements: training has spread it over processes (ZeRO-3, FSDP), and it was not gathered"
+    return kind(message, remedy=remedy, **where)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery.dtypes import FLOATS
-from oftsurgery.errors import GATHER, AdapterError, DialectError, MatchError, NonFiniteError, printable
+from oftsurgery.errors import AdapterError, DialectError, MatchError, NonFiniteError, not_gathered, printable
 from oftsurgery.files.wrappers import without_peft
 
 from .to_peft import KEY_PREFIX
@@ -24,6 +24,12 @@ _ROTATION = re.compile(
 )
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
+)
+
+_GATHER = (
+    "save it where it is whole: stage3_gather_16bit_weights_on_model_save (DeepSpeed), fsdp_state_dict_type: FULL_STATE_DICT (FSDP); or "
+    "gather the checkpoint with DeepSpeed's script in it, `python zero_to_fp32.py . OUTPUT --safe_serialization`, and save its oft_ "
+    "tensors as adapter_model.safetensors"
 )
 
 Parts = dict[str, dict[str, Tensor]]
@@ -94,8 +100,7 @@ def _adapter_name(plain: Mapping[str, str], source: str | None) -> str:
 
 def _check_values(tensor: Tensor, where: Mapping[str, Any], *, rotates: bool) -> None:
     if tensor.numel() == 0:
-        message = "the adapter's tensor has no elements: training spread it over processes, and one saved it without the others' parts"
-        raise AdapterError(message, **where, remedy=GATHER)
+        raise not_gathered(AdapterError, "the adapter's tensor", _GATHER, **where)
     if rotates and tensor.dtype not in FLOATS:
         message = f"a rotation must be float32, float16, bfloat16 or float64, this is {tensor.dtype}"
         raise AdapterError(message, **where, remedy="restore the file")

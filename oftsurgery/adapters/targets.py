@@ -196,5 +196,7 @@ class _Patterns:
             )
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error
         except TimeoutError as error:
-            message = f"the adapter's config has a pattern of modules that takes too long to match: {printable(pattern)}"
+            message = (
+                f"the adapter's config has a pattern of modules that takes too long to match: {printable(pattern)}"
+            )
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error

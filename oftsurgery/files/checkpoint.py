@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.errors import CheckpointError, SourceWarning, printable, warn_caller
+from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, printable, warn_caller
 
 from .reading import ADAPTER_CONFIG, TensorEntry, damaged, inside, read_header, read_json
 from .wrappers import plain_names
@@ -108,28 +108,49 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         files = (SINGLE,)
     else:
         raise no_checkpoint(folder, [path.name for path in folder.iterdir()])
+    entries = _entries(folder, files, own=weight_map is None)
+    if weight_map is not None:
+        _check_index(weight_map, entries, folder)
+    config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
+    plain = _without_wrappers(entries, config, folder)
+    wrapped = plain.keys() != entries.keys()
+    return Checkpoint(folder, MappingProxyType(plain), tuple(sorted(files)), MappingProxyType(config), wrapped=wrapped)
+
+
+def _entries(folder: Path, files: Collection[str], *, own: bool) -> dict[str, TensorEntry]:
+    """The tensors in ``files``, whose names no file gives where ``own``."""
     entries: dict[str, TensorEntry] = {}
     for name in sorted(files):
-        for entry in read_header(inside(folder, name, own=weight_map is None))[0]:
+        for entry in read_header(inside(folder, name, own=own))[0]:
             if entry.name in entries:
                 message = f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor"
                 raise CheckpointError(message, tensor=entry.name, path=folder)
             entries[entry.name] = entry
-    if weight_map is not None:
-        _check_index(weight_map, entries, folder)
-    config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
+    empty = next((e for e in entries.values() if 0 in e.shape and e.name.endswith((".weight", ".bias"))), None)
+    if empty is not None:
+        remedy = (
+            "gather it with DeepSpeed's script in the training's checkpoint, `python zero_to_fp32.py . OUTPUT --safe_serialization`, or save it "
+            "where it is whole: stage3_gather_16bit_weights_on_model_save (DeepSpeed), fsdp_state_dict_type: FULL_STATE_DICT (FSDP)"
+        )
+        where = {"tensor": empty.name, "path": folder / empty.file}
+        raise not_gathered(CheckpointError, "the checkpoint's tensor", remedy, **where)
+    return entries
+
+
+def _without_wrappers(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], folder: Path
+) -> Mapping[str, TensorEntry]:
+    """The tensors by the names that the model has without its wrappers, which is said."""
     plain = plain_names(entries, whole="model_type" in config and "auto_map" not in config)
     changed = next((name for name in entries if plain[name] != name), None)
-    if changed is not None:
-        warn_caller(
-            f"the tensors of {printable(folder)} have names of wrappers in them ({printable(changed)} is read as "
-            f"{printable(plain[changed])}): transformers does not load such names; what is written has the plain ones",
-            SourceWarning,
-        )
-        entries = {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
-    return Checkpoint(
-        folder, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config), wrapped=changed is not None
+    if changed is None:
+        return entries
+    warn_caller(
+        f"the tensors of {printable(folder)} have names of wrappers in them ({printable(changed)} is read as "
+        f"{printable(plain[changed])}): transformers does not load such names; what is written has the plain ones",
+        SourceWarning,
     )
+    return {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
 
 
 def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:

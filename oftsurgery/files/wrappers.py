@@ -22,6 +22,11 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _ANYWHERE)
 
 
+def without_module(name: str) -> str:
+    """``name`` without each ``module`` in it, which may be the model's own: for a name that the model does not have."""
+    return ".".join(part for part in name.split(".") if part != _FIRST)
+
+
 def without_peft(name: str) -> tuple[str, bool]:
     """``name`` without wrappers' segments and peft's ``base_model.model.``, as often as they stand first, and whether
     that stood there.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from oftsurgery.adapters.targets import Adaptable
+from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
@@ -87,6 +88,8 @@ class LiveStore:
 
     def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)
+        if 0 in self.shape(name):
+            raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)

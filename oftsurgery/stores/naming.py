@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from oftsurgery.errors import MatchError, MissingDependencyError, StateError, printable
+from oftsurgery.files.wrappers import without_module
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
@@ -216,14 +217,21 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
 
 
 def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
-    """Look for names as they are, and with transformers' ``base_model_prefix`` added or taken away (an adapter of
-    ``LlamaModel`` on ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
+    """Look for names as they are, with transformers' ``base_model_prefix`` added or taken away (an adapter of
+    ``LlamaModel`` on ``LlamaForCausalLM``), and without the ``module`` that DDP puts before what it wraps, by one rule for
+    all of the names. What is not found is left out.
 
     Args:
         called: a name to the tensor that it is the name of, if there is one.
     """
     prefix = f"{base_prefix}." if base_prefix else ""
-    rules: tuple[Callable[[str], str], ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
+    rules: tuple[Callable[[str], str], ...] = (
+        str,
+        prefix.__add__,
+        lambda name: name.removeprefix(prefix),
+        without_module,
+        lambda name: prefix + without_module(name),
+    )
     wanted = list(names)
     best: dict[str, str] = {}
     for rule in rules:

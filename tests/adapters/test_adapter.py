@@ -552,7 +552,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[OFTSurgeryE
     ),
     "no triangle": ({KEY: torch.ones(2, 5)}, {}, ShapeError, r"5 elements is no upper triangle .*module 'm', tensor 'oft_R.weight', shape 2×5"),
     "three dimensions": ({KEY: torch.ones(2, 2, 3)}, {}, ShapeError, r"must be \(blocks, b\(b-1\)/2\) .*shape 2×2×3"),
-    "no block": ({KEY: torch.ones(0, 6)}, {}, AdapterError, "has no elements: training spread it .*Remedy: gather them: `python zero_to_fp32.py"),
+    "no block": ({KEY: torch.ones(0, 6)}, {}, AdapterError, "has no elements: training .*Remedy: save it where it is whole"),
     "shared, but two rows": (NEW, {"block_share": True}, ShapeError, "`block_share` is set, but the generator has more than one row .*shape 2×6"),
     "two kinds in one module": (NEW | EMBEDDING, {}, AdapterError, r"one module has oft_R\.weight and oft_embedding_R\.weight .*module 'm'"),
     "oft_s alone": ({"base_model.model.m.oft_s": torch.ones(8, 1)}, OLD_CONFIG, AdapterError, "save oft_r and oft_s; oft_r is missing .*module 'm'"),
