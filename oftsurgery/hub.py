@@ -371,15 +371,12 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
     others = there - set(report.files)
     foreign = {n for n in others - earlier if _read_instead(n, report)}
     if foreign:
-        adapter = ADAPTER_CONFIG in foreign
         named = ", ".join(map(printable, sorted(foreign)))
-        why = (
-            "transformers would load that instead of what is pushed"
-            if adapter
-            else "which oftsurgery did not put there"
-        )
+        what = f"another checkpoint: {named}, which oftsurgery did not put there"
+        if ADAPTER_CONFIG in foreign:
+            what = f"an adapter: {named}; transformers would load that instead of what is pushed"
         raise StateError(
-            f"the repository {report.repo_id} holds {'an adapter' if adapter else 'another checkpoint'}: {named}; {why}",
+            f"the repository {report.repo_id} holds {what}",
             remedy=f"name another repository or revision, or delete there: {named} (`hf repos delete-files`)",
         )
     return others & earlier

@@ -146,6 +146,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
         message = f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -1,7 +1,7 @@
 """Where adapters and checkpoints are: folders of the user's, or Hub repositories, whose files come into the Hub's cache.
 
 ``owner/name``, ``owner/name/sub/folder`` and ``owner/name@revision`` name a repository, a folder in it, and a branch, tag
-or commit of it.
+or commit of it; so does the Hub's own ``hf://owner/name@revision/sub/folder``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ _NEEDED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tikto
 # folders in which repositories keep the same model in other formats
 _OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
 
-_HUB_ID = re.compile(r"(?P<repo>[^/@.~][^/@]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:@(?P<revision>.+))?")
+HUB = "hf://"
+_HUB_ID = re.compile(r"(?P<repo>[^/@.~:][^/@:]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:@(?P<revision>.+))?")
+_HUB_URI = re.compile(
+    rf"{HUB}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?P<sub>(?:/[^/@]+)+)?"
+)
 # a name of git's that cannot be a path out of the cache's folder of revisions
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 
@@ -58,8 +62,8 @@ class Place:
     def __str__(self) -> str:
         if self.folder is not None:
             return self.given
-        sub, revision = self.subfolder, self.revision
-        return self.repo + f"/{sub}" * bool(sub) + (f"@{revision}" if revision is not None else "")
+        at = self.repo + (f"@{self.revision}" if self.revision is not None else "")
+        return f"{HUB}{at}/{self.subfolder}" if self.subfolder else at  # a path of this machine looks like no `hf://`
 
     def below(self, subfolder: str) -> Place:
         """The place ``subfolder`` in this one.
@@ -160,7 +164,7 @@ def place_of(
             message = f"a local folder has no revisions, and {printable(revision)!r} was asked for"
             raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
         return Place(str(given), path, "", "", None, refusal, remedy)
-    match = _HUB_ID.fullmatch(given) if isinstance(given, str) else None
+    match = _hub_id(given)
     if path.exists() or match is None:
         raise refusal("no such folder", path=path, remedy=remedy)
     named = match["revision"]
@@ -175,9 +179,13 @@ def place_of(
     return place.below(match["sub"][1:]) if match["sub"] else place
 
 
+def _hub_id(given: object) -> re.Match[str] | None:
+    return (_HUB_URI.fullmatch(given) or _HUB_ID.fullmatch(given)) if isinstance(given, str) else None
+
+
 def hub_id_of(given: object) -> str | None:
     """``owner/name`` of what names a repository of the Hub and no local folder; None of others."""
-    match = _HUB_ID.fullmatch(given) if isinstance(given, str) else None
+    match = _hub_id(given)
     return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - which takes any name
 
 
