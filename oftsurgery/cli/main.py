@@ -27,6 +27,7 @@ from oftsurgery.files.links import links_followed
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
+from .printing import hub_bars
 
 
 def command_parser() -> Parser:
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
             warnings.showwarning = partial(_print_warning, args)
             for category in _ALWAYS:
                 warnings.simplefilter("always", category)
-            with links_followed(getattr(args, "follow_links", False)):
+            with links_followed(getattr(args, "follow_links", False)), hub_bars(args):
                 return run(args) or ExitCode.OK
     except KeyboardInterrupt:
         pushed = "what is uploaded is kept, and not yet seen; push again to go on"
