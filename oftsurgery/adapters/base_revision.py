@@ -1,4 +1,4 @@
-"""At which revision of its base an adapter was trained."""
+"""Choose the revision of a base: the revision at which an adapter was trained, unless the caller names one."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ def base_revision(
     named: Iterable[tuple[object, object]],
     where: str = "the adapter's config",
 ) -> str | None:
-    """The revision at which a base is read: the one that is asked for, else the one that is named with it; None: main.
+    """The revision at which a base is read: ``asked``, else the revision that ``named`` has for this base, else None for the
+    main branch.
 
     Args:
         base: a folder or a Hub id.
-        asked: by the caller.
-        named: ``(base, revision)``, as :func:`trained_at` gives them.
-        where: they are named.
+        asked: the revision that the caller names, or None.
+        named: ``(base, revision)`` pairs, as :func:`trained_at` gives them.
+        where: the place that names these pairs, for the warning.
 
     Raises:
-        StateError: this base is named with different revisions.
+        StateError: ``named`` has several revisions of this base.
+
     Warns:
-        SourceWarning: the revision is one that the caller did not ask for.
+        SourceWarning: the caller did not name the revision.
     """
     if asked is not None or hub_id_of(base) != base:
         return asked
     found = list(dict.fromkeys(at for repo, at in named if repo == base and isinstance(at, str) and at))
     if len(found) > 1:
-        message = f"adapters that were trained at different revisions of {printable(base)}: {', '.join(map(printable, found))}"
-        raise StateError(message, remedy="name the one that is meant: revision=… (--base-revision)")
+        named = ", ".join(map(printable, found))
+        message = f"the adapters were trained at different revisions of {printable(base)}: {named}"
+        raise StateError(message, remedy="name the revision to read: revision=… (--base-revision)")
     if found in ([], ["main"]):
         return None
-    remedy = "revision=… (--base-revision) reads another one"
+    remedy = "revision=… (--base-revision) names another revision"
     warn_caller(
         f"{printable(base)} is read at revision {printable(found[0])}, which {where} names; {remedy}", SourceWarning
     )

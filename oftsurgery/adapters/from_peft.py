@@ -1,4 +1,4 @@
-"""An adapter from the config and the tensors that any peft release saves: what they must hold, and what the keys name."""
+"""Make an adapter from the config and the tensors that any peft release saves, after a check of both."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def parse_adapter(
     """An adapter from its parsed ``adapter_config.json`` and its tensors, ``{key as peft saves it: tensor}``.
 
     Args:
-        dialect: names the dialect where the files do not tell it; refused where they contradict it.
-        source: where it came from, for messages and records.
-        sha256: of the file of tensors.
+        dialect: the dialect, if the files do not show it; a dialect that contradicts the files is refused.
+        source: the place that the adapter came from, for messages and records.
+        sha256: SHA-256 of the file of tensors.
 
     Raises:
-        DialectError: no OFT adapter, an unsupported kind, or an ambiguous one.
-        AdapterError: missing, unknown or mistyped keys.
-        ShapeError, NonFiniteError: tensors that no peft release writes.
+        DialectError: the adapter is no OFT adapter, or of an unsupported or ambiguous kind.
+        AdapterError: keys are missing, unknown or of a wrong type.
+        ShapeError, NonFiniteError: no peft release writes such tensors.
     """
     _check_config(config)
     if not tensors:
@@ -49,28 +49,24 @@ def parse_adapter(
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
-# field → (types, which of their values are none, and why)
+# field → (types, function that finds wrong values, what a right value is)
 _FIELDS: Mapping[str, tuple[tuple[type, ...], Callable[[Any], bool] | None, str]] = {
     **dict.fromkeys(("block_share", "coft", "use_cayley_neumann", "fan_in_fan_out"), ((bool,), None, "")),
     **dict.fromkeys(("r", "oft_block_size"), ((int,), None, "")),
     "bias": ((str,), None, ""),
     "peft_version": ((str, type(None)), None, ""),
-    "eps": ((int, float), lambda eps: not 0 <= eps < math.inf, "which is no radius"),  # nor is NaN
-    # peft's default is 5; a file must not be able to keep a fold busy for ever
-    "num_cayley_neumann_terms": ((int,), lambda terms: terms > 1000, "more than 1000"),
-    "modules_to_save": ((list, type(None)), lambda value: not _all_are(str, value), "which is no list of names"),
+    "eps": ((int, float), lambda eps: not 0 <= eps < math.inf, "a finite number from 0 on"),  # NaN is wrong too
+    # peft's default is 5; a file with a huge number could keep a fold busy for ever
+    "num_cayley_neumann_terms": ((int,), lambda terms: terms > 1000, "at most 1000"),
+    "modules_to_save": ((list, type(None)), lambda value: not _all_are(str, value), "a list of names"),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"),
-        (
-            (str, list, type(None)),
-            lambda value: not _all_are(str, value),
-            "which is neither a name nor a list of names",
-        ),
+        ((str, list, type(None)), lambda value: not _all_are(str, value), "a name or a list of names"),
     ),
     "layers_to_transform": (
         (int, list, type(None)),
         lambda value: not isinstance(value, int) and not _all_are(int, value),
-        "which is neither a number nor a list of numbers",
+        "a number or a list of numbers",
     ),
     **dict.fromkeys(("revision", "task_type"), ((str, type(None)), None, "")),
     "auto_mapping": ((dict, type(None)), None, ""),
@@ -88,21 +84,22 @@ def _check_config(config: Mapping[str, Any]) -> None:
         remedy = "give a folder that peft's save_pretrained wrote"
         raise AdapterError(message, tensor="adapter_config.json", remedy=remedy)
     if kind != "OFT":
-        message = f"this is a {printable(kind)} adapter, not an OFT one"
+        message = f"the adapter is a {printable(kind)} adapter, not an OFT adapter"
         remedy = "oftsurgery folds OFT, OFTv2 and QOFT adapters only; merge others with peft's merge_and_unload"
         raise DialectError(message, remedy=remedy)
-    for name, (types, wrong, why) in _FIELDS.items():
+    for name, (types, wrong, right) in _FIELDS.items():
         value = config.get(name)
         if name in config and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-            raise _wrong_config(f"{name} = {printable(value)!r}, which is no {types[0].__name__}")
+            kinds = " or ".join(t.__name__ for t in types if t is not type(None))
+            raise _wrong_config(f"{name} = {printable(value)!r}, but the value must be of type {kinds}")
         if name in config and wrong is not None and wrong(value):
-            raise _wrong_config(f"{name} = {printable(value)}, {why}")
+            raise _wrong_config(f"{name} = {printable(value)}, but the value must be {right}")
     if config.get("layer_replication"):
         message = "`layer_replication` is not supported"
         remedy = "replicate the layers in the base model first, then train or load the adapter on it"
         raise DialectError(message, remedy=remedy)
     if config.get("use_dora"):
-        message = "`use_dora` is no OFT setting that any peft release computes"
+        message = "the config sets `use_dora`, which no peft release computes for OFT"
         raise DialectError(message, remedy="check where the config came from")
 
 

@@ -21,9 +21,9 @@ from .from_peft import parse_adapter
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-# peft's configs are a few kB; a larger one is not a config
+# peft's configs are a few kB; a much larger file is no config
 _MAX_CONFIG_BYTES = 4 << 20
-# adapters that an error names
+# how many adapters an error names
 _NAMED = 8
 
 
@@ -43,17 +43,19 @@ def read_adapter(
 def find_adapter(
     path_or_repo: str | PathLike[str], *, revision: str | None = None, subfolder: str | None = None
 ) -> tuple[Place, Path]:
-    """Where an adapter is, and the folder with its files: a local one, or a Hub repository's files in the Hub's cache
-    (offline: from the cache alone). The one adapter in a folder's subfolders is taken, and said.
+    """The place of an adapter, and the folder with its files: a local folder, or the Hub's cache of a repository. Offline,
+    only the cache is read. If the place holds one adapter in its subfolders, that adapter is read.
 
     Raises:
-        AdapterError: neither a folder nor a repository with an adapter, or one with several.
+        AdapterError: ``path_or_repo`` is neither a folder nor a repository with an adapter, or several subfolders hold
+            adapters.
+
     Warns:
-        SourceWarning: the adapter is in a subfolder that nobody named.
+        SourceWarning: the adapter is in a subfolder that the caller did not name.
     """
     path = Path(path_or_repo).expanduser()
     if path.exists() and not path.is_dir():
-        message = "an adapter is a folder, this is a file"
+        message = "an adapter is a folder, but the path is a file"
         raise AdapterError(message, path=path, remedy=f"give the folder that holds {ADAPTER_CONFIG}")
     where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
     place = place_of(path_or_repo, AdapterError, where, revision=revision)
@@ -79,10 +81,11 @@ def _only_one(place: Place) -> Place:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         listed = ", ".join(map(printable, found[-_NAMED:])) + more
         message = f"the folder holds {len(found)} adapters, each in a subfolder: {listed}"
-        remedy = f"name one: subfolder={found[-1]!r} (--adapter-subfolder {found[-1]})"
+        remedy = f"name one of them: subfolder={found[-1]!r} (--adapter-subfolder {found[-1]})"
         raise AdapterError(message, path=place, remedy=printable(remedy))
     warn_caller(
-        f"{printable(place)} holds one adapter, in its subfolder {printable(found[0])}, which is read", SourceWarning
+        f"{printable(place)} holds one adapter, in its subfolder {printable(found[0])}; this adapter is read",
+        SourceWarning,
     )
     return place.below(found[0])
 
@@ -94,7 +97,9 @@ def _folder_of(name: str) -> str:
 def _no_config(place: Place, names: Collection[str]) -> AdapterError:
     weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
     if weights is not None:
-        message = f"the folder has no {ADAPTER_CONFIG}, nor has a subfolder; it holds a model, {printable(weights)}"
+        message = (
+            f"neither the folder nor a subfolder has {ADAPTER_CONFIG}; the folder holds a model ({printable(weights)})"
+        )
         return AdapterError(message, path=place, remedy="give the base model first, the adapter second")
     message = f"the folder has no {ADAPTER_CONFIG}" if names else "the folder is empty"
     return AdapterError(message, path=place, remedy=place.remedy)
@@ -104,7 +109,7 @@ def _no_tensors(place: object, names: Collection[str]) -> AdapterError:
     pickle = next((name for name in _PICKLES if name in names), None)
     if pickle is not None:
         message = f"{pickle} is a pickle, which could run code when read; oftsurgery reads safetensors only"
-        remedy = "load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)"
+        remedy = "load the adapter with the peft release that wrote it, and save_pretrained(…, safe_serialization=True)"
     else:
         message = f"the folder has no {ADAPTER_TENSORS}"
         remedy = "save the adapter again with peft's save_pretrained"
@@ -112,10 +117,10 @@ def _no_tensors(place: object, names: Collection[str]) -> AdapterError:
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
+    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. No file is executed.
 
     Raises:
-        AdapterError: a file is missing, a pickle, truncated, no JSON object, or a link that is not followed.
+        AdapterError: a file is missing, is a pickle, is truncated, holds no JSON object, or is a link that is not followed.
     """
     names = [path.name for path in folder.iterdir()]
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -131,7 +136,7 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
 
 @contextmanager
 def _told_of_adapter() -> Iterator[None]:
-    """Errors of a file as an adapter's."""
+    """Turn the errors of a checkpoint's file into errors of an adapter's file."""
     try:
         yield
     except CheckpointError as error:
@@ -147,5 +152,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        message = f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})"
+        message = f"the tensors cannot be read: the file is truncated, or no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -1,4 +1,4 @@
-"""Writing an adapter's folder."""
+"""Write an adapter's folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def write_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``, which appears by one rename.
 
     Raises:
-        StateError: the folder exists and ``force`` is not set, or its parent does not.
-        DiskError: the disk did not take it; nothing is left behind.
+        StateError: the folder exists and ``force`` is not set, or its parent folder does not exist.
+        DiskError: the folder could not be written; nothing is left behind.
     """
     destination = Path(folder).expanduser()
     key = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()

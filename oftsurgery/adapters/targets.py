@@ -20,7 +20,7 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 
 
 def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of an adapter that is live in a model: what its layers lack, the model lacks."""
+    """``config`` without its targets, for an adapter that is live in a model: its live layers say what it has."""
     return {name: value for name, value in config.items() if name not in TARGETS}
 
 
@@ -36,15 +36,15 @@ Rule = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Adaptable:
-    """What peft could put an adapter on, in one model.
+    """The modules of one model that peft could put an adapter on.
 
     Attributes:
         linears: paths of linear layers; a module that stands in several places has its first path.
-        others: of embeddings and convolutions; of all layers where the class is not known.
-        holders: paths of modules with tensors in them or below.
-        first: ``{other path of a shared module: its first one}``.
+        others: paths of embeddings and convolutions; paths of all layers where the class is not known.
+        holders: paths of modules that hold tensors, in themselves or below.
+        first: ``{other path of a shared module: first path of the module}``.
         head: path of the output embeddings, or None.
-        name: of the model's class, or None.
+        name: name of the model's class, or None.
     """
 
     linears: Collection[str]
@@ -56,14 +56,14 @@ class Adaptable:
 
 
 def missing_modules(adapter: OFTAdapter, found: Mapping[str, str], model: Adaptable) -> tuple[str, ...]:
-    """Paths in the model of modules that the adapter's config targets, or has saved whole (``modules_to_save``), and that
-    the adapter lacks. Nothing where the config does not say, or says something else than the adapter's own modules.
+    """Paths in the model of the modules that the adapter's config targets or saves whole (``modules_to_save``), and that the
+    adapter lacks. The result is empty where the config names no targets, or does not target the adapter's own modules.
 
     Args:
-        found: ``{module in the adapter: its path in the model}``.
+        found: ``{module in the adapter: path of the module in the model}``.
 
     Raises:
-        AdapterError: a pattern in the config is none, or takes too long.
+        AdapterError: a pattern in the config is no regular expression, or takes too long.
     """
     config = adapter.config
     target = config.get("target_modules")
@@ -93,8 +93,9 @@ def _unsaved(adapter: OFTAdapter, called: Callable[[str], str | None], model: Ad
 def _names_in_adapter(
     found: Mapping[str, str], model: Adaptable, config: Mapping[str, Any]
 ) -> Callable[[str], str | None]:
-    """From a path in the model to what the adapter calls it, by the beginnings in which the two differ elsewhere: of
-    another class, or an earlier layout of it. None for a part of the model that the adapter's class does not have.
+    """A function from a path in the model to the adapter's name for it. The adapter's names may have other beginnings, as
+    an adapter of another class has them, or of an earlier layout. None for a part of the model that the adapter's class
+    does not have.
     """
     beginnings: dict[str, str] = {}
     for name, path in found.items():
@@ -160,7 +161,7 @@ def _in_layers(name: str, config: Mapping[str, Any], match: Callable[[str, str],
         r"[^.]+\.[^.]+\."
     ]
     for pattern in before:
-        # of several numbers in a name peft ≤ 0.21.0 took the last for the layer's, and takes the first: where both agree
+        # releases of peft take the first or the last number in a name for the layer's: a layer counts where both agree
         found = [match(rf"(?:{any_}\.)?{pattern}(\d+)\.", name) for any_ in (".*?", ".*")]
         if all(found):
             return {int(number[1]) for number in found} <= set(listed)
@@ -172,17 +173,15 @@ def _ends(name: str, entry: str) -> bool:
 
 
 class _Patterns:
-    """Regular expressions of a config, which may take a time."""
+    """Regular expressions of a config, which are matched within a time limit."""
 
     def __init__(self) -> None:
         self.compiled: dict[str, Any] = {}
         self.until = time.monotonic() + _SECONDS
 
     def match(self, pattern: str, name: str, *, whole: bool = False) -> Any:
-        """The match of the beginning of ``name``, or of the ``whole`` of it, or None."""
-        remedy = (
-            "restore the config that peft wrote; partial=True (--partial) folds what the file holds, and asks no config"
-        )
+        """The match of the beginning of ``name``, or of ``name`` as a ``whole``; None without a match."""
+        remedy = "restore the config that peft wrote"
         try:
             if len(pattern) > _MAX_PATTERN:
                 raise TimeoutError
@@ -191,12 +190,8 @@ class _Patterns:
             compiled, left = self.compiled[pattern], min(self.until - time.monotonic(), _SECONDS_A_NAME)
             return (compiled.fullmatch if whole else compiled.match)(name, timeout=max(left, 1e-3))
         except (regex.error, RecursionError, MemoryError) as error:
-            message = (
-                f"the adapter's config has a pattern of modules that is none: {printable(pattern)} ({printable(error)})"
-            )
+            message = f"a pattern of modules in the adapter's config is no regular expression: {printable(pattern)} ({printable(error)})"
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error
         except TimeoutError as error:
-            message = (
-                f"the adapter's config has a pattern of modules that takes too long to match: {printable(pattern)}"
-            )
+            message = f"a pattern of modules in the adapter's config takes too long to match: {printable(pattern)}"
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error

@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk: plan, fold, unfold, extract, verify, and the record in a folder."""
+"""The public functions on checkpoints on disk plan, fold, unfold, extract and verify, and read the record in a folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from .arguments import (
 
 @dataclass(frozen=True)
 class FoldSettings:
-    """What :func:`fold_checkpoint` takes that decides what is written."""
+    """The arguments of :func:`fold_checkpoint` that decide the output."""
 
     format: Format = "same"
     quantize: str | None = None
@@ -61,10 +61,10 @@ class FoldSettings:
     partial: bool = False
 
     def quantization(self) -> Quantization | None:
-        """How a plain source is quantised first.
+        """The quantisation of a plain source before the fold, or None.
 
         Raises:
-            StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
+            StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
         """
         codec = self.quantize or (self.format if self.format in QUANTISED else None)
         if codec is not None:
@@ -72,15 +72,15 @@ class FoldSettings:
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
             return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
         if self.double_quant:
-            message = "double quantisation of a checkpoint that is not to be quantised"
-            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4'")
+            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
+            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
         return None
 
 
 def plan_fold(
     source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings = FoldSettings()
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
+    """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     mode: RoundingMode = settings.rounding or "preserve"
     adapters = loaded_adapters(adapter)
     plan = plan_checkpoint(
@@ -123,33 +123,40 @@ def fold_checkpoint(
 ) -> FoldRecord:
     """Fold an adapter into a checkpoint on disk, one weight at a time, without building the model.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")                      # in the formats of BASE
+    >>> record.kept > 0.9
+    True
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-BF16", format="bf16")     # dequantised
+    >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
+
     Args:
         source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
-        adapter: as for :func:`fold`; several are the live chain.
+        adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a
-            plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
-        quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the
-            trainer, so that the adapter meets the base that it was trained on; implied by a quantised ``format``.
+        format: the format that is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or
+            from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+        quantize: quantise a plain source to this format first, exactly as transformers' bitsandbytes loading did for the
+            trainer, so that the adapter meets the base that it was trained on; a quantised ``format`` implies this.
         double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the
             config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
-        rounding: of the quantised weights that are rotated, as for :func:`fold`.
+        rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
-            texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, each cut after 512
-            tokens. A calibration loads the model through transformers and runs it; nothing else here does.
-        undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` gives every byte back that
-            the fold changes. It needs a fold that keeps the weights' formats (quantising a plain source first is no
-            part of the fold, and stays).
-        max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
-        revision: branch, tag or commit of a source on the Hub (``owner/name@revision`` says the same). None: the one that
-            the adapter's config names for this base, else the main branch.
-        partial: fold an adapter that lacks modules which its own config targets; they stay as they are, and are in the record.
-        follow_links: read files that are links, wherever these lead; otherwise only those that
-            :func:`~oftsurgery.files.links.check_link` lists.
+            texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after
+            512 tokens. Only a calibration loads the model through transformers and runs it.
+        undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` restores every byte that
+            the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
+            quantised first).
+        max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        revision: the branch, tag or commit of a source on the Hub, which ``owner/name@revision`` names too. None: the
+            revision that the adapter's config names for this base, else the main branch.
+        partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
+            record names them.
+        follow_links: read files that are links, wherever the links lead. Otherwise the rules of
+            :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
-        resume: go on with the unfinished work of a run that was killed; without any, simply start.
+        resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
         progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
 
@@ -157,10 +164,12 @@ def fold_checkpoint(
         the :class:`~oftsurgery.FoldRecord`, which is ``oftsurgery.json`` in the destination too.
 
     Raises:
-        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input;
-            nothing was written.
-        CalibrationError: no texts, no tokenizer, or a model that transformers does not know.
-        DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
+        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: an input cannot be
+            used; nothing was written.
+        CalibrationError: there are no texts or no tokenizer, or transformers does not know the model.
+        DiskError: the disk is full, read-only or in use; finished work waits to be resumed.
+    Warns:
+        RoundingWarning and the others of :func:`fold`.
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
@@ -211,7 +220,7 @@ def _calibration_batches(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
 
 @dataclass
 class _ProgressWithCalibration:
-    """Tells of a calibration's batches within the progress in bytes, which stands still meanwhile."""
+    """Reports a calibration's batches within the progress in bytes, which stands still during the calibration."""
 
     step: Progress
     at: tuple[int, int] = (0, 0)
@@ -241,28 +250,37 @@ def unfold_checkpoint(
 ) -> FoldRecord | None:
     """Take the last fold out of a checkpoint on disk.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", undo="OUTPUT.undo")
+    >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED", base="BASE")                       # exact
+    >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED-TOO", undo="OUTPUT.undo")            # exact, without BASE
+
     Args:
         folded: a folder that :func:`fold_checkpoint` wrote.
-        destination: a folder that does not exist yet.
-        base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``. Of a Hub id the
-            revision that the record names.
-        adapter: what was folded: rotated back by the true inverse, rounded once more, with an
-            :class:`~oftsurgery.UnfoldWarning` that states the error.
-        undo: the file that ``fold_checkpoint(…, undo=…)`` wrote, or :func:`fold` of the same model: exact, checked
-            against the hashes in it.
-        rounding: of quantised weights that are rotated back, as for :func:`fold`.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
+            ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
+        adapter: the adapter that was folded. Its true inverse rotates the weights back, quantised weights are rounded once
+            more, and an :class:`~oftsurgery.UnfoldWarning` states the error.
+        undo: the file that ``fold_checkpoint(…, undo=…)`` or :func:`fold` of the same model wrote: the bytes are restored
+            exactly, and checked against the hashes in the file.
+        rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
         max_shard_size, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
-        the record of what is still folded in, or None.
+        the record of the folds that remain, or None.
 
     Raises:
-        StateError: none or several of ``base``, ``adapter`` and ``undo``, or another fold than the last one.
-        IntegrityError: ``base`` is not what was folded, or ``folded`` not what the fold left.
-        UndoError: ``undo`` is no undo record, or a damaged one.
+        StateError: not exactly one of ``base``, ``adapter`` and ``undo`` is given, or the last fold is another one.
+        IntegrityError: ``base`` is not what was folded, or ``folded`` is not what the fold left.
+        UndoError: the file ``undo`` is damaged, or not an undo record.
         OFTSurgeryError: as :func:`fold_checkpoint`.
+    Warns:
+        UnfoldWarning: the result differs from the base by rounding.
     """
-    check_one_way_back((adapter, base, undo), "adapter=… rotates back, base=… and undo=… restore exactly")
+    ways = (
+        "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
+    )
+    check_one_way_back((adapter, base, undo), ways)
     with links_followed(follow_links):
         source = opened_checkpoint(folded)
         size = parse_size(max_shard_size)
@@ -287,11 +305,19 @@ def extract_checkpoint(
 ) -> ExtractedAdapter:
     """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", format="bf16")
+    >>> found = oftsurgery.extract_checkpoint("BASE", "OUTPUT")
+    >>> found.explained > 0.99
+    True
+
     Args:
         base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
         block_size: as for :func:`extract`.
         follow_links: as for :func:`fold_checkpoint`.
         progress: show a bar, or a function of (weights done, weights in all, module path).
+
+    Returns:
+        as :func:`extract`.
 
     Raises:
         CheckpointError: files cannot be used.
@@ -313,29 +339,42 @@ def verify_checkpoint(
     tolerance: float | None = None,
     follow_links: bool = False,
 ) -> CheckpointReport:
-    """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
-    are given, every tensor that the model loads against those, by none of the code that folds.
+    """Check a folded checkpoint on disk, by other code than the fold's.
+
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
+    >>> report = oftsurgery.verify_checkpoint("OUTPUT", "BASE", "ADAPTER")
+    >>> report.ok, report.wrong
+    (True, {})
+    >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
+    True
+
+    The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
+    the model loads is checked against them.
 
     Args:
-        folded: in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone; of a Hub id the revision that the
-            adapter's config names for it.
-        adapter: that was folded; several in the live order.
-        tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format
+        folded: a folder or Hub id, in any format.
+        base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
+            that the adapter's config names for it.
+        adapter: the adapter that was folded; several in the live order.
+        tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
         follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
-        a report with the state of each file, an error for each rotated weight, and what was looked at of each tensor
-        (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
+        a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
+        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
 
     Raises:
-        StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.
+        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes.
         OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
     """
     if (base is None) != (adapter is None):
-        message = "a base without an adapter, or an adapter without its base"
-        raise StateError(message, remedy="give both, or neither to check the files' hashes alone")
+        message = (
+            f"the {'adapter' if base is None else 'base'} was given without the {'base' if base is None else 'adapter'}"
+        )
+        raise StateError(
+            message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
+        )
     with links_followed(follow_links):
         folder = find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
@@ -355,7 +394,7 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
 
     Raises:
-        CheckpointError: no such folder, or a record that cannot be read.
+        CheckpointError: the folder does not exist, or its record cannot be read.
     """
     place = checkpoint_place(folder)
     return record_in(place.fetch([RECORD]))

@@ -1,8 +1,8 @@
 """:func:`doctor` finds and explains what is wrong with a checkpoint, an adapter or a live model.
 
-Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
-together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters
-that newer peft loads as the identity, settings that readers ignore.
+The doctor reads tensor by tensor and changes nothing. The doctor collects all errors that other functions raise one by one, and
+also finds damage that is valid data and therefore loads without an error: weights that peft merged wrongly, adapters that
+newer peft loads as the identity, settings that readers ignore.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import find_adapter, read_adapter
-from oftsurgery.files.checkpoint import CONFIG, INDEX, SINGLE
+from oftsurgery.files.checkpoint import CONFIG, LAYOUTS
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
@@ -35,19 +35,26 @@ def doctor(
 ) -> list[Finding]:
     """Examine a checkpoint's folder, an adapter's folder (or a Hub id of either), or a live model.
 
+    >>> oftsurgery.doctor("ADAPTER")                             # nothing is wrong
+    []
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
+    >>> for finding in oftsurgery.doctor("OUTPUT", base="BASE", adapter="ADAPTER"):
+    ...     print(finding.severity, finding.code)
+    note kept
+
     Args:
         path_or_model: what to examine.
-        base: what it was folded from, or what an adapter is for. With ``adapter`` each folded weight is held against
-            the base's, rotated anew.
-        adapter: that is folded in (with ``base``), or that is to be.
+        base: the checkpoint or model that was folded, or that an adapter is for. With ``adapter`` each folded weight is
+            compared with the base's weight, rotated anew.
+        adapter: the adapter that is folded in (with ``base``), or that is to be.
 
     Returns:
-        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter`` also, as a note or
-        a warning, how much of what the adapter changes is in the weights.
+        what was found, worst first; an empty list where nothing is wrong. With ``base`` and ``adapter``, a note or a warning
+        says how much of the adapter's change is in the weights.
 
     Raises:
         CheckpointError: ``path_or_model`` or ``base`` does not exist.
-        AdapterError: ``adapter`` is given and cannot be used (give it alone to have it examined).
+        AdapterError: ``adapter`` cannot be used (``doctor(adapter)`` examines it).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
         adapter = read_adapter(adapter)
@@ -61,10 +68,10 @@ def doctor(
 
 
 def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
-    """The folder of the adapter at ``path``; None where that is a checkpoint, or neither."""
+    """The folder of the adapter at ``path``; None where ``path`` holds a checkpoint, or neither."""
     place = checkpoint_place(path)
     names = place.names()
-    if SINGLE in names or INDEX in names:
+    if any(name in names for layout in LAYOUTS for name in layout.names):
         return None
     if ADAPTER_CONFIG in names or ADAPTER_TENSORS in names:
         return place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
@@ -73,7 +80,7 @@ def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
 
 
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding a trouble: the first (the callers put the worst first) with the names of the others."""
+    """One finding for each trouble: the first (the callers put the worst first) with the subjects of the others."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.code, finding.message), []).append(finding)

@@ -39,18 +39,18 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
         wanted: tuple[Any, Any] = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if None not in wanted and encoded.format.shape == wanted[::-1] and wanted[0] != wanted[1]:
             shapes = {"shape": shape_text(encoded.format.shape), "layer": shape_text(wanted)}
-            message = "the weight has its layer's shape transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without rotating them"
+            message = "the weight's shape is its layer's, transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without a rotation"
             return [Finding("error", "transposed", message, path, shapes, f"load the base again and fold it: {FOLD}")]
-        codecs.decode(encoded)  # refuses what is not finite, or does not fit together
+        codecs.decode(encoded)  # raises where a value is not finite or the tensors do not fit together
         if is_cpu_packed(module):
             absmax = shape_text(quant_state_of(module).absmax.shape)
             numbers: Numbers = {"weight_shape": shape_text(weight.shape), "absmax_shape": absmax}
             numbers["rounding_of_absmax"] = 2.0**-9
             message = (
-                "a CPU eval forward has repacked the weight for this CPU: it computes rightly, but its state_dict() and peft's merge give noise, "
-                "and its statistics are rounded to bfloat16"
+                "a CPU eval forward has repacked the weight for this CPU: the layer computes right, but state_dict() and peft's merge give noise, "
+                "and the weight's statistics are rounded to bfloat16"
             )
-            remedy = "oftsurgery.fold and export_safetensors read it; for others load it again, with `module.support_avx512bf16_for_cpu = False`"
+            remedy = "use oftsurgery.fold and export_safetensors, or load the model again and set `module.support_avx512bf16_for_cpu = False`"
             found.append(Finding("warning", "cpu-packed", message, path, numbers, remedy))
     return found
 
@@ -67,14 +67,14 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
         inner = layer.get_base_layer()
         if layer.merged_adapters:
             severity: Severity = "note"
-            message = "peft has merged its adapter into this layer: it can be folded no more"
+            message = "peft has merged its adapter into this layer, so oftsurgery cannot fold the adapter"
             if Layer(plain_path, inner).bitsandbytes:
                 severity = "warning"
                 message = (
-                    "peft has merged its adapter into this bitsandbytes layer: 0.16 to 0.20 store it transposed and unrotated, 0.21 stores noise after a "
-                    "CPU forward, several adapters are merged in the wrong order, and unmerging does not restore the base"
+                    "peft has merged its adapter into this bitsandbytes layer: peft 0.16 to 0.20 store the weight transposed and unrotated, 0.21 stores noise "
+                    "after a CPU forward, several adapters are merged in the wrong order, and unmerging does not restore the base"
                 )
-            remedy = "check it against the base: doctor(model, base=…, adapter=…); or load the base again and oftsurgery.fold it"
+            remedy = "compare with the base: doctor(model, base=…, adapter=…); or load the base again and call oftsurgery.fold"
             numbers = {"merged_adapters": len(layer.merged_adapters), "peft": versions().get("peft")}
             found.append(Finding(severity, "peft-merged", message, plain_path, numbers, remedy))
         if isinstance(inner, nn.Conv2d) and tuple(inner.kernel_size) != (1, 1):

@@ -23,7 +23,8 @@ from .printing import print_facts, print_table, progress_for, size_text, wants_w
 
 
 def add_commands(command: AddCommand) -> None:
-    plan = command("plan", "show what a fold would do, and what it needs", "BASE ADAPTER --format bf16", show_plan)
+    text = "show what a fold would do, and the disk and memory that the fold needs"
+    plan = command("plan", text, "BASE ADAPTER --format bf16", show_plan)
     plan.add_shared("base", "adapter", "--format", *FOLDING_FLAGS)
 
     text = "fold an adapter into a checkpoint"
@@ -34,12 +35,14 @@ def add_commands(command: AddCommand) -> None:
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
     unfold.add_shared("output")
     how = unfold.add_mutually_exclusive_group(required=True)
-    how.add_argument("--base", help="checkpoint that was folded: restores exactly")
-    how.add_argument("--undo", metavar="FILE", help="undo record that was written with the fold: restores exactly")
+    how.add_argument("--base", help="checkpoint that was folded; the unfold restores its bytes exactly")
+    how.add_argument(
+        "--undo", metavar="FILE", help="undo record that the fold wrote; the unfold restores the bytes exactly"
+    )
     how.add_argument(
         "--adapter",
         action="append",
-        help="adapter that was folded: rotates back, and states the error; several in the live order",
+        help="adapter that was folded; the unfold rotates back and states the error; several adapters in the live order",
     )
     unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{ROUNDED} (default: %(default)s)")
     unfold.add_shared("--max-shard-size", "--follow-links", *RUNNING_FLAGS)
@@ -90,7 +93,7 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
     format_ = args.format
     if format_ in ("bnb", "onnx-quantized"):
         format_ = args.quantize or "same"
-    elif format_ == "onnx":  # rotated weights that are not quantised once more
+    elif format_ == "onnx":  # the rotated weights stay plain
         format_ = "fp32" if args.dtype == "float32" else "fp16"
     names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # which is in `base_of`
     settings = {name: getattr(args, name, None) for name in names}

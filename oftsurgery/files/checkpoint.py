@@ -1,4 +1,4 @@
-""":func:`open_checkpoint` reads a checkpoint's headers and JSON without data, :class:`Checkpoint` one tensor at a time."""
+""":func:`open_checkpoint` reads a checkpoint's headers and JSON; :class:`Checkpoint` reads its tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of a checkpoint's files, as paths below its folder. ``single`` holds all tensors, or ``index`` lists the
+    shards; they all lie in one folder, which may be a subfolder.
+    """
+
+    single: str
+    index: str
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.single, self.index
+
+
+#: every layout that is read; what is written has the first one
+LAYOUTS = (Layout(SINGLE, INDEX),)
+
 _MAX_CONFIG_BYTES = 4 << 20
 _CHUNK = 8 << 20
 
@@ -31,15 +49,17 @@ class Checkpoint:
     """A checkpoint's headers and JSON.
 
     Attributes:
-        folder: that holds it.
-        entries: ``{tensor name: TensorEntry}`` in the files' order, by names without wrappers' segments.
-        files: shards in order.
-        config: the parsed ``config.json``; empty without one.
-        wrapped: the files have names with wrappers' segments, which transformers does not load.
-        revision: of the Hub repository that was asked for, or None.
+        folder: folder of the checkpoint.
+        weights: folder of the shards.
+        entries: ``{tensor name: TensorEntry}`` in the files' order; the names lack the segments of wrappers.
+        files: names of the shards, in order.
+        config: the parsed ``config.json``; empty if the folder has no such file.
+        wrapped: whether the files have names with segments of wrappers, which transformers does not load.
+        revision: the revision of a Hub repository that was asked for, or None.
     """
 
     folder: Path
+    weights: Path
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
@@ -47,10 +67,10 @@ class Checkpoint:
     revision: str | None = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name``, in memory of its own."""
+        """The tensor ``name``, in new memory."""
         entry = self.entries[name]
         buffer = bytearray(entry.nbytes)
-        with (self.folder / entry.file).open("rb") as file:
+        with (self.weights / entry.file).open("rb") as file:
             file.seek(entry.start)
             if file.readinto(buffer) < entry.nbytes:
                 raise self._ended(entry)
@@ -62,7 +82,7 @@ class Checkpoint:
         """The bytes of tensor ``name``, a few megabytes at a time."""
         entry = self.entries[name]
         left = entry.nbytes
-        with (self.folder / entry.file).open("rb") as file:
+        with (self.weights / entry.file).open("rb") as file:
             file.seek(entry.start)
             while left:
                 chunk = file.read(min(left, _CHUNK))
@@ -72,16 +92,14 @@ class Checkpoint:
                 yield chunk
 
     def _ended(self, entry: TensorEntry) -> CheckpointError:
-        return CheckpointError(
-            "the shard ended early: it changed while it was read", tensor=entry.name, path=self.folder / entry.file
-        )
+        message = f"the shard ended early, before {entry.nbytes} bytes of the tensor: the file has changed since its header was read"
+        remedy = "wait until no program writes the checkpoint, and run again"
+        return CheckpointError(message, tensor=entry.name, path=self.weights / entry.file, remedy=remedy)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells whether the checkpoint is still the same, without reading its data: sizes and times of its files,
-        and its config.
-        """
-        stats = {name: (self.folder / name).stat() for name in self.files}
+        """Sizes and times of the checkpoint's files, and its config. With an equal identity it counts as unchanged."""
+        stats = {name: (self.weights / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
 
@@ -89,48 +107,63 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of the checkpoint in ``folder``.
 
     Raises:
-        CheckpointError: no safetensors checkpoint, an index that disagrees with its shards, a file that leaves the
-        folder, a header that lies.
+        CheckpointError: the folder has no safetensors checkpoint, the index disagrees with the shards, a file lies
+            outside the folder, or a header is wrong.
     """
     if not folder.is_dir():
         raise CheckpointError(
-            "no such folder",
+            "the folder does not exist",
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )
-    weight_map: Mapping[str, str] | None = None
-    if (folder / INDEX).exists():
-        weight_map = weight_map_in(folder)
-        files = tuple(dict.fromkeys(weight_map.values()))
-        if (folder / SINGLE).exists() and SINGLE not in files:
-            raise two_checkpoints(folder)
-    elif (folder / SINGLE).exists():
-        files = (SINGLE,)
-    else:
+    layout = layout_of(folder)
+    if layout is None:
         raise no_checkpoint(folder, [path.name for path in folder.iterdir()])
-    entries = _entries(folder, files, own=weight_map is None)
+    single, index = folder / layout.single, folder / layout.index
+    files: tuple[str, ...] = (single.name,)
+    weight_map: Mapping[str, str] | None = None
+    if index.exists():
+        weight_map = weight_map_in(index)
+        files = tuple(dict.fromkeys(weight_map.values()))
+        if single.exists() and single.name not in files:
+            raise two_checkpoints(folder, layout)
+    entries = _entries(index.parent, files, own=weight_map is None)
     if weight_map is not None:
-        _check_index(weight_map, entries, folder)
+        _check_index(weight_map, entries, index)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
     plain = _without_wrappers(entries, config, folder)
-    wrapped = plain.keys() != entries.keys()
-    return Checkpoint(folder, MappingProxyType(plain), tuple(sorted(files)), MappingProxyType(config), wrapped=wrapped)
+    return Checkpoint(
+        folder,
+        index.parent,
+        MappingProxyType(plain),
+        tuple(sorted(files)),
+        MappingProxyType(config),
+        wrapped=plain.keys() != entries.keys(),
+    )
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of the checkpoint in ``folder``; None for a folder without a checkpoint."""
+    return next((layout for layout in LAYOUTS if any((folder / name).exists() for name in layout.names)), None)
 
 
 def _entries(folder: Path, files: Collection[str], *, own: bool) -> dict[str, TensorEntry]:
-    """The tensors in ``files``, whose names no file gives where ``own``."""
+    """The tensors in ``files``; ``own``: no index names the files."""
     entries: dict[str, TensorEntry] = {}
     for name in sorted(files):
         for entry in read_header(inside(folder, name, own=own))[0]:
             if entry.name in entries:
-                message = f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold one tensor"
-                raise CheckpointError(message, tensor=entry.name, path=folder)
+                message = (
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold the same tensor"
+                )
+                remedy = "save the checkpoint again with save_pretrained"
+                raise CheckpointError(message, tensor=entry.name, path=folder, remedy=remedy)
             entries[entry.name] = entry
     empty = next((e for e in entries.values() if 0 in e.shape and e.name.endswith((".weight", ".bias"))), None)
     if empty is not None:
         remedy = (
-            "gather it with DeepSpeed's script in the training's checkpoint, `python zero_to_fp32.py . OUTPUT --safe_serialization`, or save it "
-            "where it is whole: stage3_gather_16bit_weights_on_model_save (DeepSpeed), fsdp_state_dict_type: FULL_STATE_DICT (FSDP)"
+            "gather the checkpoint with the script that DeepSpeed put into it, `python zero_to_fp32.py . OUTPUT --safe_serialization`, or save "
+            "whole tensors: stage3_gather_16bit_weights_on_model_save (DeepSpeed), fsdp_state_dict_type: FULL_STATE_DICT (FSDP)"
         )
         where = {"tensor": empty.name, "path": folder / empty.file}
         raise not_gathered(CheckpointError, "the checkpoint's tensor", remedy, **where)
@@ -140,14 +173,14 @@ def _entries(folder: Path, files: Collection[str], *, own: bool) -> dict[str, Te
 def _without_wrappers(
     entries: Mapping[str, TensorEntry], config: Mapping[str, Any], folder: Path
 ) -> Mapping[str, TensorEntry]:
-    """The tensors by the names that the model has without its wrappers, which is said."""
+    """The tensors by the names that the model has without its wrappers; a warning says so."""
     plain = plain_names(entries, whole="model_type" in config and "auto_map" not in config)
     changed = next((name for name in entries if plain[name] != name), None)
     if changed is None:
         return entries
     warn_caller(
-        f"the tensors of {printable(folder)} have names of wrappers in them ({printable(changed)} is read as "
-        f"{printable(plain[changed])}): transformers does not load such names; what is written has the plain ones",
+        f"the tensors of {printable(folder)} have names of wrappers in them, which transformers does not load: "
+        f"{printable(changed)} is read as {printable(plain[changed])}, and the output has the plain names",
         SourceWarning,
     )
     return {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
@@ -162,42 +195,43 @@ def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
     pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
     if pickled is not None:
         message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
-        remedy = "load it with transformers in a place that you trust, and save_pretrained(…, safe_serialization=True)"
+        remedy = "load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)"
     elif ADAPTER_CONFIG in names:
-        message = "the folder holds an adapter, not a model"
-        remedy = "give the base model first, the adapter second"
+        message, remedy = "the folder holds an adapter, not a model", "give the base model first, the adapter second"
     elif converted is not None:
-        message = f"the weights are there as {converted} alone; oftsurgery reads safetensors only"
+        message = f"the folder holds the weights only as {converted}; oftsurgery reads safetensors only"
         remedy = "give the model from which that file was converted"
     else:
-        message, remedy = f"the folder has neither {SINGLE} nor {INDEX}", "give a folder that save_pretrained wrote"
+        wanted = " nor ".join(name for layout in LAYOUTS for name in layout.names)
+        message, remedy = f"the folder has neither {wanted}", "give a folder that save_pretrained wrote"
     return CheckpointError(message, path=place, remedy=remedy)
 
 
-def two_checkpoints(place: object) -> CheckpointError:
+def two_checkpoints(place: object, layout: Layout) -> CheckpointError:
     """The error for a folder or repository with a checkpoint of one file and another one of shards."""
-    message = f"the folder holds two checkpoints: {SINGLE}, which transformers reads, and the shards of {INDEX}"
-    remedy = "remove the one that is not meant; from the Hub, download the other one alone: hf download --exclude"
+    message = (
+        f"the folder holds two checkpoints: {layout.single}, which transformers reads, and the shards of {layout.index}"
+    )
+    remedy = "remove the checkpoint that you do not mean; download a repository without it (hf download --exclude)"
     return CheckpointError(message, path=place, remedy=remedy)
 
 
-def weight_map_in(folder: Path) -> Mapping[str, str]:
-    """``{tensor name: file name}`` of the index in ``folder``."""
-    index = read_json(inside(folder, INDEX))
-    weight_map = index.get("weight_map")
+def weight_map_in(index: Path) -> Mapping[str, str]:
+    """``{tensor name: file name}`` of a checkpoint's index."""
+    weight_map = read_json(inside(index.parent, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise damaged("the index has no `weight_map` of file names", folder / INDEX)
+        raise damaged("the index has no `weight_map` of file names", index)
     return weight_map
 
 
-def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], folder: Path) -> None:
+def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], index: Path) -> None:
     for name, file in weight_map.items():
         if name not in entries:
-            raise damaged("the index names a tensor that its shards lack", folder / INDEX, name)
+            raise damaged("the index names a tensor that its shards lack", index, name)
         if entries[name].file != file:
             there = printable(entries[name].file)
-            raise damaged(f"the index says {printable(file)}, but the tensor is in {there}", folder / INDEX, name)
+            raise damaged(f"the index names {printable(file)}, but the tensor is in {there}", index, name)
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
-        message = "a shard holds a tensor that the index lacks"
-        raise CheckpointError(message, tensor=unlisted[0], path=folder / INDEX, remedy="repair the index")
+        message = f"the shard {printable(entries[unlisted[0]].file)} holds a tensor that the index lacks"
+        raise CheckpointError(message, tensor=unlisted[0], path=index, remedy="repair the index")

@@ -1,4 +1,4 @@
-"""Where adapters and checkpoints are: folders of the user's, or Hub repositories, whose files come into the Hub's cache.
+"""Find the folder of an adapter or a checkpoint, on this machine or in the Hub's cache.
 
 ``owner/name``, ``owner/name/sub/folder`` and ``owner/name@revision`` name a repository, a folder in it, and a branch, tag
 or commit of it; so does the Hub's own ``hf://owner/name@revision/sub/folder``.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
-from .checkpoint import CONFIG, INDEX, SINGLE, no_checkpoint, two_checkpoints, weight_map_in
+from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # what a fold needs of a repository beside its weights
@@ -33,22 +33,22 @@ _HUB_URI = re.compile(
 # a name of git's that cannot be a path out of the cache's folder of revisions
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 
-# of a folder in which adapters are looked for: a trainer's output is no deeper
+# limits of a search below a folder; a trainer's output is no deeper
 _MOST_LEVELS, _MOST_FILES = 4, 20_000
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of the user's, or one of a Hub repository.
+    """A folder of the user's, or a folder of a Hub repository.
 
     Attributes:
-        given: what the user calls it.
-        folder: of the user's; None of the Hub's.
-        repo: ``owner/name``; empty for a folder of the user's.
-        subfolder: in the repository; empty for the whole of it.
-        revision: of the repository; None for its main branch.
-        refusal: the error that says what is wrong with the place.
-        remedy: what to give instead.
+        given: the user's name for the place.
+        folder: the user's folder; None for a place on the Hub.
+        repo: ``owner/name``; empty for the user's folder.
+        subfolder: the folder in the repository; empty for the whole repository.
+        revision: the revision of the repository; None for its main branch.
+        refusal: the class of the errors about the place.
+        remedy: the remedy of these errors.
     """
 
     given: str
@@ -66,15 +66,17 @@ class Place:
         return f"{HUB}{at}/{self.subfolder}" if self.subfolder else at  # a path of this machine looks like no `hf://`
 
     def below(self, subfolder: str) -> Place:
-        """The place ``subfolder`` in this one.
+        """The place ``subfolder`` inside this place.
 
         Raises:
-            OFTSurgeryError: the subfolder leads out of the place, or the user's folder has no such one.
+            OFTSurgeryError: the subfolder leads out of the place, or the user's folder has no such subfolder.
         """
         parts = subfolder.replace("\\", "/").split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
             message = f"the subfolder {printable(subfolder)!r} is no path inside the folder"
-            raise self.refusal(message, path=self.given, remedy="name a folder in it, as 'name' or 'name/name'")
+            raise self.refusal(
+                message, path=self.given, remedy="name a folder inside the folder, as 'name' or 'name/name'"
+            )
         if self.folder is None:
             return replace(self, subfolder="/".join([*filter(None, [self.subfolder]), *parts]))
         folder = self.folder.joinpath(*parts)
@@ -88,11 +90,11 @@ class Place:
         return replace(self, given=str(Path(self.given, *parts)), folder=folder)
 
     def fetch(self, patterns: list[str] | None, *, but: list[str] | None = None) -> Path:
-        """The place's folder, of a Hub repository with the files that ``patterns`` match, without those that ``but``
-        does; None: with all of them. A repository that has none of them may leave no folder.
+        """The place's folder. The folder of a Hub repository has the files that ``patterns`` match and ``but`` does not; None
+        matches all files. If no file matches, the folder may not exist.
 
         Raises:
-            OFTSurgeryError: there is no such repository or revision, or the Hub cannot be reached.
+            OFTSurgeryError: the repository or the revision does not exist, or the Hub cannot be reached.
         """
         if self.folder is not None:
             return self.folder
@@ -109,14 +111,14 @@ class Place:
                     ignore_patterns=None if but is None else [below + pattern for pattern in but],
                 )
             except FileNotFoundError as error:
-                # offline, with some of the files in the cache: those that are needed and missing are told of later
+                # offline, with some of the files in the cache: a later step says which needed file is missing
                 snapshot = getattr(error, "snapshot_path", None)
                 if snapshot is None:
                     raise
         return Path(snapshot, self.subfolder)
 
     def names(self) -> list[str]:
-        """Paths of the files below, with ``/``: of a Hub repository all of them, or offline those in the cache."""
+        """Paths of the files below the place, with ``/``. Offline, a Hub repository has the files in the cache."""
         if self.folder is not None:
             return list(_files_below(self.folder))
         from huggingface_hub import HfApi, snapshot_download
@@ -133,48 +135,51 @@ class Place:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """The client's errors as a refusal."""
+        """Turn the client's errors into ``refusal``."""
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             yield
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            message = f"neither a folder nor a Hub repository that can be read ({printable(reason)})"
-            remedy = "check the name; private repositories need a login (HF_TOKEN), offline ones a filled cache"
+            message = f"the name is neither a folder nor a Hub repository that can be read ({printable(reason)})"
+            remedy = (
+                "check the name; a private repository needs a login (HF_TOKEN), and offline use needs a filled cache"
+            )
             raise self.refusal(message, path=self.given, remedy=remedy) from error
 
 
 def place_of(
     given: str | PathLike[str], refusal: type[OFTSurgeryError], remedy: str, *, revision: str | None = None
 ) -> Place:
-    """The place that ``given`` names: a folder of the user's where there is one, else a Hub repository.
+    """The place that ``given`` names: the user's folder where it exists, else a Hub repository.
 
     Args:
-        refusal: the class of its errors.
-        remedy: what to give instead.
-        revision: of a Hub repository.
+        refusal: the class of the errors about the place.
+        remedy: the remedy of these errors.
+        revision: the revision of a Hub repository.
 
     Raises:
-        OFTSurgeryError: it is neither, or a revision that is none.
+        OFTSurgeryError: ``given`` names neither, or no repository has a revision of this name.
     """
     path = Path(given).expanduser()
     if path.is_dir():
         if revision is not None:
-            message = f"a local folder has no revisions, and {printable(revision)!r} was asked for"
+            message = f"a local folder has no revisions, but the revision {printable(revision)!r} was given"
             raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
         return Place(str(given), path, "", "", None, refusal, remedy)
     match = _hub_id(given)
     if path.exists() or match is None:
-        raise refusal("no such folder", path=path, remedy=remedy)
+        message = "the path is a file, not a folder" if path.exists() else "the folder does not exist"
+        raise refusal(message, path=path, remedy=remedy)
     named = match["revision"]
     if None not in (named, revision) and named != revision:
-        message = f"two revisions of one repository: {printable(named)!r} and {printable(revision)!r}"
-        raise refusal(message, path=given, remedy="name one of them")
+        message = f"two revisions of one repository were given, {printable(named)!r} and {printable(revision)!r}"
+        raise refusal(message, path=given, remedy="give one of the two revisions")
     at = named if named is not None else revision
     if at is not None and not _REVISION.fullmatch(at):
-        message = f"{printable(at)!r} is no revision of a repository"
-        raise refusal(message, path=given, remedy="name a branch, a tag or a commit")
+        message = f"no repository has a revision of the name {printable(at)!r}"
+        raise refusal(message, path=given, remedy="give the name of a branch, of a tag or of a commit")
     place = Place(str(given), None, match["repo"], "", at, refusal, remedy)
     return place.below(match["sub"][1:]) if match["sub"] else place
 
@@ -184,42 +189,51 @@ def _hub_id(given: object) -> re.Match[str] | None:
 
 
 def hub_id_of(given: object) -> str | None:
-    """``owner/name`` of what names a repository of the Hub and no local folder; None of others."""
+    """``owner/name``, where ``given`` names a Hub repository and no local file; else None."""
     match = _hub_id(given)
-    return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - which takes any name
+    return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - it takes any name
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the Hub's cache; None of another one."""
+    """The commit of a folder in the Hub's cache; None for another folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local one, or a Hub repository's files in the Hub's cache, only those that a fold
-    needs, or the ``whole`` of it.
-
-    Of the weights only those come that transformers would read: the shards of the index, else ``model.safetensors``.
+    """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
+    a fold needs, or with ``whole`` all files. A fold needs the weights that transformers reads: the shards of the index,
+    else ``model.safetensors``.
 
     Raises:
-        CheckpointError: neither a folder nor a repository that can be read, or a repository without such weights.
+        CheckpointError: ``path_or_repo`` is neither a folder nor a repository that can be read, or the repository has no
+            such weights.
     """
     place = checkpoint_place(path_or_repo, revision)
     if place.folder is not None or whole:
         return place.fetch(None)
     folder = place.fetch(_NEEDED, but=_OTHER_FORMATS)
-    place = replace(
-        place, revision=commit_of(folder) or place.revision
-    )  # the same commit, whatever is pushed meanwhile
-    indexed = (folder / INDEX).is_file()
-    if indexed and SINGLE in place.names():
-        raise two_checkpoints(place.given)
-    names = set(weight_map_in(folder).values()) if indexed else {SINGLE}
+    # the same commit in all that follows, whatever somebody pushes meanwhile
+    place = replace(place, revision=commit_of(folder) or place.revision)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
-        names = {ADAPTER_TENSORS}  # an adapter's repository: the caller says what is wrong with it
-    place.fetch([glob.escape(name) for name in sorted(names)])
-    if not indexed and not any((folder / name).is_file() for name in names):
-        raise no_checkpoint(place.given, place.names())
+        place.fetch([ADAPTER_TENSORS])  # an adapter's repository: the caller says what is wrong with it
+        return folder
+    layout = layout_of(folder)  # weights are not there yet, so that the layout's index is
+    wanted = [one.single for one in LAYOUTS] if layout is None else _shards(place, folder, layout)
+    place.fetch([glob.escape(name) for name in wanted])
+    if layout_of(folder) is None and (names := place.names()):
+        raise no_checkpoint(place.given, names)
     return folder
+
+
+def _shards(place: Place, folder: Path, layout: Layout) -> list[str]:
+    """The files that the index of a repository names, as paths below its folder."""
+    index = folder / layout.index
+    if index.is_file() and layout.single in place.names():
+        raise two_checkpoints(place.given, layout)
+    if not index.is_file():
+        return [layout.single]
+    shards = dict.fromkeys(weight_map_in(index).values())
+    return [(Path(layout.index).parent / shard).as_posix() for shard in shards]
 
 
 def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = None) -> Place:
@@ -228,7 +242,7 @@ def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = N
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Paths of files in a folder and its subfolders, without following links to folders; the first ones of very many."""
+    """Paths of the files in a folder and its subfolders; links to folders are not followed, and the number is limited."""
     left = _MOST_FILES
     for root, folders, files in os.walk(folder):
         below = Path(root).relative_to(folder)

@@ -1,4 +1,4 @@
-"""Which links of a folder are followed: files that nobody vouches for may be links to any file of the user's."""
+"""Decide which links of a folder are followed. A folder from somebody else may hold links to any file of the user's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALL = ContextVar("follow_links", default=False)
 
 @contextmanager
 def links_followed(yes: bool) -> Iterator[None]:
-    """In the body links are followed wherever they lead, if ``yes``: the user vouches for the folders that are read."""
+    """Follow all links in the body, if ``yes``: the user vouches for the folders that the body reads."""
     token = _ALL.set(yes or _ALL.get())
     try:
         yield
@@ -24,20 +24,20 @@ def links_followed(yes: bool) -> Iterator[None]:
 
 
 def check_link(folder: Path, name: str, *, own: bool) -> None:
-    """Refuse the file ``name`` of ``folder`` where it is a link that is not to be followed.
+    """Refuse the file ``name`` of ``folder`` if the file is a link that no rule follows.
 
-    Followed are links whose target
+    A link is followed if its target
 
     1. lies in the folder, or in the ``blobs`` beside a snapshot of the Hub's cache;
-    2. lies in the ``blobs`` of the user's own cache (``HF_HUB_CACHE``), wherever that folder of blobs is itself a link to;
-    3. is a file that belongs to the user, where ``own``: which is said, in a :class:`SourceWarning`;
-    4. is any file, within :func:`links_followed`.
+    2. lies in the ``blobs`` of the user's own cache (``HF_HUB_CACHE``), also where these ``blobs`` are themselves a link;
+    3. belongs to the user, and ``own`` is set; a :class:`SourceWarning` says where the link leads;
+    4. is any file, within :func:`links_followed` (``follow_links=True``, ``--follow-links``).
 
     Args:
-        own: no file of the folder gives the name, it is the one that weights have in a folder of one file.
+        own: no file of the folder gives the name; oftsurgery looks for a file of this name (``model.safetensors``).
 
     Raises:
-        CheckpointError: the link leaves the folder by none of these rules.
+        CheckpointError: the link leaves the folder, and no rule follows it.
     """
     path = folder / name
     target, root = path.resolve(), folder.resolve()
@@ -47,18 +47,18 @@ def check_link(folder: Path, name: str, *, own: bool) -> None:
         raise CheckpointError(
             f"a file of the checkpoint is a link that leaves its folder, to {printable(target)}",
             path=path,
-            remedy="copy the file into the folder, or if you made the link yourself: --follow-links (follow_links=True)",
+            remedy="copy the file into the folder; if you trust the link, follow it: follow_links=True (--follow-links)",
         )
     owner, user = target.stat().st_uid, os.getuid() if hasattr(os, "getuid") else 0
     if owner != user:
         raise CheckpointError(
             f"the file is a link that leaves its folder, to {printable(target)}, which belongs to user {owner}, not to you ({user})",
             path=path,
-            remedy="copy the file into the folder, or if you trust the link: --follow-links (follow_links=True)",
+            remedy="copy the file into the folder; if you trust the link, follow it: follow_links=True (--follow-links)",
         )
     warn_caller(
-        f"{printable(path)} is a link to {printable(target)}. The link is followed: no file of the folder names it, and its "
-        "target is a file of yours",
+        f"{printable(path)} is a link to {printable(target)}. The link is followed, since no file of the folder names it and its "
+        "target belongs to you",
         SourceWarning,
     )
 

@@ -1,4 +1,4 @@
-"""Names of tensors without what wrappers of a model put into them: torch.compile, FSDP, checkpointing, DDP, nested peft."""
+"""Take the names that wrappers of a model (torch.compile, FSDP, checkpointing, DDP, nested peft) leave out of tensor names."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping
 
 from oftsurgery.errors import CheckpointError, printable
 
-# segments that torch's wrappers put anywhere in a name; nobody else calls a module so
+# segments that torch's wrappers put anywhere in a name; no model has a module of such a name
 _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# what DDP, DataParallel and DeepSpeed put first; elsewhere it may be the model's own name
+# the segment that DDP, DataParallel and DeepSpeed put first; elsewhere a model may have a module of this name
 _FIRST = "module"
 PEFT_PREFIX = ("base_model", "model")
 
 
 def unwrapped(name: str) -> str:
-    """``name`` without the segments that torch's wrappers put anywhere.
+    """``name`` without the segments that torch's wrappers put anywhere in a name.
 
     >>> unwrapped("_orig_mod.model.layers.0._checkpoint_wrapped_module.q_proj.weight")
     'model.layers.0.q_proj.weight'
@@ -23,13 +23,13 @@ def unwrapped(name: str) -> str:
 
 
 def without_module(name: str) -> str:
-    """``name`` without each ``module`` in it, which may be the model's own: for a name that the model does not have."""
+    """``name`` without each segment ``module``, for a name that the model does not have."""
     return ".".join(part for part in name.split(".") if part != _FIRST)
 
 
 def without_peft(name: str) -> tuple[str, bool]:
-    """``name`` without wrappers' segments and peft's ``base_model.model.``, as often as they stand first, and whether
-    that stood there.
+    """``name`` without the segments of wrappers and without each ``base_model.model.`` that stands first, and whether one
+    stood there.
 
     >>> without_peft("module.base_model.model.base_model.model.layers.0.q_proj.oft_R.weight")
     ('layers.0.q_proj.oft_R.weight', True)
@@ -45,14 +45,14 @@ def without_peft(name: str) -> tuple[str, bool]:
 
 
 def plain_names(names: Collection[str], *, whole: bool) -> Mapping[str, str]:
-    """``{name: the name without wrappers' segments}`` of a checkpoint's tensors.
+    """``{name: the name without segments of wrappers}`` of a checkpoint's tensors.
 
     Args:
-        whole: the names are those of a class that has no ``module`` of its own: without a ``module.`` or
-            ``base_model.model.`` with which all of them begin.
+        whole: the model's class has no ``module`` of its own, so that ``module.`` and ``base_model.model.`` go too, if all
+            names begin so.
 
     Raises:
-        CheckpointError: two names become one.
+        CheckpointError: two names become one name.
     """
     plain = {name: unwrapped(name) for name in names}
     for first in ("module.", "base_model.model.", "module.") if whole else ():
@@ -61,6 +61,6 @@ def plain_names(names: Collection[str], *, whole: bool) -> Mapping[str, str]:
     before: dict[str, str] = {}
     for name, new in plain.items():
         if before.setdefault(new, name) != name:
-            message = f"{printable(before[new])!r} and this tensor are one, without the names of wrappers"
-            raise CheckpointError(message, tensor=name, remedy="remove the one that is not meant")
+            message = f"without the names of wrappers, {printable(before[new])!r} and this tensor have one name"
+            raise CheckpointError(message, tensor=name, remedy="remove the tensor that you do not mean")
     return plain

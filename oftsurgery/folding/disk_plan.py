@@ -1,4 +1,4 @@
-""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone, and says everything that will happen."""
+""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone; the plan holds every step of the fold."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 @dataclass(frozen=True, eq=False)
 class CheckpointPlan:
-    """All that a fold on disk does.
+    """Everything that a fold or an unfold on disk does.
 
     Attributes:
         store: the checkpoint that is read.
-        jobs: in the order of the destination.
+        jobs: the jobs in the destination's order.
         shards: the destination's files.
         config: the new ``config.json``.
         carried: other files that are copied.
-        changes: of the model.
-        format: what is written.
-        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
-        unfolds: the last fold is taken out instead of another one put in.
-        rounding: of the quantised weights that are rotated.
-        calibration: content hash of what they are calibrated on, or None.
+        changes: the changes of the model.
+        format: the format that is written.
+        fold_into: whether the ``"quantized"`` or the ``"original"`` weights of a plain source are rotated.
+        unfolds: whether the plan takes the last fold out.
+        rounding: the rounding of the quantised weights that are rotated.
+        calibration: content hash of the calibration's batches, or None.
         undo: the undo record that is written.
-        undone: the one that is used.
+        undone: the undo record that is used.
     """
 
     store: FolderStore
@@ -75,7 +75,7 @@ class CheckpointPlan:
 
     @property
     def nbytes(self) -> int:
-        """That will be written, a guess at the undo record's among them."""
+        """The bytes to write, with an estimate of the undo record's bytes."""
         carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
         return (
@@ -83,9 +83,9 @@ class CheckpointPlan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what ``oftsurgery plan --json`` prints."""
+        """The plan as plain values, which ``oftsurgery plan --json`` prints."""
         q = self.store.quantization
-        # in float32: what the memory that is needed grows with
+        # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         return {
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
@@ -139,8 +139,8 @@ def plan_checkpoint(
     Raises:
         AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
-        ShapeError, FormatError: it does not fit, or a weight is stored in a way that is not known.
-        StateError: formats that make no sense together, or the adapter is folded in already.
+        ShapeError, FormatError: a rotation or tensor does not fit, or a weight's format is not known.
+        StateError: the formats contradict each other, or the adapter is folded in already.
         CheckpointError: the checkpoint cannot be used.
     """
     codecs.check_rounding(rounding)
@@ -150,9 +150,10 @@ def plan_checkpoint(
     _check_formats(store, format, fold_into)
     if undo is not None and (format in DENSE or fold_into != "quantized"):
         raise StateError(
-            "an undo record gives the bytes back that a fold changes; this one changes the weights' formats too",
+            "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
             format=format,
-            remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
+            remedy="choose format='same' or a quantised format and fold_into='quantized' (--format, --fold-into), or leave out the undo "
+            "record (--undo), keep the base, and unfold with base=… (--base)",
         )
     changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
@@ -166,9 +167,9 @@ def plan_checkpoint(
 def make_plan(
     store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
 ) -> CheckpointPlan:
-    """The plan of ``jobs``, as far as all plans are alike."""
+    """A plan of ``jobs`` with the fields that all plans share."""
     carried = configs.carried_files(store.source.folder)
-    card.own_card(store.source.folder)  # is refused now where it cannot be read
+    card.own_card(store.source.folder)  # a card that cannot be read is refused now
     return CheckpointPlan(
         store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
     )
@@ -177,21 +178,24 @@ def make_plan(
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
     settings = store.source.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
-        message = "`quantization_config` is no JSON object"
-        raise FormatError(message, tensor="config.json", remedy="restore the config.json that was saved")
+        message = f"`quantization_config` in config.json is a {type(settings).__name__}, expected is a JSON object"
+        raise FormatError(message, path=store.source.folder, remedy="restore the config.json of these weights")
     method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise FormatError(
-            "the checkpoint is quantised by another library",
+            "another library quantised the checkpoint; oftsurgery reads bitsandbytes' formats and plain weights",
             format=printable(method),
-            remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
+            path=store.source.folder,
+            remedy="dequantise the checkpoint with that library first",
         )
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
-            f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
+            f"the format {printable(format)!r} is not known",
+            remedy=f"choose one of same, {', '.join((*DENSE, *QUANTISED))} (--format)",
         )
     if fold_into not in ("quantized", "original"):
-        raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
+        message = f"fold_into is {printable(fold_into)!r}"
+        raise StateError(message, remedy="choose 'quantized' or 'original' (--fold-into)")
     if store.quantization is not None:
         _check_quantised_first(store, store.quantization.codec, format)
 
@@ -199,26 +203,30 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
 def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
     if any(map(store.is_quantised, store.source.entries)):
         raise StateError(
-            "the checkpoint is quantised already",
+            "the checkpoint is quantised already, and cannot be quantised once more",
             format=format,
-            remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
+            path=store.source.folder,
+            remedy="leave out the quantisation (--quantize): format 'same' keeps the formats, 'fp16', 'bf16' and 'fp32' dequantise (--format)",
         )
     if codec not in QUANTISED:
-        raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+        message = f"the quantisation {printable(codec)!r} is not known"
+        raise StateError(message, remedy=f"choose one of {', '.join(QUANTISED)} (--quantize)")
     if format == "same":
-        message = "a plain checkpoint is to be quantised, and to stay as it is"
-        raise StateError(message, remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'")
+        message = f"format 'same' keeps plain weights plain, but the quantisation {codec} was asked for too"
+        raise StateError(message, remedy=f"choose --format {codec} (format='{codec}') or one of fp16, bf16, fp32")
     if format in QUANTISED and format != codec:
-        raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
+        message = f"the weights are to be quantised to {codec}, but the format to write is {format}"
+        raise StateError(message, remedy="give --quantize and --format the same value, or leave out one of the two")
     if store.architecture.linears is None:
         raise StateError(
-            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
+            "the model's class decides which modules bitsandbytes loading quantises, and transformers does not know the class or is not installed",
+            path=store.source.folder,
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
 
 
 def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
-    """How a plain base was quantised before it was folded: by the record, else by the config. None where it was not."""
+    """The quantisation of a plain base before its fold, from the record or else the config; None where there was none."""
     base = record.base
     codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
     if codec is None:
@@ -233,7 +241,7 @@ def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quan
 
 
 def facts_of_quantization(q: Quantization | None) -> dict[str, str | None]:
-    """Mirror of :func:`recorded_quantization`."""
+    """The mirror of :func:`recorded_quantization`."""
     if q is None:
         return {"quantize": None}
     return {

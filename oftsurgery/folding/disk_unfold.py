@@ -1,4 +1,4 @@
-"""A plan of this file takes the last fold out of a checkpoint on disk: by rotating back, from its base, or by an undo
+"""The plans in this file take the last fold out of a checkpoint on disk: by rotating back, from the base, or by an undo
 record.
 """
 
@@ -33,12 +33,12 @@ def plan_unfold(
     rounding: str = "nearest",
     max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
-    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or
-    half-precision weights.
+    """Plan to take the last fold out of a checkpoint by rotating back; the formats stay. The result is not exact for
+    quantised or half-precision weights.
 
     Raises:
-        StateError: the checkpoint's record names other adapters than these.
-        and those of :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
+        StateError: the checkpoint's record names other adapters.
+        OFTSurgeryError: as for :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
     """
     codecs.check_rounding(rounding)
     store = FolderStore(folded)
@@ -51,16 +51,18 @@ def plan_unfold(
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
     """Plan to take the last fold out of a checkpoint exactly.
 
-    What it changed comes from ``base`` (quantised again where the fold did), checked against the record's hashes.
+    The changed tensors come from ``base`` (quantised again where the fold quantised the base), and are checked against
+    the record's hashes.
 
     Raises:
-        StateError: the folded checkpoint has no record, or is in another format than the base was.
-        MatchError: the base lacks what was folded.
+        StateError: the folded checkpoint has no record, or another format than the base had.
+        MatchError: the base lacks a tensor that was folded.
     """
     record = record_in(folded.folder)
     if record is None:
         message = f"the checkpoint has no {RECORD}"
-        raise StateError(message, path=folded.folder, remedy="give the adapter instead: it is then rotated back")
+        remedy = "give the adapter in place of the base: adapter=… (--adapter) rotates back"
+        raise StateError(message, path=folded.folder, remedy=remedy)
     quantization = recorded_quantization(record, folded.config)
     origin = FolderStore(base, quantization)
     written = "same" if quantization is None else quantization.codec
@@ -85,8 +87,8 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
 
 
 def _original_check(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
-    """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
-    changed, by what the folded checkpoint has.
+    """The check of a tensor of the base: by the record's hash, or, for a tensor that only shares a unit with a changed
+    tensor, by the folded checkpoint's tensor.
     """
 
     def check(found: EncodedWeight, stored: EncodedWeight) -> None:
@@ -97,7 +99,7 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
         there = folded.weight(name, found.format)
         if there is None or there.fingerprint != found.fingerprint:
             message = "the base differs from the folded checkpoint in a tensor that the fold did not touch"
-            raise IntegrityError(message, tensor=name, remedy="give the very checkpoint that was folded")
+            raise IntegrityError(message, tensor=name, remedy="give exactly the checkpoint that was folded (--base)")
 
     return check
 
@@ -109,9 +111,9 @@ def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]
         dtype, shape = job.outputs[name]
         if weights.get(part.name) and (there is None or there.shape != shape or DTYPES[there.dtype] != dtype):
             raise StateError(
-                "the folded checkpoint is in another format than its base: there is nothing to restore but the base itself",
+                "the folded checkpoint has another format than its base, so the base's bytes cannot be put back",
                 tensor=name,
-                remedy="use the base checkpoint, or rotate back with the adapter",
+                remedy="use the base checkpoint itself, or rotate back with the adapter (--adapter)",
             )
 
 
@@ -119,15 +121,15 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     """Plan to take the last fold out of a checkpoint exactly, by its undo record.
 
     Raises:
-        StateError: the record's fold is not the checkpoint's last one.
-        MatchError: the checkpoint lacks what the record restores.
+        StateError: the record's fold is not the checkpoint's last fold.
+        MatchError: the checkpoint lacks a tensor that the record restores.
         UndoError: the record is damaged.
     """
     store = FolderStore(folded)
     back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
     restored = {named[name]: (name, read) for name, read in back.items()}
-    # of tensors that were one, a checkpoint holds the first
+    # a checkpoint holds only the first of tensors that were tied
     dropped: set[str] = set()
     checks: dict[str, Check] = {}
     for group in undo.ties:
@@ -159,14 +161,14 @@ def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedW
 
 
 def _with_part(job: Job, part: Part) -> Job:
-    """``job`` with ``part`` in place of that of the same name."""
+    """``job`` with ``part`` in place of the part of the same name."""
     return replace(job, parts=tuple(part if p.name == part.name else p for p in job.parts))
 
 
 def _undone_job(
     job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[EncodedWeight], EncodedWeight]
 ) -> Job:
-    """``job``, whose ``part`` holds the folded tensor ``name``, with its original instead."""
+    """``job`` with the original in place of the folded tensor ``name``, which ``part`` holds."""
     path = name.removesuffix(".weight")
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))

@@ -38,11 +38,12 @@ def save_model(
     model = inner_model(model)
     if peft_live.has_live_layers(model):
         message = "the model carries live peft adapters"
-        raise StateError(message, remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)")
+        remedy = "fold the adapters first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)"
+        raise StateError(message, remedy=remedy)
     if dtype is not None and dtype not in FORMAT_OF:
         raise StateError(
-            f"unknown dtype {dtype}",
-            remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
+            f"the dtype {dtype} is not one of {', '.join(map(str, FORMAT_OF))}",
+            remedy="choose one of these dtypes, or None to keep the model's formats",
         )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
@@ -89,7 +90,7 @@ def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
                 if dtype is None and local == "weight" and Layer(path, module).quantised:
                     split_up.add(unit)
     for unit, members in together.items():
-        # what is quantised has no place in a tensor that transformers converts: it loads it by the model's name too
+        # a tensor that transformers converts cannot hold a quantised weight; transformers also loads by the model's names
         items += members if unit in split_up else [_converted(saving, members)]
     return items
 
@@ -122,12 +123,13 @@ def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, d
         outputs = checkpoint_shapes(name, into)
         conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         if conv1d:
-            # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
+            # bitsandbytes holds GPT-2's weights (out, in), and GPT-2's own class holds them (in, out)
             outputs = {name: (into.dtype, into.shape[::-1])}
         return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
     stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if stored not in NAMED.values():
-        raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
+        message = f"a tensor of {stored} cannot be saved as safetensors"
+        raise FormatError(message, tensor=name, remedy="convert the tensor to another dtype first")
     plain = {name: (stored, tuple(tensor.shape))}
 
     def read() -> dict[str, Tensor]:
@@ -150,7 +152,7 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
 
 
 def source_of(model: nn.Module) -> Path | None:
-    """The folder that transformers loaded the model from, a local one or the Hub's cache, or None."""
+    """The folder that transformers loaded the model from: a local folder or the Hub's cache; None where it is unknown."""
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name:
@@ -171,7 +173,7 @@ def source_of(model: nn.Module) -> Path | None:
 
 
 def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``, none for what has no config."""
+    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``; empty for a model without a config."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return {}

@@ -1,8 +1,8 @@
 """Plan what changes in a model: adapters matched to its layers and tensors by names and shapes, before anything is
 computed or changed.
 
-Pure: a :class:`Store` says what there is, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error
-here. Which tensors come apart where the model ties them is decided here and nowhere else.
+The functions are pure: a :class:`Store` says what the model has, and the result is a frozen :class:`FoldPlan`. An
+adapter that does not fit is refused here. Only this file decides which tied tensors the fold separates.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Rotate:
     """One layer's weight is rotated, in its own place alone.
 
     Attributes:
-        path: of the module.
-        format: of its weight.
-        chain: of rotations in the live order.
-        untied: another place holds the same tensor.
-        inverse: rotate back.
+        path: the module's path.
+        format: the format of the module's weight.
+        chain: the rotations in the live order.
+        untied: whether another place holds the same tensor.
+        inverse: whether to rotate back.
     """
 
     path: str
@@ -42,12 +42,12 @@ class Rotate:
 
     @property
     def name(self) -> str:
-        """Of the weight."""
+        """The weight's name."""
         return f"{self.path}.weight"
 
     def takes_inputs(self, into: WeightFormat) -> bool:
-        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
-        multiplies by the weight.
+        """Whether the layer's inputs can decide the rounding to ``into``: the format has codes to choose, and the model
+        multiplies the inputs by the weight.
         """
         return into.quantised and self.chain[0].side != "embedding"
 
@@ -57,10 +57,10 @@ class Replace:
     """A tensor takes an adapter's own values.
 
     Attributes:
-        name: of the tensor.
-        values: of its shape.
-        places: names of all tensors that take them: that one alone where the adapter brings the module
-            (``modules_to_save``), else all that are tied to it still.
+        name: the tensor's name.
+        values: the adapter's values, in the tensor's shape.
+        places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
+            (``modules_to_save``), else also every tensor that is still tied to ``name``.
     """
 
     name: str
@@ -70,16 +70,16 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class FoldPlan:
-    """All that a fold does.
+    """All changes that a fold makes.
 
     Attributes:
-        adapters: in the live order.
-        rotate: in the model's order.
-        replace: applied before the rotations.
-        apart: groups of tied tensors that are not one any more.
-        clears_flag: the config's ``tie_word_embeddings`` is cleared.
-        idle: paths of layers whose rotation is left out, since nobody calls them.
-        missing: paths of modules that the adapters' configs target and the adapters lack: they stay as they are.
+        adapters: the adapters in the live order.
+        rotate: the rotations in the model's order.
+        replace: the replacements, which are applied before the rotations.
+        apart: groups of tied tensors that the fold separates.
+        clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
+        idle: paths of layers whose rotation is left out, since the model never calls these layers.
+        missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -96,11 +96,11 @@ class FoldPlan:
         return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
 
     def recorded(self, change: Replace) -> tuple[str, ...]:
-        """Names of the tensors that a replacement leaves behind: all of its places where they come apart."""
+        """Names of the tensors that the record lists for a replacement: all its places where the fold separates them."""
         return change.places if any(change.name in group for group in self.apart) else (change.name,)
 
     def partner(self, name: str) -> str | None:
-        """A weight that was one with ``name`` and stays as it was, or None."""
+        """A weight that was tied to ``name`` and stays unchanged, or None."""
         group = next((g for g in self.apart if name in g), ())
         return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
 
@@ -111,16 +111,16 @@ def plan_changes(
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
-        inverse: the adapters are in the model, and come out.
-        partial: fold an adapter that lacks modules which its own config targets.
+        inverse: whether the adapters are in the model and the plan takes them out.
+        partial: whether to fold an adapter that lacks modules which its own config targets.
 
     Raises:
-        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
-        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
-            does not take.
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
+        MatchError: an adapter key matches nothing, two keys match one module, or the module does not take this kind of
+            rotation.
         ShapeError: a rotation or tensor does not fit.
         FormatError: a module cannot be folded.
-        StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
+        StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
     _check_given(store, adapters, inverse=inverse)
     found = _found(store, adapters)
@@ -188,12 +188,12 @@ def _missing(
         if lost and not partial:
             named = ", ".join(map(printable, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise AdapterError(
-                f"the adapter lacks {len(lost)} of the {len(lost) + len(mine)} modules that its own config targets ({named}): it is "
-                "a part of one, as a single rank or stage saves it, or the config is another adapter's",
+                f"the adapter lacks {len(lost)} of the {len(lost) + len(mine)} modules that its own config targets ({named}): the file "
+                "is one rank's or stage's part of an adapter, or the config belongs to another adapter",
                 module=lost[0],
                 path=adapter.source,
-                remedy="give the whole adapter (gathered from all ranks, with the config that was saved beside it); "
-                "partial=True (--partial) folds the modules that are there, and leaves the others as in the base",
+                remedy="give the whole adapter, gathered from all ranks, with the config that was saved beside it; "
+                "partial=True (--partial) folds the modules of the file, and the others stay as in the base",
             )
         missing |= dict.fromkeys(lost)
     return tuple(missing)
@@ -213,7 +213,7 @@ def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[st
 
 
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
-    """``adapter`` by the names that the store's model has, as far as it has them."""
+    """``adapter`` with the names of the store's model, where the model has the adapter's modules and tensors."""
     found = store.locate(f"{path}.weight" for path in adapter.modules)
     own = store.locate(adapter.saved)
     modules = {found.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()}
@@ -234,10 +234,12 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
     if not adapters:
-        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
-    if len({a.fingerprint for a in adapters}) < len(adapters):
-        message = "the same adapter is given twice"
-        raise StateError(message, remedy="give each adapter once; compose or scale it to apply it more strongly")
+        raise MatchError("no adapter to fold was given", remedy="give an OFTAdapter, its folder, or a list of them")
+    given = [a.fingerprint for a in adapters]
+    twice = next((a for a in adapters if given.count(a.fingerprint) > 1), None)
+    if twice is not None:
+        remedy = "give each adapter once; to apply an adapter more strongly, scale it (oftsurgery adapter scale)"
+        raise StateError("the same adapter is given twice", path=twice.source, remedy=remedy)
     record = store.record
     if record is None:
         return
@@ -254,12 +256,12 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
         raise StateError(
             f"this adapter is folded into the {store.what} already",
             path=again[0].source,
-            remedy="unfold it first, or fold into the base model (its record says what is folded in)",
+            remedy=f"use the {store.what} as it is, unfold the adapter first, or fold into the base model",
         )
 
 
 def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
-    """The error for adapter modules that the model lacks, with the nearest names."""
+    """The error for adapter modules that the model lacks; the error names the nearest modules."""
     path = lost[0]
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
     near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
@@ -276,10 +278,12 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
-        message = f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}"
+        message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
     if len(info.format.shape) != 2:
-        raise ShapeError("the module's weight is not (out, in)", module=path, shape=info.format.shape)
+        message = "the module's weight does not have the two dimensions (out, in)"
+        remedy = "use the base model that the adapter was trained on"
+        raise ShapeError(message, module=path, shape=info.format.shape, remedy=remedy)
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
@@ -307,18 +311,18 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
 
 
 def takes_no_values(name: str, format: str) -> FormatError:
-    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    """The error where an adapter brings its own values for a tensor that is stored quantised, in ``format``."""
     return FormatError(
         "the adapter brings its own values for a weight that is stored quantised",
         tensor=name,
         format=format,
-        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+        remedy="leave that module unquantised, as in training (llm_int8_skip_modules, --skip-modules)",
     )
 
 
 def _brings_module(adapter: OFTAdapter, name: str) -> bool:
-    """Whether ``modules_to_save`` names the module of tensor ``name``, as peft matches it: by the end of the module's
-    path.
+    """Whether ``modules_to_save`` names the module of tensor ``name``. As in peft, a name matches the end of the
+    module's path.
     """
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
@@ -336,7 +340,7 @@ def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
 
 def _one_module(other: str, path: str) -> MatchError:
     return MatchError(
-        f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
+        f"two of the adapter's modules, {printable(other)!r} and {printable(path)!r}, are one module of the model",
         module=path,
-        remedy="the model shares this module between places, or has two names for it; train the adapter on one of them",
+        remedy="train the adapter on one of the two names: the model shares the module between the two places",
     )

@@ -1,4 +1,4 @@
-"""Putting live layers into a model, and taking them out of it again."""
+"""The functions here put live layers into a model and take the layers out again."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def wrap_model(
     incomplete: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
-    """Put live, trainable layers in place of those that an adapter targets, as :func:`oftsurgery.wrap` does.
+    """Replace the layers that an adapter targets by live, trainable layers, as :func:`oftsurgery.wrap` does.
 
-    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases,
-    ``modules_to_save``), which replace the model's own, whichever adapters are active. Everything else is frozen, since
-    a pure wrap shares it with ``model``.
+    Only the adapter trains afterwards: its generators (and ``oft_s``) and the tensors that the adapter saved itself
+    (biases, ``modules_to_save``), which replace the model's own, whichever adapters are active. All other tensors are
+    frozen, since the wrapped copy shares these tensors with ``model``.
 
     Args:
-        model: plain, or wrapped already: the adapter then joins those that are there, active after them.
-        adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
-        adapter_name: of a single one.
-        incomplete: take adapters that lack modules which their own configs target.
-        inplace: change ``model`` itself; otherwise the result shares every tensor that it does not train.
+        model: a plain model, or a wrapped one, whose adapters stay active before the new adapter.
+        adapters: one adapter, or several by name, which compute ``x · Ra · Rb`` in this order.
+        adapter_name: the name of a single adapter.
+        incomplete: whether to take adapters that lack modules which their own configs target.
+        inplace: whether to change ``model`` itself; otherwise the result shares every tensor that does not train.
 
     Raises:
-        MatchError, ShapeError, FormatError, StateError: as :func:`oftsurgery.fold`; also a name taken, a layer merged.
-            After any error the model is as it was.
+        MatchError, ShapeError, FormatError, StateError: as for :func:`oftsurgery.fold`; also where a name is taken or a
+            layer is merged. After any error the model is unchanged.
     """
     named = {adapter_name: adapters} if isinstance(adapters, OFTAdapter) else dict(adapters)
     for name in named:
@@ -106,12 +106,12 @@ def wrap_model(
 def _put_saved_tensors(
     plan: FoldPlan, store: LiveStore, origins: Mapping[str, Origin], journal: list[Undo]
 ) -> dict[str, str]:
-    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    """Put the adapters' own tensors in place; return the content hashes of the tensors that they replace."""
     hashes: dict[str, str] = {}
     for change in plan.replace:
         if any(change.name in origin.saved for origin in origins.values()):
             message = "two adapters bring their own values for one tensor"
-            raise MatchError(message, tensor=change.name, remedy="wrap one of them alone")
+            raise MatchError(message, tensor=change.name, remedy="wrap only one of the two adapters")
         old = store.tensor(change.name)
         replace_tensor(store.modules, change, journal)
         hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
@@ -121,15 +121,15 @@ def _put_saved_tensors(
 def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
     for path, layer in layers.items():
         if layer.merged:
-            message = f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer"
-            raise StateError(message, module=path, remedy="live.unmerge(model) first")
+            message = f"the layer has merged the adapters {', '.join(map(printable, layer.merged_adapters))}"
+            raise StateError(message, module=path, remedy="call live.unmerge(model) first")
 
 
 def _separate_modules(
     modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
 ) -> dict[nn.Module, tuple[nn.Module]]:
-    """Give each path's layer, where it stands under several names, a module of its own over the same tensors, for peft
-    makes the named place alone live. Returns ``{new module: (the one that it stands for,)}``; shared parents stay shared.
+    """Give each path whose layer has several names a new module over the same tensors, since peft makes only the named
+    place live. Return ``{new module: (the old module,)}``; shared parents stay shared.
     """
     twins = {}
     for path in paths:
@@ -141,14 +141,14 @@ def _separate_modules(
     return twins
 
 
-#: attributes by which torch's encoders and their layers take fused kernels, which read weights and never call the layers
-#: that hold them, and the values for no; an encoder makes nested tensors, which its layers take on the fast path alone
+#: attributes by which torch's encoders choose fused kernels, which read weights and never call the layers that hold the
+#: weights, with the values that switch the kernels off; only the fused kernels take the nested tensors that an encoder makes
 _SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 _FAST = "_oftsurgery_fast_path"
 
 
 def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
-    """Have torch's transformer encoders call their layers where one of these is live."""
+    """Make torch's transformer encoders call their layers where one of the layers is live."""
     for module in model.modules():
         encoder = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
         if encoder and _FAST not in module.__dict__ and any(isinstance(m, LiveLayer) for m in module.modules()):
@@ -166,7 +166,7 @@ def _take_fast_path(encoder: nn.Module) -> None:
 
 
 def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
-    """Let nothing train but the tensors named; the live layers' own are not in ``modules`` yet."""
+    """Let only the named tensors train; ``modules`` does not hold the live layers' own tensors yet."""
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             wanted = f"{path}.{name}".lstrip(".") in trained
@@ -176,11 +176,10 @@ def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[U
 
 
 def strip(model: nn.Module) -> list[Undo]:
-    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself
-    stay.
+    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought stay.
 
     Returns:
-        what undoes it, to be called in reverse order.
+        functions that undo the change, which are to be called in reverse order.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.
@@ -204,8 +203,7 @@ def strip(model: nn.Module) -> list[Undo]:
 
 
 def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as
-    :func:`wrap_model` left it.
+    """The model without its live layers, but with the biases and heads that an adapter brought; the model stays frozen.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.

@@ -1,4 +1,4 @@
-"""What peft could put an adapter on in a model, from its modules alone, on any device."""
+"""Find the modules of a model that peft could put an adapter on, from the modules alone, on any device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ties import tensors_in
 
 
 def adaptable_of(modules: Mapping[str, nn.Module]) -> Adaptable:
-    """Of a model's ``{path: module}``, with every path of a shared module.
+    """The adaptable modules of ``{path: module}``, which has every path of a shared module.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Embedding(8, 4))
     >>> found = adaptable_of(dict(model.named_modules()))

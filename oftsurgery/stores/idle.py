@@ -1,6 +1,7 @@
-"""Layers whose owner reads their weight and never calls them: a live adapter on one does nothing, and so must a fold.
+"""Idle layers: the owner of such a layer reads its weight and never calls the layer. A live adapter on it does nothing,
+so a fold must do nothing either.
 
-peft puts its layer in the place of the one that it targets; whoever reads ``layer.weight`` gets the base's.
+peft puts its own layer in the place of the target layer, and code that reads ``layer.weight`` gets the base's weight.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-#: attribute → classes of transformers that read its weight and never call it; ``tests/stores/test_idle.py`` looks for more
+#: attribute → classes of transformers that read the layer's weight and never call it; tests/stores/test_idle.py looks for more
 _READ: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         name: frozenset(owners.split())
@@ -57,16 +58,16 @@ _READ: Mapping[str, frozenset[str]] = MappingProxyType(
         for name in names.split()
     }
 )
-#: those that call it in models that were loaded quantised, and there alone
+#: classes that call the layer only in models that were loaded quantised
 _CALLED_WHERE_QUANTISED = frozenset({"FalconMambaMixer", "JambaMambaMixer"})
 
 
 def is_idle(modules: Mapping[str, nn.Module], path: str, *, quantised: bool) -> bool:
-    """Whether the owner of the module at ``path`` never calls it.
+    """Whether the owner of the module at ``path`` never calls the module.
 
     Args:
         modules: ``{path: module}`` of the model.
-        quantised: the model was loaded through a quantiser.
+        quantised: whether the model was loaded through a quantiser.
     """
     if isinstance(modules.get(path), nn.modules.linear.NonDynamicallyQuantizableLinear):
         return True  # nn.MultiheadAttention's out_proj

@@ -24,13 +24,13 @@ _ATTRIBUTE = "oftsurgery"
 
 
 def record_of(model: nn.Module) -> FoldRecord | None:
-    """The model's :class:`FoldRecord`, or None where nothing was folded."""
+    """The model's :class:`FoldRecord`, or None if nothing was folded."""
     record = inner_model(model).__dict__.get(_ATTRIBUTE)
     return record if isinstance(record, FoldRecord) else None
 
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
-    """Note what is folded into the model."""
+    """Set the model's record, or remove it."""
     if record is None:
         inner_model(model).__dict__.pop(_ATTRIBUTE, None)
     else:
@@ -38,11 +38,11 @@ def set_record(model: nn.Module, record: FoldRecord | None) -> None:
 
 
 class LiveStore:
-    """The named weights of ``model``, read as they are at the time.
+    """The named weights of ``model``; each read gives the current values.
 
     Attributes:
-        modules: ``{path: module}``, which whoever changes the model keeps up.
-        record: of what is folded in.
+        modules: ``{path: module}``; code that changes the model must keep this mapping right.
+        record: the record of what is folded in.
     """
 
     what = "model"
@@ -72,7 +72,7 @@ class LiveStore:
         tensors = self.tensors
 
         def there(name: str) -> bool:
-            # a module without such a parameter says itself what is wrong with it
+            # for a module without such a parameter the layer raises the error that says why
             return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
 
         wanted = list(names)

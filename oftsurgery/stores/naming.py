@@ -1,8 +1,8 @@
 """How a checkpoint's tensor names and a model's module paths correspond, as transformers itself resolves them.
 
-With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code
-of the checkpoint's) and its own renaming tables are applied. Without it the names are taken as they are, which holds
-for checkpoints of most text models.
+With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, and no
+code of the checkpoint), and transformers' renaming tables are applied. Without transformers the names stay unchanged,
+which is right for checkpoints of most text models.
 """
 
 from __future__ import annotations
@@ -31,20 +31,19 @@ _CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What the model's class says of a checkpoint's tensors.
+    """The facts about a checkpoint's tensors that the model's class gives.
 
     Attributes:
-        renamed: ``{name in the checkpoint: name in the model}``, both the same where nothing is renamed.
-        units: ``{name in the checkpoint: the unit that it is of}`` of what transformers splits, merges or turns while
-            loading.
-        transposed: checkpoint names of ``Conv1D`` weights, held ``(in, out)``.
-        linears: model names of the weights that bitsandbytes loading quantises, None where the class is not known.
-        loaded: ``{checkpoint or model name: dtype}`` in which transformers holds a plain tensor after loading; empty where
-            the class is not known.
-        modules: ``{path: module}`` of the model on the meta device; empty where the class is not known.
-        ties: of the model.
-        base_prefix: transformers' ``base_model_prefix``; empty where the class is not known.
-        name: of the class, or None.
+        renamed: ``{name in the checkpoint: name in the model}``; both are the same if nothing is renamed.
+        units: ``{name in the checkpoint: its unit}`` of the tensors that transformers converts while loading.
+        transposed: checkpoint names of ``Conv1D`` weights, which are held ``(in, out)``.
+        linears: model names of the weights that bitsandbytes loading quantises; None for an unknown class.
+        loaded: ``{checkpoint or model name: dtype}`` of plain tensors after transformers' loading; empty for an unknown
+            class.
+        modules: ``{path: module}`` of the model on the meta device; empty for an unknown class.
+        ties: ties of the model.
+        base_prefix: transformers' ``base_model_prefix``; empty for an unknown class.
+        name: name of the class, or None.
     """
 
     renamed: Mapping[str, str]
@@ -59,7 +58,7 @@ class Architecture:
 
     @cached_property
     def stored(self) -> Mapping[str, tuple[str, ...]]:
-        """``{model name: names in the checkpoint that are renamed to it}``, without those of units."""
+        """``{model name: names in the checkpoint that are renamed to it}``, without names of units."""
         found: dict[str, tuple[str, ...]] = {}
         for name, target in self.renamed.items():
             if name not in self.units:
@@ -73,7 +72,7 @@ class Architecture:
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
-        """``{model name that the checkpoint lacks: one that it is tied to and that is there}``."""
+        """``{model name that the checkpoint lacks: tied name that the checkpoint has}``."""
         there = self.stored.keys() | self.made.keys()
         found: dict[str, str] = {}
         for group in self.ties.groups:
@@ -93,11 +92,11 @@ def architecture_of(
     """Resolve the names of a checkpoint.
 
     Args:
-        config: its ``config.json``.
+        config: the checkpoint's ``config.json``.
         shapes: ``{tensor name: shape}``.
-        dtype: in which the model is loaded; it decides :attr:`Architecture.loaded` alone.
-        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides
-            :attr:`Architecture.linears` alone.
+        dtype: dtype in which the model is loaded; only :attr:`Architecture.loaded` depends on it.
+        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; only
+            :attr:`Architecture.linears` depends on it.
     """
     model = skeleton(config, dtype, len(shapes))
     if model is None:
@@ -126,7 +125,7 @@ def _known(
         owner = owner_of(name)
         weight = owner if owner is not None and owner in shapes else name
         target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
-        if target not in state and weight in state:  # as transformers' loading has it
+        if target not in state and weight in state:  # as transformers' loading does
             target, pattern = rename_source_key(weight, [], [], model.base_model_prefix, state)
         rest = name.removeprefix(weight.removesuffix("weight"))
         renamed[name] = target if weight == name else target.removesuffix("weight") + rest
@@ -157,7 +156,7 @@ def _known(
 
 
 def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The model's own dtypes, but for what its class keeps in float32."""
+    """The model's own dtypes, with float32 for the tensors that its class keeps in float32."""
     from transformers.core_model_loading import build_glob_alternation
 
     kept = list(model._get_dtype_plan(dtype))
@@ -172,13 +171,13 @@ def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[
 
 
 def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bool]:
-    """``path -> bool``: what transformers' bitsandbytes loading leaves unquantised."""
+    """A function of a path: whether transformers' bitsandbytes loading leaves the module unquantised."""
     try:
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
     except ImportError as error:
         raise MissingDependencyError(
-            "this transformers has no bitsandbytes loading rules to follow", remedy="pip install 'transformers>=5.0'"
+            "this transformers has no rules of bitsandbytes loading", remedy="pip install 'transformers>=5.0'"
         ) from error
     keep = HfQuantizer.get_modules_to_not_convert(
         model, None if skip is None else list(skip), model._keep_in_fp32_modules
@@ -186,17 +185,17 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
     try:
         should_convert_module("", keep)
     except re.error as error:
-        message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+        message = f"a module to skip is no regular expression: {printable(list(skip or ()))} ({printable(error)})"
         raise StateError(message, remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)") from error
     return lambda path: not should_convert_module(path, keep)
 
 
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     """``{name in the adapter: name of the tensor}`` for tensor names that an adapter implies (``<module path>.weight``)
-    or brings: as the model's class has it, or as the checkpoint does where transformers makes something else of it.
+    or brings. The tensor has its name in the model's class, or its checkpoint name if transformers converts the tensor.
 
     Raises:
-        MatchError: one name finds two tensors.
+        MatchError: a name finds two tensors.
     """
 
     known = {*architecture.stored, *architecture.made, *architecture.tied}
@@ -209,7 +208,7 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             here.add(architecture.renamed[name])
         stored = [n for target in here for n in architecture.stored.get(target, (target,))]
         if len(stored) > 1:
-            message = f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}"
+            message = f"the checkpoint has two tensors of that name: {', '.join(sorted(map(printable, stored)))}"
             raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 
@@ -217,12 +216,12 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
 
 
 def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
-    """Look for names as they are, with transformers' ``base_model_prefix`` added or taken away (an adapter of
-    ``LlamaModel`` on ``LlamaForCausalLM``), and without the ``module`` that DDP puts before what it wraps, by one rule for
-    all of the names. What is not found is left out.
+    """Look for names unchanged, with transformers' ``base_model_prefix`` added or removed (an adapter of ``LlamaModel`` on
+    ``LlamaForCausalLM``), and without the ``module`` that DDP puts before what it wraps, by one rule for all names. A name
+    that is not found is left out.
 
     Args:
-        called: a name to the tensor that it is the name of, if there is one.
+        called: function from a name to the tensor of that name, if there is one.
     """
     prefix = f"{base_prefix}." if base_prefix else ""
     rules: tuple[Callable[[str], str], ...] = (
@@ -244,7 +243,7 @@ def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], b
 
 
 def names_in_model(model: Any) -> Callable[[str], str]:
-    """How transformers reads tensor names of files, also those of earlier releases, for this live model."""
+    """A function that renames tensor names of files, also of earlier releases, as transformers does for this model."""
     if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
         return lambda name: name
     try:

@@ -1,4 +1,4 @@
-"""A model's class without weights: built on the meta device from a ``config.json`` that nobody vouches for."""
+"""A model without weights, built on the meta device from an untrusted ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.progress import without_bars
 
-#: fields whose values lead to code that transformers would fetch from the Hub and run, or that have no say in names
+#: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing but errors, and shows no bars."""
+    """Let transformers log errors alone, and show no bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -37,11 +37,11 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
-    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know
-    the class.
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or for a class that
+    transformers does not know.
 
     Args:
-        tensors: that the checkpoint has, which bound the model's modules.
+        tensors: number of the checkpoint's tensors, which bounds the number of the model's modules.
 
     Raises:
         CheckpointError: transformers knows the class and cannot build it from this config.
@@ -50,7 +50,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         return None
     if not isinstance(config["model_type"], str):
         raise CheckpointError(
-            "`model_type` is no string",
+            f"`model_type` is no string, but {printable(config['model_type'])}",
             tensor="config.json",
             remedy="restore the config.json that belongs to the checkpoint",
         )
@@ -65,7 +65,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
 
     def bounded(*_: object) -> None:
         if next(built) > most:  # a config may ask for 10⁹ layers
-            raise ValueError("it asks for many more modules than the checkpoint has tensors")
+            raise ValueError("the config asks for many more modules than the checkpoint has tensors")
 
     handle = register_module_module_registration_hook(bounded)
     try:
@@ -75,7 +75,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
                 return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
             return transformers.AutoModel.from_config(parsed, dtype=dtype)
-    except Exception as error:  # a config is data of any kind, and its class raises what it likes
+    except Exception as error:  # a config may hold any data, and its class may raise any error
         if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
             raise CheckpointError(
                 f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",

@@ -81,9 +81,9 @@ def unknown_dtype(folder: Path) -> None:
     (folder / reading.ADAPTER_TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
 
 
-NO_JSON = r"no JSON that can be read \(.+\) \[at .*adapter_config.json\] Remedy: restore the file"
-UNREADABLE = r"the tensors cannot be read: truncated, or no safetensors file \(.+\) \[at .*adapter_model.safetensors\] Remedy: copy or download"
-PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load it with the peft that wrote it, and save"
+NO_JSON = r"the file holds no JSON that can be read \(.+\) \[at .*adapter_config.json\] Remedy: restore the file"
+UNREADABLE = r"the tensors cannot be read: the file is truncated, or no safetensors file \(.+\) \[at .*adapter_model.safetensors\] Remedy: copy or download"
+PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load the adapter with the peft release that wrote it"
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (
@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "config a string": (write(reading.ADAPTER_CONFIG, b'"OFT"'), "a JSON str, not an object"),
     "config huge": (
         write(reading.ADAPTER_CONFIG, b" " * (4 << 20) + b"{}"),
-        r"a JSON file of 4194306 bytes is not read .*Remedy: restore",
+        r"the JSON file has 4194306 bytes, more than the limit of 4194304 .*Remedy: restore",
     ),
     "tensors empty": (write(reading.ADAPTER_TENSORS, b""), UNREADABLE),
     "tensors of another kind": (write(reading.ADAPTER_TENSORS, b"PK\x03\x04" + b"zip" * 100), UNREADABLE),
@@ -148,21 +148,21 @@ def test_no_such_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return
     with pytest.raises(
         AdapterError,
-        match=r"no such folder \[at .+\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
+        match=r"the folder does not exist \[at .+\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
     ):
         reading.find_adapter(name)
 
 
 def test_a_path_object_is_never_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AdapterError, match="no such folder"):
+    with pytest.raises(AdapterError, match="the folder does not exist"):
         reading.find_adapter(Path("owner/name"))
 
 
 def test_a_file_instead_of_its_folder(folder: Path) -> None:
     with pytest.raises(
         AdapterError,
-        match=r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config.json",
+        match=r"an adapter is a folder, but the path is a file .*Remedy: give the folder that holds adapter_config.json",
     ):
         reading.find_adapter(folder / reading.ADAPTER_TENSORS)
 

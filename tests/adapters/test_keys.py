@@ -119,7 +119,9 @@ def test_keys_that_mean_one_thing_twice_are_refused(place: Path, tmp_path: Path)
         key.replace("oft_R.weight", f"oft_R.{name}.weight"): found[key].clone() for key in found for name in ("a", "b")
     }
     save_file(two, folder / TENSORS)
-    with pytest.raises(AdapterError, match=r"the file holds 2 adapters: a, b .*Remedy: save each into its own folder"):
+    with pytest.raises(
+        AdapterError, match=r"the file holds 2 adapters: a, b .*Remedy: save each adapter into its own folder"
+    ):
         oftsurgery.load_adapter(folder)
 
 
@@ -140,7 +142,7 @@ def test_a_base_under_a_wrappers_names_is_written_under_its_own(
 ) -> None:
     base = renamed(place / "BASE", tmp_path / "base", "model.safetensors", OF_BASES[who])
     with pytest.warns(
-        SourceWarning, match="names of wrappers in them .* is read as .*what is written has the plain ones"
+        SourceWarning, match=r"names of wrappers in them, .* is read as .*the output has the plain names"
     ):
         oftsurgery.fold_checkpoint(base, place / "ADAPTER", tmp_path / "out")
     assert distance(logits(load(tmp_path / "out", "LlamaForCausalLM")), truth) < 1e-6

@@ -123,7 +123,9 @@ def test_the_adapter_of_a_run_is_read(layout: str, adapters: dict[int, Path], tm
     texts = {str(w.message) for w in said}
     below = read.removeprefix(f"{given}/")
     assert texts == (
-        {f"{tmp_path / given} holds one adapter, in its subfolder {below}, which is read"} if below != read else set()
+        {f"{tmp_path / given} holds one adapter, in its subfolder {below}; this adapter is read"}
+        if below != read
+        else set()
     )
     assert findings == []
 
@@ -146,7 +148,7 @@ def test_adapters_of_several_checkpoints_or_runs_are_listed(
 
 def test_the_folder_of_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
-    text = r"no adapter_config.json, nor has a subfolder; it holds a model, model.safetensors .*Remedy: give the base model first"
+    text = r"neither the folder nor a subfolder has adapter_config.json; the folder holds a model .model.safetensors. .*Remedy: give the base model first"
     with pytest.raises(AdapterError, match=text):
         oftsurgery.load_adapter(tmp_path / "model")
 

@@ -64,7 +64,7 @@ def test_the_weights_of_a_folder_of_one_file_may_be_a_link_to_a_file_of_the_user
     assert len(texts) == 2
     for text, name in zip(texts, ("adapter_model.safetensors", WEIGHTS), strict=True):
         assert f"{name} is a link to {place.resolve() / 'elsewhere'}" in text
-        assert "no file of the folder names it, and its target is a file of yours" in text
+        assert "since no file of the folder names it and its target belongs to you" in text
     check_folded(place / "out", sound)
 
 
@@ -94,7 +94,7 @@ def test_shards_and_other_files_that_are_links_are_in_doubt(
     assert cli.main(words) == 2
     err = capsys.readouterr().err
     assert "CheckpointError: a file of the checkpoint is a link that leaves its folder, to" in err
-    assert "copy the file into the folder, or if you made the link yourself: --follow-links (follow_links=True)" in err
+    assert "copy the file into the folder; if you trust the link, follow it: follow_links=True (--follow-links)" in err
     assert cli.main([*words, "--follow-links"]) == 0
     check_folded(place / "out", sound)
     move_away(place / "sharded" / "tokenizer.json", place / "elsewhere")

@@ -36,7 +36,8 @@ def empty(path: Path, *names: str) -> None:
 def test_a_base_on_disk(names: tuple[str, ...], place: Path) -> None:
     empty(place / "base" / "model.safetensors", *names)
     with pytest.raises(
-        CheckpointError, match=rf"the checkpoint's tensor {EMPTY} .*model.safetensors\] Remedy: gather it{ON_DISK}"
+        CheckpointError,
+        match=rf"the checkpoint's tensor {EMPTY} .*model.safetensors\] Remedy: gather the checkpoint{ON_DISK}",
     ):
         oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
     (finding,) = oftsurgery.doctor(place / "base")
@@ -48,7 +49,7 @@ def test_a_base_on_disk(names: tuple[str, ...], place: Path) -> None:
 @pytest.mark.parametrize("names", [("",), ("layers.1.mlp.down_proj.oft_R.weight",)])
 def test_an_adapter(names: tuple[str, ...], place: Path) -> None:
     empty(place / "adapter" / "adapter_model.safetensors", *names)
-    text = rf"the adapter's tensor {EMPTY} .*Remedy: save it where it is whole: stage3_gather_16bit_weights_on_model_save{ON_DISK[:2]}"
+    text = rf"the adapter's tensor {EMPTY} .*Remedy: save the adapter with whole tensors: stage3_gather_16bit_weights_on_model_save{ON_DISK[:2]}"
     with pytest.raises(AdapterError, match=text):
         oftsurgery.fold(llama(), place / "adapter")
     with pytest.raises(AdapterError, match=text):

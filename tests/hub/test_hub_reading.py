@@ -143,7 +143,9 @@ def test_of_several_formats_only_what_transformers_reads_is_downloaded(place: Pa
 
 def test_two_checkpoints_are_refused_before_either_is_downloaded(place: Path, server: Hub) -> None:
     hold(server, BASE, files_of(place / "sharded") | files_of(place / "v1"))
-    with pytest.raises(CheckpointError, match=r"holds two checkpoints.*Remedy: remove the one.*hf download --exclude"):
+    with pytest.raises(
+        CheckpointError, match=r"holds two checkpoints.*Remedy: remove the checkpoint .*hf download --exclude"
+    ):
         find_checkpoint(BASE)
     assert not any(name.endswith(".safetensors") for name in downloaded(server))
 
@@ -153,10 +155,13 @@ def test_two_checkpoints_are_refused_before_either_is_downloaded(place: Path, se
     [
         (
             {"pytorch_model.bin": b"x"},
-            r"pytorch_model.bin is a pickle, which could run code .*Remedy: load it with transformers",
+            r"pytorch_model.bin is a pickle, which could run code .*Remedy: load the model with transformers",
         ),
-        ({"a.Q4_K_M.gguf": b"x"}, r"the weights are there as a.Q4_K_M.gguf alone.*Remedy: give the model from which"),
-        ({"onnx/model.onnx": b"x"}, "the weights are there as onnx/model.onnx alone"),
+        (
+            {"a.Q4_K_M.gguf": b"x"},
+            r"the folder holds the weights only as a.Q4_K_M.gguf.*Remedy: give the model from which",
+        ),
+        ({"onnx/model.onnx": b"x"}, "the folder holds the weights only as onnx/model.onnx"),
         (
             {"consolidated.safetensors": b"x"},
             "the folder has neither model.safetensors nor model.safetensors.index.json",
@@ -249,11 +254,11 @@ def test_a_revision_that_is_asked_for_comes_first(
     assert "revision release/1, commit " in capsys.readouterr().out
     assert cli.main(["verify", "cli", BASE, str(pinned), "--base-revision", "release/1"]) == 0
     assert cli.main(["fold", BASE, str(pinned), "wrong"]) == 2
-    assert "neither a folder nor a Hub repository that can be read (404" in capsys.readouterr().err
+    assert "the name is neither a folder nor a Hub repository that can be read (404" in capsys.readouterr().err
     assert cli.main(["fold", str(place / "v1"), str(plain), "wrong", "--base-revision", "v1"]) == 2
     assert "a local folder has no revisions" in capsys.readouterr().err
     assert cli.main(["fold", f"{BASE}@v2", str(plain), "wrong", "--base-revision", "v1"]) == 2
-    assert "two revisions of one repository" in capsys.readouterr().err
+    assert "two revisions of one repository were given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_adapters_that_were_trained_at_different_revisions(place: Path, revision
     one = revisions(revision="v1")
     second = quietly(oftsurgery.load_adapter(revisions(revision="release/1")).scaled, 0.5)
     with pytest.raises(
-        StateError, match=r"trained at different revisions of org/base: v1, release/1 .*Remedy: name the one"
+        StateError, match=r"trained at different revisions of org/base: v1, release/1 .*Remedy: name the revision"
     ):
         oftsurgery.fold_checkpoint(BASE, [one, second], "out")
 
@@ -286,7 +291,9 @@ def test_adapters_that_were_trained_at_different_revisions(place: Path, revision
 def test_revisions_that_an_adapters_config_may_not_name(revisions: Callable[..., Path], revision: Any) -> None:
     with (
         noted(),
-        pytest.raises((AdapterError, CheckpointError), match=r"is no revision of a repository|revision = '7'"),
+        pytest.raises(
+            (AdapterError, CheckpointError), match=r"no repository has a revision of the name|revision = '7'"
+        ),
     ):
         oftsurgery.fold_checkpoint(BASE, revisions(revision=revision), "out")
 
@@ -316,7 +323,9 @@ def test_an_adapter_in_a_subfolder_and_at_a_revision(
         assert found.source == (
             f"{ADAPTER}@top" if top else f"hf://{ADAPTER}{'@main' * given.endswith('@main')}/runs/sft"
         )
-    with pytest.warns(SourceWarning, match=r"me/adapter holds one adapter, in its subfolder runs/sft, which is read"):
+    with pytest.warns(
+        SourceWarning, match=r"me/adapter holds one adapter, in its subfolder runs/sft; this adapter is read"
+    ):
         assert oftsurgery.load_adapter(ADAPTER).source == f"hf://{ADAPTER}/runs/sft"
     record = oftsurgery.fold_checkpoint(place / "v1", f"{ADAPTER}/runs/sft", "out")
     assert record.adapters[0].source == f"hf://{ADAPTER}/runs/sft"
@@ -334,7 +343,7 @@ def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, serve
     hold(server, ADAPTER, files)
     text = (
         r"the folder holds 4 adapters, each in a subfolder: checkpoint-500, checkpoint-900, checkpoint-1000, checkpoint-1500 "
-        r".*Remedy: name one: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
+        r".*Remedy: name one of them: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
     )
     with pytest.raises(AdapterError, match=text):
         oftsurgery.load_adapter(ADAPTER)
@@ -349,8 +358,8 @@ def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, serve
 @pytest.mark.parametrize(
     ("files", "text"),
     [
-        ({"config.json": b"{}", "model.safetensors": b"x"}, r"no adapter_config.json, nor has a subfolder; it holds a model, model.safetensors .*base model"),
-        ({"x.Q8_0.gguf": b"x"}, "it holds a model, x.Q8_0.gguf"),
+        ({"config.json": b"{}", "model.safetensors": b"x"}, r"neither the folder nor a subfolder has adapter_config.json; .*\(model.safetensors"),
+        ({"x.Q8_0.gguf": b"x"}, r"the folder holds a model \(x.Q8_0.gguf"),
         ({"README.md": b"x"}, r"the folder has no adapter_config.json \[at me/adapter\] Remedy: give the folder that peft's"),
         ({"adapter_config.json": b"{}", "adapter_model.bin": b"x"}, r"adapter_model.bin is a pickle, which could run code .*save_pretrained\(…, safe_ser"),
         ({"adapter_config.json": b"{}"}, r"the folder has no adapter_model.safetensors \[at me/adapter\]"),
@@ -390,7 +399,7 @@ def test_a_push_beside_an_adapter_is_refused_with_a_remedy_that_works(place: Pat
     hold(server, ADAPTER, files_of(place / "adapter") | {".gitattributes": b""})
     text = (
         r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load that "
-        r"instead of what is pushed.*Remedy: name another repository or revision, or delete there: (.*) \(`hf repos delete-files`\)"
+        r"instead of what is pushed.*Remedy: name another repository or revision, or delete these files in the repository: (.*) \(`hf repos delete-files`\)"
     )
     with pytest.raises(StateError, match=text) as caught:
         oftsurgery.push_to_hub("out", ADAPTER)

@@ -210,7 +210,7 @@ def test_one_name_for_two_tensors_is_refused() -> None:
     config = MODELS["llava"][1] | {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     architecture = architecture_of(config, dict.fromkeys(names, shape))
     assert len(set(architecture.renamed.values())) == 1
-    with pytest.raises(oftsurgery.MatchError, match="two tensors by that name"):
+    with pytest.raises(oftsurgery.MatchError, match="two tensors of that name"):
         locate([names[1]], architecture)
 
 
@@ -250,7 +250,7 @@ def test_names_are_taken_as_they_are_where_the_class_is_not_known(tmp_path: Path
     assert torch.equal(found["body.layers.0.q_proj.weight"], exact.float().bfloat16())
     assert found["norm.weight"].dtype == torch.bfloat16
     assert not (tmp_path / "out" / "code.py").exists()
-    with pytest.raises(oftsurgery.StateError, match="known from the model's class alone"):
+    with pytest.raises(oftsurgery.StateError, match="the model's class decides which modules"):
         oftsurgery.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "other", format="nf4")
 
 

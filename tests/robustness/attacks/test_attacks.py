@@ -333,7 +333,7 @@ ATTACKS = [
         "an error of the system's own",
         lambda b: b.rename_shard("a" * 5000),
         C,
-        "no name of a file",
+        "cannot be a file's name",
     ),
     Attack(
         "link: shard",
@@ -391,7 +391,7 @@ ATTACKS = [
         "change one tensor and show the other",
         lambda b: b.tensors(lambda t: t.update({f"_orig_mod.{first(t)}": t[first(t)].clone()})),
         C,
-        "are one, without the names of wrappers",
+        "and this tensor have one name",
     ),
     # --- the index's JSON ---
     Attack(
@@ -413,7 +413,7 @@ ATTACKS = [
         "gigabytes of small objects",
         lambda b: (b.source / INDEX).write_text("[" + "[]," * 20_000_000 + "0]"),
         C,
-        "parts",
+        "lists and objects, more than the limit of",
     ),
     Attack(
         "index: files that are no strings",
@@ -524,7 +524,7 @@ ATTACKS = [
             b.index(lambda m: m.update(x=b.shard.name)),
         ),
         C,
-        "none that oftsurgery knows",
+        "oftsurgery does not know the tensor's dtype or shape",
     ),
     Attack(
         "shard: truncated",
@@ -544,7 +544,7 @@ ATTACKS = [
     Attack("checkpoint: pickles alone", "run code", pickled_checkpoint, C, "is a pickle"),
     # --- the config ---
     Attack("config: no object", "a type error", lambda b: (b.source / CONFIG).write_text('["llama"]'), C, "JSON list"),
-    Attack("config: 5 MB", "memory", lambda b: b.config(x="y" * (5 << 20)), C, "is not read"),
+    Attack("config: 5 MB", "memory", lambda b: b.config(x="y" * (5 << 20)), C, "more than the limit of"),
     Attack(
         "config: model_type is a list",
         "a type error",
@@ -594,7 +594,7 @@ ATTACKS = [
         "allocate terabytes",
         lambda b: b.state(shape=[10**6, 10**6]),
         e.FormatError,
-        "stored bytes are not",
+        "stored bytes do not fit",
     ),
     Attack(
         "state: shape of booleans and floats",
@@ -637,7 +637,7 @@ ATTACKS = [
         "decode by the wrong table",
         lambda b: b.state(quant_type="fp4"),
         e.FormatError,
-        "its name another type",
+        "but the tensor's name says",
     ),
     Attack(
         "state: dtype is code",
@@ -672,7 +672,7 @@ ATTACKS = [
         "take codes for values",
         lambda b: b.tensors(int8_without_scb),
         e.FormatError,
-        "without its SCB",
+        "lacks its SCB",
     ),
     # --- records and unfinished work ---
     Attack(
@@ -741,7 +741,12 @@ ATTACKS = [
         "adapter",
     ),
     Attack(
-        "adapter: config of 5 MB", "memory", lambda b: b.adapter_config(x="y" * (5 << 20)), A, "is not read", "adapter"
+        "adapter: config of 5 MB",
+        "memory",
+        lambda b: b.adapter_config(x="y" * (5 << 20)),
+        A,
+        "more than the limit of",
+        "adapter",
     ),
     Attack(
         "adapter: a pattern of modules that backtracks for ever",
@@ -764,7 +769,7 @@ ATTACKS = [
         "an error of the library's own",
         lambda b: b.adapter_config(target_modules=["q_proj", "down_proj"], exclude_modules="(" * 5000),
         A,
-        "a pattern of modules that is none",
+        "is no regular expression",
         "adapter",
     ),
     Attack(
@@ -796,7 +801,7 @@ ATTACKS = [
         "compute for ever",
         lambda b: b.adapter_config(num_cayley_neumann_terms=10**9),
         A,
-        "more than 1000",
+        "at most 1000",
         "adapter",
     ),
     Attack(
@@ -804,7 +809,7 @@ ATTACKS = [
         "a clamp that clamps nothing",
         lambda b: b.adapter_config(coft=True, eps=math.nan),
         A,
-        "no radius",
+        "a finite number from 0 on",
         "adapter",
     ),
     Attack(
@@ -812,7 +817,7 @@ ATTACKS = [
         "the same",
         lambda b: b.adapter_config(coft=True, eps=math.inf),
         A,
-        "no radius",
+        "a finite number from 0 on",
         "adapter",
     ),
     Attack(
@@ -820,7 +825,7 @@ ATTACKS = [
         "a type error",
         lambda b: b.adapter_config(oft_block_size=True),
         A,
-        "no int",
+        "must be of type int",
         "adapter",
     ),
     Attack(
