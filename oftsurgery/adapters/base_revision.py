@@ -38,8 +38,8 @@ def base_revision(
         return asked
     found = list(dict.fromkeys(at for repo, at in named if repo == base and isinstance(at, str) and at))
     if len(found) > 1:
-        named = ", ".join(map(printable, found))
-        message = f"the adapters were trained at different revisions of {printable(base)}: {named}"
+        several = ", ".join(map(printable, found))
+        message = f"the adapters were trained at different revisions of {printable(base)}: {several}"
         raise StateError(message, remedy="name the revision to read: revision=… (--base-revision)")
     if found in ([], ["main"]):
         return None
