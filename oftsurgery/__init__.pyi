@@ -51,6 +51,7 @@ from .errors import NonFiniteError as NonFiniteError
 from .errors import OFTSurgeryError as OFTSurgeryError
 from .errors import RoundingWarning as RoundingWarning
 from .errors import ShapeError as ShapeError
+from .errors import SourceWarning as SourceWarning
 from .errors import StateError as StateError
 from .errors import UndoError as UndoError
 from .errors import UnfoldWarning as UnfoldWarning

@@ -190,6 +190,16 @@ class MissingDependencyError(OFTSurgeryError, ImportError):
     """An optional dependency is not installed; the remedy names the extra that brings it."""
 
 
+#: what to do about a model in memory
+GATHER_MODEL = "gather the model within `deepspeed.zero.GatheredParameters(list(model.parameters()))`, or load a checkpoint that is whole"
+
+
+def not_gathered(kind: type[OFTSurgeryError], what: str, remedy: str, **where: Any) -> OFTSurgeryError:
+    """The error for a tensor without elements, which DeepSpeed's ZeRO-3 or FSDP holds in parts."""
+    message = f"{what} has no elements: training has spread it over processes (ZeRO-3, FSDP), and it was not gathered"
+    return kind(message, remedy=remedy, **where)
+
+
 @contextmanager
 def needs(package: str, remedy: str) -> Iterator[None]:
     """Turn a failed import in the body into a :class:`MissingDependencyError` that names ``package``."""
@@ -224,6 +234,12 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
+
+
+class SourceWarning(UserWarning):
+    """A function read something that its arguments left open: the revision of a base, the only adapter in a subfolder, the
+    target of a link, names without the segments of wrappers, or a part of an adapter.
+    """
 
 
 class IdleWarning(UserWarning):

@@ -30,7 +30,7 @@ from .errors import (
     printable,
     without_tokens,
 )
-from .files.reading import inside
+from .files.reading import ADAPTER_CONFIG, inside
 from .progress import Progress
 from .records import card
 from .records.card import CARD
@@ -398,13 +398,25 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
             raise StateError(message, remedy=remedy) from None
         earlier = {n for n in found.files if not n.startswith(".") and n != CARD} if found is not None else set()
     others = there - set(report.files)
-    foreign = {n for n in others - earlier if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}
-    if foreign and any(n.endswith(".safetensors") for n in report.files):
+    foreign = {n for n in others - earlier if _read_instead(n, report)}
+    if foreign:
+        named = ", ".join(map(printable, sorted(foreign)))
+        what = f"another checkpoint: {named}, which oftsurgery did not put there"
+        if ADAPTER_CONFIG in foreign:
+            what = f"an adapter: {named}; transformers would load that instead of what is pushed"
         raise StateError(
-            f"the repository {report.repo_id} holds another checkpoint: oftsurgery did not write its file {printable(min(foreign))}",
-            remedy="name another repository or revision, or delete that file in the repository",
+            f"the repository {report.repo_id} holds {what}",
+            remedy=f"name another repository or revision, or delete these files in the repository: {named} (`hf repos delete-files`)",
         )
     return others & earlier
+
+
+def _read_instead(name: str, report: PushReport) -> bool:
+    """Whether a file of the repository would be read instead of what is pushed, or beside it."""
+    if name == ADAPTER_CONFIG:
+        return True
+    weights = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    return weights and any(n.endswith(".safetensors") for n in report.files)
 
 
 def _card(folder: Path, there: Path | None, report: PushReport) -> str:

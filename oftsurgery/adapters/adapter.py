@@ -24,6 +24,7 @@ from oftsurgery.hashing import hash_tensors
 from .algebra import inverse, product, weighted_mean
 from .dialects import DIALECTS
 from .rotation import Rotation
+from .targets import TARGETS
 from .to_peft import CARRIED, config_and_tensors
 
 if TYPE_CHECKING:
@@ -241,11 +242,11 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
             modules[path], residuals[path] = make(path)
     _warn_converted(residuals)
     config: dict[str, Any] = {"peft_type": "OFT"}
-    for name in CARRIED:
+    for name in (*CARRIED, *TARGETS):
         values = [a.config[name] for a in origins if a.config.get(name) is not None]
         if values and all(v == values[0] for v in values):
             config[name] = values[0]
-    saved = [name for a in origins for name in a.config.get("modules_to_save") or ()]
+    saved = [name for a in origins if a.saved for name in a.config.get("modules_to_save") or ()]
     config["modules_to_save"] = list(dict.fromkeys(saved)) or None
     config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
     sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}

@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
-
-from .reading import CONFIG_FILE, TENSORS_FILE
 
 
 def write_adapter(
@@ -31,8 +30,8 @@ def write_adapter(
     needed = sum(t.nbytes for t in tensors.values()) + (1 << 16)
     with Staging(destination, key, needed=needed, resume=False, force=force, resumable=False) as staging:
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-        with staging.writing(TENSORS_FILE) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
+        with staging.writing(ADAPTER_TENSORS) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
-        staging.put_json(CONFIG_FILE, config)
+        staging.put_json(ADAPTER_CONFIG, config)
         staging.publish()

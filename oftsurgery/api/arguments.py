@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -11,20 +12,27 @@ from typing import Any, Literal
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
-from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.adapters.reading import read_adapter
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.links import links_followed
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
+from oftsurgery.records.record import FoldRecord
 
 AdapterLike = OFTAdapter | str | PathLike[str]
 RoundingMode = Rounding | Literal["calibrated"]
 
 
 def load_adapter(
-    path_or_repo: str | PathLike[str], *, dialect: Dialect | None = None, revision: str | None = None
+    path_or_repo: str | PathLike[str],
+    *,
+    dialect: Dialect | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    follow_links: bool = False,
 ) -> OFTAdapter:
     """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
 
@@ -35,22 +43,28 @@ def load_adapter(
     16
 
     Args:
-        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
+        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
+            ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
+            an adapter that is not called "default", and trainers save their checkpoints.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: of the Hub repository.
+        subfolder: of the folder or repository.
+        follow_links: read files that are links, wherever these lead.
 
     Returns:
         the :class:`~oftsurgery.OFTAdapter`.
 
     Raises:
-        AdapterError: files are missing, damaged, pickles, or no adapter's.
+        AdapterError: files are missing, damaged, pickles, or no adapter's; or several subfolders hold adapters.
         DialectError: the adapter is of another kind, its dialect is unknown, or its files do not tell the dialect.
         ShapeError, NonFiniteError: a tensor has a shape or values that no adapter has.
+
+    Warns:
+        SourceWarning: the adapter is in a subfolder that the caller did not name, or its files are links.
     """
-    folder = find_adapter(path_or_repo, revision=revision)
-    config, tensors, sha256 = read_adapter(folder)
-    return parse_adapter(config, tensors, dialect=dialect, source=str(path_or_repo), sha256=sha256)
+    with links_followed(follow_links):
+        return read_adapter(path_or_repo, dialect=dialect, revision=revision, subfolder=subfolder)
 
 
 def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
@@ -127,8 +141,20 @@ def check_is_model(model: object) -> None:
         raise StateError(message, remedy="load the model first; the functions …_checkpoint take folders")
 
 
-def opened_checkpoint(source: str | PathLike[str]) -> Checkpoint:
-    return open_checkpoint(find_checkpoint(source))
+def opened_checkpoint(
+    source: str | PathLike[str], revision: str | None = None, adapters: Iterable[OFTAdapter] = ()
+) -> Checkpoint:
+    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the one that ``adapters`` were trained at."""
+    at = base_revision(source, revision, trained_at(adapters))
+    return replace(
+        open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
+    )
+
+
+def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpoint:
+    """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
+    named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
+    return opened_checkpoint(base, base_revision(base, None, named, "the fold's record"))
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:

@@ -17,7 +17,8 @@ from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
@@ -25,7 +26,7 @@ from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.modules import modules_of
@@ -35,6 +36,7 @@ from .arguments import (
     RoundingMode,
     check_one_way_back,
     loaded_adapters,
+    opened_base,
     opened_checkpoint,
     parse_size,
     rounding_mode,
@@ -57,6 +59,8 @@ class FoldSettings:
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
+    revision: str | None = None
+    partial: bool = False
 
     def quantization(self) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None.
@@ -80,9 +84,10 @@ def plan_fold(
 ) -> CheckpointPlan:
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     mode: RoundingMode = settings.rounding or "preserve"
+    adapters = loaded_adapters(adapter)
     plan = plan_checkpoint(
-        opened_checkpoint(source),
-        loaded_adapters(adapter),
+        opened_checkpoint(source, settings.revision, adapters),
+        adapters,
         format=settings.format,
         quantization=settings.quantization(),
         fold_into=settings.fold_into,
@@ -90,6 +95,7 @@ def plan_fold(
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
         tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
+        partial=settings.partial,
     )
     return replace(plan, rounding=mode)
 
@@ -111,6 +117,9 @@ def fold_checkpoint(
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
+    revision: str | None = None,
+    partial: bool = False,
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -146,6 +155,12 @@ def fold_checkpoint(
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
         tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
             ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
+        revision: the branch, tag or commit of a source on the Hub, which ``owner/name@revision`` names too. None: the
+            revision that the adapter's config names for this base, else the main branch.
+        partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
+            record names them.
+        follow_links: read files that are links, wherever the links lead. Otherwise the rules of
+            :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
         resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
@@ -175,26 +190,29 @@ def fold_checkpoint(
         undo=undo,
         max_shard_size=max_shard_size,
         tokenizer=tokenizer,
+        revision=revision,
+        partial=partial,
     )
-    plan = plan_fold(source, adapter, settings)
-    batches = None
-    if mode == "calibrated":
-        batches = _calibration_batches(calibration, plan)
-        plan = replace(plan, calibration=batches_fingerprint(batches))
-    with shown(progress, "fold") as step:
-        beside = _ProgressWithCalibration(step or (lambda *_: None))
-        inputs_of = None
-        if batches is not None:
-            inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
-        record = run_plan(
-            plan,
-            Path(destination),
-            device=device,
-            resume=resume,
-            force=force,
-            progress=beside.bytes,
-            inputs_of=inputs_of,
-        )
+    with links_followed(follow_links):
+        plan = plan_fold(source, adapter, settings)
+        batches = None
+        if mode == "calibrated":
+            batches = _calibration_batches(calibration, plan)
+            plan = replace(plan, calibration=batches_fingerprint(batches))
+        with shown(progress, "fold") as step:
+            beside = _ProgressWithCalibration(step or (lambda *_: None))
+            inputs_of = None
+            if batches is not None:
+                inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
+            record = run_plan(
+                plan,
+                Path(destination),
+                device=device,
+                resume=resume,
+                force=force,
+                progress=beside.bytes,
+                inputs_of=inputs_of,
+            )
     assert record is not None  # noqa: S101 - a fold has one
     return record
 
@@ -231,6 +249,7 @@ def unfold_checkpoint(
     undo: str | PathLike[str] | None = None,
     rounding: Rounding = "preserve",
     max_shard_size: int | str = "5GB",
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -246,13 +265,13 @@ def unfold_checkpoint(
         folded: a folder that :func:`fold_checkpoint` wrote.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
-            ``oftsurgery.json``.
+            ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
         adapter: the adapter that was folded. Its true inverse rotates the weights back, quantised weights are rounded once
             more, and an :class:`~oftsurgery.UnfoldWarning` states the error.
         undo: the file that ``fold_checkpoint(…, undo=…)`` or :func:`fold` of the same model wrote: the bytes are restored
             exactly, and checked against the hashes in the file.
         rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
-        max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
+        max_shard_size, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
         the record of the folds that remain, or None.
@@ -269,17 +288,18 @@ def unfold_checkpoint(
         "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
     )
     check_one_way_back((adapter, base, undo), ways)
-    source = opened_checkpoint(folded)
-    size = parse_size(max_shard_size)
-    if base is not None:
-        plan = plan_restore(source, opened_checkpoint(base), max_shard_bytes=size)
-    elif undo is not None:
-        plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
-    else:
-        assert adapter is not None  # noqa: S101 - checked above
-        plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
-    with shown(progress, "unfold") as step:
-        return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+    with links_followed(follow_links):
+        source = opened_checkpoint(folded)
+        size = parse_size(max_shard_size)
+        if base is not None:
+            plan = plan_restore(source, opened_base(base, record_in(source.folder)), max_shard_bytes=size)
+        elif undo is not None:
+            plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        else:
+            assert adapter is not None  # noqa: S101 - checked above
+            plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
+        with shown(progress, "unfold") as step:
+            return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract_checkpoint(
@@ -287,6 +307,7 @@ def extract_checkpoint(
     merged: str | PathLike[str],
     block_size: int | None = None,
     *,
+    follow_links: bool = False,
     progress: bool | Progress = False,
 ) -> ExtractedAdapter:
     """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
@@ -299,6 +320,7 @@ def extract_checkpoint(
     Args:
         base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
         block_size: as for :func:`extract`.
+        follow_links: as for :func:`fold_checkpoint`.
         progress: show a bar, or a function of (weights done, weights in all, module path).
 
     Returns:
@@ -310,7 +332,8 @@ def extract_checkpoint(
     Warns:
         ExtractionWarning: as :func:`extract`.
     """
-    here, there = opened_checkpoint(base), opened_checkpoint(merged)
+    with links_followed(follow_links):
+        here, there = opened_checkpoint(base), opened_checkpoint(merged)
     with shown(progress, "extract", "layer") as step:
         return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
@@ -321,6 +344,7 @@ def verify_checkpoint(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     tolerance: float | None = None,
+    follow_links: bool = False,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk, by other code than the fold's.
 
@@ -336,10 +360,12 @@ def verify_checkpoint(
 
     Args:
         folded: a folder or Hub id, in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone.
+        base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
+            that the adapter's config names for it.
         adapter: the adapter that was folded; several in the live order.
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
+        follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
         a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
@@ -356,17 +382,19 @@ def verify_checkpoint(
         raise StateError(
             message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
         )
-    folder = find_checkpoint(folded, whole=True)
-    if base is None or adapter is None:
-        return check_files(folder)
-    opened = open_checkpoint(folder)
-    return check_checkpoint(
-        opened,
-        opened_checkpoint(base),
-        loaded_adapters(adapter),
-        tolerance=tolerance,
-        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-    )
+    with links_followed(follow_links):
+        folder = find_checkpoint(folded, whole=True)
+        if base is None or adapter is None:
+            return check_files(folder)
+        opened = open_checkpoint(folder)
+        adapters = loaded_adapters(adapter)
+        return check_checkpoint(
+            opened,
+            opened_checkpoint(base, adapters=adapters),
+            adapters,
+            tolerance=tolerance,
+            idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
+        )
 
 
 def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
@@ -375,4 +403,5 @@ def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     Raises:
         CheckpointError: the folder does not exist, or its record cannot be read.
     """
-    return record_in(find_checkpoint(folder))
+    place = checkpoint_place(folder)
+    return record_in(place.fetch([RECORD]))

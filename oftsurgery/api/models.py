@@ -25,7 +25,7 @@ from oftsurgery.live.wrapped_model import live_layers, original_hashes, read_liv
 from oftsurgery.live.wrapping import strip, unwrap, wrap_model
 from oftsurgery.progress import shown
 from oftsurgery.stores.folder import FolderStore
-from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.live_model import LiveStore, record_of
 from oftsurgery.stores.modules import inner_model
 from oftsurgery.weights.calibrate import InputsOf
 
@@ -35,7 +35,7 @@ from .arguments import (
     check_one_way_back,
     load_adapter,
     loaded_adapters,
-    opened_checkpoint,
+    opened_base,
     rounding_mode,
 )
 
@@ -49,6 +49,7 @@ def fold(
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
+    partial: bool = False,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -87,6 +88,8 @@ def fold(
             padding), 100 to 500 texts in all. The batches are read once and held in memory.
         undo: a file to write, from which :func:`unfold` restores every byte that the fold changes; its size is some tenths
             of a bit a weight. The file appears when the fold is done; an existing file is refused.
+        partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
+            spread over several ranks). These modules stay as they are, and the record names them.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every unchanged tensor with ``model``.
         progress: show a bar.
@@ -95,7 +98,7 @@ def fold(
         the folded model; its ``oftsurgery`` attribute is the :class:`~oftsurgery.FoldRecord`.
 
     Raises:
-        AdapterError, DialectError: the adapter cannot be used.
+        AdapterError, DialectError: the adapter cannot be used, or lacks modules which its own config targets.
         MatchError: an adapter's module or tensor matches nothing in the model, or two of them match one.
         ShapeError: a rotation does not fit its weight.
         StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet …
@@ -110,7 +113,7 @@ def fold(
     check_is_model(model)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
-        _prepared_fold(model, adapter, inplace=inplace) as fold_prepared,
+        _prepared_fold(model, adapter, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
@@ -119,13 +122,15 @@ def fold(
 
 
 @contextmanager
-def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Callable[..., nn.Module]]:
+def _prepared_fold(
+    model: nn.Module, adapter: Any, *, inplace: bool, incomplete: bool
+) -> Iterator[Callable[..., nn.Module]]:
     """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
     folded in their present state.
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
-        yield partial(fold_model, model, adapters, names=names, inplace=inplace)
+        yield partial(fold_model, model, adapters, names=names, partial_adapters=incomplete, inplace=inplace)
         return
     if adapter is not None:
         raise StateError(
@@ -212,7 +217,7 @@ def unfold(
         record = open_undo(Path(undo).expanduser())
         return undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
-        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_checkpoint(base))
+        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_base(base, record_of(folded)))
         return restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _names_or_adapters(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
@@ -221,7 +226,9 @@ def unfold(
         )
 
 
-def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inplace: bool = False) -> M:
+def wrap(
+    model: M, adapter: AdapterLike, *, adapter_name: str = "default", partial: bool = False, inplace: bool = False
+) -> M:
     """Put an adapter on a model unmerged: live layers that rotate their input, train, and merge or unmerge one by one.
 
     >>> wrapped = oftsurgery.wrap(model, "ADAPTER")
@@ -234,6 +241,7 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
         model: as for :func:`fold`, or a wrapped model, which gets a further adapter by another name.
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`.
         adapter_name: the name under which the adapter is active.
+        partial: as for :func:`fold`.
         inplace: wrap ``model`` itself; otherwise the result is a new model that shares the tensors of ``model``.
 
     Returns:
@@ -243,7 +251,7 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
         OFTSurgeryError: as :func:`fold`; after any error the model is as it was.
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
-    return wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
+    return wrap_model(model, loaded, adapter_name=adapter_name, incomplete=partial, inplace=inplace)  # type: ignore[return-value]
 
 
 def extract(

@@ -51,6 +51,10 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         message = f"transformers does not know the model's class ({name}), and a calibration must run the model"
         remedy = "fold without data (--rounding preserve), or load the model with its own code and fold it in memory"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
+    if plan.source.wrapped:
+        message = "transformers does not load the names of wrappers that the checkpoint's tensors have, and a calibration must run the model"
+        remedy = "fold without a calibration, or save the base again under its plain names first"
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
     config = transformers.AutoConfig.for_model(**readable_config(plan.store.config))
     stored = plan.source.config.get("quantization_config")
     settings: dict[str, Any] = {"dtype": "auto"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 from oftsurgery.live.wrapping import wrap_model
@@ -50,7 +51,9 @@ class Calibration:
         progress: Progress | None = None,
         pass_bytes: int = PASS_BYTES,
     ) -> None:
-        named = {f"calibration_{i}": adapter for i, adapter in enumerate(adapters)}
+        # what they lack was told of when the fold was planned
+        planned = [replace(adapter, config=without_targets(adapter.config)) for adapter in adapters]
+        named = {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}
         self._live = inner_model(wrap_model(model, named))
         self._modules = modules_of(self._live)
         self._batches = batches

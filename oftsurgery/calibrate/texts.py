@@ -33,8 +33,10 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
+    # str.splitlines ends lines at U+0085, U+2028 and U+2029 too, which JSON has inside strings, and texts inside sentences
     try:
-        yield from path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            yield from (line.rstrip("\n") for line in file)
     except UnicodeDecodeError as error:
         message = f"the file is not UTF-8 text ({error})"
         raise CalibrationError(message, path=path, remedy="save the file as UTF-8") from error

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import get_args
 
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
-from oftsurgery.files.checkpoint import layout_of
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.files.checkpoint import CONFIG, LAYOUTS
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 from .doctor_adapter import examine_adapter
 from .doctor_checkpoint import examine_checkpoint
@@ -56,15 +57,26 @@ def doctor(
         AdapterError: ``adapter`` cannot be used (``doctor(adapter)`` examines it).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
-        config, tensors, sha256 = read_adapter(find_adapter(adapter))
-        adapter = parse_adapter(config, tensors, source=str(adapter), sha256=sha256)
+        adapter = read_adapter(adapter)
     if isinstance(path_or_model, nn.Module):
         found = examine_model(path_or_model, base, adapter)
+    elif (folder := _folder_of_adapter(path_or_model)) is not None:
+        found = examine_adapter(folder, base)
     else:
-        folder = find_checkpoint(path_or_model)
-        is_adapter = any((folder / name).exists() for name in (CONFIG_FILE, TENSORS_FILE)) and layout_of(folder) is None
-        found = examine_adapter(folder, base) if is_adapter else examine_checkpoint(folder, base, adapter)
+        found = examine_checkpoint(find_checkpoint(path_or_model), base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
+
+
+def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
+    """The folder of the adapter at ``path``; None where ``path`` holds a checkpoint, or neither."""
+    place = checkpoint_place(path)
+    names = place.names()
+    if any(name in names for layout in LAYOUTS for name in layout.names):
+        return None
+    if ADAPTER_CONFIG in names or ADAPTER_TENSORS in names:
+        return place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
+    below = any(name.endswith(f"/{ADAPTER_CONFIG}") for name in names)
+    return find_adapter(path)[1] if below and CONFIG not in names else None
 
 
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:

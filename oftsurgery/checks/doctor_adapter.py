@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import read_adapter
+from oftsurgery.adapters.reading import read_files
 from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.files.finding import find_checkpoint
 
 from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite
@@ -20,7 +23,7 @@ from .findings import FOLD, Finding, Model, Numbers, noting
 def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
     found: list[Finding] = []
     with noting(found, folder.name):
-        config, tensors, sha256 = read_adapter(folder)
+        config, tensors, sha256 = read_files(folder)
         for name, tensor in tensors.items():
             found += non_finite(name, tensor)
         if found:
@@ -29,6 +32,8 @@ def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
             adapter = parse_adapter(config, tensors, source=str(folder), sha256=sha256)
             found += other_releases(adapter, folder.name)
             if base is not None:
+                if not isinstance(base, nn.Module):
+                    base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
                 found += obstacles(adapter, open_store(base))
     return found
 

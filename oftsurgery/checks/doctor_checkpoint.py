@@ -20,7 +20,7 @@ from oftsurgery.stores.folder import FolderStore
 
 from .doctor_folds import examine_folds
 from .doctor_weights import examine_weights
-from .findings import Finding, Model, Numbers, noting, of_error
+from .findings import FOLD, Finding, Model, Numbers, noting, of_error
 
 
 def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
@@ -32,6 +32,12 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
         found += _stray_shards(checkpoint)
     with noting(found):
         carried_from(folder)  # refuses links and indexes that leave the folder
+    if checkpoint.wrapped:
+        message = "the tensors' names have names of wrappers in them: transformers finds no tensor, and fills the model with random numbers"
+        remedy = f"fold an adapter, which writes the plain names: {FOLD}; or save the model without its wrapper"
+        found.append(
+            Finding("error", "wrapped-names", message, folder.name, {"tensors": len(checkpoint.entries)}, remedy)
+        )
     found += _unread_rope_settings(checkpoint.config)
     found += _stale_config(checkpoint)
     found += examine_weights(checkpoint)

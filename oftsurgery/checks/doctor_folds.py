@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.errors import MatchError
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
@@ -40,9 +42,12 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        base = base if isinstance(base, nn.Module) else find_checkpoint(base)  # its errors are raised, not noted
+        if not isinstance(base, nn.Module):  # its errors are raised, not noted
+            base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
         with noting(found):
-            found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
+            there = open_store(base)
+            found += [*large_kernels(adapter, store), *_against_base(adapter, there, store, record)]
+            found += _lacking(adapter, there, record)
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += obstacles(adapter, store)
     return found
@@ -257,6 +262,21 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
         far["base_transposed"] = relative_error(weight.t(), start)
         far["fold_transposed"] = relative_error(weight.t(), right)
     return far
+
+
+def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Iterator[Finding]:
+    """A finding where the adapter lacks modules that its config targets: a note, if the fold's ``record`` says so."""
+    found = base.locate(f"{path}.weight" for path in adapter.modules)
+    mine = {
+        path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules if f"{path}.weight" in found
+    }
+    lost = missing_modules(adapter, mine, base.adaptable) if len(mine) == len(adapter.modules) else ()
+    if lost:
+        message = "the adapter lacks modules that its own config targets: the file is one rank's or stage's part of an adapter"
+        severity: Severity = "note" if record is not None and set(lost) <= set(record.missing) else "error"
+        numbers: Numbers = {"missing": len(lost), "there": len(mine)}
+        remedy = "gather the whole adapter from all ranks, and fold the base again"
+        yield Finding(severity, "partial-adapter", message, lost[0], numbers, remedy, lost[1:])
 
 
 def open_store(base: Model) -> Store:

@@ -182,6 +182,12 @@ class LoadedCheckpoint:
             a key of :attr:`sources`; the name of a stored tensor that the model converts, which the caller then passes
             as ``apart``; or None.
         """
+        found = self._place(name)
+        if found is None and ".module." in f".{name}":  # which DDP puts before what it wraps
+            found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
+        return found
+
+    def _place(self, name: str) -> str | None:
         if self.model is None or self.sources.get(name) is not None:
             return name if name in self.sources else None
         target, pattern = self._rename(name)

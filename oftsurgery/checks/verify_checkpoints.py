@@ -85,6 +85,11 @@ def check_checkpoint(
         StateError: the adapters have no rotation.
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
+    if folded.wrapped:
+        message = "the folded checkpoint's tensors have names of wrappers in them, of which transformers finds none"
+        raise CheckpointError(
+            message, path=folded.folder, remedy="save the model without its wrapper (torch.compile, FSDP, DDP)"
+        )
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_in(folded.folder)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import reduce
+from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable
 
-from .arguments import AddCommand, Parser, Run, add_command, add_output_flags
+from .arguments import READING_FLAGS, AddCommand, Parser, Run, add_command, add_output_flags
 from .printing import Row, print_table, wants_words
 
 
@@ -25,6 +26,7 @@ def add_commands(command: AddCommand) -> None:
         metavar="B",
         help="block size of the rotations (default: detected); with a size, extract gives the best rotations for any difference",
     )
+    extract.add_shared("--follow-links")
     extract.add_shared("--force", help="replace the output folder")
 
     _add_adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
@@ -36,6 +38,7 @@ def _add_adapter_commands(adapter: Parser) -> None:
     def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> Parser:
         parser = add_command(verbs, name, text, example, run)
         parser.add_shared("adapter", nargs=nargs, help="folder or Hub id of the adapter")
+        parser.add_shared(*READING_FLAGS)
         return parser
 
     def output(parser: Parser) -> None:
@@ -85,7 +88,7 @@ def _extract(args: argparse.Namespace) -> None:
 def _adapter_show(args: argparse.Namespace) -> None:
     from oftsurgery.adapters.adapter import describe
 
-    facts = describe(oftsurgery.load_adapter(args.adapter))
+    facts = describe(_loaded(args)[0])
     if wants_words(args, facts):
         rows = []
         for path, m in facts["modules"].items():
@@ -98,22 +101,27 @@ def _adapter_show(args: argparse.Namespace) -> None:
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
+    _write_adapter(args, _loaded(args, dialect=args.dialect)[0])
 
 
 def _adapter_scale(args: argparse.Namespace) -> None:
-    _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
+    _write_adapter(args, _loaded(args)[0].scaled(args.alpha))
 
 
 def _adapter_compose(args: argparse.Namespace) -> None:
-    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
+    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, _loaded(args)))
 
 
 def _adapter_blend(args: argparse.Namespace) -> None:
     if len(args.weights) != len(args.adapter):
         message = f"{len(args.adapter)} adapters and {len(args.weights)} weights were given"
         raise StateError(message, remedy="give one weight for each adapter: --weights 0.5 0.5")
-    _write_adapter(args, oftsurgery.blend(zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)))
+    _write_adapter(args, oftsurgery.blend(zip(_loaded(args), args.weights, strict=True)))
+
+
+def _loaded(args: argparse.Namespace, **named: Any) -> list[oftsurgery.OFTAdapter]:
+    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    return [oftsurgery.load_adapter(place, subfolder=args.adapter_subfolder, **named) for place in given]
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:

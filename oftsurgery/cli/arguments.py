@@ -36,12 +36,27 @@ ROUNDED = (
 )
 #: arguments of several commands
 _SHARED: Mapping[str, dict[str, Any]] = {
-    "base": {"metavar": "BASE", "help": "folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised"},
+    "base": {
+        "metavar": "BASE",
+        "help": "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised",
+    },
     "adapter": {
         "metavar": "ADAPTER",
         "nargs": "+",
-        "help": "folder or Hub id of the adapter; several adapters in the live order",
+        "help": "folder or Hub id (owner/name, owner/name/subfolder, owner/name@revision) of the adapter; several adapters in the live order",
     },
+    "--base-revision": {
+        "metavar": "REVISION",
+        "help": "branch, tag or commit of a base on the Hub (default: the revision that the adapter's config names for it, else main)",
+    },
+    "--adapter-subfolder": {
+        "metavar": "NAME",
+        "help": "subfolder of ADAPTER that holds the adapter (default: the folder itself, or its only adapter)",
+    },
+    "--partial": switch(
+        "fold an adapter that lacks modules which its own config targets; the record names the modules"
+    ),
+    "--follow-links": switch("read files that are links, wherever the links lead"),
     "output": {"metavar": "OUTPUT", "help": "folder to write, which must not exist"},
     "--format": {"choices": FORMATS, "default": "same", "help": "format to write (default: %(default)s)"},
     "--quantize": {
@@ -97,7 +112,17 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--yes": switch("do not ask for consent to a derived name"),
 }
 _QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
-FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size", "--tokenizer")
+READING_FLAGS = ("--adapter-subfolder", "--follow-links")
+FOLDING_FLAGS = (
+    *_QUANTISING,
+    "--rounding",
+    "--calibration",
+    "--max-shard-size",
+    "--tokenizer",
+    "--base-revision",
+    "--partial",
+    *READING_FLAGS,
+)
 RUNNING_FLAGS = ("--device", "--resume", "--force")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 
@@ -125,6 +150,23 @@ def add_output_flags(parser: Parser) -> None:
     volume.add_argument("-q", "--quiet", **switch("print errors only"))
     volume.add_argument("-v", "--verbose", **switch("name every weight"))
     parser.add_argument("--json", **switch("print the result as JSON on the standard output"))
+
+
+def base_of(args: argparse.Namespace) -> str:
+    """The base that a command was given, at ``--base-revision``."""
+    from oftsurgery.files.finding import checkpoint_place
+
+    return str(checkpoint_place(args.base, getattr(args, "base_revision", None)))
+
+
+def adapters_of(args: argparse.Namespace) -> list[Any]:
+    """The adapters that a command was given, in ``--adapter-subfolder``."""
+    import oftsurgery
+
+    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    if args.adapter_subfolder is None:
+        return given
+    return [oftsurgery.load_adapter(adapter, subfolder=args.adapter_subfolder) for adapter in given]
 
 
 def keywords(args: argparse.Namespace, *names: str) -> dict[str, Any]:

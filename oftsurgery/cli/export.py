@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable
-from oftsurgery.progress import shown, without_bars
+from oftsurgery.progress import shown
 
-from .arguments import FOLDING_FLAGS, PUSHING_FLAGS, RUNNING_FLAGS, AddCommand, ExitCode, Parser, keywords, switch
+from .arguments import (
+    FOLDING_FLAGS,
+    PUSHING_FLAGS,
+    RUNNING_FLAGS,
+    AddCommand,
+    ExitCode,
+    Parser,
+    base_of,
+    keywords,
+    switch,
+)
 from .fold import fold_into, print_written, show_plan
-from .printing import print_facts, print_table, progress_for, size_text, wants_words
+from .printing import hub_bars, print_facts, print_table, progress_for, size_text, wants_words
 from .verify import verify_output
 
 ONNX_FORMATS = ("onnx", "onnx-quantized")
@@ -118,7 +127,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
         _print_onnx(args, report)
 
     if not args.adapter:
-        export(args.base)
+        export(base_of(args))
         return ExitCode.OK
     for what, given in (("base", [args.base]), ("adapter", args.adapter)):
         check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
@@ -182,7 +191,7 @@ def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Ma
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 print("nothing was pushed", file=sys.stderr)
                 return ExitCode.REFUSED
-        with shown(progress_for(args), "push") as step, _hub_bars(args):
+        with shown(progress_for(args), "push") as step, hub_bars(args, unwanted=not sys.stderr.isatty()):
             report = send(report, **keywords(args, "commit_message", "token"), progress=step)
     said = report if beside is None else {**beside, "push": report.to_dict()}
     if wants_words(args, said) and not args.dry_run:
@@ -202,11 +211,3 @@ def _print_push(report: oftsurgery.PushReport) -> None:
         ("in all", f"{len(report.files)} files, {size_text(report.nbytes)}"),
         ("not sent, since not part of the export", ", ".join(report.left_out)),
     )
-
-
-def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Show the client's own bars on a terminal only; nothing else shows the progress of one large file."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    unwanted = args.quiet or args.json or not sys.stderr.isatty()
-    return without_bars(unwanted and not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)

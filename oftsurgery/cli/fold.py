@@ -10,7 +10,16 @@ from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 
-from .arguments import FOLDING_FLAGS, ROUNDED, ROUNDINGS, RUNNING_FLAGS, AddCommand, keywords
+from .arguments import (
+    FOLDING_FLAGS,
+    ROUNDED,
+    ROUNDINGS,
+    RUNNING_FLAGS,
+    AddCommand,
+    adapters_of,
+    base_of,
+    keywords,
+)
 from .printing import print_facts, print_table, progress_for, size_text, wants_words
 
 
@@ -37,13 +46,13 @@ def add_commands(command: AddCommand) -> None:
         help="adapter that was folded; the unfold rotates back and states the error; several adapters in the live order",
     )
     unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{ROUNDED} (default: %(default)s)")
-    unfold.add_shared("--max-shard-size", *RUNNING_FLAGS)
+    unfold.add_shared("--max-shard-size", "--follow-links", *RUNNING_FLAGS)
 
 
 def show_plan(args: argparse.Namespace) -> None:
     from oftsurgery.api.checkpoints import FoldSettings, plan_fold
 
-    facts = plan_fold(args.base, args.adapter, FoldSettings(**_fold_settings(args))).to_dict()
+    facts = plan_fold(base_of(args), adapters_of(args), FoldSettings(**_fold_settings(args))).to_dict()
     if wants_words(args, facts):
         rows = [
             (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
@@ -57,6 +66,7 @@ def show_plan(args: argparse.Namespace) -> None:
             ("tensors copied", str(facts["copies"])),
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
             ("added by the adapter", ", ".join(facts["adds"])),
+            ("missing in the adapter", ", ".join(facts["missing"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
             *_beside(facts),
             ("shards", str(len(facts["shards"]))),
@@ -76,7 +86,7 @@ def _fold(args: argparse.Namespace) -> None:
 def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> oftsurgery.FoldRecord:
     settings = _fold_settings(args) | keywords(args, "calibration", "device", "resume")
     return oftsurgery.fold_checkpoint(
-        args.base, args.adapter, output, **settings, force=force, progress=progress_for(args)
+        base_of(args), adapters_of(args), output, **settings, force=force, progress=progress_for(args)
     )
 
 
@@ -88,7 +98,8 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
         format_ = args.quantize or "same"
     elif format_ == "onnx":  # the rotated weights stay plain
         format_ = "fp32" if args.dtype == "float32" else "fp16"
-    settings = {field.name: getattr(args, field.name, None) for field in fields(FoldSettings)}
+    names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # which is in `base_of`
+    settings = {name: getattr(args, name, None) for name in names}
     return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}
 
 

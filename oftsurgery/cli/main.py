@@ -20,11 +20,14 @@ from oftsurgery.errors import (
     ExtractionWarning,
     OFTSurgeryError,
     RoundingWarning,
+    SourceWarning,
     UnfoldWarning,
 )
+from oftsurgery.files.links import links_followed
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
+from .printing import hub_bars
 
 
 def command_parser() -> Parser:
@@ -65,6 +68,10 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return _run(parser.parse_args(argv))
 
 
+# warnings of which every one is said
+_ALWAYS = (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, SourceWarning, UnfoldWarning)
+
+
 def _run(args: argparse.Namespace) -> int:
     # bitsandbytes logs at its import on a CPU that one of its optional packages is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -72,9 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_print_warning, args)
-            for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
+            for category in _ALWAYS:
                 warnings.simplefilter("always", category)
-            return run(args) or ExitCode.OK
+            with links_followed(getattr(args, "follow_links", False)), hub_bars(args):
+                return run(args) or ExitCode.OK
     except KeyboardInterrupt:
         pushed = "the uploaded files are kept, and the repository does not show them yet; push again to continue"
         folded = "the finished work is kept; continue with --resume"

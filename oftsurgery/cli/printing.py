@@ -7,10 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from oftsurgery.errors import printable
-from oftsurgery.progress import Progress
+from oftsurgery.progress import Progress, without_bars
 
 
 def wants_words(args: argparse.Namespace, result: Any) -> bool:
@@ -76,3 +77,14 @@ def progress_for(args: argparse.Namespace) -> bool | Progress:
     if args.quiet or args.json:
         return False
     return line if args.verbose or not sys.stderr.isatty() else True
+
+
+def hub_bars(args: argparse.Namespace, *, unwanted: bool = False) -> AbstractContextManager[None]:
+    """The Hub's client shows its own bars, which tell how far a large file is, unless they are ``unwanted`` or nothing is
+    to be said.
+    """
+    if not (unwanted or args.quiet or args.json):
+        return nullcontext()
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    return without_bars(not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)

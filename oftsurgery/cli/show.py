@@ -79,6 +79,7 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
         ("rounding", fold.rounding),
         ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
+        ("missing in the adapter", ", ".join(fold.missing)),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph_text(fold)),
         ("fields of a newer version, which this version cannot read", ", ".join(n for n in fold.extra if n != "onnx")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import printable
 
-from .arguments import AddCommand, ExitCode
+from .arguments import READING_FLAGS, AddCommand, ExitCode, adapters_of, base_of
 from .printing import Row, print_table, wants_words
 
 
@@ -27,15 +27,19 @@ def add_commands(command: AddCommand) -> None:
         help="largest relative error that passes (default: the error of storing the exact weight)",
     )
 
+    verify.add_shared("--base-revision", *READING_FLAGS)
+
     text = "find and explain errors in a checkpoint or an adapter"
     doctor = command("doctor", text, "PATH --base BASE", _doctor)
     doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
     doctor.add_argument("--base", help="checkpoint that was folded")
     doctor.add_argument("--adapter", help="adapter that was folded")
+    doctor.add_shared(*READING_FLAGS)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = oftsurgery.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
+    both = (base_of(args) if args.base else None, adapters_of(args) if args.adapter else None)
+    report = oftsurgery.verify_checkpoint(args.folded, *both, tolerance=args.tolerance)
     if wants_words(args, report):
         _print_verified(report)
     return ExitCode.OK if report.ok else ExitCode.CHECK_FAILED
@@ -72,7 +76,7 @@ def _print_verified(report: oftsurgery.CheckpointReport) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    findings = oftsurgery.doctor(args.path, base=args.base, adapter=args.adapter)
+    findings = oftsurgery.doctor(args.path, base=args.base, adapter=adapters_of(args)[0])
     if wants_words(args, [f.to_dict() for f in findings]):
         for finding in findings:
             print(f"{finding}\n")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, printable, warn_caller
 
-from .reading import TensorEntry, damaged, inside, read_header, read_json
+from .reading import ADAPTER_CONFIG, TensorEntry, damaged, inside, read_header, read_json
+from .wrappers import plain_names
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,9 +51,11 @@ class Checkpoint:
     Attributes:
         folder: folder of the checkpoint.
         weights: folder of the shards.
-        entries: ``{tensor name: TensorEntry}`` in the files' order.
+        entries: ``{tensor name: TensorEntry}`` in the files' order; the names lack the segments of wrappers.
         files: names of the shards, in order.
         config: the parsed ``config.json``; empty if the folder has no such file.
+        wrapped: whether the files have names with segments of wrappers, which transformers does not load.
+        revision: the revision of a Hub repository that was asked for, or None.
     """
 
     folder: Path
@@ -60,6 +63,8 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry]
     files: tuple[str, ...]
     config: Mapping[str, Any]
+    wrapped: bool = False
+    revision: str | None = None
 
     @property
     def shards(self) -> list[str]:
@@ -118,30 +123,28 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     layout = layout_of(folder)
     if layout is None:
-        raise _no_checkpoint(folder)
+        raise no_checkpoint(folder, [path.name for path in folder.iterdir()])
     single, index = folder / layout.single, folder / layout.index
     files: tuple[str, ...] = (single.name,)
     weight_map: Mapping[str, str] | None = None
     if index.exists():
-        weight_map = _weight_map(index)
+        weight_map = weight_map_in(index)
         files = tuple(dict.fromkeys(weight_map.values()))
         if single.exists() and single.name not in files:
-            message = f"the folder holds two checkpoints: {layout.single}, which transformers reads, and the shards of {layout.index}"
-            raise CheckpointError(message, path=folder, remedy="remove the checkpoint that you do not mean")
-    entries: dict[str, TensorEntry] = {}
-    for name in sorted(files):
-        for entry in read_header(inside(index.parent, name))[0]:
-            if entry.name in entries:
-                message = (
-                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold the same tensor"
-                )
-                remedy = "save the checkpoint again with save_pretrained"
-                raise CheckpointError(message, tensor=entry.name, path=folder, remedy=remedy)
-            entries[entry.name] = entry
+            raise two_checkpoints(folder, layout)
+    entries = _entries(index.parent, files, own=weight_map is None)
     if weight_map is not None:
         _check_index(weight_map, entries, index)
     config = read_json(inside(folder, CONFIG), limit=_MAX_CONFIG_BYTES) if os.path.lexists(folder / CONFIG) else {}
-    return Checkpoint(folder, index.parent, MappingProxyType(entries), tuple(sorted(files)), MappingProxyType(config))
+    plain = _without_wrappers(entries, config, folder)
+    return Checkpoint(
+        folder,
+        index.parent,
+        MappingProxyType(plain),
+        tuple(sorted(files)),
+        MappingProxyType(config),
+        wrapped=plain.keys() != entries.keys(),
+    )
 
 
 def layout_of(folder: Path) -> Layout | None:
@@ -149,27 +152,77 @@ def layout_of(folder: Path) -> Layout | None:
     return next((layout for layout in LAYOUTS if any((folder / name).exists() for name in layout.names)), None)
 
 
-def _no_checkpoint(folder: Path) -> CheckpointError:
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-    if pickles:
-        return CheckpointError(
-            f"{printable(pickles[0])} is a pickle, which could run code when read; oftsurgery reads safetensors only",
-            path=folder,
-            remedy="load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)",
+def _entries(folder: Path, files: Collection[str], *, own: bool) -> dict[str, TensorEntry]:
+    """The tensors in ``files``; ``own``: no index names the files."""
+    entries: dict[str, TensorEntry] = {}
+    for name in sorted(files):
+        for entry in read_header(inside(folder, name, own=own))[0]:
+            if entry.name in entries:
+                message = (
+                    f"two shards, {printable(entries[entry.name].file)} and {printable(name)}, hold the same tensor"
+                )
+                remedy = "save the checkpoint again with save_pretrained"
+                raise CheckpointError(message, tensor=entry.name, path=folder, remedy=remedy)
+            entries[entry.name] = entry
+    empty = next((e for e in entries.values() if 0 in e.shape and e.name.endswith((".weight", ".bias"))), None)
+    if empty is not None:
+        remedy = (
+            "gather the checkpoint with the script that DeepSpeed put into it, `python zero_to_fp32.py . OUTPUT --safe_serialization`, or save "
+            "whole tensors: stage3_gather_16bit_weights_on_model_save (DeepSpeed), fsdp_state_dict_type: FULL_STATE_DICT (FSDP)"
         )
-    if (folder / "adapter_config.json").exists():
-        return CheckpointError(
-            "the folder holds an adapter, not a model",
-            path=folder,
-            remedy="give the base model first, the adapter second",
-        )
-    names = " nor ".join(name for layout in LAYOUTS for name in layout.names)
-    return CheckpointError(
-        f"the folder has neither {names}", path=folder, remedy="give a folder that save_pretrained wrote"
+        where = {"tensor": empty.name, "path": folder / empty.file}
+        raise not_gathered(CheckpointError, "the checkpoint's tensor", remedy, **where)
+    return entries
+
+
+def _without_wrappers(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], folder: Path
+) -> Mapping[str, TensorEntry]:
+    """The tensors by the names that the model has without its wrappers; a warning says so."""
+    plain = plain_names(entries, whole="model_type" in config and "auto_map" not in config)
+    changed = next((name for name in entries if plain[name] != name), None)
+    if changed is None:
+        return entries
+    warn_caller(
+        f"the tensors of {printable(folder)} have names of wrappers in them, which transformers does not load: "
+        f"{printable(changed)} is read as {printable(plain[changed])}, and the output has the plain names",
+        SourceWarning,
     )
+    return {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
+def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
+    """The error for a folder or repository that holds files of these ``names`` and no weights that are read."""
+
+    def first(*endings: str) -> str | None:
+        return next((printable(name) for name in sorted(names) if name.endswith(endings)), None)
+
+    pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
+    if pickled is not None:
+        message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
+        remedy = "load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)"
+    elif ADAPTER_CONFIG in names:
+        message, remedy = "the folder holds an adapter, not a model", "give the base model first, the adapter second"
+    elif converted is not None:
+        message = f"the folder holds the weights only as {converted}; oftsurgery reads safetensors only"
+        remedy = "give the model from which that file was converted"
+    else:
+        wanted = " nor ".join(name for layout in LAYOUTS for name in layout.names)
+        message, remedy = f"the folder has neither {wanted}", "give a folder that save_pretrained wrote"
+    return CheckpointError(message, path=place, remedy=remedy)
+
+
+def two_checkpoints(place: object, layout: Layout) -> CheckpointError:
+    """The error for a folder or repository with a checkpoint of one file and another one of shards."""
+    message = (
+        f"the folder holds two checkpoints: {layout.single}, which transformers reads, and the shards of {layout.index}"
+    )
+    remedy = "remove the checkpoint that you do not mean; download a repository without it (hf download --exclude)"
+    return CheckpointError(message, path=place, remedy=remedy)
+
+
+def weight_map_in(index: Path) -> Mapping[str, str]:
+    """``{tensor name: file name}`` of a checkpoint's index."""
     weight_map = read_json(inside(index.parent, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise damaged("the index has no `weight_map` of file names", index)

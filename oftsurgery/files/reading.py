@@ -18,6 +18,11 @@ from typing import Any
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
 
+from .links import check_link
+
+#: the two files of an adapter
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
 _MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty list takes about two bytes of a file and 60 of memory
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -51,9 +56,13 @@ def is_nested_name(name: str) -> bool:
     return all(map(is_plain_name, name.split("/")))
 
 
-def inside(folder: Path, name: str, *, nested: bool = False) -> Path:
+def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) -> Path:
     """The path ``folder / name`` for a name that comes from a file. The name must be plain, and the file must lie in the
-    folder, or in the Hub cache's blobs beside the folder.
+    folder, or be a link that :func:`~oftsurgery.files.links.check_link` follows.
+
+    Args:
+        nested: the name may lead through folders inside ``folder``, by ``/``.
+        own: no file of the folder gives the name; oftsurgery looks for a file of this name.
 
     Args:
         nested: the name may lead through folders inside ``folder``, by ``/``.
@@ -75,11 +84,7 @@ def inside(folder: Path, name: str, *, nested: bool = False) -> Path:
         raise damaged(
             "a file of the checkpoint is no plain file, but a folder, a pipe, a device or a broken link", path
         )
-    target, root = path.resolve(), folder.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
-        message = "a file of the checkpoint is a link that leaves its folder"
-        raise CheckpointError(message, path=path, remedy="do not use this checkpoint, or copy the file into the folder")
+    check_link(folder, name, own=own)
     return path
 
 

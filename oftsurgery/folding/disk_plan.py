@@ -117,6 +117,8 @@ class CheckpointPlan:
             "adds": list(self.store.added),
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
+            "missing": list(self.changes.missing),
+            "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
@@ -142,10 +144,12 @@ def plan_checkpoint(
     undo: Path | None = None,
     tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    partial: bool = False,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
     Raises:
+        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
         ShapeError, FormatError: a rotation or tensor does not fit, or a weight's format is not known.
         StateError: the formats contradict each other, or the adapter is folded in already.
@@ -166,7 +170,7 @@ def plan_checkpoint(
     head = new_head(store, adapters)
     if head is not None:
         store = FolderStore(source, quantization, head)
-    changes = plan_changes(store, adapters) if adapters else FoldPlan()
+    changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     if undo is not None:
         check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from oftsurgery.errors import StateError, UndoError
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.finding import commit_of
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.formats import checkpoint_tensors, codecs
@@ -301,8 +302,18 @@ class _Run:
             record,
             adapters=tuple(map(public_info, record.adapters)),
             added=tuple(plan.store.added),
-            base={"fold_into": plan.fold_into, **facts_of_quantization(plan.store.quantization)},
+            base={
+                "fold_into": plan.fold_into,
+                **facts_of_quantization(plan.store.quantization),
+                **_facts_of_revision(plan.source),
+            },
         )
+
+
+def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
+    """Which commit of a Hub repository was folded, by the name that was asked for."""
+    facts = {"revision": source.revision, "commit": commit_of(source.folder)}
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def _label(job: Job) -> str:

@@ -15,6 +15,7 @@ from oftsurgery.errors import (
     IntegrityError,
     MatchError,
     RoundingWarning,
+    SourceWarning,
     StateError,
     UnfoldWarning,
     UntieWarning,
@@ -267,6 +268,7 @@ def fold_record(
         rounding=rounding,
         earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         idle=plan.idle,
+        missing=plan.missing,
     )
 
 
@@ -279,6 +281,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     """Warn of what the fold did, before its result is visible: where a filter makes the warning an error, nothing has
     changed.
     """
+    warn_of_missing(plan)
     warn_of_idle(plan)
     if plan.apart:
         reads = (
@@ -293,6 +296,16 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
     _warn_of_calibration(record)
     _warn_of_rounding(record)
     _warn_of_weak_adapter(record)
+
+
+def warn_of_missing(plan: FoldPlan) -> None:
+    """Give one :class:`SourceWarning` that names the modules which partial adapters lack, if any."""
+    if plan.missing:
+        warn_caller(
+            f"the adapters lack {len(plan.missing)} modules that their own configs target; these modules stay as in the base "
+            f"({_named(map(printable, plan.missing))})",
+            SourceWarning,
+        )
 
 
 def warn_of_idle(plan: FoldPlan) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.dtypes import FORMAT_OF, NAMED
-from oftsurgery.errors import FormatError, StateError
+from oftsurgery.errors import GATHER_MODEL, FormatError, StateError, not_gathered
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
@@ -131,6 +131,8 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Item:
     layer = Layer(path, module)
+    if tensor.numel() == 0 and local in ("weight", "bias"):
+        raise not_gathered(StateError, "the model's tensor", GATHER_MODEL, tensor=name)
     if local == "weight" and layer.quantised:
         _, home = layer.read()
         into = home if dtype is None else WeightFormat("dense", home.shape, dtype)

@@ -41,6 +41,7 @@ def fold_model(
     rounding: str = "nearest",
     calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
     undo: UndoWriter | None = None,
+    partial_adapters: bool = False,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -53,6 +54,7 @@ def fold_model(
         rounding: the rounding of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: function that gives the inputs of the layers of a model that is about to be folded.
         undo: writer that takes the fold's changes and is finished after the last one.
+        partial_adapters: whether to fold adapters that lack modules which their own configs target.
     """
     live = peft_live.has_live_layers(inner_model(model))
     if live and adapters is not None:
@@ -68,7 +70,7 @@ def fold_model(
         already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
     # everything is checked before anything is copied or changed; live layers hide their base layers until `strip`
     given = LiveStore(model)
-    plan = None if live else plan_changes(given, adapters)
+    plan = None if live else plan_changes(given, adapters, partial=partial_adapters)
     if plan is not None and undo is not None:
         engine.check_undo(plan)
     with transaction() as journal:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
+from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
 
@@ -79,6 +80,7 @@ class FoldPlan:
         clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
         dequantised: names of quantised weights that become plain with an adapter's own values.
         idle: paths of layers whose rotation is left out, since the model never calls these layers.
+        missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -88,6 +90,7 @@ class FoldPlan:
     clears_flag: bool = False
     dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def changed(self) -> set[str]:
@@ -104,13 +107,17 @@ class FoldPlan:
         return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
 
 
-def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False) -> FoldPlan:
+def plan_changes(
+    store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False, partial: bool = False
+) -> FoldPlan:
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
         inverse: whether the adapters are in the model and the plan takes them out.
+        partial: whether to fold an adapter that lacks modules which its own config targets.
 
     Raises:
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
         MatchError: an adapter key matches nothing, two keys match one module, or the module does not take this kind of
             rotation.
         ShapeError: a rotation or tensor does not fit.
@@ -118,7 +125,9 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
     _check_given(store, adapters, inverse=inverse)
-    chains = _chains(store, adapters)
+    found = _found(store, adapters)
+    missing = () if inverse else _missing(store, adapters, found, partial=partial)
+    chains = _chains(adapters, found)
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
@@ -157,18 +166,47 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         clears_flag=store.ties.clears_flag(apart),
         dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
+        missing=missing,
     )
 
 
-def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rotation]]:
-    """``{name of a weight: its rotations in the live order}``."""
-    paths = dict.fromkeys(path for a in adapters for path in a.modules)
-    found = store.locate(f"{path}.weight" for path in paths)
-    chains: dict[str, list[Rotation]] = {}
+def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
+    """``{name of a module's weight as the adapters have it: name of the model's tensor}``, all of them."""
+    found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
             raise _not_found(lost, store.names, adapter)
+    return found
+
+
+def _missing(
+    store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
+) -> tuple[str, ...]:
+    missing: dict[str, None] = {}
+    for adapter in adapters:
+        if not adapter.config.get("target_modules"):
+            continue
+        mine = {path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules}
+        lost = missing_modules(adapter, mine, store.adaptable)
+        if lost and not partial:
+            named = ", ".join(map(printable, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            raise AdapterError(
+                f"the adapter lacks {len(lost)} of the {len(lost) + len(mine)} modules that its own config targets ({named}): the file "
+                "is one rank's or stage's part of an adapter, or the config belongs to another adapter",
+                module=lost[0],
+                path=adapter.source,
+                remedy="give the whole adapter, gathered from all ranks, with the config that was saved beside it; "
+                "partial=True (--partial) folds the modules of the file, and the others stay as in the base",
+            )
+        missing |= dict.fromkeys(lost)
+    return tuple(missing)
+
+
+def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[Rotation]]:
+    """``{name of a weight: its rotations in the live order}``."""
+    chains: dict[str, list[Rotation]] = {}
+    for adapter in adapters:
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
             name = found[f"{path}.weight"]

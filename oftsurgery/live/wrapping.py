@@ -10,8 +10,9 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.errors import MatchError, StateError, printable
-from oftsurgery.folding.engine import content_hash, warn_of_idle
+from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
 from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
 from oftsurgery.stores import peft_live
@@ -29,6 +30,7 @@ def wrap_model(
     adapters: OFTAdapter | Mapping[str, OFTAdapter],
     *,
     adapter_name: str = "default",
+    incomplete: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Replace the layers that an adapter targets by live, trainable layers, as :func:`oftsurgery.wrap` does.
@@ -41,6 +43,7 @@ def wrap_model(
         model: a plain model, or a wrapped one, whose adapters stay active before the new adapter.
         adapters: one adapter, or several by name, which compute ``x · Ra · Rb`` in this order.
         adapter_name: the name of a single adapter.
+        incomplete: whether to take adapters that lack modules which their own configs target.
         inplace: whether to change ``model`` itself; otherwise the result shares every tensor that does not train.
 
     Raises:
@@ -65,7 +68,7 @@ def wrap_model(
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
-        plan = plan_changes(store, list(named.values()))
+        plan = plan_changes(store, list(named.values()), partial=incomplete)
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)
@@ -89,11 +92,12 @@ def wrap_model(
         hashes = _put_saved_tensors(plan, store, origins, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
-            origins[name] = Origin(dict(adapter.config), adapter.dialect, saved)
+            origins[name] = Origin(dict(without_targets(adapter.config)), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
         swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[ORIGINS_ATTRIBUTE] = origins
+        warn_of_missing(plan)
         warn_of_idle(plan)
     return work
 

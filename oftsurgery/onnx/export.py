@@ -23,7 +23,7 @@ from oftsurgery.folding.beside import beside_model
 from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.formats.base import OPSET
 from oftsurgery.live.wrapped_model import live_layers
-from oftsurgery.progress import Progress, without_bars
+from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
 from oftsurgery.stores import peft_live
@@ -198,18 +198,16 @@ def load_model(folder: Path) -> nn.Module:
     """
     with needs("transformers", "pip install 'oftsurgery[peft]'"):
         import transformers
-        from transformers.utils import logging
     names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
         message = f"transformers does not have the model's class, {printable(names[0])}"
         remedy = "load the model in Python and call oftsurgery.export_onnx(model, …)"
         raise CheckpointError(message, path=folder, remedy=remedy)
-    bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
     settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     remedy = "`oftsurgery doctor FOLDER` finds what is wrong with the checkpoint"
     try:
-        with quiet(), without_bars(*bars):
+        with quiet():
             model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         message = f"transformers cannot load the checkpoint: {printable(error, 400)}"

@@ -271,6 +271,8 @@ class FoldRecord(_Stored):
         chat_template: the owner of the chat templates, likewise.
         code: on disk, the names of the files of model code that were copied and not run.
         left_out: on disk, the names in the source's folder that were not copied.
+        missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as they
+            were, since the fold was ``partial``.
         extra: fields of a newer version.
     """
 
@@ -289,6 +291,7 @@ class FoldRecord(_Stored):
     chat_template: str | None = None
     code: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

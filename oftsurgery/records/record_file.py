@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.finding import HUB
 from oftsurgery.files.reading import inside, read_json
 
 from .record import AdapterInfo, FoldRecord
@@ -68,4 +69,5 @@ def public_place(place: str | None) -> str | None:
         return None
     path = Path(place)
     hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
-    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - it takes any name
+    known = hub_id and not os.path.exists(place)  # noqa: PTH110 - it takes any name
+    return place if known or place.startswith(HUB) else path.name or place

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
+from .adaptable import adaptable_of
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
@@ -99,6 +101,13 @@ class FolderStore:
         # the modules of the class, further weights of the files, and weights that transformers converts
         weights = (n.removesuffix(".weight") for n in (*a.renamed.values(), *a.units) if n.endswith(".weight"))
         return dict.fromkeys([*a.modules, *weights])
+
+    @property
+    def adaptable(self) -> Adaptable:
+        if self.architecture.modules:
+            return adaptable_of(self.architecture.modules)
+        weights = tuple(n.removesuffix(".weight") for n in self.tensors if n.endswith(".weight") and self.is_weight(n))
+        return Adaptable(linears=(), others=weights, holders=tuple(n.rpartition(".")[0] for n in self.tensors))
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         wanted = list(names)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from oftsurgery.files.wrappers import without_module
+
 from .modules import modules_of, tensors_in
 
 #: turns a name into the model's own
@@ -23,6 +25,8 @@ def layouts_of(model: Any) -> tuple[Layout, ...]:
     """
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
     own: tuple[Layout, ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
+    # DDP puts `module` before the names
+    own += (without_module, lambda name: prefix + without_module(name))
     inside = list(_language_models(model))
     if not inside:
         return own + tuple(partial(_taken_out, rule=rule) for rule in own)

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oftsurgery.adapters.targets import Adaptable
+from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
+from .adaptable import adaptable_of
 from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names, layouts_of, names_in_model
@@ -63,6 +66,10 @@ class LiveStore:
     def tensors(self) -> Collection[str]:
         return tensors_in(self.modules)
 
+    @property
+    def adaptable(self) -> Adaptable:
+        return adaptable_of(self.modules)
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         tensors = self.tensors
 
@@ -83,6 +90,8 @@ class LiveStore:
 
     def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)
+        if 0 in self.shape(name):
+            raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)

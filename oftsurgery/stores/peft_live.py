@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import ROTATION_KEYS
 from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.adapters.to_peft import KEY_PREFIX
 from oftsurgery.errors import StateError, printable
 
@@ -132,7 +133,7 @@ def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
 
 def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
     tensors = dict(_live_tensors(base, layers, name))
-    fields = dict(config.to_dict())
+    fields = without_targets(config.to_dict())
     # the installed release computes the live layer, whatever release wrote the file
     fields.pop("peft_version", None)
     if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.progress import without_bars
 
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
@@ -20,13 +21,14 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers log errors alone."""
+    """Let transformers log errors alone, and show no bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar):
+            yield
     finally:
         logging.set_verbosity(before)
 

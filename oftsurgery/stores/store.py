@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
@@ -53,6 +54,10 @@ class Store(Protocol):
     @property
     def tensors(self) -> Collection[str]:
         """Names of all tensors."""
+
+    @property
+    def adaptable(self) -> Adaptable:
+        """Modules that peft could put an adapter on."""
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         """``{name in an adapter: name of the model's tensor}``, without names that the model lacks."""

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
+from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -65,6 +66,30 @@ def write_texts(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_the_three_kinds_of_files_hold_the_same(kind: str, tmp_path: Path) -> None:
     assert read_texts(write_texts(tmp_path, kind)) == TEXTS
+
+
+@pytest.mark.parametrize("mark", ["\u0085", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c"])
+def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
+    """JSON leaves these marks as they are inside strings, and texts from the web have them inside sentences."""
+    texts = [f"one{mark}text", "another"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "x.jsonl").write_bytes(rows.encode())
+    assert read_texts(tmp_path / "x.jsonl") == texts
+    (tmp_path / "x.txt").write_bytes("\n\n".join(texts).encode())
+    assert read_texts(tmp_path / "x.txt") == texts
+
+
+def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    build("llama").save_pretrained(tmp_path / "base")
+    adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter")
+    logging.enable_progress_bar()
+    capsys.readouterr()
+    calibrate_checkpoint.load_model(plan, "cpu")
+    assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 @pytest.mark.parametrize(
