@@ -163,6 +163,12 @@ def _no_checkpoint(folder: Path) -> CheckpointError:
             path=folder,
             remedy="give the base model first, the adapter second",
         )
+    inner = sorted(p.parent.name for name in (SINGLE, INDEX) for p in folder.glob(f"*/{name}"))
+    if inner:  # as sentence-transformers once saved a model, in 0_Transformer
+        message = f"the folder itself holds no weights, and its subfolder {printable(inner[0])!r} does"
+        return CheckpointError(
+            message, path=folder, remedy="give the subfolder of the model that the adapter was trained on"
+        )
     names = " nor ".join(name for layout in LAYOUTS for name in layout.names)
     return CheckpointError(
         f"the folder has neither {names}", path=folder, remedy="give a folder that save_pretrained wrote"
