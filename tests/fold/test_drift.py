@@ -714,4 +714,4 @@ def test_no_layer_that_a_forward_calls_is_idle(base: Base, cls: str) -> None:
         assert idle
     for path in layers.keys() - called - idle:
         layers[path].weight = nn.Parameter(layers[path].weight.detach() + 1)
-    assert torch.equal(outputs(model), before)
+    assert relative(outputs(model), before) < 1e-6
