@@ -253,10 +253,10 @@ def test_whose_tokenizer_lies_beside_the_weights(
 
         flags = [] if wanted is None else ["--tokenizer", str(choice)]
         assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), *flags]) == 0
-        told = capsys.readouterr().out
-        assert {None: "the adapter's", "adapter": "the adapter's", "base": "the base's", "folder": "of another"}[
-            wanted
-        ] in told
+        assert cli.main(["show", str(tmp_path / "out")]) == 0
+        texts = capsys.readouterr().out.split("fold 1 of 1")  # of the fold, of its record
+        whose = {None: "the adapter's", "adapter": "the adapter's", "base": "the base's", "folder": "of another folder"}
+        assert all(f"tokenizer: {whose[wanted]}\n" in text for text in texts)
     elif where == "disk":
         quiet_fold(place / "BASE", place / "ADAPTER", tmp_path / "out", tokenizer=choice)
     else:
