@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from oftsurgery.errors import CheckpointError
 from oftsurgery.files.carried import carried_from, missing_in
+from oftsurgery.files.checkpoint import open_checkpoint
 
 KINDS = {
     "generation_config.json": True,
@@ -203,3 +205,10 @@ def test_the_list_of_what_stays_behind_is_short(tmp_path: Path) -> None:
     left_out = carried_from(tmp_path).left_out
     assert len(left_out) == 101
     assert left_out[-1] == "… and 30 more"
+
+
+def test_weights_in_a_subfolder_are_pointed_to(tmp_path: Path) -> None:
+    """As sentence-transformers once saved a model."""
+    write(tmp_path, {"modules.json": [], "0_Transformer/model.safetensors": "", "0_Transformer/config.json": {}})
+    with pytest.raises(CheckpointError, match=r"its subfolder '0_Transformer' does.*give the subfolder"):
+        open_checkpoint(tmp_path)
