@@ -306,7 +306,7 @@ def test_refused_tokenizers(tmp_path: Path, place: Path) -> None:
         quiet_fold(place / "BASE", place / "PLAIN", tmp_path / "out", tokenizer="adapter")
     with pytest.raises(StateError, match="different tokenizers"):
         quiet_fold(place / "BASE", [place / "ADAPTER", place / "OTHER"], tmp_path / "out")
-    with pytest.raises(StateError, match="no folder of a tokenizer: nowhere"):
+    with pytest.raises(StateError, match="the tokenizer 'nowhere' is neither a folder"):
         quiet_fold(place / "BASE", place / "PLAIN", tmp_path / "out", tokenizer="nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(StateError, match="neither a tokenizer nor a chat template"):
