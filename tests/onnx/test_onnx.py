@@ -1090,3 +1090,16 @@ def test_a_runtime_that_crashes_or_refuses_is_an_error_like_others(tmp_path: Pat
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):
         onnx_run.Process(path)
+
+
+def test_a_classifier_of_decoders_needs_a_padding_token(tmp_path: Path) -> None:
+    """The classifier takes the last token of each text in a batch that is no padding."""
+    model = build("llama", cls="LlamaForSequenceClassification", num_labels=3)
+    model.config.pad_token_id = None
+    with pytest.raises(
+        StateError, match=r"no padding token.*Remedy: name the padding token: model\.config\.pad_token_id"
+    ):
+        oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    model.config.pad_token_id = 0
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert report.inputs == ("input_ids", "attention_mask")
