@@ -17,12 +17,12 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
-from .carried import missing_in
+from .carried import PATTERNS, missing_in
 from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # what a fold needs of a repository beside its weights
-_NEEDED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+_NEEDED = PATTERNS
 # folders in which repositories keep the same model in other formats
 OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
 
