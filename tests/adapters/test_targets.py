@@ -214,7 +214,7 @@ def test_a_config_that_is_not_of_the_file_says_nothing(base: Path, tmp_path: Pat
 def test_what_is_made_of_a_part_is_a_part(verb: list[str], base: Path, part: Path, tmp_path: Path) -> None:
     name, *more = verb
     for source, lost in ((part, set(LOST)), (tmp_path / "whole", set())):
-        assert cli(["adapter", name, str(source), *more, str(tmp_path / "made"), "--force"]) == 0
+        assert cli.main(["adapter", name, str(source), *more, str(tmp_path / "made"), "--force"]) == 0
         assert missing(FolderStore(open_checkpoint(base)), tmp_path / "made") == lost
         config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
         assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
