@@ -44,6 +44,7 @@ from .errors import FormatError as FormatError
 from .errors import HubError as HubError
 from .errors import IdleWarning as IdleWarning
 from .errors import IntegrityError as IntegrityError
+from .errors import LeftOutWarning as LeftOutWarning
 from .errors import MatchError as MatchError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NonFiniteError as NonFiniteError

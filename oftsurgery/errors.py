@@ -246,6 +246,10 @@ class IdleWarning(UserWarning):
     """Names, once a fold, the layers whose rotation is left out: their owners read the weight and never call them."""
 
 
+class LeftOutWarning(UserWarning):
+    """Names, once an output, files that loading the whole model reads and that the output lacks or has from an adapter."""
+
+
 class CalibrationWarning(UserWarning):
     """Names, once a calibrated fold, the layers that were not calibrated, and says why."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -165,7 +165,7 @@ def plan_push(
         create_pr=create_pr,
         files=MappingProxyType(files | {name: len(data) for name, data in pictures.items()}),
         changed=changed,
-        left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in files)),
+        left_out=tuple(_strangers(path, files)),
         pictures=MappingProxyType(pictures),
     )
 
@@ -195,8 +195,20 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
             )
     own = [CARD] if (folder / CARD).exists() else []
     names = sorted({*record.files, RECORD, *own})
-    files = {name: inside(folder, name).stat().st_size for name in names}
+    files = {name: inside(folder, name, nested=True).stat().st_size for name in names}
     return record, files, tuple(n for n, s in state.items() if s == "changed")
+
+
+def _strangers(folder: Path, files: Collection[str], place: str = "") -> list[str]:
+    """Names in a folder that are no part of the export: of files, and of folders that hold nothing of it."""
+    found: list[str] = []
+    for path in sorted((folder / place).iterdir()):
+        name = f"{place}{path.name}"
+        if any(n.startswith(f"{name}/") for n in files):
+            found += _strangers(folder, files, f"{name}/")
+        elif name not in files:
+            found.append(name)
+    return found
 
 
 def _pictures(record: FoldRecord) -> dict[str, bytes]:
@@ -331,7 +343,10 @@ class _Sending:
             stale = _stale(there, fetched(RECORD), report)
             if CARD in report.files:
                 contents[CARD] = _card(folder, fetched(CARD), report).encode()
-        additions = [CommitOperationAdd(name, contents.get(name) or str(inside(folder, name))) for name in report.files]
+        additions = [
+            CommitOperationAdd(name, contents.get(name) or str(inside(folder, name, nested=True)))
+            for name in report.files
+        ]
         for addition in additions:
             if report.files[addition.path_in_repo] >= _LARGE:
                 self.api.preupload_lfs_files(

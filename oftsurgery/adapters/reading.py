@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
-from oftsurgery.files.finding import Place, place_of
+from oftsurgery.files.finding import OTHER_FORMATS, Place, place_of
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
+from oftsurgery.files.tokenizer_files import PATTERNS
 
 from .adapter import OFTAdapter
 from .dialects import Dialect
 from .from_peft import parse_adapter
+
+if TYPE_CHECKING:
+    from oftsurgery.records.record import AdapterInfo
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
@@ -61,13 +65,40 @@ def find_adapter(
     place = place_of(path_or_repo, AdapterError, where, revision=revision)
     if subfolder is not None:
         place = place.below(subfolder)
-    folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
+    needed = [ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS]
+    folder = place.fetch(needed, but=OTHER_FORMATS)
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_TENSORS).is_file():
         place = _only_one(place)
-        folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
+        folder = place.fetch(needed, but=OTHER_FORMATS)
     if place.folder is None and not (folder / ADAPTER_TENSORS).is_file():
         raise _no_tensors(place, place.names())
     return place, folder
+
+
+def homes_of(adapters: Iterable[OFTAdapter | AdapterInfo]) -> list[Path]:
+    """The folders that the adapters were read from, where these folders still hold them: local, or in the Hub's cache."""
+    return [home for a in adapters for home in [_home_of(a.source, a.sha256)] if home is not None]
+
+
+def _home_of(source: str | None, sha256: str | None) -> Path | None:
+    if source is None or sha256 is None:
+        return None
+    with suppress(AdapterError, ImportError):
+        tensors = _local(place_of(source, AdapterError, "give the adapter's folder"))
+        return tensors.parent if tensors is not None and sha256_of(tensors) == sha256 else None
+    return None
+
+
+def _local(place: Place) -> Path | None:
+    """The file of the adapter's tensors on this machine, or None."""
+    if place.folder is not None:
+        path = place.folder / ADAPTER_TENSORS
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    name = f"{place.subfolder}/{ADAPTER_TENSORS}" if place.subfolder else ADAPTER_TENSORS
+    found = try_to_load_from_cache(place.repo, name, revision=place.revision)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _only_one(place: Place) -> Place:

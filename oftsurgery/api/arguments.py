@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -114,6 +115,24 @@ def rounding_mode(rounding: RoundingMode | None, calibration: object) -> Roundin
             else "choose rounding='calibrated' (--rounding calibrated), or leave the calibration out",
         )
     return rounding
+
+
+def tokenizer_choice(tokenizer: Any) -> Any:
+    """``"adapter"``, ``"base"``, an existing folder as a path, an object with ``save_pretrained``, or None.
+
+    Raises:
+        StateError: anything else.
+    """
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained") or tokenizer in ("adapter", "base"):
+        return tokenizer
+    if not isinstance(tokenizer, (str, PathLike)) or not Path(tokenizer).expanduser().is_dir():
+        message = f"the tokenizer {printable(tokenizer)!r} is neither a folder nor an object with save_pretrained"
+        remedy = (
+            "choose 'adapter' or 'base', or give a folder that holds a tokenizer's files, or an object with save_pretrained "
+            "(transformers.AutoTokenizer.from_pretrained(…))"
+        )
+        raise StateError(message, remedy=remedy)
+    return Path(tokenizer).expanduser()
 
 
 def check_is_model(model: object) -> None:

@@ -29,7 +29,7 @@ from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
-from oftsurgery.stores.ties import modules_of
+from oftsurgery.stores.modules import modules_of
 
 from .arguments import (
     AdapterLike,
@@ -40,6 +40,7 @@ from .arguments import (
     opened_checkpoint,
     parse_size,
     rounding_mode,
+    tokenizer_choice,
 )
 
 
@@ -57,6 +58,7 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
     revision: str | None = None
     partial: bool = False
 
@@ -91,6 +93,7 @@ def plan_fold(
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
         partial=settings.partial,
     )
@@ -113,6 +116,7 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     revision: str | None = None,
     partial: bool = False,
     follow_links: bool = False,
@@ -149,6 +153,8 @@ def fold_checkpoint(
             the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
             quantised first).
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
         revision: the branch, tag or commit of a source on the Hub, which ``owner/name@revision`` names too. None: the
             revision that the adapter's config names for this base, else the main branch.
         partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
@@ -173,18 +179,19 @@ def fold_checkpoint(
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format,
-        quantize,
-        double_quant,
-        compute_dtype,
-        load_dtype,
-        skip_modules,
-        fold_into,
-        mode,
-        undo,
-        max_shard_size,
-        revision,
-        partial,
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        rounding=mode,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        revision=revision,
+        partial=partial,
     )
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)

@@ -16,7 +16,7 @@ from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
-from .arguments import check_is_model, parse_size
+from .arguments import check_is_model, parse_size, tokenizer_choice
 
 
 def export_safetensors(
@@ -25,6 +25,7 @@ def export_safetensors(
     dtype: torch.dtype | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    tokenizer: object = None,
     force: bool = False,
 ) -> FoldRecord | None:
     """Save a live model as a checkpoint that ``from_pretrained`` loads, bitsandbytes layers included.
@@ -41,7 +42,13 @@ def export_safetensors(
         destination: a folder that does not exist yet; it appears whole, by one rename.
         dtype: dequantise to this dtype (float32, float16 or bfloat16); None keeps every weight as it is stored.
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, of a folder, or of an object with ``save_pretrained``; None: those of the folded adapter where its
+            folder has them, else those of the base.
         force: replace what is at ``destination``.
+
+    The files beside the weights come from the folder that transformers loaded the model from, local or in the Hub's cache
+    (``model.name_or_path``), as :func:`fold_checkpoint` carries them.
 
     Returns:
         the model's record, which is ``oftsurgery.json`` in the destination too, or None where nothing was folded.
@@ -51,7 +58,14 @@ def export_safetensors(
         FormatError: a tensor cannot be saved.
         DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
-    return save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
+    return save_model(
+        model,
+        Path(destination),
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        tokenizer=tokenizer_choice(tokenizer),
+        force=force,
+    )
 
 
 def export_onnx(
@@ -92,8 +106,7 @@ def export_onnx(
             model names the outputs. Batch and lengths are dynamic.
         example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors. The axes
             that torch.export finds to be dynamic are dynamic, but for axes of size 1 other than the batch.
-        tokenizer: an object with ``save_pretrained``, or a folder that holds the tokenizer's files; None for the folder
-            that transformers loaded the model from, local or in the Hub's cache.
+        tokenizer: as for :func:`export_safetensors`.
         verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
             largest difference may be 1e-5 (float32) or 5e-3 (float16) of the output's largest value.
         force: replace what is at ``destination``.
@@ -115,7 +128,7 @@ def export_onnx(
     if isinstance(model, (str, PathLike)):
         folder = find_checkpoint(model)
         record = record_in(folder)
-        tokenizer = folder if tokenizer is None else tokenizer
+        tokenizer = "base" if tokenizer is None else tokenizer
         model = load_model(folder)
     check_is_model(model)
     with shown(progress, "export", "stage") as step:
@@ -126,7 +139,7 @@ def export_onnx(
             quantized=quantized,
             with_past=with_past,
             example_inputs=example_inputs,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_choice(tokenizer),
             record=record,
             verify=verify,
             force=force,

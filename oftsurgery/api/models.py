@@ -26,7 +26,7 @@ from oftsurgery.live.wrapping import strip, unwrap, wrap_model
 from oftsurgery.progress import shown
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore, record_of
-from oftsurgery.stores.ties import inner_model
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.weights.calibrate import InputsOf
 
 from .arguments import (

@@ -13,7 +13,7 @@ from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.progress import Progress
-from oftsurgery.stores.skeleton import quiet, without_code
+from oftsurgery.stores.skeleton import quiet, readable_config
 from oftsurgery.weights.calibrate import InputsOf
 
 from .batches import TRANSFORMERS, Batch, batches_on
@@ -55,7 +55,7 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         message = "transformers does not load the names of wrappers that the checkpoint's tensors have, and a calibration must run the model"
         remedy = "fold without a calibration, or save the base again under its plain names first"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
-    config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
+    config = transformers.AutoConfig.for_model(**readable_config(plan.store.config))
     stored = plan.source.config.get("quantization_config")
     settings: dict[str, Any] = {"dtype": "auto"}
     if stored is not None:

@@ -22,7 +22,7 @@ from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import LayerInputs
 
 from .batches import Batch

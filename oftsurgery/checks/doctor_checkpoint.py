@@ -10,6 +10,7 @@ from typing import Any
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.carried import carried_from
 from oftsurgery.files.checkpoint import CONFIG, LAYOUTS, Checkpoint, layout_of, open_checkpoint
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
@@ -30,7 +31,7 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
     if not any(f.code == "index" for f in found):  # a wrong index leaves out shards that belong to the checkpoint
         found += _stray_shards(checkpoint)
     with noting(found):
-        configs.carried_files(folder)  # refuses links that leave the folder
+        carried_from(folder)  # refuses links and indexes that leave the folder
     if checkpoint.wrapped:
         message = "the tensors' names have names of wrappers in them: transformers finds no tensor, and fills the model with random numbers"
         remedy = f"fold an adapter, which writes the plain names: {FOLD}; or save the model without its wrapper"

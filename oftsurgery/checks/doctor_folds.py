@@ -29,8 +29,8 @@ from oftsurgery.records.record import ENOUGH, FoldRecord
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.modules import modules_of
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import modules_of
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
@@ -295,8 +295,7 @@ def weight_at(store: Store, path: str) -> EncodedWeight | None:
 
 def plain_paths(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by the paths of the base model; the base layers stand in the places of peft's live layers."""
-    prefix = "base_model.model." if peft_live.base_of(model) is not model else ""
-    named = {path.removeprefix(prefix): m for path, m in modules_of(model).items()}
+    named = modules_of(peft_live.base_of(model))
     return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in named}
 
 

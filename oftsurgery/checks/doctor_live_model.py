@@ -12,7 +12,7 @@ from oftsurgery.records.record import versions
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import tensors_in
+from oftsurgery.stores.modules import distinct, modules_of, tensors_in
 
 from .doctor_adapter import other_releases
 from .doctor_folds import examine_folds, is_cpu_packed, large_kernel, plain_paths, quant_state_of
@@ -59,16 +59,15 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
     found: list[Finding] = []
     layers: list[tuple[str, Any]] = [
         (path, m)
-        for path, m in model.named_modules()
+        for path, m in distinct(modules_of(peft_live.base_of(model))).items()
         if type(m).__module__.startswith("peft.tuners.oft.") and hasattr(m, "merged_adapters")
     ]
     for path, layer in layers:
-        plain_path = path.removeprefix("base_model.model.")
         inner = layer.get_base_layer()
         if layer.merged_adapters:
             severity: Severity = "note"
             message = "peft has merged its adapter into this layer, so oftsurgery cannot fold the adapter"
-            if Layer(plain_path, inner).bitsandbytes:
+            if Layer(path, inner).bitsandbytes:
                 severity = "warning"
                 message = (
                     "peft has merged its adapter into this bitsandbytes layer: peft 0.16 to 0.20 store the weight transposed and unrotated, 0.21 stores noise "
@@ -76,9 +75,9 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
                 )
             remedy = "compare with the base: doctor(model, base=…, adapter=…); or load the base again and call oftsurgery.fold"
             numbers = {"merged_adapters": len(layer.merged_adapters), "peft": versions().get("peft")}
-            found.append(Finding(severity, "peft-merged", message, plain_path, numbers, remedy))
+            found.append(Finding(severity, "peft-merged", message, path, numbers, remedy))
         if isinstance(inner, nn.Conv2d) and tuple(inner.kernel_size) != (1, 1):
-            found.append(large_kernel(plain_path, inner.kernel_size))
+            found.append(large_kernel(path, inner.kernel_size))
     if layers and not found and any(layer.active_adapters and not layer.disable_adapters for _, layer in layers):
         with noting(found):
             for adapter in peft_live.read_adapters(model):

@@ -29,7 +29,7 @@ from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.layers import Layer
-from oftsurgery.stores.ties import inner_model, modules_of, tensors_in
+from oftsurgery.stores.modules import inner_model, modules_of, tensors_in
 from oftsurgery.weights.extract import (
     ExtractedRotation,
     block_size_curve,

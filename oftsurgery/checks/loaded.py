@@ -31,6 +31,8 @@ from oftsurgery.stores.skeleton import quiet, skeleton
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+# from the start of a name to where a multimodal model's language model begins
+_AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +192,18 @@ class LoadedCheckpoint:
             return name if name in self.sources else None
         target, pattern = self._rename(name)
         if pattern is None:
-            return target if target in self.sources else None
+            return target if target in self.sources else self._in_language_model(name)
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
+
+    def _in_language_model(self, name: str) -> str | None:
+        """The name here of a tensor of a language model, which a multimodal class has around it and a class of its own has
+        not: the only name that ends as this one does where the language model begins.
+        """
+        end = _AROUND_TEXT.sub("", name).removeprefix("model.")
+        alike = [n for n in self.sources if n == end or n.endswith(f".{end}")]
+        alike = [n for n in alike if _AROUND_TEXT.search(n)] or alike
+        return alike[0] if len(alike) == 1 else None
 
     def together(self, name: str) -> set[str]:
         """The names of the model that share one parameter with ``name``, with ``name`` among them."""
@@ -252,6 +263,16 @@ class LoadedCheckpoint:
         settings = self.checkpoint.config.get("quantization_config")
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
+    @functools.cached_property
+    def _before_tying(self) -> Any:
+        """The model as transformers' quantizer sees it: the last of its parameters is the last one of the untied model."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name in self._pairs:
+                path, _, local = name.rpartition(".")
+                setattr(model.get_submodule(path), local, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        return model
+
     def linears(self, skip: object) -> frozenset[str]:
         """Names of the weights that bitsandbytes loading quantises.
 
@@ -262,7 +283,7 @@ class LoadedCheckpoint:
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         named = list(map(str, skip)) if isinstance(skip, list) else None
-        keep = HfQuantizer.get_modules_to_not_convert(self.model, named, self.model._keep_in_fp32_modules)
+        keep = HfQuantizer.get_modules_to_not_convert(self._before_tying, named, self.model._keep_in_fp32_modules)
         modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
         try:
             return frozenset(f"{path}.weight" for path in modules if should_convert_module(path, keep))

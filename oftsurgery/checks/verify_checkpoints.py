@@ -25,7 +25,7 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.reading import inside, sha256_of
+from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
@@ -55,10 +55,10 @@ def check_files(folder: Path) -> CheckpointReport:
 def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
     found: dict[str, FileCheck] = {}
     for name, sha256 in sorted(record.files.items()):
-        if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
+        if is_nested_name(name) and not os.path.lexists(folder / name):
             found[name] = "missing"
         else:  # `inside` refuses a name or a link that leaves the folder
-            found[name] = "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
+            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
     return MappingProxyType(found)
 
 
@@ -94,13 +94,14 @@ def check_checkpoint(
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_in(folded.folder)
     loading = _Loading(record, folded, base)
+    base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
     before = LoadedCheckpoint(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
     before = LoadedCheckpoint(base, loading.dtype, apart) if apart else before
     after = LoadedCheckpoint(folded, apart=frozenset(before.apart))
     comparison = _Comparison(before, after, _AdapterEffects(before, adapters, idle), loading, record, tolerance)
-    names = [n for n in {**before.sources, **after.sources} if n not in before.left_out]
+    names = [n for n in {**before.sources, **after.sources} if n not in before.left_out | other_head]
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
     flags, now = before.tie_readers(), after.tie_readers()
@@ -109,6 +110,30 @@ def check_checkpoint(
     if turned:
         config = f"`tie_word_embeddings` is not the source's value, and {turned[0]} therefore computes something else"
     return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+
+
+def _in_class_of(
+    folded: Checkpoint, base: Checkpoint, adapters: Sequence[OFTAdapter], dtype: torch.dtype
+) -> tuple[Checkpoint, set[str]]:
+    """The base as a checkpoint of the folded one's class, where an adapter brings a head that the base's class lacks; and the
+    names of the base's tensors that only its own class takes.
+    """
+    if folded.config.get("architectures") == base.config.get("architectures") and not _other_labels(folded, base):
+        return base, set()
+    if not any(adapter.saved for adapter in adapters):
+        return base, set()
+    own = LoadedCheckpoint(base, dtype)
+    fields = {n: folded.config[n] for n in ("architectures", "id2label", "label2id") if n in folded.config}
+    headed = replace(base, config={**base.config, **fields})
+    there = LoadedCheckpoint(headed, dtype)
+    if own.model is None or there.model is None:
+        return base, set()
+    return headed, set(own.model.state_dict()) - set(there.model.state_dict())
+
+
+def _other_labels(folded: Checkpoint, base: Checkpoint) -> bool:
+    labels = [len(config.get("id2label") or {"0": "", "1": ""}) for config in (folded.config, base.config)]
+    return labels[0] != labels[1]
 
 
 class _Loading:
@@ -176,7 +201,8 @@ class _AdapterEffects:
 
 def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
     place = base.place(name)
-    if place is None or base.sources[place] is None:
+    own = name in adapter.saved  # a head that the base lacks is compared with the adapter alone
+    if place is None or (base.sources[place] is None and not own):
         message = "the adapter names a tensor that the base does not have"
         remedy = "give the base that the adapter was trained on, of the same class"
         raise MatchError(message, tensor=name, path=adapter.source, remedy=remedy)
@@ -212,6 +238,8 @@ class _Comparison:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
         kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
+        if source is None and replaced:
+            return TensorCheck(kind, self._as_brought(name, now))
         if source is None:
             return TensorCheck("absent") if now is None else TensorCheck("added", "the source does not have the tensor")
         if now is None:
@@ -299,6 +327,18 @@ class _Comparison:
         if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
             return "the tensor does not hold the adapter's own values"
         return self._wrong_dtype(before, got.dtype)
+
+    def _as_brought(self, name: str, now: str | None) -> str | None:
+        """What is wrong with a tensor that the adapter brings and the base lacks, or None."""
+        if now is None:
+            return "the folded checkpoint lacks it, and transformers would make it up"
+        stored, values = self.folded.read(name).weight, self.live.values[name]
+        if stored.format.quantised:
+            return f"the tensor is stored as {stored.format.label}, but the adapter's own values are plain"
+        got = stored.tensors["weight"]
+        if not _same(got, values.to(got.dtype)):
+            return "the tensor does not hold the adapter's own values"
+        return self._wrong_dtype(StoredTensor(codecs.dense(values)), got.dtype)
 
     def _unchanged(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         if stored.weight.format.quantised:

@@ -16,7 +16,7 @@ from oftsurgery.errors import MatchError, NonFiniteError, ShapeError, StateError
 from oftsurgery.records.record import plain
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "metavar": "SIZE",
         "help": "size of the largest file, as the Hub's tools write sizes (default: %(default)s)",
     },
+    "--tokenizer": {
+        "metavar": "adapter|base|FOLDER",
+        "help": "tokenizer and chat template to write beside the weights: those of the adapter, the base or a folder "
+        "(default: those of the adapter where its folder has them)",
+    },
     "--undo": {
         "metavar": "FILE",
         "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
@@ -113,6 +118,7 @@ FOLDING_FLAGS = (
     "--rounding",
     "--calibration",
     "--max-shard-size",
+    "--tokenizer",
     "--base-revision",
     "--partial",
     *READING_FLAGS,

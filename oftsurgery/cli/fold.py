@@ -19,7 +19,7 @@ from .arguments import (
     base_of,
     keywords,
 )
-from .printing import print_facts, print_table, progress_for, size_text, wants_words
+from .printing import facts_beside, print_facts, print_table, progress_for, size_text, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
@@ -64,8 +64,10 @@ def show_plan(args: argparse.Namespace) -> None:
             ("other weights converted", str(facts["converts"])),
             ("tensors copied", str(facts["copies"])),
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("added by the adapter", ", ".join(facts["adds"])),
             ("missing in the adapter", ", ".join(facts["missing"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
+            *facts_beside(facts),
             ("shards", str(len(facts["shards"]))),
             ("disk", size_text(facts["bytes"])),
             ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
@@ -110,3 +112,5 @@ def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
         kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
+        if record is not None:
+            print_facts(*facts_beside(record.to_dict()))

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
+from .carried import PATTERNS, missing_in
 from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # what a fold needs of a repository beside its weights
-_NEEDED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+_NEEDED = PATTERNS
 # folders in which repositories keep the same model in other formats
-_OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
+OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
 
 HUB = "hf://"
 _HUB_ID = re.compile(r"(?P<repo>[^/@.~:][^/@:]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:@(?P<revision>.+))?")
@@ -33,6 +34,8 @@ _HUB_URI = re.compile(
 # a name of git's that cannot be a path out of the cache's folder of revisions
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 
+# rounds in which downloaded index files name further files
+_MOST_ROUNDS = 8
 # limits of a search below a folder; a trainer's output is no deeper
 _MOST_LEVELS, _MOST_FILES = 4, 20_000
 
@@ -211,18 +214,30 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, r
     place = checkpoint_place(path_or_repo, revision)
     if place.folder is not None or whole:
         return place.fetch(None)
-    folder = place.fetch(_NEEDED, but=_OTHER_FORMATS)
+    folder = place.fetch(_NEEDED, but=OTHER_FORMATS)
     # the same commit in all that follows, whatever somebody pushes meanwhile
     place = replace(place, revision=commit_of(folder) or place.revision)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         place.fetch([ADAPTER_TENSORS])  # an adapter's repository: the caller says what is wrong with it
         return folder
+    _fetch_what_it_names(place, folder)
     layout = layout_of(folder)  # weights are not there yet, so that the layout's index is
     wanted = [one.single for one in LAYOUTS] if layout is None else _shards(place, folder, layout)
     place.fetch([glob.escape(name) for name in wanted])
     if layout_of(folder) is None and (names := place.names()):
         raise no_checkpoint(place.given, names)
     return folder
+
+
+def _fetch_what_it_names(place: Place, folder: Path) -> None:
+    """Download the files that the index files of a repository name; such a file may name further files."""
+    asked: set[str] = set()
+    for _ in range(_MOST_ROUNDS):
+        missing = [name for name in missing_in(folder) if name not in asked]
+        if not missing:
+            return
+        asked.update(missing)
+        place.fetch(missing)
 
 
 def _shards(place: Place, folder: Path, layout: Layout) -> list[str]:

@@ -47,7 +47,7 @@ def damaged(message: str, path: object, tensor: str | None = None) -> Checkpoint
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is that of a file in a folder itself."""
+    """Whether ``name`` is the name of a file, without any folder."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and not PureWindowsPath(name).anchor
 
 
@@ -63,6 +63,9 @@ def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) 
     Args:
         nested: the name may lead through folders inside ``folder``, by ``/``.
         own: no file of the folder gives the name; oftsurgery looks for a file of this name.
+
+    Args:
+        nested: the name may lead through folders inside ``folder``, by ``/``.
 
     Raises:
         CheckpointError: the name is not plain, or the file is missing, is no plain file, or lies elsewhere.
@@ -93,7 +96,7 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """
     value = read_json_value(path, limit=limit)
     if not isinstance(value, dict):
-        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
+        raise damaged(f"the file holds a JSON {type(value).__name__}, not an object", path)
     return value
 
 

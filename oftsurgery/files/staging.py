@@ -133,7 +133,7 @@ class Staging:
         # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
-                path.unlink()
+                _remove(path)
         for name, shard in list(state["shards"].items()):
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
@@ -194,7 +194,9 @@ class Staging:
             write_synced(path, text.encode())
 
     def copy(self, source: Path, name: str) -> None:
-        """Copy a file's contents to the file ``name``."""
+        """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
+        with disk_errors(self.folder):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
             to_disk(writer)
@@ -218,8 +220,9 @@ class Staging:
         return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
 
     def names(self) -> list[str]:
-        """Names of all written files, except files in folders that others (a tokenizer) made."""
-        return sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != _STATE)
+        """Names of all written files, with ``/`` for files in folders."""
+        files = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+        return sorted(name for name in files if name != _STATE)
 
     # --- the rename ---
 
@@ -227,7 +230,8 @@ class Staging:
         """Make the folder the destination."""
         with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
-            sync_folder(self.folder)
+            for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
+                sync_folder(folder)
             if exists(self.destination):
                 self.destination.rename(self.replaced)
             self.folder.rename(self.destination)

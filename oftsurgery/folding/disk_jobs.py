@@ -67,6 +67,7 @@ class Job:
         transposed: whether a plain weight is held ``(in, out)``.
         unit: the unit of the tensors, or None.
         origin: the store that is read, where it is not the plan's store.
+        values: a tensor to write for which nothing is read.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Job:
     transposed: bool = False
     unit: Unit | None = None
     origin: FolderStore | None = None
+    values: Tensor | None = None
 
 
 def copy_job(source: Checkpoint, name: str) -> Job:
@@ -100,7 +102,7 @@ class JobBuilder:
     touched: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.entries = self.store.source.entries
+        self.entries = self.store.entries
         self.architecture = self.store.architecture
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
@@ -125,6 +127,7 @@ class JobBuilder:
                 else:
                     made += [self._plain(n) for n in group]
         made += [self._untied(name) for name in self._to_untie()]
+        made += [self._added(name, shape) for name, shape in self.store.added.items()]
         return made
 
     def _touches(self, unit: Unit) -> bool:
@@ -141,7 +144,7 @@ class JobBuilder:
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        return self.store.quantises(target) or (self.format in DENSE and self.store.is_quantised(name))
+        return self.store.quantises(target) or (self.format in DENSE and self.store.holds_quantised(name))
 
     # --- one job of a kind ---
 
@@ -167,6 +170,8 @@ class JobBuilder:
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
         entry = self.entries[name]
+        if target in self.changes.dequantised:
+            return self._dequantised(target, name, output, group)
         if target in self.values and DTYPES[entry.dtype] not in FLOATS:
             raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
@@ -179,6 +184,22 @@ class JobBuilder:
             shape = entry.shape if len(entry.shape) == 4 else part.into.shape[::-1] if transposed else part.into.shape
             outputs = {output: (part.into.dtype, shape)}
         return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
+
+    def _dequantised(self, target: str, name: str, output: str, group: Sequence[str]) -> Job:
+        """The job of a weight that is stored quantised, and takes an adapter's own values: they stay plain."""
+        if name in self.architecture.transposed:
+            raise takes_no_values(target, self.store.stored(target).label)
+        dtype = DENSE.get(self.format) or self.architecture.loaded.get(target) or self.values[target].dtype
+        into = WeightFormat("dense", self.store.stored(target).shape, dtype)
+        part = Part(target, output, into, values=self.values[target])
+        return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
+
+    def _added(self, name: str, shape: tuple[int, ...]) -> Job:
+        """The job of a tensor that an adapter brings and the checkpoint lacks."""
+        values = self.values[name]
+        dtype = DENSE.get(self.format) or self.architecture.loaded.get(name) or values.dtype
+        part = Part(name, name, WeightFormat("dense", shape, dtype), matrix=False)
+        return Job(name, {name: (dtype, shape)}, 0, (part,), values=values)
 
     def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
         stored = self.store.stored(name)

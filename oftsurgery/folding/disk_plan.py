@@ -12,17 +12,24 @@ from typing import Any, Literal
 import torch
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.reading import homes_of
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
+from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.tokenizer_files import choose_tokenizer
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
+from oftsurgery.stores.new_head import new_head
+from oftsurgery.stores.quantised_loading import loadable_config
 
+from .beside import rows_of
 from .disk_jobs import Job, JobBuilder, Part
+from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
@@ -40,7 +47,7 @@ class CheckpointPlan:
         jobs: the jobs in the destination's order.
         shards: the destination's files.
         config: the new ``config.json``.
-        carried: other files that are copied.
+        carried: the files that are copied beside the weights.
         changes: the changes of the model.
         format: the format that is written.
         fold_into: whether the ``"quantized"`` or the ``"original"`` weights of a plain source are rotated.
@@ -55,7 +62,7 @@ class CheckpointPlan:
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
-    carried: tuple[str, ...]
+    carried: Carried
     changes: FoldPlan = field(default_factory=FoldPlan)
     format: str = "same"
     fold_into: str = "quantized"
@@ -76,11 +83,9 @@ class CheckpointPlan:
     @property
     def nbytes(self) -> int:
         """The bytes to write, with an estimate of the undo record's bytes."""
-        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
-        return (
-            sum(nbytes_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
-        )
+        undo = rotated // 4 if self.undo is not None else 0
+        return sum(nbytes_of(job.outputs) for job in self.jobs) + self.carried.nbytes + undo
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, which ``oftsurgery plan --json`` prints."""
@@ -109,6 +114,7 @@ class CheckpointPlan:
             ],
             "converts": sum(bool(j.parts) and not any(p.changes for p in j.parts) for j in self.jobs),
             "copies": sum(not j.parts for j in self.jobs),
+            "adds": list(self.store.added),
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "missing": list(self.changes.missing),
@@ -116,7 +122,12 @@ class CheckpointPlan:
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
-            "carried": list(self.carried),
+            "carried": list(self.carried.files),
+            "code": list(self.carried.code),
+            "left_out": list(self.carried.left_out),
+            "lost": dict(self.carried.lost),
+            "tokenizer": self.carried.tokenizer,
+            "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
         }
@@ -131,6 +142,7 @@ def plan_checkpoint(
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: str = "nearest",
     undo: Path | None = None,
+    tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
     partial: bool = False,
 ) -> CheckpointPlan:
@@ -155,20 +167,28 @@ def plan_checkpoint(
             remedy="choose format='same' or a quantised format and fold_into='quantized' (--format, --fold-into), or leave out the undo "
             "record (--undo), keep the base, and unfold with base=… (--base)",
         )
+    head = new_head(store, adapters)
+    if head is not None:
+        store = FolderStore(source, quantization, head)
     changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
+    if undo is not None:
+        check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
-    config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
-    plan = make_plan(store, jobs, config, max_shard_bytes)
+    config = configs.output_config(store.config, format, quantization, untied=changes.clears_flag)
+    carried = carried_from(source.folder, source.shards)
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
 def make_plan(
-    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int, carried: Carried
 ) -> CheckpointPlan:
     """A plan of ``jobs`` with the fields that all plans share."""
-    carried = configs.carried_files(store.source.folder)
+    outputs = {name: output for job in jobs for name, output in job.outputs.items()}
+    config = loadable_config(config, outputs)
     card.own_card(store.source.folder)  # a card that cannot be read is refused now
     return CheckpointPlan(
         store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
@@ -201,7 +221,7 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
 
 
 def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
-    if any(map(store.is_quantised, store.source.entries)):
+    if any(map(store.holds_quantised, store.source.entries)):
         raise StateError(
             "the checkpoint is quantised already, and cannot be quantised once more",
             format=format,

@@ -91,7 +91,7 @@ def run_plan(
             record,
             source=plan.source.folder,
             jsons={"config.json": plan.config},
-            carried=[plan.source.folder / name for name in plan.carried],
+            carried=plan.carried,
             exact=plan.format in ("same", *QUANTISED),
             # an unfolded checkpoint keeps the sizes in the earlier fold's record
             before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
@@ -236,6 +236,8 @@ class _Run:
         store = job.origin or self.plan.store
         if not job.parts:
             return store.source.chunks(job.name)
+        if job.values is not None:
+            return [codecs.dense(job.values)]
         if job.unit is not None:
             made, tied = store.read_unit(job.unit), store.architecture.tied
             return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
@@ -281,8 +283,8 @@ class _Run:
         self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
     ) -> EncodedWeight:
         values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
-        old = before.tensors["weight"]
-        if job.unit is None:  # in the stored shape
+        old: Any = before if before.format.quantised else before.tensors["weight"]
+        if job.unit is None and isinstance(old, Tensor):  # in the stored shape
             old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
         for name in self.named.get(part.name, ()):
             operation.replaced(name, old, values)
@@ -299,6 +301,7 @@ class _Run:
         return replace(
             record,
             adapters=tuple(map(public_info, record.adapters)),
+            added=tuple(plan.store.added),
             base={
                 "fold_into": plan.fold_into,
                 **facts_of_quantization(plan.store.quantization),

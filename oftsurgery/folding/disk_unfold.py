@@ -10,10 +10,13 @@ from functools import partial
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.errors import IntegrityError, StateError
+from oftsurgery.errors import IntegrityError, LeftOutWarning, StateError, warn_caller
+from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.tokenizer_files import restore_tokenizer
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
@@ -44,7 +47,7 @@ def plan_unfold(
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
     jobs = JobBuilder(store, replace(changes, replace=()), "same").jobs()
-    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes)
+    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes, _carried(folded))
     return replace(plan, changes=changes, rounding=rounding)
 
 
@@ -77,13 +80,36 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             _check_same_format(job, folded, touched)
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
-        elif all(n in folded.entries for n in job.outputs):
+        elif all(n in folded.entries and n not in record.added for n in job.outputs):
             # untouched by the fold: the folded checkpoint's own bytes
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config)
-    return make_plan(store, jobs, config, max_shard_bytes)
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
+    carried = carried_from(folded.folder, folded.shards)
+    if _brought(record):
+        carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))
+    return make_plan(store, jobs, config, max_shard_bytes, carried)
+
+
+def _carried(folded: Checkpoint) -> Carried:
+    """The files beside the weights of a folded checkpoint without its base; one :class:`LeftOutWarning` names the files that
+    stay the adapter's.
+    """
+    brought = _brought(record_in(folded.folder))
+    if brought:
+        warn_caller(
+            f"the {' and the '.join(brought)} of the output are not the base's, but those that the fold brought: unfold with base=… "
+            "(--base), or copy the base's files",
+            LeftOutWarning,
+        )
+    return carried_from(folded.folder, folded.shards)
+
+
+def _brought(record: FoldRecord | None) -> list[str]:
+    """The files that the last fold brought in place of the base's files."""
+    whose = {} if record is None else {"tokenizer": record.tokenizer, "chat template": record.chat_template}
+    return [what for what, name in whose.items() if name not in (None, "base")]
 
 
 def _original_check(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
@@ -153,7 +179,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     config = dict(undo.config or folded.config)
     if not undo.config and undo.tie_word_embeddings is not None:
         config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
-    return replace(make_plan(store, jobs, config, max_shard_bytes), undone=undo)
+    return replace(make_plan(store, jobs, config, max_shard_bytes, _carried(folded)), undone=undo)
 
 
 def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from oftsurgery.errors import (
     MatchError,
     RoundingWarning,
     SourceWarning,
+    StateError,
     UnfoldWarning,
     UntieWarning,
     WeakAdapterWarning,
@@ -70,11 +71,16 @@ class Operation:
         rotated = {r.name for r in self.plan.rotate}
         self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
 
-    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
+    def replaced(self, name: str, before: Tensor | EncodedWeight, after: Tensor) -> None:
         """Record that a tensor took an adapter's own values."""
         if self.saved.get(name) is None:
-            self.saved[name] = hash_tensors({name: before})
-        if self.undo is not None and name not in self.already and name not in self.brought:
+            self.saved[name] = content_hash(name, before)
+        if (
+            self.undo is not None
+            and isinstance(before, Tensor)
+            and name not in self.already
+            and name not in self.brought
+        ):
             self.undo.tensor(name, before, after)
 
     def rotate(
@@ -107,6 +113,31 @@ class Operation:
             else:
                 self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
         return new
+
+
+def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
+    """The hash of the tensor ``name``, plain or quantised, as a record has it."""
+    return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
+
+
+def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
+    """Refuse an undo record of a fold that makes quantised weights plain, or brings tensors that the base lacks.
+
+    Raises:
+        StateError: the plan has such tensors.
+    """
+    if added:
+        raise StateError(
+            "the adapter brings a head that the base lacks, and an undo record has no form for tensors that come or go",
+            tensor=min(added),
+            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+        )
+    if plan.dequantised:
+        raise StateError(
+            "the adapter brings its own values for a quantised weight, and an undo record has no form for a weight that becomes plain",
+            module=min(plan.dequantised).removesuffix(".weight"),
+            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+        )
 
 
 # --- going back -------------------------------------------------------------------------------------------------------
@@ -159,7 +190,11 @@ class Original:
         )
 
     def _hash(self, found: EncodedWeight) -> str:
-        return found.fingerprint if self.weight else hash_tensors({self.name: found.tensors["weight"]})
+        return (
+            found.fingerprint
+            if self.weight or found.format.quantised
+            else hash_tensors({self.name: found.tensors["weight"]})
+        )
 
 
 def originals(record: FoldRecord, base: Store) -> list[Original]:

@@ -26,13 +26,22 @@ from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
-from oftsurgery.stores.ties import inner_model, modules_of, ties_of
+from oftsurgery.stores.modules import inner_model, modules_of
+from oftsurgery.stores.quantised_loading import loadable_config
+from oftsurgery.stores.ties import ties_of
 
+from .beside import beside_model
 from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard
 
 
 def save_model(
-    model: nn.Module, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, force: bool = False
+    model: nn.Module,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int,
+    tokenizer: Any = None,
+    force: bool = False,
 ) -> FoldRecord | None:
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
@@ -47,17 +56,24 @@ def save_model(
         )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
-    record = record_of(model)
-    if record is not None:
-        record = public_record(record)
+    own, home = record_of(model), source_of(model)
+    record = None if own is None else public_record(own)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
-    with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
+    if "config.json" in jsons:
+        written = {name: output for item in items for name, output in item.outputs.items()}
+        jsons["config.json"] = loadable_config(jsons["config.json"], written)
+    with (
+        beside_model(home, own, tokenizer, getattr(model, "config", None)) as carried,
+        Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
+    ):
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
-        record = write_other_files(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
+        record = write_other_files(
+            staging, files, record, source=home, jsons=jsons, carried=carried, exact=dtype is None
+        )
         staging.publish()
     return record
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery.errors import module_in_errors
+from oftsurgery.errors import LeftOutWarning, module_in_errors, printable, warn_caller
+from oftsurgery.files.carried import Carried
 from oftsurgery.files.checkpoint import INDEX
 from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import ShardWriter
@@ -118,7 +119,7 @@ def write_other_files(
     *,
     source: Path | None,
     jsons: Mapping[str, Mapping[str, Any]],
-    carried: Sequence[Path] = (),
+    carried: Carried,
     exact: bool,
     before: int | None = None,
 ) -> FoldRecord | None:
@@ -128,20 +129,29 @@ def write_other_files(
         files: the files of weights that were written.
         source: the model's folder, for the card.
         jsons: ``{file name: contents}``, with ``config.json`` where the model has a config.
-        carried: other files that are copied.
+        carried: the files that are copied.
         exact: whether the weights have the source's formats.
         before: bytes of the source's tensors, for the record; None keeps the record's sizes.
     """
+    _warn_of_lost(carried)
     held = {file: read_header(staging.folder / file)[0] for file in files}
     total = sum(e.nbytes for entries in held.values() for e in entries)
     if len(files) > 1:
         weight_map = {e.name: file for file, entries in held.items() for e in entries}
         staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    for path in carried:
-        staging.copy(path, path.name)
+    for name, path in carried.files.items():
+        staging.copy(path, name)
     for name, value in jsons.items():
         if value:
             staging.put_json(name, value)
+    if record is not None:
+        record = replace(
+            record,
+            tokenizer=carried.tokenizer or record.tokenizer,
+            chat_template=carried.chat_template or record.chat_template,
+            code=carried.code,
+            left_out=carried.left_out,
+        )
     text = card.written_card(source, record, jsons.get("config.json", {}), staging.names(), exact=exact)
     if text is not None:
         staging.put_text(card.CARD, text)
@@ -149,3 +159,15 @@ def write_other_files(
         sizes = record.sizes if before is None else {"before": before, "after": total}
         record = write_record(staging, replace(record, sizes=sizes))
     return record
+
+
+def _warn_of_lost(carried: Carried) -> None:
+    """One :class:`LeftOutWarning` that names files of the whole model that the output lacks, if there are any."""
+    if carried.lost:
+        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(carried.lost.items())[:3])
+        more = f"; and {len(carried.lost) - 3} more" if len(carried.lost) > 3 else ""
+        warn_caller(
+            f"the output lacks {len(carried.lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
+            "safe_serialization=True, or copy the files if you trust them",
+            LeftOutWarning,
+        )

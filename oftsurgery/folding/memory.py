@@ -21,8 +21,9 @@ from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
 from oftsurgery.stores.live_model import LiveStore, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
+from oftsurgery.stores.modules import inner_model, tensors_in
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import FLAG, inner_model, tensors_in
+from oftsurgery.stores.ties import FLAG
 from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
@@ -70,6 +71,8 @@ def fold_model(
     # everything is checked before anything is copied or changed; live layers hide their base layers until `strip`
     given = LiveStore(model)
     plan = None if live else plan_changes(given, adapters, partial=partial_adapters)
+    if plan is not None and undo is not None:
+        engine.check_undo(plan)
     with transaction() as journal:
         work = peft_live.base_of(inner_model(model)) if live else model
         if not inplace:
@@ -83,7 +86,7 @@ def fold_model(
         operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
         own = {name: store.at(name).read()[0] for name in operation.brought}
         for change in plan.replace:
-            before, after = replace_tensor(store.modules, change, journal)
+            before, after = replace_tensor(store, change, journal)
             for name in plan.recorded(change):
                 operation.replaced(name, before, after)
         _rotate(store, operation, journal, progress, own)
@@ -144,38 +147,75 @@ def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo
     """
     old = modules[path]
     parent, _, name = path.rpartition(".")
-    slots = inner_model(modules[parent])._modules
+    slots = modules[parent]._modules
     if places_of(modules, old) < 2:
         return
     new = share_model(old)
     for key, parameter in old._parameters.items():
         if type(parameter) is nn.Parameter:  # both modules share it; bitsandbytes changes its own Parameters in place
             new._parameters[key] = parameter
-    journal.append(partial(slots.__setitem__, name, old))
+    journal.append(partial(slots.__setitem__, name, slots[name]))
     slots[name] = modules[path] = new
 
 
 def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
     """The number of places in the model that hold the module."""
     parents = {id(m): m for m in modules.values()}.values()
-    return sum(child is module for parent in parents for child in parent._modules.values())
+    children = (child for parent in parents for child in parent._modules.values() if child is not None)
+    return sum(inner_model(child) is module for child in children)
 
 
-def replace_tensor(modules: Mapping[str, nn.Module], change: Replace, journal: list[Undo]) -> tuple[Tensor, Tensor]:
+def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
     """Give a parameter or buffer an adapter's own values (in the old dtype and on the old device), in all places of the
-    change; return the old tensor and the new one.
+    change; return the old tensor and the new one. A quantised weight becomes plain.
     """
-    old: Any = tensors_in(modules)[change.name]
+    old: Any = tensors_in(store.modules)[change.name]
     if old.is_meta:
         message = "the tensor is offloaded or not loaded, and cannot take an adapter's own values"
         raise StateError(message, tensor=change.name, remedy="load the tensor's module on a device")
+    if store.is_quantised(change.name):
+        return _dequantise(store, change, journal)
     if change.values.is_floating_point() and not old.is_floating_point():
         raise takes_no_values(change.name, name_of(old.dtype))
     data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:
-        _put(modules, place, new, journal)
+        _put(store.modules, place, new, journal)
     return old, new
+
+
+def _dequantise(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[EncodedWeight, Tensor]:
+    """Put a plain linear layer with an adapter's own values in place of a bitsandbytes layer, as transformers loads the module
+    where `llm_int8_skip_modules` names it.
+    """
+    path = change.name.removesuffix(".weight")
+    module: Any = store.modules[path]
+    before = store.at(change.name).read()[0]
+    if getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D":
+        raise takes_no_values(change.name, before.format.label)
+    old, bias = module.weight, module.bias
+    dtype = bias.dtype if bias is not None and bias.is_floating_point() else _dtype_of(store)
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(
+        change.values.detach().to(device=old.device, dtype=dtype, copy=True), requires_grad=False
+    )
+    linear.bias = bias
+    for place in change.places:
+        _put_module(store.modules, place.removesuffix(".weight"), linear.train(module.training), journal)
+    return before, linear.weight
+
+
+def _dtype_of(store: LiveStore) -> torch.dtype:
+    """The dtype of the model's plain parameters."""
+    found = (t for t in tensors_in(store.modules).values() if type(t) is nn.Parameter and t.is_floating_point())
+    return next((t.dtype for t in found), torch.float32)
+
+
+def _put_module(modules: dict[str, nn.Module], path: str, module: nn.Module, journal: list[Undo]) -> None:
+    parent, _, name = path.rpartition(".")
+    slots = inner_model(modules[parent])._modules
+    journal.append(partial(slots.__setitem__, name, slots[name]))
+    slots[name] = modules[path] = module
 
 
 def _put(modules: Mapping[str, nn.Module], name: str, tensor: Any, journal: list[Undo]) -> None:
@@ -256,16 +296,17 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
         store = LiveStore(work)
         wanted = engine.originals(record, base)
         for original in wanted:
-            if original.weight:
-                layer = store.at(original.name)
-                found = base.weight(original.at, layer.read()[1])
+            if original.weight or base.is_quantised(original.at):
+                found = base.weight(original.at, store.at(original.name).read()[1])
                 repacked = isinstance(base, LiveStore) and base.at(original.at).repacked
             else:
                 tensor = base.tensor(original.at)
                 found, repacked = None if tensor is None else dense(tensor), False
             assert found is not None  # noqa: S101 - it was located
             original.check(found, repacked=repacked)
-            _put_back(store, original.name, found, journal, weight=original.weight)
+            if found.format.quantised and not store.is_quantised(original.name):
+                _put_layer_back(store, original, base, journal)
+            _put_back(store, original.name, found, journal, weight=original.weight or found.format.quantised)
         _check_rest(store, base, {o.name for o in wanted})
         _tie_again(store, base.ties.groups, base.ties.flag, journal)
         set_record(work, engine.earlier_record(record))
@@ -298,11 +339,25 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
     return work
 
 
+def _put_layer_back(store: LiveStore, original: engine.Original, base: Store, journal: list[Undo]) -> None:
+    """Put a bitsandbytes layer in place of the plain layer of a weight that the fold has made plain."""
+    path = original.name.removesuffix(".weight")
+    if not isinstance(base, LiveStore):
+        raise StateError(
+            "the fold has put a plain layer in place of a bitsandbytes layer, and a folder has no layer to put back",
+            module=path,
+            remedy="load the base with transformers, and give the model: unfold(folded, base=model)",
+        )
+    layer = share_model(base.modules[original.at.removesuffix(".weight")])
+    layer._parameters["bias"] = store.modules[path]._parameters["bias"]
+    _put_module(store.modules, path, layer, journal)
+
+
 def _put_back(store: LiveStore, name: str, before: EncodedWeight, journal: list[Undo], *, weight: bool) -> None:
     """Put a copy of the original ``before`` at ``name`` and in all places that share the tensor."""
     group = store.ties.group(name)  # the folded model's ties
     if not weight:
-        replace_tensor(store.modules, Replace(name, before.tensors["weight"], group), journal)
+        replace_tensor(store, Replace(name, before.tensors["weight"], group), journal)
         return
     layer = store.at(name)
     device = layer.read()[0].tensors["weight"].device

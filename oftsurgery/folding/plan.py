@@ -78,6 +78,7 @@ class FoldPlan:
         replace: the replacements, which are applied before the rotations.
         apart: groups of tied tensors that the fold separates.
         clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
+        dequantised: names of quantised weights that become plain with an adapter's own values.
         idle: paths of layers whose rotation is left out, since the model never calls these layers.
         missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
     """
@@ -87,6 +88,7 @@ class FoldPlan:
     replace: tuple[Replace, ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     clears_flag: bool = False
+    dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -155,12 +157,14 @@ def plan_changes(
         Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
         for name in turned
     )
+    replace = _replacements(store, replaced, alone)
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
-        replace=_replacements(store, replaced, alone),
+        replace=replace,
         apart=apart,
         clears_flag=store.ties.clears_flag(apart),
+        dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
         missing=missing,
     )
@@ -230,6 +234,17 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
         first = made[places].name if places in made else name
         made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
     return tuple(made.values())
+
+
+def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
+    """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
+    where the config names it.
+    """
+    found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
+    both = next((name for name in layers if name in found), None)
+    if both is not None:
+        raise takes_no_values(both, layers[both].format.label)
+    return found
 
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:

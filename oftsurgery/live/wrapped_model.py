@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import StateError, printable
 from oftsurgery.folding.memory import transaction
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 from .layers import LiveLayer, check_known
 from .rotation import LiveRotation

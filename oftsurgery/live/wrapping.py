@@ -12,15 +12,14 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
 from oftsurgery.adapters.targets import without_targets
 from oftsurgery.errors import MatchError, StateError, printable
-from oftsurgery.folding.engine import warn_of_idle, warn_of_missing
+from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
 from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
-from oftsurgery.hashing import hash_tensors
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.model_copy import share_model
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 from .layers import LiveLayer, check_name, class_for, repacking_switch_of
 from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers
@@ -68,8 +67,8 @@ def wrap_model(
         _refuse_merged(before)
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
-        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()), partial=incomplete)
+        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)
@@ -112,9 +111,8 @@ def _put_saved_tensors(
         if any(change.name in origin.saved for origin in origins.values()):
             message = "two adapters bring their own values for one tensor"
             raise MatchError(message, tensor=change.name, remedy="wrap only one of the two adapters")
-        old = store.tensor(change.name)
-        replace_tensor(store.modules, change, journal)
-        hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+        old, _ = replace_tensor(store, change, journal)
+        hashes |= {name: content_hash(name, old) for name in change.places}
     return hashes
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import ExportError, causes, printable
 from oftsurgery.formats.base import OPSET
+from oftsurgery.stores.modules import distinct, modules_of
 
 from .graph import MODULE_PREFIX, fill_values, may_fold, name_axes, named_values, transpose_weights
 from .placeholders import Read
@@ -81,7 +82,7 @@ def capture_graph(
 
 def _deepest(error: BaseException, model: nn.Module) -> str | None:
     """The path of the module whose forward raised an error; None for the model itself."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in distinct(modules_of(model)).items()}
     frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
     return next(filter(None, (paths.get(id(frame.f_locals.get("self"))) for frame in reversed(frames))), None)
 

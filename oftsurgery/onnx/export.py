@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -17,18 +17,20 @@ from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
 from oftsurgery.files.reading import inside, read_json
 from oftsurgery.files.staging import Staging, check_apart
+from oftsurgery.files.tokenizer_files import tokenizer_files
 from oftsurgery.files.writing import disk_errors, to_disk
 from oftsurgery.folding import export
+from oftsurgery.folding.beside import beside_model
 from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.formats.base import OPSET
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
-from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.stores.skeleton import quiet
-from oftsurgery.stores.ties import inner_model
 
 from . import run as onnx_run
 from .capture import capture_graph
@@ -43,13 +45,6 @@ _STAGES = 7
 
 #: the dtypes of a graph with the largest difference that passes, relative to the output's largest value; torch always computes in float32
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
-
-#: the files of a tokenizer
-_TOKENIZER = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,6 @@ def export_model(
     require_onnx()
     home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
-    _check_tokenizer(tokenizer)
     stages = iter(range(_STAGES))
 
     def step(what: str) -> None:
@@ -235,19 +229,16 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
         listed = ", ".join(task.inputs(torch.float32))
         message = f"the model does not run on the inputs {listed}: {type(error).__name__}: {printable(error, 300)}"
         remedy = "give example inputs on which the model runs: example_inputs={'name': tensor, …}"
+        if (
+            getattr(task, "pad", 0) is None
+            and "pad_token_id" in inspect.unwrap(type(reference).forward).__code__.co_names
+        ):
+            # a classifier of decoders looks for the last token of each text in a batch
+            remedy = "name the padding token: model.config.pad_token_id = tokenizer.pad_token_id (`pad_token_id` in config.json)"
         raise StateError(message, remedy=remedy) from error
     if not names:
         raise StateError("the model returns no tensor", remedy="wrap the model in a module that returns tensors")
     return names
-
-
-def _check_tokenizer(tokenizer: object) -> None:
-    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
-        return
-    if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
-        message = f"the tokenizer {printable(tokenizer)!r} is neither a tokenizer nor a folder"
-        remedy = "give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder with a tokenizer's files"
-        raise StateError(message, remedy=remedy)
 
 
 def _checked_dtype(dtype: str) -> str:
@@ -341,19 +332,15 @@ def _write_rest(
     record: FoldRecord | None,
     report: OnnxReport,
 ) -> None:
-    carried = []
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(staging.folder)
-    else:
-        folder = Path(tokenizer) if tokenizer is not None else export.source_of(model)
-        if folder is not None:
-            carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
     jsons = export.config_files(model, NAMED[report.dtype])
     if genai is not None:
         jsons["genai_config.json"] = genai
-    record = FoldRecord((), {}) if record is None else public_record(record)
-    record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    write_other_files(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
+    home = export.source_of(model)
+    with beside_model(home, record, tokenizer, getattr(model, "config", None)) as found:
+        carried = replace(found, files=tokenizer_files(found), code=(), left_out=(), lost={})
+        record = FoldRecord((), {}) if record is None else public_record(record)
+        record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
+        write_other_files(staging, (), record, source=home, jsons=jsons, carried=carried, exact=False)
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:

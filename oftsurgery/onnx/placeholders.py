@@ -20,6 +20,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.model_copy import share_model
+from oftsurgery.stores.modules import distinct, inner_model, modules_of
 
 Read = Callable[[], Tensor]
 
@@ -247,15 +248,17 @@ def _copy_with(model: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], 
     """A copy of ``model`` for a forward in ``dtype``, in eval mode, without accelerate hooks and compiled code; ``make``
     gives the module for each layer.
     """
-    copies = dict(share_model(model).named_modules())
+    copies = distinct(modules_of(share_model(model)))
     for module in copies.values():
         module._compiled_call_impl = None
         if "_hf_hook" in module.__dict__:
             for name in ("_hf_hook", "_old_forward", "forward"):
                 module.__dict__.pop(name, None)
-    made = {id(copies[path]): make(Layer(path, original), copies[path]) for path, original in model.named_modules()}
+    originals = distinct(modules_of(model))
+    made = {id(copy): make(Layer(path, originals[path]), copy) for path, copy in copies.items()}
     for module in copies.values():
-        module._modules.update({name: made[id(child)] for name, child in module._modules.items() if child is not None})
+        children = {name: inner_model(child) for name, child in module._modules.items() if child is not None}
+        module._modules.update({name: made[id(child)] for name, child in children.items()})
     copy: Any = made[id(copies[""])].eval()
     if getattr(getattr(copy, "config", None), "dtype", None) is not None:
         copy.config.dtype = dtype

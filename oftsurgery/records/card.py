@@ -119,13 +119,21 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
     found = {
         "base_model": next(iter(bases), None),
         "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
-        "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
+        "library_name": _library(config, files),
         "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
         + sorted({_BITS[name] for name in quantised})
         + (["onnx"] if onnx else []),
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _library(config: Mapping[str, Any], files: Collection[str]) -> str | None:
+    if any(name.endswith(".onnx") for name in files):
+        return "onnx"
+    if "modules.json" in files:
+        return "sentence-transformers"
+    return "transformers" if "model_type" in config else None
 
 
 def base_metadata(folder: Path | None) -> dict[str, Any]:
@@ -218,7 +226,9 @@ def for_repository(text: str, repo_id: str, revision: str | None = None, *, pict
     new = new.replace(
         'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
     )
-    new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
+    for loads in ("from_pretrained", "SentenceTransformer"):
+        new = new.replace(f'{loads}("."', f"{loads}({where}")
+    new = new.replace(" unfold . ", f" unfold {repo_id} ")
     shown = "".join(f"![{_PICTURES.get(name, name)}]({name})\n\n" for name in pictures)
     card.text = before + new.replace(_LOAD, shown + _LOAD, 1) + after
     return str(card)
@@ -285,6 +295,9 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         tokenizer=tokenizer,
         generates=model in _GENERATES,
         quantised=bool(config.get("quantization_config")),
+        modules="modules.json" in files,
+        code=record.code,
+        trust=", trust_remote_code=True" if record.code else "",
         exact=exact,
     )
     return str(text)

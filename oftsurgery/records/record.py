@@ -265,6 +265,12 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        added: on disk, the names of the tensors that the adapter brought and the base lacked (a head of another class).
+        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
+            there is no tokenizer, or an older version wrote the record.
+        chat_template: the owner of the chat templates, likewise.
+        code: on disk, the names of the files of model code that were copied and not run.
+        left_out: on disk, the names in the source's folder that were not copied.
         missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as they
             were, since the fold was ``partial``.
         extra: fields of a newer version.
@@ -280,6 +286,11 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    code: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)

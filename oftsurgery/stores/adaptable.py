@@ -9,7 +9,7 @@ from torch import nn
 
 from oftsurgery.adapters.targets import Adaptable
 
-from .ties import tensors_in
+from .modules import tensors_in
 
 
 def adaptable_of(modules: Mapping[str, nn.Module]) -> Adaptable:

@@ -1,30 +1,16 @@
-"""The files beside the weights: a folded checkpoint's ``config.json``, and the files that are copied."""
+"""The ``config.json`` of a folded checkpoint."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
-from oftsurgery.files.checkpoint import LAYOUTS
-from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
-from oftsurgery.records.record_file import RECORD
 
 if TYPE_CHECKING:
     from .folder import Quantization
-
-_NOT_CARRIED = re.compile(
-    r"\..*|adapter_.*"  # hidden files, and an adapter's files
-    rf"|config\.json|{re.escape(RECORD)}|README\.md"  # files that are written anew
-    r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
-    r"|.*(?i:\.py)"  # code
-    rf"|{'|'.join(re.escape(name) for layout in LAYOUTS for name in layout.names)}",
-    re.DOTALL,
-)
 
 
 def output_config(
@@ -55,9 +41,15 @@ def output_config(
     return new
 
 
-def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config."""
+def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, and
+    with its class and labels where the adapter had brought a ``head``.
+    """
     new = copy.deepcopy(dict(folded))
+    if head:
+        for name in ("architectures", "id2label", "label2id"):
+            new.pop(name, None)
+            new |= {name: base[name]} if name in base else {}
     for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
         mine.pop("tie_word_embeddings", None)
         mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}
@@ -99,11 +91,3 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
         "load_in_8bit": not four,
         "quant_method": "bitsandbytes",
     }
-
-
-def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that are copied: tokenizer, generation config, template, licence …; only plain
-    files of the top folder. The card is written anew.
-    """
-    names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
-    return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user

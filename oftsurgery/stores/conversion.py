@@ -7,7 +7,7 @@ resolved, each unit is tried on the meta device: a unit whose tensors do not com
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,6 +105,15 @@ def _tried(
         return {}
 
 
+#: attribute in which transformers keeps the conversions of the files that it loaded last into a model
+CONVERSIONS = "_weight_conversions"
+
+
+def of_adapter(conversions: Sequence[Any] | None) -> bool:
+    """Whether those files were an adapter's; such conversions say nothing about the model's own tensors."""
+    return any(source.startswith("base_model.model.") for c in conversions or () for source in c.source_patterns)
+
+
 class Saving:
     """The names and forms that transformers gives a live model's tensors in files."""
 
@@ -119,8 +128,8 @@ class Saving:
             from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
         except ImportError:
             return
-        found = getattr(model, "_weight_conversions", None)
-        if found is None:
+        found = getattr(model, CONVERSIONS, None)
+        if found is None or of_adapter(found):
             known = get_model_conversion_mapping(model, add_legacy=False)
             found = [t for t in known if not isinstance(t, PrefixChange)]
         # transformers 5's conversions of bitsandbytes' own tensors have no reverse, and rename nothing

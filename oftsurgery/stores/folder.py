@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,13 @@ from .adaptable import adaptable_of
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
+from .layouts import find_names
 from .naming import architecture_of, locate
 from .store import LayerInfo
 from .ties import Ties
+
+if TYPE_CHECKING:
+    from .new_head import NewHead
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,27 @@ class FolderStore:
     own names too.
 
     Attributes:
+        config: the ``config.json`` of the model, which another one's head may have changed.
+        entries: the checkpoint's tensors that the model has.
+        added: ``{name: shape}`` of the tensors that an adapter brings to it.
         architecture: the names by the model's class.
     """
 
     what = "checkpoint"
 
-    def __init__(self, source: Checkpoint, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, source: Checkpoint, quantization: Quantization | None = None, head: NewHead | None = None
+    ) -> None:
         q = quantization
         self.source = source
         self.quantization = q
+        self.config = source.config if head is None else head.config
+        self.added: Mapping[str, tuple[int, ...]] = {} if head is None else head.added
+        dropped = frozenset() if head is None else head.dropped
+        self.entries = {n: e for n, e in source.entries.items() if not {n, checkpoint_tensors.owner_of(n)} & dropped}
         self.architecture = architecture_of(
-            source.config,
-            {name: e.shape for name, e in source.entries.items()},
+            self.config,
+            {name: e.shape for name, e in self.entries.items()},
             dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
             skip=q.skip if q is not None else None,
         )
@@ -96,7 +110,11 @@ class FolderStore:
         return Adaptable(linears=(), others=weights, holders=tuple(n.rpartition(".")[0] for n in self.tensors))
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
-        found = locate(wanted := list(names), self.architecture)
+        wanted = list(names)
+        found = locate(wanted, self.architecture)
+        if self.added:
+            rest = [name for name in wanted if name not in found]
+            found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.layouts)
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
 
@@ -135,13 +153,16 @@ class FolderStore:
             return len(self.shape(name)) == 2
         if holder not in self.source.entries:
             return False
-        if self.is_quantised(holder):
+        if self.holds_quantised(holder):
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
         return matrix and DTYPES[entry.dtype] in FLOATS
 
-    def is_quantised(self, stored: str) -> bool:
+    def is_quantised(self, name: str) -> bool:
+        return self.holds_quantised(self.holder(name))
+
+    def holds_quantised(self, stored: str) -> bool:
         """Whether a tensor of the checkpoint is a quantised weight: integers without statistics are none."""
         return stored.endswith("weight") and len(checkpoint_tensors.companion_names(stored, self.source.entries)) > 1
 
@@ -188,10 +209,12 @@ class FolderStore:
         return LayerInfo(None, format_, hash(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.added:
+            return self.added[name]
         unit = self.unit(name)
         if unit is not None:
             return unit.model[self.architecture.tied.get(name, name)]
-        return self.source.entries[self.holder(name)].shape
+        return self.stored(name).shape if self.is_quantised(name) else self.source.entries[self.holder(name)].shape
 
     # --- formats and values ---
 

@@ -23,6 +23,8 @@ from oftsurgery.formats.all_formats import FORMATS, format_of_parameter
 from oftsurgery.formats.base import Format
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
+from .modules import distinct, inner_model, modules_of
+
 Kind = Literal["linear", "embedding", "conv"]
 
 Undo = Callable[[], None]
@@ -291,9 +293,12 @@ def quant_states(module: nn.Module) -> Mapping[int, Any]:
 
 
 def swap_modules(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
-    """Replace modules, by id, everywhere in the model; ``journal`` gets each undo step before its change."""
-    for parent in list(model.modules()):
+    """Replace modules, by id, everywhere in the model, together with the shells around them: a compiled module calls the
+    module that it was made of, whatever it holds. ``journal`` gets each undo step before its change.
+    """
+    for parent in distinct(modules_of(model)).values():
         for name, child in list(parent._modules.items()):
-            if id(child) in table:
+            new = None if child is None else table.get(id(inner_model(child)))
+            if new is not None:
                 journal.append(partial(parent._modules.__setitem__, name, child))
-                parent._modules[name] = table[id(child)]
+                parent._modules[name] = new

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
@@ -16,9 +17,10 @@ from oftsurgery.records.record import FoldRecord
 from .adaptable import adaptable_of
 from .idle import is_idle
 from .layers import Layer
-from .naming import find_names, names_in_model
+from .layouts import find_names, layouts_of, names_in_model
+from .modules import inner_model, modules_of, shells_of, tensors_in
 from .store import LayerInfo
-from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 _ATTRIBUTE = "oftsurgery"
 
@@ -31,10 +33,11 @@ def record_of(model: nn.Module) -> FoldRecord | None:
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
     """Set the model's record, or remove it."""
-    if record is None:
-        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
-    else:
-        inner_model(model).__dict__[_ATTRIBUTE] = record
+    for shell in shells_of(model):  # a DataParallel gives none of its model's attributes
+        if record is None:
+            shell.__dict__.pop(_ATTRIBUTE, None)
+        else:
+            shell.__dict__[_ATTRIBUTE] = record
 
 
 class LiveStore:
@@ -84,17 +87,23 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+        return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
-        layer = self.at(name)
-        if 0 in self.shape(name):
+        layer, tensor = self.at(name), self.tensor(name)
+        if tensor is not None and not is_lazy(tensor) and 0 in self.shape(name):  # `read` refuses a lazy layer
             raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
 
+    def is_quantised(self, name: str) -> bool:
+        path, _, local = name.rpartition(".")
+        return local == "weight" and path in self.modules and self.at(name).quantised
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if self.is_quantised(name):
+            return self.at(name).read()[1].shape
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
 

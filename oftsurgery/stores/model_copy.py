@@ -15,6 +15,7 @@ from oftsurgery.formats.all_formats import format_of_parameter
 from oftsurgery.formats.quant_state import copy_quant_state
 
 from .layers import hooks_of, quant_states
+from .modules import without_replicas
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,7 +25,7 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
 
     Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the
     copy leaves the original as it is. A write into a shared tensor in place (training, BatchNorm statistics) changes
-    both models.
+    both models. Shells that replicate the model (``DistributedDataParallel``) are left out.
 
     Args:
         instead: ``{id of a wrapper: the module inside it that takes the wrapper's place in the copy}``.
@@ -33,6 +34,7 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
         StateError: the model holds something that cannot be copied.
     """
     instead = instead or {}
+    model = without_replicas(model)  # type: ignore[assignment]
     memo: dict[int, Any] = {}
     try:
         for module in model.modules():

@@ -8,7 +8,8 @@ which is right for checkpoints of most text models.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from torch import nn
 
 from oftsurgery.errors import MatchError, MissingDependencyError, StateError, printable
-from oftsurgery.files.wrappers import without_module
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
+from .layouts import Layout, find_names, layouts_of
+from .modules import modules_of
 from .skeleton import skeleton
-from .ties import Ties, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -38,11 +40,12 @@ class Architecture:
         units: ``{name in the checkpoint: its unit}`` of the tensors that transformers converts while loading.
         transposed: checkpoint names of ``Conv1D`` weights, which are held ``(in, out)``.
         linears: model names of the weights that bitsandbytes loading quantises; None for an unknown class.
+        quantised_with: the same for any ``llm_int8_skip_modules``; None where the class is unknown.
         loaded: ``{checkpoint or model name: dtype}`` of plain tensors after transformers' loading; empty for an unknown
             class.
         modules: ``{path: module}`` of the model on the meta device; empty for an unknown class.
         ties: ties of the model.
-        base_prefix: transformers' ``base_model_prefix``; empty for an unknown class.
+        layouts: of :func:`~oftsurgery.stores.layouts.layouts_of`.
         name: name of the class, or None.
     """
 
@@ -50,10 +53,11 @@ class Architecture:
     units: Mapping[str, Unit] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     linears: frozenset[str] | None = None
+    quantised_with: Callable[[Sequence[str] | None], frozenset[str]] | None = None
     loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     ties: Ties = field(default_factory=Ties)
-    base_prefix: str = ""
+    layouts: tuple[Layout, ...] = (str,)
     name: str | None = None
 
     @cached_property
@@ -104,12 +108,16 @@ def architecture_of(
         return Architecture(
             {name: name for name in shapes}, transposed=frozenset(n for n in shapes if n.endswith(ends))
         )
-    return _known(model, shapes, dtype, skip)
+    return names_of(model, shapes, dtype, skip)
 
 
-def _known(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None
+def names_of(
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+    skip: Sequence[str] | None = None,
 ) -> Architecture:
+    """The names of a checkpoint's tensors in ``model``, which is on the meta device. Arguments as for :func:`architecture_of`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
@@ -136,21 +144,23 @@ def _known(
     for converter, keys in converted.values():
         units |= dict.fromkeys(keys, unit_of(converter, keys, shapes, state, model))
     modules = modules_of(model)
-    skipped = _not_converted(model, skip)
     conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}
+
+    def quantised_with(skip: Sequence[str] | None) -> frozenset[str]:
+        skipped = _not_converted(model, skip)
+        linears = (path for path, m in modules.items() if path in conv1d or type(m) is nn.Linear)
+        return frozenset(f"{path}.weight" for path in linears if not skipped(path))
+
     return Architecture(
         renamed=renamed,
         units=units,
         transposed=frozenset(n for n, target in renamed.items() if target.removesuffix(".weight") in conv1d),
-        linears=frozenset(
-            f"{path}.weight"
-            for path, m in modules.items()
-            if (path in conv1d or type(m) is nn.Linear) and not skipped(path)
-        ),
+        linears=quantised_with(skip),
+        quantised_with=quantised_with,
         loaded=_loaded(model, renamed, dtype),
         modules=modules,
         ties=ties_of(model),
-        base_prefix=model.base_model_prefix,
+        layouts=layouts_of(model),
         name=type(model).__name__,
     )
 
@@ -179,15 +189,35 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
         raise MissingDependencyError(
             "this transformers has no rules of bitsandbytes loading", remedy="pip install 'transformers>=5.0'"
         ) from error
-    keep = HfQuantizer.get_modules_to_not_convert(
-        model, None if skip is None else list(skip), model._keep_in_fp32_modules
-    )
+    with _untied(model):
+        keep = HfQuantizer.get_modules_to_not_convert(
+            model, None if skip is None else list(skip), model._keep_in_fp32_modules
+        )
     try:
         should_convert_module("", keep)
     except re.error as error:
         message = f"a module to skip is no regular expression: {printable(list(skip or ()))} ({printable(error)})"
         raise StateError(message, remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)") from error
     return lambda path: not should_convert_module(path, keep)
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """While the body runs, each tied name has a parameter of its own: transformers' quantizer leaves the module of the last
+    parameter alone, and chooses before transformers ties the weights.
+    """
+    tied: dict[str, Any] = {}
+    for name in model.all_tied_weights_keys:
+        path, _, local = name.rpartition(".")
+        slots = model.get_submodule(path)._parameters
+        if slots.get(local) is not None:
+            tied[name] = (slots, local, slots[local])
+            slots[local] = nn.Parameter(torch.empty_like(slots[local]), requires_grad=False)
+    try:
+        yield
+    finally:
+        for slots, local, parameter in tied.values():
+            slots[local] = parameter
 
 
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
@@ -212,45 +242,4 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 
-    return find_names(names, called, architecture.base_prefix)
-
-
-def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
-    """Look for names unchanged, with transformers' ``base_model_prefix`` added or removed (an adapter of ``LlamaModel`` on
-    ``LlamaForCausalLM``), and without the ``module`` that DDP puts before what it wraps, by one rule for all names. A name
-    that is not found is left out.
-
-    Args:
-        called: function from a name to the tensor of that name, if there is one.
-    """
-    prefix = f"{base_prefix}." if base_prefix else ""
-    rules: tuple[Callable[[str], str], ...] = (
-        str,
-        prefix.__add__,
-        lambda name: name.removeprefix(prefix),
-        without_module,
-        lambda name: prefix + without_module(name),
-    )
-    wanted = list(names)
-    best: dict[str, str] = {}
-    for rule in rules:
-        found = {name: target for name in wanted for target in called(rule(name))}
-        if len(found) > len(best):
-            best = found
-        if len(found) == len(wanted):
-            break
-    return best
-
-
-def names_in_model(model: Any) -> Callable[[str], str]:
-    """A function that renames tensor names of files, also of earlier releases, as transformers does for this model."""
-    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: name
-    renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
-    state = tensors_in(modules_of(model))
-    return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])
+    return find_names(names, called, architecture.layouts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from oftsurgery.adapters.targets import without_targets
 from oftsurgery.adapters.to_peft import KEY_PREFIX
 from oftsurgery.errors import StateError, printable
 
+from .conversion import CONVERSIONS, of_adapter
 from .layers import Undo, swap_modules
+from .modules import distinct, inner_model, modules_of, tensors_in
 
 
 def _peft_class(obj: object, name: str) -> bool:
@@ -27,17 +30,23 @@ def _peft_class(obj: object, name: str) -> bool:
 
 def _all_of(name: str, model: nn.Module) -> Iterator[tuple[str, Any]]:
     """``(path, module)`` of a model's modules of peft's class ``name``."""
-    return ((path, m) for path, m in model.named_modules() if _peft_class(m, name))
+    return ((path, m) for path, m in distinct(modules_of(model)).items() if _peft_class(m, name))
 
 
 def has_live_layers(model: nn.Module) -> bool:
-    """Whether the model is a PeftModel, or holds peft's layers (transformers' ``add_adapter``)."""
-    return _peft_class(model, "PeftModel") or any(True for _ in _all_of("BaseTunerLayer", model))
+    """Whether the model is one of peft's, or holds peft's layers (transformers' ``add_adapter``)."""
+    return base_of(model) is not model or any(True for _ in _all_of("BaseTunerLayer", model))
+
+
+#: class of peft's around a base model → name of what is in it: ``PeftModel`` holds a ``BaseTuner``, which holds the model
+_AROUND = MappingProxyType({"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"})
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel; a model with adapters added by transformers is its own base model."""
-    return model.base_model.model if _peft_class(model, "PeftModel") else model  # type: ignore[union-attr,return-value]
+    """The base model inside all of peft's own classes; a model with adapters added by transformers is its own base model."""
+    inner = inner_model(model)
+    held = next((inner._modules[name] for cls, name in _AROUND.items() if _peft_class(inner, cls)), None)
+    return model if held is None else base_of(held)
 
 
 def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[OFTAdapter]:
@@ -67,14 +76,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
         else:
             continue
         raise StateError(message, module=path, remedy=remedy)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    if not configs:
-        holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
-        raise StateError(
-            "the live peft layers are in a part of this model, not in the model itself",
-            module=holder,
-            remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
-        )
+    configs = _configs(model)
     wanted = list(names) if names is not None else _active(layers)
     unknown = [n for n in wanted if n not in configs]
     if unknown or not wanted:
@@ -85,16 +87,35 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
     return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
 
 
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """``{adapter name: OFTConfig}`` of a model with live layers."""
+    configs: dict[str, Any] = getattr(inner_model(model), "peft_config", {})
+    if configs:
+        return configs
+    # get_submodule takes the path with its shells
+    holder = next((path for path, m in model.named_modules() if path and m.__dict__.get("peft_config")), None)
+    if holder is None:
+        message = "the model has live peft layers, and its `peft_config` names no adapter"
+        raise StateError(message, remedy="load the plain base model, and fold the adapter's files into it")
+    raise StateError(
+        "the live peft layers are in a part of this model, not in the model itself",
+        module=holder,
+        remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
+    )
+
+
 def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
     """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``); their old values are lost."""
     base = base_of(model)
     layers = list(_all_of("BaseTunerLayer", base))
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    configs = _configs(model)
     kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
     inside = ("modules_to_save", "original_module")  # biases that the adapter brings, or that nobody trains
+    tensors = tensors_in(modules_of(base))
+    parameters = {id(t): n for n, t in reversed(tensors.items()) if isinstance(t, nn.Parameter)}  # their first names
     found = {
         n.replace(".base_layer.", ".")
-        for n, _ in base.named_parameters()
+        for n in parameters.values()
         if n.endswith(".bias") and not any(f".{w}." in n for w in inside)
     }
     if "all" in kinds:
@@ -145,8 +166,9 @@ def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
 def strip(base: nn.Module, journal: list[Undo]) -> None:
     """Put the base layers back in place of peft's live layers, in ``base`` itself; ``journal`` gets each undo step before its change."""
     swap_modules(base, inner_modules(base), journal)
-    noted = {name: base.__dict__[name] for name in ("peft_config", "_hf_peft_config_loaded") if name in base.__dict__}
-    journal.append(partial(base.__dict__.update, noted))
-    base.__dict__.pop("peft_config", None)
-    if "_hf_peft_config_loaded" in noted:
-        base.__dict__["_hf_peft_config_loaded"] = False
+    own = inner_model(base).__dict__
+    names = ["peft_config", "_hf_peft_config_loaded", *([CONVERSIONS] if of_adapter(own.get(CONVERSIONS)) else [])]
+    noted = {name: own[name] for name in names if name in own}
+    journal.append(partial(own.update, noted))
+    for name in noted:
+        del own[name]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from oftsurgery.progress import without_bars
 
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @contextlib.contextmanager
@@ -30,10 +34,31 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without fields that lead to code, here and in its parts."""
+def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as transformers reads it, without fields that lead to code, here and in its parts."""
     kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
-    return {k: without_code(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+    return {k: _readable(v) for k, v in kept.items()}
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        # JSON has no infinite numbers: transformers 5 writes {"__float__": "Infinity"}
+        tag = value.get("__float__")
+        return _FLOATS[tag] if len(value) == 1 and isinstance(tag, str) and tag in _FLOATS else readable_config(value)
+    return [_readable(v) for v in value] if isinstance(value, list) else value
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' class that ``config`` names, or None; and that class's own config class where the config is its. The
+    parts of some models (Bark's) have config classes that ``AutoConfig`` does not know.
+    """
+    import transformers
+
+    named: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        return None, None
+    own: Any = getattr(named, "config_class", None)
+    return named, own if getattr(own, "model_type", None) == config["model_type"] else None
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
@@ -67,16 +92,21 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         if next(built) > most:  # a config may ask for 10⁹ layers
             raise ValueError("the config asks for many more modules than the checkpoint has tensors")
 
+    model_class, config_class = None, None
     handle = register_module_module_registration_hook(bounded)
     try:
         with quiet(), torch.device("meta"):
-            parsed = transformers.AutoConfig.for_model(**without_code(config))
-            named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
+            model_class, config_class = _classes(config)
+            fields = readable_config(config)
+            model_type = fields.pop("model_type")
+            make = config_class or partial(transformers.AutoConfig.for_model, model_type)
+            parsed = make(**fields)
+            if model_class is not None:
+                return model_class._from_config(parsed, dtype=dtype)
             return transformers.AutoModel.from_config(parsed, dtype=dtype)
     except Exception as error:  # a config may hold any data, and its class may raise any error
-        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        if config_class is not None or str(config["model_type"]) in known:
             raise CheckpointError(
                 f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
                 tensor="config.json",

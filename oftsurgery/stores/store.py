@@ -65,6 +65,9 @@ class Store(Protocol):
     def layer(self, name: str) -> LayerInfo:
         """The facts about the module whose weight is the tensor ``name``. Raises FormatError if it cannot be folded."""
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor is a weight that is stored in 4 or 8 bits."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
 

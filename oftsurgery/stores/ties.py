@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from .modules import inner_model, modules_of, tensors_in
 
 FLAG = "tie_word_embeddings"
 
@@ -50,27 +52,6 @@ class Ties:
         """
         broken = any(self.flagged.intersection(group) for group in apart)
         return bool(self.flag and broken and not self.flag_is_read())
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The module behind ``torch.compile``'s wrapper, or ``model`` itself."""
-    return getattr(model, "_orig_mod", model)
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """``{path: module}`` with every name of a shared module; compiled submodules have their plain names."""
-    return {path.replace("_orig_mod.", ""): m for path, m in inner_model(model).named_modules(remove_duplicate=False)}
-
-
-def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``{name: parameter or buffer}``; tied tensors are under each of their names."""
-    return {
-        f"{path}.{name}".lstrip("."): tensor
-        for path, m in modules.items()
-        for holder in (m._parameters, m._buffers)
-        for name, tensor in holder.items()
-        if tensor is not None
-    }
 
 
 def ties_of(model: nn.Module) -> Ties:

@@ -558,7 +558,7 @@ def test_one_wrong_tensor_is_found_and_named(
     assert cli.main(["verify", str(folder), str(base), str(adapter)]) == 1
     out = capsys.readouterr().out
     assert all(f"{n}: {why}" in out for n, why in report.wrong.items())
-    assert f"; {len(wrong)} wrong" in out
+    assert f"; {len(wrong)} of them wrong" in out
     assert report.to_dict()["tensors"][min(wrong)]["why"] == report.wrong[min(wrong)]
 
 

