@@ -110,6 +110,12 @@ class OFTSurgeryError(Exception):
         names = ("tensor", "module", "shape", "expected", "format", "path", "remedy")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The message and the known fields as plain values."""
+        shapes = {name: list(value) if isinstance(value, tuple) else value for name, value in self._fields.items()}
+        return {"message": self.message, **{name: value for name, value in shapes.items() if value is not None}}
+
     def __reduce__(self) -> tuple[Any, ...]:
         # keyword-only arguments do not survive Exception's own pickling (multiprocessing, concurrent.futures)
         return (partial(type(self), **self._fields), (self.message,))

@@ -22,7 +22,7 @@ def write_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into ``folder``, which appears by one rename.
 
     Raises:
-        StateError: the folder exists and ``force`` is not set, or its parent folder does not exist.
+        StateError: the folder exists and ``force`` is not set, or a file is in the place of a folder above it.
         DiskError: the folder could not be written; nothing is left behind.
     """
     destination = Path(folder).expanduser()

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
@@ -115,6 +116,25 @@ def rounding_mode(rounding: RoundingMode | None, calibration: object) -> Roundin
             else "choose rounding='calibrated' (--rounding calibrated), or leave the calibration out",
         )
     return rounding
+
+
+def usable_device(device: str) -> str:
+    """The device, if torch can compute on it.
+
+    Raises:
+        StateError: torch does not know the device, or the machine does not have it.
+    """
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("the meta device holds no values")
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises errors of several kinds
+        reason = printable(str(error).partition("\n")[0])
+        message = f"torch cannot compute on the device {printable(device)!r} ({reason})"
+        raise StateError(
+            message, remedy="choose 'cpu', or a device that this torch and this machine have (--device)"
+        ) from error
+    return device
 
 
 def tokenizer_choice(tokenizer: Any) -> Any:

@@ -41,6 +41,7 @@ from .arguments import (
     parse_size,
     rounding_mode,
     tokenizer_choice,
+    usable_device,
 )
 
 
@@ -193,6 +194,7 @@ def fold_checkpoint(
         revision=revision,
         partial=partial,
     )
+    usable_device(device)
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)
         batches = None
@@ -288,6 +290,7 @@ def unfold_checkpoint(
         "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
     )
     check_one_way_back((adapter, base, undo), ways)
+    usable_device(device)
     with links_followed(follow_links):
         source = opened_checkpoint(folded)
         size = parse_size(max_shard_size)

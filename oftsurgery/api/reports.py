@@ -63,7 +63,7 @@ def report(
     outputs = {} if html is None else {Path(html): text.encode()}
     if png is not None:
         outputs |= {Path(png) / name: data for name, data in figures(record).items()}
-    write_files(outputs, force=force, make=None if png is None else Path(png))
+    write_files(outputs, force=force)
     return text
 
 

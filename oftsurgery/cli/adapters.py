@@ -33,7 +33,7 @@ def add_commands(command: AddCommand) -> None:
 
 
 def _add_adapter_commands(adapter: Parser) -> None:
-    verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = adapter.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> Parser:
         parser = add_command(verbs, name, text, example, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -18,7 +18,8 @@ class ExitCode(IntEnum):
     OK = 0
     CHECK_FAILED = 1  # of verify or doctor
     REFUSED = 2  # wrong usage or refused input
-    ENVIRONMENT = 3  # an error of disk, network or permission
+    ENVIRONMENT = 3  # an error of disk, network, memory or permission
+    UNFORESEEN = 4  # an error that oftsurgery does not raise on purpose
     INTERRUPTED = 130
 
 
@@ -137,10 +138,13 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(name, **_SHARED[name] | settings)
 
 
-def add_command(commands: Any, name: str, text: str, example: str, run: Run | None = None) -> Parser:
-    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def add_command(
+    commands: Any, name: str, text: str, example: str, run: Run | None = None, aliases: Sequence[str] = ()
+) -> Parser:
+    """Add a command; a command without ``run`` prints its help."""
+    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", aliases=aliases)
     parser.epilog = f"example: {parser.prog} {example}"
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, print_help=parser.print_help)
     return parser
 
 

@@ -28,7 +28,7 @@ def add_commands(command: AddCommand) -> None:
     plan.add_shared("base", "adapter", "--format", *FOLDING_FLAGS)
 
     text = "fold an adapter into a checkpoint"
-    fold = command("fold", text, "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold)
+    fold = command("fold", text, "BASE ADAPTER OUTPUT --format nf4 --double-quant", _fold, ["merge"])
     fold.add_shared("base", "adapter", "output", "--format", *FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
 
     unfold = command("unfold", "take the last fold out of a checkpoint", "FOLDED OUTPUT --base BASE", _unfold)

@@ -7,11 +7,15 @@ modules when the command runs.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partial
+
+import shtab
 
 from oftsurgery._version import __version__
 from oftsurgery.errors import (
@@ -22,6 +26,7 @@ from oftsurgery.errors import (
     RoundingWarning,
     SourceWarning,
     UnfoldWarning,
+    without_tokens,
 )
 from oftsurgery.files.links import links_followed
 
@@ -34,10 +39,13 @@ def command_parser() -> Parser:
     parser = Parser(
         prog="oftsurgery",
         description="Fold orthogonal fine-tuning (OFT, OFTv2, QOFT) adapters into checkpoints on disk, and take them out again.",
-        epilog="exit codes: 0 success; 1 a check failed; 2 wrong usage or refused input; 3 an error of disk, network or permission; 130 interrupted",
+        epilog="exit codes: 0 success; 1 a check failed; 2 wrong usage or refused input; 3 an error of disk, network, memory or permission; "
+        "4 a fault of oftsurgery; 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.set_defaults(run=None, print_help=parser.print_help)
+    shtab.add_argument_to(parser, "--print-completion", help="print the completion script of a shell")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     command = partial(add_command, commands)
     fold.add_commands(command)
     adapters.add_commands(command)
@@ -45,7 +53,7 @@ def command_parser() -> Parser:
     verify.add_commands(command)
     show.add_commands(command)
     export.add_push(command)
-    for leaf in commands.choices.values():
+    for leaf in dict.fromkeys(commands.choices.values()):  # an alias names its command's parser again
         if leaf.get_default("run") is not None:  # `adapter` has its own subcommands
             add_output_flags(leaf)
     return parser
@@ -75,7 +83,10 @@ _ALWAYS = (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWar
 def _run(args: argparse.Namespace) -> int:
     # bitsandbytes logs at its import on a CPU that one of its optional packages is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    run: Run = args.run
+    run: Run | None = args.run
+    if run is None:
+        args.print_help()
+        return ExitCode.OK
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_print_warning, args)
@@ -84,17 +95,46 @@ def _run(args: argparse.Namespace) -> int:
             with links_followed(getattr(args, "follow_links", False)), hub_bars(args):
                 return run(args) or ExitCode.OK
     except KeyboardInterrupt:
-        pushed = "the uploaded files are kept, and the repository does not show them yet; push again to continue"
-        folded = "the finished work is kept; continue with --resume"
-        print(f"interrupted: {pushed if getattr(args, 'pushing', False) else folded}", file=sys.stderr)
+        print(f"interrupted: {_what_is_kept(args)}", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    except OFTSurgeryError as error:
-        print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
-        # errors of disk, network and missing packages are also an OSError or an ImportError
-        return ExitCode.ENVIRONMENT if isinstance(error, (OSError, ImportError)) else ExitCode.REFUSED
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output has gone, so nobody can read an error
         return ExitCode.ENVIRONMENT
+    except Exception as error:
+        return _print_error(args, error)
+
+
+# errors of disk, network and missing packages are also of these kinds
+_ENVIRONMENT = (OSError, ImportError, MemoryError)
+
+
+def _what_is_kept(args: argparse.Namespace) -> str:
+    """What is there after an interruption."""
+    if getattr(args, "pushing", False):
+        return "the uploaded files are kept, and the repository does not show them yet; push again to continue"
+    resumes = (
+        hasattr(args, "resume")
+        and not getattr(args, "dry_run", False)
+        and getattr(args, "format", None) not in export.ONNX_FORMATS
+    )
+    return "the finished work is kept; continue with --resume" if resumes else "nothing was written"
+
+
+def _print_error(args: argparse.Namespace, error: Exception) -> ExitCode:
+    """Print an error, with ``--json`` as an object on the standard output too; its exit code."""
+    ours = isinstance(error, OFTSurgeryError)
+    code = ExitCode.REFUSED if ours else ExitCode.UNFORESEEN
+    if isinstance(error, _ENVIRONMENT):
+        code = ExitCode.ENVIRONMENT
+    said = str(error) if ours else without_tokens(f"{error}")
+    if code == ExitCode.UNFORESEEN:
+        print(without_tokens("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        said += " Remedy: this error is a fault of oftsurgery: report the lines above, with the command and `oftsurgery --version`"
+    print(f"oftsurgery: {type(error).__name__}: {said}", file=sys.stderr)
+    if getattr(args, "json", False):
+        facts = error.facts if isinstance(error, OFTSurgeryError) else {"message": said}
+        print(json.dumps({"error": {"type": type(error).__name__, **facts, "exit_code": code}}, indent=2))
+    return code
 
 
 def _print_warning(args: argparse.Namespace, message: Warning | str, category: type[Warning], *_: object) -> None:

@@ -192,28 +192,35 @@ def _without_wrappers(
     return {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
 
 
-def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
-    """The error for a folder or repository that holds files of these ``names`` and no weights that are read."""
+def no_checkpoint(place: object, names: Collection[str], otherwise: str | None = None) -> CheckpointError:
+    """The error for a folder or repository that holds files of these ``names`` and no weights that are read; the message is
+    ``otherwise`` where the names tell nothing.
+    """
 
     def first(*endings: str) -> str | None:
         return next((printable(name) for name in sorted(names) if name.endswith(endings)), None)
 
     inner = sorted(name.rpartition("/")[0] for name in names if name.endswith((f"/{SINGLE}", f"/{INDEX}")))
     pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
-    if pickled is not None:
+    adapters = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
+    if ADAPTER_CONFIG in names:
+        message, remedy = "the folder holds an adapter, not a model", "give the base model first, the adapter second"
+    elif adapters:  # a trainer's output
+        message = f"the folder holds no model, but adapters in subfolders: {', '.join(map(printable, adapters))}"
+        remedy = "give the base model first, and one of these folders as the adapter"
+    elif pickled is not None:
         message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
         remedy = "load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)"
-    elif ADAPTER_CONFIG in names:
-        message, remedy = "the folder holds an adapter, not a model", "give the base model first, the adapter second"
     elif converted is not None:
-        message = f"the folder holds the weights only as {converted}; oftsurgery reads safetensors only"
+        message = f"the weights are there only as {converted}; oftsurgery reads safetensors only"
         remedy = "give the model from which that file was converted"
     elif inner:  # as sentence-transformers once saved a model, in 0_Transformer
         message = f"the folder itself holds no weights, and its subfolder {printable(inner[0])!r} does"
         remedy = "give the subfolder of the model that the adapter was trained on"
     else:
         wanted = " nor ".join(name for layout in LAYOUTS for name in layout.names)
-        message, remedy = f"the folder has neither {wanted}", "give a folder that save_pretrained wrote"
+        message = otherwise or f"the folder has neither {wanted}"
+        remedy = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
     return CheckpointError(message, path=place, remedy=remedy)
 
 

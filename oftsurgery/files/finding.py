@@ -172,6 +172,8 @@ def place_of(
             raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
         return Place(str(given), path, "", "", None, refusal, remedy)
     match = _hub_id(given)
+    if path.is_file() and refusal is CheckpointError:
+        raise no_checkpoint(path, [path.name], "the path is a file, not a folder")
     if path.exists() or match is None:
         message = "the path is a file, not a folder" if path.exists() else "the folder does not exist"
         raise refusal(message, path=path, remedy=remedy)

@@ -13,7 +13,7 @@ from typing import Any
 from oftsurgery.errors import CheckpointError, DiskError, StateError
 
 from .reading import read_json, sha256_of
-from .writing import Replacement, check_free, disk_errors, exists, sync_folder, to_disk, write_synced
+from .writing import Replacement, check_free, disk_errors, exists, folders_above, sync_folder, to_disk, write_synced
 
 _STATE = ".state.json"
 
@@ -31,7 +31,8 @@ class Staging:
         resumable: keep finished files after an error; otherwise nothing is kept, and unfinished work is ignored.
 
     Raises (on entering):
-        StateError: the destination or unfinished work exists, and the arguments do not say what to do.
+        StateError: the destination or unfinished work exists, and the arguments do not say what to do; or a file is in the
+            place of a folder above the destination.
         DiskError: space or permission is missing, or another run works on the destination.
     """
 
@@ -52,10 +53,14 @@ class Staging:
 
     def __enter__(self) -> Staging:
         check_free("destination", self.destination, force=self.force)
+        with contextlib.ExitStack() as above:
+            above.enter_context(folders_above(self.destination))
+            self._begin()
+            self._above = above.pop_all()
+        return self
+
+    def _begin(self) -> None:
         with disk_errors(self.folder):
-            if not self.destination.parent.is_dir():
-                message = "the destination's parent folder does not exist"
-                raise StateError(message, path=self.destination.parent, remedy="make the folder first")
             if self.folder.is_symlink():
                 message = "a link is in the place of unfinished work"
                 raise StateError(message, path=self.folder, remedy="remove the link, or name another destination")
@@ -70,10 +75,10 @@ class Staging:
             except BaseException:
                 self._leave()
                 raise
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        with self._above:
+            self._leave()
 
     def _leave(self) -> None:
         """Remove work that is not worth resuming, and release the lock."""
@@ -241,16 +246,19 @@ class Staging:
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
-    """Refuse a destination that would replace a folder that is read.
+    """Refuse a destination that would replace or change a folder that is read.
 
     Raises:
-        StateError: one of ``folders`` is the destination or lies in it; the message calls the folder ``what``.
+        StateError: one of ``folders`` is the destination, lies in it or holds it; the message calls the folder ``what``.
     """
     there = destination.resolve()
-    if any(folder.resolve().is_relative_to(there) for folder in folders):
-        raise StateError(
-            f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
-        )
+    for folder in (folder.resolve() for folder in folders):
+        if folder.is_relative_to(there):
+            message = f"the destination is, or holds, the {what} itself"
+            raise StateError(message, path=destination, remedy="name another destination")
+        if there.is_relative_to(folder):
+            message = f"the destination is inside the {what}"
+            raise StateError(message, path=destination, remedy=f"name a destination outside the {what}")
 
 
 @contextlib.contextmanager
@@ -262,12 +270,13 @@ def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
     """
     check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
-    try:
-        yield path
-    finally:
-        with disk_errors(path):
-            if exists(path):
-                _remove(path)
+    with folders_above(destination):
+        try:
+            yield path
+        finally:
+            with disk_errors(path):
+                if exists(path):
+                    _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -35,28 +35,25 @@ class Replacement:
             self.beside.unlink()
 
 
-def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
+def write_files(files: Mapping[Path, bytes], *, force: bool) -> None:
     """Write small files, each whole or not at all: all files are renamed to their places when all are on the disk.
 
     Args:
-        files: ``{path: contents}``; the folders must exist.
+        files: ``{path: contents}``; missing folders are made.
         force: replace existing files.
-        make: a folder to make if it does not exist.
 
     Raises:
-        StateError: a file exists, or a folder does not exist; nothing is written then.
+        StateError: a file exists, or a file is in the place of a folder; nothing is written then.
         DiskError: a file could not be written.
     """
     for path in files:
-        if path.parent != make and not path.parent.is_dir():
-            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make the folder first")
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
         check_free("file", path, force=force)
-    if make is not None:
-        with disk_errors(make):
-            make.mkdir(exist_ok=True)
+        missing_above(path)
     with contextlib.ExitStack() as stack:
+        for path in files:
+            stack.enter_context(folders_above(path))
         waiting = [stack.enter_context(Replacement(path)) for path in files]
         for new in waiting:
             with disk_errors(new.path):
@@ -69,6 +66,39 @@ def check_free(what: str, path: Path, *, force: bool) -> None:
     if exists(path) and not force:
         remedy = f"name another {what}, or replace the {what} with force=True (--force)"
         raise StateError(f"the {what} exists", path=path, remedy=remedy)
+
+
+def missing_above(path: Path) -> list[Path]:
+    """The folders above ``path`` that do not exist, the deepest first.
+
+    Raises:
+        StateError: a file is in the place of one of these folders.
+    """
+    above = [folder for folder in path.absolute().parents if not folder.is_dir()]
+    file = next((folder for folder in above if exists(folder)), None)
+    if file is not None:
+        message = "a file is in the place of a folder of the path to write"
+        raise StateError(message, path=file, remedy="name a path in a folder")
+    return above
+
+
+@contextlib.contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the missing folders above ``path``; those that are empty at the end are removed again.
+
+    Raises:
+        StateError: a file is in the place of one of these folders.
+        DiskError: a folder could not be made.
+    """
+    made = missing_above(path)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                folder.rmdir()
 
 
 def exists(path: Path) -> bool:

@@ -114,9 +114,6 @@ def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
             path=plan.undo,
             remedy="name a file outside the destination (undo=…, --undo)",
         )
-    if any(there.is_relative_to(f) for f in sources):
-        message = "the destination is inside the source"
-        raise StateError(message, path=destination, remedy="name a destination outside the source")
 
 
 def _fingerprint(plan: CheckpointPlan) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import StateError
 from oftsurgery.files.shard_writer import header_bytes
-from oftsurgery.files.writing import Replacement, disk_errors, to_disk
+from oftsurgery.files.writing import Replacement, disk_errors, folders_above, missing_above, to_disk
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
@@ -34,14 +35,12 @@ def check_place(path: Path, *, force: bool = False) -> None:
     """Refuse a place where a record cannot be written, before anything is computed.
 
     Raises:
-        StateError: the path exists (and ``force`` is not set, or the path is no file), or its folder does not exist.
+        StateError: the path exists (and ``force`` is not set, or the path is no file), or a file is in the place of a folder.
     """
     if os.path.lexists(path) and (not force or not path.is_file()):
         message = "the path for the undo record exists already, and undo records are not overwritten"
         raise StateError(message, path=path, remedy="name another file: an undo record belongs to one fold")
-    if not path.absolute().parent.is_dir():
-        message = "the folder for the undo record does not exist"
-        raise StateError(message, path=path.parent, remedy="make the folder first, or name a file in another folder")
+    missing_above(path)
 
 
 class UndoCollector:
@@ -124,16 +123,19 @@ class UndoWriter(UndoCollector):
         check_place(path, force=force)
         self._force = force
         self._new = Replacement(path, "oftsurgery")
-        with disk_errors(self._new.beside):
-            self._file: BinaryIO = self._new.beside.open("wb")
-            self._file.write(bytes(8 + _ROOM))
+        with contextlib.ExitStack() as above:
+            above.enter_context(folders_above(path))
+            with disk_errors(self._new.beside):
+                self._file: BinaryIO = self._new.beside.open("wb")
+                self._file.write(bytes(8 + _ROOM))
+            self._above = above.pop_all()
         super().__init__(self._file)
 
     def __enter__(self) -> UndoWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._new:
+        with self._above, self._new:  # removes the file first, and then folders that are empty
             self._file.close()
 
     def finish(

@@ -500,8 +500,8 @@ def test_saving_is_whole_or_nothing_and_overwrites_only_when_asked(tmp_path: Pat
     adapter(16, 4, 0.1, 2).save(tmp_path / "a", force=True)
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() != before["adapter_model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    with pytest.raises(oftsurgery.StateError, match="parent folder does not exist"):
-        a.save(tmp_path / "no" / "where")
+    with pytest.raises(oftsurgery.StateError, match="a file is in the place of a folder"):
+        a.save(tmp_path / "a" / "adapter_config.json" / "where")
 
 
 def test_what_peft_saves_is_what_we_save(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -156,7 +157,6 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "no command": ([], 2, "the following arguments are required: COMMAND"),
     "unknown format": (["fold", "BASE", "ADAPTER", "x", "--format", "gguf"], 2, "invalid choice: 'gguf'"),
     "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: the folder does not exist"),
     "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: the folder does not exist"),
@@ -168,7 +168,23 @@ REFUSED = {
     ),
     "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
-    "no parent": (["fold", "BASE", "ADAPTER", "no/such/x"], 2, "parent folder does not exist"),
+    "below a file": (
+        ["fold", "BASE", "ADAPTER", "FOLDED/config.json/x"],
+        2,
+        "a file is in the place of a folder of the path to write",
+    ),
+    "output in the base": (["fold", "BASE", "ADAPTER", "BASE/x/y"], 2, "the destination is inside the source"),
+    "output in the adapter": (["fold", "BASE", "ADAPTER", "ADAPTER/x"], 2, "the destination is inside the adapter"),
+    "unknown device": (
+        ["fold", "BASE", "ADAPTER", "x", "--device", "tpu9"],
+        2,
+        "torch cannot compute on the device 'tpu9' (Invalid device string: 'tpu9') Remedy: choose 'cpu'",
+    ),
+    "no values on this device": (
+        ["unfold", "FOLDED", "x", "--base", "BASE", "--device", "meta"],
+        2,
+        "torch cannot compute on the device 'meta'",
+    ),
     "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "'huge' is not a size"),
     "quantised as it is": (
         ["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"],
@@ -244,6 +260,107 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(
     assert not (tmp_path / "out").exists()
     assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), "--resume"]) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_of_a_command_that_cannot_go_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import oftsurgery.cli.fold
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(oftsurgery.cli.fold, "show_plan", interrupt)
+    for words in (["plan", "BASE", "ADAPTER"], ["fold", "BASE", "ADAPTER", "x", "--dry-run"]):
+        # `plan` was bound before the change of the module
+        monkeypatch.setattr(oftsurgery.api.checkpoints, "plan_fold", interrupt)
+        assert cli.main(words) == 130
+        assert capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
+@pytest.mark.parametrize("words", [[], ["adapter"]])
+def test_a_bare_command_prints_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    bare = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    assert bare == capsys.readouterr().out
+    assert "usage: oftsurgery" in bare
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="runs bash")
+def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    script = (
+        "source completion; for line in 'oftsurgery fo' 'oftsurgery fold --rou' 'oftsurgery fold --format b'; do\n"
+        "COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_oftsurgery; echo ${COMPREPLY[@]}; done"
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["fold", "--rounding", "bf16"], done.stderr
+
+
+def test_merge_is_fold(place: Path, tmp_path: Path) -> None:
+    for word in ("merge", "fold"):
+        assert run(place, word, "BASE", "ADAPTER", str(tmp_path / "new" / word), "-q") == (0, "", "")
+    merged, folded = (
+        {p.name: p.read_bytes() for p in (tmp_path / "new" / word).iterdir()} for word in ("merge", "fold")
+    )
+    assert merged == folded
+
+
+def test_missing_parents_are_made_and_do_not_stay_after_an_error(place: Path, tmp_path: Path) -> None:
+    code, _, err = run(
+        place, "fold", "BASE", "ADAPTER", str(tmp_path / "a" / "b"), "--undo", str(tmp_path / "c" / "d" / "undo")
+    )
+    assert (code, sorted(p.name for p in tmp_path.iterdir())) == (0, ["a", "c"]), err
+    code, _, err = run(place, "adapter", "scale", "ADAPTER", "nan", str(tmp_path / "e" / "f"))
+    assert (code, sorted(p.name for p in tmp_path.iterdir())) == (2, ["a", "c"]), err
+    code, _, err = run(place, "report", str(tmp_path / "a" / "b"), "--html", str(tmp_path / "g" / "h" / "r.html"))
+    assert code == 0, err
+    assert (tmp_path / "g" / "h" / "r.html").is_file()
+
+
+def test_an_error_as_json(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert cli.main(["fold", "nowhere", "ADAPTER", "x", "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {
+        "error": {
+            "type": "CheckpointError",
+            "message": "the folder does not exist",
+            "path": "nowhere",
+            "remedy": "give a folder that save_pretrained wrote, or a Hub id 'owner/name'",
+            "exit_code": 2,
+        }
+    }
+    assert said.err.startswith("oftsurgery: CheckpointError: the folder does not exist [at nowhere] Remedy: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RuntimeError("hf_" + "a" * 30), 4, "this error is a fault of oftsurgery: report the lines above"),
+        (PermissionError(13, "Permission denied", "x"), 3, "PermissionError: [Errno 13] Permission denied: 'x'"),
+        (MemoryError("no room"), 3, "MemoryError: no room"),
+    ],
+)
+def test_an_unforeseen_error(
+    error: Exception, code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("oftsurgery.cli.fold.base_of", fail)
+    assert cli.main(["plan", "x", "y", "--json"]) == code
+    said = capsys.readouterr()
+    assert text in said.err
+    assert ("Traceback" in said.err) == (code == 4)
+    assert "hf_aaa" not in said.err + said.out
+    assert json.loads(said.out)["error"]["exit_code"] == code
 
 
 def test_a_full_disk_exits_3(place: Path) -> None:

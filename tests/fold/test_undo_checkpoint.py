@@ -240,7 +240,7 @@ def test_places_where_no_record_can_be_written(sources: Sources, tmp_path: Path)
     for undo, message in (
         (tmp_path / "there", "the path for the undo record exists already"),
         (tmp_path / "out" / "fold.undo", "would be inside the destination"),
-        (tmp_path / "none" / "fold.undo", "the folder for the undo record does not exist"),
+        (tmp_path / "there" / "fold.undo", "a file is in the place of a folder"),
     ):
         with pytest.raises(StateError, match=message):
             oftsurgery.fold_checkpoint(sources.base("llama"), sources.adapter("llama"), tmp_path / "out", undo=undo)

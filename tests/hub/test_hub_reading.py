@@ -160,9 +160,9 @@ def test_two_checkpoints_are_refused_before_either_is_downloaded(place: Path, se
         ),
         (
             {"a.Q4_K_M.gguf": b"x"},
-            r"the folder holds the weights only as a.Q4_K_M.gguf.*Remedy: give the model from which",
+            r"the weights are there only as a.Q4_K_M.gguf.*Remedy: give the model from which",
         ),
-        ({"onnx/model.onnx": b"x"}, "the folder holds the weights only as onnx/model.onnx"),
+        ({"onnx/model.onnx": b"x"}, "the weights are there only as onnx/model.onnx"),
         (
             {"consolidated.safetensors": b"x"},
             "the folder has neither model.safetensors nor model.safetensors.index.json",

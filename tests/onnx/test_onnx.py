@@ -916,8 +916,10 @@ def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path)
             tmp_path / "file",
             r"the destination exists.*Remedy: name another destination, or replace the destination with force=True",
         ),
-        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
-        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
+        (
+            tmp_path / "file" / "out",
+            r"a file is in the place of a folder of the path to write.*Remedy: name a path in a",
+        ),
     ):
         stages: list[tuple[int, int, str]] = []
 

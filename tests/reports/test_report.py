@@ -393,8 +393,8 @@ def test_files_are_replaced_only_with_force_and_all_or_none(tmp_path: Path) -> N
     assert not (tmp_path / "b.html").exists()
     oftsurgery.report(record, html, png=png, force=True)
     assert html.read_text(encoding="utf-8") == text
-    with pytest.raises(StateError, match="the folder to write to does not exist"):
-        oftsurgery.report(record, tmp_path / "no" / "a.html")
+    with pytest.raises(StateError, match="a file is in the place of a folder"):
+        oftsurgery.report(record, html / "a.html")
     with pytest.raises(StateError, match="a folder is in the place of the file"):
         oftsurgery.report(record, png, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "pictures"]

@@ -420,10 +420,22 @@ def test_too_little_space_is_told_before_anything_is_written(inputs: Path) -> No
     assert beside(inputs) == INPUTS
 
 
-def test_a_missing_parent_is_told(inputs: Path) -> None:
-    with pytest.raises(StateError, match="the destination's parent folder does not exist"):
-        quiet_fold(inputs / "base", inputs / "adapter", inputs / "no" / "out")
+def test_a_missing_parent_is_made_and_removed_again_after_an_error(inputs: Path) -> None:
+    with (
+        pytest.raises(DiskError, match="make room"),
+        Staging(inputs / "new" / "er" / "out", "key", needed=10**15, resume=False, force=False),
+    ):
+        pass
     assert beside(inputs) == INPUTS
+    with Staging(inputs / "new" / "er" / "out", "key", needed=1, resume=False, force=False) as staging:
+        staging.put_text("x", "y")
+        staging.publish()
+    assert beside(inputs) == {*INPUTS, "new"}
+    assert [p.relative_to(inputs).as_posix() for p in (inputs / "new").rglob("*")] == [
+        "new/er",
+        "new/er/out",
+        "new/er/out/x",
+    ]
 
 
 def test_a_file_larger_than_the_limit(inputs: Path, undisturbed: dict[str, bytes]) -> None:

@@ -669,8 +669,8 @@ def test_nothing_is_written_over(folded: Any, stacks: Mapping[int, list[OFTAdapt
     whole = (tmp_path / "u").read_bytes()
     with pytest.raises(StateError, match="exists already, and undo records are not overwritten"):
         oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "u")
-    with pytest.raises(StateError, match="the folder for the undo record does not exist"):
-        oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "none" / "u")
+    with pytest.raises(StateError, match="a file is in the place of a folder"):
+        oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "u" / "u")
     assert (tmp_path / "u").read_bytes() == whole
 
 
