@@ -30,7 +30,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def write_results(results: dict[str, Any]) -> None:
     """One line a class, in the order of their names."""
-    lines = [f"{json.dumps(cls)}: {json.dumps(row, ensure_ascii=False)}" for cls, row in sorted(results["families"].items())]
+    lines = [
+        f"{json.dumps(cls)}: {json.dumps(row, ensure_ascii=False)}" for cls, row in sorted(results["families"].items())
+    ]
     text = f'{{"versions": {json.dumps(results["versions"])},\n"families": {{\n' + ",\n".join(lines) + "\n}}\n"
     RESULTS.write_text(text, encoding="utf-8")
 
@@ -69,4 +71,10 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def _told(findings: list[list[str]]) -> str:
-    return "; ".join(f"{step} {verdict} ({error}: {text[:120]})" if error else f"{step} {verdict}" for step, verdict, error, text in findings) or RIGHT
+    return (
+        "; ".join(
+            f"{step} {verdict} ({error}: {text[:120]})" if error else f"{step} {verdict}"
+            for step, verdict, error, text in findings
+        )
+        or RIGHT
+    )

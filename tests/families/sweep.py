@@ -42,7 +42,12 @@ def run_one(cls: str, out: Path) -> None:
     from families import FAMILIES
 
     with tempfile.TemporaryDirectory() as folder:
-        found = run_family(FAMILIES[cls], Path(folder), list(product(BASES, ADAPTERS)))
+        found = run_family(
+            FAMILIES[cls],
+            Path(folder),
+            list(product(BASES, ADAPTERS)),
+            graphs=not os.environ.get("FAMILIES_WITHOUT_ONNX"),
+        )
         told = {
             cell: [[f.step, f.verdict, f.error, f.text.replace(folder, "…")] for f in findings]
             for cell, findings in found.items()
@@ -60,7 +65,9 @@ def run_in_process(cls: str, limit: int) -> None:
     with log.open("w", encoding="utf-8") as told:
         command = [sys.executable, __file__, "--one", cls, str(part)]
         try:
-            code = subprocess.run(command, env=environment, stdout=told, stderr=told, timeout=limit, check=False).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=told, stderr=told, timeout=limit, check=False
+            ).returncode
             reason = "" if part.exists() else f"the process ended with {code}: {log.read_text(encoding='utf-8')[-300:]}"
         except subprocess.TimeoutExpired:
             reason = f"no end after {limit} s"
