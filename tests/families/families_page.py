@@ -35,15 +35,15 @@ three bases, with four adapters:
 
 A cell is **right** when all of this holds:
 
-- `fold` in memory: each rotated weight is the live layer's, each trained tensor is the live model's byte for byte, nothing else has changed, and the outputs are
-  the live model's (plain: in float64, to 1e-5; quantised: to the rounding of the format);
+- `fold` in memory: each rotated weight is the live layer's, each trained tensor is the live model's byte for byte, nothing else has changed, and the
+  outputs are the live model's (plain: in float64, to 1e-5; quantised: to the rounding of the format);
 - `fold_checkpoint` from the plain folder gives the same bytes, and transformers loads its output without a missing or superfluous key;
 - both undo records give every byte of the base back;
 - `export_safetensors` of the folded model loads with the same bytes and the same outputs.
 
-**ONNX** is `export_onnx` of the folded plain and nf4 models with the first adapter, proved by onnxruntime beside torch. **Refused** cells raise a typed error before
-anything is written; **the stack cannot** where transformers, peft, bitsandbytes or torch raise without oftsurgery. The numbers lead to the reasons below the
-tables. A dash: the class has no such part.
+**ONNX** is `export_onnx` of the folded plain and nf4 models with the first adapter, proved by onnxruntime beside torch. **Refused** cells raise a
+typed error before anything is written; **the stack cannot** where transformers, peft, bitsandbytes or torch raise without oftsurgery. The numbers lead to the
+reasons below the tables. A dash: the class has no such part.
 
 Of {classes} classes, {cells} cells: {counts}.
 """

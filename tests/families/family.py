@@ -12,6 +12,7 @@ from torch import Tensor
 Config = dict[str, Any]
 
 TOKENS = torch.tensor([[3, 5, 9, 2, 7, 11], [4, 4, 8, 13, 6, 6]])
+TEXTS: Mapping[str, Tensor] = {"input_ids": TOKENS}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Family:
 
     cls: str
     config: Config = field(hash=False)
-    inputs: Mapping[str, Tensor] = field(hash=False, default_factory=lambda: {"input_ids": TOKENS})
+    inputs: Mapping[str, Tensor] = field(hash=False, default_factory=lambda: TEXTS)
     linears: str | tuple[str, ...] = "all-linear"
     head: str = ""
     embedding: str = ""
