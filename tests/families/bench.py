@@ -21,7 +21,10 @@ class StackError(Exception):
     """transformers, peft, bitsandbytes or torch cannot do what the cell asks, without oftsurgery."""
 
     def __init__(self, what: str, error: BaseException | str) -> None:
-        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        deepest = error
+        while isinstance(deepest, BaseException) and deepest.__cause__ is not None:
+            deepest = deepest.__cause__
+        said = error if isinstance(error, str) else f"{type(deepest).__name__}: {deepest}"
         super().__init__(f"{what}: {' '.join(said.split())[:300]}")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import onnxruntime
 import torch
 import transformers
 from bench import Bench, StackError, WrongError, distance, doubled, outputs, stack, wrong_unless
@@ -268,11 +269,18 @@ class Cell:
         oftsurgery.export_onnx(self.memory, self.folder / name, dtype="float32", example_inputs=examples)
 
     def _torch_exports(self) -> None:
-        """torch captures the plain base without oftsurgery, or it is the stack that cannot."""
+        """torch writes a graph of the plain base without oftsurgery, which onnxruntime runs, or the stack cannot."""
         base = self.bench.base("plain")
         base.config.use_cache = False
-        with stack("torch.export of the plain base alone"):
-            torch.export.export(base, (), kwargs=dict(self.family.inputs), strict=False)
+        path = self.folder / "alone.onnx"
+        with stack("torch.onnx.export of the plain base alone"):
+            torch.onnx.export(
+                base, (), path, kwargs=dict(self.family.inputs), dynamo=True, opset_version=20, verbose=False
+            )
+        with stack("onnxruntime of torch's own graph of the plain base"):
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            names = {i.name for i in session.get_inputs()}
+            session.run(None, {n: t.numpy() for n, t in self.family.inputs.items() if n in names})
 
 
 def run_family(

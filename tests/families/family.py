@@ -112,6 +112,8 @@ ENCODER_DECODER: Config = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
+#: where peft must not turn the router, whose output is a pair
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION: Config = {
     "hidden_size": 64,
     "intermediate_size": 128,

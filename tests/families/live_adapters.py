@@ -23,6 +23,14 @@ ATTENTION = re.compile(
 )
 
 
+#: ends of class names, and peft's tasks, which save the heads that peft knows
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
 def path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next((path for path, m in model.named_modules() if m is wanted), "")
 
@@ -113,14 +121,9 @@ def adapter_settings(family: Family, model: Any, which: str) -> dict[str, Any] |
     saved = head if which == "head saved" else embedding
     if not saved:
         return None
-    task = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }
-    kind = next((t for end, t in task.items() if family.cls.endswith(end)), None)
-    if which == "head saved" and kind:
-        return {"target_modules": targets, "task_type": kind}  # peft saves the head by itself
+    task = next((task for end, task in TASKS.items() if family.cls.endswith(end)), None)
+    if which == "head saved" and task and head in ("classifier", "score", "qa_outputs"):
+        return {"target_modules": targets, "task_type": task}  # peft saves the head by itself
     return {"target_modules": targets, "modules_to_save": [short_name(model, saved)]}
 
 

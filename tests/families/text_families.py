@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from family import BOTH, ENCODER_DECODER, EXPERTS, LATENT, STATE_SPACE, TEXT, TEXTS, TOKENS, Config, Family
+from family import (
+    BOTH,
+    ENCODER_DECODER,
+    EXPERTS,
+    LATENT,
+    LLAMA_LINEARS,
+    STATE_SPACE,
+    TEXT,
+    TEXTS,
+    TOKENS,
+    Config,
+    Family,
+)
 from torch import Tensor
 
 # a row reads as a row
@@ -86,7 +98,7 @@ MIXTURES = [
         EXPERTS | LATENT,
         "DeepseekV2ForCausalLM DeepseekV3ForCausalLM Glm4MoeLiteForCausalLM LongcatFlashForCausalLM",
     ),
-    Family("Llama4ForCausalLM", EXPERTS | {"intermediate_size_mlp": 128}),
+    Family("Llama4ForCausalLM", EXPERTS | {"intermediate_size_mlp": 128}, linears=LLAMA_LINEARS),
     Family("Lfm2MoeForCausalLM", EXPERTS | {"layer_types": ["conv", "full_attention"]}),
     Family(
         "Qwen3NextForCausalLM",
