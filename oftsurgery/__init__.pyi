@@ -44,12 +44,14 @@ from .errors import FormatError as FormatError
 from .errors import HubError as HubError
 from .errors import IdleWarning as IdleWarning
 from .errors import IntegrityError as IntegrityError
+from .errors import LeftOutWarning as LeftOutWarning
 from .errors import MatchError as MatchError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OFTSurgeryError as OFTSurgeryError
 from .errors import RoundingWarning as RoundingWarning
 from .errors import ShapeError as ShapeError
+from .errors import SourceWarning as SourceWarning
 from .errors import StateError as StateError
 from .errors import UndoError as UndoError
 from .errors import UnfoldWarning as UnfoldWarning

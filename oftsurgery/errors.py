@@ -1,7 +1,8 @@
 """Every error that oftsurgery raises on purpose, with its facts in fields.
 
-One tree, rooted at :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and the remedy, both in
-its text (for people) and in its attributes (for programs). Nothing here imports anything but the standard library.
+All errors form one tree, whose root is :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and
+the remedy, both in its text (for people) and in its attributes (for programs). This file imports the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# the Hub's tokens, wherever they come from
+# access tokens of the Hub
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
 
 
 def without_tokens(text: str, *known: str) -> str:
-    """``text`` with stars in place of access tokens: those that are ``known``, and what looks like one."""
+    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token."""
     for token in known:
         text = text.replace(token, "***")
     return _TOKEN.sub("hf_***", text)
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit``
-    characters. Access tokens become stars.
+    """``text`` for a message. Control characters are escaped, because names come from untrusted files; access tokens
+    become stars; the text is cut to ``limit`` characters.
     """
     text = without_tokens(str(text))
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
@@ -35,7 +36,7 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, its cause, the cause of that cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -84,7 +85,7 @@ class OFTSurgeryError(Exception):
         self.remedy = remedy
         place = None if path is None else str(path)
         super().__init__(self._text(place))
-        self.path = place  # after ImportError's own __init__, which clears an attribute of that name
+        self.path = place  # set after ImportError's __init__, which clears the attribute `path`
 
     def _text(self, place: str | None) -> str:
         facts: list[tuple[str, Any, Callable[[Any], str]]] = [
@@ -99,7 +100,7 @@ class OFTSurgeryError(Exception):
         return self.message + f" [{known}]" * bool(known) + f" Remedy: {self.remedy}" * bool(self.remedy)
 
     def within(self, module: str) -> OFTSurgeryError:
-        """The same error, told of ``module``, unless it already names one."""
+        """The same error with ``module`` as its module, unless the error names a module already."""
         if self.module is not None:
             return self
         return type(self)(self.message, **(self._fields | {"module": module}))
@@ -116,7 +117,7 @@ class OFTSurgeryError(Exception):
 
 @contextmanager
 def module_in_errors(module: str) -> Iterator[None]:
-    """Errors in the body as :meth:`OFTSurgeryError.within` tells them of ``module``."""
+    """Add ``module`` to each error of the body, by :meth:`OFTSurgeryError.within`."""
     try:
         yield
     except OFTSurgeryError as error:
@@ -189,9 +190,19 @@ class MissingDependencyError(OFTSurgeryError, ImportError):
     """An optional dependency is not installed; the remedy names the extra that brings it."""
 
 
+#: what to do about a model in memory
+GATHER_MODEL = "gather the model within `deepspeed.zero.GatheredParameters(list(model.parameters()))`, or load a checkpoint that is whole"
+
+
+def not_gathered(kind: type[OFTSurgeryError], what: str, remedy: str, **where: Any) -> OFTSurgeryError:
+    """The error for a tensor without elements, which DeepSpeed's ZeRO-3 or FSDP holds in parts."""
+    message = f"{what} has no elements: training has spread it over processes (ZeRO-3, FSDP), and it was not gathered"
+    return kind(message, remedy=remedy, **where)
+
+
 @contextmanager
 def needs(package: str, remedy: str) -> Iterator[None]:
-    """An import in the body that fails is a :class:`MissingDependencyError` of ``package``."""
+    """Turn a failed import in the body into a :class:`MissingDependencyError` that names ``package``."""
     try:
         yield
     except ImportError as error:
@@ -211,7 +222,7 @@ class UnfoldWarning(UserWarning):
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """``warnings.warn`` told of the line that called into oftsurgery, however deep inside it is: filters go by that."""
+    """Warn in the name of the line that called oftsurgery, however deep the call is: warning filters match that line."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "oftsurgery",
@@ -225,8 +236,18 @@ class UntieWarning(UserWarning):
     """A fold gave two modules that shared a weight a weight each."""
 
 
+class SourceWarning(UserWarning):
+    """A function read something that its arguments left open: the revision of a base, the only adapter in a subfolder, the
+    target of a link, names without the segments of wrappers, or a part of an adapter.
+    """
+
+
 class IdleWarning(UserWarning):
     """Names, once a fold, the layers whose rotation is left out: their owners read the weight and never call them."""
+
+
+class LeftOutWarning(UserWarning):
+    """Names, once an output, files that loading the whole model reads and that the output lacks or has from an adapter."""
 
 
 class CalibrationWarning(UserWarning):

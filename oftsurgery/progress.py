@@ -1,4 +1,4 @@
-"""How far a task is: one kind of function that is told, and the bar that shows it."""
+"""Progress of a task: the type of a progress function, and a bar that shows the progress."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from contextlib import contextmanager
 
 from .errors import printable
 
-#: called with (done, all there is to do, what it is about), both in bytes, weights, batches or stages
+#: function of (amount done, total amount, name of the current item); amounts are in bytes, weights, batches or stages
 Progress = Callable[[int, int, str], None]
 
 
 @contextmanager
 def shown(progress: bool | Progress, task: str, unit: str = "B") -> Iterator[Progress | None]:
-    """What a task is to tell of its progress: the caller's own function; for True one that moves a bar on the standard
-    error.
+    """The progress function of a task: the caller's own, or for True a function that moves a bar on the standard error.
 
     Args:
-        progress: True, the caller's function, or False for nobody.
-        task: stands before the bar.
-        unit: of what is counted; bytes are shown as kB, MB …
+        progress: True for a bar, the caller's function, or False for no progress.
+        task: text before the bar.
+        unit: unit of the amounts; bytes are shown as kB, MB …
     """
     if progress is not True:
         yield progress or None
@@ -38,7 +37,7 @@ def shown(progress: bool | Progress, task: str, unit: str = "B") -> Iterator[Pro
 
 @contextmanager
 def without_bars(shown: bool, hide: Callable[[], None], show: Callable[[], None]) -> Iterator[None]:
-    """Without a library's own bars, which are ``shown`` so far: its functions ``hide`` and ``show`` them."""
+    """Run the body without a library's own bars: if they are ``shown``, call ``hide`` before the body and ``show`` after."""
     if shown:
         hide()
     try:

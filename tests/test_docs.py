@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import doctest
-import json
 import re
 import shlex
-import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import bnb_config, build, quiet_transformers
-from peft import OFTConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from documented import link_folders, without_our_warnings
 
 import oftsurgery
 from oftsurgery.cli import main as cli
@@ -42,42 +36,12 @@ def blocks(page: Path) -> list[Block]:
     return [Block(m[2], m[3], text.count("\n", 0, m.start(3)) + 1, m[1]) for m in found]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands name: a llama, plain and in NF4, and adapters of it."""
-    place = tmp_path_factory.mktemp("docs")
-    with quiet_transformers():
-        build("llama").save_pretrained(place / "PLAIN")
-        words = {word: i for i, word in enumerate(["[UNK]", "the", "quick", "brown", "fox"])}
-        tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")  # noqa: S106
-        fast.save_pretrained(place / "PLAIN")
-        base = AutoModelForCausalLM.from_pretrained(place / "PLAIN", quantization_config=bnb_config("nf4", double=True))
-        base.save_pretrained(place / "BASE")
-        fast.save_pretrained(place / "BASE")
-        config = OFTConfig(oft_block_size=16, target_modules=["q_proj", "down_proj"], use_cayley_neumann=False)
-        live = get_peft_model(base, config)
-        for name, parameter in live.named_parameters():
-            if "oft_R" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        live.save_pretrained(place / "ADAPTER")
-    shutil.copytree(ROOT / "tests" / "golden" / "peft-0.17.1" / "block16_exact", place / "OLD")
-    texts = [json.dumps({"text": "the quick brown fox the brown quick fox the fox " * (1 + i % 4)}) for i in range(24)]
-    (place / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
-    return place
-
-
 @pytest.fixture
-def _desk(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A working folder in which those lie, and `tools`."""
-    for path in (*folders.iterdir(), ROOT / "tools"):
-        (tmp_path / path.name).symlink_to(path)
+def _desk(example_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working folder in which the examples' folders lie, and `tools`."""
+    link_folders(example_folders, tmp_path)
     monkeypatch.chdir(tmp_path)
-    with quiet_transformers(), warnings.catch_warnings():
-        for name in oftsurgery.__all__:
-            if isinstance(kind := getattr(oftsurgery, name), type) and issubclass(kind, Warning):
-                warnings.simplefilter("ignore", kind)
+    with without_our_warnings():
         yield
 
 

@@ -53,6 +53,17 @@ def test_a_hub_id_without_huggingface_hub_says_what_to_install(tmp_path: Path) -
     )
 
 
+def test_each_public_docstring_begins_with_an_example() -> None:
+    for name in oftsurgery.__all__:
+        thing = getattr(oftsurgery, name)
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and not (
+            inspect.isclass(thing) and issubclass(thing, Exception)
+        ):
+            first, _, rest = (inspect.getdoc(thing) or "").partition("\n\n")
+            assert first.endswith("."), name
+            assert rest.startswith(">>> "), f"{name}: no example after the first sentence"
+
+
 def test_all_names_what_is_there() -> None:
     assert sorted(set(oftsurgery.__all__)) == sorted(oftsurgery.__all__)
     missing = [name for name in oftsurgery.__all__ if not hasattr(oftsurgery, name)]

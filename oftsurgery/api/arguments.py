@@ -1,63 +1,87 @@
-"""What the public functions take as arguments: adapters, read by ``load_adapter``, models, checkpoints, sizes, modes."""
+"""The functions here read and check arguments of the public functions: adapters, models, checkpoints, sizes, modes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
-from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.adapters.reading import read_adapter
 from oftsurgery.errors import AdapterError, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.links import links_followed
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
+from oftsurgery.records.record import FoldRecord
 
 AdapterLike = OFTAdapter | str | PathLike[str]
 RoundingMode = Rounding | Literal["calibrated"]
 
 
 def load_adapter(
-    path_or_repo: str | PathLike[str], *, dialect: Dialect | None = None, revision: str | None = None
+    path_or_repo: str | PathLike[str],
+    *,
+    dialect: Dialect | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    follow_links: bool = False,
 ) -> OFTAdapter:
     """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
 
+    >>> adapter = oftsurgery.load_adapter("ADAPTER")
+    >>> adapter.dialect, len(adapter.modules)
+    ('peft-0.21', 4)
+    >>> adapter.modules["model.layers.0.self_attn.q_proj"].block_size
+    16
+
     Args:
-        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
-        dialect: which releases' arithmetic the adapter is of, where its files do not tell (a key of
+        path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
+            ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
+            an adapter that is not called "default", and trainers save their checkpoints.
+        dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: of the Hub repository.
+        subfolder: of the folder or repository.
+        follow_links: read files that are links, wherever these lead.
+
+    Returns:
+        the :class:`~oftsurgery.OFTAdapter`.
 
     Raises:
-        AdapterError: files are missing, damaged, pickles, or not an adapter's.
-        DialectError: another kind of adapter, or an OFT one that cannot be told or is not supported.
-        ShapeError, NonFiniteError: tensors that no adapter has.
+        AdapterError: files are missing, damaged, pickles, or no adapter's; or several subfolders hold adapters.
+        DialectError: the adapter is of another kind, its dialect is unknown, or its files do not tell the dialect.
+        ShapeError, NonFiniteError: a tensor has a shape or values that no adapter has.
+
+    Warns:
+        SourceWarning: the adapter is in a subfolder that the caller did not name, or its files are links.
     """
-    folder = find_adapter(path_or_repo, revision=revision)
-    config, tensors, sha256 = read_adapter(folder)
-    return parse_adapter(config, tensors, dialect=dialect, source=str(path_or_repo), sha256=sha256)
+    with links_followed(follow_links):
+        return read_adapter(path_or_repo, dialect=dialect, revision=revision, subfolder=subfolder)
 
 
 def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
     given: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
     if not all(isinstance(a, (OFTAdapter, str, PathLike)) for a in given):
         raise AdapterError(
-            f"an adapter is an OFTAdapter, a folder or a Hub id, or a list of them, not a {type(adapter).__name__}",
-            remedy="fold(peft_model) folds live adapters; load_adapter(path) reads one from files",
+            f"an adapter is an OFTAdapter, a folder, a Hub id or a list of these, not a {type(adapter).__name__}",
+            remedy="give load_adapter(path), which reads an adapter from files; fold(peft_model) folds live adapters",
         )
     return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes, from a number or as the Hub's tools write sizes: decimal ``KB``, ``MB``, ``GB``, ``TB``.
+    """The bytes of a size: a number, or a text with the decimal units ``KB``, ``MB``, ``GB``, ``TB`` of the Hub's tools.
 
     Raises:
-        StateError: nothing of the kind.
+        StateError: ``size`` is not a size, or is less than a byte.
 
     >>> parse_size("5GB")
     5000000000
@@ -66,41 +90,75 @@ def parse_size(size: int | str) -> int:
     units = ("B", "KB", "MB", "GB", "TB")
     nbytes = int(float(match[1]) * 1000 ** units.index((match[2] or "B").upper())) if match else 0
     if nbytes < 1:
-        raise StateError(f"no size: {printable(size)!r}", remedy="a number of bytes, or '500MB', '5GB'")
+        message = f"{printable(size)!r} is not a size"
+        raise StateError(message, remedy="give a number of bytes, or a text like '500MB' or '5GB' (--max-shard-size)")
     return nbytes
 
 
 def rounding_mode(rounding: RoundingMode | None, calibration: object) -> RoundingMode:
-    """The mode of a fold.
+    """The rounding mode of a fold.
 
     Raises:
-        StateError: it is unknown, or does not go with what there is to calibrate on.
+        StateError: the mode is not known, or only one of ``"calibrated"`` and a calibration is given.
     """
     if rounding is None:
         return "preserve" if calibration is None else "calibrated"
     if rounding not in (*ROUNDINGS, "calibrated"):
         known = ", ".join(map(repr, ROUNDINGS))
-        raise StateError(f"unknown rounding {printable(rounding)!r}", remedy=f"{known} or 'calibrated'")
+        message = f"the rounding {printable(rounding)!r} is not known"
+        raise StateError(message, remedy=f"choose {known} or 'calibrated' (--rounding)")
     if (rounding == "calibrated") != (calibration is not None):
         raise StateError(
-            f"rounding={rounding!r} {'with nothing to calibrate on' if calibration is None else 'with a calibration'}",
-            remedy="give calibration=…, some hundred texts of the kind that the model is for"
+            f"rounding={rounding!r} was asked for, but {'no' if calibration is None else 'also a'} calibration was given",
+            remedy="give some hundred texts of the kind that the model is for: calibration=… (--calibration FILE)"
             if calibration is None
-            else "rounding='calibrated', or leave the calibration out",
+            else "choose rounding='calibrated' (--rounding calibrated), or leave the calibration out",
         )
     return rounding
 
 
+def tokenizer_choice(tokenizer: Any) -> Any:
+    """``"adapter"``, ``"base"``, an existing folder as a path, an object with ``save_pretrained``, or None.
+
+    Raises:
+        StateError: anything else.
+    """
+    if tokenizer is None or hasattr(tokenizer, "save_pretrained") or tokenizer in ("adapter", "base"):
+        return tokenizer
+    if not isinstance(tokenizer, (str, PathLike)) or not Path(tokenizer).expanduser().is_dir():
+        message = f"no folder of a tokenizer: {printable(tokenizer)}"
+        remedy = (
+            "tokenizer='adapter' or 'base', a folder that holds its files, or an object with save_pretrained "
+            "(transformers.AutoTokenizer.from_pretrained(…))"
+        )
+        raise StateError(message, remedy=remedy)
+    return Path(tokenizer).expanduser()
+
+
 def check_is_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        message = f"a model is a torch.nn.Module, this is a {type(model).__name__}"
-        raise StateError(message, remedy="load it first; folders go to fold_checkpoint")
+        message = f"a model is a torch.nn.Module, not a {type(model).__name__}"
+        raise StateError(message, remedy="load the model first; the functions …_checkpoint take folders")
 
 
-def opened_checkpoint(source: str | PathLike[str]) -> Checkpoint:
-    return open_checkpoint(find_checkpoint(source))
+def opened_checkpoint(
+    source: str | PathLike[str], revision: str | None = None, adapters: Iterable[OFTAdapter] = ()
+) -> Checkpoint:
+    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the one that ``adapters`` were trained at."""
+    at = base_revision(source, revision, trained_at(adapters))
+    return replace(
+        open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
+    )
+
+
+def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpoint:
+    """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
+    named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
+    return opened_checkpoint(base, base_revision(base, None, named, "the fold's record"))
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:
-    if sum(way is not None for way in given) != 1:
-        raise StateError("unfold needs one of the adapter, the base and an undo record", remedy=remedy)
+    count = sum(way is not None for way in given)
+    if count != 1:
+        message = f"unfold needs one of the adapter, the base and an undo record, but {count} of these were given"
+        raise StateError(message, remedy=remedy)

@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk: plan, fold, unfold, extract, verify, and the record in a folder."""
+"""The public functions on checkpoints on disk plan, fold, unfold, extract and verify, and read the record in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
@@ -25,25 +26,27 @@ from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
-from oftsurgery.stores.ties import modules_of
+from oftsurgery.stores.modules import modules_of
 
 from .arguments import (
     AdapterLike,
     RoundingMode,
     check_one_way_back,
     loaded_adapters,
+    opened_base,
     opened_checkpoint,
     parse_size,
     rounding_mode,
+    tokenizer_choice,
 )
 
 
 @dataclass(frozen=True)
 class FoldSettings:
-    """What :func:`fold_checkpoint` takes that decides what is written."""
+    """The arguments of :func:`fold_checkpoint` that decide the output."""
 
     format: Format = "same"
     quantize: str | None = None
@@ -55,12 +58,15 @@ class FoldSettings:
     rounding: Rounding | Literal["calibrated"] | None = None
     undo: str | PathLike[str] | None = None
     max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
+    revision: str | None = None
+    partial: bool = False
 
     def quantization(self) -> Quantization | None:
-        """How a plain source is quantised first.
+        """The quantisation of a plain source before the fold, or None.
 
         Raises:
-            StateError: it is not, and double quantisation is asked for; or a dtype is unknown.
+            StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
         """
         codec = self.quantize or (self.format if self.format in QUANTISED else None)
         if codec is not None:
@@ -68,25 +74,28 @@ class FoldSettings:
             dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
             return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
         if self.double_quant:
-            message = "double quantisation of a checkpoint that is not to be quantised"
-            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4'")
+            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
+            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
         return None
 
 
 def plan_fold(
     source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings = FoldSettings()
 ) -> CheckpointPlan:
-    """What :func:`fold_checkpoint` would do, from headers and JSON alone; same errors, nothing written."""
+    """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     mode: RoundingMode = settings.rounding or "preserve"
+    adapters = loaded_adapters(adapter)
     plan = plan_checkpoint(
-        opened_checkpoint(source),
-        loaded_adapters(adapter),
+        opened_checkpoint(source, settings.revision, adapters),
+        adapters,
         format=settings.format,
         quantization=settings.quantization(),
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
+        tokenizer=tokenizer_choice(settings.tokenizer),
         max_shard_bytes=parse_size(settings.max_shard_size),
+        partial=settings.partial,
     )
     return replace(plan, rounding=mode)
 
@@ -107,6 +116,10 @@ def fold_checkpoint(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
+    revision: str | None = None,
+    partial: bool = False,
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -114,28 +127,42 @@ def fold_checkpoint(
 ) -> FoldRecord:
     """Fold an adapter into a checkpoint on disk, one weight at a time, without building the model.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")                      # in the formats of BASE
+    >>> record.kept > 0.9
+    True
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-BF16", format="bf16")     # dequantised
+    >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
+
     Args:
         source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
-        adapter: as for :func:`fold`; several are the live chain.
+        adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        format: what is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or from a
-            plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
-        quantize: quantise a plain source to this first, exactly as transformers' bitsandbytes loading did for the
-            trainer, so that the adapter meets the base that it was trained on; implied by a quantised ``format``.
+        format: the format that is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or
+            from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+        quantize: quantise a plain source to this format first, exactly as transformers' bitsandbytes loading did for the
+            trainer, so that the adapter meets the base that it was trained on; a quantised ``format`` implies this.
         double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the
             config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
-        rounding: of the quantised weights that are rotated, as for :func:`fold`.
+        rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
-            texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, each cut after 512
-            tokens. A calibration loads the model through transformers and runs it; nothing else here does.
-        undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` gives every byte back that
-            the fold changes. It needs a fold that keeps the weights' formats (quantising a plain source first is no
-            part of the fold, and stays).
-        max_shard_size: bytes, or as the Hub's tools write it (``"5GB"``).
+            texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after
+            512 tokens. Only a calibration loads the model through transformers and runs it.
+        undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` restores every byte that
+            the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
+            quantised first).
+        max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, or of a folder; None: those of the adapter where its folder has them, else those of the base.
+        revision: the branch, tag or commit of a source on the Hub, which ``owner/name@revision`` names too. None: the
+            revision that the adapter's config names for this base, else the main branch.
+        partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
+            record names them.
+        follow_links: read files that are links, wherever the links lead. Otherwise the rules of
+            :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
-        resume: go on with the unfinished work of a run that was killed; without any, simply start.
+        resume: go on with the unfinished work of a run that was killed; without such work, start.
         force: replace what is at ``destination`` (and ``undo``), at the rename and not before.
         progress: show a bar of the bytes read, or a function of (bytes done, bytes in all, what).
 
@@ -143,34 +170,49 @@ def fold_checkpoint(
         the :class:`~oftsurgery.FoldRecord`, which is ``oftsurgery.json`` in the destination too.
 
     Raises:
-        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: bad input;
-            nothing was written.
-        CalibrationError: no texts, no tokenizer, or a model that transformers does not know.
-        DiskError: the disk is full, read-only or in use; what was finished waits to be resumed.
+        CheckpointError, AdapterError, MatchError, ShapeError, FormatError, StateError, NonFiniteError: an input cannot be
+            used; nothing was written.
+        CalibrationError: there are no texts or no tokenizer, or transformers does not know the model.
+        DiskError: the disk is full, read-only or in use; finished work waits to be resumed.
+    Warns:
+        RoundingWarning and the others of :func:`fold`.
     """
     mode = rounding_mode(rounding, calibration)
     settings = FoldSettings(
-        format, quantize, double_quant, compute_dtype, load_dtype, skip_modules, fold_into, mode, undo, max_shard_size
+        format=format,
+        quantize=quantize,
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        load_dtype=load_dtype,
+        skip_modules=skip_modules,
+        fold_into=fold_into,
+        rounding=mode,
+        undo=undo,
+        max_shard_size=max_shard_size,
+        tokenizer=tokenizer,
+        revision=revision,
+        partial=partial,
     )
-    plan = plan_fold(source, adapter, settings)
-    batches = None
-    if mode == "calibrated":
-        batches = _calibration_batches(calibration, plan)
-        plan = replace(plan, calibration=batches_fingerprint(batches))
-    with shown(progress, "fold") as step:
-        beside = _ProgressWithCalibration(step or (lambda *_: None))
-        inputs_of = None
-        if batches is not None:
-            inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
-        record = run_plan(
-            plan,
-            Path(destination),
-            device=device,
-            resume=resume,
-            force=force,
-            progress=beside.bytes,
-            inputs_of=inputs_of,
-        )
+    with links_followed(follow_links):
+        plan = plan_fold(source, adapter, settings)
+        batches = None
+        if mode == "calibrated":
+            batches = _calibration_batches(calibration, plan)
+            plan = replace(plan, calibration=batches_fingerprint(batches))
+        with shown(progress, "fold") as step:
+            beside = _ProgressWithCalibration(step or (lambda *_: None))
+            inputs_of = None
+            if batches is not None:
+                inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
+            record = run_plan(
+                plan,
+                Path(destination),
+                device=device,
+                resume=resume,
+                force=force,
+                progress=beside.bytes,
+                inputs_of=inputs_of,
+            )
     assert record is not None  # noqa: S101 - a fold has one
     return record
 
@@ -185,7 +227,7 @@ def _calibration_batches(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
 
 @dataclass
 class _ProgressWithCalibration:
-    """Tells of a calibration's batches within the progress in bytes, which stands still meanwhile."""
+    """Reports a calibration's batches within the progress in bytes, which stands still during the calibration."""
 
     step: Progress
     at: tuple[int, int] = (0, 0)
@@ -207,6 +249,7 @@ def unfold_checkpoint(
     undo: str | PathLike[str] | None = None,
     rounding: Rounding = "preserve",
     max_shard_size: int | str = "5GB",
+    follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -214,38 +257,49 @@ def unfold_checkpoint(
 ) -> FoldRecord | None:
     """Take the last fold out of a checkpoint on disk.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", undo="OUTPUT.undo")
+    >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED", base="BASE")                       # exact
+    >>> oftsurgery.unfold_checkpoint("OUTPUT", "RESTORED-TOO", undo="OUTPUT.undo")            # exact, without BASE
+
     Args:
         folded: a folder that :func:`fold_checkpoint` wrote.
-        destination: a folder that does not exist yet.
-        base: the checkpoint that was folded: exact, checked against the hashes in ``oftsurgery.json``.
-        adapter: what was folded: rotated back by the true inverse, rounded once more, with an
-            :class:`~oftsurgery.UnfoldWarning` that states the error.
-        undo: the file that ``fold_checkpoint(…, undo=…)`` wrote, or :func:`fold` of the same model: exact, checked
-            against the hashes in it.
-        rounding: of quantised weights that are rotated back, as for :func:`fold`.
-        max_shard_size, device, resume, force, progress: as for :func:`fold_checkpoint`.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        base: the checkpoint that was folded: its bytes are restored exactly, and checked against the hashes in
+            ``oftsurgery.json``. A base on the Hub is read at the revision that the record names.
+        adapter: the adapter that was folded. Its true inverse rotates the weights back, quantised weights are rounded once
+            more, and an :class:`~oftsurgery.UnfoldWarning` states the error.
+        undo: the file that ``fold_checkpoint(…, undo=…)`` or :func:`fold` of the same model wrote: the bytes are restored
+            exactly, and checked against the hashes in the file.
+        rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
+        max_shard_size, follow_links, device, resume, force, progress: as for :func:`fold_checkpoint`.
 
     Returns:
-        the record of what is still folded in, or None.
+        the record of the folds that remain, or None.
 
     Raises:
-        StateError: none or several of ``base``, ``adapter`` and ``undo``, or another fold than the last one.
-        IntegrityError: ``base`` is not what was folded, or ``folded`` not what the fold left.
-        UndoError: ``undo`` is no undo record, or a damaged one.
+        StateError: not exactly one of ``base``, ``adapter`` and ``undo`` is given, or the last fold is another one.
+        IntegrityError: ``base`` is not what was folded, or ``folded`` is not what the fold left.
+        UndoError: the file ``undo`` is damaged, or not an undo record.
         OFTSurgeryError: as :func:`fold_checkpoint`.
+    Warns:
+        UnfoldWarning: the result differs from the base by rounding.
     """
-    check_one_way_back((adapter, base, undo), "adapter=… rotates back, base=… and undo=… restore exactly")
-    source = opened_checkpoint(folded)
-    size = parse_size(max_shard_size)
-    if base is not None:
-        plan = plan_restore(source, opened_checkpoint(base), max_shard_bytes=size)
-    elif undo is not None:
-        plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
-    else:
-        assert adapter is not None  # noqa: S101 - checked above
-        plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
-    with shown(progress, "unfold") as step:
-        return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
+    ways = (
+        "give adapter=… (--adapter), which rotates back, or base=… (--base) or undo=… (--undo), which restore exactly"
+    )
+    check_one_way_back((adapter, base, undo), ways)
+    with links_followed(follow_links):
+        source = opened_checkpoint(folded)
+        size = parse_size(max_shard_size)
+        if base is not None:
+            plan = plan_restore(source, opened_base(base, record_in(source.folder)), max_shard_bytes=size)
+        elif undo is not None:
+            plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)
+        else:
+            assert adapter is not None  # noqa: S101 - checked above
+            plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
+        with shown(progress, "unfold") as step:
+            return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
 
 
 def extract_checkpoint(
@@ -253,14 +307,24 @@ def extract_checkpoint(
     merged: str | PathLike[str],
     block_size: int | None = None,
     *,
+    follow_links: bool = False,
     progress: bool | Progress = False,
 ) -> ExtractedAdapter:
     """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
 
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", format="bf16")
+    >>> found = oftsurgery.extract_checkpoint("BASE", "OUTPUT")
+    >>> found.explained > 0.99
+    True
+
     Args:
         base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
         block_size: as for :func:`extract`.
+        follow_links: as for :func:`fold_checkpoint`.
         progress: show a bar, or a function of (weights done, weights in all, module path).
+
+    Returns:
+        as :func:`extract`.
 
     Raises:
         CheckpointError: files cannot be used.
@@ -268,7 +332,8 @@ def extract_checkpoint(
     Warns:
         ExtractionWarning: as :func:`extract`.
     """
-    here, there = opened_checkpoint(base), opened_checkpoint(merged)
+    with links_followed(follow_links):
+        here, there = opened_checkpoint(base), opened_checkpoint(merged)
     with shown(progress, "extract", "layer") as step:
         return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
@@ -279,45 +344,64 @@ def verify_checkpoint(
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
     tolerance: float | None = None,
+    follow_links: bool = False,
 ) -> CheckpointReport:
-    """Check a folded checkpoint on disk: its files against the hashes in ``oftsurgery.json``, and, where base and adapter
-    are given, every tensor that the model loads against those, by none of the code that folds.
+    """Check a folded checkpoint on disk, by other code than the fold's.
+
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
+    >>> report = oftsurgery.verify_checkpoint("OUTPUT", "BASE", "ADAPTER")
+    >>> report.ok, report.wrong
+    (True, {})
+    >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
+    True
+
+    The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
+    the model loads is checked against them.
 
     Args:
-        folded: in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone.
-        adapter: that was folded; several in the live order.
-        tolerance: the largest relative error that passes; None: no more than storing the exact weight in that format
+        folded: a folder or Hub id, in any format.
+        base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
+            that the adapter's config names for it.
+        adapter: the adapter that was folded; several in the live order.
+        tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
+        follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
-        a report with the state of each file, an error for each rotated weight, and what was looked at of each tensor
-        (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
+        a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
+        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
 
     Raises:
-        StateError: one of ``base`` and ``adapter`` without the other, or neither and no hashes to check.
+        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes.
         OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
     """
     if (base is None) != (adapter is None):
-        message = "a base without an adapter, or an adapter without its base"
-        raise StateError(message, remedy="give both, or neither to check the files' hashes alone")
-    folder = find_checkpoint(folded, whole=True)
-    if base is None or adapter is None:
-        return check_files(folder)
-    opened = open_checkpoint(folder)
-    return check_checkpoint(
-        opened,
-        opened_checkpoint(base),
-        loaded_adapters(adapter),
-        tolerance=tolerance,
-        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-    )
+        message = (
+            f"the {'adapter' if base is None else 'base'} was given without the {'base' if base is None else 'adapter'}"
+        )
+        raise StateError(
+            message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
+        )
+    with links_followed(follow_links):
+        folder = find_checkpoint(folded, whole=True)
+        if base is None or adapter is None:
+            return check_files(folder)
+        opened = open_checkpoint(folder)
+        adapters = loaded_adapters(adapter)
+        return check_checkpoint(
+            opened,
+            opened_checkpoint(base, adapters=adapters),
+            adapters,
+            tolerance=tolerance,
+            idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
+        )
 
 
 def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
     """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
 
     Raises:
-        CheckpointError: no such folder, or a record that cannot be read.
+        CheckpointError: the folder does not exist, or its record cannot be read.
     """
-    return record_in(find_checkpoint(folder))
+    place = checkpoint_place(folder)
+    return record_in(place.fetch([RECORD]))

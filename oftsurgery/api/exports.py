@@ -1,4 +1,4 @@
-"""The public functions that export a model in memory: to safetensors, to ONNX."""
+"""The public functions here export a model in memory to safetensors or to ONNX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
-from .arguments import check_is_model, parse_size
+from .arguments import check_is_model, parse_size, tokenizer_choice
 
 
 def export_safetensors(
@@ -25,26 +25,47 @@ def export_safetensors(
     dtype: torch.dtype | None = None,
     *,
     max_shard_size: int | str = "5GB",
+    tokenizer: object = None,
     force: bool = False,
 ) -> FoldRecord | None:
     """Save a live model as a checkpoint that ``from_pretrained`` loads, bitsandbytes layers included.
 
+    >>> folded = oftsurgery.fold(model, "ADAPTER")
+    >>> record = oftsurgery.export_safetensors(folded, "OUTPUT")
+    >>> again = type(model).from_pretrained("OUTPUT")
+    >>> torch.equal(again(inputs).logits, folded(inputs).logits)
+    True
+    >>> record = oftsurgery.export_safetensors(folded, "OUT-BF16", dtype=torch.bfloat16)      # dequantised
+
     Args:
         model: plain or over bitsandbytes layers, also after CPU forwards, compiled or offloaded.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        dtype: dequantise to this (float32, float16 or bfloat16); None keeps every weight as it is stored.
-        max_shard_size: bytes, or as the Hub's tools write it.
+        dtype: dequantise to this dtype (float32, float16 or bfloat16); None keeps every weight as it is stored.
+        max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
+        tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
+            ``"base"``, of a folder, or of an object with ``save_pretrained``; None: those of the folded adapter where its
+            folder has them, else those of the base.
         force: replace what is at ``destination``.
+
+    The files beside the weights come from the folder that transformers loaded the model from, local or in the Hub's cache
+    (``model.name_or_path``), as :func:`fold_checkpoint` carries them.
 
     Returns:
         the model's record, which is ``oftsurgery.json`` in the destination too, or None where nothing was folded.
 
     Raises:
-        StateError: live adapters, values not loaded, or the destination exists.
-        FormatError: a tensor that cannot be saved.
-        DiskError: the disk did not take it; nothing is left behind.
+        StateError: the model has live adapters or values that are not loaded, or the destination exists.
+        FormatError: a tensor cannot be saved.
+        DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
-    return save_model(model, Path(destination), dtype=dtype, max_shard_bytes=parse_size(max_shard_size), force=force)
+    return save_model(
+        model,
+        Path(destination),
+        dtype=dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        tokenizer=tokenizer_choice(tokenizer),
+        force=force,
+    )
 
 
 def export_onnx(
@@ -62,6 +83,10 @@ def export_onnx(
 ) -> OnnxReport:
     """Export a model as ``destination/model.onnx``, opset 20, and prove the graph against torch.
 
+    >>> report = oftsurgery.export_onnx(oftsurgery.fold(model, "ADAPTER"), "OUT-ONNX")        # or a checkpoint's folder
+    >>> report.worst < report.tolerance
+    True
+
     Weights are read, dequantised and written one at a time, over 1 GiB in all to ``model.onnx.data``. The model stays
     as it is. Beside the graph are ``config.json``, the tokenizer's files and ``oftsurgery.json``, which holds the
     report.
@@ -70,35 +95,34 @@ def export_onnx(
         model: folded or not, plain or over bitsandbytes layers; or the folder of a checkpoint that transformers loads.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         dtype: of the graph's weights and activations.
-        quantized: keep the codes of bitsandbytes' layers, unchanged: 4-bit ones as ``com.microsoft::MatMulBnb4`` with
-            float32 scales (double quantisation undone), int8 ones as ``DequantizeLinear``. Layers that the operator
-            cannot hold are dequantised, and named in the report. Otherwise every layer is dequantised.
+        quantized: keep the codes of bitsandbytes' layers: 4-bit layers become ``com.microsoft::MatMulBnb4`` with
+            float32 scales (double quantisation undone), int8 layers ``DequantizeLinear``. A layer that the operator
+            cannot hold is dequantised, and the report names the layer. Otherwise every layer is dequantised.
         with_past: of a decoder, one graph for prompt and generation: inputs ``input_ids``, ``attention_mask (batch,
             past + sequence)``, ``position_ids`` where the model takes them and ``past_key_values.{i}.key``, ``.value
             (batch, heads, past, size)``; outputs ``logits`` and ``present.{i}.key``, ``.value``; with a
             ``genai_config.json`` for onnxruntime-genai. Otherwise the inputs are ``input_ids``, ``attention_mask``,
-            ``token_type_ids`` where there is more than one type, and for encoder-decoders ``decoder_input_ids``, the
-            outputs as the model names them. Batch and lengths are dynamic.
-        example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors; axes
-            that torch.export finds to be dynamic are so, but those of size 1 that are not the batch.
-        tokenizer: an object with ``save_pretrained``, or a folder that holds its files; None for the folder that
-            transformers loaded the model from, local or in the Hub's cache.
+            ``token_type_ids`` where there is more than one type, and for encoder-decoders ``decoder_input_ids``; the
+            model names the outputs. Batch and lengths are dynamic.
+        example_inputs: for any other model, or other inputs: a tensor, a tuple, or a mapping of names to tensors. The axes
+            that torch.export finds to be dynamic are dynamic, but for axes of size 1 other than the batch.
+        tokenizer: as for :func:`export_safetensors`.
         verify: run onnx's checker, then onnxruntime and torch in float32 on several shapes, with left padding. The
             largest difference may be 1e-5 (float32) or 5e-3 (float16) of the output's largest value.
         force: replace what is at ``destination``.
         progress: show a bar of the stages, or a function of (stages done, stages in all, what comes).
 
     Returns:
-        names, formats and the measured differences.
+        an :class:`~oftsurgery.OnnxReport`: names, formats and the measured differences.
 
     Raises:
         ExportError: torch cannot capture the model, or the graph computes something else. Nothing is written.
-        StateError: bfloat16, live adapters, no known inputs or no cache, nothing quantised to keep, values not loaded, or
-            the destination exists or holds the model itself.
+        StateError: the dtype is bfloat16, the model has live adapters or values that are not loaded, the model's inputs or
+            its cache are unknown, there is nothing quantised to keep, or the destination exists or holds the model itself.
         NonFiniteError: a weight is too large for float16.
-        FormatError: a weight is stored in a way that is not known.
+        FormatError: a weight's storage format is unknown.
         MissingDependencyError: the packages of the ``onnx`` extra are not installed.
-        DiskError: the disk did not take it; nothing is left behind.
+        DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
     record = None
     if isinstance(model, (str, PathLike)):
@@ -115,7 +139,7 @@ def export_onnx(
             quantized=quantized,
             with_past=with_past,
             example_inputs=example_inputs,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_choice(tokenizer),
             record=record,
             verify=verify,
             force=force,

@@ -1,4 +1,4 @@
-"""The public functions on models in memory: fold, unfold, wrap, extract."""
+"""The public functions on models in memory fold, unfold, wrap and extract."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from oftsurgery.live.wrapped_model import live_layers, original_hashes, read_liv
 from oftsurgery.live.wrapping import strip, unwrap, wrap_model
 from oftsurgery.progress import shown
 from oftsurgery.stores.folder import FolderStore
-from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import inner_model
+from oftsurgery.stores.live_model import LiveStore, record_of
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.weights.calibrate import InputsOf
 
 from .arguments import (
@@ -35,7 +35,7 @@ from .arguments import (
     check_one_way_back,
     load_adapter,
     loaded_adapters,
-    opened_checkpoint,
+    opened_base,
     rounding_mode,
 )
 
@@ -49,58 +49,71 @@ def fold(
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
+    partial: bool = False,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
-    """Merge an OFT adapter into a model's weights, in the formats that they have.
+    """Merge an OFT adapter into a model's weights, in the formats that the weights have.
 
-    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again as it was: NF4, FP4
-    (double quantisation and ``quant_storage`` kept), int8 or a float dtype. The result computes what the live adapter
-    computes, up to the rounding of that storage, which is measured for each module and stated in one
-    :class:`~oftsurgery.RoundingWarning`. After any error the model is as it was.
+    >>> folded = oftsurgery.fold(model, "ADAPTER")               # a new model; `model` stays as it is
+    >>> folded.oftsurgery.adapters[0].dialect                    # the record of the fold
+    'peft-0.21'
+    >>> path, module = folded.oftsurgery.worst                   # what rounding cost, module by module
+    >>> module.format, module.error < 0.15, module.kept > 0.9
+    ('nf4 (double quantisation)', True, True)
+    >>> plain = oftsurgery.fold(live)                            # a PeftModel's own adapter, into its plain base model
+
+    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again in its own format: NF4,
+    FP4 (double quantisation and ``quant_storage`` are kept), int8 or a float dtype. The result computes what the live
+    adapter computes, up to the rounding of that format. The fold measures the rounding of each module and states the
+    total in one :class:`~oftsurgery.RoundingWarning`. After any error the model is as it was.
 
     Args:
         model: a torch or transformers model, plain or over bitsandbytes layers, compiled or spread by accelerate; or a
-            ``PeftModel`` whose live adapters are to be folded, which gives the plain base model.
-        adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes; several are the live chain ``x ·
-            Ra · Rb``, as peft's active adapters ``[a, b]``. For a model with live adapters: None for the active ones,
-            or names.
-        rounding: of quantised weights; the format stays as it is. ``"preserve"``: what the adapter changed is kept, where
-            nearest rounding would put most weights back to where they were; a weight that the adapter moves by more than
-            half a step is rounded as by ``"grid"`` (int8: to nearest). ``"nearest"``: as bitsandbytes rounds, bit for
-            bit. ``"mse"``: each 4-bit block is scaled by what makes its squared error least, in place of its absmax;
-            ``"grid"``: by nearly that, found in half the time; int8 is rounded to nearest in both.
-            ``"calibrated"``: the codes make up for each other's errors on the layer's own inputs, in 4 bits and in
-            int8; needs ``calibration``, and is implied by it. Where that is not better on held-out inputs, the layer is
-            as with ``"preserve"``, and a :class:`~oftsurgery.CalibrationWarning` names it.
+            ``PeftModel``, whose live adapters are folded into its plain base model.
+        adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`; several adapters are the live
+            chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``. For a model with live adapters: None for the active
+            ones, or names.
+        rounding: how quantised weights are rounded; their format stays. ``"preserve"`` keeps the adapter's change, where
+            nearest rounding would put most weights back; a weight that the adapter moves by more than half a step is
+            rounded as by ``"grid"`` (int8: to nearest). ``"nearest"`` rounds as bitsandbytes does, bit for bit.
+            ``"mse"`` scales each 4-bit block by the factor that makes its squared error least, in place of its absmax;
+            ``"grid"`` finds nearly that factor in half the time; both round int8 to nearest. ``"calibrated"`` chooses
+            codes that make up for each other's errors on the layer's own inputs, in 4 bits and in int8; this mode needs
+            ``calibration``. A layer that calibration does not improve on held-out inputs is rounded as by ``"preserve"``,
+            and a :class:`~oftsurgery.CalibrationWarning` names the layer.
             None: ``"calibrated"`` with a calibration, else ``"preserve"``.
-        calibration: inputs of the kind that the model is for: an iterable of batches as its forward takes them (tensors,
-            tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is padding), 100
-            to 500 texts in all. Read once and held in memory.
-        undo: a file to write, from which :func:`unfold` gives every byte back that the fold changes, some tenths of a
-            bit a weight. It appears when the fold is done, and is not written over.
+        calibration: inputs of the kind that the model is for: an iterable of batches as the model's forward takes them
+            (tensors, tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is
+            padding), 100 to 500 texts in all. The batches are read once and held in memory.
+        undo: a file to write, from which :func:`unfold` restores every byte that the fold changes; its size is some tenths
+            of a bit a weight. The file appears when the fold is done; an existing file is refused.
+        partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
+            spread over several ranks). These modules stay as they are, and the record names them.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
-            last layer is done. Otherwise the result is a new model that shares every tensor that it did not change, and
-            ``model`` stays as it is.
+            last layer is done. Otherwise the result is a new model that shares every unchanged tensor with ``model``.
         progress: show a bar.
 
     Returns:
         the folded model; its ``oftsurgery`` attribute is the :class:`~oftsurgery.FoldRecord`.
 
     Raises:
-        AdapterError, DialectError: the adapter cannot be used.
-        MatchError: an adapter's module or tensor matches nothing in the model, or two match one.
-        ShapeError: it does not fit.
-        StateError: the model carries this adapter already, is merged by peft, not loaded, not quantised yet …
+        AdapterError, DialectError: the adapter cannot be used, or lacks modules which its own config targets.
+        MatchError: an adapter's module or tensor matches nothing in the model, or two of them match one.
+        ShapeError: a rotation does not fit its weight.
+        StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet …
         FormatError: a targeted layer is of a kind that cannot be folded.
-        NonFiniteError: NaN or infinity, in the adapter, the base or the result.
-        CalibrationError: the calibration is empty, text, or not what the model takes.
+        NonFiniteError: the adapter, the base or the result holds NaN or infinity.
+        CalibrationError: the calibration is empty, holds text, or does not fit the model's forward.
+    Warns:
+        RoundingWarning, WeakAdapterWarning, UntieWarning, IdleWarning, CalibrationWarning: at most one of each, when the
+            fold is done.
     """
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
-        _prepared_fold(model, adapter, inplace=inplace) as fold_prepared,
+        _prepared_fold(model, adapter, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
@@ -109,18 +122,20 @@ def fold(
 
 
 @contextmanager
-def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Callable[..., nn.Module]]:
-    """``fold_model`` of a model and what is to be folded into it: of one that :func:`wrap` gave, the active adapters as
-    they are trained now, into the plain model.
+def _prepared_fold(
+    model: nn.Module, adapter: Any, *, inplace: bool, incomplete: bool
+) -> Iterator[Callable[..., nn.Module]]:
+    """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
+    folded in their present state.
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
-        yield partial(fold_model, model, adapters, names=names, inplace=inplace)
+        yield partial(fold_model, model, adapters, names=names, partial_adapters=incomplete, inplace=inplace)
         return
     if adapter is not None:
         raise StateError(
             "the model carries live adapters, and an adapter to fold was given too",
-            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
+            remedy="call fold(wrapped) to fold the active adapters, or load the plain base model to fold an adapter from files",
         )
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
@@ -137,7 +152,7 @@ def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator
 def _calibrator(
     batches: Sequence[Batch] | None, progress: bool
 ) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """What gathers the inputs of a model's layers over ``batches``, with a bar of its own."""
+    """A function that gathers the inputs of a model's layers over ``batches``, with its own progress bar."""
     if batches is None:
         yield None
         return
@@ -160,37 +175,49 @@ def unfold(
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
-    """Take the last fold out of a model again. After any error the model is as it was.
+    """Take the last fold out of a model again.
+
+    >>> folded = oftsurgery.fold(model, "ADAPTER", undo="fold.undo")
+    >>> base = oftsurgery.unfold(folded, base=model)             # exact, checked by hash
+    >>> base = oftsurgery.unfold(folded, undo="fold.undo")       # exact, without the base
+    >>> base = oftsurgery.unfold(folded, "ADAPTER")              # rotated back, rounded once more
+
+    After any error the model is as it was.
 
     Args:
-        folded: a model that :func:`fold` gave, or one that holds the same weights.
-        adapter: what was folded: rotates back by the true inverse and rounds once more, so quantised weights come back
-            inexactly; an :class:`~oftsurgery.UnfoldWarning` states the error.
-        base: the model that was folded, or the folder of its checkpoint: restores its bytes exactly, checked against
-            the record's hashes.
-        undo: the file that ``fold(…, undo=…)`` wrote: restores exactly what that fold changed, checked against the
-            hashes in it. Works on a model that was saved and loaded again too.
-        rounding: of quantised weights that are rotated back, as for :func:`fold`.
+        folded: a model that :func:`fold` gave, or a model that holds the same weights.
+        adapter: the adapter that was folded. Its true inverse rotates the weights back, and quantised weights are rounded
+            once more: they come back inexactly, and an :class:`~oftsurgery.UnfoldWarning` states the error.
+        base: the model that was folded, or the folder of its checkpoint: its bytes are restored exactly, and checked
+            against the record's hashes.
+        undo: the file that ``fold(…, undo=…)`` wrote: the bytes that the fold changed are restored exactly, and checked
+            against the hashes in the file. A model that was saved and loaded again can be unfolded too.
+        rounding: how quantised weights that are rotated back are rounded, as for :func:`fold`.
         inplace: change ``folded`` itself.
         progress: show a bar.
 
+    Returns:
+        the model without the fold; its ``oftsurgery`` attribute is the record of the folds that remain, or None.
+
     Raises:
-        StateError: none or several given, or another fold than the last one.
-        IntegrityError: ``base`` is not the model that was folded, or ``folded`` not what the fold left.
-        UndoError: ``undo`` is no undo record, or a damaged one.
+        StateError: not exactly one of ``adapter``, ``base`` and ``undo`` is given, or the last fold is another one.
+        IntegrityError: ``base`` is not the model that was folded, or ``folded`` is not what the fold left.
+        UndoError: the file ``undo`` is damaged, or not an undo record.
         OFTSurgeryError: as :func:`fold`.
+    Warns:
+        UnfoldWarning: the result differs from the base by rounding.
     """
     check_rounding(rounding)
     check_is_model(folded)
     check_one_way_back(
         (adapter, base, undo),
-        "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
+        "call unfold(model, adapter), which rotates back, or unfold(model, base=…) or unfold(model, undo=…), which restore exactly",
     )
     if undo is not None:
         record = open_undo(Path(undo).expanduser())
         return undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
-        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_checkpoint(base))
+        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_base(base, record_of(folded)))
         return restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _names_or_adapters(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
@@ -199,43 +226,57 @@ def unfold(
         )
 
 
-def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inplace: bool = False) -> M:
+def wrap(
+    model: M, adapter: AdapterLike, *, adapter_name: str = "default", partial: bool = False, inplace: bool = False
+) -> M:
     """Put an adapter on a model unmerged: live layers that rotate their input, train, and merge or unmerge one by one.
 
+    >>> wrapped = oftsurgery.wrap(model, "ADAPTER")
+    >>> layer = wrapped.get_submodule("model.layers.0.self_attn.q_proj")
+    >>> error = layer.merge()                                    # this layer alone, in its own format
+    >>> layer.unmerge()                                          # byte for byte as before
+    >>> folded = oftsurgery.fold(wrapped)                        # all layers, as they are trained now
+
     Args:
-        model: as for :func:`fold`, or one that is wrapped already: a further adapter by another name.
-        adapter: an :class:`~oftsurgery.OFTAdapter` or what :func:`load_adapter` takes.
-        adapter_name: under which it is active.
-        inplace: wrap ``model`` itself; otherwise the result shares its tensors.
+        model: as for :func:`fold`, or a wrapped model, which gets a further adapter by another name.
+        adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`.
+        adapter_name: the name under which the adapter is active.
+        partial: as for :func:`fold`.
+        inplace: wrap ``model`` itself; otherwise the result is a new model that shares the tensors of ``model``.
 
     Returns:
-        the model with the targeted layers replaced by those of :mod:`oftsurgery.live.wrap`.
+        the model with the targeted layers replaced by those of :mod:`oftsurgery.live`.
 
     Raises:
         OFTSurgeryError: as :func:`fold`; after any error the model is as it was.
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
-    return wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
+    return wrap_model(model, loaded, adapter_name=adapter_name, incomplete=partial, inplace=inplace)  # type: ignore[return-value]
 
 
 def extract(
     base: nn.Module, merged: nn.Module, block_size: int | None = None, *, progress: bool = False
 ) -> ExtractedAdapter:
-    """Get an OFT adapter back out of a model that it was merged into.
+    """Get an OFT adapter back out of a model that the adapter was merged into.
+
+    >>> found = oftsurgery.extract(plain, oftsurgery.fold(plain, "ADAPTER"))
+    >>> found.explained > 0.999                                  # of the difference of the two models
+    True
+    >>> errors = found.save("EXTRACTED")                         # as peft's current release loads it
 
     Args:
-        base: the model that it was merged into, plain or over bitsandbytes layers.
-        merged: the same with the adapter in its weights, in any format.
-        block_size: of the rotations; None to detect it, one for each width of layer. Named, it gives the best rotations
-            of that size, of whatever the difference is (a full fine-tune, a LoRA merge).
+        base: the model without the adapter, plain or over bitsandbytes layers.
+        merged: the same model with the adapter in its weights, in any format.
+        block_size: the rotations' block size; None to detect one for each width of layer. A given block size yields the
+            best rotations of that size for any difference (a full fine-tune, a LoRA merge).
         progress: show a bar.
 
     Returns:
-        an :class:`~oftsurgery.OFTAdapter` with the exact Cayley map, whose ``report`` has each module's residual, explained
-        fraction and estimated error. Weights without a rotation are left out.
+        an :class:`~oftsurgery.ExtractedAdapter` with the exact Cayley map. Its ``report`` has each module's residual,
+        explained fraction and estimated error. Weights without a rotation are left out.
 
     Raises:
-        ExtractionError: nothing is rotated, or the block size cannot be told.
+        ExtractionError: nothing is rotated, or the weights do not tell the block size.
         MatchError: the models have different layers.
         ShapeError: ``block_size`` does not divide a layer's features.
         StateError, FormatError, NonFiniteError: as :func:`fold`.

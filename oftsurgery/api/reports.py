@@ -1,4 +1,4 @@
-"""The public function that draws a fold's record, as a page and as pictures."""
+""":func:`report` draws a fold's record as a page and as pictures."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ def report(
 ) -> str:
     """Draw a fold's record as one HTML page that needs no network and no file beside it.
 
+    >>> folded = oftsurgery.fold(model, "ADAPTER")
+    >>> page = oftsurgery.report(folded.oftsurgery, html="report.html")
+    >>> page = oftsurgery.report(folded.oftsurgery, verified=[oftsurgery.verify(folded, live, inputs)])
+
     Args:
-        source: a record (``folded.oftsurgery``), a folder that has one, or such a file (``oftsurgery.json``).
+        source: a record (``folded.oftsurgery``), a folder that has a record, or a record's file (``oftsurgery.json``).
         html: file to write the page to.
-        png: folder to write ``errors.png`` and ``angles.png`` to, for a model card; it is made where it is not there.
+        png: folder to write ``errors.png`` and ``angles.png`` to, for a model card; a missing folder is made.
         verified: results of :func:`~oftsurgery.verify` or :func:`~oftsurgery.verify_checkpoint` to show too, or JSON files
-            of them, as ``oftsurgery verify --json`` prints it.
+            that ``oftsurgery verify --json`` printed.
         force: replace files that exist.
 
     Returns:
@@ -44,8 +48,8 @@ def report(
     Raises:
         StateError: nothing is folded in, a file exists, or ``verified`` is of another model.
         CheckpointError: the record, or a file of ``verified``, cannot be read.
-        MissingDependencyError: ``png`` without matplotlib.
-        DiskError: the disk did not take a file; nothing is left half-written.
+        MissingDependencyError: ``png`` is given, and matplotlib is not installed.
+        DiskError: the disk is full, read-only or in use; nothing is left half-written.
     """
     record, folder = record_of(source)
     given = [verified] if isinstance(verified, (Mapping, str, PathLike)) or hasattr(verified, "to_dict") else verified
@@ -67,14 +71,14 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
     if isinstance(source, FoldRecord):
         return source, None
     if not isinstance(source, (str, PathLike)):
-        message = f"a report is of a record, a folder or a file, not of a {type(source).__name__}"
-        raise StateError(message, remedy="report(folded.oftsurgery), or the folder that a fold wrote")
+        message = f"a report needs a record, a folder or a file, not a {type(source).__name__}"
+        raise StateError(message, remedy="give the record (folded.oftsurgery), or the folder that a fold wrote")
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
     record = record_at(path) if folder is None else record_in(path)
     if record is None:
         raise StateError(
-            "nothing is folded in: the folder has no record", path=path, remedy="give a folder that a fold wrote"
+            "the folder has no record, so nothing is folded in", path=path, remedy="give a folder that a fold wrote"
         )
     return record, folder
 

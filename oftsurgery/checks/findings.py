@@ -1,4 +1,4 @@
-"""A :class:`Finding` is what :func:`oftsurgery.doctor` reports of one trouble; errors become findings here."""
+"""A :class:`Finding` is :func:`oftsurgery.doctor`'s report of one trouble; this file also turns errors into findings."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ FOLD, UNFOLD = "oftsurgery fold BASE ADAPTER OUTPUT", "oftsurgery unfold FOLDED 
 class Finding:
     """One trouble, told once however many tensors have it.
 
+    >>> print(oftsurgery.Finding("warning", "cpu-packed", "a CPU forward has repacked the codes", "model.layers.0.mlp.up_proj"))
+    warning: cpu-packed: model.layers.0.mlp.up_proj
+      a CPU forward has repacked the codes
+
     Attributes:
-        severity: ``"error"``: it computes something wrong, or does not load; ``"warning"``: it does so for some
+        severity: ``"error"``: the subject computes something wrong, or does not load; ``"warning"``: the same for some
             readers; ``"note"``: worth knowing.
         code: short and stable, for programs: ``"cpu-packed"``, ``"unrotated"`` …
-        message: what it is and what it does.
-        subject: module, tensor or file; the worst where several have it.
+        message: the trouble and its effect.
+        subject: module, tensor or file; the worst where several have the trouble.
         evidence: numbers that were measured, of the subject.
         remedy: what to do, with a command where there is one.
         others: further modules, tensors or files with the same trouble.
@@ -54,7 +58,7 @@ class Finding:
         object.__setattr__(self, "others", tuple(map(printable, self.others)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The finding as plain values."""
         return dict(plain(self))
 
     def __str__(self) -> str:
@@ -65,7 +69,7 @@ class Finding:
         return "\n".join(lines + [f"  remedy: {self.remedy}"] * bool(self.remedy))
 
 
-# a class of errors without a code of its own has its base's
+# an error class without its own code has the code of its base class
 _CODES: Mapping[type, str] = {
     errors.NonFiniteError: "non-finite",
     errors.DialectError: "dialect",

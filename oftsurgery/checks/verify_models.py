@@ -16,12 +16,16 @@ from oftsurgery.errors import MatchError, NonFiniteError, ShapeError, StateError
 from oftsurgery.records.record import plain
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 
 @dataclass(frozen=True)
 class OutputError:
     """How far one output is from the reference's, over all inputs.
+
+    >>> report = oftsurgery.verify(model, model, inputs)
+    >>> report.outputs["logits"].max_abs
+    0.0
 
     Attributes:
         relative: ``‖a - b‖ / ‖b‖`` (Frobenius).
@@ -36,14 +40,19 @@ class OutputError:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What :func:`verify` measured.
+    """What :func:`~oftsurgery.verify` measured.
+
+    >>> report = oftsurgery.verify(oftsurgery.fold(model, "ADAPTER"), live, inputs)
+    >>> path, error = report.worst
+    >>> error == report.modules[path], list(report.outputs), report.batches
+    (True, ['logits'], 1)
 
     Attributes:
-        modules: ``{path: OutputError}`` of each compared module, given the very inputs that it gets in the reference
-            model: its own error, not the upstream one.
+        modules: ``{path: OutputError}`` of each compared module, given the very inputs that the module gets in the
+            reference model: the error of this module, not of the modules before it.
         outputs: ``{name: OutputError}`` of the models' outputs.
         batches: how many inputs were run.
-        plain: ``{name: OutputError}`` of the outputs of a model to set it beside; empty without one.
+        plain: ``{name: OutputError}`` of the outputs of the model ``plain``; empty without one.
         uncalled: folded modules that the reference never called on these inputs: where their owners only read the
             weights, a live adapter does nothing there, and a fold should not either.
     """
@@ -56,11 +65,11 @@ class VerifyReport:
 
     @property
     def worst(self) -> tuple[str, OutputError] | None:
-        """The module with the largest relative error."""
+        """The module with the largest relative error, or None without modules."""
         return max(self.modules.items(), key=lambda item: item[1].relative, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers."""
+        """The report as plain dicts, strings and numbers."""
         return dict(plain(self))
 
     def __str__(self) -> str:
@@ -73,7 +82,9 @@ class VerifyReport:
         lines = [f"{'':{width}}  relative   max abs    1 - cos"]
         for name, e in rows:
             lines.append(f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}")
-        lines += [f"{printable(name)}: never called on these inputs" for name in self.uncalled]
+        lines += [
+            f"{printable(name)}: the reference never called this module on these inputs" for name in self.uncalled
+        ]
         return "\n".join(lines)
 
 
@@ -87,11 +98,11 @@ class _Meter:
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         self.calls += 1
         if a.shape != b.shape:
-            message = "the two models' outputs differ in shape"
-            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape)
+            message, remedy = "the two models' outputs differ in shape", "give two models of the same class and size"
+            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape, remedy=remedy)
         a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-            remedy = "check the inputs (a row that is all padding?) and both models"
+            remedy = "check the inputs (is a row all padding?) and both models"
             raise NonFiniteError("an output holds NaN or infinity", tensor=name, remedy=remedy)
         if not a.numel():
             return
@@ -116,23 +127,32 @@ def _measured(meters: Mapping[str, _Meter]) -> Mapping[str, OutputError]:
 
 @torch.no_grad()
 def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Module | None = None) -> VerifyReport:
-    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to
-    end.
+    """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to end.
+
+    >>> folded = oftsurgery.fold(model, "ADAPTER")
+    >>> report = oftsurgery.verify(folded, live, inputs)
+    >>> report.modules["model.layers.0.self_attn.q_proj"].relative < 0.2     # this module alone, on the same inputs
+    True
+    >>> report.outputs["logits"].cosine_distance < 0.05                      # end to end
+    True
 
     Args:
-        folded: a folded model (its record says which modules to compare), or any.
-        reference: what it should compute: the live ``PeftModel``, a wrapped model, the base model …
+        folded: a folded model, whose record says which modules to compare, or any model.
+        reference: the model whose outputs ``folded`` should give: the live ``PeftModel``, a wrapped model, the base model …
         inputs: a batch (a tensor, a tuple of arguments or a mapping of keyword arguments), or an iterable of batches.
-        plain: a model to set the folded one's outputs beside: the same fold with ``rounding="nearest"``, and the report
-            says what the rounding gained end to end.
+        plain: a model whose outputs are set beside those of ``folded``: with the same fold by ``rounding="nearest"``, the
+            report says what the rounding gained end to end.
 
-    Both run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes' 4-bit
-    layers repacks them in place, here as in any other forward.
+    Returns:
+        a :class:`~oftsurgery.VerifyReport`.
+
+    Both models run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes'
+    4-bit layers repacks them in place, here as in any other forward.
 
     Raises:
         MatchError: a folded module is not in the reference.
         ShapeError, NonFiniteError: outputs cannot be compared.
-        StateError: no inputs.
+        StateError: there are no inputs.
     """
     mine, theirs = modules_of(folded), modules_of(peft_live.base_of(inner_model(reference)))
     record = record_of(folded)
@@ -154,14 +174,15 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
             if got.keys() != expected.keys() or not got:
                 names = [", ".join(map(printable, side)) or "none" for side in (got, expected)]
                 remedy = "give models of the same class, with the same output settings (use_cache, return_dict)"
-                raise MatchError(f"the models' outputs differ: {names[0]}, and {names[1]}", remedy=remedy)
+                message = f"the folded model gives other outputs ({names[0]}) than the reference ({names[1]})"
+                raise MatchError(message, remedy=remedy)
             for name, value in got.items():
                 outputs.setdefault(name, _Meter()).add(name, value, expected[name])
             for name, value in _tensors(plain(*args, **kwargs)) if plain is not None else ():
                 beside.setdefault(name, _Meter()).add(name, value, expected[name])
             batches += 1
     if not batches:
-        raise StateError("no inputs to compare on", remedy="give at least one batch")
+        raise StateError("the inputs hold no batch to compare on", remedy="give at least one batch")
     called = {path: meter for path, meter in modules.items() if meter.calls}
     uncalled = tuple(path for path in modules if path not in called)
     return VerifyReport(_measured(called), _measured(outputs), batches, _measured(beside), uncalled)
@@ -173,8 +194,8 @@ def _compared(
 ) -> Iterator[None]:
     """While the reference runs, give each of its modules' inputs to our module too."""
 
-    def hook(path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        got = mine[path](*args, **kwargs)
+    def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        got = output if mine[path] is module else mine[path](*args, **kwargs)  # a call of itself would hook again
         for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
             meters[path].add(f"{path} {name}".strip(), a, b)
 
@@ -188,7 +209,7 @@ def _compared(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each module gets its training flag back."""
+    """Put the model in eval mode; each module gets its training flag back afterwards."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -199,7 +220,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """``(args, kwargs)`` of a model's forward for each batch of ``inputs``, of which :func:`verify` says what they are."""
+    """``(args, kwargs)`` of a model's forward for each batch of ``inputs``, which :func:`verify` describes."""
     if isinstance(inputs, (Tensor, tuple, Mapping)) or not isinstance(inputs, Iterable):
         inputs = [inputs]
     for batch in inputs:
@@ -210,7 +231,7 @@ def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Floating-point tensors of an output, with names."""
+    """The floating-point tensors of an output, with their names."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name or "output", value

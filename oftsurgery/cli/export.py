@@ -1,26 +1,35 @@
-"""The commands ``export``, a fold and its export to a checkpoint or to ONNX in one step, and ``push``, to the Hub."""
+"""The commands ``export``, which folds and exports to a checkpoint or to ONNX in one step, and ``push``, to the Hub."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable
-from oftsurgery.progress import shown, without_bars
+from oftsurgery.progress import shown
 
-from .arguments import FOLDING_FLAGS, PUSHING_FLAGS, RUNNING_FLAGS, AddCommand, ExitCode, Parser, keywords, switch
+from .arguments import (
+    FOLDING_FLAGS,
+    PUSHING_FLAGS,
+    RUNNING_FLAGS,
+    AddCommand,
+    ExitCode,
+    Parser,
+    base_of,
+    keywords,
+    switch,
+)
 from .fold import fold_into, print_written, show_plan
-from .printing import print_facts, print_table, progress_for, size_text, wants_words
+from .printing import hub_bars, print_facts, print_table, progress_for, size_text, wants_words
 from .verify import verify_output
 
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
-_REPO = "owner/name, or a name of your own; without one it is named after base, adapter and format, and you are asked"
+_REPO = "owner/name, or a name of your own; by default the name is made of base, adapter and format, and you are asked"
 EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
 
 
@@ -29,30 +38,30 @@ def add_export(command: AddCommand) -> None:
 
 
 def add_push(command: AddCommand) -> None:
-    text = "push an exported folder to a Hub repository, its files and no others"
+    text = "push the files of an export, and no others, to a Hub repository"
     push = command("push", text, "FOLDER owner/name --dry-run", _push)
-    push.add_argument("folder", metavar="FOLDER", help="that an export wrote")
+    push.add_argument("folder", metavar="FOLDER", help="folder that an export wrote")
     push.add_argument("repo_id", metavar="REPO_ID", nargs="?", help=_REPO)
-    push.add_shared("--dry-run", help="list files, sizes and the target, and send nothing")
+    push.add_shared("--dry-run", help="list the files, their sizes and the repository, and send nothing")
     push.add_shared(*PUSHING_FLAGS)
 
 
 def add_export_arguments(parser: Parser) -> None:
-    """All of ``export``'s, for ``tools/export.py`` too."""
+    """Add the arguments of ``export``, which ``tools/export.py`` takes too."""
     parser.add_argument("--base", required=True, help="folder or Hub id of the model")
     parser.add_argument(
         "--adapter",
         nargs="+",
-        help="folder or Hub id of the adapter; several in the live order. The ONNX formats do without, and export the base as it is",
+        help="folder or Hub id of the adapter; several adapters in the live order. Without an adapter the ONNX formats export the base",
     )
-    parser.add_argument("--output", required=True, help="folder to write; must not exist")
+    parser.add_argument("--output", required=True, help="folder to write, which must not exist")
     parser.add_shared("--format", choices=FORMATS, default="bnb")
     parser.add_shared(*FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
     parser.add_argument("--verify", **switch("check every weight of the output against base and adapter"))
     onnx = parser.add_argument_group("--format onnx, onnx-quantized")
-    onnx.add_argument("--dtype", choices=("float16", "float32"), help="of the graph (default: float16)")
-    onnx.add_argument("--with-past", **switch("with the key-value cache, for generation (onnxruntime-genai)"))
-    onnx.add_argument("--no-verify", **switch("do not compare the graph with torch; the record says so"))
+    onnx.add_argument("--dtype", choices=("float16", "float32"), help="dtype of the graph (default: float16)")
+    onnx.add_argument("--with-past", **switch("export the key-value cache too, for generation (onnxruntime-genai)"))
+    onnx.add_argument("--no-verify", **switch("do not compare the graph with torch; the record states this"))
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
     parser.add_shared(*PUSHING_FLAGS)
     parser.set_defaults(run=_export, usage_error=parser.error)
@@ -63,13 +72,13 @@ def _export(args: argparse.Namespace) -> int:
     if not onnx and (args.dtype or args.with_past or args.no_verify):
         args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
     if onnx and args.undo:
-        args.usage_error("a graph is not unfolded: --undo belongs to the other formats")
+        args.usage_error("a graph cannot be unfolded, so --undo belongs to the other formats: leave out --undo")
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
     if args.dry_run:
         show_plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:
-            print(f"pushed to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
+            print(f"push to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
         return ExitCode.OK
     export = _export_onnx if onnx else _export_checkpoint
     return export(args) if args.push_to_hub is None else _export_and_push(args, export)
@@ -79,10 +88,10 @@ def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namesp
     from oftsurgery.api.checkpoints import read_record
     from oftsurgery.hub import login
 
-    # before the fold, which may take hours: whether the push can begin at all
+    # check before the fold, which may take hours, that the push can begin
     _prepare_push(args, asks=not args.push_to_hub)
     login(args.token)
-    as_json = args.json  # one document for the two
+    as_json = args.json  # export and push print one JSON document together
     args.json, args.quiet = False, args.quiet or as_json
     code = export(args)
     if code != ExitCode.OK:
@@ -102,7 +111,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
     from oftsurgery.files.staging import check_apart, scratch
     from oftsurgery.onnx.toolchain import require_onnx
 
-    require_onnx()  # before a fold that may take hours
+    require_onnx()  # the check comes before the fold, which may take hours
 
     def export(source: str | Path) -> None:
         report = oftsurgery.export_onnx(
@@ -118,7 +127,7 @@ def _export_onnx(args: argparse.Namespace) -> int:
         _print_onnx(args, report)
 
     if not args.adapter:
-        export(args.base)
+        export(base_of(args))
         return ExitCode.OK
     for what, given in (("base", [args.base]), ("adapter", args.adapter)):
         check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
@@ -140,7 +149,7 @@ def _print_onnx(args: argparse.Namespace, report: oftsurgery.OnnxReport) -> None
             print(f"largest difference from torch: {worst}, in {len(report.checks)} comparisons")
         if report.repacked:
             count = len(report.repacked)
-            print(f"{count} weights had been repacked by a CPU forward, their scales rounded to bfloat16")
+            print(f"a CPU forward had repacked {count} weights before, and rounded their scales to bfloat16")
         if args.verbose:
             differences = [(c.inputs, name, e) for c in report.checks for name, e in c.errors.items()]
             print_table("inputs  output  difference:.1e", differences)
@@ -152,14 +161,14 @@ def _print_stage(done: int, total: int, what: str) -> None:
 
 
 def _prepare_push(args: argparse.Namespace, *, asks: bool) -> None:
-    """What a push needs of the standard input: somebody to consent where it ``asks``, and the token where that is there."""
+    """Prepare a push's use of the standard input: refuse a push that ``asks`` without a terminal, and read the token."""
     if asks and not args.yes and not sys.stdin.isatty():
-        message = "a repository's name that is derived needs your consent, and there is no terminal to ask on"
+        message = "a derived name of a repository needs your consent, and there is no terminal for the question"
         raise StateError(message, remedy="name the repository, or consent with --yes")
     if args.token == "-":  # noqa: S105 - no token
         args.token = sys.stdin.readline().strip()
     elif args.token and not args.quiet:
-        print("oftsurgery: --token shows in the list of processes: use HF_TOKEN or --token -", file=sys.stderr)
+        print("oftsurgery: the list of processes shows --token: use HF_TOKEN or --token -", file=sys.stderr)
 
 
 def _push(args: argparse.Namespace) -> int:
@@ -169,7 +178,7 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Mapping[str, Any] | None = None) -> int:
-    """Push, and print what was pushed: as JSON within what stands ``beside`` it."""
+    """Push, and print what was pushed; the JSON document also has the facts in ``beside``."""
     from oftsurgery.hub import plan_push, send
 
     args.pushing = True
@@ -182,7 +191,7 @@ def _send(args: argparse.Namespace, folder: str, repo_id: str | None, beside: Ma
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 print("nothing was pushed", file=sys.stderr)
                 return ExitCode.REFUSED
-        with shown(progress_for(args), "push") as step, _hub_bars(args):
+        with shown(progress_for(args), "push") as step, hub_bars(args, unwanted=not sys.stderr.isatty()):
             report = send(report, **keywords(args, "commit_message", "token"), progress=step)
     said = report if beside is None else {**beside, "push": report.to_dict()}
     if wants_words(args, said) and not args.dry_run:
@@ -200,13 +209,5 @@ def _print_push(report: oftsurgery.PushReport) -> None:
         ("as", "a pull request" if report.create_pr else None),
         ("visibility", "private" if report.private else None),
         ("in all", f"{len(report.files)} files, {size_text(report.nbytes)}"),
-        ("no part of the export, not sent", ", ".join(report.left_out)),
+        ("not sent, since not part of the export", ", ".join(report.left_out)),
     )
-
-
-def _hub_bars(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """The client's own bars on a terminal, for nothing else shows how far a large file is."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    unwanted = args.quiet or args.json or not sys.stderr.isatty()
-    return without_bars(unwanted and not are_progress_bars_disabled(), disable_progress_bars, enable_progress_bars)

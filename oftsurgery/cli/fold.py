@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 
-from .arguments import FOLDING_FLAGS, ROUNDED, ROUNDINGS, RUNNING_FLAGS, AddCommand, keywords
+from .arguments import (
+    FOLDING_FLAGS,
+    ROUNDED,
+    ROUNDINGS,
+    RUNNING_FLAGS,
+    AddCommand,
+    adapters_of,
+    base_of,
+    keywords,
+)
 from .printing import print_facts, print_table, progress_for, size_text, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
-    plan = command("plan", "show what a fold would do, and what it needs", "BASE ADAPTER --format bf16", show_plan)
+    text = "show what a fold would do, and the disk and memory that the fold needs"
+    plan = command("plan", text, "BASE ADAPTER --format bf16", show_plan)
     plan.add_shared("base", "adapter", "--format", *FOLDING_FLAGS)
 
     text = "fold an adapter into a checkpoint"
@@ -25,21 +36,23 @@ def add_commands(command: AddCommand) -> None:
     unfold.add_argument("folded", metavar="FOLDED", help="checkpoint that carries a fold")
     unfold.add_shared("output")
     how = unfold.add_mutually_exclusive_group(required=True)
-    how.add_argument("--base", help="checkpoint that was folded: restores exactly")
-    how.add_argument("--undo", metavar="FILE", help="undo record that was written with the fold: restores exactly")
+    how.add_argument("--base", help="checkpoint that was folded; the unfold restores its bytes exactly")
+    how.add_argument(
+        "--undo", metavar="FILE", help="undo record that the fold wrote; the unfold restores the bytes exactly"
+    )
     how.add_argument(
         "--adapter",
         action="append",
-        help="adapter that was folded: rotates back, and states the error; several in the live order",
+        help="adapter that was folded; the unfold rotates back and states the error; several adapters in the live order",
     )
     unfold.add_shared("--rounding", choices=ROUNDINGS, default="preserve", help=f"{ROUNDED} (default: %(default)s)")
-    unfold.add_shared("--max-shard-size", *RUNNING_FLAGS)
+    unfold.add_shared("--max-shard-size", "--follow-links", *RUNNING_FLAGS)
 
 
 def show_plan(args: argparse.Namespace) -> None:
     from oftsurgery.api.checkpoints import FoldSettings, plan_fold
 
-    facts = plan_fold(args.base, args.adapter, FoldSettings(**_fold_settings(args))).to_dict()
+    facts = plan_fold(base_of(args), adapters_of(args), FoldSettings(**_fold_settings(args))).to_dict()
     if wants_words(args, facts):
         rows = [
             (f["module"], "×".join(map(str, f["shape"])), f["from"], f["to"], "+".join(map(str, f["block_size"])))
@@ -52,7 +65,10 @@ def show_plan(args: argparse.Namespace) -> None:
             ("other weights converted", str(facts["converts"])),
             ("tensors copied", str(facts["copies"])),
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
+            ("added by the adapter", ", ".join(facts["adds"])),
+            ("missing in the adapter", ", ".join(facts["missing"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
+            *_beside(facts),
             ("shards", str(len(facts["shards"]))),
             ("disk", size_text(facts["bytes"])),
             ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
@@ -70,7 +86,7 @@ def _fold(args: argparse.Namespace) -> None:
 def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> oftsurgery.FoldRecord:
     settings = _fold_settings(args) | keywords(args, "calibration", "device", "resume")
     return oftsurgery.fold_checkpoint(
-        args.base, args.adapter, output, **settings, force=force, progress=progress_for(args)
+        base_of(args), adapters_of(args), output, **settings, force=force, progress=progress_for(args)
     )
 
 
@@ -80,9 +96,10 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
     format_ = args.format
     if format_ in ("bnb", "onnx-quantized"):
         format_ = args.quantize or "same"
-    elif format_ == "onnx":  # rotated weights that are not quantised once more
+    elif format_ == "onnx":  # the rotated weights stay plain
         format_ = "fp32" if args.dtype == "float32" else "fp16"
-    settings = {field.name: getattr(args, field.name, None) for field in fields(FoldSettings)}
+    names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # which is in `base_of`
+    settings = {name: getattr(args, name, None) for name in names}
     return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}
 
 
@@ -96,3 +113,13 @@ def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
         kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
+        if record is not None:
+            print_facts(*_beside(record.to_dict()))
+
+
+def _beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """What is said of the files beside the weights."""
+    names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
+    whose = {"tokenizer": facts["tokenizer"], "chat template": facts["chat_template"]}
+    told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
+    return [*told, *((what, ", ".join(found)) for what, found in names.items() if found)]

@@ -1,7 +1,7 @@
 """The command line: ``oftsurgery plan|fold|unfold|extract|adapter|export|verify|doctor|report|show|push``.
 
-Arguments are parsed before anything heavy is imported, so that ``--help`` and usage errors answer at once: a command
-imports what it uses when it runs.
+The arguments are parsed before any heavy import, so that ``--help`` and usage errors answer at once: a command imports its
+modules when the command runs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from oftsurgery.errors import (
     ExtractionWarning,
     OFTSurgeryError,
     RoundingWarning,
+    SourceWarning,
     UnfoldWarning,
 )
+from oftsurgery.files.links import links_followed
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
+from .printing import hub_bars
 
 
 def command_parser() -> Parser:
     parser = Parser(
         prog="oftsurgery",
         description="Fold orthogonal fine-tuning (OFT, OFTv2, QOFT) adapters into checkpoints on disk, and take them out again.",
-        epilog="exit codes: 0 done; 1 a check failed; 2 bad usage or refused input; 3 disk, network or permission; 130 interrupted",
+        epilog="exit codes: 0 success; 1 a check failed; 2 wrong usage or refused input; 3 an error of disk, network or permission; 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"oftsurgery {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -43,18 +46,18 @@ def command_parser() -> Parser:
     show.add_commands(command)
     export.add_push(command)
     for leaf in commands.choices.values():
-        if leaf.get_default("run") is not None:  # `adapter` has commands of its own
+        if leaf.get_default("run") is not None:  # `adapter` has its own subcommands
             add_output_flags(leaf)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The ``oftsurgery`` command; returns its exit code."""
+    """Run the ``oftsurgery`` command and return its exit code."""
     return _run(command_parser().parse_args(argv))
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """``python tools/export.py``: ``oftsurgery export`` under another name."""
+    """Run ``oftsurgery export`` as ``python tools/export.py``."""
     parser = Parser(
         prog="tools/export.py",
         description="Fold an OFT adapter into a checkpoint and export it.",
@@ -65,27 +68,32 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return _run(parser.parse_args(argv))
 
 
+# warnings of which every one is said
+_ALWAYS = (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, SourceWarning, UnfoldWarning)
+
+
 def _run(args: argparse.Namespace) -> int:
-    # bitsandbytes logs that an optional package of its own is missing, whenever it is imported on a CPU
+    # bitsandbytes logs at its import on a CPU that one of its optional packages is missing
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     run: Run = args.run
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_print_warning, args)
-            for category in (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, UnfoldWarning):
+            for category in _ALWAYS:
                 warnings.simplefilter("always", category)
-            return run(args) or ExitCode.OK
+            with links_followed(getattr(args, "follow_links", False)), hub_bars(args):
+                return run(args) or ExitCode.OK
     except KeyboardInterrupt:
-        pushed = "what is uploaded is kept, and not yet seen; push again to go on"
-        folded = "what is finished is kept; go on with --resume"
+        pushed = "the uploaded files are kept, and the repository does not show them yet; push again to continue"
+        folded = "the finished work is kept; continue with --resume"
         print(f"interrupted: {pushed if getattr(args, 'pushing', False) else folded}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except OFTSurgeryError as error:
         print(f"oftsurgery: {type(error).__name__}: {error}", file=sys.stderr)
-        # the errors of disk, network and missing packages are the system's own kinds too
+        # errors of disk, network and missing packages are also an OSError or an ImportError
         return ExitCode.ENVIRONMENT if isinstance(error, (OSError, ImportError)) else ExitCode.REFUSED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nobody to tell
+        sys.stderr.close()  # the reader of the output has gone, so nobody can read an error
         return ExitCode.ENVIRONMENT
 
 

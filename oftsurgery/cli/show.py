@@ -1,4 +1,4 @@
-"""The commands ``report`` and ``show``: a fold's record as a page, as pictures, or printed."""
+"""The commands ``report`` and ``show`` give a fold's record as a page, as pictures, or in print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .printing import Row, print_facts, print_table, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
-    text = "draw what a fold cost, and what the fine-tune moved, as one HTML page"
+    text = "draw a fold's errors, and the changes of the fine-tune, as one HTML page"
     report = command("report", text, "FOLDER --html report.html", _report)
     report.add_argument("source", metavar="FOLDER|RECORD", help="folder that carries a fold, or its oftsurgery.json")
     report.add_argument("--html", metavar="FILE", help="page to write (default, without --png: report.html)")
@@ -22,12 +22,12 @@ def add_commands(command: AddCommand) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, to show too",
+        help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, which the page shows too",
     )
     report.add_shared("--force", help="replace files that exist")
 
     show = command("show", "print what is folded into a checkpoint, from its oftsurgery.json", "FOLDER", _show)
-    show.add_argument("folder", metavar="FOLDER")
+    show.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -54,7 +54,7 @@ def _show(args: argparse.Namespace) -> None:
         checks = " (oftsurgery verify checks them)" * bool(record.files)
         print(f"files with a recorded hash: {len(record.files)}{checks}")
     elif record is None and not args.json:
-        print("nothing is folded in")
+        print("nothing is folded into this checkpoint")
 
 
 def _graph_text(fold: oftsurgery.FoldRecord) -> str:
@@ -79,9 +79,10 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
         ("rounding", fold.rounding),
         ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
+        ("missing in the adapter", ", ".join(fold.missing)),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph_text(fold)),
-        ("written by a newer version, not understood", ", ".join(n for n in fold.extra if n != "onnx")),
+        ("fields of a newer version, which this version cannot read", ", ".join(n for n in fold.extra if n != "onnx")),
     )
     rows: list[Row] = []
     for path, m in sorted(fold.modules.items(), key=lambda item: -item[1].error):

@@ -1,4 +1,4 @@
-"""The folder beside a destination in which a run works, and the one rename that makes it the destination."""
+"""The folder beside a destination in which a run works, and the rename that makes this folder the destination."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ _STATE = ".state.json"
 
 @dataclass(eq=False)
 class Staging:
-    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
+    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while the run works.
 
     Attributes:
-        destination: of the run.
-        key: fingerprint of all that decides the output.
-        needed: bytes that will be written; checked against the free space first.
-        resume: go on with unfinished work of the same key, if there is any.
+        destination: the folder that the run writes.
+        key: fingerprint of everything that decides the output.
+        needed: number of bytes that will be written, which is compared with the free space first.
+        resume: continue unfinished work of the same key, if there is any.
         force: replace an existing destination (at the rename, not before) and unfinished work of another key.
-        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked
-            at.
+        resumable: keep finished files after an error; otherwise nothing is kept, and unfinished work is ignored.
 
     Raises (on entering):
-        StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
-        DiskError: too little space, no permission, or another run at work.
+        StateError: the destination or unfinished work exists, and the arguments do not say what to do.
+        DiskError: space or permission is missing, or another run works on the destination.
     """
 
     destination: Path
@@ -49,17 +48,17 @@ class Staging:
         self.lock_path = self.destination.parent / f".{self.destination.name}.oftsurgery.lock"
         self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
         self.state: dict[str, Any] = {"key": self.key, "shards": {}}
-        self._ours = False  # whether the folder's contents are this run's to remove
+        self._ours = False  # whether this run may remove the folder's contents
 
     def __enter__(self) -> Staging:
         check_free("destination", self.destination, force=self.force)
         with disk_errors(self.folder):
             if not self.destination.parent.is_dir():
                 message = "the destination's parent folder does not exist"
-                raise StateError(message, path=self.destination.parent, remedy="make it first")
+                raise StateError(message, path=self.destination.parent, remedy="make the folder first")
             if self.folder.is_symlink():
                 message = "a link is in the place of unfinished work"
-                raise StateError(message, path=self.folder, remedy="remove it, or name another destination")
+                raise StateError(message, path=self.folder, remedy="remove the link, or name another destination")
             self._acquire()
             try:
                 self._recover()
@@ -77,11 +76,11 @@ class Staging:
         self._leave()
 
     def _leave(self) -> None:
-        """Release the lock; before that, remove what is not worth resuming."""
+        """Remove work that is not worth resuming, and release the lock."""
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
+            self.lock_path.unlink()  # removed while held: a run that opened the lock before sees this and tries again
         self._lock.release()
 
     # --- taking over ---
@@ -94,10 +93,11 @@ class Staging:
             self._lock.acquire(timeout=0)
         except Timeout:
             message = "another run is at work on this destination"
-            raise DiskError(message, path=self.destination, remedy="wait for it, or name another destination") from None
+            remedy = "wait for the other run, or name another destination"
+            raise DiskError(message, path=self.destination, remedy=remedy) from None
 
     def _recover(self) -> None:
-        """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
+        """Finish the work of a run that was killed between the two renames of :meth:`publish`."""
         if not exists(self.replaced):
             return
         if exists(self.destination):
@@ -114,7 +114,7 @@ class Staging:
             raise StateError(
                 "unfinished work of an earlier run is there",
                 path=self.folder,
-                remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
+                remedy="continue the work with resume=True (--resume), or start anew with force=True (--force)",
             )
         state: dict[str, Any] = {}
         with contextlib.suppress(CheckpointError):
@@ -124,16 +124,16 @@ class Staging:
                 raise StateError(
                     "the unfinished work is of other inputs or settings",
                     path=self.folder,
-                    remedy="give those again, or start anew: force=True (--force)",
+                    remedy="give the earlier inputs and settings again, or start anew with force=True (--force)",
                 )
             self._start_anew()
             return
         self.state = state
         self._ours = True
-        # a half-written shard has no entry: it goes; a finished one is believed only if its hash is right
+        # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
-                path.unlink()
+                _remove(path)
         for name, shard in list(state["shards"].items()):
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
@@ -153,18 +153,18 @@ class Staging:
         needed = self.needed - there
         if needed > free:
             message = f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-            raise DiskError(message, path=self.folder.parent, remedy="make room, or name a destination elsewhere")
+            raise DiskError(message, path=self.folder.parent, remedy="make room, or name a destination on another disk")
 
     # --- writing ---
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What :meth:`finish` was told of a whole shard, or None."""
+        """The facts that :meth:`finish` noted for a whole shard, or None."""
         entry = self.state["shards"].get(name)
         return None if entry is None else dict(entry["facts"])
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """The path under which to write the file ``name``; it is removed if the body fails."""
+        """The path at which to write the file ``name``; the file is removed if the body fails."""
         path = self.folder / name
         with disk_errors(path):
             try:
@@ -194,7 +194,9 @@ class Staging:
             write_synced(path, text.encode())
 
     def copy(self, source: Path, name: str) -> None:
-        """Copy a file's contents to the file ``name``."""
+        """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
+        with disk_errors(self.folder):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
             to_disk(writer)
@@ -213,13 +215,14 @@ class Staging:
             (self.folder / name).unlink(missing_ok=True)
 
     def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
-        """``{name: SHA-256}`` of all files written, but some."""
+        """``{name: SHA-256}`` of all written files, except the files ``but``."""
         known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}
         return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
 
     def names(self) -> list[str]:
-        """Of all files written, but in folders that others (a tokenizer) made."""
-        return sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != _STATE)
+        """Names of all written files, with ``/`` for files in folders."""
+        files = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+        return sorted(name for name in files if name != _STATE)
 
     # --- the rename ---
 
@@ -227,7 +230,8 @@ class Staging:
         """Make the folder the destination."""
         with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
-            sync_folder(self.folder)
+            for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
+                sync_folder(folder)
             if exists(self.destination):
                 self.destination.rename(self.replaced)
             self.folder.rename(self.destination)
@@ -237,10 +241,10 @@ class Staging:
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
-    """Refuse a destination that would replace what is read.
+    """Refuse a destination that would replace a folder that is read.
 
     Raises:
-        StateError: one of ``folders``, which ``what`` names, is the destination or in it.
+        StateError: one of ``folders`` is the destination or lies in it; the message calls the folder ``what``.
     """
     there = destination.resolve()
     if any(folder.resolve().is_relative_to(there) for folder in folders):
@@ -251,10 +255,10 @@ def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
-    """A folder's path beside ``destination``, for what a later step reads; nothing stays there.
+    """A path beside ``destination`` for a folder that a later step reads; the folder is removed at the end.
 
     Raises:
-        StateError: the destination exists: said before the work that it would be for.
+        StateError: the destination exists; the error comes before any work is done.
     """
     check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
@@ -271,8 +275,8 @@ def _remove(path: Path) -> None:
 
 
 def _sound(shards: object) -> bool:
-    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself,
-    with hash and facts.
+    """Whether ``shards`` of a state file has the form of :meth:`Staging.finish`: names of files in the folder itself,
+    each with a hash and facts.
     """
     return isinstance(shards, dict) and all(
         Path(name).name == name

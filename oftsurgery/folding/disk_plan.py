@@ -1,4 +1,4 @@
-""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone, and says everything that will happen."""
+""":func:`plan_checkpoint` plans a fold on disk from headers and JSON alone; the plan holds every step of the fold."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Any, Literal
 import torch
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.reading import homes_of
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
+from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.tokenizer_files import choose_tokenizer
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore, Quantization
+from oftsurgery.stores.new_head import new_head
+from oftsurgery.stores.quantised_loading import loadable_config
 
+from .beside import rows_of
 from .disk_jobs import Job, JobBuilder, Part
+from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
@@ -33,29 +40,29 @@ QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 @dataclass(frozen=True, eq=False)
 class CheckpointPlan:
-    """All that a fold on disk does.
+    """Everything that a fold or an unfold on disk does.
 
     Attributes:
         store: the checkpoint that is read.
-        jobs: in the order of the destination.
+        jobs: the jobs in the destination's order.
         shards: the destination's files.
         config: the new ``config.json``.
-        carried: other files that are copied.
-        changes: of the model.
-        format: what is written.
-        fold_into: ``"quantized"`` or ``"original"`` weights of a plain source that is quantised.
-        unfolds: the last fold is taken out instead of another one put in.
-        rounding: of the quantised weights that are rotated.
-        calibration: content hash of what they are calibrated on, or None.
+        carried: the files that are copied beside the weights.
+        changes: the changes of the model.
+        format: the format that is written.
+        fold_into: whether the ``"quantized"`` or the ``"original"`` weights of a plain source are rotated.
+        unfolds: whether the plan takes the last fold out.
+        rounding: the rounding of the quantised weights that are rotated.
+        calibration: content hash of the calibration's batches, or None.
         undo: the undo record that is written.
-        undone: the one that is used.
+        undone: the undo record that is used.
     """
 
     store: FolderStore
     jobs: tuple[Job, ...]
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
-    carried: tuple[str, ...]
+    carried: Carried
     changes: FoldPlan = field(default_factory=FoldPlan)
     format: str = "same"
     fold_into: str = "quantized"
@@ -75,17 +82,15 @@ class CheckpointPlan:
 
     @property
     def nbytes(self) -> int:
-        """That will be written, a guess at the undo record's among them."""
-        carried = sum((self.source.folder / name).stat().st_size for name in self.carried)
+        """The bytes to write, with an estimate of the undo record's bytes."""
         rotated = sum(job.nbytes for job in self.jobs if any(p.rotate for p in job.parts))
-        return (
-            sum(nbytes_of(job.outputs) for job in self.jobs) + carried + (rotated // 4 if self.undo is not None else 0)
-        )
+        undo = rotated // 4 if self.undo is not None else 0
+        return sum(nbytes_of(job.outputs) for job in self.jobs) + self.carried.nbytes + undo
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what ``oftsurgery plan --json`` prints."""
+        """The plan as plain values, which ``oftsurgery plan --json`` prints."""
         q = self.store.quantization
-        # in float32: what the memory that is needed grows with
+        # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
         return {
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
@@ -109,12 +114,20 @@ class CheckpointPlan:
             ],
             "converts": sum(bool(j.parts) and not any(p.changes for p in j.parts) for j in self.jobs),
             "copies": sum(not j.parts for j in self.jobs),
+            "adds": list(self.store.added),
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
+            "missing": list(self.changes.missing),
+            "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
             ],
-            "carried": list(self.carried),
+            "carried": list(self.carried.files),
+            "code": list(self.carried.code),
+            "left_out": list(self.carried.left_out),
+            "lost": dict(self.carried.lost),
+            "tokenizer": self.carried.tokenizer,
+            "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
         }
@@ -129,14 +142,17 @@ def plan_checkpoint(
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: str = "nearest",
     undo: Path | None = None,
+    tokenizer: str | Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    partial: bool = False,
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
     Raises:
+        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
-        ShapeError, FormatError: it does not fit, or a weight is stored in a way that is not known.
-        StateError: formats that make no sense together, or the adapter is folded in already.
+        ShapeError, FormatError: a rotation or tensor does not fit, or a weight's format is not known.
+        StateError: the formats contradict each other, or the adapter is folded in already.
         CheckpointError: the checkpoint cannot be used.
     """
     codecs.check_rounding(rounding)
@@ -146,25 +162,34 @@ def plan_checkpoint(
     _check_formats(store, format, fold_into)
     if undo is not None and (format in DENSE or fold_into != "quantized"):
         raise StateError(
-            "an undo record gives the bytes back that a fold changes; this one changes the weights' formats too",
+            "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
             format=format,
-            remedy="format='same' or a quantised one, fold_into='quantized'; or keep the base, and unfold with base=…",
+            remedy="choose format='same' or a quantised format and fold_into='quantized' (--format, --fold-into), or leave out the undo "
+            "record (--undo), keep the base, and unfold with base=… (--base)",
         )
-    changes = plan_changes(store, adapters) if adapters else FoldPlan()
+    head = new_head(store, adapters)
+    if head is not None:
+        store = FolderStore(source, quantization, head)
+    changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
+    if undo is not None:
+        check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, format, fold_into).jobs()
-    config = configs.output_config(source.config, format, quantization, untied=changes.clears_flag)
-    plan = make_plan(store, jobs, config, max_shard_bytes)
+    config = configs.output_config(store.config, format, quantization, untied=changes.clears_flag)
+    carried = carried_from(source.folder, source.shards)
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
 def make_plan(
-    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int
+    store: FolderStore, jobs: Sequence[Job], config: Mapping[str, Any], max_shard_bytes: int, carried: Carried
 ) -> CheckpointPlan:
-    """The plan of ``jobs``, as far as all plans are alike."""
-    carried = configs.carried_files(store.source.folder)
-    card.own_card(store.source.folder)  # is refused now where it cannot be read
+    """A plan of ``jobs`` with the fields that all plans share."""
+    outputs = {name: output for job in jobs for name, output in job.outputs.items()}
+    config = loadable_config(config, outputs)
+    card.own_card(store.source.folder)  # a card that cannot be read is refused now
     return CheckpointPlan(
         store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
     )
@@ -173,48 +198,55 @@ def make_plan(
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
     settings = store.source.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
-        message = "`quantization_config` is no JSON object"
-        raise FormatError(message, tensor="config.json", remedy="restore the config.json that was saved")
+        message = f"`quantization_config` in config.json is a {type(settings).__name__}, expected is a JSON object"
+        raise FormatError(message, path=store.source.folder, remedy="restore the config.json of these weights")
     method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
         raise FormatError(
-            "the checkpoint is quantised by another library",
+            "another library quantised the checkpoint; oftsurgery reads bitsandbytes' formats and plain weights",
             format=printable(method),
-            remedy="dequantise it first; oftsurgery knows bitsandbytes and plain",
+            path=store.source.folder,
+            remedy="dequantise the checkpoint with that library first",
         )
     if format not in ("same", *DENSE, *QUANTISED):
         raise StateError(
-            f"unknown format {printable(format)!r}", remedy=f"one of same, {', '.join((*DENSE, *QUANTISED))}"
+            f"the format {printable(format)!r} is not known",
+            remedy=f"choose one of same, {', '.join((*DENSE, *QUANTISED))} (--format)",
         )
     if fold_into not in ("quantized", "original"):
-        raise StateError(f"unknown fold_into {printable(fold_into)!r}", remedy="'quantized' or 'original'")
+        message = f"fold_into is {printable(fold_into)!r}"
+        raise StateError(message, remedy="choose 'quantized' or 'original' (--fold-into)")
     if store.quantization is not None:
         _check_quantised_first(store, store.quantization.codec, format)
 
 
 def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
-    if any(map(store.is_quantised, store.source.entries)):
+    if any(map(store.holds_quantised, store.source.entries)):
         raise StateError(
-            "the checkpoint is quantised already",
+            "the checkpoint is quantised already, and cannot be quantised once more",
             format=format,
-            remedy="leave the quantisation out: format 'same' keeps what it has, 'fp16', 'bf16' and 'fp32' dequantise",
+            path=store.source.folder,
+            remedy="leave out the quantisation (--quantize): format 'same' keeps the formats, 'fp16', 'bf16' and 'fp32' dequantise (--format)",
         )
     if codec not in QUANTISED:
-        raise StateError(f"unknown quantisation {printable(codec)!r}", remedy=f"one of {', '.join(QUANTISED)}")
+        message = f"the quantisation {printable(codec)!r} is not known"
+        raise StateError(message, remedy=f"choose one of {', '.join(QUANTISED)} (--quantize)")
     if format == "same":
-        message = "a plain checkpoint is to be quantised, and to stay as it is"
-        raise StateError(message, remedy=f"format='{codec}' to write it so, or 'fp16', 'bf16', 'fp32'")
+        message = f"format 'same' keeps plain weights plain, but the quantisation {codec} was asked for too"
+        raise StateError(message, remedy=f"choose --format {codec} (format='{codec}') or one of fp16, bf16, fp32")
     if format in QUANTISED and format != codec:
-        raise StateError(f"quantised to {codec}, but written as {format}", remedy="name one of the two")
+        message = f"the weights are to be quantised to {codec}, but the format to write is {format}"
+        raise StateError(message, remedy="give --quantize and --format the same value, or leave out one of the two")
     if store.architecture.linears is None:
         raise StateError(
-            "which modules bitsandbytes loading quantises is known from the model's class alone, and transformers does not know it, or is absent",
+            "the model's class decides which modules bitsandbytes loading quantises, and transformers does not know the class or is not installed",
+            path=store.source.folder,
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
 
 
 def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
-    """How a plain base was quantised before it was folded: by the record, else by the config. None where it was not."""
+    """The quantisation of a plain base before its fold, from the record or else the config; None where there was none."""
     base = record.base
     codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
     if codec is None:
@@ -229,7 +261,7 @@ def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quan
 
 
 def facts_of_quantization(q: Quantization | None) -> dict[str, str | None]:
-    """Mirror of :func:`recorded_quantization`."""
+    """The mirror of :func:`recorded_quantization`."""
     if q is None:
         return {"quantize": None}
     return {

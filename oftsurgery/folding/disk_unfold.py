@@ -1,4 +1,4 @@
-"""A plan of this file takes the last fold out of a checkpoint on disk: by rotating back, from its base, or by an undo
+"""The plans in this file take the last fold out of a checkpoint on disk: by rotating back, from the base, or by an undo
 record.
 """
 
@@ -10,10 +10,13 @@ from functools import partial
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.dtypes import DTYPES
-from oftsurgery.errors import IntegrityError, StateError
+from oftsurgery.errors import IntegrityError, LeftOutWarning, StateError, warn_caller
+from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.tokenizer_files import restore_tokenizer
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
@@ -33,34 +36,36 @@ def plan_unfold(
     rounding: str = "nearest",
     max_shard_bytes: int = 5_000_000_000,
 ) -> CheckpointPlan:
-    """Plan to rotate the last fold back out of a checkpoint, in the formats that it has. Not exact for quantised or
-    half-precision weights.
+    """Plan to take the last fold out of a checkpoint by rotating back; the formats stay. The result is not exact for
+    quantised or half-precision weights.
 
     Raises:
-        StateError: the checkpoint's record names other adapters than these.
-        and those of :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
+        StateError: the checkpoint's record names other adapters.
+        OFTSurgeryError: as for :func:`~oftsurgery.folding.disk_plan.plan_checkpoint`.
     """
     codecs.check_rounding(rounding)
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
     jobs = JobBuilder(store, replace(changes, replace=()), "same").jobs()
-    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes)
+    plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes, _carried(folded))
     return replace(plan, changes=changes, rounding=rounding)
 
 
 def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
     """Plan to take the last fold out of a checkpoint exactly.
 
-    What it changed comes from ``base`` (quantised again where the fold did), checked against the record's hashes.
+    The changed tensors come from ``base`` (quantised again where the fold quantised the base), and are checked against
+    the record's hashes.
 
     Raises:
-        StateError: the folded checkpoint has no record, or is in another format than the base was.
-        MatchError: the base lacks what was folded.
+        StateError: the folded checkpoint has no record, or another format than the base had.
+        MatchError: the base lacks a tensor that was folded.
     """
     record = record_in(folded.folder)
     if record is None:
         message = f"the checkpoint has no {RECORD}"
-        raise StateError(message, path=folded.folder, remedy="give the adapter instead: it is then rotated back")
+        remedy = "give the adapter in place of the base: adapter=… (--adapter) rotates back"
+        raise StateError(message, path=folded.folder, remedy=remedy)
     quantization = recorded_quantization(record, folded.config)
     origin = FolderStore(base, quantization)
     written = "same" if quantization is None else quantization.codec
@@ -75,18 +80,41 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             _check_same_format(job, folded, touched)
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
-        elif all(n in folded.entries for n in job.outputs):
+        elif all(n in folded.entries and n not in record.added for n in job.outputs):
             # untouched by the fold: the folded checkpoint's own bytes
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config)
-    return make_plan(store, jobs, config, max_shard_bytes)
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
+    carried = carried_from(folded.folder, folded.shards)
+    if _brought(record):
+        carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))
+    return make_plan(store, jobs, config, max_shard_bytes, carried)
+
+
+def _carried(folded: Checkpoint) -> Carried:
+    """The files beside the weights of a folded checkpoint without its base; one :class:`LeftOutWarning` names the files that
+    stay the adapter's.
+    """
+    brought = _brought(record_in(folded.folder))
+    if brought:
+        warn_caller(
+            f"the {' and the '.join(brought)} of the output are not the base's, but those that the fold brought: unfold with base=… "
+            "(--base), or copy the base's files",
+            LeftOutWarning,
+        )
+    return carried_from(folded.folder, folded.shards)
+
+
+def _brought(record: FoldRecord | None) -> list[str]:
+    """The files that the last fold brought in place of the base's files."""
+    whose = {} if record is None else {"tokenizer": record.tokenizer, "chat template": record.chat_template}
+    return [what for what, name in whose.items() if name not in (None, "base")]
 
 
 def _original_check(name: str, wanted: Sequence[engine.Original], folded: FolderStore) -> Check:
-    """What checks a tensor of the base: by the record's hash, or where it only shares a unit with one that the fold
-    changed, by what the folded checkpoint has.
+    """The check of a tensor of the base: by the record's hash, or, for a tensor that only shares a unit with a changed
+    tensor, by the folded checkpoint's tensor.
     """
 
     def check(found: EncodedWeight, stored: EncodedWeight) -> None:
@@ -97,7 +125,7 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
         there = folded.weight(name, found.format)
         if there is None or there.fingerprint != found.fingerprint:
             message = "the base differs from the folded checkpoint in a tensor that the fold did not touch"
-            raise IntegrityError(message, tensor=name, remedy="give the very checkpoint that was folded")
+            raise IntegrityError(message, tensor=name, remedy="give exactly the checkpoint that was folded (--base)")
 
     return check
 
@@ -109,9 +137,9 @@ def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]
         dtype, shape = job.outputs[name]
         if weights.get(part.name) and (there is None or there.shape != shape or DTYPES[there.dtype] != dtype):
             raise StateError(
-                "the folded checkpoint is in another format than its base: there is nothing to restore but the base itself",
+                "the folded checkpoint has another format than its base, so the base's bytes cannot be put back",
                 tensor=name,
-                remedy="use the base checkpoint, or rotate back with the adapter",
+                remedy="use the base checkpoint itself, or rotate back with the adapter (--adapter)",
             )
 
 
@@ -119,15 +147,15 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     """Plan to take the last fold out of a checkpoint exactly, by its undo record.
 
     Raises:
-        StateError: the record's fold is not the checkpoint's last one.
-        MatchError: the checkpoint lacks what the record restores.
+        StateError: the record's fold is not the checkpoint's last fold.
+        MatchError: the checkpoint lacks a tensor that the record restores.
         UndoError: the record is damaged.
     """
     store = FolderStore(folded)
     back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
     restored = {named[name]: (name, read) for name, read in back.items()}
-    # of tensors that were one, a checkpoint holds the first
+    # a checkpoint holds only the first of tensors that were tied
     dropped: set[str] = set()
     checks: dict[str, Check] = {}
     for group in undo.ties:
@@ -151,7 +179,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     config = dict(undo.config or folded.config)
     if not undo.config and undo.tie_word_embeddings is not None:
         config = configs.restored_config(config, {FLAG: undo.tie_word_embeddings})
-    return replace(make_plan(store, jobs, config, max_shard_bytes), undone=undo)
+    return replace(make_plan(store, jobs, config, max_shard_bytes, _carried(folded)), undone=undo)
 
 
 def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedWeight) -> None:
@@ -159,14 +187,14 @@ def _check_shared(undo: UndoRecord, path: str, found: EncodedWeight, _: EncodedW
 
 
 def _with_part(job: Job, part: Part) -> Job:
-    """``job`` with ``part`` in place of that of the same name."""
+    """``job`` with ``part`` in place of the part of the same name."""
     return replace(job, parts=tuple(part if p.name == part.name else p for p in job.parts))
 
 
 def _undone_job(
     job: Job, part: Part, undo: UndoRecord, name: str, read: Callable[[EncodedWeight], EncodedWeight]
 ) -> Job:
-    """``job``, whose ``part`` holds the folded tensor ``name``, with its original instead."""
+    """``job`` with the original in place of the folded tensor ``name``, which ``part`` holds."""
     path = name.removesuffix(".weight")
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))

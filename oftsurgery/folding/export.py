@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.dtypes import FORMAT_OF, NAMED
-from oftsurgery.errors import FormatError, StateError
+from oftsurgery.errors import GATHER_MODEL, FormatError, StateError, not_gathered
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
@@ -26,37 +26,54 @@ from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
-from oftsurgery.stores.ties import inner_model, modules_of, ties_of
+from oftsurgery.stores.modules import inner_model, modules_of
+from oftsurgery.stores.quantised_loading import loadable_config
+from oftsurgery.stores.ties import ties_of
 
+from .beside import beside_model
 from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard
 
 
 def save_model(
-    model: nn.Module, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, force: bool = False
+    model: nn.Module,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int,
+    tokenizer: Any = None,
+    force: bool = False,
 ) -> FoldRecord | None:
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
     if peft_live.has_live_layers(model):
         message = "the model carries live peft adapters"
-        raise StateError(message, remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)")
+        remedy = "fold the adapters first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)"
+        raise StateError(message, remedy=remedy)
     if dtype is not None and dtype not in FORMAT_OF:
         raise StateError(
-            f"unknown dtype {dtype}",
-            remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
+            f"the dtype {dtype} is not one of {', '.join(map(str, FORMAT_OF))}",
+            remedy="choose one of these dtypes, or None to keep the model's formats",
         )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
-    record = record_of(model)
-    if record is not None:
-        record = public_record(record)
+    record, home = record_of(model), source_of(model)
+    private, record = record, None if record is None else public_record(record)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
-    with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
+    if "config.json" in jsons:
+        written = {name: output for item in items for name, output in item.outputs.items()}
+        jsons["config.json"] = loadable_config(jsons["config.json"], written)
+    with (
+        beside_model(home, private, tokenizer, getattr(model, "config", None)) as carried,
+        Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
+    ):
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
-        record = write_other_files(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
+        record = write_other_files(
+            staging, files, record, source=home, jsons=jsons, carried=carried, exact=dtype is None
+        )
         staging.publish()
     return record
 
@@ -89,7 +106,7 @@ def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
                 if dtype is None and local == "weight" and Layer(path, module).quantised:
                     split_up.add(unit)
     for unit, members in together.items():
-        # what is quantised has no place in a tensor that transformers converts: it loads it by the model's name too
+        # a tensor that transformers converts cannot hold a quantised weight; transformers also loads by the model's names
         items += members if unit in split_up else [_converted(saving, members)]
     return items
 
@@ -114,18 +131,21 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Item:
     layer = Layer(path, module)
+    if tensor.numel() == 0 and local in ("weight", "bias"):
+        raise not_gathered(StateError, "the model's tensor", GATHER_MODEL, tensor=name)
     if local == "weight" and layer.quantised:
         _, home = layer.read()
         into = home if dtype is None else WeightFormat("dense", home.shape, dtype)
         outputs = checkpoint_shapes(name, into)
         conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         if conv1d:
-            # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
+            # bitsandbytes holds GPT-2's weights (out, in), and GPT-2's own class holds them (in, out)
             outputs = {name: (into.dtype, into.shape[::-1])}
         return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
     stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if stored not in NAMED.values():
-        raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
+        message = f"a tensor of {stored} cannot be saved as safetensors"
+        raise FormatError(message, tensor=name, remedy="convert the tensor to another dtype first")
     plain = {name: (stored, tuple(tensor.shape))}
 
     def read() -> dict[str, Tensor]:
@@ -148,7 +168,7 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
 
 
 def source_of(model: nn.Module) -> Path | None:
-    """The folder that transformers loaded the model from, a local one or the Hub's cache, or None."""
+    """The folder that transformers loaded the model from: a local folder or the Hub's cache; None where it is unknown."""
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name:
@@ -169,7 +189,7 @@ def source_of(model: nn.Module) -> Path | None:
 
 
 def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``, none for what has no config."""
+    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``; empty for a model without a config."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return {}

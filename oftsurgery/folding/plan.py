@@ -1,8 +1,8 @@
 """Plan what changes in a model: adapters matched to its layers and tensors by names and shapes, before anything is
 computed or changed.
 
-Pure: a :class:`Store` says what there is, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error
-here. Which tensors come apart where the model ties them is decided here and nowhere else.
+The functions are pure: a :class:`Store` says what the model has, and the result is a frozen :class:`FoldPlan`. An
+adapter that does not fit is refused here. Only this file decides which tied tensors the fold separates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
+from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
 
@@ -26,11 +27,11 @@ class Rotate:
     """One layer's weight is rotated, in its own place alone.
 
     Attributes:
-        path: of the module.
-        format: of its weight.
-        chain: of rotations in the live order.
-        untied: another place holds the same tensor.
-        inverse: rotate back.
+        path: the module's path.
+        format: the format of the module's weight.
+        chain: the rotations in the live order.
+        untied: whether another place holds the same tensor.
+        inverse: whether to rotate back.
     """
 
     path: str
@@ -41,12 +42,12 @@ class Rotate:
 
     @property
     def name(self) -> str:
-        """Of the weight."""
+        """The weight's name."""
         return f"{self.path}.weight"
 
     def takes_inputs(self, into: WeightFormat) -> bool:
-        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
-        multiplies by the weight.
+        """Whether the layer's inputs can decide the rounding to ``into``: the format has codes to choose, and the model
+        multiplies the inputs by the weight.
         """
         return into.quantised and self.chain[0].side != "embedding"
 
@@ -56,10 +57,10 @@ class Replace:
     """A tensor takes an adapter's own values.
 
     Attributes:
-        name: of the tensor.
-        values: of its shape.
-        places: names of all tensors that take them: that one alone where the adapter brings the module
-            (``modules_to_save``), else all that are tied to it still.
+        name: the tensor's name.
+        values: the adapter's values, in the tensor's shape.
+        places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
+            (``modules_to_save``), else also every tensor that is still tied to ``name``.
     """
 
     name: str
@@ -69,15 +70,17 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class FoldPlan:
-    """All that a fold does.
+    """All changes that a fold makes.
 
     Attributes:
-        adapters: in the live order.
-        rotate: in the model's order.
-        replace: applied before the rotations.
-        apart: groups of tied tensors that are not one any more.
-        clears_flag: the config's ``tie_word_embeddings`` is cleared.
-        idle: paths of layers whose rotation is left out, since nobody calls them.
+        adapters: the adapters in the live order.
+        rotate: the rotations in the model's order.
+        replace: the replacements, which are applied before the rotations.
+        apart: groups of tied tensors that the fold separates.
+        clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
+        dequantised: names of quantised weights that become plain with an adapter's own values.
+        idle: paths of layers whose rotation is left out, since the model never calls these layers.
+        missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -85,7 +88,9 @@ class FoldPlan:
     replace: tuple[Replace, ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     clears_flag: bool = False
+    dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
     @property
     def changed(self) -> set[str]:
@@ -93,30 +98,36 @@ class FoldPlan:
         return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
 
     def recorded(self, change: Replace) -> tuple[str, ...]:
-        """Names of the tensors that a replacement leaves behind: all of its places where they come apart."""
+        """Names of the tensors that the record lists for a replacement: all its places where the fold separates them."""
         return change.places if any(change.name in group for group in self.apart) else (change.name,)
 
     def partner(self, name: str) -> str | None:
-        """A weight that was one with ``name`` and stays as it was, or None."""
+        """A weight that was tied to ``name`` and stays unchanged, or None."""
         group = next((g for g in self.apart if name in g), ())
         return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
 
 
-def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False) -> FoldPlan:
+def plan_changes(
+    store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False, partial: bool = False
+) -> FoldPlan:
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
-        inverse: the adapters are in the model, and come out.
+        inverse: whether the adapters are in the model and the plan takes them out.
+        partial: whether to fold an adapter that lacks modules which its own config targets.
 
     Raises:
-        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
-            does not take.
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
+        MatchError: an adapter key matches nothing, two keys match one module, or the module does not take this kind of
+            rotation.
         ShapeError: a rotation or tensor does not fit.
         FormatError: a module cannot be folded.
-        StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
+        StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
     _check_given(store, adapters, inverse=inverse)
-    chains = _chains(store, adapters)
+    found = _found(store, adapters)
+    missing = () if inverse else _missing(store, adapters, found, partial=partial)
+    chains = _chains(adapters, found)
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
@@ -146,25 +157,56 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
         for name in turned
     )
+    replace = _replacements(store, replaced, alone)
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
-        replace=_replacements(store, replaced, alone),
+        replace=replace,
         apart=apart,
         clears_flag=store.ties.clears_flag(apart),
+        dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
+        missing=missing,
     )
 
 
-def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rotation]]:
-    """``{name of a weight: its rotations in the live order}``."""
-    paths = dict.fromkeys(path for a in adapters for path in a.modules)
-    found = store.locate(f"{path}.weight" for path in paths)
-    chains: dict[str, list[Rotation]] = {}
+def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
+    """``{name of a module's weight as the adapters have it: name of the model's tensor}``, all of them."""
+    found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
             raise _not_found(lost, store.names, adapter)
+    return found
+
+
+def _missing(
+    store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
+) -> tuple[str, ...]:
+    missing: dict[str, None] = {}
+    for adapter in adapters:
+        if not adapter.config.get("target_modules"):
+            continue
+        mine = {path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules}
+        lost = missing_modules(adapter, mine, store.adaptable)
+        if lost and not partial:
+            named = ", ".join(map(printable, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            raise AdapterError(
+                f"the adapter lacks {len(lost)} of the {len(lost) + len(mine)} modules that its own config targets ({named}): the file "
+                "is one rank's or stage's part of an adapter, or the config belongs to another adapter",
+                module=lost[0],
+                path=adapter.source,
+                remedy="give the whole adapter, gathered from all ranks, with the config that was saved beside it; "
+                "partial=True (--partial) folds the modules of the file, and the others stay as in the base",
+            )
+        missing |= dict.fromkeys(lost)
+    return tuple(missing)
+
+
+def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[Rotation]]:
+    """``{name of a weight: its rotations in the live order}``."""
+    chains: dict[str, list[Rotation]] = {}
+    for adapter in adapters:
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
             name = found[f"{path}.weight"]
@@ -175,7 +217,7 @@ def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rota
 
 
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
-    """``adapter`` by the names that the store's model has, as far as it has them."""
+    """``adapter`` with the names of the store's model, where the model has the adapter's modules and tensors."""
     found = store.locate(f"{path}.weight" for path in adapter.modules)
     own = store.locate(adapter.saved)
     modules = {found.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()}
@@ -194,12 +236,25 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
     return tuple(made.values())
 
 
+def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
+    """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
+    where the config names it.
+    """
+    found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
+    both = next((name for name in layers if name in found), None)
+    if both is not None:
+        raise takes_no_values(both, layers[both].format.label)
+    return found
+
+
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
     if not adapters:
-        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
-    if len({a.fingerprint for a in adapters}) < len(adapters):
-        message = "the same adapter is given twice"
-        raise StateError(message, remedy="give each adapter once; compose or scale it to apply it more strongly")
+        raise MatchError("no adapter to fold was given", remedy="give an OFTAdapter, its folder, or a list of them")
+    given = [a.fingerprint for a in adapters]
+    twice = next((a for a in adapters if given.count(a.fingerprint) > 1), None)
+    if twice is not None:
+        remedy = "give each adapter once; to apply an adapter more strongly, scale it (oftsurgery adapter scale)"
+        raise StateError("the same adapter is given twice", path=twice.source, remedy=remedy)
     record = store.record
     if record is None:
         return
@@ -216,12 +271,12 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
         raise StateError(
             f"this adapter is folded into the {store.what} already",
             path=again[0].source,
-            remedy="unfold it first, or fold into the base model (its record says what is folded in)",
+            remedy=f"use the {store.what} as it is, unfold the adapter first, or fold into the base model",
         )
 
 
 def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
-    """The error for adapter modules that the model lacks, with the nearest names."""
+    """The error for adapter modules that the model lacks; the error names the nearest modules."""
     path = lost[0]
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
     near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
@@ -238,10 +293,12 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
-        message = f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}"
+        message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
     if len(info.format.shape) != 2:
-        raise ShapeError("the module's weight is not (out, in)", module=path, shape=info.format.shape)
+        message = "the module's weight does not have the two dimensions (out, in)"
+        remedy = "use the base model that the adapter was trained on"
+        raise ShapeError(message, module=path, shape=info.format.shape, remedy=remedy)
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
@@ -269,18 +326,18 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
 
 
 def takes_no_values(name: str, format: str) -> FormatError:
-    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    """The error where an adapter brings its own values for a tensor that is stored quantised, in ``format``."""
     return FormatError(
         "the adapter brings its own values for a weight that is stored quantised",
         tensor=name,
         format=format,
-        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+        remedy="leave that module unquantised, as in training (llm_int8_skip_modules, --skip-modules)",
     )
 
 
 def _brings_module(adapter: OFTAdapter, name: str) -> bool:
-    """Whether ``modules_to_save`` names the module of tensor ``name``, as peft matches it: by the end of the module's
-    path.
+    """Whether ``modules_to_save`` names the module of tensor ``name``. As in peft, a name matches the end of the
+    module's path.
     """
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
@@ -298,7 +355,7 @@ def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
 
 def _one_module(other: str, path: str) -> MatchError:
     return MatchError(
-        f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
+        f"two of the adapter's modules, {printable(other)!r} and {printable(path)!r}, are one module of the model",
         module=path,
-        remedy="the model shares this module between places, or has two names for it; train the adapter on one of them",
+        remedy="train the adapter on one of the two names: the model shares the module between the two places",
     )

@@ -1,4 +1,4 @@
-""":class:`UndoWriter` writes an undo record: one safetensors file of compressed bytes and a manifest, whole or not at all.
+""":class:`UndoWriter` writes an undo record: one safetensors file with compressed bytes and a manifest, all or nothing.
 
 ``docs/undo.md`` describes the format.
 """
@@ -27,29 +27,30 @@ from oftsurgery.weights.undo_streams import bytes_of
 
 from .undo_reader import FORMAT, VERSION
 
-_ROOM = 504  # of the header, which is written last: metadata and two tensors
+_ROOM = 504  # bytes for the header (metadata and two tensors), which is written last
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
     """Refuse a place where a record cannot be written, before anything is computed.
 
     Raises:
-        StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
+        StateError: the path exists (and ``force`` is not set, or the path is no file), or its folder does not exist.
     """
     if os.path.lexists(path) and (not force or not path.is_file()):
-        message = "something is there already, and undo records are not overwritten"
-        raise StateError(message, path=path, remedy="name another file; a record belongs to one fold")
+        message = "the path for the undo record exists already, and undo records are not overwritten"
+        raise StateError(message, path=path, remedy="name another file: an undo record belongs to one fold")
     if not path.absolute().parent.is_dir():
-        raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
+        message = "the folder for the undo record does not exist"
+        raise StateError(message, path=path.parent, remedy="make the folder first, or name a file in another folder")
 
 
 class UndoCollector:
-    """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
+    """Collects what a fold changed: the data go to ``sink`` at once, and the facts stay in memory.
 
     Attributes:
         facts: plain values, which :meth:`append` takes: ``weights`` has ``{module path: facts}``, ``tensors`` ``{tensor name:
             facts}`` of plain tensors that the adapters' own values replaced, ``tables`` ``{content hash: [start, bytes]}``.
-        nbytes: written so far.
+        nbytes: the bytes that were written so far.
     """
 
     def __init__(self, sink: BinaryIO) -> None:
@@ -67,15 +68,15 @@ class UndoCollector:
         relaxation: float | None,
         files: Mapping[str, Any] | None = None,
     ) -> None:
-        """A rotated weight.
+        """Collect a rotated weight.
 
         Args:
-            path: of its module.
-            before, after: as stored.
-            chain: that was folded, in the live order.
-            noise: relative error of storing ``after``.
-            relaxation: of the fold, where it kept the scales of ``before``.
-            files: :func:`tensor_as_json` tensors of the checkpoint that do not follow from ``before``.
+            path: the path of the weight's module.
+            before, after: the stored weights.
+            chain: the rotations that were folded, in the live order.
+            noise: the relative error of storing ``after``.
+            relaxation: the fold's relaxation, where the fold kept the scales of ``before``.
+            files: tensors of the checkpoint that do not follow from ``before``, by :func:`tensor_as_json`.
         """
         entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
         self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
@@ -86,11 +87,11 @@ class UndoCollector:
                 self.facts["tables"][name] = self._put(table)[:2]
 
     def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
-        """A rotated weight that was one with the tensor ``other``, which is as it was."""
+        """Collect a rotated weight that was tied to the tensor ``other``, which has not changed."""
         self.facts["weights"][path] = {"same_as": other, "before": before.fingerprint, "after": undo.evidence(after)}
 
     def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A plain tensor that the adapter's own values replaced."""
+        """Collect a plain tensor that the adapter's own values replaced."""
         entry = undo.encode_tensor(before, after)
         self.facts["tensors"][name] = {**entry.facts, "data": self._put(entry.data)}
 
@@ -100,7 +101,7 @@ class UndoCollector:
         return [self.nbytes - len(data), len(data), hash_bytes(data)]
 
     def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
-        """Take over what other parts collected."""
+        """Take over the facts and data of another collector."""
         shift = self.nbytes
         for chunk in data:
             self._sink.write(chunk)
@@ -114,9 +115,9 @@ class UndoCollector:
 
 
 class UndoWriter(UndoCollector):
-    """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
+    """Writes one record into a file beside ``path``, which :meth:`finish` renames to ``path``.
 
-    As a context manager it removes what is unfinished.
+    As a context manager the writer removes an unfinished file.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
@@ -143,12 +144,12 @@ class UndoWriter(UndoCollector):
         tie_word_embeddings: bool | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the rest and put the file in its place.
+        """Write the manifest and the header, and put the file in its place.
 
         Args:
-            fold: that the record undoes.
-            ties: names of tensors that were one and the same, the name that a checkpoint holds first.
-            tie_word_embeddings: of the base's config, or None.
+            fold: the fold that the record undoes.
+            ties: names of tensors that were one tensor; the name that a checkpoint holds comes first.
+            tie_word_embeddings: the setting in the base's config, or None.
             config: the checkpoint's ``config.json`` without the fold, or None.
         """
         manifest = {
@@ -176,5 +177,5 @@ class UndoWriter(UndoCollector):
 
 
 def tensor_as_json(tensor: Tensor | None) -> dict[str, Any] | None:
-    """A small tensor as JSON; None for one that there was not."""
+    """A small tensor as JSON; None for a tensor that the checkpoint did not have."""
     return None if tensor is None else {**undo.described(tensor), "hex": bytes_of(tensor).hex()}

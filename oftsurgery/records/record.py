@@ -1,4 +1,4 @@
-"""What a fold leaves behind: :class:`FoldRecord`, frozen and JSON-able."""
+"""The record of a fold: :class:`FoldRecord`, which is frozen and has a JSON form."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from oftsurgery.adapters.adapter import OFTAdapter
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: a weight that keeps less of what the adapter changed is told of
+#: a weight that keeps a smaller part of the adapter's change is reported
 ENOUGH = 0.9
 
 
 @cache  # reading packages' metadata takes longer than folding a small layer
 def versions() -> Mapping[str, str]:
-    """Versions of what took part in a fold, those of its libraries that are installed."""
+    """Versions of oftsurgery, Python and the installed libraries that take part in a fold."""
     found = {"oftsurgery": __version__, "python": platform.python_version()}
     for name in ("torch", "bitsandbytes", "peft", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -50,7 +50,7 @@ def _mapping_to(*kinds: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, Mapping) and all(map(_is(*kinds), value.values()))
 
 
-# annotation of a field → whether a value read from JSON is of it
+# annotation of a field → check that a value from JSON has this type
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str": _is(str),
     "str | None": _is(str, NoneType),
@@ -63,15 +63,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "Mapping[str, int]": _mapping_to(int),
     "Mapping[str, str | None]": _mapping_to(str, NoneType),
 }
-# annotation of a field that holds records → how they are read from JSON, each with its own checks
+# annotation of a field that holds records → function that reads the records from JSON, with their own checks
 _READERS: dict[str, Callable[[Any], Any]] = {}
 
 
 class _Stored:
-    """Dataclasses that are written as JSON and read again, by this version or another.
+    """A base of dataclasses that are written as JSON and read again, by this version or another.
 
-    Fields that only a newer version knows wait in ``extra`` and are written again; those that an older version did not
-    write yet have defaults. A class with a field whose annotation has no check cannot be defined.
+    Fields that only a newer version knows are kept in ``extra`` and written again; fields that an older version did not
+    write have defaults. A class with a field whose annotation has no check cannot be defined.
     """
 
     extra: Mapping[str, Any]
@@ -87,30 +87,30 @@ class _Stored:
                 raise TypeError(f"{cls.__name__}.{name}: there is no check of a value from JSON for {annotation}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """The record as plain dicts, lists, strings and numbers."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
         derived = {name: getattr(self, name) for name in self._DERIVED}
         return {name: plain(value) for name, value in own.items()} | dict(self.extra) | derived
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Mirror of :meth:`to_dict`.
+        """The mirror of :meth:`to_dict`.
 
         Raises:
             TypeError: a field is missing or of another type.
         """
         if not isinstance(data, Mapping):
-            raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
+            raise TypeError(f"{cls.__name__} is a {type(data).__name__}, not an object")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
         given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._DERIVED)}}
         for name, f in known.items():
             if name in data:
                 value = tuple(data[name]) if isinstance(data[name], list) else data[name]
                 if not _CHECKS[str(f.type)](value):
-                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}")
+                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}, not of type {f.type}")
                 given[name] = _READERS.get(str(f.type), lambda v: v)(value)
             elif f.default is MISSING and f.default_factory is MISSING:
-                raise TypeError(f"{cls.__name__} without {name!r}")
+                raise TypeError(f"{cls.__name__} lacks {name!r}")
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class _Stored:
                 object.__setattr__(self, name, MappingProxyType(dict(value)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # frozen; a mapping proxy cannot be copied
+        return self  # the record is frozen, and a mapping proxy cannot be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self).from_dict, (self.to_dict(),))
@@ -140,11 +140,15 @@ def plain(value: Any) -> Any:
 class AdapterInfo(_Stored):
     """An adapter that was folded.
 
+    >>> info = oftsurgery.fold(model, "ADAPTER").oftsurgery.adapters[0]
+    >>> info.dialect, info.source
+    ('peft-0.21', 'ADAPTER')
+
     Attributes:
         source: folder, repository or live adapter name.
         dialect: see :data:`oftsurgery.adapters.dialects.DIALECTS`.
-        fingerprint: ``xxh3:…`` of all that it computes.
-        sha256: of its file of tensors, where it came from a file.
+        fingerprint: ``xxh3:…`` of all that the adapter computes.
+        sha256: of its file of tensors, where the adapter came from a file.
         base_model: the base that its config names.
         peft_version: the release that its config names.
         extra: fields of a newer version.
@@ -179,30 +183,34 @@ def _named(value: object) -> str | None:
 class ModuleRecord(_Stored):
     """One module's fold.
 
+    >>> module = oftsurgery.fold(model, "ADAPTER").oftsurgery.modules["model.layers.0.self_attn.q_proj"]
+    >>> module.format, module.block_size, module.error < 0.15, module.kept > 0.9
+    ('nf4 (double quantisation)', (16,), True, True)
+
     Attributes:
         format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
             ``"bfloat16"`` …
-        side: of the weight that the rotation is on.
+        side: the side of the weight that the rotation is on.
         block_size: of each rotation of the chain.
         error: relative Frobenius error of storing the rotated weight, ``‖stored - exact‖ / ‖exact‖``.
         defect: largest ``‖RᵀR - I‖₂`` of the chain's rotations.
         angle: largest rotation angle of the chain's rotations, radians.
         before: content hash of the stored weight before the fold.
-        after: and after it.
-        untied: the weight was shared with another module, and is no more.
-        backend: what computed the fold, a key of :func:`oftsurgery.backends`.
+        after: content hash of the stored weight after the fold.
+        untied: whether the weight was shared with another module before the fold.
+        backend: the backend that computed the fold, a key of :func:`oftsurgery.backends`.
         rounding: how this weight was rounded; ``"nearest"`` where the mode that was asked for has no part in its format.
         nearest: what ``error`` would have been with plain rounding; None where it was not measured.
-        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside what the adapter changed; None where that is
-            nothing, or it was not measured.
-        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of what the adapter changed is there: 1 all of
-            it, 0 nothing; None where that is nothing, or it was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, the rounding beside the adapter's change; None where the adapter
+            changes nothing, or where it was not measured.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the adapter's change is there: 1 all of
+            it, 0 nothing; None where the adapter changes nothing, or where it was not measured.
         change: ``‖exact - base‖``, Frobenius; None where it was not measured.
-        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before it was rounded; 1 elsewhere.
-        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without any.
+        relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before rounding; 1 elsewhere.
+        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without inputs.
         output_nearest: what ``output_error`` would have been with plain rounding.
-        output_kept: what ``kept`` is of the layer's outputs over those inputs, ``X`` times the change, where the weight is
-            calibrated: codes that make up for each other's errors keep the outputs' change, not the weight's own.
+        output_kept: ``kept`` of the layer's outputs over those inputs, where the weight is calibrated: codes that make up
+            for each other's errors keep the change of the outputs, not the change of the weight.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """
@@ -231,20 +239,25 @@ class ModuleRecord(_Stored):
 
     @property
     def effect_kept(self) -> float | None:
-        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated weight, else ``kept``."""
         return self.kept if self.output_kept is None else self.output_kept
 
 
 @dataclass(frozen=True)
 class FoldRecord(_Stored):
-    """What was folded into what, and what it cost.
+    """What was folded into what, and what the fold cost.
+
+    >>> record = oftsurgery.fold(model, "ADAPTER").oftsurgery
+    >>> len(record.modules), record.kept > 0.9, record.weak
+    (4, True, {})
+    >>> text = record.to_json()                                  # the contents of oftsurgery.json
 
     Attributes:
         adapters: in the live order.
         modules: ``{module path: ModuleRecord}``.
-        saved: ``{tensor name: content hash before}`` of what the adapters' trained biases and ``modules_to_save``
-            replaced; None for a bias that was trained in place, whose original nobody has.
-        rounding: how quantised weights were to be rounded; each module's record says how it was.
+        saved: ``{tensor name: content hash before}`` of the tensors that the adapters' trained biases and
+            ``modules_to_save`` replaced; None for a bias that was trained in place, whose original nobody has.
+        rounding: how quantised weights were to be rounded; each module's record says how its weight was rounded.
         base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
             (``fold_into``); empty in memory.
         versions: of the libraries that took part.
@@ -252,6 +265,14 @@ class FoldRecord(_Stored):
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        added: on disk, the names of the tensors that the adapter brought and the base lacked (a head of another class).
+        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
+            there is no tokenizer, or an older version wrote the record.
+        chat_template: the owner of the chat templates, likewise.
+        code: on disk, the names of the files of model code that were copied and not run.
+        left_out: on disk, the names in the source's folder that were not copied.
+        missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as they
+            were, since the fold was ``partial``.
         extra: fields of a newer version.
     """
 
@@ -265,6 +286,12 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    code: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 
@@ -275,8 +302,8 @@ class FoldRecord(_Stored):
 
     @property
     def kept(self) -> float | None:
-        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
-        its change squared. None where no module has them.
+        """How much of the adapters' change is there, over all weights: the modules' ``effect_kept``, each weighed by its change
+        squared. None where no module has the figures.
         """
         of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
         parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
@@ -285,9 +312,9 @@ class FoldRecord(_Stored):
 
     @property
     def weak(self) -> dict[str, float]:
-        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
-        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
-        by their outputs.
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first. Modules
+        whose change is less than a hundredth of the largest are left out, and so are calibrated modules, which were judged by
+        their outputs.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100
@@ -302,11 +329,11 @@ class FoldRecord(_Stored):
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def fingerprints(self) -> set[str]:
-        """Of all adapters that the model carries, this record's and the earlier ones'."""
+        """The fingerprints of all adapters that the model carries, in this record and the earlier records."""
         return {a.fingerprint for a in self.adapters}.union(*(r.fingerprints() for r in self.earlier))
 
     def header(self, **more: Any) -> str:
-        """JSON for the metadata of safetensors files: what is known before the first of them is written."""
+        """JSON for the metadata of safetensors files: the facts that are known before the first file is written."""
         folds = [
             [{"dialect": a.dialect, "fingerprint": a.fingerprint, "sha256": a.sha256} for a in r.adapters]
             for r in (*self.earlier, self)

@@ -1,4 +1,4 @@
-""":func:`verify_result` takes what ``verify`` or ``verify_checkpoint`` measured to the page."""
+""":func:`verify_result` prepares a result of ``verify`` or ``verify_checkpoint`` for the page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from oftsurgery.records.record import FoldRecord
 
 from .figures import is_figure, percent, scientific
 
-#: entries of a list on the page at most
+#: the most entries of a list on the page
 MOST_LISTED = 100
 
 
 @dataclass(frozen=True)
 class Column:
-    """Figures of modules in their table: ``{path: value}``, and how one is shown. The template has words for it by ``id``."""
+    """A column of the modules' table: ``{path: value}``, and the text of a value. The template has its words by ``id``."""
 
     id: str
     values: Mapping[str, float]
@@ -26,7 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """One result of ``verify``: of ``"outputs"`` or of ``"weights"``, what failed in it, and what else its section says."""
+    """One result of ``verify``, on ``"outputs"`` or on ``"weights"``, with its failures and the facts of its section."""
 
     kind: str
     column: Column
@@ -41,8 +41,10 @@ def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
     known = set(record.modules).union(*(r.modules for r in record.earlier))
     strange = [path for path in modules if path not in known]
     if strange:
-        message = "the result of verify is of another model: the record has no such module"
-        raise StateError(message, module=strange[0], remedy="verify this very fold")
+        message = "the result of verify is of another model: it has a module that the record does not have"
+        raise StateError(
+            message, module=strange[0], remedy="give a result of verify for this fold (verified=…, --verified)"
+        )
     try:
         return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -50,10 +52,8 @@ def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
 
 
 def _no_result() -> StateError:
-    message = "this is no result of verify"
-    remedy = (
-        "give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)"
-    )
+    message = "the given data are not a result of verify"
+    remedy = "give the output of `oftsurgery verify --json`, or the result of oftsurgery.verify(…) (to_dict() as JSON)"
     return StateError(message, remedy=remedy)
 
 
@@ -64,7 +64,7 @@ def _figure(value: object) -> float:
 
 
 def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
-    """Of :class:`~oftsurgery.VerifyReport`."""
+    """The result of a :class:`~oftsurgery.VerifyReport`."""
     shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
     rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
     column = Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
@@ -72,7 +72,7 @@ def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResul
 
 
 def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
-    """Of :class:`~oftsurgery.CheckpointReport`."""
+    """The result of a :class:`~oftsurgery.CheckpointReport`."""
     errors = {path: _figure(m["error"]) for path, m in modules.items()}
     failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
     files, tensors = data.get("files") or {}, data.get("tensors") or {}

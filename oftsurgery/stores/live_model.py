@@ -8,38 +8,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oftsurgery.adapters.targets import Adaptable
+from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
+from .adaptable import adaptable_of
 from .idle import is_idle
 from .layers import Layer
-from .naming import find_names, names_in_model
+from .layouts import find_names, layouts_of, names_in_model
+from .modules import inner_model, modules_of, shells_of, tensors_in
 from .store import LayerInfo
-from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 _ATTRIBUTE = "oftsurgery"
 
 
 def record_of(model: nn.Module) -> FoldRecord | None:
-    """The model's :class:`FoldRecord`, or None where nothing was folded."""
+    """The model's :class:`FoldRecord`, or None if nothing was folded."""
     record = inner_model(model).__dict__.get(_ATTRIBUTE)
     return record if isinstance(record, FoldRecord) else None
 
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
-    """Note what is folded into the model."""
-    if record is None:
-        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
-    else:
-        inner_model(model).__dict__[_ATTRIBUTE] = record
+    """Set the model's record, or remove it."""
+    for shell in shells_of(model):  # a DataParallel gives none of its model's attributes
+        if record is None:
+            shell.__dict__.pop(_ATTRIBUTE, None)
+        else:
+            shell.__dict__[_ATTRIBUTE] = record
 
 
 class LiveStore:
-    """The named weights of ``model``, read as they are at the time.
+    """The named weights of ``model``; each read gives the current values.
 
     Attributes:
-        modules: ``{path: module}``, which whoever changes the model keeps up.
-        record: of what is folded in.
+        modules: ``{path: module}``; code that changes the model must keep this mapping right.
+        record: the record of what is folded in.
     """
 
     what = "model"
@@ -61,11 +66,15 @@ class LiveStore:
     def tensors(self) -> Collection[str]:
         return tensors_in(self.modules)
 
+    @property
+    def adaptable(self) -> Adaptable:
+        return adaptable_of(self.modules)
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         tensors = self.tensors
 
         def there(name: str) -> bool:
-            # a module without such a parameter says itself what is wrong with it
+            # for a module without such a parameter the layer raises the error that says why
             return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
 
         wanted = list(names)
@@ -77,15 +86,23 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+        return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
         layer = self.at(name)
+        if 0 in self.shape(name):
+            raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
 
+    def is_quantised(self, name: str) -> bool:
+        path, _, local = name.rpartition(".")
+        return local == "weight" and path in self.modules and self.at(name).quantised
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if self.is_quantised(name):
+            return self.at(name).read()[1].shape
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
 

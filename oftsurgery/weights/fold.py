@@ -26,8 +26,8 @@ W = TypeVar("W", Tensor, EncodedWeight)
 def begin_record(
     encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
 ) -> Callable[[FoldedWeight], ModuleRecord]:
-    """Begin the record of a fold of ``encoded`` before it, with what is known by then: another thread looks into that
-    meanwhile. The function returned ends it.
+    """Begin the record of a fold of ``encoded`` before the fold: another thread computes the facts that are known already.
+    The returned function ends the record.
     """
     known = kernels.start(lambda: (encoded.fingerprint, [kernels.measure(r) for r in chain]))
 
@@ -53,6 +53,10 @@ def begin_record(
 def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # R = [[0, 1], [-1, 0]]: a quarter turn
+    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
+    [[4.0, -3.0]]
+
     Args:
         weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
         rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
@@ -67,11 +71,6 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
         ShapeError: the rotation does not fit.
         MatchError: the chain mixes an ``oft_s`` with a rotation on the output side.
         NonFiniteError: NaN or infinity in the weight or the result.
-
-    >>> import torch, oftsurgery
-    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))   # Q = [[0, -1], [1, 0]]: a quarter turn
-    >>> oftsurgery.fold_weight(torch.tensor([[3.0, 4.0]]), quarter).tolist()
-    [[4.0, -3.0]]
     """
     return _apply(weight, rotation, rounding, inverse=False)
 
@@ -79,7 +78,11 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
 def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
-    Same arguments, result and errors as :func:`fold_weight`.
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))
+    >>> oftsurgery.unfold_weight(torch.tensor([[4.0, -3.0]]), quarter).tolist()
+    [[3.0, 4.0]]
+
+    Arguments, result and errors are those of :func:`fold_weight`.
     """
     return _apply(weight, rotation, rounding, inverse=True)
 
@@ -99,8 +102,8 @@ def fold_encoded(
     *,
     inverse: bool = False,
 ) -> FoldedWeight:
-    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with what storing it cost. ``chain`` is in the live
-    order; ``into`` defaults to the format of ``encoded``.
+    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with the cost of storing the result. ``chain`` is in
+    the live order; ``into`` defaults to the format of ``encoded``.
     """
     f = encoded.format
     into = into or f
@@ -131,7 +134,7 @@ def fold_encoded(
 def _preserved(
     encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
 ) -> FoldedWeight | None:
-    """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None where that does not apply."""
+    """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
         return None
     own = preserve.scales_of(encoded, into)
@@ -145,7 +148,7 @@ def _preserved(
 
 
 def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
-    """``folded`` with its figures, from the weight before the rotation and the exact one after it."""
+    """``folded`` with its figures, from the weight before the rotation and the exact weight after the rotation."""
     stored = codecs.decode(folded.encoded).to(exact.dtype)
     norm, change = _norm(exact), _norm(exact - base)
     error = _norm(stored - exact)
@@ -175,8 +178,8 @@ def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotatio
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
-    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
-    its own.
+    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) the weight meets a first. The sides commute with each other, so each side keeps
+    an order of its own.
     """
     check_chain(chain)
     order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
@@ -188,7 +191,7 @@ def check_chain(chain: Sequence[Any]) -> None:
     if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
         raise MatchError(
             "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
-            remedy="fold them one after the other, in the order that is meant",
+            remedy="fold the adapters one after the other, in the order that you mean",
         )
 
 

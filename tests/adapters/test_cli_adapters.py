@@ -70,7 +70,7 @@ def test_extract(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_extract_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "extract", place / "BASE", place / "BASE", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "ExtractionError: no weight is rotated" in err
+    assert "ExtractionError: no weight of the merged model is rotated" in err
     code, _, err = run(capsys, "extract", place / "BASE", place / "MERGED", place / "ADAPTER")
     assert code == 2
     assert "the destination exists" in err

@@ -158,23 +158,23 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
 REFUSED = {
     "no command": ([], 2, "the following arguments are required: COMMAND"),
     "unknown format": (["fold", "BASE", "ADAPTER", "x", "--format", "gguf"], 2, "invalid choice: 'gguf'"),
-    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: no such folder"),
-    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: no such folder"),
+    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: the folder does not exist"),
+    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: the folder does not exist"),
     "base is an adapter": (["fold", "ADAPTER", "ADAPTER", "x"], 2, "the folder holds an adapter, not a model"),
     "adapter is a model": (["fold", "BASE", "BASE", "x"], 2, "no adapter_config.json"),
     "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
     "no parent": (["fold", "BASE", "ADAPTER", "no/such/x"], 2, "parent folder does not exist"),
-    "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "no size: 'huge'"),
+    "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "'huge' is not a size"),
     "quantised as it is": (
         ["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"],
         2,
-        "to be quantised, and to stay as it is",
+        "keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
     "double quant of nothing": (
         ["plan", "BASE", "ADAPTER", "--double-quant"],
         2,
-        "double quantisation of a checkpoint that is not to be quantised",
+        "but the checkpoint is not to be quantised",
     ),
     "a graph's flags without one": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--with-past"],
@@ -185,7 +185,7 @@ REFUSED = {
     "undo of a graph": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--format", "onnx", "--undo", "u"],
         2,
-        "a graph is not unfolded",
+        "a graph cannot be unfolded",
     ),
     "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --undo --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),

@@ -620,19 +620,23 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "quantised and the same": (
         "plain",
         {"quantize": "nf4"},
-        "a plain checkpoint is to be quantised, and to stay as it is",
+        "format 'same' keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
-    "two codecs": ("plain", {"quantize": "nf4", "format": "int8"}, "quantised to nf4, but written as int8"),
-    "no such format": ("plain", {"format": "q4_k"}, "unknown format 'q4_k'"),
-    "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "unknown quantisation 'gptq'"),
-    "no such place": ("plain", {"fold_into": "both"}, "unknown fold_into 'both'"),
+    "two codecs": (
+        "plain",
+        {"quantize": "nf4", "format": "int8"},
+        "the weights are to be quantised to nf4, but the format to write is int8",
+    ),
+    "no such format": ("plain", {"format": "q4_k"}, "the format 'q4_k' is not known"),
+    "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "the quantisation 'gptq' is not known"),
+    "no such place": ("plain", {"fold_into": "both"}, "fold_into is 'both'"),
     "double quantisation of nothing": (
         "plain",
         {"double_quant": True},
-        "double quantisation of a checkpoint that is not to be quantised",
+        "but the checkpoint is not to be quantised",
     ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
-    "no size": ("plain", {"max_shard_size": "5 gigs"}, "no size: '5 gigs'"),
+    "no size": ("plain", {"max_shard_size": "5 gigs"}, "'5 gigs' is not a size"),
 }
 
 

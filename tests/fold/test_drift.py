@@ -31,10 +31,11 @@ from independent import relative
 from models import SIZES
 from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from warned import noted, quietly
 
 import oftsurgery
+from oftsurgery.stores.idle import is_idle
 
 GROUPED = SIZES | {"num_key_value_heads": 2}
 BART: dict[str, Any] = {
@@ -92,6 +93,22 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "MambaForCausalLM": (
         {"vocab_size": 96, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 16},
+        "tokens",
+    ),
+    "FalconMambaForCausalLM": (
+        {"vocab_size": 96, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 16},
+        "tokens",
+    ),
+    "JambaForCausalLM": (
+        GROUPED
+        | {
+            "num_hidden_layers": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_dt_rank": 16,
+            "mamba_d_state": 8,
+        },
         "tokens",
     ),
     "LayoutLMv3Model": (
@@ -616,6 +633,9 @@ READ: dict[str, tuple[list[str], list[str]]] = {
     "WavLMModel": (["intermediate_dense"], ["q_proj", "k_proj", "v_proj", "out_proj"]),
     # weight @ time_step
     "MambaForCausalLM": (["in_proj"], ["dt_proj"]),
+    # called where the model was loaded quantised, and there alone
+    "FalconMambaForCausalLM": (["in_proj"], ["dt_proj"]),
+    "JambaForCausalLM": (["in_proj", "q_proj"], ["dt_proj"]),
     # nn.MultiheadAttention's
     "SiglipVisionModel": (["fc1", "self_attn.out_proj"], ["head.attention.out_proj"]),
     # one matrix with the decoder's
@@ -657,3 +677,41 @@ def test_a_rotation_that_does_nothing_live_is_left_out_and_told(
     for path in idle:
         assert torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]), path
         assert any(path in str(w.message) for w in caught), path
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("cls", ["FalconMambaForCausalLM", "JambaForCausalLM"])
+def test_a_layer_that_is_called_in_a_quantised_model_is_rotated_there(
+    base: Base, tmp_path: Path, cls: str, where: str
+) -> None:
+    source = base(cls)
+    live = trained(load(source, cls, **settings("int8")), ["in_proj", "dt_proj"])
+    adapter, wanted = saved(live, tmp_path / "adapter"), outputs(live)
+    if where == "memory":
+        folded = quietly(oftsurgery.fold, load(source, cls, **settings("int8")), adapter)
+        record = folded.oftsurgery
+    else:
+        record = quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", format="int8")
+        folded = load(tmp_path / "disk", cls)
+    assert not record.idle
+    assert {path.rpartition(".")[2] for path in record.modules} == {"in_proj", "dt_proj"}
+    assert relative(outputs(folded), wanted) < 0.06
+    assert relative(outputs(load(source, cls, **settings("int8"))), wanted) > 0.12
+
+
+@pytest.mark.parametrize("cls", MODELS)
+def test_no_layer_that_a_forward_calls_is_idle(base: Base, cls: str) -> None:
+    """And what it does not call is idle, or nothing reads its weight either: T5's and BART's `shared`, heads without labels."""
+    model = load(base(cls), cls)
+    modules, called = dict(model.named_modules()), set()
+    layers = {p: m for p, m in modules.items() if isinstance(m, nn.Linear | nn.Embedding)}
+    for path, module in layers.items():
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+    before = outputs(model)
+    idle = {path for path in layers if is_idle(modules, path, quantised=False)}
+    assert not idle & called
+    if cls in READ:
+        assert idle
+    for path in layers.keys() - called - idle:
+        layers[path].weight = nn.Parameter(layers[path].weight.detach() + 1)
+    assert relative(outputs(model), before) < 1e-6

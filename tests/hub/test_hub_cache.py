@@ -55,6 +55,6 @@ def test_base_and_adapter_come_from_the_cache_when_offline(tmp_path: Path) -> No
 def test_what_the_cache_lacks_is_refused_with_the_reason(tmp_path: Path) -> None:
     done = run(tmp_path / "home", "fold", "org/base", "me/adapter", str(tmp_path / "out"))
     assert done.returncode == 2
-    assert "CheckpointError: neither a folder nor a Hub repository that can be read" in done.stderr
-    assert "offline ones a filled cache" in done.stderr
+    assert "AdapterError: the name is neither a folder nor a Hub repository that can be read" in done.stderr
+    assert "offline use needs a filled cache" in done.stderr
     assert "Traceback" not in done.stderr

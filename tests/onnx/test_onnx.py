@@ -238,7 +238,7 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
     assert dict(report.quantized) == {"kept": "nf4 (double quantisation)", "fp4": "fp4", "int8": "int8"}
     assert dict(report.dequantized) == {
         "large_blocks": "MatMulBnb4 has no block size of 512, only 16, 32, 64, 128, 256",
-        "straddling": "48 input features are no multiple of the block size 32",
+        "straddling": "48 input features are not a multiple of the block size 32",
     }
     assert report.outputs == ("last_hidden_state", "scaled")
     again = {"example_inputs": {"x": x, "scale": scale}, "verify": False}
@@ -530,7 +530,8 @@ def test_a_cache_that_is_more_than_keys_and_values_is_refused(tmp_path: Path) ->
         layer_types=["linear_attention"],
     )
     with pytest.raises(
-        StateError, match=r"the cache of a Qwen3NextForCausalLM is not keys and values.*Remedy: export it"
+        StateError,
+        match=r"the cache of a Qwen3NextForCausalLM holds more than keys and values.*Remedy: export the model",
     ):
         oftsurgery.export_onnx(model, tmp_path / "out", "float32", with_past=True)
     assert not list(tmp_path.iterdir())
@@ -795,7 +796,7 @@ def test_what_torch_cannot_export_is_told_with_the_module(tmp_path: Path) -> Non
         oftsurgery.export_onnx(Unexportable(), tmp_path / "out", "float32", example_inputs=torch.randn(2, 4))
     assert caught.value.__cause__ is not None
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match=r"no ONNX operator.*eigh.*module 'inner'.*Remedy: replace") as caught:
+    with pytest.raises(ExportError, match=r"ONNX has no operator.*eigh.*module 'inner'.*Remedy: replace") as caught:
         oftsurgery.export_onnx(Untranslatable(), tmp_path / "out", "float32", example_inputs=torch.eye(3))
     assert caught.value.__cause__ is not None
     assert not list(tmp_path.iterdir())
@@ -827,32 +828,34 @@ def test_a_model_of_several_texts_needs_example_inputs(tmp_path: Path) -> None:
         decoder=sizes | {"num_hidden_layers": 1},
     )
     model = transformers.MusicgenForConditionalGeneration(config)
-    with pytest.raises(StateError, match=r"what a Musicgen\w+ takes is not known Remedy: give example inputs"):
+    with pytest.raises(StateError, match=r"the inputs of a Musicgen\w+ are not known Remedy: give example inputs"):
         oftsurgery.export_onnx(model, tmp_path / "out")
 
 
 def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
-    with pytest.raises(StateError, match=r"no bfloat16 kernels.*Remedy: dtype='float16'"):
+    with pytest.raises(StateError, match=r"no bfloat16 kernels.*Remedy: choose 'float16'"):
         oftsurgery.export_onnx(net, tmp_path / "out", "bfloat16", example_inputs=x)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match=r"unknown dtype 'int8' Remedy: 'float32' or 'float16'"):
+    with pytest.raises(StateError, match=r"the dtype 'int8' is not known Remedy: choose 'float32' or 'float16'"):
         oftsurgery.export_onnx(net, tmp_path / "out", "int8", example_inputs=x)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match=r"what a Sequential takes is not known Remedy: give example inputs"):
+    with pytest.raises(StateError, match=r"the inputs of a Sequential are not known Remedy: give example inputs"):
         oftsurgery.export_onnx(net, tmp_path / "out")
-    with pytest.raises(StateError, match=r"example inputs are a tensor.*not tuple of int"):
+    with pytest.raises(StateError, match=r"example inputs are a tensor.*not a tuple of int"):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=(3,))
-    with pytest.raises(StateError, match=r"live adapters Remedy: fold them first"):
+    with pytest.raises(StateError, match=r"live adapters Remedy: fold the adapters first"):
         oftsurgery.export_onnx(adapted(build("llama"), ["q_proj"]), tmp_path / "out")
-    with pytest.raises(StateError, match=r"encoder-decoder.*Remedy: export it without with_past=True"):
+    with pytest.raises(StateError, match=r"encoder-decoder.*Remedy: export the model without with_past=True"):
         oftsurgery.export_onnx(build("t5"), tmp_path / "out", with_past=True)
-    with pytest.raises(StateError, match=r"BertForSequenceClassification keeps no cache"):
+    with pytest.raises(StateError, match=r"BertForSequenceClassification has no cache"):
         oftsurgery.export_onnx(build("bert"), tmp_path / "out", with_past=True)
-    with pytest.raises(StateError, match=r"cache takes its own inputs"):
+    with pytest.raises(StateError, match=r"cache has its own inputs"):
         oftsurgery.export_onnx(build("llama"), tmp_path / "out", with_past=True, example_inputs=x)
     with pytest.raises(StateError, match=r"4-bit layer is not quantised yet.*module '0'"):
         oftsurgery.export_onnx(nn.Sequential(bnb.nn.Linear4bit(4, 4)), tmp_path / "out", example_inputs=x)
-    with pytest.raises(StateError, match=r"does not run on input: RuntimeError.*Remedy: give example inputs"):
+    with pytest.raises(
+        StateError, match=r"does not run on the inputs input: RuntimeError.*Remedy: give example inputs"
+    ):
         oftsurgery.export_onnx(nn.Linear(5, 4), tmp_path / "out", example_inputs={"input": x[:, :3]})
     with torch.device("meta"):
         empty = nn.Linear(4, 4)
@@ -860,20 +863,22 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         oftsurgery.export_onnx(empty, tmp_path / "out", example_inputs=x)
     with pytest.raises(StateError, match="the module is lazy and has no weight yet"):
         oftsurgery.export_onnx(nn.LazyLinear(4), tmp_path / "out", example_inputs=x)
-    with pytest.raises(StateError, match=r"example input 'input' is empty, shape \(0, 4\) Remedy: give one with"):
+    with pytest.raises(
+        StateError, match=r"example input 'input' is empty: its shape is \(0, 4\) Remedy: give an example input with"
+    ):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x[:0])
     with pytest.raises(StateError, match=r"no layer of the model is quantised.*Remedy: leave out quantized=True"):
         oftsurgery.export_onnx(net, tmp_path / "out", quantized=True, example_inputs=x)
-    with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap it"):
+    with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap the model"):
         oftsurgery.export_onnx(Nothing(), tmp_path / "out", example_inputs=x)
     for tokenizer in (tmp_path / "nothing", 3):
         with pytest.raises(
-            StateError, match=r"no folder of a tokenizer: .*Remedy: give an object with save_pretrained"
+            StateError, match=r"is neither a tokenizer nor a folder Remedy: give an object with save_pretrained"
         ):
             oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x, tokenizer=tokenizer)
     broken = nn.Linear(4, 4)
     broken.weight.data[0, 0] = torch.nan
-    with pytest.raises(ExportError, match=r"torch's own output is not a number.*tensor 'output'.*Remedy: look for NaN"):
+    with pytest.raises(ExportError, match=r"torch's own output holds NaN.*tensor 'output'.*Remedy: look for NaN"):
         oftsurgery.export_onnx(broken, tmp_path / "out", "float32", example_inputs=x)
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -901,7 +906,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
     with pytest.raises(
         ExportError,
-        match=r"does not compute what torch computes: the largest difference is .* allowed are 5e-03.*Remedy: dtype='float32'",
+        match=r"does not compute what torch computes: the largest difference is .* allowed are 5e-03.*Remedy: choose dtype='float32'",
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "out", "float16", example_inputs=x.half().float())
     assert not list(tmp_path.iterdir())
@@ -913,7 +918,8 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     assert json.loads((tmp_path / "out" / "oftsurgery.json").read_text())["onnx"]["verified"] is False
     net.weight.data = torch.tensor([[1e5, 1.0]])
     with pytest.raises(
-        NonFiniteError, match=r"not finite in float16 .*tensor 'down.weight'.*Remedy: export it as dtype='float32'"
+        NonFiniteError,
+        match=r"not finite in float16 .*tensor 'down.weight'.*Remedy: export the model with dtype='float32'",
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "large", "float16", example_inputs=x)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -923,9 +929,12 @@ def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path)
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     (tmp_path / "file").write_text("x")
     for destination, message in (
-        (tmp_path / "file", r"the destination exists.*Remedy: name another, or replace it with force=True"),
-        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make it first"),
-        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make it first"),
+        (
+            tmp_path / "file",
+            r"the destination exists.*Remedy: name another destination, or replace the destination with force=True",
+        ),
+        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
+        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make the folder first"),
     ):
         stages: list[tuple[int, int, str]] = []
 
@@ -1066,7 +1075,9 @@ def test_a_model_that_fixes_its_length_exports_with_example_inputs(tmp_path: Pat
         vocab_size=64, block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128, num_decoder_layers=1
     )
     model = transformers.FunnelModel(config).eval()
-    with pytest.raises(ExportError, match=r"takes a batch or length for fixed Remedy: give example_inputs="):
+    with pytest.raises(
+        ExportError, match=r"the model's code fixes the batch or the length Remedy: give example_inputs="
+    ):
         oftsurgery.export_onnx(model, tmp_path / "out", "float32")
     assert not list(tmp_path.iterdir())
     given = {"input_ids": batch(2, 8)[0]}
@@ -1085,7 +1096,9 @@ def test_a_runtime_that_crashes_or_refuses_is_an_error_like_others(tmp_path: Pat
             process.run({"z": torch.ones(1, 2).numpy()})
         assert process.run({given.name: torch.ones(1, 2).numpy()})[0].shape == (1, 2)
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(ExportError, match="onnxruntime ended with code -9 when it had to run the graph: it said"):
+        with pytest.raises(
+            ExportError, match="onnxruntime ended with code -9 when it had to run the graph: the process printed"
+        ):
             process.run({given.name: torch.ones(1, 2).numpy()})
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):

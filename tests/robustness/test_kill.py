@@ -500,7 +500,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         """,
     )
     assert "the disk is full" in out
-    assert "make room and go on with resume=True (--resume)" in out
+    assert "make room and continue with resume=True (--resume)" in out
 
 
 def test_a_read_only_file_system(inputs: Path) -> None:

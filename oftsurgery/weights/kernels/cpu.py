@@ -1,14 +1,14 @@
 """The fused CPU kernel: decode → rotate → scale → absmax → encode → pack for one tile of a weight, compiled by numba.
 
-Kept in one file, because numba's cache between processes watches the file of the compiled function alone. Two layers:
+The kernel is one file, because numba's cache between processes watches the file of the compiled function alone. Two layers:
 
 * *vector operations*: numba functions over 16 lanes (``<16 x float>`` …), each a few lines of LLVM. LLVM fits them to
   the machine: one register with AVX-512, two with AVX2, four with NEON or SSE.
 * *the kernel*: plain loops over addresses. It allocates nothing, raises nothing and holds no lock, so any number of
   threads may run it on tiles of their own.
 
-Arithmetic that decides codes is that of :mod:`oftsurgery.formats.codecs`, operation by operation; only the order of the
-rotation's sums is its own.
+The arithmetic that decides codes is that of :mod:`oftsurgery.formats.codecs`, operation by operation; only the order of
+the rotation's sums differs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = 16
 _HOST = numba_config.CPU_FEATURES if numba_config.CPU_FEATURES is not None else llvm.get_host_cpu_features().flatten()
 _FEATURES = set(_HOST.split(",")) if numba_config.CPU_NAME != "generic" else set()
 _AVX512 = "+avx512f" in _FEATURES
-#: without it LLVM would call a conversion routine that is not linked in
+#: without this feature LLVM would call a conversion routine that is not linked in
 HAS_F16 = _AVX512 or "+f16c" in _FEATURES or llvm.get_default_triple().startswith(("aarch64", "arm64"))
 
 # --- vector operations ------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ store_ints = _operation(int32(int64, i32x))(_store)
 store_one = _operation(int32(int64, float32))(_store)
 store_byte = _operation(int32(int64, int64))(lambda b, address, value: _store(b, address, b.trunc(value, _BYTE)))
 store_i8 = _operation(int32(int64, f32x))(lambda b, address, whole: _store(b, address, b.fptosi(whole, _BYTES)))
-#: ask for the line at an address, which need not exist
+#: ask for the cache line at an address, which need not exist
 prefetch = _operation(int32(int64))(lambda b, address: _prefetch(b, address, 0))
 prefetch_to_write = _operation(int32(int64))(lambda b, address: _prefetch(b, address, 1))
 
@@ -317,7 +317,7 @@ def rank_by_cell(b, x, base_low, base_high, bounds_low, bounds_high):
 
 @_operation(f32x(int64, i32x))
 def look_up(b, address, index):
-    """Of 32 values at ``address`` those of ``index``, 0 to 31."""
+    """The values of ``index``, 0 to 31, of the 32 values at ``address``."""
     if _AVX512:
         low = _load(b, address, f32x.vector)
         high = _load(b, b.add(address, ir.Constant(_LONG, 64)), f32x.vector)
@@ -368,7 +368,7 @@ def load_f16(b, address):
 
 @_operation(f32x(int64, f32x))
 def store_f16(b, address, x):
-    """Stores x; returns what was stored."""
+    """Store x; returns the stored values."""
     if not HAS_F16:
         return x  # never called
     half = b.fptrunc(x, ir.VectorType(ir.HalfType(), LANES))
@@ -378,7 +378,7 @@ def store_f16(b, address, x):
 
 @_operation(f32x(int64, f32x))
 def store_bf16(b, address, x):
-    """Stores x rounded to even; returns what was stored. Not for NaN."""
+    """Store x rounded to even; returns the stored values. x must hold no NaN."""
     bits, half = b.bitcast(x, i32x.vector), _constant(16, i32x.vector)
     odd = b.and_(b.lshr(bits, half), _constant(1, i32x.vector))
     words = b.trunc(b.lshr(b.add(b.add(bits, odd), _constant(0x7FFF, i32x.vector)), half), _WORDS)
@@ -501,8 +501,8 @@ def _add_up(sums, norm, error, kept, top):
 
 @_inline
 def _ask(kind, codes, first, count, write):
-    """Have the lines of ``count`` weights from ``first`` on fetched while something else is computed: each row's are on
-    pages of their own, and the processor would not guess them.
+    """Ask for the cache lines of ``count`` weights from ``first`` on, while the kernel computes something else: each row
+    is on pages of its own, which the processor would not guess.
     """
     halves = 1 if kind == FOUR_BIT else 2 if kind == INT8 else 8 if kind == F32 else 4
     for at in range(codes + first * halves // 2, codes + (first + count) * halves // 2, 64):
@@ -749,11 +749,11 @@ def _chord(a, b, error_a, error_b, power):
 
 @_inline
 def _changes(x, n, low, high, limit, search, work):
-    """Try the best scale of each set of codes between scales ``low`` and ``high``, close enough for every weight to
-    change its code once at most; better ones go to ``work``.
+    """Try the best scale of each set of codes between scales ``low`` and ``high``, which are so close that every weight
+    changes its code once at most; better scales go to ``work``.
 
     Returns:
-        whether there were few enough of them.
+        whether the number of changes was small enough.
     """
     levels, bounds = load(search + 4 * LEVELS), load(search + 4 * BOUNDS)
     own, factor, other = fill(-low), fill(float32(1.0) / low), fill(float32(1.0) / high)
@@ -818,7 +818,7 @@ def _changes(x, n, low, high, limit, search, work):
 
 @_inline
 def _refine(x, n, low, high, error_low, error_high, power, limit, search, work):
-    """:func:`_changes` of an interval in as many parts as it takes, but for those that cannot hold the least error.
+    """:func:`_changes` of an interval in as many parts as needed, except parts that cannot hold the least error.
     ``low`` may be 0.
     """
     step = load_one(search + 4 * (META + _STEP))
@@ -859,7 +859,7 @@ def _refine(x, n, low, high, error_low, error_high, power, limit, search, work):
 
 @_inline
 def _enough(best, power):
-    """The error from which on there is nothing to gain, float32's own aside."""
+    """The error below which no scale can gain more than float32's own rounding."""
     return best * float32(1.0 - 1e-6) - power * float32(1e-8)
 
 
@@ -1046,7 +1046,7 @@ def _encode_block(base, x, n, scale, over, far, codes, levels, norm, error, kept
 
 @_inline
 def _plain_error(x, n, absmax, levels):
-    """The squared error of plain rounding below bitsandbytes' bound of absmax, where its codes are of that bound."""
+    """The squared error of plain rounding below bitsandbytes' bound of absmax, which then decides the codes."""
     error, scale, factor = fill64(0.0), fill(-absmax), fill(float32(1.0) / _TINY)
     for i in range(0, n, LANES):
         v = load(x + 4 * i)
@@ -1114,7 +1114,7 @@ def _find_scales(x, first, count, scales, blocksize, levels, moments, plain, sea
 
 @_inline
 def _refit(x, n, scale, levels):
-    """The best scale > 0 for the codes of n values at ``x`` with the scale ``scale``, S/Q."""
+    """The best scale > 0, S/Q, for the codes that n values at ``x`` have with the scale ``scale``."""
     small = scale < _TINY
     factor = fill(scale if small else float32(1.0) / scale)
     cross, power = zeros(), zeros()
@@ -1455,7 +1455,7 @@ def _multiply(x, y, out):
 
 @_inline
 def _invert(a):
-    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1 and none need be sought."""
+    """Gauss-Jordan in place. The symmetric part of I + Q is I, so every pivot is at least 1, and no search for pivots is needed."""
     wide = a.shape[0]
     base = a.ctypes.data
     for k in range(wide):

@@ -20,7 +20,7 @@ from oftsurgery.weights import preserve
 from . import blockwise, cpu
 from .pool import run
 
-#: of block matrices that stay in the second-level cache while rows pass by
+#: bytes of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
@@ -30,7 +30,7 @@ _local = threading.local()
 
 
 def _scratch(count: int) -> int:
-    """Address of ``count`` float32 of this thread's own, 64-byte aligned, kept for the next tile."""
+    """The 64-byte aligned address of this thread's own ``count`` float32, which are kept for the next tile."""
     held: tuple[int, int, np.ndarray] | None = getattr(_local, "scratch", None)
     if held is None or held[0] < count:
         room = np.zeros(4 * count + 64, dtype=np.uint8)
@@ -40,11 +40,11 @@ def _scratch(count: int) -> int:
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's storage as the kernel takes it."""
+    """The storage of the old or the new weight, as the kernel takes it."""
 
     kind: int
     blocksize: int = 1
-    flat: bool = False  # 4-bit blocks straddle rows
+    flat: bool = False  # whether 4-bit blocks straddle rows
 
 
 def _side(f: WeightFormat) -> _Side | None:
@@ -64,8 +64,8 @@ def _cells(codec: str) -> tuple[bool, np.ndarray]:
     """
     _, _, bounds, order = (t.numpy() for t in blockwise.tables(codec, _CPU))
     bounds = bounds[:15]
-    # a value's cell grows with it, so one in a higher cell than a bound is above it; no bound is at the edge of its own,
-    # where the kernel's rounding would matter
+    # cells grow with the values, so a value in a higher cell than a bound is above that bound; no bound is at the edge of
+    # its own cell, where the kernel's rounding would matter
     positions = bounds.astype(np.float64) * cpu.CELL_FACTOR + 16
     own = positions.astype(np.int32)
     table = np.zeros((2, 32), dtype=np.int32)
@@ -78,8 +78,8 @@ def _cells(codec: str) -> tuple[bool, np.ndarray]:
     return True, table
 
 
-#: scales, in units of absmax, between which the kernel's search for the best begins: the farther from the usual best,
-#: the farther apart they may be
+#: scales, in units of absmax, between which the kernel's search for the best scale begins: far from the usual best scale
+#: they may be farther apart
 _RATIOS = (
     0.65, 0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.035, 1.07, 1.11, 1.155, 1.21, 1.275, 1.35, 1.45, 1.58, 1.76, 2.05, 2.5,
     3.3, 5.0, 9.0,
@@ -88,18 +88,18 @@ _RATIOS = (
 
 @cache
 def _search(kind: FourBit, rounding: str) -> np.ndarray:
-    """What the kernel looks scales up in: see :func:`oftsurgery.weights.kernels.cpu._try_ratios`."""
+    """The kernel's table for the search of scales: see :func:`oftsurgery.weights.kernels.cpu._try_ratios`."""
     codec = kind.name
     _, levels, bounds, _ = (t.numpy().astype(np.float64) for t in blockwise.tables(codec, _CPU))
     bounds = bounds[:15]
-    mirrored = bool((levels == -levels[::-1]).all())  # the signs apart, half as many levels
+    mirrored = bool((levels == -levels[::-1]).all())  # signs are kept apart, so half as many levels do
     if mirrored:
         levels, bounds = levels[8:], bounds[8:]
-    # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last
+    # cells of 1/16, or of 1/32 of the magnitudes; 1 is in the last cell
     factor, shift = (32 * (1 - 1e-5), 0.0) if mirrored else (16 * (1 - 1e-5), 16.0)
     ratios = np.array(GRID if rounding == "grid" else (*_RATIOS, *kind.farther))
     count = len(ratios)
-    nothing = 1.01 / np.abs(bounds).min()  # from here on all codes are zero
+    nothing = 1.01 / np.abs(bounds).min()  # from this ratio on all codes are zero
     table = np.zeros(cpu.CELL_TABLES + 64 * count, dtype=np.float32)
 
     def place(offset: int, values: np.ndarray) -> None:
@@ -120,10 +120,10 @@ def _search(kind: FourBit, rounding: str) -> np.ndarray:
     edges = (np.arange(33) - shift) / factor
     for j, ratio in enumerate(ratios):
         at = cpu.CELL_TABLES + 64 * j
-        below = np.searchsorted(bounds * ratio, edges)  # each edge
+        below = np.searchsorted(bounds * ratio, edges)  # the number of bounds below each edge
         inside, k = np.diff(below) > 0, below[:-1]
-        assert (np.diff(below) < 2).all(), (codec, ratio)  # noqa: S101 - of the table above
-        # the level on either side of the bound, or the cell's only one
+        assert (np.diff(below) < 2).all(), (codec, ratio)  # noqa: S101 - the table above holds this
+        # the levels on both sides of the cell's bound (its middle and half their distance), or the cell's only level
         place(at, np.where(inside, np.append(bounds, 0.0)[k], levels[k]) * ratio)
         place(at + 32, np.where(inside, np.append(np.diff(levels), 0.0)[k] / 2, 0.0) * ratio)
     return table
@@ -148,7 +148,7 @@ class _Tiles:
 
 
 def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | None:
-    """How the weight is cut; None where its blocks make the scratch too large."""
+    """The tiles of a weight; None if its blocks make the scratch too large."""
     rows, features = shape
     whole = old.flat or new.flat or new.kind == cpu.INT8
     inner = math.lcm(b, 1 if old.flat else old.blocksize)
@@ -159,11 +159,11 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     for side in (old, new):
         if side.flat:
             group = math.lcm(group, side.blocksize // math.gcd(features, side.blocksize))
-    pad = cpu.LANES  # rows at a power of two from each other would share their lines of the cache
+    pad = cpu.LANES  # rows at distances of a power of two would share lines of the cache
     x_stride = 4 * (columns if old.flat or new.flat else columns + pad)
     y_stride = 4 * (columns if new.flat else columns + pad)
-    # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number
-    # of them
+    # the step does not depend on the threads: sums are added tile by tile, and the recorded error must be the same for any
+    # number of threads
     row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // 8)) // group) * group
     tiles = _Tiles(group, row_step, columns, x_stride, y_stride)
     return tiles if tiles.scratch <= _MAX_SCRATCH else None
@@ -172,17 +172,17 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
 def fold(
     encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> blockwise.FoldedWeight | None:
-    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
+    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and the cost of storing it.
 
     Args:
-        encoded: on the CPU.
-        matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for one that all blocks share.
+        encoded: a weight on the CPU.
+        matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for a matrix that all blocks share.
         scale: ``(out,)`` or None.
         rounding: as for :func:`oftsurgery.weights.kernels.fold`.
 
     Returns:
-        None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
-        answer, or the error.
+        the weight; None if the kernel does not take these shapes or formats, or met NaN or infinity: the reference then
+        gives the answer, or the error.
     """
     f = encoded.format
     old, new = _side(f), _side(into)
@@ -198,7 +198,7 @@ def fold(
 
 
 def _levels(codec: str) -> tuple[int, int, int, bool, int]:
-    """What kernels take as the new levels."""
+    """The kernel's arguments for the new levels."""
     _, levels, bounds, order = (t.data_ptr() for t in blockwise.tables(codec, _CPU))
     by_cell, cells = _cells(codec)
     return levels, bounds, order, by_cell, cells.ctypes.data
@@ -228,7 +228,9 @@ class _Fold(blockwise.Fold):
         plain: Tensor | None = None,
         keep: np.ndarray | None = None,
     ) -> np.ndarray:
-        """``(SUMS,)`` of one pass over ``places``, (first row, end, first column) each; ``result``: an address each."""
+        """The sums ``(SUMS,)`` of one pass over ``places``, each (first row, end, first column) with an address in
+        ``result``.
+        """
         old, new, tiles, matrices = self.old, self.new, self.tiles, self.matrices
         rows, features = self.encoded.format.shape
         old_levels = blockwise.tables(self.encoded.format.codec, _CPU)[0]
@@ -290,7 +292,7 @@ class _Fold(blockwise.Fold):
                 error, held = error + more, held + more_held
             nearest = error
         elif plain is not None and moments is not None:
-            # codes for the scales that the reader will see
+            # codes for the scales that a reader will see
             seen = EncodedWeight(into, statistics).scales.contiguous()
             again = self._pass(cpu.GIVEN, places, to, seen, search=search)
             error, held = float(again[1]), float(again[5])
@@ -370,7 +372,7 @@ def _nested_error(
 
 
 class _Keep:
-    """The table that :func:`oftsurgery.weights.kernels.cpu.fold_tile` takes for KEEP and SAMPLE, and what it points to."""
+    """The table that :func:`oftsurgery.weights.kernels.cpu.fold_tile` takes for KEEP and SAMPLE, and the arrays behind it."""
 
     def __init__(self, own: preserve.Scales, into: WeightFormat) -> None:
         self.own = own
@@ -398,7 +400,7 @@ class _Keep:
 
 _SOLVE_TOLERANCE = 1e-10
 _LANCZOS_STEPS = 160
-#: the size of blocks up to which two products are cheaper than to look for the largest angle
+#: the size of blocks up to which two products are cheaper than a search for the largest angle
 _BOUNDED = 32
 #: work that is worth a task of its own, in multiplications
 _TASK_PRODUCTS = 1 << 19
@@ -409,10 +411,10 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
     (one for a single, shared one).
 
     Args:
-        power: 0 for the exact Cayley map, else of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
+        power: 0 for the exact Cayley map, else the power of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
 
     Returns:
-        None where the solve is not right.
+        the blocks; None if the solve is not right.
     """
     v, parts, count = _parted(generator, b, wide)
     out = np.empty((count, wide, wide))
@@ -426,7 +428,7 @@ def blocks(generator: Tensor, b: int, wide: int, power: int, weight: float) -> T
 
 
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
-    """The largest θ with ±iθ an eigenvalue of a generator's block."""
+    """The largest θ for which ±iθ is an eigenvalue of a generator's block."""
     v, parts, count = _parted(generator, b, wide)
     steps = min(wide, _LANCZOS_STEPS) + 2
     if count > 1 and wide <= _BOUNDED:
@@ -436,7 +438,7 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
             cpu.angle_bounds(v, b, wide, *parts[i], np.empty((3, wide, wide)), bounds)
 
         run(bound, len(parts))
-        # the likeliest first: few of the others can be larger
+        # the block with the largest bound comes first: few of the other blocks can be larger
         q, basis, best = np.empty((wide, wide)), np.empty((steps, wide)), 0.0
         for index in np.argsort(-bounds):
             if bounds[index] * (1 + 1e-9) < best:
@@ -453,7 +455,7 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
 
 
 def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:
-    """A generator's rows in float64, the ranges of its blocks of ``wide`` that are a task each, and their number."""
+    """A generator's rows in float64, the ranges of its blocks of ``wide`` (one task each), and the number of blocks."""
     v = generator.detach().contiguous()
     rows = (v if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32)).numpy().astype(np.float64)
     count = max(1, len(rows) * b // wide)

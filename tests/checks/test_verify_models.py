@@ -55,6 +55,13 @@ def test_errors_are_those_worked_out_by_hand() -> None:
     assert [line.split()[0] for line in lines[1:]] == ["out", "second", "first"]
 
 
+def test_a_model_is_like_itself() -> None:
+    net = Net()
+    report = verify(net, net, X)
+    assert set(report.modules) == {"first", "second"}
+    assert {e.max_abs for e in (*report.modules.values(), *report.outputs.values())} == {0.0}
+
+
 def test_opposite_outputs_are_two_apart() -> None:
     assert verify(Net(-1.0), Net(), X).outputs["out"].cosine_distance == pytest.approx(2)
 
@@ -110,12 +117,12 @@ def test_live_peft_model_is_a_reference(tmp_path: Path) -> None:
 
 
 def test_wrong_questions_are_refused() -> None:
-    with pytest.raises(StateError, match=r"no inputs to compare on Remedy: give at least one batch"):
+    with pytest.raises(StateError, match=r"the inputs hold no batch to compare on Remedy: give at least one batch"):
         verify(Net(), Net(), [])
     folded = oftsurgery.fold(get_peft_model(Net(), OFTConfig(oft_block_size=4, target_modules=["first"])))
     with pytest.raises(MatchError, match=r"lacks a folded module \[module 'first'\]"):
         verify(folded, nn.Linear(8, 4), X)
-    with pytest.raises(MatchError, match=r"outputs differ: out, and output"):
+    with pytest.raises(MatchError, match=r"gives other outputs \(out\) than the reference \(output\)"):
         verify(Net(), nn.Sequential(nn.Linear(8, 4)), X)
     with pytest.raises(ShapeError, match=r"outputs differ in shape \[tensor '.*', shape 5×4, expected 5×2\]"):
         verify(nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 2)), X)
