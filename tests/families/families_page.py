@@ -15,37 +15,41 @@ PAGE = ROOT / "docs" / "model-families.md"
 HEAD = """\
 # Model families
 
-<!-- written by `make families` from families.json: change tests/families, not this page -->
+<!-- `make families` writes this page from families.json: change tests/families, not this page -->
 
-Every class below was folded in a tiny size, with {versions}, and each result was held against what peft's own live model computes. Each class is tried on
-three bases, with four adapters:
+The sweep of `make families` folds each class below in a tiny size and compares every result with the live model that peft computes. The sweep ran with
+{versions}.
 
-| base | what it is |
+Each class has three bases:
+
+| base | storage |
 |---|---|
 | plain | float32 |
-| nf4 | what transformers loads with bitsandbytes' NF4 and double quantisation |
-| int8 | what transformers loads with bitsandbytes' int8 |
+| nf4 | bitsandbytes' NF4 with double quantisation, as transformers loads it |
+| int8 | bitsandbytes' int8, as transformers loads it |
 
-| adapter | what it trains |
+and four adapters:
+
+| adapter | what peft trains |
 |---|---|
 | linears | rotations of every linear layer (peft's `all-linear`) |
-| head saved | rotations of the attention's layers, and the whole head (`modules_to_save`, or the task's own) |
-| embedding saved | rotations of the attention's layers, and the whole input embedding |
-| ends rotated | rotations of the attention's layers, the input embedding and the head |
+| head saved | rotations of the attention's layers, and the whole head (`modules_to_save`, or a task type that saves the head) |
+| embedding saved | rotations of the attention's layers, and the whole input embedding (`modules_to_save`) |
+| ends rotated | rotations of the attention's layers, of the input embedding and of the head |
 
-A cell is **right** when all of this holds:
+A cell is **right** when the project has shown all of these facts:
 
-- `fold` in memory: each rotated weight is the live layer's, each trained tensor is the live model's byte for byte, nothing else has changed, and the
-  outputs are the live model's (plain: in float64, to 1e-5; quantised: to the rounding of the format);
-- `fold_checkpoint` from the plain folder gives the same bytes, and transformers loads its output without a missing or superfluous key;
-- both undo records give every byte of the base back;
-- `export_safetensors` of the folded model loads with the same bytes and the same outputs.
+- In memory, `fold` gives each rotated weight of the live model, every trained tensor of the live model byte for byte, and no other change. The outputs equal the
+  live model's: on a plain base to 1e-5 in float64. On a quantised base each weight agrees to the rounding of its format.
+- On disk, `fold_checkpoint` gives the same bytes from the plain folder, and transformers loads the output without a missing or unexpected key.
+- Both undo records give back every byte of the base.
+- `export_safetensors` writes the folded model as a folder that loads with the same bytes and outputs.
 
-**ONNX** is `export_onnx` of the folded plain and nf4 models with the first adapter, proved by onnxruntime beside torch. **Refused** cells raise a
-typed error before anything is written; **the stack cannot** where transformers, peft, bitsandbytes or torch raise without oftsurgery. The numbers lead to the
-reasons below the tables. A dash: the class has no such part.
+The column **ONNX** is `export_onnx` of the folded plain and nf4 models with the adapter "linears"; onnxruntime proves each graph beside torch. A **refused** cell
+raises a typed error before anything is written. **The stack cannot** means that transformers, peft, bitsandbytes, torch or onnxruntime fails at the cell
+without oftsurgery. Numbers lead to the reasons at the end of the page. A dash means that the class has no such part.
 
-Of {classes} classes, {cells} cells: {counts}.
+The table has {classes} classes and {cells} cells: {counts}.
 """
 
 
