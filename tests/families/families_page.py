@@ -39,14 +39,14 @@ and four adapters:
 
 A cell is **right** when the project has shown all of these facts:
 
-- In memory, `fold` gives each rotated weight of the live model, every trained tensor of the live model byte for byte, and no other change. The outputs equal the
-  live model's: on a plain base to 1e-5 in float64. On a quantised base each weight agrees to the rounding of its format.
+- In memory, `fold` gives each rotated weight of the live model, every trained tensor of the live model byte for byte, and no other change. The outputs equal
+  the live model's: on a plain base to 1e-5 in float64. On a quantised base each weight agrees to the rounding of its format.
 - On disk, `fold_checkpoint` gives the same bytes from the plain folder, and transformers loads the output without a missing or unexpected key.
 - Both undo records give back every byte of the base.
 - `export_safetensors` writes the folded model as a folder that loads with the same bytes and outputs.
 
-The column **ONNX** is `export_onnx` of the folded plain and nf4 models with the adapter "linears"; onnxruntime proves each graph beside torch. A **refused** cell
-raises a typed error before anything is written. **The stack cannot** means that transformers, peft, bitsandbytes, torch or onnxruntime fails at the cell
+The column **ONNX** is `export_onnx` of the folded plain and nf4 models with the adapter "linears"; onnxruntime proves each graph beside torch. A **refused**
+cell raises a typed error before anything is written. **The stack cannot** means that transformers, peft, bitsandbytes, torch or onnxruntime fails at the cell
 without oftsurgery. Numbers lead to the reasons at the end of the page. A dash means that the class has no such part.
 
 The table has {classes} classes and {cells} cells: {counts}.
