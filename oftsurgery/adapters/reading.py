@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
-from oftsurgery.files.finding import Place, place_of
+from oftsurgery.files.finding import OTHER_FORMATS, Place, place_of
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
 from oftsurgery.files.tokenizer_files import PATTERNS
 
@@ -66,10 +66,10 @@ def find_adapter(
     if subfolder is not None:
         place = place.below(subfolder)
     needed = [ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS]
-    folder = place.fetch(needed)
+    folder = place.fetch(needed, but=OTHER_FORMATS)
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_TENSORS).is_file():
         place = _only_one(place)
-        folder = place.fetch(needed)
+        folder = place.fetch(needed, but=OTHER_FORMATS)
     if place.folder is None and not (folder / ADAPTER_TENSORS).is_file():
         raise _no_tensors(place, place.names())
     return place, folder

@@ -98,8 +98,14 @@ def _names_in_adapter(
     does not have.
     """
     beginnings: dict[str, str] = {}
+    renamed = any(name != path for name, path in found.items())
     for name, path in found.items():
         mine, theirs = name.split("."), path.split(".")
+        if (
+            renamed and mine == theirs
+        ):  # `lm_head` beside a language model that lies deeper here says nothing of other parts
+            beginnings[theirs[0]] = mine[0]
+            continue
         while mine and theirs and mine[-1] == theirs[-1]:
             mine.pop()
             theirs.pop()

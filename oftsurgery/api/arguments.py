@@ -126,9 +126,9 @@ def tokenizer_choice(tokenizer: Any) -> Any:
     if tokenizer is None or hasattr(tokenizer, "save_pretrained") or tokenizer in ("adapter", "base"):
         return tokenizer
     if not isinstance(tokenizer, (str, PathLike)) or not Path(tokenizer).expanduser().is_dir():
-        message = f"no folder of a tokenizer: {printable(tokenizer)}"
+        message = f"the tokenizer {printable(tokenizer)!r} is neither a folder nor an object with save_pretrained"
         remedy = (
-            "tokenizer='adapter' or 'base', a folder that holds its files, or an object with save_pretrained "
+            "choose 'adapter' or 'base', or give a folder that holds a tokenizer's files, or an object with save_pretrained "
             "(transformers.AutoTokenizer.from_pretrained(…))"
         )
         raise StateError(message, remedy=remedy)

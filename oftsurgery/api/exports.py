@@ -128,7 +128,7 @@ def export_onnx(
     if isinstance(model, (str, PathLike)):
         folder = find_checkpoint(model)
         record = record_in(folder)
-        tokenizer = folder if tokenizer is None else tokenizer
+        tokenizer = "base" if tokenizer is None else tokenizer
         model = load_model(folder)
     check_is_model(model)
     with shown(progress, "export", "stage") as step:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .arguments import (
     base_of,
     keywords,
 )
-from .printing import print_facts, print_table, progress_for, size_text, wants_words
+from .printing import facts_beside, print_facts, print_table, progress_for, size_text, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
@@ -68,7 +67,7 @@ def show_plan(args: argparse.Namespace) -> None:
             ("added by the adapter", ", ".join(facts["adds"])),
             ("missing in the adapter", ", ".join(facts["missing"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
-            *_beside(facts),
+            *facts_beside(facts),
             ("shards", str(len(facts["shards"]))),
             ("disk", size_text(facts["bytes"])),
             ("largest weight in float32", size_text(facts["largest_weight_bytes"])),
@@ -114,12 +113,4 @@ def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None
         kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
         if record is not None:
-            print_facts(*_beside(record.to_dict()))
-
-
-def _beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """What is said of the files beside the weights."""
-    names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
-    whose = {"tokenizer": facts["tokenizer"], "chat template": facts["chat_template"]}
-    told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
-    return [*told, *((what, ", ".join(found)) for what, found in names.items() if found)]
+            print_facts(*facts_beside(record.to_dict()))

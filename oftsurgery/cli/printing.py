@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,14 @@ def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
     for label, value in rows:
         if value:
             print(f"{label}: {printable(value, limit)}")
+
+
+def facts_beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """The lines on the files beside the weights, from a plan or a record as plain values."""
+    whose = {"tokenizer": facts["tokenizer"], "chat template": facts["chat_template"]}
+    told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
+    names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
+    return [*told, *((what, ", ".join(found)) for what, found in names.items())]
 
 
 Row = Sequence[str | float | None]

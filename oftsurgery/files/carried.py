@@ -25,6 +25,11 @@ _DATA = re.compile(
     r"|(licen[cs]e|notice|copying|copyright|use_policy|acceptable_use).*)",
     re.DOTALL,
 )
+#: the same names as patterns for the Hub's client
+PATTERNS = [
+    "*.json", "*.txt", "*.model", "*.model.v*", "*.spm", "*.jinja", "*.tiktoken", "*.vocab", "*.bpe", "*.codes", "*.tokenizer",
+    "*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+]  # fmt: skip
 #: names of files that are not copied, whoever names the files
 _NEVER = re.compile(
     r"\..*|adapter_.*"  # hidden files, and an adapter's files
@@ -166,6 +171,7 @@ class _Walk:
                 self._take(_join(place, name), weights=True)
             elif (kinds.fullmatch(name) or name in named) and not _WEIGHTS.fullmatch(name):
                 self._take(_join(place, name))
+        self.missing += [_join(place, name) for name in _named_files(configs) if name not in files]
         if module:
             self._check_weights(place, files)
         for reference in _auto_maps(configs):
@@ -321,6 +327,14 @@ def _modules(indexes: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
         value = indexes.get(name)
         types = value.get("types") if isinstance(value, Mapping) and "structure" in value else None
         yield from types.items() if isinstance(types, Mapping) else ()
+
+
+def _named_files(configs: Iterable[Any]) -> Iterator[str]:
+    """The names of files that configs have under keys such as ``vocab_file``."""
+    for config in configs:
+        for key, name in config.items() if isinstance(config, Mapping) else ():
+            if key.endswith("_file") and isinstance(name, str) and is_plain_name(name) and not _NEVER.fullmatch(name):
+                yield name
 
 
 def _is_visible(name: str) -> bool:

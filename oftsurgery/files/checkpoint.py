@@ -123,7 +123,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     layout = layout_of(folder)
     if layout is None:
-        raise no_checkpoint(folder, [path.name for path in folder.iterdir()])
+        names = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("*/*"))]
+        raise no_checkpoint(folder, names)
     single, index = folder / layout.single, folder / layout.index
     files: tuple[str, ...] = (single.name,)
     weight_map: Mapping[str, str] | None = None
@@ -197,6 +198,7 @@ def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
     def first(*endings: str) -> str | None:
         return next((printable(name) for name in sorted(names) if name.endswith(endings)), None)
 
+    inner = sorted(name.rpartition("/")[0] for name in names if name.endswith((f"/{SINGLE}", f"/{INDEX}")))
     pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
     if pickled is not None:
         message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
@@ -206,6 +208,9 @@ def no_checkpoint(place: object, names: Collection[str]) -> CheckpointError:
     elif converted is not None:
         message = f"the folder holds the weights only as {converted}; oftsurgery reads safetensors only"
         remedy = "give the model from which that file was converted"
+    elif inner:  # as sentence-transformers once saved a model, in 0_Transformer
+        message = f"the folder itself holds no weights, and its subfolder {printable(inner[0])!r} does"
+        remedy = "give the subfolder of the model that the adapter was trained on"
     else:
         wanted = " nor ".join(name for layout in LAYOUTS for name in layout.names)
         message, remedy = f"the folder has neither {wanted}", "give a folder that save_pretrained wrote"

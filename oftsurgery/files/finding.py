@@ -17,14 +17,14 @@ from pathlib import Path
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
-from .carried import missing_in
+from .carried import PATTERNS, missing_in
 from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # what a fold needs of a repository beside its weights
-_NEEDED = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken"]
+_NEEDED = PATTERNS
 # folders in which repositories keep the same model in other formats
-_OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
+OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
 
 HUB = "hf://"
 _HUB_ID = re.compile(r"(?P<repo>[^/@.~:][^/@:]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:@(?P<revision>.+))?")
@@ -214,7 +214,7 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, r
     place = checkpoint_place(path_or_repo, revision)
     if place.folder is not None or whole:
         return place.fetch(None)
-    folder = place.fetch(_NEEDED, but=_OTHER_FORMATS)
+    folder = place.fetch(_NEEDED, but=OTHER_FORMATS)
     # the same commit in all that follows, whatever somebody pushes meanwhile
     place = replace(place, revision=commit_of(folder) or place.revision)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():

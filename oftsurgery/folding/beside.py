@@ -41,7 +41,7 @@ def beside_model(
         yield choose_tokenizer(carried, adapters, tokenizer, rows)
         return
     with tempfile.TemporaryDirectory() as place:
-        tokenizer.save_pretrained(place)
+        tokenizer.save_pretrained(Path(place))
         given = carried_from(Path(place))
         carried = restore_tokenizer(carried, given)
         files = {**carried.files, **given.files}

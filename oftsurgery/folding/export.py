@@ -56,8 +56,8 @@ def save_model(
         )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
-    record, home = record_of(model), source_of(model)
-    private, record = record, None if record is None else public_record(record)
+    own, home = record_of(model), source_of(model)
+    record = None if own is None else public_record(own)
     metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
@@ -65,7 +65,7 @@ def save_model(
         written = {name: output for item in items for name, output in item.outputs.items()}
         jsons["config.json"] = loadable_config(jsons["config.json"], written)
     with (
-        beside_model(home, private, tokenizer, getattr(model, "config", None)) as carried,
+        beside_model(home, own, tokenizer, getattr(model, "config", None)) as carried,
         Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
     ):
         for shard in shards:

@@ -67,8 +67,8 @@ def wrap_model(
         _refuse_merged(before)
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
-        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         plan = plan_changes(store, list(named.values()), partial=incomplete)
+        named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -228,6 +229,12 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
         listed = ", ".join(task.inputs(torch.float32))
         message = f"the model does not run on the inputs {listed}: {type(error).__name__}: {printable(error, 300)}"
         remedy = "give example inputs on which the model runs: example_inputs={'name': tensor, …}"
+        if (
+            getattr(task, "pad", 0) is None
+            and "pad_token_id" in inspect.unwrap(type(reference).forward).__code__.co_names
+        ):
+            # a classifier of decoders looks for the last token of each text in a batch
+            remedy = "name the padding token: model.config.pad_token_id = tokenizer.pad_token_id (`pad_token_id` in config.json)"
         raise StateError(message, remedy=remedy) from error
     if not names:
         raise StateError("the model returns no tensor", remedy="wrap the model in a module that returns tensors")

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
@@ -89,8 +90,8 @@ class LiveStore:
         return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
-        layer = self.at(name)
-        if 0 in self.shape(name):
+        layer, tensor = self.at(name), self.tensor(name)
+        if tensor is not None and not is_lazy(tensor) and 0 in self.shape(name):  # `read` refuses a lazy layer
             raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,19 @@ def _readable(value: Any) -> Any:
     return [_readable(v) for v in value] if isinstance(value, list) else value
 
 
+def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' class that ``config`` names, or None; and that class's own config class where the config is its. The
+    parts of some models (Bark's) have config classes that ``AutoConfig`` does not know.
+    """
+    import transformers
+
+    named: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        return None, None
+    own: Any = getattr(named, "config_class", None)
+    return named, own if getattr(own, "model_type", None) == config["model_type"] else None
+
+
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
     """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or for a class that
     transformers does not know.
@@ -78,16 +92,20 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         if next(built) > most:  # a config may ask for 10⁹ layers
             raise ValueError("the config asks for many more modules than the checkpoint has tensors")
 
+    model_class, config_class = _classes(config)
     handle = register_module_module_registration_hook(bounded)
     try:
         with quiet(), torch.device("meta"):
-            parsed = transformers.AutoConfig.for_model(**readable_config(config))
-            named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
+            fields = readable_config(config)
+            model_type = fields.pop("model_type")
+            make = config_class or partial(transformers.AutoConfig.for_model, model_type)
+            parsed = make(**fields)
+            if model_class is not None:
+                return model_class._from_config(parsed, dtype=dtype)
             return transformers.AutoModel.from_config(parsed, dtype=dtype)
     except Exception as error:  # a config may hold any data, and its class may raise any error
-        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        if config_class is not None or str(config["model_type"]) in known:
             raise CheckpointError(
                 f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
                 tensor="config.json",

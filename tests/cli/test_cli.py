@@ -161,7 +161,11 @@ REFUSED = {
     "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: the folder does not exist"),
     "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: the folder does not exist"),
     "base is an adapter": (["fold", "ADAPTER", "ADAPTER", "x"], 2, "the folder holds an adapter, not a model"),
-    "adapter is a model": (["fold", "BASE", "BASE", "x"], 2, "no adapter_config.json"),
+    "adapter is a model": (
+        ["fold", "BASE", "BASE", "x"],
+        2,
+        "neither the folder nor a subfolder has adapter_config.json",
+    ),
     "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
     "no parent": (["fold", "BASE", "ADAPTER", "no/such/x"], 2, "parent folder does not exist"),

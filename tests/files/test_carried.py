@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from oftsurgery.errors import CheckpointError
 from oftsurgery.files.carried import carried_from, missing_in
+from oftsurgery.files.checkpoint import open_checkpoint
 
 KINDS = {
     "generation_config.json": True,
@@ -183,12 +185,18 @@ def test_what_is_named_and_not_there(tmp_path: Path) -> None:
         tmp_path,
         {
             "config.json": {"auto_map": {"AutoModel": "modeling_a.A"}},
+            "tokenizer_config.json": {
+                "vocab_file": "words.dic",
+                "other_file": "../x",
+                "third_file": "y.pkl",
+                "z_file": None,
+            },
             "modules.json": MODULES[1:2],
             "1_Pooling/config.json": {},
         },
     )
-    assert missing_in(tmp_path) == ["modeling_a.py", "1_Pooling/*.safetensors*"]
-    write(tmp_path, {"modeling_a.py": "from .parts import p\n", "1_Pooling/model.safetensors": ""})
+    assert missing_in(tmp_path) == ["words.dic", "modeling_a.py", "1_Pooling/*.safetensors*"]
+    write(tmp_path, {"words.dic": "", "modeling_a.py": "from .parts import p\n", "1_Pooling/model.safetensors": ""})
     assert missing_in(tmp_path) == ["parts.py"]
 
 
@@ -203,3 +211,20 @@ def test_the_list_of_what_stays_behind_is_short(tmp_path: Path) -> None:
     left_out = carried_from(tmp_path).left_out
     assert len(left_out) == 101
     assert left_out[-1] == "… and 30 more"
+
+
+def test_weights_in_a_subfolder_are_pointed_to(tmp_path: Path) -> None:
+    """As sentence-transformers once saved a model."""
+    write(tmp_path, {"modules.json": [], "0_Transformer/model.safetensors": "", "0_Transformer/config.json": {}})
+    with pytest.raises(CheckpointError, match=r"its subfolder '0_Transformer' does.*give the subfolder"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_patterns_of_downloads_name_every_kind_that_is_copied(tmp_path: Path) -> None:
+    """But the files that have no ending in common, which nothing names."""
+    from fnmatch import fnmatch
+
+    from oftsurgery.files.carried import PATTERNS
+
+    for name in [name for name, copied in KINDS.items() if copied]:
+        assert any(fnmatch(name, pattern) for pattern in PATTERNS), name

