@@ -65,7 +65,7 @@ class Cell:
         if self.memory is not None:
             self._step("undo", self._undo_in_memory)
             self._step("export", self._export)
-            if graphs and self.which == "linears" and self.kind != "int8":
+            if graphs and self.which == "linears" and self.kind == "plain":
                 self._step("onnx", self._onnx)
         if disk is not None:
             self._step("undo on disk", self._undo_on_disk)

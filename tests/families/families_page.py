@@ -45,9 +45,10 @@ A cell is **right** when the project has shown all of these facts:
 - Both undo records give back every byte of the base.
 - `export_safetensors` writes the folded model as a folder that loads with the same bytes and outputs.
 
-The column **ONNX** is `export_onnx` of the folded plain and nf4 models with the adapter "linears"; onnxruntime proves each graph beside torch. A **refused**
-cell raises a typed error before anything is written. **The stack cannot** means that transformers, peft, bitsandbytes, torch or onnxruntime fails at the cell
-without oftsurgery. Numbers lead to the reasons at the end of the page. A dash means that the class has no such part.
+The column **ONNX** is `export_onnx` of the folded plain model with the adapter "linears"; onnxruntime proves each graph beside torch. A **refused** cell
+raises a typed error before anything is written. **The stack cannot** means that transformers, peft, bitsandbytes, torch or onnxruntime fails at the cell
+without oftsurgery. Numbers lead to the reasons at the end of the page. A dash means that the class
+has no such part, or that the fold is not right.
 
 The table has {classes} classes and {cells} cells: {counts}.
 """
@@ -123,10 +124,8 @@ def _line(cls: str, row: Row, notes: Notes) -> str:
         columns.append(
             alike.pop() if len(alike) == 1 else "; ".join(f"{a}: {t}" for a, t in told.items() if t not in (RIGHT, "–"))
         )
-    graphs = {base: notes.cell(row.get(f"{base}, linears", []), onnx=True) for base in BASES[:2]}
-    folded = [b for b in graphs if verdict_of(row.get(f"{b}, linears", []), onnx=False) == RIGHT]
-    shown = {graphs[b] for b in folded}
-    columns.append(shown.pop() if len(shown) == 1 else "; ".join(f"{b}: {graphs[b]}" for b in folded) or "–")
+    plain = row.get("plain, linears", [])
+    columns.append(notes.cell(plain, onnx=True) if verdict_of(plain, onnx=False) == RIGHT else "–")
     return f"| {cls} | {' | '.join(columns)} |"
 
 
