@@ -92,10 +92,11 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         if next(built) > most:  # a config may ask for 10⁹ layers
             raise ValueError("the config asks for many more modules than the checkpoint has tensors")
 
-    model_class, config_class = _classes(config)
+    model_class, config_class = None, None
     handle = register_module_module_registration_hook(bounded)
     try:
         with quiet(), torch.device("meta"):
+            model_class, config_class = _classes(config)
             fields = readable_config(config)
             model_type = fields.pop("model_type")
             make = config_class or partial(transformers.AutoConfig.for_model, model_type)
