@@ -48,12 +48,14 @@ def wrong_unless(condition: bool, text: str) -> None:
         raise WrongError(text)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomised(model: Any) -> Any:
     """Weights of variance 1/in, biases that are not zero."""
     generator = torch.Generator().manual_seed(1)
     convolutions = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.is_floating_point():
+                continue  # codes
             if parameter.ndim >= 2:
                 fan_in = parameter[0].numel() if id(parameter) in convolutions else parameter.shape[-1]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
@@ -149,9 +151,7 @@ class Bench:
         if kind not in self._reloads:
             saved = self.folder / f"stack-{kind}"
             try:
-                base = self.base(kind)
-                if kind == "plain":
-                    randomised(base)
+                base = randomised(self.base(kind))
                 before = dict(base.state_dict())
                 base.save_pretrained(saved)
                 model, keys = self.loaded(saved)
