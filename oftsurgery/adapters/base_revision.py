@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
-from oftsurgery.files.finding import hub_id_of
+from oftsurgery.files.finding import cached_commit, hub_id_of
 
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
@@ -53,3 +53,23 @@ def base_revision(
 def trained_at(adapters: Iterable[OFTAdapter]) -> list[tuple[object, object]]:
     """``(base, revision)`` that the adapters' configs name."""
     return [(a.config.get("base_model_name_or_path"), a.config.get("revision")) for a in adapters]
+
+
+def warn_of_another_commit(config: object, adapters: Iterable[OFTAdapter]) -> None:
+    """Warn where a model in memory was loaded from another commit of its repository than an adapter was trained at, as far as
+    the model's ``config`` and the Hub's cache tell.
+
+    Warns:
+        SourceWarning: the commits differ.
+    """
+    name, loaded = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    for base, revision in trained_at(adapters):
+        if base != name or not isinstance(base, str) or not isinstance(revision, str) or not loaded:
+            continue
+        wanted = cached_commit(base, revision)
+        if wanted is not None and wanted != loaded:
+            warn_caller(
+                f"the model is commit {printable(loaded)} of {printable(base)}, but the adapter was trained at revision {printable(revision)}, "
+                f"commit {wanted}; from_pretrained(…, revision={printable(revision)!r}) loads that one",
+                SourceWarning,
+            )

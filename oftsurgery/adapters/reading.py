@@ -65,11 +65,10 @@ def find_adapter(
     place = place_of(path_or_repo, AdapterError, where, revision=revision)
     if subfolder is not None:
         place = place.below(subfolder)
-    needed = [ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS]
-    folder = place.fetch(needed, but=OTHER_FORMATS)
+    folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_TENSORS).is_file():
         place = _only_one(place)
-        folder = place.fetch(needed, but=OTHER_FORMATS)
+    folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS], but=[*OTHER_FORMATS, "checkpoint-*/*"])
     if place.folder is None and not (folder / ADAPTER_TENSORS).is_file():
         raise _no_tensors(place, place.names())
     return place, folder

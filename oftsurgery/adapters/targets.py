@@ -82,6 +82,22 @@ def missing_modules(adapter: OFTAdapter, found: Mapping[str, str], model: Adapta
     return (*lost, *_unsaved(adapter, called, model))
 
 
+def saved_targets(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """The target fields of the config that is saved for an adapter of these modules: the fields of its own ``config``, so that
+    a part of an adapter stays one; else one pattern that matches these paths and no other. A list would match every path
+    that ends in a listed name.
+    """
+    target = config.get("target_modules")
+    nothing = Adaptable((), (), ())
+    if target and not _is_all_linear(target) and all(_rule(config, nothing)(path, path) for path in paths):
+        return {name: config.get(name) for name in TARGETS}
+    return dict.fromkeys(TARGETS) | {"target_modules": "|".join(f"(?:{re.escape(path)})" for path in paths)}
+
+
+def _is_all_linear(target: object) -> bool:
+    return isinstance(target, str) and target.lower() == _ALL_LINEAR
+
+
 def _unsaved(adapter: OFTAdapter, called: Callable[[str], str | None], model: Adaptable) -> Iterator[str]:
     for entry in adapter.config.get("modules_to_save") or ():
         for path in model.holders:
@@ -143,7 +159,7 @@ def _rule(config: Mapping[str, Any], model: Adaptable) -> Rule:
     def is_target(name: str, path: str) -> bool:
         if isinstance(target, list):
             return name in target or (any(_ends(name, entry) for entry in target) and _in_layers(name, config, match))
-        if target.lower() == _ALL_LINEAR:
+        if _is_all_linear(target):
             return (
                 model.first.get(path, path) in model.linears
                 and path != model.head

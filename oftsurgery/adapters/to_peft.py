@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError, module_in_errors
 
 from .rotation import Rotation
+from .targets import saved_targets
 
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
@@ -46,21 +46,17 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
     config = {
         **{name: adapter.config.get(name) for name in (*CARRIED, "modules_to_save")},
         **settings,
+        **saved_targets(adapter.config, exact),
         "bias": adapter.config.get("bias") or "none",
         "coft": False,  # the generators are clamped already
         "eps": 6e-05,
-        "exclude_modules": None,
         "fan_in_fan_out": False,  # has no effect on a rotation of the inputs; peft warns of True on nn.Linear
         "inference_mode": True,
         "init_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "module_dropout": 0.0,
         "num_cayley_neumann_terms": 5,
         "peft_type": "OFT",
         "peft_version": "0.21.2",  # the release of this format, which readers need
-        # one pattern that matches these paths and no other: a list would match every path that ends in a listed name
-        "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
         "use_cayley_neumann": False,
     }
     return dict(sorted(config.items())), tensors, residuals

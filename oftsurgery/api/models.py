@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import warn_of_another_commit
 from oftsurgery.calibrate.batches import Batch, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
@@ -130,6 +131,7 @@ def _prepared_fold(
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
+        warn_of_another_commit(getattr(inner_model(model), "config", None), adapters or ())
         yield partial(fold_model, model, adapters, names=names, partial_adapters=incomplete, inplace=inplace)
         return
     if adapter is not None:
@@ -251,6 +253,7 @@ def wrap(
         OFTSurgeryError: as :func:`fold`; after any error the model is as it was.
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
+    warn_of_another_commit(getattr(inner_model(model), "config", None), [loaded])
     return wrap_model(model, loaded, adapter_name=adapter_name, incomplete=partial, inplace=inplace)  # type: ignore[return-value]
 
 

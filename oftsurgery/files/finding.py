@@ -202,6 +202,18 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
+def cached_commit(repo: str, revision: str) -> str | None:
+    """The commit of a repository's revision as the Hub's cache knows it; None where the cache does not."""
+    if not revision or not _REVISION.fullmatch(revision):
+        return None
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, CONFIG, revision=revision)
+    return commit_of(Path(config).parent) if isinstance(config, str) else None
+
+
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
     a fold needs, or with ``whole`` all files. A fold needs the weights that transformers reads: the shards of the index,

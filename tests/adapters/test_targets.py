@@ -210,7 +210,22 @@ def test_a_config_that_is_not_of_the_file_says_nothing(base: Path, tmp_path: Pat
         assert missing(FolderStore(open_checkpoint(base)), tmp_path / "adapter") == set()
 
 
-def test_what_oftsurgery_saves_targets_no_more_than_it_holds(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", [["convert"], ["scale", "0.5"], ["compose"]])
+def test_what_is_made_of_a_part_is_a_part(verb: list[str], base: Path, part: Path, tmp_path: Path) -> None:
+    name, *more = verb
+    for source, lost in ((part, set(LOST)), (tmp_path / "whole", set())):
+        assert cli.main(["adapter", name, str(source), *more, str(tmp_path / "made"), "--force"]) == 0
+        assert missing(FolderStore(open_checkpoint(base)), tmp_path / "made") == lost
+        config = json.loads((tmp_path / "made" / "adapter_config.json").read_text())
+        assert sorted(config["target_modules"]) == ["down_proj", "q_proj"]
+
+
+def test_what_is_saved_of_other_modules_than_the_config_targets(base: Path, tmp_path: Path) -> None:
+    """A pattern of these modules and no other: of an adapter that somebody put together, or of one that says all-linear."""
     live(llama()).save_pretrained(tmp_path / "adapter")
-    quietly(oftsurgery.load_adapter(tmp_path / "adapter").save, tmp_path / "saved")
-    assert missing(FolderStore(open_checkpoint(base)), tmp_path / "saved") == set()
+    for fields in ({"target_modules": ["up_proj"]}, {"target_modules": None}, {"target_modules": "all-linear"}):
+        configure(tmp_path / "adapter", **fields)
+        quietly(oftsurgery.load_adapter(tmp_path / "adapter").save, tmp_path / "saved", force=True)
+        assert missing(FolderStore(open_checkpoint(base)), tmp_path / "saved") == set()
+        peft = PeftModel.from_pretrained(llama(), tmp_path / "saved")
+        assert len(peft.base_model.targeted_module_names) == 4

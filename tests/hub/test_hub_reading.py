@@ -125,7 +125,8 @@ OTHERS = dict.fromkeys(
 def test_of_several_formats_only_what_transformers_reads_is_downloaded(place: Path, server: Hub, base: str) -> None:
     mine = files_of(place / base)
     hold(server, BASE, mine | OTHERS | {"tokenizer.json": b"{}", "LICENSE": b"free"})
-    hold(server, ADAPTER, files_of(place / "adapter") | OTHERS)
+    beside = dict.fromkeys(("checkpoint-500/tokenizer.json", "checkpoint-500/adapter_config.json"), b"{}")
+    hold(server, ADAPTER, files_of(place / "adapter") | OTHERS | beside)
     folder = find_checkpoint(BASE)
     assert downloaded(server) == set(mine) | {"tokenizer.json", "LICENSE"}
     server.requests.clear()
@@ -339,7 +340,7 @@ def test_an_adapter_in_a_subfolder_and_at_a_revision(
 def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, server: Hub) -> None:
     files = {}
     for step in (500, 1000, 1500, 900):
-        files |= files_of(place / "adapter", f"checkpoint-{step}/")
+        files |= files_of(place / "adapter", f"checkpoint-{step}/") | {f"checkpoint-{step}/tokenizer.json": b"{}"}
     hold(server, ADAPTER, files)
     text = (
         r"the folder holds 4 adapters, each in a subfolder: checkpoint-500, checkpoint-900, checkpoint-1000, checkpoint-1500 "
