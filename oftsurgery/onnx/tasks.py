@@ -86,13 +86,20 @@ def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
             message = "a graph with a cache has its own inputs, and example inputs were given too"
             raise StateError(message, remedy="leave out with_past=True (--with-past) or example_inputs")
         return ExampleTask(model, example_inputs)
-    config = getattr(model, "config", None)
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters or not hasattr(config, "get_text_config"):
+    if "input_ids" not in parameters or _text_config(model) is None:
         message = f"the inputs of a {type(model).__name__} are not known"
         remedy = "give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors"
         raise StateError(message, remedy=remedy)
     return CacheTask(model) if with_past else TextTask(model)
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The config of the texts that a model takes; None where it has no such config or, as MusicGen, several."""
+    try:
+        return getattr(model, "config", None).get_text_config()  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
+        return None
 
 
 def _set_up(model: nn.Module, *, use_cache: bool) -> None:
@@ -152,7 +159,7 @@ class TextTask(Task):
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
-        config = model.config.get_text_config()
+        config = _text_config(model)
         self.types = int(getattr(config, "type_vocab_size", None) or 0)
         self.names = [n for n in ("input_ids", "attention_mask") if n in parameters]
         if "token_type_ids" in parameters and self.types > 1:

@@ -817,6 +817,21 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> None: ...
 
 
+def test_a_model_of_several_texts_needs_example_inputs(tmp_path: Path) -> None:
+    """As MusicGen, whose encoder and decoder are two language models."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "num_codebooks": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 16}
+    codec = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [2], "hidden_size": 8, "codebook_dim": 8}
+    config = transformers.MusicgenConfig(
+        text_encoder={"model_type": "t5", "vocab_size": 32, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1},
+        audio_encoder=codec | {"codebook_size": 32},
+        decoder=sizes | {"num_hidden_layers": 1},
+    )
+    model = transformers.MusicgenForConditionalGeneration(config)
+    with pytest.raises(StateError, match=r"the inputs of a Musicgen\w+ are not known Remedy: give example inputs"):
+        oftsurgery.export_onnx(model, tmp_path / "out")
+
+
 def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
