@@ -128,11 +128,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "module: folders in a circle": (
         lambda b: (link(b / "here", "."), modules(b, "here/here/here")),
-        "folders within folders",
+        "levels deep, more than the limit of 8",
     ),
-    "modules within modules": (nested, "folders within folders"),
+    "modules within modules": (nested, "levels deep, more than the limit of 8"),
     "code that imports thousands of files": (chained_code, "more than 512 files"),
-    "hundreds of megabytes of indexes": (large_indexes, "hold more than 67108864 bytes"),
+    "hundreds of megabytes of indexes": (large_indexes, "bytes, more than the limit of 67108864"),
     "code that is a link": (named_code_is_a_link, "link that leaves"),
     "the adapter's tokenizer is a link": (tokenizer_is_a_link, "link that leaves"),
 }
