@@ -344,7 +344,7 @@ def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, serve
     hold(server, ADAPTER, files)
     text = (
         r"the folder holds 4 adapters, each in a subfolder: checkpoint-500, checkpoint-900, checkpoint-1000, checkpoint-1500 "
-        r".*Remedy: name one of them: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
+        r".*Remedy: name one subfolder: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
     )
     with pytest.raises(AdapterError, match=text):
         oftsurgery.load_adapter(ADAPTER)

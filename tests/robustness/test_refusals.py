@@ -197,7 +197,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "tensors truncated",
     e.AdapterError,
-    r"the tensors cannot be read: the file is truncated, or no safetensors file .*Remedy: copy or download the file again",
+    r"the tensors cannot be read: the file is truncated, or is no safetensors file .*Remedy: copy or download the file again",
 )
 def _(t: Bench) -> Callable[[], object]:
     path = t.adapter() / "adapter_model.safetensors"
