@@ -300,7 +300,7 @@ def _prove(
     if bad:
         largest, name, inputs = max(bad, key=lambda b: b[0])
         raise ExportError(
-            f"onnxruntime and torch compute different outputs: the largest difference is {largest:.1e} of the largest value, and the limit is "
+            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, and the limit is "
             f"{_TOLERANCE[dtype]:.0e}, at {inputs} (and in {len({i for _, _, i in bad}) - 1} more of {len(checks)} comparisons)",
             tensor=name,
             format=dtype,
