@@ -403,7 +403,7 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
         named = ", ".join(map(printable, sorted(foreign)))
         what = f"another checkpoint: {named}, which oftsurgery did not put there"
         if ADAPTER_CONFIG in foreign:
-            what = f"an adapter: {named}; transformers would load that instead of what is pushed"
+            what = f"an adapter: {named}; transformers would load the adapter instead of the pushed model"
         raise StateError(
             f"the repository {report.repo_id} holds {what}",
             remedy=f"name another repository or revision, or delete these files in the repository: {named} (`hf repos delete-files`)",
@@ -412,7 +412,7 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
 
 
 def _read_instead(name: str, report: PushReport) -> bool:
-    """Whether a file of the repository would be read instead of what is pushed, or beside it."""
+    """Whether loaders would read a file of the repository instead of the pushed files, or beside them."""
     if name == ADAPTER_CONFIG:
         return True
     weights = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))

@@ -33,7 +33,7 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    # str.splitlines ends lines at U+0085, U+2028 and U+2029 too, which JSON has inside strings, and texts inside sentences
+    # str.splitlines would end lines at U+0085, U+2028 and U+2029 too, which stand inside strings of JSON and inside sentences
     try:
         with path.open(encoding="utf-8") as file:
             yield from (line.rstrip("\n") for line in file)

@@ -33,7 +33,7 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
     with noting(found):
         carried_from(folder)  # refuses links and indexes that leave the folder
     if checkpoint.wrapped:
-        message = "the tensors' names have names of wrappers in them: transformers finds no tensor, and fills the model with random numbers"
+        message = "the tensors' names hold segments of wrappers: transformers finds no tensor, and fills the model with random numbers"
         remedy = f"fold an adapter, which writes the plain names: {FOLD}; or save the model without its wrapper"
         found.append(
             Finding("error", "wrapped-names", message, folder.name, {"tensors": len(checkpoint.entries)}, remedy)

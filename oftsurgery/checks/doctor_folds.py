@@ -265,7 +265,7 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
 
 
 def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Iterator[Finding]:
-    """A finding where the adapter lacks modules that its config targets: a note, if the fold's ``record`` says so."""
+    """A finding if the adapter lacks modules that its config targets; only a note if the fold's ``record`` names these modules."""
     found = base.locate(f"{path}.weight" for path in adapter.modules)
     mine = {
         path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules if f"{path}.weight" in found

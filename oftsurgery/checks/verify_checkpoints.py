@@ -86,7 +86,7 @@ def check_checkpoint(
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
     if folded.wrapped:
-        message = "the folded checkpoint's tensors have names of wrappers in them, of which transformers finds none"
+        message = "the names of the folded checkpoint's tensors hold segments of wrappers, so transformers finds none of the tensors"
         raise CheckpointError(
             message, path=folded.folder, remedy="save the model without its wrapper (torch.compile, FSDP, DDP)"
         )

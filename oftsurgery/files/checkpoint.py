@@ -185,7 +185,7 @@ def _without_wrappers(
     if changed is None:
         return entries
     warn_caller(
-        f"the tensors of {printable(folder)} have names of wrappers in them, which transformers does not load: "
+        f"the tensors' names in {printable(folder)} hold segments of wrappers, which transformers does not load: "
         f"{printable(changed)} is read as {printable(plain[changed])}, and the output has the plain names",
         SourceWarning,
     )

@@ -149,7 +149,7 @@ def plan_checkpoint(
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
     Raises:
-        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
         ShapeError, FormatError: a rotation or tensor does not fit, or a weight's format is not known.
         StateError: the formats contradict each other, or the adapter is folded in already.

@@ -171,7 +171,7 @@ def plan_changes(
 
 
 def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
-    """``{name of a module's weight as the adapters have it: name of the model's tensor}``, all of them."""
+    """``{name of a module's weight in the adapters: name of the model's tensor}``, for all modules of the adapters."""
     found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
@@ -183,6 +183,11 @@ def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
 def _missing(
     store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
 ) -> tuple[str, ...]:
+    """Paths of the modules that the adapters' configs target and the adapters lack.
+
+    Raises:
+        AdapterError: an adapter lacks such modules, and ``partial`` is not set.
+    """
     missing: dict[str, None] = {}
     for adapter in adapters:
         if not adapter.config.get("target_modules"):
@@ -232,13 +237,13 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
         first = made[places].name if places in made else name
-        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+        made[places] = Replace(first, values, places)  # the last values stay, as in peft's loading
     return tuple(made.values())
 
 
 def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
     """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
-    where the config names it.
+    if the config names the module.
     """
     found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
     both = next((name for name in layers if name in found), None)
