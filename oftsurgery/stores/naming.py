@@ -187,8 +187,7 @@ def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bo
         from transformers.quantizers.quantizers_utils import should_convert_module
     except ImportError as error:
         raise MissingDependencyError(
-            "the installed transformers does not have the rules of loading in 4 or 8 bits",
-            remedy="pip install 'transformers>=5.0'",
+            "this transformers has no rules of bitsandbytes loading", remedy="pip install 'transformers>=5.0'"
         ) from error
     with _untied(model):
         keep = HfQuantizer.get_modules_to_not_convert(

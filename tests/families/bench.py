@@ -1,4 +1,4 @@
-"""A family's base in a folder, what transformers loads from it, and what a model computes."""
+"""A family's base in a folder, the models that transformers loads from the folder, and the outputs of models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StackError(Exception):
 
 @contextmanager
 def stack(what: str) -> Iterator[None]:
-    """Any error in the body is the stack's."""
+    """Turn any error in the body into a :class:`StackError`."""
     try:
         yield
     except StackError:
@@ -49,7 +49,7 @@ def wrong_unless(condition: bool, text: str) -> None:
 
 
 def randomised(model: Any) -> Any:
-    """Weights of variance 1/in, biases that are not zero."""
+    """The model with random weights of variance 1/in, and with random biases, which are not zero."""
     generator = torch.Generator().manual_seed(1)
     convolutions = {id(p) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters()}
     with torch.no_grad():
@@ -102,7 +102,7 @@ def distance(got: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 def doubled(model: Any) -> Any:
-    """A copy in float64; torch's grouped product of experts does not take that."""
+    """A copy in float64, without torch's grouped product of experts, which does not take float64."""
     found = copy.deepcopy(model).double()
     for module in found.modules():
         if getattr(getattr(module, "config", None), "_experts_implementation", None):
@@ -111,7 +111,7 @@ def doubled(model: Any) -> Any:
 
 
 class Bench:
-    """A family's plain base in a folder, and what transformers loads from it."""
+    """A family's plain base in a folder, and the models that transformers loads from the folder."""
 
     def __init__(self, family: Family, folder: Path) -> None:
         self.family, self.folder = family, folder
@@ -126,7 +126,7 @@ class Bench:
         return self.folder / "base"
 
     def loaded(self, folder: Path, **options: Any) -> tuple[Any, dict[str, list[str]]]:
-        """The model, and the keys that are missing or too many."""
+        """The model, and the keys that are missing, unexpected or of another shape."""
         model, info = self.cls.from_pretrained(folder, output_loading_info=True, **options)
         found = {
             k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]
@@ -134,20 +134,24 @@ class Bench:
         return unpacked(model), found
 
     def base(self, kind: str, skip: tuple[str, ...] = ()) -> Any:
-        """The plain base, or one that transformers quantised, without the modules to skip."""
+        """The plain base, or a base that transformers quantised, without the modules to skip."""
         if kind == "plain":
             return self.loaded(self.plain)[0]
         more = {"llm_int8_skip_modules": list(skip)} if skip else {}
         return self.loaded(self.plain, quantization_config=bnb_config(kind, double=kind == "nf4", **more))[0]
 
     def reloaded(self, folder: Path) -> Any:
-        """What transformers loads from a folder of ours, with no other missing or superfluous keys than the base has."""
+        """The model that transformers loads from a folder that oftsurgery wrote; the base's folder has the same missing and
+        unexpected keys.
+        """
         model, keys = self.loaded(folder)
         wrong_unless(keys == self.base_keys, f"keys of the output: {json.dumps(keys)[:300]}")
         return model
 
     def stack_reloads(self, kind: str) -> tuple[str, set[str]]:
-        """Why transformers does not load what it saves of a base itself, or nothing; and the tensors that it loses."""
+        """The reason why transformers cannot load a base that transformers itself saved, or an empty text; and the names of the
+        lost tensors.
+        """
         if kind not in self._reloads:
             saved = self.folder / f"stack-{kind}"
             try:

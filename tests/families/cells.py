@@ -1,8 +1,8 @@
-"""One cell of the sweep: a base, an adapter, and what folding it gives, held against peft's live model.
+"""One cell of the sweep folds an adapter into a base, and compares every result with peft's live model.
 
-peft computes what is expected, over a base that transformers loaded: its outputs (in float64 where the base is plain),
-and each tensor of the live model, rotations by a float64 computation of the tests' own. A live layer that the forward
-never calls must not be folded where the base's weight is read: that is tried out, and no table of classes is asked.
+peft computes the expected values over a base that transformers loaded: the outputs (in float64 if the base is plain), and
+each tensor of the live model; a float64 computation of the tests' own gives the rotations. A live layer that the forward
+never calls must not be folded if the forward reads the base's weight: a run shows this, and no table of classes is asked.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ import oftsurgery
 
 #: the largest relative error of a rotated weight against the live model's
 WEIGHTS = {"plain": 1e-5, "nf4": 0.15, "int8": 0.02}
-#: and of the outputs: against the live model's (plain), or against a plain model's with the values of the same codes; in
-#: int8 activations are rounded too
+#: the largest relative error of the outputs: against the live model (plain), or against a plain model with the values of the
+#: same codes; in int8 activations are rounded too
 OUTPUTS = {"plain": 1e-5, "nf4": 1e-3, "int8": 0.3}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one step of a cell came to, where it is not right."""
+    """The result of one step of a cell, if the result is not right."""
 
     step: str
     verdict: str
@@ -72,7 +72,7 @@ class Cell:
         return self.findings
 
     def _prepare(self) -> bool:
-        """The adapter's folder and the live model; False where the family has no such part."""
+        """Make the adapter's folder and the live model; False if the family lacks the part that the adapter trains."""
         with stack("transformers loads and runs the base"):
             base = self.bench.base(self.kind)
             self.skip = self._trained_whole(base)
@@ -100,8 +100,8 @@ class Cell:
         return self.bench.base(self.kind, self.skip)
 
     def _trained_whole(self, base: Any) -> tuple[str, ...]:
-        """What transformers must not quantise, because peft trains the quantised head whole and cannot: transformers'
-        own choice, and the head.
+        """The modules that transformers must leave plain, since peft cannot train a quantised head whole: transformers' own
+        choice, and the head.
         """
         head = head_path(self.family, base)
         if self.which != "head saved" or self.kind == "plain" or not head:
@@ -111,7 +111,7 @@ class Cell:
         return (*base.hf_quantizer.modules_to_not_convert, head) if quantised else ()
 
     def _step(self, name: str, call: Callable[[], Any]) -> Any:
-        """What the call gives, or None with a finding."""
+        """The call's result; after an error None, and a finding."""
         try:
             return call()
         except WrongError as error:
@@ -148,8 +148,8 @@ class Cell:
         return model
 
     def _loads(self, folder: Path) -> Any:
-        """The model in a folder of ours. Where it does not load and the stack's own folder of the base does not either,
-        that is the stack's.
+        """The model in a folder that oftsurgery wrote. If neither this folder nor the stack's own folder of the base loads, the
+        error is the stack's.
         """
         try:
             model = self.bench.reloaded(folder)
@@ -166,7 +166,7 @@ class Cell:
             ) from error
 
     def _check_same(self, model: Any, other: Any) -> None:
-        """Byte for byte, and the same outputs."""
+        """Check that two models have the same bytes and the same outputs."""
         found = differing(dict(model.state_dict()), dict(other.state_dict()))
         if found:
             reason, lost = self.bench.stack_reloads(self.kind)
@@ -177,6 +177,7 @@ class Cell:
         wrong_unless(off < 1e-6, f"outputs are {off:.1e} from memory's, whose bytes are the same")
 
     def _check_as_live(self, model: Any, idle: tuple[str, ...]) -> None:
+        """Check each tensor and the outputs of a folded model against the live model."""
         state = dict(model.state_dict())
         for name, (value, rotated) in self.live.values.items():
             path = name.rpartition(".")[0]
@@ -209,15 +210,16 @@ class Cell:
             wrong_unless(off < OUTPUTS[self.kind], f"outputs are {off:.2g} from what the codes stand for")
 
     def _off_codes(self, model: Any) -> float:
-        """How far a quantised model's outputs are from what its codes stand for. Of a base that can be far: bitsandbytes'
-        CPU kernel is wrong where a layer's inputs are no multiple of the block, and int8 rounds activations too.
+        """The distance of a quantised model's outputs from the outputs of a plain model with the values of the same codes. Of a
+        base the distance can be large: bitsandbytes' CPU kernel is wrong if the number of a layer's inputs is not a multiple
+        of the block size, and int8 rounds activations too.
         """
         wanted = outputs(self._plain_with(dict(model.state_dict())), self.family.inputs)
         return distance(outputs(model, self.family.inputs), wanted)
 
     def _plain_with(self, state: dict[str, Tensor]) -> nn.Module:
-        """The plain base in float64, holding what the codes in ``state`` stand for: how far rounding alone takes the
-        outputs from the live ones says nothing, since some models blow it up.
+        """The plain base in float64 with the values of the codes in ``state``. The live model's outputs are no measure for a
+        quantised fold, since some models make a small rounding of weights a large change of outputs.
         """
         model = doubled(self.bench.base("plain"))
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -229,7 +231,7 @@ class Cell:
         return model
 
     def _belongs_to_rotated(self, name: str) -> bool:
-        """Statistics of a rotated weight."""
+        """Whether the tensor holds statistics of a rotated weight."""
         return any(
             name.startswith(f"{n}.") or name == n.removesuffix("weight") + "SCB"
             for n, (_, rotated) in self.live.values.items()
@@ -257,7 +259,7 @@ class Cell:
         self._check_same(self._loads(self.folder / "exported"), self.memory)
 
     def _onnx(self) -> None:
-        """Without example inputs where the model takes texts alone; with them where torch takes an axis for fixed."""
+        """Export a graph, without example inputs if the model takes texts alone, and with example inputs if torch fixes an axis."""
         texts = self.family.inputs is TEXTS or self.family.inputs is BOTH
         try:
             self._graph("onnx", None if texts else dict(self.family.inputs))
@@ -278,7 +280,7 @@ class Cell:
         oftsurgery.export_onnx(self.memory, self.folder / name, dtype="float32", example_inputs=examples)
 
     def _torch_exports(self) -> None:
-        """torch writes a graph of the plain base without oftsurgery, which onnxruntime runs, or the stack cannot."""
+        """Raise StackError unless, without oftsurgery, torch writes a graph of the plain base and onnxruntime runs the graph."""
         base = self.bench.base("plain")
         base.config.use_cache = False
         path = self.folder / "alone.onnx"
@@ -295,7 +297,7 @@ class Cell:
 def run_family(
     family: Family, folder: Path, cells: list[tuple[str, str]], *, graphs: bool = True
 ) -> dict[str, list[Finding]]:
-    """``{"base, adapter": findings}`` of the cells asked for; a cell without findings is right."""
+    """``{"base, adapter": findings}`` of the given cells; a cell without findings is right."""
     found: dict[str, list[Finding]] = {}
     transformers.utils.logging.disable_progress_bar()
     with quiet_transformers(), warnings.catch_warnings():

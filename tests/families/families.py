@@ -1,4 +1,4 @@
-"""The table of families: all classes that the sweep tries, by what they are."""
+"""The table of families: all classes that the sweep tries, in groups."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _line(cls: str, row: Row, notes: Notes) -> str:
-    """Of one class: a base's cells in one word where they are alike."""
+    """The table's row of one class; the cells of a base become one word if all of these cells are alike."""
     columns = []
     for base in BASES:
         told = {a: notes.cell(row.get(f"{base}, {a}", []), onnx=False) for a in ADAPTERS}

@@ -1,4 +1,4 @@
-"""What a row of the table of families is, and the sizes and inputs that rows share."""
+""":class:`Family` is a row of the table of families; the names below it are sizes and inputs that rows share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Family:
 
     Attributes:
         cls: name of the class.
-        config: what its config class is called with.
-        inputs: of its forward, by name.
-        linears: what the first adapter targets; ``"all-linear"`` unless peft refuses that for the family.
+        config: the arguments of the class's config class.
+        inputs: the inputs of the class's forward, by name.
+        linears: the targets of the first adapter; ``"all-linear"`` unless peft refuses this value for the family.
         head: path of the module that the second adapter trains whole; ``""`` finds the output embeddings.
         embedding: path of the module that the third adapter trains whole; ``""`` finds the input embeddings.
     """
@@ -40,7 +40,7 @@ def floats(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-#: names that most configs know; a config that does not know one keeps it unread
+#: fields that most configs know; a config keeps an unknown field unread
 TEXT: Config = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -112,7 +112,7 @@ ENCODER_DECODER: Config = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-#: where peft must not turn the router, whose output is a pair
+#: targets for a class whose router peft must not rotate, since the router's output is a pair
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISION: Config = {
     "hidden_size": 64,

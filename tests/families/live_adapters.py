@@ -1,4 +1,4 @@
-"""The adapters of a sweep, as peft makes, trains and saves them, and what peft's live model is."""
+"""The adapters of a sweep, which peft makes, trains and saves, and peft's live model of an adapter."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def path_of(model: nn.Module, wanted: nn.Module | None) -> str:
 
 
 def called_modules(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[nn.Module]:
+    """The modules that the forward calls."""
     called: set[nn.Module] = set()
     hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in model.modules()]
     outputs(model, inputs)
@@ -49,7 +50,7 @@ def head_path(family: Family, model: Any) -> str:
 
 
 def embedding_path(family: Family, model: Any) -> str:
-    """Of the input embeddings; where they stand under several names, of the module that the forward calls."""
+    """The path of the input embeddings; if several modules hold their weight, the path of the module that the forward calls."""
     if family.embedding:
         return family.embedding
     try:
@@ -69,14 +70,14 @@ def embedding_path(family: Family, model: Any) -> str:
 
 
 def short_name(model: nn.Module, path: str) -> str:
-    """The last part of a path, as people write it, where it means this module alone."""
+    """The last part of a path, as people write targets, if only this module has such a name; else the path."""
     leaf = path.rpartition(".")[2]
     return leaf if sum(p == leaf or p.endswith(f".{leaf}") for p, _ in model.named_modules()) == 1 else path
 
 
 def linears_of(family: Family, model: nn.Module) -> tuple[list[str], bool]:
-    """Paths of the linears that peft can turn, and whether that is all of them: peft 0.21 takes an input of four
-    dimensions for an image, and raises.
+    """Paths of the linears that peft can rotate, and whether these are all linears: peft 0.21 takes an input of four
+    dimensions for an image, and raises an error.
     """
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     images: set[nn.Module] = set()
@@ -93,7 +94,9 @@ def linears_of(family: Family, model: nn.Module) -> tuple[list[str], bool]:
 
 
 def all_linears(family: Family, model: Any, head: str) -> str | list[str]:
-    """``"all-linear"``, or paths where peft raises at that: it asks for the input embeddings, which not every class has."""
+    """``"all-linear"``, or paths if peft raises an error at this value: peft asks for the input embeddings, which not every class
+    has.
+    """
     if not isinstance(family.linears, str):
         return list(family.linears)
     linears, all_of_them = linears_of(family, model)
@@ -105,7 +108,7 @@ def all_linears(family: Family, model: Any, head: str) -> str | list[str]:
 
 
 def adapter_settings(family: Family, model: Any, which: str) -> dict[str, Any] | None:
-    """peft's settings of the adapter, None where the family has no such part."""
+    """peft's settings of the adapter; None if the family lacks the part that the adapter trains."""
     head, embedding = head_path(family, model), embedding_path(family, model)
     if which == "linears":
         return {"target_modules": all_linears(family, model, head)}
@@ -128,7 +131,7 @@ def adapter_settings(family: Family, model: Any, which: str) -> dict[str, Any] |
 
 
 def saved_adapter(base: Any, settings: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
-    """Write an adapter with all that trains in it changed at random, as peft saves it; what peft trained."""
+    """Write an adapter with random changes of all trained tensors, by peft's ``save_pretrained``; the result is these tensors."""
     live = get_peft_model(base, OFTConfig(oft_block_size=16, use_cayley_neumann=True, **settings))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -144,7 +147,7 @@ def trained(live: nn.Module) -> dict[str, Tensor]:
 
 
 class Live:
-    """What the live model is: its tensors by the plain model's names, what it computes, and which layers it calls."""
+    """The facts about a live model: its tensors by the plain model's names, its outputs, and the layers that it never calls."""
 
     def __init__(
         self, model: PeftModel, names: list[str], adapter: Path, inputs: Mapping[str, Tensor], *, plain: bool
@@ -177,8 +180,8 @@ class Live:
         return decoded(inner.state_dict(), "weight") @ self.rotations[path].T, True
 
     def _read_and_not_called(self) -> set[str]:
-        """Paths of targeted layers that the forward does not call, and whose weight it reads; other layers that it does
-        not call take no part in these inputs, and ``unused`` has them.
+        """Paths of targeted layers that the forward does not call and whose weight the forward reads. ``unused`` has the other
+        layers that the forward does not call: these layers take no part for the given inputs.
         """
         called = called_modules(self.model, self.inputs)
         idle = [p for p in self.rotations if self._module(p) not in called]
@@ -188,7 +191,7 @@ class Live:
         return found
 
     def _is_read(self, layer: nn.Module, before: list[Tensor]) -> bool:
-        """Whether the outputs follow the layer's own weight, apart from others that are tied to it."""
+        """Whether the outputs depend on the layer's own weight, apart from other layers that share the weight."""
         kept = layer.weight
         layer.weight = copy.deepcopy(kept)
         layer.weight.data.zero_()

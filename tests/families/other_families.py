@@ -1,4 +1,4 @@
-"""Families that take images, sounds, series, or several of these with text."""
+"""Families that take images, sounds or series, alone or together with text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from family import (
     with_pieces,
 )
 
-# a row reads as a row
+# the formatter would spread each row over many lines
 # fmt: off
 # --- images -----------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Why a cell may be refused: the error's class, a part of its text, and the reason in plain words."""
+"""The reasons for which a cell may be refused: the error's class, a pattern of the error's text, and the reason in plain words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a sweep: their file, what of them is in trouble, and what has changed between two.
+"""The results of a sweep: their file, the cells in trouble, and the changes between two sweeps.
 
 The file has one line a class. A class's row holds the cells that are not right, each with its findings: ``[step,
 verdict, error, text]``.
@@ -29,7 +29,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(results: dict[str, Any]) -> None:
-    """One line a class, in the order of their names."""
+    """Write the results with one line a class, in the order of the classes' names."""
     lines = [
         f"{json.dumps(cls)}: {json.dumps(row, ensure_ascii=False)}" for cls, row in sorted(results["families"].items())
     ]
@@ -49,13 +49,13 @@ def trouble(families: dict[str, Row]) -> list[str]:
 
 
 def verdict_of(findings: list[list[str]], *, onnx: bool) -> str:
-    """Of a cell's graph, or of the rest: the worst of its findings."""
+    """The worst verdict on a cell's graph (``onnx``), or on the other steps of the cell."""
     found = [verdict for step, verdict, *_ in findings if (step == "onnx") == onnx]
     return next((v for v in (CRASH, WRONG, REFUSED, STACK, ABSENT) if v in found), RIGHT)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What differs between two sweeps, a line each."""
+    """The differences between two sweeps, one line each."""
     for name, version in new["versions"].items():
         if old["versions"].get(name, version) != version:
             yield f"{name}: {old['versions'][name]} → {version}"

@@ -1,11 +1,11 @@
-"""The sweep of families: every cell of the table, one process a class; writes docs/families.json and docs/model-families.md.
+"""The sweep of families runs every cell of the table, one process a class, and writes docs/families.json and docs/model-families.md.
 
-    python tests/families/sweep.py                      every class; goes on where a stopped sweep left off
-    python tests/families/sweep.py --only llama,bert    the classes whose names begin so, anew
-    python tests/families/sweep.py --compare OLD.json   what has changed since another sweep
-    python tests/families/sweep.py --page               the page from the JSON, nothing run
+    python tests/families/sweep.py                      runs every class; a stopped sweep goes on
+    python tests/families/sweep.py --only llama,bert    runs the classes whose names begin so, again if they have results
+    python tests/families/sweep.py --compare OLD.json   says what has changed since another sweep
+    python tests/families/sweep.py --page               writes the page from the JSON, and runs nothing
 
-It ends in 1 where a cell is wrong, crashes, or is refused for a reason that is not in the table.
+The exit code is 1 if a cell is wrong, crashes, or is refused for a reason that is not in the table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "helpers"), str(ROOT)]
 
-from families_page import PAGE, page_of  # noqa: E402 - found by that path
+from families_page import PAGE, page_of  # noqa: E402 - the line above adds the path
 from results import ADAPTERS, BASES, RESULTS, changes, read_results, trouble, write_results  # noqa: E402
 
 #: results of the classes that a stopped sweep has finished
@@ -57,7 +57,7 @@ def run_one(cls: str, out: Path) -> None:
 
 
 def run_in_process(cls: str, limit: int) -> None:
-    """The same in a process of its own; what ends otherwise than it should is a finding."""
+    """:func:`run_one` in a process of its own; a process that crashes or takes too long becomes a finding."""
     start, out = time.monotonic(), UNFINISHED / f"{cls}.json"
     log = UNFINISHED / f"{cls}.log"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -80,7 +80,7 @@ def run_in_process(cls: str, limit: int) -> None:
 
 
 def sweep(classes: list[str], jobs: int, limit: int) -> dict[str, Any]:
-    """Run what has no result yet; the results of all."""
+    """Run the classes that have no result yet, and return the results of all classes."""
     UNFINISHED.mkdir(exist_ok=True)
     missing = [cls for cls in classes if not (UNFINISHED / f"{cls}.json").exists()]
     print(f"{len(missing)} of {len(classes)} classes to run, {jobs} at a time", flush=True)
@@ -91,10 +91,14 @@ def sweep(classes: list[str], jobs: int, limit: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="beginnings of class names, with commas; run anew")
+    parser.add_argument(
+        "--only", default="", help="beginnings of class names, with commas between them; these classes run again"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--limit", type=int, default=1200, help="seconds that one class may take")
-    parser.add_argument("--compare", type=Path, help="the JSON of another sweep; by default the one that is replaced")
+    parser.add_argument(
+        "--compare", type=Path, help="the JSON of another sweep (default: docs/families.json before this sweep)"
+    )
     parser.add_argument("--page", action="store_true", help="write the page from the JSON alone")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()

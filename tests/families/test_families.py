@@ -1,4 +1,4 @@
-"""The results of the sweep stand: the page says what they say, every refusal has its reason, and some cells are run again."""
+"""The results of the sweep: the page agrees with the results, every refusal has its reason, and some cells run again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def results() -> dict[str, Any]:
 
 
 def test_every_class_has_its_results_and_the_page_says_them(results: dict[str, Any]) -> None:
-    """``make families`` writes both; ``tests/families/sweep.py --page`` the page alone."""
+    """``make families`` writes the results and the page; ``tests/families/sweep.py --page`` writes the page alone."""
     assert results["families"].keys() == FAMILIES.keys()
     assert len(FAMILIES) >= 100
     assert PAGE.read_text(encoding="utf-8") == page_of(results)

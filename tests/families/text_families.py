@@ -20,9 +20,9 @@ from family import (
 )
 from torch import Tensor
 
-# a row reads as a row
+# the formatter would spread each row over many lines
 # fmt: off
-#: heads do not share keys
+#: sizes of models whose heads do not share keys
 UNGROUPED: Config = TEXT | {"num_key_value_heads": 4}
 
 
