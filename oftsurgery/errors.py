@@ -159,11 +159,11 @@ class MatchError(OFTSurgeryError):
 
 
 class ShapeError(OFTSurgeryError):
-    """A tensor's shape does not fit what it is applied to."""
+    """A tensor's shape does not fit its use."""
 
 
 class ExtractionError(OFTSurgeryError):
-    """The difference of two models does not say what rotation it is, or is none."""
+    """The difference of two models does not determine a rotation, or is not a rotation."""
 
 
 class NonFiniteError(OFTSurgeryError):

@@ -221,6 +221,7 @@ def _pictures(record: FoldRecord) -> dict[str, bytes]:
 
 
 def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | None) -> str:
+    """The name ``owner/name`` of the repository to push to."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -475,6 +476,7 @@ def _talking(doing: str, token: str, left: Callable[[], str] = str) -> Iterator[
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
+    """The reason and the remedy for an error of the Hub's client."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain = [*causes(error)]

@@ -179,6 +179,7 @@ def _told_of_adapter() -> Iterator[None]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -146,6 +146,7 @@ class LoadedCheckpoint:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model that transformers' converter makes of a group of stored tensors."""
         pattern = group.members[0][0]
         converter: Any = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
         for pattern, name in group.members:

@@ -131,6 +131,7 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
 
 
 def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]) -> None:
+    """Refuse a folded checkpoint whose formats differ from the base's."""
     for part in job.parts:
         name = part.output if part.output in job.outputs else next(iter(job.outputs))
         there = folded.entries.get(name)

@@ -233,6 +233,7 @@ def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
+    """The replacements of tensors by the adapters' own values; tied names take one replacement together."""
     made: dict[tuple[str, ...], Replace] = {}
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
@@ -297,6 +298,7 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
+    """Refuse a rotation that does not fit the kind or the shape of its module."""
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
@@ -350,6 +352,7 @@ def _brings_module(adapter: OFTAdapter, name: str) -> bool:
 
 
 def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
+    """Refuse rotations that reach one module by two paths."""
     seen: dict[int, str] = {}
     for name, info in layers.items():
         path = name.removesuffix(".weight")

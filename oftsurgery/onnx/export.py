@@ -339,6 +339,7 @@ def _write_rest(
     record: FoldRecord | None,
     report: OnnxReport,
 ) -> None:
+    """Write the files beside the graph: configs, tokenizer, record and card."""
     jsons = export.config_files(model, NAMED[report.dtype])
     if genai is not None:
         jsons["genai_config.json"] = genai

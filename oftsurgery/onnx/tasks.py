@@ -184,6 +184,7 @@ class TextTask(Task):
         return list(wrapped.names)
 
     def _feeds(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs of one batch size and one length."""
         ids, mask = self.tokens(batch, length, generator)
         given = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.names:
