@@ -399,8 +399,8 @@ def test_a_push_beside_an_adapter_is_refused_with_a_remedy_that_works(place: Pat
     quietly(oftsurgery.fold_checkpoint, place / "v1", place / "adapter", "out")
     hold(server, ADAPTER, files_of(place / "adapter") | {".gitattributes": b""})
     text = (
-        r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load that "
-        r"instead of what is pushed.*Remedy: name another repository or revision, or delete these files in the repository: (.*) \(`hf repos delete-files`\)"
+        r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load the adapter "
+        r"instead of the pushed model.*Remedy: name another repository or revision, or delete these files in the repository: (.*) \(`hf repos delete-files`\)"
     )
     with pytest.raises(StateError, match=text) as caught:
         oftsurgery.push_to_hub("out", ADAPTER)
