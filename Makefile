@@ -3,6 +3,8 @@
 #   make test     runs all tests but the slow tests; ARGS="-k name" selects tests
 #   make slow     runs the slow tests
 #   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
+#   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
+#                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
 #   make bench    times a fold beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
 #   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
@@ -16,7 +18,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check docs bench bench-quality browser
+.PHONY: demo test slow check families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -33,6 +35,9 @@ check: $(INSTALLED) browser
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+families: $(INSTALLED)
+	$(BIN)/python tests/families/sweep.py --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)") $(if $(COMPARE),--compare "$(COMPARE)")
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build

@@ -165,11 +165,11 @@ class MatchError(OFTSurgeryError):
 
 
 class ShapeError(OFTSurgeryError):
-    """A tensor's shape does not fit what it is applied to."""
+    """A tensor's shape does not fit its use."""
 
 
 class ExtractionError(OFTSurgeryError):
-    """The difference of two models does not say what rotation it is, or is none."""
+    """The difference of two models does not determine a rotation, or is not a rotation."""
 
 
 class NonFiniteError(OFTSurgeryError):
@@ -193,16 +193,16 @@ class UndoError(OFTSurgeryError):
 
 
 class MissingDependencyError(OFTSurgeryError, ImportError):
-    """An optional dependency is not installed; the remedy names the extra that brings it."""
+    """An optional dependency is not installed; the remedy names the extra that brings the dependency."""
 
 
-#: what to do about a model in memory
+#: the remedy for a model in memory whose tensors are not gathered
 GATHER_MODEL = "gather the model within `deepspeed.zero.GatheredParameters(list(model.parameters()))`, or load a checkpoint that is whole"
 
 
 def not_gathered(kind: type[OFTSurgeryError], what: str, remedy: str, **where: Any) -> OFTSurgeryError:
     """The error for a tensor without elements, which DeepSpeed's ZeRO-3 or FSDP holds in parts."""
-    message = f"{what} has no elements: training has spread it over processes (ZeRO-3, FSDP), and it was not gathered"
+    message = f"{what} has no elements: training has spread the tensor over processes (ZeRO-3, FSDP), and nobody gathered the parts"
     return kind(message, remedy=remedy, **where)
 
 
@@ -220,7 +220,7 @@ class RoundingWarning(UserWarning):
 
 
 class WeakAdapterWarning(RoundingWarning):
-    """States, once a fold, that rounding has put back a part of what the adapter changed, and how much is kept."""
+    """States, once a fold, that rounding has undone a part of the adapter's change, and how much of the change is kept."""
 
 
 class UnfoldWarning(UserWarning):
@@ -239,7 +239,7 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 
 class UntieWarning(UserWarning):
-    """A fold gave two modules that shared a weight a weight each."""
+    """A fold gave each of two modules that shared a weight a weight of its own."""
 
 
 class SourceWarning(UserWarning):
@@ -249,11 +249,11 @@ class SourceWarning(UserWarning):
 
 
 class IdleWarning(UserWarning):
-    """Names, once a fold, the layers whose rotation is left out: their owners read the weight and never call them."""
+    """Names, once a fold, the layers whose rotation is left out, since the layer's owner reads the weight and never calls the layer."""
 
 
 class LeftOutWarning(UserWarning):
-    """Names, once an output, files that loading the whole model reads and that the output lacks or has from an adapter."""
+    """Names, once an output, the files of the whole model that the output lacks, or that the output has from an adapter."""
 
 
 class CalibrationWarning(UserWarning):
@@ -261,7 +261,7 @@ class CalibrationWarning(UserWarning):
 
 
 class BackendWarning(UserWarning):
-    """A fast path is missing or failed; what it would have done is done by a slower one, with the same result."""
+    """A fast path is missing or failed; a slower path has computed the same result."""
 
 
 class ConversionWarning(UserWarning):

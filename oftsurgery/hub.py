@@ -221,6 +221,7 @@ def _pictures(record: FoldRecord) -> dict[str, bytes]:
 
 
 def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | None) -> str:
+    """The name ``owner/name`` of the repository to push to."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -403,7 +404,7 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
         named = ", ".join(map(printable, sorted(foreign)))
         what = f"another checkpoint: {named}, which oftsurgery did not put there"
         if ADAPTER_CONFIG in foreign:
-            what = f"an adapter: {named}; transformers would load that instead of what is pushed"
+            what = f"an adapter: {named}; transformers would load the adapter instead of the pushed model"
         raise StateError(
             f"the repository {report.repo_id} holds {what}",
             remedy=f"name another repository or revision, or delete these files in the repository: {named} (`hf repos delete-files`)",
@@ -412,7 +413,7 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
 
 
 def _read_instead(name: str, report: PushReport) -> bool:
-    """Whether a file of the repository would be read instead of what is pushed, or beside it."""
+    """Whether loaders would read a file of the repository instead of the pushed files, or beside them."""
     if name == ADAPTER_CONFIG:
         return True
     weights = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
@@ -475,6 +476,7 @@ def _talking(doing: str, token: str, left: Callable[[], str] = str) -> Iterator[
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
+    """The reason and the remedy for an error of the Hub's client."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain = [*causes(error)]

@@ -220,6 +220,7 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
 
 
 def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
+    """The weighted mean of adapters on the rotation group."""
     adapters = [a for a, _ in parts]
     for adapter, w in parts:
         if not math.isfinite(w):
@@ -269,6 +270,7 @@ def _warn_converted(residuals: Mapping[str, float]) -> None:
 
 
 def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
+    """Refuse adapters with values of their own for tensors of the model."""
     for adapter in adapters:
         if adapter.saved:
             own = "the adapter brings values of its own for a tensor (a trained bias, `modules_to_save`)"

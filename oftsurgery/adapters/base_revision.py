@@ -51,13 +51,13 @@ def base_revision(
 
 
 def trained_at(adapters: Iterable[OFTAdapter]) -> list[tuple[object, object]]:
-    """``(base, revision)`` that the adapters' configs name."""
+    """The pairs ``(base, revision)`` that the adapters' configs name."""
     return [(a.config.get("base_model_name_or_path"), a.config.get("revision")) for a in adapters]
 
 
 def warn_of_another_commit(config: object, adapters: Iterable[OFTAdapter]) -> None:
-    """Warn where a model in memory was loaded from another commit of its repository than an adapter was trained at, as far as
-    the model's ``config`` and the Hub's cache tell.
+    """Warn if a model in memory was loaded from one commit of its repository, and an adapter was trained at another commit. The
+    model's ``config`` and the Hub's cache tell the commits.
 
     Warns:
         SourceWarning: the commits differ.
@@ -70,6 +70,6 @@ def warn_of_another_commit(config: object, adapters: Iterable[OFTAdapter]) -> No
         if wanted is not None and wanted != loaded:
             warn_caller(
                 f"the model is commit {printable(loaded)} of {printable(base)}, but the adapter was trained at revision {printable(revision)}, "
-                f"commit {wanted}; from_pretrained(…, revision={printable(revision)!r}) loads that one",
+                f"commit {wanted}; from_pretrained(…, revision={printable(revision)!r}) loads that commit",
                 SourceWarning,
             )

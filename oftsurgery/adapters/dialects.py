@@ -117,6 +117,7 @@ def _check_shared(rows: Tensor, config: Config) -> None:
 
 
 def _wrote_0_13(config: Config, modules: Modules, source: str | None) -> bool:
+    """Whether peft ≤ 0.13 wrote the files, whose config has no ``oft_block_size``; ``oft_s`` is then an error."""
     if "oft_block_size" in config:
         return False
     for path, parts in modules.items():
@@ -128,6 +129,7 @@ def _wrote_0_13(config: Config, modules: Modules, source: str | None) -> bool:
 
 
 def _wrote_0_15(config: Config, modules: Modules, source: str | None) -> bool:
+    """Whether peft 0.14 or 0.15 wrote the files, whose config has ``oft_block_size``; a missing matrix is then an error."""
     if "oft_block_size" not in config:
         return False
     for path, parts in modules.items():
@@ -139,6 +141,7 @@ def _wrote_0_15(config: Config, modules: Modules, source: str | None) -> bool:
 
 
 def _rotation_of_matrices(parts: Parts, config: Config, *, side: rotations.Side) -> Rotation:
+    """The rotation of a module of peft ≤ 0.15, whose file holds whole matrices."""
     a = parts["oft_r"]  # a module of these dialects always has oft_r, with oft_s in peft 0.14 and 0.15
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
         raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", "oft_r", a)
@@ -159,6 +162,7 @@ def _rotation_of_matrices(parts: Parts, config: Config, *, side: rotations.Side)
 
 
 def _width_of_matrices(rows: int, block_size: int, scale: Tensor | None) -> int:
+    """The ``width`` of :func:`coft_radius`: the outputs for each block, or the block size without ``oft_s``."""
     return block_size if scale is None else -(-scale.shape[0] // rows)
 
 
@@ -195,6 +199,7 @@ def _since_0_18(config: Config, source: str | None) -> bool | None:
 
 
 def _rotation_of_triangles(parts: Parts, config: Config, *, since_0_18: bool) -> Rotation:
+    """The rotation of a module of peft ≥ 0.16, whose file holds the upper triangles of generators."""
     if len(parts) > 1:
         message = f"one module has both {' and '.join(sorted(parts))}"
         raise AdapterError(message, remedy="save the adapter again with peft's save_pretrained")

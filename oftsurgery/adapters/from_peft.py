@@ -78,6 +78,7 @@ def _all_are(kind: type, values: Any) -> bool:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config of another kind of adapter, or with fields of wrong types or values."""
     kind = config.get("peft_type")
     if kind is None:
         message = "the adapter's config has no `peft_type`"

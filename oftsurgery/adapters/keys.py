@@ -75,6 +75,7 @@ def sort_keys(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Parts,
 
 
 def _without_prefix(key: str, source: str | None) -> str:
+    """The key without peft's prefix and without segments of wrappers."""
     name, found = without_peft(key)
     if not found:
         message = f"the key is unknown: peft's adapter keys start with {KEY_PREFIX!r}"
@@ -98,6 +99,7 @@ def _only_name(names: Collection[str], source: str | None) -> str:
 
 
 def _check_values(tensor: Tensor, where: Mapping[str, Any], *, rotates: bool) -> None:
+    """Refuse a tensor that is empty, holds NaN or infinity, or is a rotation without floats."""
     if tensor.numel() == 0:
         raise not_gathered(AdapterError, "the adapter's tensor", _GATHER, **where)
     if rotates and tensor.dtype not in FLOATS:

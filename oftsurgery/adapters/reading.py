@@ -1,4 +1,4 @@
-"""An adapter's files: where they are, in a local folder or the Hub's cache, and what is in them."""
+""":func:`read_adapter` finds an adapter's files in a local folder or on the Hub, and reads them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 # peft's configs are a few kB; a much larger file is no config
 _MAX_CONFIG_BYTES = 4 << 20
-# how many adapters an error names
+# the most adapters that an error names
 _NAMED = 8
 
 
@@ -75,11 +75,12 @@ def find_adapter(
 
 
 def homes_of(adapters: Iterable[OFTAdapter | AdapterInfo]) -> list[Path]:
-    """The folders that the adapters were read from, where these folders still hold them: local, or in the Hub's cache."""
+    """The folders that the adapters were read from, local or in the Hub's cache, without folders that hold other files now."""
     return [home for a in adapters for home in [_home_of(a.source, a.sha256)] if home is not None]
 
 
 def _home_of(source: str | None, sha256: str | None) -> Path | None:
+    """The folder of the adapter's file with this SHA-256, or None."""
     if source is None or sha256 is None:
         return None
     with suppress(AdapterError, ImportError):
@@ -101,7 +102,7 @@ def _local(place: Place) -> Path | None:
 
 
 def _only_one(place: Place) -> Place:
-    """The subfolder of ``place`` that holds its only adapter."""
+    """The subfolder of ``place`` that holds the place's only adapter."""
     names = place.names()
     found = sorted(_folder_of(name) for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
     if not found:
@@ -111,7 +112,7 @@ def _only_one(place: Place) -> Place:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         listed = ", ".join(map(printable, found[-_NAMED:])) + more
         message = f"the folder holds {len(found)} adapters, each in a subfolder: {listed}"
-        remedy = f"name one of them: subfolder={found[-1]!r} (--adapter-subfolder {found[-1]})"
+        remedy = f"name one subfolder: subfolder={found[-1]!r} (--adapter-subfolder {found[-1]})"
         raise AdapterError(message, path=place, remedy=printable(remedy))
     warn_caller(
         f"{printable(place)} holds one adapter, in its subfolder {printable(found[0])}; this adapter is read",
@@ -125,6 +126,7 @@ def _folder_of(name: str) -> str:
 
 
 def _no_config(place: Place, names: Collection[str]) -> AdapterError:
+    """The error for a place that holds files of these ``names``, and no adapter's config."""
     weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
     if weights is not None:
         message = (
@@ -136,6 +138,7 @@ def _no_config(place: Place, names: Collection[str]) -> AdapterError:
 
 
 def _no_tensors(place: object, names: Collection[str]) -> AdapterError:
+    """The error for a place that holds files of these ``names``, and no adapter's tensors in safetensors."""
     pickle = next((name for name in _PICKLES if name in names), None)
     if pickle is not None:
         message = f"{pickle} is a pickle, which could run code when read; oftsurgery reads safetensors only"
@@ -176,11 +179,12 @@ def _told_of_adapter() -> Iterator[None]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return dict(load_file(path))
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        message = f"the tensors cannot be read: the file is truncated, or no safetensors file ({printable(error)})"
+        message = f"the tensors cannot be read: the file is truncated, or is no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -1,4 +1,4 @@
-""":func:`missing_modules` says what an adapter's own config targets in a model, as peft reads it, and the adapter lacks."""
+""":func:`missing_modules` finds the modules that an adapter's config targets in a model, by peft's rules, and the adapter lacks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from oftsurgery.errors import AdapterError, printable
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
 
-#: fields of a config that say which modules it targets
+#: the fields of a config that say which modules are targets
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without its targets, for an adapter that is live in a model: its live layers say what it has."""
+    """``config`` without its targets, for an adapter that is live in a model: the live layers show the adapter's modules."""
     return {name: value for name, value in config.items() if name not in TARGETS}
 
 
 _ALL_LINEAR = "all-linear"
-# modules that peft leaves out of "all-linear" where a model classifies sequences
+# modules that peft leaves out of "all-linear" if a model classifies sequences
 _HEADS = ("score", "classifier")
 # a pattern from a file must not be able to keep a fold busy for ever
 _SECONDS_A_NAME, _SECONDS, _MAX_PATTERN = 0.5, 5.0, 200_000
 
-#: (name as the adapter has it, path in the model) → whether the config targets it
+#: (name in the adapter, path in the model) → whether the config targets the module
 Rule = Callable[[str, str], bool]
 
 
@@ -40,8 +40,8 @@ class Adaptable:
 
     Attributes:
         linears: paths of linear layers; a module that stands in several places has its first path.
-        others: paths of embeddings and convolutions; paths of all layers where the class is not known.
-        holders: paths of modules that hold tensors, in themselves or below.
+        others: paths of embeddings and convolutions; paths of all layers if the class is not known.
+        holders: paths of modules that hold tensors themselves, or whose parts hold tensors.
         first: ``{other path of a shared module: first path of the module}``.
         head: path of the output embeddings, or None.
         name: name of the model's class, or None.
@@ -68,7 +68,7 @@ def missing_modules(adapter: OFTAdapter, found: Mapping[str, str], model: Adapta
     config = adapter.config
     target = config.get("target_modules")
     if not target or (isinstance(target, str) and set(target.split("|")) == {f"(?:{re.escape(p)})" for p in found}):
-        return ()  # the second: as `OFTAdapter.save` writes it, of thousands of paths
+        return ()  # `OFTAdapter.save` writes such a pattern, which may hold thousands of paths
     rule = _rule(config, model)
     if not all(rule(name, path) for name, path in found.items()):
         return ()
@@ -83,9 +83,9 @@ def missing_modules(adapter: OFTAdapter, found: Mapping[str, str], model: Adapta
 
 
 def saved_targets(config: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
-    """The target fields of the config that is saved for an adapter of these modules: the fields of its own ``config``, so that
-    a part of an adapter stays one; else one pattern that matches these paths and no other. A list would match every path
-    that ends in a listed name.
+    """The target fields of the config that is saved for an adapter of these modules: the fields of ``config`` if they target all
+    of the modules, so that a part of an adapter stays a part; else one pattern that matches these paths and no others. (A list
+    would match every path that ends in a listed name.)
     """
     target = config.get("target_modules")
     nothing = Adaptable((), (), ())
@@ -99,6 +99,7 @@ def _is_all_linear(target: object) -> bool:
 
 
 def _unsaved(adapter: OFTAdapter, called: Callable[[str], str | None], model: Adaptable) -> Iterator[str]:
+    """Paths of the modules that ``modules_to_save`` names and the adapter lacks."""
     for entry in adapter.config.get("modules_to_save") or ():
         for path in model.holders:
             name = called(path)
@@ -109,17 +110,15 @@ def _unsaved(adapter: OFTAdapter, called: Callable[[str], str | None], model: Ad
 def _names_in_adapter(
     found: Mapping[str, str], model: Adaptable, config: Mapping[str, Any]
 ) -> Callable[[str], str | None]:
-    """A function from a path in the model to the adapter's name for it. The adapter's names may have other beginnings, as
-    an adapter of another class has them, or of an earlier layout. None for a part of the model that the adapter's class
-    does not have.
+    """A function from a path in the model to the module's name in the adapter; None for a part of the model that the adapter's
+    class does not have. The names of an adapter of another class, or of an earlier layout, begin differently.
     """
     beginnings: dict[str, str] = {}
     renamed = any(name != path for name, path in found.items())
     for name, path in found.items():
         mine, theirs = name.split("."), path.split(".")
-        if (
-            renamed and mine == theirs
-        ):  # `lm_head` beside a language model that lies deeper here says nothing of other parts
+        if renamed and mine == theirs:
+            # an unchanged `lm_head` beside a language model that lies deeper here tells nothing about other parts
             beginnings[theirs[0]] = mine[0]
             continue
         while mine and theirs and mine[-1] == theirs[-1]:
@@ -147,6 +146,7 @@ def _names_in_adapter(
 
 
 def _rule(config: Mapping[str, Any], model: Adaptable) -> Rule:
+    """peft's decision whether a config targets a module."""
     target, excluded, match = config["target_modules"], config.get("exclude_modules"), _Patterns().match
 
     def is_excluded(name: str) -> bool:
@@ -171,10 +171,12 @@ def _rule(config: Mapping[str, Any], model: Adaptable) -> Rule:
 
 
 def _is_head(name: str, config: Mapping[str, Any], model: Adaptable) -> bool:
+    """Whether the module is the head of a classifier, which "all-linear" leaves out."""
     return model.head is None and config.get("task_type") == "SEQ_CLS" and name in _HEADS
 
 
 def _in_layers(name: str, config: Mapping[str, Any], match: Callable[[str, str], Any]) -> bool:
+    """Whether the module lies in one of the config's ``layers_to_transform``; True for a config without this field."""
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:
         return True
@@ -183,7 +185,8 @@ def _in_layers(name: str, config: Mapping[str, Any], match: Callable[[str, str],
         r"[^.]+\.[^.]+\."
     ]
     for pattern in before:
-        # releases of peft take the first or the last number in a name for the layer's: a layer counts where both agree
+        # some releases of peft take the first number in a name as the layer's number, and others the last number: a name
+        # counts only if both numbers are listed
         found = [match(rf"(?:{any_}\.)?{pattern}(\d+)\.", name) for any_ in (".*?", ".*")]
         if all(found):
             return {int(number[1]) for number in found} <= set(listed)
@@ -191,6 +194,7 @@ def _in_layers(name: str, config: Mapping[str, Any], match: Callable[[str, str],
 
 
 def _ends(name: str, entry: str) -> bool:
+    """Whether the last segments of ``name`` are ``entry``."""
     return name == entry or name.endswith(f".{entry}")
 
 
@@ -215,5 +219,8 @@ class _Patterns:
             message = f"a pattern of modules in the adapter's config is no regular expression: {printable(pattern)} ({printable(error)})"
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error
         except TimeoutError as error:
-            message = f"a pattern of modules in the adapter's config takes too long to match: {printable(pattern)}"
+            limits = f"limits: {_SECONDS_A_NAME} s a name, {_SECONDS:.0f} s in all, {_MAX_PATTERN} characters"
+            message = (
+                f"a pattern of modules in the adapter's config takes too long to match ({limits}): {printable(pattern)}"
+            )
             raise AdapterError(message, tensor="adapter_config.json", remedy=remedy) from error

@@ -63,6 +63,7 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
 
 
 def _check_expressible(r: Rotation) -> None:
+    """Refuse a rotation that peft 0.21 cannot store."""
     if r.side == "output":
         lack = "peft 0.21 can store rotations of inputs and embeddings alone"
         message = f"the adapter has a rotation of the outputs (peft ≤ 0.13): {lack}"
@@ -76,7 +77,7 @@ def _check_expressible(r: Rotation) -> None:
 def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings by which one config describes the blocks of all modules: ``block_share``, and ``r`` or
     ``oft_block_size``, of which the other is 0. The blocks are written in the size ``oft_block_size``, which may be
-    larger than their own.
+    larger than a module's own block size.
     """
     shared = {r._one_for_all for r in modules.values()}
     sizes = {r.block_size for r in modules.values()}

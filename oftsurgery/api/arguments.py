@@ -49,15 +49,15 @@ def load_adapter(
             an adapter that is not called "default", and trainers save their checkpoints.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
-        revision: of the Hub repository.
-        subfolder: of the folder or repository.
-        follow_links: read files that are links, wherever these lead.
+        revision: the branch, tag or commit of a Hub repository.
+        subfolder: the folder inside ``path_or_repo`` that holds the adapter.
+        follow_links: read files that are links, wherever the links lead.
 
     Returns:
         the :class:`~oftsurgery.OFTAdapter`.
 
     Raises:
-        AdapterError: files are missing, damaged, pickles, or no adapter's; or several subfolders hold adapters.
+        AdapterError: files are missing, damaged or pickles, or do not belong to an adapter; or several subfolders hold adapters.
         DialectError: the adapter is of another kind, its dialect is unknown, or its files do not tell the dialect.
         ShapeError, NonFiniteError: a tensor has a shape or values that no adapter has.
 
@@ -69,6 +69,7 @@ def load_adapter(
 
 
 def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
+    """The adapters of an argument that takes one adapter or several; folders and Hub ids are read."""
     given: Sequence[Any] = adapter if isinstance(adapter, (list, tuple)) else [adapter]
     if not all(isinstance(a, (OFTAdapter, str, PathLike)) for a in given):
         raise AdapterError(
@@ -156,6 +157,7 @@ def tokenizer_choice(tokenizer: Any) -> Any:
 
 
 def check_is_model(model: object) -> None:
+    """Refuse an object that is not a model in memory."""
     if not isinstance(model, nn.Module):
         message = f"a model is a torch.nn.Module, not a {type(model).__name__}"
         raise StateError(message, remedy="load the model first; the functions …_checkpoint take folders")
@@ -164,7 +166,7 @@ def check_is_model(model: object) -> None:
 def opened_checkpoint(
     source: str | PathLike[str], revision: str | None = None, adapters: Iterable[OFTAdapter] = ()
 ) -> Checkpoint:
-    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the one that ``adapters`` were trained at."""
+    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the revision at which ``adapters`` were trained."""
     at = base_revision(source, revision, trained_at(adapters))
     return replace(
         open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
@@ -178,6 +180,7 @@ def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpo
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:
+    """Refuse an unfold that was given no way back, or several."""
     count = sum(way is not None for way in given)
     if count != 1:
         message = f"unfold needs one of the adapter, the base and an undo record, but {count} of these were given"

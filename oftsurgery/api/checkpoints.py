@@ -364,7 +364,7 @@ def verify_checkpoint(
     Args:
         folded: a folder or Hub id, in any format.
         base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
-            that the adapter's config names for it.
+            that the adapter's config names for this base.
         adapter: the adapter that was folded; several in the live order.
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.

@@ -52,8 +52,10 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
         remedy = "fold without data (--rounding preserve), or load the model with its own code and fold it in memory"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
     if plan.source.wrapped:
-        message = "transformers does not load the names of wrappers that the checkpoint's tensors have, and a calibration must run the model"
-        remedy = "fold without a calibration, or save the base again under its plain names first"
+        message = "the names of the checkpoint's tensors hold segments of wrappers, which transformers does not load, and a calibration must run the model"
+        remedy = (
+            "fold without a calibration, or first save the base again without its wrapper (torch.compile, FSDP, DDP)"
+        )
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
     config = transformers.AutoConfig.for_model(**readable_config(plan.store.config))
     stored = plan.source.config.get("quantization_config")

@@ -51,7 +51,7 @@ class Calibration:
         progress: Progress | None = None,
         pass_bytes: int = PASS_BYTES,
     ) -> None:
-        # what they lack was told of when the fold was planned
+        # the plan of the fold has already reported modules that the adapters lack
         planned = [replace(adapter, config=without_targets(adapter.config)) for adapter in adapters]
         named = {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}
         self._live = inner_model(wrap_model(model, named))

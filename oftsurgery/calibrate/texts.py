@@ -33,7 +33,8 @@ def read_texts(path: Path) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    # str.splitlines ends lines at U+0085, U+2028 and U+2029 too, which JSON has inside strings, and texts inside sentences
+    """The lines of a text file, without their ends."""
+    # str.splitlines would end lines at U+0085, U+2028 and U+2029 too, which stand inside strings of JSON and inside sentences
     try:
         with path.open(encoding="utf-8") as file:
             yield from (line.rstrip("\n") for line in file)
@@ -43,6 +44,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
+    """The texts of a JSON Lines file, one object with a ``text`` a line."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue

@@ -68,7 +68,7 @@ def doctor(
 
 
 def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
-    """The folder of the adapter at ``path``; None where ``path`` holds a checkpoint, or neither."""
+    """The folder of the adapter at ``path``; None if ``path`` holds a checkpoint, or neither an adapter nor a checkpoint."""
     place = checkpoint_place(path)
     names = place.names()
     if any(name in names for layout in LAYOUTS for name in layout.names):

@@ -33,7 +33,7 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
     with noting(found):
         carried_from(folder)  # refuses links and indexes that leave the folder
     if checkpoint.wrapped:
-        message = "the tensors' names have names of wrappers in them: transformers finds no tensor, and fills the model with random numbers"
+        message = "the tensors' names hold segments of wrappers: transformers finds no tensor, and fills the model with random numbers"
         remedy = f"fold an adapter, which writes the plain names: {FOLD}; or save the model without its wrapper"
         found.append(
             Finding("error", "wrapped-names", message, folder.name, {"tensors": len(checkpoint.entries)}, remedy)
@@ -110,6 +110,7 @@ def _by_its_shards(folder: Path, index: Path, found: list[Finding]) -> Checkpoin
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Notes on files of weights beside the checkpoint that no index names."""
     message = "the file of weights is not a part of the checkpoint, and nothing reads the file"
     remedy = "remove the file, or restore the index where the index is wrong"
     own = {checkpoint.weights / file for file in checkpoint.files}
@@ -157,6 +158,7 @@ def _default_theta(model_type: object) -> float:
 
 
 def _stale_config(checkpoint: Checkpoint) -> list[Finding]:
+    """Findings where ``quantization_config`` and the stored weights disagree."""
     settings = checkpoint.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
         message, remedy = "`quantization_config` is not a JSON object", "restore the config.json of these weights"

@@ -77,6 +77,7 @@ def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
 
 
 def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
+    """The finding for a rotated convolution with a kernel larger than 1×1."""
     message = (
         "the adapter rotates a convolution with a kernel larger than 1: the patches of the live layer of peft 0.16 to 0.21 overlap, so no "
         "weight computes the same, and the error of peft's own merge is about as large as the weight itself"
@@ -86,6 +87,7 @@ def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
 
 
 def _against_record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> list[Finding]:
+    """Findings from the fold's record: an adapter that was folded twice, and weights that differ from the record."""
     found: list[Finding] = []
     folded = [a for r in (*record.earlier, record) for a in r.adapters]
     for fingerprint, times in Counter(a.fingerprint for a in folded).items():
@@ -265,7 +267,7 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
 
 
 def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Iterator[Finding]:
-    """A finding where the adapter lacks modules that its config targets: a note, if the fold's ``record`` says so."""
+    """A finding if the adapter lacks modules that its config targets; only a note if the fold's ``record`` names these modules."""
     found = base.locate(f"{path}.weight" for path in adapter.modules)
     mine = {
         path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules if f"{path}.weight" in found

@@ -44,6 +44,7 @@ def examine_weights(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def non_finite(name: str, tensor: Tensor) -> Iterator[Finding]:
+    """A finding for a tensor that holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
     bad = int((~torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())).sum())
@@ -60,6 +61,7 @@ def _missing_companion(subject: str, tensor: str, what: str) -> Finding:
 
 
 def _quantised_weight(checkpoint: Checkpoint, name: str) -> list[Finding]:
+    """Findings on a quantised weight: missing companions, packing for the CPU, NaN, damaged codes."""
     found = _missing_companions(name, checkpoint.entries) or _cpu_packed(checkpoint, name)
     if found:
         return found

@@ -157,6 +157,7 @@ def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> di
 
 
 def _say(adapter: ExtractedAdapter) -> None:
+    """Give one :class:`ExtractionWarning` about the parts of the difference that the adapter does not explain."""
     said = []
     if adapter.explained < _GOOD:
         worst = min(adapter.report, key=lambda path: adapter.report[path].explained)
@@ -268,6 +269,7 @@ def _read_pair(here: FolderStore, name: str, there: FolderStore, other: str) -> 
 
 
 def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[str, str]) -> Iterator[str]:
+    """Names of the tensors, other than the extracted weights, that differ between two checkpoints."""
     tied = here.architecture.tied.keys() | there.architecture.tied.keys()
     plain = [n for n in here.tensors if n not in weights and n not in tied]
     found = there.locate(plain)

@@ -31,7 +31,7 @@ from oftsurgery.stores.skeleton import quiet, skeleton
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-# from the start of a name to where a multimodal model's language model begins
+# the part of a tensor's name in a multimodal model up to the language model's own name
 _AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
 
@@ -146,6 +146,7 @@ class LoadedCheckpoint:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model that transformers' converter makes of a group of stored tensors."""
         pattern = group.members[0][0]
         converter: Any = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
         for pattern, name in group.members:
@@ -176,18 +177,19 @@ class LoadedCheckpoint:
         return self.model.get_submodule(path), attribute
 
     def place(self, name: str) -> str | None:
-        """The name here of an adapter's ``name``, where the adapter was trained in this class, its base or an older layout.
+        """The name here of an adapter's ``name``, if the adapter was trained in this class, its base or an older layout.
 
         Returns:
             a key of :attr:`sources`; the name of a stored tensor that the model converts, which the caller then passes
             as ``apart``; or None.
         """
         found = self._place(name)
-        if found is None and ".module." in f".{name}":  # which DDP puts before what it wraps
+        if found is None and ".module." in f".{name}":  # DDP puts `module.` in front of the names of its module
             found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
         return found
 
     def _place(self, name: str) -> str | None:
+        """:meth:`place` of a name without the segments of wrappers."""
         if self.model is None or self.sources.get(name) is not None:
             return name if name in self.sources else None
         target, pattern = self._rename(name)
@@ -197,8 +199,9 @@ class LoadedCheckpoint:
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
 
     def _in_language_model(self, name: str) -> str | None:
-        """The name here of a tensor of a language model, which a multimodal class has around it and a class of its own has
-        not: the only name that ends as this one does where the language model begins.
+        """The name here of a language model's tensor, if ``name`` is the tensor's name in another class: a multimodal class has
+        other names around the language model than the language model's own class. The result is the only name here with the
+        same end, from the language model on.
         """
         end = _AROUND_TEXT.sub("", name).removeprefix("model.")
         alike = [n for n in self.sources if n == end or n.endswith(f".{end}")]

@@ -53,6 +53,7 @@ def check_files(folder: Path) -> CheckpointReport:
 
 
 def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
+    """The state of each file that the record names, by the recorded hashes."""
     found: dict[str, FileCheck] = {}
     for name, sha256 in sorted(record.files.items()):
         if is_nested_name(name) and not os.path.lexists(folder / name):
@@ -86,7 +87,7 @@ def check_checkpoint(
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
     if folded.wrapped:
-        message = "the folded checkpoint's tensors have names of wrappers in them, of which transformers finds none"
+        message = "the names of the folded checkpoint's tensors hold segments of wrappers, so transformers finds none of the tensors"
         raise CheckpointError(
             message, path=folded.folder, remedy="save the model without its wrapper (torch.compile, FSDP, DDP)"
         )
@@ -200,6 +201,7 @@ class _AdapterEffects:
 
 
 def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
+    """The base's name of a tensor that the adapter names."""
     place = base.place(name)
     own = name in adapter.saved  # a head that the base lacks is compared with the adapter alone
     if place is None or (base.sources[place] is None and not own):

@@ -120,6 +120,7 @@ def _adapter_blend(args: argparse.Namespace) -> None:
 
 
 def _loaded(args: argparse.Namespace, **named: Any) -> list[oftsurgery.OFTAdapter]:
+    """The adapters that a command was given, read with the options of :func:`oftsurgery.load_adapter` in ``named``."""
     given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
     return [oftsurgery.load_adapter(place, subfolder=args.adapter_subfolder, **named) for place in given]
 

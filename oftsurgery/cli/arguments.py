@@ -48,11 +48,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     },
     "--base-revision": {
         "metavar": "REVISION",
-        "help": "branch, tag or commit of a base on the Hub (default: the revision that the adapter's config names for it, else main)",
+        "help": "branch, tag or commit of a base on the Hub (default: the revision that the adapter's config names for this base, else main)",
     },
     "--adapter-subfolder": {
         "metavar": "NAME",
-        "help": "subfolder of ADAPTER that holds the adapter (default: the folder itself, or its only adapter)",
+        "help": "subfolder of ADAPTER that holds the adapter (default: ADAPTER itself, or its only subfolder with an adapter)",
     },
     "--partial": switch(
         "fold an adapter that lacks modules which its own config targets; the record names the modules"

@@ -97,7 +97,7 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
         format_ = args.quantize or "same"
     elif format_ == "onnx":  # the rotated weights stay plain
         format_ = "fp32" if args.dtype == "float32" else "fp16"
-    names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # which is in `base_of`
+    names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # `base_of` adds the revision
     settings = {name: getattr(args, name, None) for name in names}
     return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}
 

@@ -76,7 +76,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     return _run(parser.parse_args(argv))
 
 
-# warnings of which every one is said
+# kinds of warnings that are printed each time
 _ALWAYS = (CalibrationWarning, ConversionWarning, ExtractionWarning, RoundingWarning, SourceWarning, UnfoldWarning)
 
 

@@ -30,7 +30,7 @@ def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
 
 
 def facts_beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
-    """The lines on the files beside the weights, from a plan or a record as plain values."""
+    """The lines about the files beside the weights, from a plan or a record as plain values."""
     whose = {"tokenizer": facts["tokenizer"], "chat template": facts["chat_template"]}
     told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
     names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
@@ -95,8 +95,8 @@ def progress_for(args: argparse.Namespace) -> bool | Progress:
 
 
 def hub_bars(args: argparse.Namespace, *, unwanted: bool = False) -> AbstractContextManager[None]:
-    """The Hub's client shows its own bars, which tell how far a large file is, unless they are ``unwanted`` or nothing is
-    to be said.
+    """While the body runs, the Hub's client shows its own bars for large files, unless the bars are ``unwanted`` or the command
+    prints nothing or JSON.
     """
     if not (unwanted or args.quiet or args.json):
         return nullcontext()

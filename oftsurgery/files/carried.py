@@ -67,9 +67,9 @@ class Carried:
         code: the names of the files of Python code.
         left_out: the names of the folder's other files, and of its folders that no index names.
         lost: ``{name: why}`` of files that loading the whole model reads, and that are not copied.
-        tokenizer: the owner of the tokenizer: ``"base"``, ``"adapter"`` or ``"other"``; None where there is no tokenizer, or
-            nobody has chosen yet.
-        chat_template: the owner of the chat templates, likewise.
+        tokenizer: the owner of the tokenizer: ``"base"``, ``"adapter"`` or ``"other"``; None without a tokenizer, or before
+            the choice.
+        chat_template: the owner of the chat templates, with the same values.
     """
 
     files: Mapping[str, Path] = field(default_factory=dict)
@@ -160,7 +160,8 @@ class _Walk:
             return
         self._visited.add(place)
         if place.count("/") >= _MAX_DEPTH:
-            message = f"the index files name folders within folders, deeper than {_MAX_DEPTH}"
+            depth = place.count("/") + 1
+            message = f"the index files name a folder {depth} levels deep, more than the limit of {_MAX_DEPTH}"
             raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
         files, folders = self._look(place)
         indexes = {n: self._json(_join(place, n)) for n in files if n.endswith("config.json") or n in _INDEXES}
@@ -221,12 +222,13 @@ class _Walk:
         """Count the bytes of a file that is read for names."""
         self._read += min(path.stat().st_size, _MAX_INDEX_BYTES)
         if self._read > _MAX_READ_BYTES:
-            message = f"the index files and the code hold more than {_MAX_READ_BYTES} bytes"
+            message = f"the index files and the code hold at least {self._read} bytes, more than the limit of {_MAX_READ_BYTES}"
             raise CheckpointError(message, path=path, remedy=_REPAIR)
 
     # --- taking ---
 
     def _take(self, name: str, *, weights: bool = False, code: bool = False, most: int = _MAX_FILES) -> None:
+        """Take the file ``name``, unless files of its name are never copied or the file is too large."""
         base = name.rpartition("/")[2]
         if name in self.files or name in self.own or (_NEVER.fullmatch(base) and not code) or base in _ANEW[1:]:
             return
@@ -234,7 +236,7 @@ class _Walk:
         if not weights and path.stat().st_size > _MAX_BYTES:
             return
         if len(self.files) >= most:
-            message = f"more than {most} files belong beside the weights, as the index files have it"
+            message = f"the folder and its index files name more than {most} files to copy beside the weights, which is the limit"
             raise CheckpointError(message, path=path.parent, remedy="remove the files that do not belong to the model")
         self.files[name] = path
 
@@ -254,6 +256,7 @@ class _Walk:
             self.lost[_join(place, _PICKLE)] = "a pickle, which could run code when read"
 
     def _take_voices(self, place: str, indexes: Mapping[str, Any]) -> None:
+        """Take the files of Bark's voices."""
         for text in _texts(indexes.get(_VOICES)):
             if text.endswith(".npy") and _is_visible(text):
                 self._take_named(_join(place, text))
@@ -261,7 +264,9 @@ class _Walk:
     # --- model code ---
 
     def _take_class(self, place: str, reference: str) -> None:
-        """Take the code of a class that a config names as ``file.Class``. ``owner/name--file.Class`` is elsewhere."""
+        """Take the code of a class that a config names as ``file.Class``. The code of ``owner/name--file.Class`` lies in
+        another repository.
+        """
         module, _, name = reference.partition(".")
         if "--" not in reference and "." not in name and name and module:
             self._take_code(_join(place, module))
@@ -292,23 +297,24 @@ class _Walk:
         """Visit the folder of a module of the class ``kind``, which an index in ``place`` names."""
         inner = self._module_folder(place, path) if isinstance(path, str) else ""
         if isinstance(kind, str) and not kind.startswith("sentence_transformers."):
-            # the class is looked for beside modules.json, and saved in the module's own folder
+            # sentence-transformers looks for the class beside modules.json, and saves the class in the module's own folder
             for where in {"", inner}:
                 self._take_class(where, kind)
         if inner and inner != place:
             self.visit(inner, module=True)
 
     def _module_folder(self, place: str, path: str) -> str:
+        """The folder of a module, as a path below the model's folder; an index in ``place`` names the folder ``path``."""
         parts = (
             [part for part in path.removesuffix("/").split("/") if part != "."] if path not in ("", ".", "./") else []
         )
         where = None
         if not all(map(is_plain_name, parts)):
-            where = "a folder outside the checkpoint's"
+            where = "a folder outside the checkpoint"
         elif any(part.startswith(".") for part in parts):
             where = "a hidden folder"
         if where is not None:
-            message = f"an index file names {where} as a module's: {printable(path)!r}"
+            message = f"an index file puts a module into {where}: {printable(path)!r}"
             raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
         return "/".join(filter(None, [place, *parts]))
 
@@ -359,6 +365,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value, without the keys of objects."""
     return (one for one in _parts(value) if isinstance(one, str))
 
 

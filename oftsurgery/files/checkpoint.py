@@ -26,7 +26,7 @@ CONFIG = "config.json"
 @dataclass(frozen=True)
 class Layout:
     """The names of a checkpoint's files, as paths below its folder. ``single`` holds all tensors, or ``index`` lists the
-    shards; they all lie in one folder, which may be a subfolder.
+    shards; all of these files lie in one folder, which may be a subfolder.
     """
 
     single: str
@@ -37,7 +37,7 @@ class Layout:
         return self.single, self.index
 
 
-#: every layout that is read; what is written has the first one
+#: every layout that is read; the first layout is written
 LAYOUTS = (Layout(SINGLE, INDEX),)
 
 _MAX_CONFIG_BYTES = 4 << 20
@@ -103,7 +103,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Sizes and times of the checkpoint's files, and its config. With an equal identity it counts as unchanged."""
+        """Sizes and times of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
         stats = {name: (self.weights / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
@@ -179,13 +179,13 @@ def _entries(folder: Path, files: Collection[str], *, own: bool) -> dict[str, Te
 def _without_wrappers(
     entries: Mapping[str, TensorEntry], config: Mapping[str, Any], folder: Path
 ) -> Mapping[str, TensorEntry]:
-    """The tensors by the names that the model has without its wrappers; a warning says so."""
+    """The tensors by the names that the model has without its wrappers; a warning tells of names that change."""
     plain = plain_names(entries, whole="model_type" in config and "auto_map" not in config)
     changed = next((name for name in entries if plain[name] != name), None)
     if changed is None:
         return entries
     warn_caller(
-        f"the tensors of {printable(folder)} have names of wrappers in them, which transformers does not load: "
+        f"the tensors' names in {printable(folder)} hold segments of wrappers, which transformers does not load: "
         f"{printable(changed)} is read as {printable(plain[changed])}, and the output has the plain names",
         SourceWarning,
     )
@@ -214,8 +214,8 @@ def no_checkpoint(place: object, names: Collection[str], otherwise: str | None =
     elif converted is not None:
         message = f"the weights are there only as {converted}; oftsurgery reads safetensors only"
         remedy = "give the model from which that file was converted"
-    elif inner:  # as sentence-transformers once saved a model, in 0_Transformer
-        message = f"the folder itself holds no weights, and its subfolder {printable(inner[0])!r} does"
+    elif inner:  # sentence-transformers once saved a model in 0_Transformer
+        message = f"the folder holds no weights, but its subfolder {printable(inner[0])!r} holds weights"
         remedy = "give the subfolder of the model that the adapter was trained on"
     else:
         wanted = " nor ".join(name for layout in LAYOUTS for name in layout.names)
@@ -225,7 +225,7 @@ def no_checkpoint(place: object, names: Collection[str], otherwise: str | None =
 
 
 def two_checkpoints(place: object, layout: Layout) -> CheckpointError:
-    """The error for a folder or repository with a checkpoint of one file and another one of shards."""
+    """The error for a folder or repository with a checkpoint of one file and another checkpoint of shards."""
     message = (
         f"the folder holds two checkpoints: {layout.single}, which transformers reads, and the shards of {layout.index}"
     )
@@ -242,6 +242,7 @@ def weight_map_in(index: Path) -> Mapping[str, str]:
 
 
 def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry], index: Path) -> None:
+    """Refuse an index that disagrees with its shards."""
     for name, file in weight_map.items():
         if name not in entries:
             raise damaged("the index names a tensor that its shards lack", index, name)
@@ -251,4 +252,5 @@ def _check_index(weight_map: Mapping[str, str], entries: Mapping[str, TensorEntr
     unlisted = [name for name in entries if name not in weight_map]
     if unlisted:
         message = f"the shard {printable(entries[unlisted[0]].file)} holds a tensor that the index lacks"
-        raise CheckpointError(message, tensor=unlisted[0], path=index, remedy="repair the index")
+        remedy = "add the tensor to the index, or save the checkpoint again with save_pretrained"
+        raise CheckpointError(message, tensor=unlisted[0], path=index, remedy=remedy)

@@ -21,7 +21,7 @@ from .carried import PATTERNS, missing_in
 from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
-# what a fold needs of a repository beside its weights
+# patterns of the files that a fold needs beside the weights
 _NEEDED = PATTERNS
 # folders in which repositories keep the same model in other formats
 OTHER_FORMATS = ["original/*", "onnx/*", "openvino/*", "coreml/*", "gguf/*"]
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"(?P<repo>[^/@.~:][^/@:]*/[^/@]+)(?P<sub>(?:/[^/@]+)+)?(?:
 _HUB_URI = re.compile(
     rf"{HUB}(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?(?P<sub>(?:/[^/@]+)+)?"
 )
-# a name of git's that cannot be a path out of the cache's folder of revisions
+# names of revisions; no such name leads out of the cache's folder of revisions
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./+-]*")
 
 # rounds in which downloaded index files name further files
@@ -66,7 +66,7 @@ class Place:
         if self.folder is not None:
             return self.given
         at = self.repo + (f"@{self.revision}" if self.revision is not None else "")
-        return f"{HUB}{at}/{self.subfolder}" if self.subfolder else at  # a path of this machine looks like no `hf://`
+        return f"{HUB}{at}/{self.subfolder}" if self.subfolder else at  # no path of this machine begins with `hf://`
 
     def below(self, subfolder: str) -> Place:
         """The place ``subfolder`` inside this place.
@@ -93,8 +93,8 @@ class Place:
         return replace(self, given=str(Path(self.given, *parts)), folder=folder)
 
     def fetch(self, patterns: list[str] | None, *, but: list[str] | None = None) -> Path:
-        """The place's folder. The folder of a Hub repository has the files that ``patterns`` match and ``but`` does not; None
-        matches all files. If no file matches, the folder may not exist.
+        """The place's folder. The folder of a Hub repository has the files that match ``patterns``, without the files that
+        match ``but``; None stands for all files. If no file matches, the folder may not exist.
 
         Raises:
             OFTSurgeryError: the repository or the revision does not exist, or the Hub cannot be reached.
@@ -121,7 +121,7 @@ class Place:
         return Path(snapshot, self.subfolder)
 
     def names(self) -> list[str]:
-        """Paths of the files below the place, with ``/``. Offline, a Hub repository has the files in the cache."""
+        """Paths of the files below the place, with ``/``. Offline, these files of a Hub repository are the files in the cache."""
         if self.folder is not None:
             return list(_files_below(self.folder))
         from huggingface_hub import HfApi, snapshot_download
@@ -163,7 +163,7 @@ def place_of(
         revision: the revision of a Hub repository.
 
     Raises:
-        OFTSurgeryError: ``given`` names neither, or no repository has a revision of this name.
+        OFTSurgeryError: ``given`` names neither a folder nor a repository, or no repository has a revision of this name.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -190,22 +190,23 @@ def place_of(
 
 
 def _hub_id(given: object) -> re.Match[str] | None:
+    """The parts of a name on the Hub; None for another name."""
     return (_HUB_URI.fullmatch(given) or _HUB_ID.fullmatch(given)) if isinstance(given, str) else None
 
 
 def hub_id_of(given: object) -> str | None:
     """``owner/name``, where ``given`` names a Hub repository and no local file; else None."""
     match = _hub_id(given)
-    return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - it takes any name
+    return None if match is None or os.path.exists(str(given)) else match["repo"]  # noqa: PTH110 - os.path.exists takes any name
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the Hub's cache; None for another folder."""
+    """The commit of a folder in the Hub's cache; None for a folder elsewhere."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name) else None
 
 
 def cached_commit(repo: str, revision: str) -> str | None:
-    """The commit of a repository's revision as the Hub's cache knows it; None where the cache does not."""
+    """The commit of a repository's revision in the Hub's cache; None for a revision that the cache lacks."""
     if not revision or not _REVISION.fullmatch(revision):
         return None
     if re.fullmatch("[0-9a-f]{40}", revision):
@@ -229,13 +230,13 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, r
     if place.folder is not None or whole:
         return place.fetch(None)
     folder = place.fetch(_NEEDED, but=OTHER_FORMATS)
-    # the same commit in all that follows, whatever somebody pushes meanwhile
+    # all further downloads are of this commit, although somebody may push another commit meanwhile
     place = replace(place, revision=commit_of(folder) or place.revision)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
-        place.fetch([ADAPTER_TENSORS])  # an adapter's repository: the caller says what is wrong with it
+        place.fetch([ADAPTER_TENSORS])  # the repository holds an adapter; the caller's error says so
         return folder
     _fetch_what_it_names(place, folder)
-    layout = layout_of(folder)  # weights are not there yet, so that the layout's index is
+    layout = layout_of(folder)  # the weights are not downloaded yet, so a layout is found by its index
     wanted = [one.single for one in LAYOUTS] if layout is None else _shards(place, folder, layout)
     place.fetch([glob.escape(name) for name in wanted])
     if layout_of(folder) is None and (names := place.names()):
@@ -266,6 +267,7 @@ def _shards(place: Place, folder: Path, layout: Layout) -> list[str]:
 
 
 def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = None) -> Place:
+    """The place of a checkpoint, whose errors are :class:`CheckpointError`."""
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
     return place_of(path_or_repo, CheckpointError, where, revision=revision)
 

@@ -34,7 +34,8 @@ def check_link(folder: Path, name: str, *, own: bool) -> None:
     4. is any file, within :func:`links_followed` (``follow_links=True``, ``--follow-links``).
 
     Args:
-        own: no file of the folder gives the name; oftsurgery looks for a file of this name (``model.safetensors``).
+        own: whether oftsurgery itself looks for a file of this name (``model.safetensors``); a file of the folder gives all
+            other names.
 
     Raises:
         CheckpointError: the link leaves the folder, and no rule follows it.
@@ -57,14 +58,14 @@ def check_link(folder: Path, name: str, *, own: bool) -> None:
             remedy="copy the file into the folder; if you trust the link, follow it: follow_links=True (--follow-links)",
         )
     warn_caller(
-        f"{printable(path)} is a link to {printable(target)}. The link is followed, since no file of the folder names it and its "
-        "target belongs to you",
+        f"{printable(path)} is a link to {printable(target)}. The link is followed, since no file of the folder names the link and "
+        "the link's target belongs to you",
         SourceWarning,
     )
 
 
 def _in_blobs(target: Path, root: Path) -> bool:
-    """Whether a link's ``target`` is what the Hub's client put into the cache in which the snapshot ``root`` lies."""
+    """Whether the Hub's client put the file ``target`` into the cache that holds the snapshot ``root``."""
     at = next((folder for folder in root.parents if folder.name == "snapshots"), None)
     if at is None:
         return False

@@ -43,6 +43,7 @@ class TensorEntry:
 
 
 def damaged(message: str, path: object, tensor: str | None = None) -> CheckpointError:
+    """The error for a file that a new download would mend."""
     return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
@@ -61,11 +62,8 @@ def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) 
     folder, or be a link that :func:`~oftsurgery.files.links.check_link` follows.
 
     Args:
-        nested: the name may lead through folders inside ``folder``, by ``/``.
-        own: no file of the folder gives the name; oftsurgery looks for a file of this name.
-
-    Args:
-        nested: the name may lead through folders inside ``folder``, by ``/``.
+        nested: whether the name may lead through folders inside ``folder``, by ``/``.
+        own: whether oftsurgery itself looks for a file of this name; a file of the folder gives all other names.
 
     Raises:
         CheckpointError: the name is not plain, or the file is missing, is no plain file, or lies elsewhere.
@@ -101,7 +99,7 @@ def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
 
 
 def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
-    """What :func:`read_json` reads, which may be a list too."""
+    """The JSON value in an untrusted file, by the rules of :func:`read_json`; the value may be a list too."""
     try:
         if path.stat().st_size > limit:
             raise damaged(f"the JSON file has {path.stat().st_size} bytes, more than the limit of {limit}", path)
@@ -153,6 +151,8 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
 
 
 def _no_duplicates(path: Path) -> Any:
+    """A hook for :func:`json.loads` that refuses an object with the same key twice."""
+
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):

@@ -57,7 +57,7 @@ class ShardWriter:
     def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
         """Write one tensor, given whole or as pieces of its bytes. Any thread may call this method, one at a time."""
         if name not in self._left:
-            raise AssertionError(f"{name} is not planned, or written already")
+            raise AssertionError(f"{name} is not planned, or is written already")
         pieces = _bytes_of(data) if isinstance(data, Tensor) else data
         if name in self._late:
             self._late[name] = b"".join(pieces)
@@ -68,7 +68,7 @@ class ShardWriter:
                 self._file.write(piece)
             if self._file.tell() != 8 + self._room + end:
                 raise AssertionError(
-                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}"
+                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, and {end - start} were planned"
                 )
         self._left.discard(name)
 

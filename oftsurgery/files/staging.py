@@ -85,7 +85,8 @@ class Staging:
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.lock_path.unlink()  # removed while held: a run that opened the lock before sees this and tries again
+            # the lock is still held here: a run that opened the lock's file before sees the removal and tries again
+            self.lock_path.unlink()
         self._lock.release()
 
     # --- taking over ---
@@ -98,7 +99,7 @@ class Staging:
             self._lock.acquire(timeout=0)
         except Timeout:
             message = "another run is at work on this destination"
-            remedy = "wait for the other run, or name another destination"
+            remedy = "wait until the other run ends, or name another destination"
             raise DiskError(message, path=self.destination, remedy=remedy) from None
 
     def _recover(self) -> None:
@@ -111,13 +112,14 @@ class Staging:
             self.replaced.rename(self.destination)
 
     def _take_over(self) -> None:
+        """Continue the folder's unfinished work or start anew, as ``resume`` and ``force`` say."""
         state_path = self.folder / _STATE
         if not self.resumable or not state_path.is_file():
             self._start_anew()
             return
         if not self.resume and not self.force:
             raise StateError(
-                "unfinished work of an earlier run is there",
+                "the folder holds unfinished work of an earlier run",
                 path=self.folder,
                 remedy="continue the work with resume=True (--resume), or start anew with force=True (--force)",
             )
@@ -127,7 +129,7 @@ class Staging:
         if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
             if not self.force:
                 raise StateError(
-                    "the unfinished work is of other inputs or settings",
+                    "the unfinished work has other inputs or settings",
                     path=self.folder,
                     remedy="give the earlier inputs and settings again, or start anew with force=True (--force)",
                 )
@@ -147,6 +149,7 @@ class Staging:
         self._save_state()
 
     def _start_anew(self) -> None:
+        """Empty the folder."""
         self._ours = True
         for path in self.folder.iterdir():
             _remove(path)
@@ -163,7 +166,7 @@ class Staging:
     # --- writing ---
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The facts that :meth:`finish` noted for a whole shard, or None."""
+        """The facts that :meth:`finish` noted for a whole shard; None for a shard that is not finished."""
         entry = self.state["shards"].get(name)
         return None if entry is None else dict(entry["facts"])
 
@@ -213,7 +216,7 @@ class Staging:
                 yield chunk
 
     def drop(self, name: str) -> None:
-        """Remove the finished file ``name``, which is no part of the output."""
+        """Remove the finished file ``name``, which does not belong to the output."""
         with disk_errors(self.folder):
             self.state["shards"].pop(name, None)
             self._save_state()

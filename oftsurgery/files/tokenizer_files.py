@@ -31,7 +31,7 @@ PATTERNS = [
 ]  # fmt: skip
 _TEMPLATE = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/[^/]*\.jinja")
 _PROCESSOR = re.compile(r"(\w+_)?(pre)?processor_config\.json")
-_REMEDY = "tokenizer='base' (--tokenizer base), or name the folder of a tokenizer"
+_REMEDY = "choose the base's tokenizer, tokenizer='base' (--tokenizer base), or name the folder of a tokenizer"
 
 
 def choose_tokenizer(
@@ -57,13 +57,15 @@ def choose_tokenizer(
         if isinstance(wanted, Path):
             raise StateError("the folder has neither a tokenizer nor a chat template", path=wanted, remedy=_REMEDY)
         if wanted == "adapter":
-            raise StateError("no adapter's folder has a tokenizer or a chat template", remedy=_REMEDY)
+            where = ", ".join(map(str, adapters)) or None
+            raise StateError("no adapter's folder has a tokenizer or a chat template", path=where, remedy=_REMEDY)
         return base.told()
     own = found[-1]
     if any(other.contents != own.contents for other in found):
-        raise StateError("the adapters bring different tokenizers or chat templates", remedy=_REMEDY)
+        where = ", ".join(map(str, folders))
+        raise StateError("the adapters bring different tokenizers or chat templates", path=where, remedy=_REMEDY)
     if wanted is None and own.contents.items() <= base.contents.items():
-        return base.told()  # trainers save the base's tokenizer too
+        return base.told()  # trainers save the base's tokenizer beside an adapter too
     whole = own.is_whole(base)
     if whole:
         _check_rows(own, base, rows)
@@ -72,17 +74,21 @@ def choose_tokenizer(
 
 
 def _check_rows(own: _Own, base: _Own, rows: int | None) -> None:
+    """Refuse added tokens without a row in the embedding, unless the base's tokenizer has such tokens too."""
     largest = max(own.token_ids(), default=-1)
     if rows is not None and largest >= rows > max(base.token_ids(), default=-1):
         raise StateError(
             f"the tokenizer has a token with the number {largest}, and the model's embedding has {rows} rows",
+            path=own.carried.files[own.files[0]].parent,
             remedy="resize the base's embeddings as in training (resize_token_embeddings) and save the base; or choose the base's "
             "tokenizer: tokenizer='base' (--tokenizer base)",
         )
 
 
 def restore_tokenizer(carried: Carried, base: Carried) -> Carried:
-    """``carried`` with the tokenizer and the chat templates of ``base`` in place of its own, or without any."""
+    """``carried`` with the tokenizer and the chat templates of ``base`` in place of those of ``carried``; without a tokenizer if
+    ``base`` has none.
+    """
     return _with(_Own(carried), _Own(base), "base", tokenizer=True, templates=True)
 
 
@@ -116,7 +122,7 @@ class _Own:
 
     Attributes:
         carried: the folder's files.
-        config: the contents of its ``tokenizer_config.json``.
+        config: the contents of the folder's ``tokenizer_config.json``.
         files: the names of the tokenizer's files, without chat templates.
         templates: the names of the chat templates' files.
     """
@@ -137,6 +143,7 @@ class _Own:
 
     @cached_property
     def _tokens(self) -> Mapping[str, Any]:
+        """The contents of ``tokenizer.json``."""
         return self._json("tokenizer.json")
 
     @cached_property
@@ -169,13 +176,15 @@ class _Own:
         return any(map(_VOCABULARY.fullmatch, self.files))
 
     def is_whole(self, base: _Own) -> bool:
-        """Whether the tokenizer has a vocabulary, or is one of bytes, as the base's is."""
+        """Whether the folder has a tokenizer's settings and vocabulary. A tokenizer of bytes has no vocabulary; the settings
+        are enough if the base has such a tokenizer.
+        """
         settings = {_CONFIG, "tokenizer.json"}.intersection(self.files)
         return bool(settings) and (self._has_vocabulary or not base._has_vocabulary)
 
     @cached_property
     def contents(self) -> dict[str, str]:
-        """``{name: SHA-256}`` of the tokenizer's files."""
+        """``{name: SHA-256}`` of the tokenizer's files and of the chat templates."""
         return {n: sha256_of(self.carried.files[n]) for n in (*self.files, *self.templates)}
 
     @property
@@ -183,7 +192,7 @@ class _Own:
         return bool(self.templates or self.config.get("chat_template"))
 
     def told(self) -> Carried:
-        """The folder's files, with the owner ``"base"`` where nobody has chosen yet."""
+        """The folder's files, with the owner ``"base"`` in place of an owner that is not chosen yet."""
         c = self.carried
         return replace(
             c,

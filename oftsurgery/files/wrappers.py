@@ -1,4 +1,4 @@
-"""Take the names that wrappers of a model (torch.compile, FSDP, checkpointing, DDP, nested peft) leave out of tensor names."""
+"""Tensor names without the segments that wrappers of a model (torch.compile, FSDP, checkpointing, DDP, nested peft) add."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def without_module(name: str) -> str:
 
 
 def without_peft(name: str) -> tuple[str, bool]:
-    """``name`` without the segments of wrappers and without each ``base_model.model.`` that stands first, and whether one
-    stood there.
+    """``name`` without the segments of wrappers and without each leading ``base_model.model.``, and whether ``name`` had such a
+    prefix.
 
     >>> without_peft("module.base_model.model.base_model.model.layers.0.q_proj.oft_R.weight")
     ('layers.0.q_proj.oft_R.weight', True)
@@ -48,8 +48,8 @@ def plain_names(names: Collection[str], *, whole: bool) -> Mapping[str, str]:
     """``{name: the name without segments of wrappers}`` of a checkpoint's tensors.
 
     Args:
-        whole: the model's class has no ``module`` of its own, so that ``module.`` and ``base_model.model.`` go too, if all
-            names begin so.
+        whole: whether the model's class has no ``module`` of its own; ``module.`` and ``base_model.model.`` are then removed
+            too if all names begin with such a prefix.
 
     Raises:
         CheckpointError: two names become one name.
@@ -61,6 +61,6 @@ def plain_names(names: Collection[str], *, whole: bool) -> Mapping[str, str]:
     before: dict[str, str] = {}
     for name, new in plain.items():
         if before.setdefault(new, name) != name:
-            message = f"without the names of wrappers, {printable(before[new])!r} and this tensor have one name"
+            message = f"without the names of wrappers, {printable(before[new])!r} and this tensor have one name, {printable(new)!r}"
             raise CheckpointError(message, tensor=name, remedy="remove the tensor that you do not mean")
     return plain

@@ -63,6 +63,7 @@ def write_files(files: Mapping[Path, bytes], *, force: bool) -> None:
 
 
 def check_free(what: str, path: Path, *, force: bool) -> None:
+    """Refuse a path at which something exists, unless ``force``; the message calls the path ``what``."""
     if exists(path) and not force:
         remedy = f"name another {what}, or replace the {what} with force=True (--force)"
         raise StateError(f"the {what} exists", path=path, remedy=remedy)
@@ -102,10 +103,12 @@ def folders_above(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
+    """Whether anything is at ``path``, a broken link included."""
     return path.exists() or path.is_symlink()
 
 
 def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and wait until its bytes are on the disk itself."""
     with path.open("wb") as file:
         file.write(data)
         to_disk(file)
@@ -118,6 +121,7 @@ def to_disk(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Wait until the folder's list of files is on the disk itself."""
     if os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)

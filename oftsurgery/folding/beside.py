@@ -21,17 +21,17 @@ from oftsurgery.records.record import FoldRecord
 def beside_model(
     home: Path | None, record: FoldRecord | None, tokenizer: Any = None, config: object = None
 ) -> Iterator[Carried]:
-    """The files beside a model's weights, which are there while the body runs.
+    """The files beside a model's weights, which exist while the body runs.
 
     Args:
         home: the folder that the model was loaded from, or None.
         record: the record of the model's fold, or None.
-        tokenizer: ``"adapter"``, ``"base"``, a folder, or an object with ``save_pretrained``; None: the last adapter's where
-            its folder is still there and has a tokenizer, else the base's.
+        tokenizer: ``"adapter"``, ``"base"``, a folder, or an object with ``save_pretrained``; None: the tokenizer in the
+            adapters' folders if they still exist and have one, else the base's.
         config: the model's config.
 
     Raises:
-        StateError: the chosen tokenizer is not there.
+        StateError: the chosen tokenizer does not exist.
         CheckpointError: a file cannot be used.
     """
     carried = Carried() if home is None else carried_from(home, [p.name for p in home.glob("model*.safetensors")])
@@ -49,7 +49,7 @@ def beside_model(
 
 
 def rows_of(config: Mapping[str, Any]) -> int | None:
-    """The rows of the embedding, as a config has them."""
+    """The number of rows of the embedding in a config; None for a config without this number."""
     text = config.get("text_config")
     parts = (config, text if isinstance(text, Mapping) else {})
     found = next((part["vocab_size"] for part in parts if part.get("vocab_size") is not None), None)

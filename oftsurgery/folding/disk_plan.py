@@ -149,7 +149,7 @@ def plan_checkpoint(
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
     Raises:
-        AdapterError: an adapter lacks modules which its own config targets, and not ``partial``.
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
         ShapeError, FormatError: a rotation or tensor does not fit, or a weight's format is not known.
         StateError: the formats contradict each other, or the adapter is folded in already.
@@ -196,9 +196,10 @@ def make_plan(
 
 
 def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
+    """Refuse a source that another library quantised, and an unknown ``format`` or ``fold_into``."""
     settings = store.source.config.get("quantization_config")
     if settings is not None and not isinstance(settings, Mapping):
-        message = f"`quantization_config` in config.json is a {type(settings).__name__}, expected is a JSON object"
+        message = f"`quantization_config` in config.json must be a JSON object, but is a {type(settings).__name__}"
         raise FormatError(message, path=store.source.folder, remedy="restore the config.json of these weights")
     method = (settings or {}).get("quant_method")
     if method not in (None, "bitsandbytes"):
@@ -214,13 +215,14 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             remedy=f"choose one of same, {', '.join((*DENSE, *QUANTISED))} (--format)",
         )
     if fold_into not in ("quantized", "original"):
-        message = f"fold_into is {printable(fold_into)!r}"
+        message = f"the value {printable(fold_into)!r} of fold_into is not known"
         raise StateError(message, remedy="choose 'quantized' or 'original' (--fold-into)")
     if store.quantization is not None:
         _check_quantised_first(store, store.quantization.codec, format)
 
 
 def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
+    """Refuse a quantisation of the source that the source or the output format excludes."""
     if any(map(store.holds_quantised, store.source.entries)):
         raise StateError(
             "the checkpoint is quantised already, and cannot be quantised once more",

@@ -308,7 +308,7 @@ class _Run:
 
 
 def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
-    """Which commit of a Hub repository was folded, by the name that was asked for."""
+    """The revision that was asked for of a Hub repository, and the commit that was folded; nothing for a local folder."""
     facts = {"revision": source.revision, "commit": commit_of(source.folder)}
     return {name: fact for name, fact in facts.items() if fact is not None}
 

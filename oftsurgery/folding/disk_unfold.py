@@ -99,15 +99,15 @@ def _carried(folded: Checkpoint) -> Carried:
     brought = _brought(record_in(folded.folder))
     if brought:
         warn_caller(
-            f"the {' and the '.join(brought)} of the output are not the base's, but those that the fold brought: unfold with base=… "
-            "(--base), or copy the base's files",
+            f"the output has the {' and the '.join(brought)} that the fold brought, not the base's: unfold with base=… (--base), or copy the "
+            "base's files",
             LeftOutWarning,
         )
     return carried_from(folded.folder, folded.shards)
 
 
 def _brought(record: FoldRecord | None) -> list[str]:
-    """The files that the last fold brought in place of the base's files."""
+    """The names, "tokenizer" and "chat template", of the parts that the last fold brought in place of the base's parts."""
     whose = {} if record is None else {"tokenizer": record.tokenizer, "chat template": record.chat_template}
     return [what for what, name in whose.items() if name not in (None, "base")]
 
@@ -131,6 +131,7 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
 
 
 def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]) -> None:
+    """Refuse a folded checkpoint whose formats differ from the base's."""
     for part in job.parts:
         name = part.output if part.output in job.outputs else next(iter(job.outputs))
         there = folded.entries.get(name)

@@ -325,6 +325,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _warn_of_calibration(record: FoldRecord) -> None:
+    """Give one :class:`CalibrationWarning` that names the weights without a calibration, if any."""
     left = [f"{printable(p)}: {m.uncalibrated}" for p, m in record.modules.items() if m.uncalibrated is not None]
     if left:
         warn_caller(
@@ -335,6 +336,7 @@ def _warn_of_calibration(record: FoldRecord) -> None:
 
 
 def _warn_of_rounding(record: FoldRecord) -> None:
+    """Give one :class:`RoundingWarning` with the errors of the rounding, if any weight was rounded."""
     errors = {path: m for path, m in record.modules.items() if m.error > 0}
     if not errors:
         return
@@ -350,6 +352,7 @@ def _warn_of_rounding(record: FoldRecord) -> None:
 
 
 def _warn_of_weak_adapter(record: FoldRecord) -> None:
+    """Give one :class:`WeakAdapterWarning` if rounding has undone a part of the adapter's change."""
     weak = record.weak
     if not weak:
         return

@@ -388,6 +388,7 @@ def _check_rest(store: LiveStore, base: Store, restored: set[str]) -> None:
 
 
 def _tie_again(store: LiveStore, groups: Sequence[Sequence[str]], flag: bool | None, journal: list[Undo]) -> None:
+    """Make each group of names one parameter again, and restore the config's setting of ties."""
     for names in groups:
         there = [n for n in names if isinstance(store.tensor(n), nn.Parameter)]
         for name in there[1:]:

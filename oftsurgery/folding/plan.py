@@ -171,7 +171,7 @@ def plan_changes(
 
 
 def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
-    """``{name of a module's weight as the adapters have it: name of the model's tensor}``, all of them."""
+    """``{name of a module's weight in the adapters: name of the model's tensor}``, for all modules of the adapters."""
     found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
@@ -183,6 +183,11 @@ def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
 def _missing(
     store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
 ) -> tuple[str, ...]:
+    """Paths of the modules that the adapters' configs target and the adapters lack.
+
+    Raises:
+        AdapterError: an adapter lacks such modules, and ``partial`` is not set.
+    """
     missing: dict[str, None] = {}
     for adapter in adapters:
         if not adapter.config.get("target_modules"):
@@ -228,17 +233,18 @@ def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
+    """The replacements of tensors by the adapters' own values; tied names take one replacement together."""
     made: dict[tuple[str, ...], Replace] = {}
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
         first = made[places].name if places in made else name
-        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+        made[places] = Replace(first, values, places)  # the last values stay, as in peft's loading
     return tuple(made.values())
 
 
 def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
     """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
-    where the config names it.
+    if the config names the module.
     """
     found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
     both = next((name for name in layers if name in found), None)
@@ -292,6 +298,7 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
+    """Refuse a rotation that does not fit the kind or the shape of its module."""
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
@@ -345,6 +352,7 @@ def _brings_module(adapter: OFTAdapter, name: str) -> bool:
 
 
 def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
+    """Refuse rotations that reach one module by two paths."""
     seen: dict[int, str] = {}
     for name, info in layers.items():
         path = name.removesuffix(".weight")

@@ -89,7 +89,7 @@ class UndoRecord:
         facts = self.weights[path]
         moved = current is not None and undo.evidence(current) != facts.get("after")
         if moved or other.fingerprint != facts.get("before"):
-            message = "the weight, or the one that it was tied to, was changed since the fold"
+            message = "the weight, or a weight that was tied to this weight, has changed since the fold"
             raise undo.changed(message, module=path, path=self.path)
 
     def tensor(self, name: str, current: Tensor) -> Tensor:
@@ -124,6 +124,7 @@ class UndoRecord:
 
     @contextlib.contextmanager
     def _told_of(self, name: str) -> Iterator[None]:
+        """Add the tensor's name and the record's path to errors of the body."""
         try:
             yield
         except (UndoError, IntegrityError) as error:

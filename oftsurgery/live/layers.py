@@ -98,13 +98,14 @@ class LiveLayer(nn.Module):
         self._undo_repacking(layer)
 
     def _undo_repacking(self, layer: Layer) -> None:
+        """Take back the repacking of the weight by a forward on the CPU."""
         base: Any = layer.module
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             encoded, home = layer.read()
             now = replace(encoded.format, storage=home.storage)
             layer.write(now.kind.change_storage(encoded, now), park=False)
-            # these are bitsandbytes' own marks of a weight that was packed and is not any more; Layer.read sees from them
-            # that the weight was doubly quantised
+            # bitsandbytes marks a weight that was packed before in the same way; from these marks Layer.read sees that the
+            # weight was doubly quantised
             state: Any = base.weight.quant_state
             state.packing_format_for_cpu, state.original_nested = False, bool(home.nested_blocksize)
             base.weight.compress_statistics = state.original_nested
@@ -193,7 +194,7 @@ class LiveLayer(nn.Module):
         with module_in_errors(self._name):
             check_chain(chain)
 
-    # --- peft's names for what it wraps ---
+    # --- peft's names for the wrapped layer ---
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
@@ -218,6 +219,7 @@ class LiveLayer(nn.Module):
         return self._after(y, chain)
 
     def _before(self, x: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        """Rotate the inputs ``x``."""
         if not chain:
             return x
         with torch.autocast(x.device.type, enabled=False):
@@ -227,6 +229,7 @@ class LiveLayer(nn.Module):
             return self._features_back(z).to(x.dtype)
 
     def _after(self, y: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        """Rotate and scale the outputs ``y``, if a rotation of the chain has that side or a scale."""
         if not any(r.side != "input" or r.scale is not None for r in chain):
             return y
         with torch.autocast(y.device.type, enabled=False):

@@ -94,6 +94,7 @@ _ADVICE = (
 
 
 def _not_captured(error: Exception, module: str | None) -> ExportError:
+    """The error for a model that torch.export cannot capture."""
     reason = _first_line(error)
     if reason.startswith("Constraints violated"):  # torch names the axes by places in its own arguments
         message = "torch.export cannot capture the model: the model's code fixes the batch or the length"

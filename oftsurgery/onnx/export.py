@@ -55,8 +55,9 @@ class OnnxCheck:
     True
 
     Attributes:
-        inputs: what was run: batch size and lengths.
-        errors: ``{output: largest absolute difference / largest absolute value of torch's in all comparisons}``.
+        inputs: the batch size and the lengths of the inputs.
+        errors: ``{output: error}``: the largest absolute difference, divided by the largest absolute value of torch's output in
+            all comparisons.
     """
 
     inputs: str
@@ -65,26 +66,26 @@ class OnnxCheck:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What :func:`~oftsurgery.export_onnx` wrote, and how far it is from torch.
+    """The facts about a graph that :func:`~oftsurgery.export_onnx` wrote, and the graph's distance from torch.
 
     >>> report = oftsurgery.export_onnx(torch.nn.Linear(8, 4), "OUT-ONNX", example_inputs=torch.randn(2, 8))
     >>> len(report.inputs), report.worst < report.tolerance
     (1, True)
 
     Attributes:
-        dtype: of the graph, ``"float32"`` or ``"float16"``.
-        opset: of ONNX's own operators.
-        inputs: names, in order.
-        outputs: names, in order.
-        nbytes: of the graph's weights.
+        dtype: the graph's dtype, ``"float32"`` or ``"float16"``.
+        opset: the version of ONNX's own operators.
+        inputs: the inputs' names, in order.
+        outputs: the outputs' names, in order.
+        nbytes: the bytes of the graph's weights.
         quantized: ``{module path: format}`` of the layers whose codes the graph holds.
         dequantized: ``{module path: reason}`` of the quantised layers whose codes a quantised graph does not hold.
-        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded their
-            scales to bfloat16, and the graph holds the rounded scales.
+        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded the scales of
+            these layers to bfloat16, and the graph holds the rounded scales.
         tolerance: the largest error that ``checks`` may have.
-        checks: the comparisons; empty where ``verified`` is False.
+        checks: the comparisons; empty if ``verified`` is False.
         verified: whether the checker and the comparisons were run.
-        versions: of the packages that took part.
+        versions: the versions of the packages that took part.
         generation: whether the folder has a ``genai_config.json`` for onnxruntime-genai.
     """
 
@@ -130,7 +131,7 @@ def export_model(
     force: bool,
     progress: Progress | None,
 ) -> OnnxReport:
-    """:func:`oftsurgery.export_onnx`."""
+    """Export a model in memory: the core of :func:`oftsurgery.export_onnx`."""
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
     if peft_live.has_live_layers(model) or live_layers(model):
@@ -221,6 +222,11 @@ def load_model(folder: Path) -> nn.Module:
 
 
 def _outputs(task: Task, reference: nn.Module) -> list[str]:
+    """The outputs' names, from a run of the model.
+
+    Raises:
+        StateError: the model does not run on the task's inputs, or returns no tensor.
+    """
     try:
         names = task.outputs(reference)
     except OFTSurgeryError:
@@ -233,7 +239,7 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
             getattr(task, "pad", 0) is None
             and "pad_token_id" in inspect.unwrap(type(reference).forward).__code__.co_names
         ):
-            # a classifier of decoders looks for the last token of each text in a batch
+            # a classifier over a decoder looks for the last token of each text in a batch
             remedy = "name the padding token: model.config.pad_token_id = tokenizer.pad_token_id (`pad_token_id` in config.json)"
         raise StateError(message, remedy=remedy) from error
     if not names:
@@ -242,6 +248,7 @@ def _outputs(task: Task, reference: nn.Module) -> list[str]:
 
 
 def _checked_dtype(dtype: str) -> str:
+    """The name of the graph's dtype, without the prefix ``torch.``."""
     name = str(dtype).removeprefix("torch.")
     if name in ("bfloat16", "bf16"):
         message = "onnxruntime has no bfloat16 kernels on the CPU, so the CPU could neither run nor check the graph"
@@ -293,7 +300,7 @@ def _prove(
     if bad:
         largest, name, inputs = max(bad, key=lambda b: b[0])
         raise ExportError(
-            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, allowed are "
+            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, and the limit is "
             f"{_TOLERANCE[dtype]:.0e}, at {inputs} (and in {len({i for _, _, i in bad}) - 1} more of {len(checks)} comparisons)",
             tensor=name,
             format=dtype,
@@ -332,6 +339,7 @@ def _write_rest(
     record: FoldRecord | None,
     report: OnnxReport,
 ) -> None:
+    """Write the files beside the graph: configs, tokenizer, record and card."""
     jsons = export.config_files(model, NAMED[report.dtype])
     if genai is not None:
         jsons["genai_config.json"] = genai
@@ -344,7 +352,7 @@ def _write_rest(
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
-    """``genai_config.json`` for onnxruntime-genai, or None where the layers' shapes differ: the file has one shape for all."""
+    """``genai_config.json`` for onnxruntime-genai; None if the layers' shapes differ, since the file has one shape for all layers."""
     shapes = {part for layer in task.layers for part in layer}
     if len(shapes) != 1:
         return None
@@ -353,7 +361,7 @@ def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
     generation = getattr(model, "generation_config", None)
 
     def tokens(name: str) -> list[int]:
-        """The tokens of a setting that the vocabulary has; onnxruntime-genai refuses others, such as a shrunk model's."""
+        """The tokens of a setting that lie in the vocabulary; onnxruntime-genai refuses other tokens, which a shrunk model may name."""
         found = getattr(generation, name, None)
         found = getattr(config, name, None) if found is None else found
         found = found if isinstance(found, (list, tuple)) else [found]

@@ -1,4 +1,4 @@
-"""The functions here name the axes and weights of a captured graph, and :func:`write_graph` writes the graph."""
+"""Functions that name the axes and weights of a captured graph; :func:`write_graph` writes the graph."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ def transpose_weights(model: Any) -> None:
 
 
 def _transposes(node: Any) -> bool:
+    """Whether the node swaps the two axes of a matrix, and can be removed."""
     perm = node.attributes.get("perm")
     return (
         node.op_type == "Transpose"

@@ -56,7 +56,7 @@ class Prepared:
         self._quantized = quantized
         self._dtype_of = _dtype_chooser(model, dtype)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps them alive
+        self._reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps the placeholders alive
         self._tied: dict[int, nn.Parameter] = {}  # by the original parameter's id
 
         self.structure = _copy_with(model, self._placeholder, dtype)
@@ -68,6 +68,7 @@ class Prepared:
         self.values = {name: self._reads[id(t)] for name, t in tensors if id(t) in self._reads}
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A placeholder."""
         with self._fake:
             return torch.empty(tuple(shape), dtype=dtype)
 
@@ -107,7 +108,7 @@ class Prepared:
         return self._tied[id(original)]
 
     def _quantised(self, layer: Layer) -> _QuantizedLinear | None:
-        """A bitsandbytes layer with placeholders for its codes, or None where the graph does not hold them."""
+        """A linear layer with placeholders for a bitsandbytes layer's codes; None if the graph does not hold the codes."""
         encoded, home = layer.read()
         f = encoded.format
         if layer.repacked:
@@ -200,6 +201,7 @@ def _module_in_float32(layer: Layer, module: nn.Module) -> nn.Module:
 
 
 def _parameters(layer: Layer) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` of a layer's own parameters; raises StateError for a lazy parameter."""
     for local, parameter in layer.module._parameters.items():
         if parameter is None:
             continue
@@ -210,6 +212,7 @@ def _parameters(layer: Layer) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _read_part(layer: Layer, part: Callable[[EncodedWeight], Tensor]) -> Tensor:
+    """One part of a layer's weight, on the CPU."""
     return part(layer.read()[0]).detach().cpu()
 
 
@@ -223,7 +226,7 @@ def _value(layer: Layer, local: str) -> Tensor:
 
 
 def _float32(layer: Layer, local: str) -> Tensor:
-    """:func:`_value` in float32, where the value is floating point."""
+    """:func:`_value`, in float32 if the value is floating point."""
     value = _value(layer, local)
     return value.float() if value.is_floating_point() else value
 
@@ -234,7 +237,7 @@ def _read_on_access(module: nn.Module, reads: Mapping[str, Read]) -> None:
         return
     for local in reads:
         shape = module._parameters[local].shape  # type: ignore[union-attr]
-        # models ask their parameters for dtype and shape, so an expanded tensor of one element stays
+        # models read the dtype and the shape of their parameters, so an expanded tensor of one element stays
         module._parameters[local] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
     def computed(read: Read) -> property:
@@ -273,7 +276,7 @@ def _set_parameter(module: nn.Module, local: str, parameter: nn.Parameter) -> No
 
 
 def _narrow(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """``value`` in ``dtype``; raises NonFiniteError where the narrower dtype cannot hold a value."""
+    """``value`` in ``dtype``; raises NonFiniteError if the narrower dtype cannot hold a value."""
     new = value.to(dtype)
     if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
         message = f"the weight is not finite in {name_of(dtype)}"

@@ -1,8 +1,8 @@
 """onnxruntime runs a graph in its own process, as users run the graph: from a path, without torch.
 
-So the runtime's memory is not added to the model's, and a crash of the runtime becomes an error. The process is ``python
--m oftsurgery.onnx.run GRAPH``: it reads pickled feeds from its standard input and writes pickled outputs, and only the
-process that started it holds these pipes.
+So the runtime's memory is not added to the model's memory, and a crash of the runtime becomes an error. The process is
+``python -m oftsurgery.onnx.run GRAPH``. This process reads pickled feeds from its standard input and writes pickled outputs;
+only the parent process holds these pipes.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Process:
         return self._answer("run")  # type: ignore[no-any-return]
 
     def _answer(self, what: str) -> Any:
+        """The next answer of the process, which had to ``what`` ("load" or "run") the graph."""
         try:
             answer, failed = pickle.load(self._process.stdout)  # type: ignore[arg-type]  # noqa: S301 - our own child
         except (EOFError, pickle.UnpicklingError) as error:
@@ -103,6 +104,7 @@ class Process:
         return self._process.communicate()[1]
 
     def _ended(self, what: str) -> ExportError:
+        """The error for a process that ended without an answer."""
         said = self._end().decode(errors="replace").strip().splitlines() or ["the process printed nothing"]
         message = f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}"
         remedy = "check that there is enough memory; verify=False (--no-verify) writes the graph without running it"
@@ -110,6 +112,8 @@ class Process:
 
 
 def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
+    """Run a graph on each of the feeds that the parent process writes; the main function of the child process."""
+
     def say(answer: Any, *, failed: bool = False) -> None:
         pickle.dump((answer, failed), writer)
         writer.flush()
@@ -136,7 +140,7 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
             return
         try:
             say(session.run(names, feeds))
-        except Exception as error:  # as above: whatever a run raises goes to the parent, which raises an ExportError
+        except Exception as error:  # onnxruntime's errors share no class here either
             say(str(error), failed=True)
 
 

@@ -86,20 +86,27 @@ def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
             message = "a graph with a cache has its own inputs, and example inputs were given too"
             raise StateError(message, remedy="leave out with_past=True (--with-past) or example_inputs")
         return ExampleTask(model, example_inputs)
-    config = getattr(model, "config", None)
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters or not hasattr(config, "get_text_config"):
+    if "input_ids" not in parameters or _text_config(model) is None:
         message = f"the inputs of a {type(model).__name__} are not known"
         remedy = "give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors"
         raise StateError(message, remedy=remedy)
     return CacheTask(model) if with_past else TextTask(model)
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The config of the texts that a model takes; None for a model without such a config, or with several (MusicGen)."""
+    try:
+        return getattr(model, "config", None).get_text_config()  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
+        return None
+
+
 def _set_up(model: nn.Module, *, use_cache: bool) -> None:
     """Set the options in a copy's configs, with the configs of its submodules."""
     settings: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
     if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        settings["_attn_implementation"] = "sdpa"  # no flash attention
+        settings["_attn_implementation"] = "sdpa"  # in place of flash attention, for example
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         for name, value in settings.items():
             if hasattr(config, name):
@@ -152,7 +159,7 @@ class TextTask(Task):
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
-        config = model.config.get_text_config()
+        config = _text_config(model)
         self.types = int(getattr(config, "type_vocab_size", None) or 0)
         self.names = [n for n in ("input_ids", "attention_mask") if n in parameters]
         if "token_type_ids" in parameters and self.types > 1:
@@ -163,9 +170,8 @@ class TextTask(Task):
         self.pad = getattr(config, "pad_token_id", None)
         positions = int(getattr(config, "max_position_embeddings", None) or 0)
         positions = positions if positions > 0 else 2 * _LONGEST  # XLNet's config has -1
-        first = (
-            1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0
-        )  # RoBERTa's positions start after the pad id
+        # RoBERTa's positions start after the pad id
+        first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0
         self.longest = max(1, min(_LONGEST, positions - first))
 
     def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - all inputs are integers
@@ -178,6 +184,7 @@ class TextTask(Task):
         return list(wrapped.names)
 
     def _feeds(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs of one batch size and one length."""
         ids, mask = self.tokens(batch, length, generator)
         given = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.names:
@@ -253,7 +260,7 @@ class CacheTask(TextTask):
         return _WithCache(model, self.names)
 
     def outputs(self, reference: nn.Module) -> list[str]:
-        """The outputs' names; raises StateError where the cache is not only keys and values of attention layers."""
+        """The outputs' names; raises StateError if the cache holds more than keys and values of attention layers."""
         from transformers import DynamicCache
 
         model: Any = self.wrap(reference).model
@@ -332,6 +339,8 @@ def _heads(tensor: Tensor) -> tuple[int, int]:
 
 
 class _WithCache(nn.Module):
+    """A decoder as a function of named tensors and of its cache's tensors, in a fixed order."""
+
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
@@ -366,7 +375,7 @@ class ExampleTask(Task):
             or not all(isinstance(t, Tensor) for t in found.values())
         ):
             raise StateError(
-                f"example inputs are a tensor, a tuple of tensors or a mapping of names to tensors, not a {printable(type(examples).__name__)} of "
+                f"example inputs must be a tensor, a tuple of tensors or a mapping of names to tensors, not a {printable(type(examples).__name__)} of "
                 f"{', '.join(sorted({type(v).__name__ for v in found.values()})) or 'nothing'}",
                 remedy="wrap the model in a module whose forward takes tensors alone",
             )
@@ -394,7 +403,7 @@ class ExampleTask(Task):
         return names
 
     def _in_two_rows(self, wrapped: nn.Module, values: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The examples with a batch of 2 in place of 1, where an output follows the batch: torch.export fixes an axis of
+        """The examples with a batch of 2 in place of 1, if an output follows the batch, since torch.export fixes an axis of
         size 1.
         """
         if any(not t.ndim or t.shape[0] != 1 for t in self.examples.values()):

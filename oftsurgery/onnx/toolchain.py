@@ -1,4 +1,4 @@
-"""These functions import the packages that write an ONNX graph, keep their messages quiet, and convert their errors."""
+"""Functions that import the packages that write an ONNX graph, keep the packages' messages quiet, and convert their errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def require_onnx() -> None:
 
 @contextmanager
 def own_errors(what: str) -> Iterator[None]:
-    """Raise an error of reading a weight unchanged, although the packages' passes have wrapped it; other errors become an
-    ExportError.
+    """Raise an error of reading a weight unchanged, although the packages' passes have wrapped the error; other errors become
+    an ExportError.
     """
     try:
         yield

@@ -266,13 +266,13 @@ class FoldRecord(_Stored):
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
         added: on disk, the names of the tensors that the adapter brought and the base lacked (a head of another class).
-        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None where
-            there is no tokenizer, or an older version wrote the record.
-        chat_template: the owner of the chat templates, likewise.
+        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None without
+            a tokenizer, and in a record of an older version.
+        chat_template: on disk, the owner of the chat templates, with the same values.
         code: on disk, the names of the files of model code that were copied and not run.
         left_out: on disk, the names in the source's folder that were not copied.
-        missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as they
-            were, since the fold was ``partial``.
+        missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as in the
+            base, since the fold was ``partial``.
         extra: fields of a newer version.
     """
 

@@ -69,5 +69,5 @@ def public_place(place: str | None) -> str | None:
         return None
     path = Path(place)
     hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
-    known = hub_id and not os.path.exists(place)  # noqa: PTH110 - it takes any name
+    known = hub_id and not os.path.exists(place)  # noqa: PTH110 - os.path.exists takes any name
     return place if known or place.startswith(HUB) else path.name or place

@@ -48,6 +48,7 @@ def figures(record: FoldRecord) -> dict[str, bytes]:
 
 
 def _map(title: str, values: Mapping[str, float], scale_of: Any, show: Any) -> Figure:
+    """The figure of one value for each module, with a map for each stack of layers."""
     from matplotlib.figure import Figure
 
     place = layout(values)

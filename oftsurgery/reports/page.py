@@ -231,6 +231,7 @@ def _middle_half(values: Iterable[float], show: Callable[[float], str] = percent
 
 
 def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, str]) -> dict[str, Any]:
+    """The data of one metric's map."""
     values = metric.values(record)
     scale = metric.scale(list(values.values()))
 

@@ -1,4 +1,4 @@
-"""Find the modules of a model that peft could put an adapter on, from the modules alone, on any device."""
+""":func:`adaptable_of` finds the modules of a model that peft could put an adapter on, from the modules alone, on any device."""
 
 from __future__ import annotations
 

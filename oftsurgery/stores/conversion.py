@@ -60,6 +60,7 @@ def _run(
     skeleton: Any,
     patterns: Mapping[str, str | None] | None = None,
 ) -> dict[str, Tensor]:
+    """The tensors that transformers' ``converter`` makes of ``tensors``."""
     from transformers.core_model_loading import dot_natural_key
 
     for name in sorted(tensors, key=dot_natural_key):
@@ -99,9 +100,10 @@ def unit_of(
 def _tried(
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    """The result of a conversion; nothing if the conversion fails."""
     try:
         return convert(tensors)
-    except Exception:  # a conversion may raise any error; the unit is unknown then, and a change of it is refused
+    except Exception:  # a conversion may raise any error; the unit is then unknown, and a change of the unit is refused
         return {}
 
 
@@ -110,7 +112,7 @@ CONVERSIONS = "_weight_conversions"
 
 
 def of_adapter(conversions: Sequence[Any] | None) -> bool:
-    """Whether those files were an adapter's; such conversions say nothing about the model's own tensors."""
+    """Whether ``conversions`` belong to the files of an adapter; such conversions say nothing about the model's own tensors."""
     return any(source.startswith("base_model.model.") for c in conversions or () for source in c.source_patterns)
 
 
@@ -148,6 +150,7 @@ class Saving:
         return self._matched(name)[1]
 
     def _matched(self, name: str) -> tuple[Any, str | None, str | None]:
+        """``(converter, first name in the file, pattern)`` for a tensor that is converted; else three times None."""
         for converter in self._converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
@@ -179,7 +182,7 @@ def _of_bitsandbytes(transform: Any) -> bool:
 
 
 def check_known(unit: Unit, path: str, *, back: bool) -> None:
-    """Raise FormatError for a weight of an unknown unit, or of a unit that must be written ``back`` and cannot be."""
+    """Raise FormatError for a weight of an unknown unit, or of a unit that must be written ``back`` and is not reversible."""
     if not unit.model or (back and not unit.reversible):
         first, *rest = map(printable, unit.stored)
         more = f" and {len(rest)} other tensors" if rest else ""

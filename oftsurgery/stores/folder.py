@@ -58,13 +58,12 @@ class Quantization:
 class FolderStore:
     """The model in ``source``, as if it were loaded with ``quantization`` (None: as it is stored).
 
-    Tensors have the names of the model's class; tensors that transformers converts may be asked for by the checkpoint's
-    own names too.
+    Tensors have the names of the model's class; tensors that transformers converts have the checkpoint's own names too.
 
     Attributes:
-        config: the ``config.json`` of the model, which another one's head may have changed.
+        config: the ``config.json`` of the model; an adapter's head may have changed the file's contents.
         entries: the checkpoint's tensors that the model has.
-        added: ``{name: shape}`` of the tensors that an adapter brings to it.
+        added: ``{name: shape}`` of the tensors that an adapter brings to the model.
         architecture: the names by the model's class.
     """
 
@@ -163,7 +162,7 @@ class FolderStore:
         return self.holds_quantised(self.holder(name))
 
     def holds_quantised(self, stored: str) -> bool:
-        """Whether a tensor of the checkpoint is a quantised weight: integers without statistics are none."""
+        """Whether a tensor of the checkpoint is a quantised weight; integers without statistics are not such a weight."""
         return stored.endswith("weight") and len(checkpoint_tensors.companion_names(stored, self.source.entries)) > 1
 
     def is_embedding(self, name: str) -> bool:
@@ -200,7 +199,7 @@ class FolderStore:
             )
         if name in self.architecture.units and len(shape) != 2:
             raise FormatError(
-                "the checkpoint holds this weight fused with others",
+                "the checkpoint holds this weight fused with other weights",
                 module=path,
                 tensor=name,
                 shape=shape,
@@ -241,7 +240,7 @@ class FolderStore:
         return replace(stored, dtype=dtype)
 
     def quantises(self, name: str) -> bool:
-        """Whether loading quantises the weight ``name``."""
+        """Whether loading with ``quantization`` quantises the weight ``name``."""
         linears = self.architecture.linears
         return self.quantization is not None and linears is not None and name in linears
 

@@ -2,8 +2,8 @@
 so a fold must do nothing either.
 
 peft puts its own layer in the place of the target layer, and code that reads ``layer.weight`` gets the base's weight. The
-code of the owner's class says which it does: ``self.dt_proj.weight @ x`` reads, ``self.dt_proj(x)`` calls. The code is
-parsed and never run.
+code of the owner's class shows whether the owner reads or calls: ``self.dt_proj.weight @ x`` reads the weight, and
+``self.dt_proj(x)`` calls the layer. The code is parsed and never run.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from typing import Any, Literal
 
 from torch import nn
 
-#: methods that make, tie or hand over layers, and compute nothing from them
+#: methods that make, tie or hand over layers, and that compute nothing from a layer
 _SETUP = frozenset(
     {
         "_init_weights", "init_weights", "reset_parameters", "tie_weights", "_tie_weights", "get_input_embeddings",
         "set_input_embeddings", "get_output_embeddings", "set_output_embeddings",
     }
 )  # fmt: skip
-#: what a layer or its weight is asked for beside values
+#: attributes of a layer or of a weight that do not depend on the weight's values
 _FACTS = frozenset(
     {
         "dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_meta", "requires_grad", "requires_grad_", "in_features",
         "out_features", "num_embeddings", "embedding_dim",
     }
 )  # fmt: skip
-#: class of transformers whose code says neither → its layer, and whether that is called where the model was loaded quantised
+#: class of transformers whose code shows neither use → the idle layer, and whether the class calls the layer if the model was
+#: loaded quantised
 _EXCEPTIONS: Mapping[str, tuple[str, bool]] = MappingProxyType(
     {
         "FalconMambaMixer": ("dt_proj", True),
         "JambaMambaMixer": ("dt_proj", True),
-        "OneFormerTransformerModule": ("queries_embedder", False),  # read by the module that it is given to
+        "OneFormerTransformerModule": ("queries_embedder", False),  # another module gets the layer and reads its weight
     }
 )
 
@@ -70,14 +71,14 @@ def is_idle(modules: Mapping[str, nn.Module], path: str, *, quantised: bool) -> 
 
 @cache
 def _uses(cls: type[Any], parent: str | None, layer: str) -> frozenset[_Use]:
-    """What the code of a class does with ``self.layer``, or with the ``layer`` of its part ``parent``."""
+    """The uses of ``self.layer`` in the code of a class, or the calls of the ``layer`` of the class's part ``parent``."""
     found = set()
     for method, tree in _methods(cls, layer):
         over = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == layer and _is_of(node.value, parent):
                 use = _use(node, over)
-                if parent is not None:  # from outside, nothing but a call counts
+                if parent is not None:  # of the code around the owner, only calls count
                     use = "calls" if getattr(over.get(node), "func", None) is node else None
                 if use == "calls" or (use == "reads" and method != "__init__"):
                     found.add(use)
@@ -85,6 +86,7 @@ def _uses(cls: type[Any], parent: str | None, layer: str) -> frozenset[_Use]:
 
 
 def _is_of(value: ast.expr, parent: str | None) -> bool:
+    """Whether an expression is ``self``, or the part ``parent`` if a parent is given."""
     if parent is None:
         return isinstance(value, ast.Name) and value.id == "self"
     if parent.isdigit():  # `for block in self.blocks: block.layer(x)`, `self.blocks[0].layer(x)`
@@ -93,7 +95,9 @@ def _is_of(value: ast.expr, parent: str | None) -> bool:
 
 
 def _use(node: ast.AST, over: Mapping[ast.AST, ast.AST]) -> _Use | None:
-    """What happens to a layer; "calls" stands for all but a look at its weight or at facts about it."""
+    """The use of a layer at ``node``: "reads" for a read of the layer's weight or bias, None for a look at facts or a test of
+    the layer, and "calls" for everything else.
+    """
     while isinstance(up := over.get(node), ast.Subscript) and up.value is node:
         node = up
     asked = up.attr if isinstance(up, ast.Attribute) else ""
@@ -107,7 +111,7 @@ def _use(node: ast.AST, over: Mapping[ast.AST, ast.AST]) -> _Use | None:
 
 
 def _methods(cls: type[Any], layer: str) -> Iterator[tuple[str, ast.Module]]:
-    """``(name, code)`` of a class's methods that name the layer, its bases' too; torch's own classes apart."""
+    """``(name, code)`` of the methods of a class and of its bases that name the layer, without torch's own classes."""
     for base in cls.__mro__:
         members = vars(base).items() if issubclass(base, nn.Module) and not base.__module__.startswith("torch.") else ()
         for name, member in members:
@@ -117,6 +121,7 @@ def _methods(cls: type[Any], layer: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def _named(code: CodeType) -> Iterator[str]:
+    """The names of attributes and globals in compiled code, and in the functions within the code."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -125,7 +130,8 @@ def _named(code: CodeType) -> Iterator[str]:
 
 @cache
 def _parsed(function: Any) -> ast.Module:
+    """The syntax tree of a function; an empty tree for a function without readable source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # made at run time, or a lambda within a line
+    except (OSError, SyntaxError):  # the function was made at run time, or is a lambda within a line
         return ast.Module([], [])

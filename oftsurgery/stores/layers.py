@@ -293,8 +293,8 @@ def quant_states(module: nn.Module) -> Mapping[int, Any]:
 
 
 def swap_modules(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
-    """Replace modules, by id, everywhere in the model, together with the shells around them: a compiled module calls the
-    module that it was made of, whatever it holds. ``journal`` gets each undo step before its change.
+    """Replace modules, by id, everywhere in the model, together with the shells around these modules: a compiled module goes
+    on calling its first module after a replacement inside. ``journal`` gets each undo step before its change.
     """
     for parent in distinct(modules_of(model)).values():
         for name, child in list(parent._modules.items()):

@@ -33,7 +33,7 @@ def record_of(model: nn.Module) -> FoldRecord | None:
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
     """Set the model's record, or remove it."""
-    for shell in shells_of(model):  # a DataParallel gives none of its model's attributes
+    for shell in shells_of(model):  # a DataParallel does not pass its model's attributes on
         if record is None:
             shell.__dict__.pop(_ATTRIBUTE, None)
         else:
@@ -75,7 +75,7 @@ class LiveStore:
         tensors = self.tensors
 
         def there(name: str) -> bool:
-            # for a module without such a parameter the layer raises the error that says why
+            # for a module without such a parameter, the layer raises the error that gives the reason
             return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
 
         wanted = list(names)
@@ -107,7 +107,7 @@ class LiveStore:
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
 
-    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - as the model holds it
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - a live weight has its own format
         path = name.removesuffix(".weight")
         return self.at(name).read()[0] if path in self.modules else None
 

@@ -1,4 +1,4 @@
-"""A model's modules and tensors by path, without the shells around them: wrappers that compile, replicate or checkpoint."""
+"""A model's modules and tensors by path, without the shells around modules: wrappers that compile, replicate or checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import StateError
 
-#: class of a shell, in torch or DeepSpeed → name of the one module in it, whose output the shell gives
+#: class of a shell, in torch or DeepSpeed → name of the one module in the shell, whose output the shell returns
 _SHELLS: Mapping[str, str] = MappingProxyType(
     {
         "OptimizedModule": "_orig_mod",
@@ -26,7 +26,7 @@ _REPLICATE = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """The module in a shell, or None for a module that is no shell."""
+    """The module in a shell; None for a module that is not a shell."""
     for cls in type(module).__mro__:
         if cls.__name__ in _SHELLS and cls.__module__.partition(".")[0] in ("torch", "deepspeed"):
             if cls.__name__ == "FullyShardedDataParallel":
@@ -51,12 +51,12 @@ def shells_of(model: nn.Module) -> list[nn.Module]:
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model inside all of its shells; a model without shells is its own."""
+    """The model inside all of its shells; the model itself if it has no shells."""
     return shells_of(model)[-1]
 
 
 def without_replicas(model: nn.Module) -> nn.Module:
-    """The model without the shells that replicate it: one process alone cannot copy those."""
+    """The model without the shells that replicate it, since one process alone cannot copy such a shell."""
     shells = shells_of(model)
     last = max((i for i, shell in enumerate(shells) if type(shell).__name__ in _REPLICATE), default=-1)
     return shells[last + 1]

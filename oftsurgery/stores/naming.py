@@ -40,12 +40,12 @@ class Architecture:
         units: ``{name in the checkpoint: its unit}`` of the tensors that transformers converts while loading.
         transposed: checkpoint names of ``Conv1D`` weights, which are held ``(in, out)``.
         linears: model names of the weights that bitsandbytes loading quantises; None for an unknown class.
-        quantised_with: the same for any ``llm_int8_skip_modules``; None where the class is unknown.
+        quantised_with: function from a list ``llm_int8_skip_modules`` to such names; None for an unknown class.
         loaded: ``{checkpoint or model name: dtype}`` of plain tensors after transformers' loading; empty for an unknown
             class.
         modules: ``{path: module}`` of the model on the meta device; empty for an unknown class.
         ties: ties of the model.
-        layouts: of :func:`~oftsurgery.stores.layouts.layouts_of`.
+        layouts: the layouts of the class, from :func:`~oftsurgery.stores.layouts.layouts_of`.
         name: name of the class, or None.
     """
 
@@ -238,7 +238,9 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             here.add(architecture.renamed[name])
         stored = [n for target in here for n in architecture.stored.get(target, (target,))]
         if len(stored) > 1:
-            message = f"the checkpoint has two tensors of that name: {', '.join(sorted(map(printable, stored)))}"
+            message = (
+                f"the checkpoint has {len(stored)} tensors of this name: {', '.join(sorted(map(printable, stored)))}"
+            )
             raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 

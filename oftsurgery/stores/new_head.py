@@ -32,11 +32,11 @@ _TABLES = {
 
 @dataclass(frozen=True, eq=False)
 class NewHead:
-    """What becomes of a checkpoint with an adapter's head.
+    """The changes of a checkpoint that takes an adapter's head.
 
     Attributes:
         config: the ``config.json`` of the class with the head.
-        added: ``{name of a tensor of the model: shape}`` of what the adapter brings and the checkpoint lacks.
+        added: ``{name of a tensor of the model: shape}`` of the tensors that the adapter brings and the checkpoint lacks.
         dropped: the checkpoint's names of the tensors of its own head.
     """
 
@@ -66,7 +66,7 @@ def new_head(store: FolderStore, adapters: Iterable[OFTAdapter]) -> NewHead | No
 
 
 def _class_of(adapter: OFTAdapter, config: Mapping[str, Any]) -> str | None:
-    """The name of the class that the adapter was trained on, as far as its config tells."""
+    """The name of the class that the adapter was trained on; None if the adapter's config does not name the class."""
     from transformers.models.auto import modeling_auto
 
     mapping = adapter.config.get("auto_mapping")
@@ -88,6 +88,7 @@ class _Headed:
 
     @classmethod
     def built(cls, store: FolderStore, name: str, labels: int | None) -> _Headed | None:
+        """The checkpoint in transformers' class ``name``; None for an unknown class, or if the class refuses the config."""
         import transformers
 
         known = getattr(transformers, name, None)
@@ -104,6 +105,7 @@ class _Headed:
         return None if model is None else cls(store, config, model)
 
     def _located(self, saved: Mapping[str, Shape]) -> Mapping[str, str]:
+        """``{name of the adapter's own tensor: name in the class with the head}``."""
         return find_names(saved, lambda name: {name} & self.shapes.keys(), self.names.layouts)
 
     def takes(self, saved: Mapping[str, Shape]) -> bool:
@@ -112,6 +114,11 @@ class _Headed:
         return all(name in found and self.shapes[found[name]] == shape for name, shape in saved.items())
 
     def head(self, saved: Mapping[str, Shape]) -> NewHead:
+        """The changes by which the checkpoint takes the head.
+
+        Raises:
+            MatchError: the class has tensors that neither the checkpoint nor the adapter holds.
+        """
         own, brought = self.store.architecture, set(self._located(saved).values())
         fits = {n: target for n, target in self.names.renamed.items() if self._fits(n, target)}
         held = {*fits.values(), *self.names.made, *self.names.tied}
@@ -123,7 +130,7 @@ class _Headed:
                 tensor=lost[0],
                 remedy=f"train with {printable(lost[0].rpartition('.')[0])!r} in modules_to_save, or give a base of the class {self.names.name}",
             )
-        # what only the other head's class has goes; what neither class has stays as it is
+        # tensors that only the checkpoint's own class has are dropped; tensors that neither class has stay unchanged
         other = {n for n in self.names.renamed if n not in fits and own.renamed[n] in self._own_tensors()}
         return NewHead(self.config, {n: self.shapes[n] for n in sorted(brought - held)}, frozenset(other))
 

@@ -25,6 +25,7 @@ from .modules import distinct, inner_model, modules_of, tensors_in
 
 
 def _peft_class(obj: object, name: str) -> bool:
+    """Whether the object is of peft's class ``name``, without an import of peft."""
     return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(obj).__mro__)
 
 
@@ -38,7 +39,8 @@ def has_live_layers(model: nn.Module) -> bool:
     return base_of(model) is not model or any(True for _ in _all_of("BaseTunerLayer", model))
 
 
-#: class of peft's around a base model → name of what is in it: ``PeftModel`` holds a ``BaseTuner``, which holds the model
+#: peft's class around a base model → attribute of the next object inside: ``PeftModel`` holds a ``BaseTuner``, which holds the
+#: model
 _AROUND = MappingProxyType({"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"})
 
 
@@ -71,7 +73,7 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
             message = "peft has merged this adapter into the base weights already"
             remedy = "reload the base model and the adapter: peft's unmerge does not restore quantised weights"
         elif layer.disable_adapters:
-            message = "the adapters are disabled: the model computes the base"
+            message = "the adapters are disabled, so the model computes what its base computes"
             remedy = "call enable_adapter_layers() first"
         else:
             continue
@@ -92,7 +94,7 @@ def _configs(model: nn.Module) -> dict[str, Any]:
     configs: dict[str, Any] = getattr(inner_model(model), "peft_config", {})
     if configs:
         return configs
-    # get_submodule takes the path with its shells
+    # get_submodule takes a path with the names of shells
     holder = next((path for path, m in model.named_modules() if path and m.__dict__.get("peft_config")), None)
     if holder is None:
         message = "the model has live peft layers, and its `peft_config` names no adapter"
@@ -100,12 +102,14 @@ def _configs(model: nn.Module) -> dict[str, Any]:
     raise StateError(
         "the live peft layers are in a part of this model, not in the model itself",
         module=holder,
-        remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
+        remedy=f"fold the part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
     )
 
 
 def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
-    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``); their old values are lost."""
+    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``); the old values of these
+    biases are lost.
+    """
     base = base_of(model)
     layers = list(_all_of("BaseTunerLayer", base))
     configs = _configs(model)
@@ -124,6 +128,7 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
+    """Names of the active adapters, which must be the same in all layers."""
     found = {tuple(layer.active_adapters) for _, layer in layers}
     if len(found) > 1:
         message = f"the model's layers have different active adapters: {printable(sorted(map(list, found)))}"
@@ -132,6 +137,7 @@ def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
 
 
 def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
+    """One live adapter; the installed peft decides the dialect."""
     tensors = dict(_live_tensors(base, layers, name))
     fields = without_targets(config.to_dict())
     # the installed release computes the live layer, whatever release wrote the file

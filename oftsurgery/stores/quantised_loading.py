@@ -1,4 +1,4 @@
-"""How transformers loads a checkpoint in 4 or 8 bits: transformers' own rules, applied to names and shapes on the meta device."""
+"""Which modules transformers quantises as it loads a checkpoint in 4 or 8 bits, by its own rules, from names and shapes alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oftsurgery.errors import FormatError, StateError
+from oftsurgery.errors import FormatError, StateError, printable
 from oftsurgery.formats.checkpoint_tensors import companion_names, is_companion
 
 from .naming import Architecture, names_of
@@ -55,15 +55,16 @@ class _Choice:
         self._written = names.stored.keys() | names.made.keys()
 
     def _made_by(self, skip: Sequence[str] | None) -> frozenset[str]:
+        """Names of the written weights that transformers quantises with this list."""
         assert self.names.quantised_with is not None  # noqa: S101 - the class is known
         return self.names.quantised_with(skip) & self._written
 
     def skip(self, given: Any) -> Sequence[str] | None:
-        """The list ``given`` or none, where it makes the choice; else the paths of the plain modules; else regular expressions
-        of these paths, since a path also skips the modules whose paths end in it.
+        """A list that makes the choice: the list ``given``, else no list, else the paths of the plain modules, else regular
+        expressions of these paths, since a path also skips all modules whose paths end in that path.
         """
         if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
-            message = f"`{_SKIP}` in the config is no list of names"
+            message = f"`{_SKIP}` in the config must be a list of names, but is {printable(given)}"
             raise StateError(message, remedy="restore the config.json that was saved with the weights")
         plain = sorted(name.removesuffix(".weight") for name in self._made_by([]) - self.wanted)
         exactly = [f"^{re.escape(path)}$" for path in plain]
@@ -77,8 +78,8 @@ class _Choice:
 
 
 def _replace_modules(model: Any) -> bool:
-    """Replace the modules of the class (Llama 4's experts) that transformers replaces as it loads a quantised checkpoint; whether
-    there are such modules.
+    """Replace the modules (Llama 4's experts) that transformers replaces as it loads a quantised checkpoint. The result is whether
+    the model has such modules.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
     from transformers.utils.quantization_config import BitsAndBytesConfig
@@ -96,6 +97,7 @@ def _found(names: Architecture, model: Any) -> set[str]:
 
 
 def _check_found(before: set[str], after: set[str]) -> None:
+    """Refuse weights that transformers finds in the class itself, but not after the replacement of modules."""
     lost = sorted(before - after)
     if lost:
         message = "transformers replaces this module as it loads a checkpoint in 4 or 8 bits, and would not find the weight that is written"

@@ -22,7 +22,7 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers log errors alone, and show no bars."""
+    """While the body runs, transformers logs errors alone and shows no bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -35,7 +35,7 @@ def quiet() -> Iterator[None]:
 
 
 def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` as transformers reads it, without fields that lead to code, here and in its parts."""
+    """``config`` as transformers reads it, without fields that lead to code, in the config itself and in its parts."""
     kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
     return {k: _readable(v) for k, v in kept.items()}
 
@@ -49,8 +49,8 @@ def _readable(value: Any) -> Any:
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """transformers' class that ``config`` names, or None; and that class's own config class where the config is its. The
-    parts of some models (Bark's) have config classes that ``AutoConfig`` does not know.
+    """transformers' class that ``config`` names, or None; and the config class of that class, or None if ``config`` is of another
+    model type. The parts of some models (Bark's) have config classes that ``AutoConfig`` does not know.
     """
     import transformers
 
@@ -75,7 +75,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         return None
     if not isinstance(config["model_type"], str):
         raise CheckpointError(
-            f"`model_type` is no string, but {printable(config['model_type'])}",
+            f"`model_type` must be a string, but is {printable(config['model_type'])}",
             tensor="config.json",
             remedy="restore the config.json that belongs to the checkpoint",
         )

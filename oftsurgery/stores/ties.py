@@ -70,6 +70,7 @@ def ties_of(model: nn.Module) -> Ties:
 
 
 def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """``{id of a tensor: its names}``; a module inside a module that stands in two places has one name."""
     groups: dict[int, list[str]] = {}
     places = set()
     for name, tensor in tensors_in(modules).items():

@@ -82,7 +82,7 @@ def unknown_dtype(folder: Path) -> None:
 
 
 NO_JSON = r"the file holds no JSON that can be read \(.+\) \[at .*adapter_config.json\] Remedy: restore the file"
-UNREADABLE = r"the tensors cannot be read: the file is truncated, or no safetensors file \(.+\) \[at .*adapter_model.safetensors\] Remedy: copy or download"
+UNREADABLE = r"the tensors cannot be read: the file is truncated, or is no safetensors file \(.+\) \[at .*adapter_model.safetensors\] Remedy: copy or download"
 PICKLE = r"is a pickle, which could run code when read; oftsurgery reads safetensors only .*Remedy: load the adapter with the peft release that wrote it"
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {

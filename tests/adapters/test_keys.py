@@ -142,7 +142,7 @@ def test_a_base_under_a_wrappers_names_is_written_under_its_own(
 ) -> None:
     base = renamed(place / "BASE", tmp_path / "base", "model.safetensors", OF_BASES[who])
     with pytest.warns(
-        SourceWarning, match=r"names of wrappers in them, .* is read as .*the output has the plain names"
+        SourceWarning, match=r"hold segments of wrappers, .* is read as .*the output has the plain names"
     ):
         oftsurgery.fold_checkpoint(base, place / "ADAPTER", tmp_path / "out")
     assert distance(logits(load(tmp_path / "out", "LlamaForCausalLM")), truth) < 1e-6
@@ -160,9 +160,12 @@ def test_transformers_finds_none_of_a_wrappers_names_so_nothing_that_needs_it_go
     place: Path, tmp_path: Path
 ) -> None:
     base = renamed(place / "BASE", tmp_path / "base", "model.safetensors", OF_BASES["torch.compile"])
-    with pytest.raises(oftsurgery.CalibrationError, match="transformers does not load the names of wrappers"), noted():
+    with (
+        pytest.raises(oftsurgery.CalibrationError, match="hold segments of wrappers, which transformers does not load"),
+        noted(),
+    ):
         load_model(plan_fold(base, place / "ADAPTER"), "cpu")
-    with pytest.raises(CheckpointError, match="have names of wrappers in them"), noted():
+    with pytest.raises(CheckpointError, match="hold segments of wrappers, so transformers finds none"), noted():
         oftsurgery.verify_checkpoint(base, place / "BASE", place / "ADAPTER")
 
 

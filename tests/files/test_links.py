@@ -64,7 +64,7 @@ def test_the_weights_of_a_folder_of_one_file_may_be_a_link_to_a_file_of_the_user
     assert len(texts) == 2
     for text, name in zip(texts, ("adapter_model.safetensors", WEIGHTS), strict=True):
         assert f"{name} is a link to {place.resolve() / 'elsewhere'}" in text
-        assert "since no file of the folder names it and its target belongs to you" in text
+        assert "since no file of the folder names the link and the link's target belongs to you" in text
     check_folded(place / "out", sound)
 
 

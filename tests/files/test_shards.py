@@ -98,10 +98,10 @@ def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", {"x": (torch.float32, (2,)), "y": (torch.float32, (1,))}, {})
     with pytest.raises(AssertionError, match="z is not planned"):
         writer.write("z", torch.zeros(2))
-    with pytest.raises(AssertionError, match="x has 4 bytes, planned were 8"):
+    with pytest.raises(AssertionError, match="x has 4 bytes, and 8 were planned"):
         writer.write("x", torch.zeros(1))
     writer.write("x", torch.zeros(2))
-    with pytest.raises(AssertionError, match="x is not planned, or written already"):
+    with pytest.raises(AssertionError, match="x is not planned, or is written already"):
         writer.write("x", torch.zeros(2))
     with pytest.raises(AssertionError, match="1 tensors were not written"):
         writer.close()

@@ -321,7 +321,9 @@ def test_unfolding_gives_the_bases_tokenizer_back_or_says_that_it_cannot(tmp_pat
     assert {n: d for n, d in file_bytes(tmp_path / "restored").items() if n not in names} == {
         n: d for n, d in file_bytes(place / "BASE").items() if n not in names
     }
-    with pytest.warns(LeftOutWarning, match="the tokenizer and the chat template of the output are not the base's"):
+    with pytest.warns(
+        LeftOutWarning, match="the output has the tokenizer and the chat template that the fold brought, not the base's"
+    ):
         oftsurgery.unfold_checkpoint(tmp_path / "out", tmp_path / "undone", undo=tmp_path / "undo")
     assert tokenizer_of(tmp_path / "undone").convert_tokens_to_ids("<new>") == 6
 

@@ -629,7 +629,7 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no such format": ("plain", {"format": "q4_k"}, "the format 'q4_k' is not known"),
     "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "the quantisation 'gptq' is not known"),
-    "no such place": ("plain", {"fold_into": "both"}, "fold_into is 'both'"),
+    "no such place": ("plain", {"fold_into": "both"}, "the value 'both' of fold_into is not known"),
     "double quantisation of nothing": (
         "plain",
         {"double_quant": True},

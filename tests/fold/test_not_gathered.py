@@ -13,7 +13,9 @@ from torch import nn
 import oftsurgery
 from oftsurgery import AdapterError, CheckpointError, StateError
 
-EMPTY = r"has no elements: training has spread it over processes \(ZeRO-3, FSDP\), and it was not gathered"
+EMPTY = (
+    r"has no elements: training has spread the tensor over processes \(ZeRO-3, FSDP\), and nobody gathered the parts"
+)
 ON_DISK = r".*zero_to_fp32.py \. OUTPUT --safe_serialization.*FULL_STATE_DICT"
 
 

@@ -193,7 +193,7 @@ def test_a_list_that_quantises_exactly_what_is_written() -> None:
     dense = [p for p in linears if p.endswith("intermediate.dense")]
     assert skip(*dense, given=["intermediate.dense"]) == ["intermediate.dense"]
     assert skip(dense[0]) == dense[:1]
-    with pytest.raises(StateError, match="is no list of names"):
+    with pytest.raises(StateError, match="must be a list of names, but is"):
         skip("classifier", given="classifier")
 
 

@@ -215,7 +215,7 @@ def test_weights_that_are_not_plain_parameters_are_refused_by_name(kind: str) ->
         ),
         (
             lambda: oftsurgery.fold(net(oft(net(nn.Linear(16, 16)), ["0"]))),
-            r"in a part of this model.*fold that part.*get_submodule\('0",
+            r"in a part of this model.*fold the part.*get_submodule\('0",
         ),
     ],
 )

@@ -344,7 +344,7 @@ def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, serve
     hold(server, ADAPTER, files)
     text = (
         r"the folder holds 4 adapters, each in a subfolder: checkpoint-500, checkpoint-900, checkpoint-1000, checkpoint-1500 "
-        r".*Remedy: name one of them: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
+        r".*Remedy: name one subfolder: subfolder='checkpoint-1500' \(--adapter-subfolder checkpoint-1500\)"
     )
     with pytest.raises(AdapterError, match=text):
         oftsurgery.load_adapter(ADAPTER)
@@ -399,8 +399,8 @@ def test_a_push_beside_an_adapter_is_refused_with_a_remedy_that_works(place: Pat
     quietly(oftsurgery.fold_checkpoint, place / "v1", place / "adapter", "out")
     hold(server, ADAPTER, files_of(place / "adapter") | {".gitattributes": b""})
     text = (
-        r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load that "
-        r"instead of what is pushed.*Remedy: name another repository or revision, or delete these files in the repository: (.*) \(`hf repos delete-files`\)"
+        r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load the adapter "
+        r"instead of the pushed model.*Remedy: name another repository or revision, or delete these files in the repository: (.*) \(`hf repos delete-files`\)"
     )
     with pytest.raises(StateError, match=text) as caught:
         oftsurgery.push_to_hub("out", ADAPTER)

@@ -817,6 +817,21 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> None: ...
 
 
+def test_a_model_of_several_texts_needs_example_inputs(tmp_path: Path) -> None:
+    """As MusicGen, whose encoder and decoder are two language models."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "num_codebooks": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 16}
+    codec = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [2], "hidden_size": 8, "codebook_dim": 8}
+    config = transformers.MusicgenConfig(
+        text_encoder={"model_type": "t5", "vocab_size": 32, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1},
+        audio_encoder=codec | {"codebook_size": 32},
+        decoder=sizes | {"num_hidden_layers": 1},
+    )
+    model = transformers.MusicgenForConditionalGeneration(config)
+    with pytest.raises(StateError, match=r"the inputs of a Musicgen\w+ are not known Remedy: give example inputs"):
+        oftsurgery.export_onnx(model, tmp_path / "out")
+
+
 def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
@@ -826,7 +841,7 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         oftsurgery.export_onnx(net, tmp_path / "out", "int8", example_inputs=x)  # type: ignore[arg-type]
     with pytest.raises(StateError, match=r"the inputs of a Sequential are not known Remedy: give example inputs"):
         oftsurgery.export_onnx(net, tmp_path / "out")
-    with pytest.raises(StateError, match=r"example inputs are a tensor.*not a tuple of int"):
+    with pytest.raises(StateError, match=r"example inputs must be a tensor.*not a tuple of int"):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=(3,))
     with pytest.raises(StateError, match=r"live adapters Remedy: fold the adapters first"):
         oftsurgery.export_onnx(adapted(build("llama"), ["q_proj"]), tmp_path / "out")
@@ -889,7 +904,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
     with pytest.raises(
         ExportError,
-        match=r"does not compute what torch computes: the largest difference is .* allowed are 5e-03.*Remedy: choose dtype='float32'",
+        match=r"does not compute what torch computes: the largest difference is .* and the limit is 5e-03.*Remedy: choose dtype='float32'",
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "out", "float16", example_inputs=x.half().float())
     assert not list(tmp_path.iterdir())

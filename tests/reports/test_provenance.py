@@ -404,7 +404,7 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))
     with monkeypatch.context() as patched:
         patched.setattr(oftsurgery.folding.disk_run, "versions", lambda: {"torch": "3.0"})
-        with pytest.raises(oftsurgery.StateError, match="of other inputs or settings"):
+        with pytest.raises(oftsurgery.StateError, match="has other inputs or settings"):
             quiet_fold(*words, max_shard_size="100KB", resume=True)
     quiet_fold(*words, max_shard_size="100KB", resume=True)
     assert oftsurgery.verify_checkpoint(tmp_path / "out", place / "BASE", place / "ADAPTER").ok

@@ -91,18 +91,18 @@ def large_indexes(base: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "modules.json: parent": (lambda b: modules(b, "../outside"), "outside the checkpoint's"),
+    "modules.json: parent": (lambda b: modules(b, "../outside"), "a folder outside the checkpoint: "),
     "modules.json: parent, inside a path": (
         lambda b: modules(b, "1_Pooling/../../outside"),
-        "outside the checkpoint's",
+        "a folder outside the checkpoint: ",
     ),
-    "modules.json: absolute": (lambda b: modules(b, str(b.parent / "outside")), "outside the checkpoint's"),
-    "modules.json: root": (lambda b: modules(b, "/"), "outside the checkpoint's"),
-    "modules.json: backslashes": (lambda b: modules(b, "..\\outside"), "outside the checkpoint's"),
-    "modules.json: a drive": (lambda b: modules(b, "C:outside"), "outside the checkpoint's"),
-    "modules.json: a null": (lambda b: modules(b, "1\0_Pooling"), "outside the checkpoint's"),
+    "modules.json: absolute": (lambda b: modules(b, str(b.parent / "outside")), "a folder outside the checkpoint: "),
+    "modules.json: root": (lambda b: modules(b, "/"), "a folder outside the checkpoint: "),
+    "modules.json: backslashes": (lambda b: modules(b, "..\\outside"), "a folder outside the checkpoint: "),
+    "modules.json: a drive": (lambda b: modules(b, "C:outside"), "a folder outside the checkpoint: "),
+    "modules.json: a null": (lambda b: modules(b, "1\0_Pooling"), "a folder outside the checkpoint: "),
     "modules.json: hidden": (lambda b: modules(b, ".git"), "hidden folder"),
-    "router: parent": (lambda b: router(b, "../outside"), "outside the checkpoint's"),
+    "router: parent": (lambda b: router(b, "../outside"), "a folder outside the checkpoint: "),
     "module: a link that leaves": (
         lambda b: (modules(b, "1_Pooling"), link(b / "1_Pooling", b.parent / "outside")),
         "link that leaves",
@@ -128,11 +128,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "module: folders in a circle": (
         lambda b: (link(b / "here", "."), modules(b, "here/here/here")),
-        "folders within folders",
+        "levels deep, more than the limit of 8",
     ),
-    "modules within modules": (nested, "folders within folders"),
+    "modules within modules": (nested, "levels deep, more than the limit of 8"),
     "code that imports thousands of files": (chained_code, "more than 512 files"),
-    "hundreds of megabytes of indexes": (large_indexes, "hold more than 67108864 bytes"),
+    "hundreds of megabytes of indexes": (large_indexes, "bytes, more than the limit of 67108864"),
     "code that is a link": (named_code_is_a_link, "link that leaves"),
     "the adapter's tokenizer is a link": (tokenizer_is_a_link, "link that leaves"),
 }

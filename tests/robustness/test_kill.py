@@ -262,7 +262,9 @@ def test_unfinished_work_is_neither_used_nor_removed_unasked(inputs: Path, undis
     with pytest.raises(Stop):
         run(inputs, progress=stop_after(2, Stop()))
     before = file_bytes(inputs)
-    with pytest.raises(StateError, match=r"unfinished work of an earlier run is there.*resume=True.*force=True"):
+    with pytest.raises(
+        StateError, match=r"the folder holds unfinished work of an earlier run.*resume=True.*force=True"
+    ):
         run(inputs)
     assert file_bytes(inputs) == before
     run(inputs, force=True)
@@ -306,7 +308,7 @@ def test_other_inputs_or_settings_do_not_resume(inputs: Path, change: str) -> No
         run(inputs, progress=stop_after(2, Stop()))
     options = CHANGES[change](inputs)
     before = file_bytes(inputs)
-    with pytest.raises(StateError, match=r"the unfinished work is of other inputs or settings.*force=True"):
+    with pytest.raises(StateError, match=r"the unfinished work has other inputs or settings.*force=True"):
         run(inputs, resume=True, **options)
     assert file_bytes(inputs) == before
     run(inputs, resume=True, force=True, **options)
@@ -343,7 +345,7 @@ def test_a_damaged_state_is_not_resumed(inputs: Path, undisturbed: dict[str, byt
     with pytest.raises(Stop):
         run(inputs, progress=stop_after(3, Stop()))
     (inputs / ".out.oftsurgery" / ".state.json").write_text(text)
-    with pytest.raises(StateError, match="the unfinished work is of other inputs or settings"):
+    with pytest.raises(StateError, match="the unfinished work has other inputs or settings"):
         run(inputs, resume=True)
     run(inputs, force=True)
     assert file_bytes(inputs / "out") == undisturbed

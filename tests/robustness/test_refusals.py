@@ -197,7 +197,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "tensors truncated",
     e.AdapterError,
-    r"the tensors cannot be read: the file is truncated, or no safetensors file .*Remedy: copy or download the file again",
+    r"the tensors cannot be read: the file is truncated, or is no safetensors file .*Remedy: copy or download the file again",
 )
 def _(t: Bench) -> Callable[[], object]:
     path = t.adapter() / "adapter_model.safetensors"
@@ -719,7 +719,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "adapters disabled",
     e.StateError,
-    r"the adapters are disabled: the model computes the base .*Remedy: call enable_adapter_layers\(\)",
+    r"the adapters are disabled, so the model computes what its base computes .*Remedy: call enable_adapter_layers\(\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.disable_adapter_layers()
