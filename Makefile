@@ -3,6 +3,7 @@
 #   make test     runs all tests but the slow tests; ARGS="-k name" selects tests
 #   make slow     runs the slow tests
 #   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
+#   make test-oldest   runs the tests with the oldest release of every dependency that pyproject.toml allows: downloads 3 GB into .venv-oldest
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
@@ -18,13 +19,20 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check families docs bench bench-quality browser
+.PHONY: demo test test-oldest slow check families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+# old releases warn of what newer releases changed, so warnings are no errors here
+test-oldest: browser
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -W default $(ARGS)
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)

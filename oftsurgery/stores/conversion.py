@@ -42,10 +42,10 @@ class Unit:
 
     def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored tensors, from the model's tensors: the mirror of :meth:`load`."""
-        from transformers.core_model_loading import apply_converters
+        from transformers.core_model_loading import rename_source_key
 
         back = self._converter.reverse_transform()
-        first = {name: apply_converters(name, [back]) for name in tensors}
+        first = {name: rename_source_key(name, [], [back]) for name in tensors}
         keys = {name: (pattern or name, target) for name, (target, pattern) in first.items()}
         found = _run(back, tensors, keys, self._skeleton, patterns={n: p for n, (_, p) in first.items()})
         prefix = f"{self._skeleton.base_model_prefix}."

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oftsurgery.errors import MatchError, MissingDependencyError, StateError, printable
+from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
@@ -119,7 +119,7 @@ def names_of(
 ) -> Architecture:
     """The names of a checkpoint's tensors in ``model``, which is on the meta device. Arguments as for :func:`architecture_of`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model) or []
@@ -139,7 +139,7 @@ def names_of(
         renamed[name] = target if weight == name else target.removesuffix("weight") + rest
         if pattern is not None:
             _, keys = converted.setdefault(target, (by_pattern[pattern], {}))
-            keys[name] = (apply_renamings(weight, renamings), target)
+            keys[name] = (rename_source_key(weight, renamings, [])[0], target)
     units: dict[str, Unit] = {}
     for converter, keys in converted.values():
         units |= dict.fromkeys(keys, unit_of(converter, keys, shapes, state, model))
@@ -182,13 +182,9 @@ def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[
 
 def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bool]:
     """A function of a path: whether transformers' bitsandbytes loading leaves the module unquantised."""
-    try:
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.quantizers.quantizers_utils import should_convert_module
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this transformers has no rules of bitsandbytes loading", remedy="pip install 'transformers>=5.0'"
-        ) from error
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     with _untied(model):
         keep = HfQuantizer.get_modules_to_not_convert(
             model, None if skip is None else list(skip), model._keep_in_fp32_modules

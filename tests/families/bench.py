@@ -71,8 +71,19 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     dtype = next((p.dtype for p in model.parameters() if p.dtype == torch.float64), None)
     given = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in inputs.items()}
     torch.manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), default_dtype(dtype):
         return list(_tensors(model(**given)))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Tensors that a model of this dtype makes have the dtype too: XGLM fills one with the least float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -140,7 +140,8 @@ class Outcome:
                 self._value = call()
             except Exception as error:
                 self.error = error
-        self.warnings = sorted(w.category.__name__ for w in caught)
+        ours = (w.category for w in caught if w.category.__module__ == "oftsurgery.errors")
+        self.warnings = sorted(category.__name__ for category in ours)
 
     @property
     def value(self) -> Any:
