@@ -299,7 +299,9 @@ def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[
         "source completion; for line in 'oftsurgery fo' 'oftsurgery fold --rou' 'oftsurgery fold --format b'; do\n"
         "COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_oftsurgery; echo ${COMPREPLY[@]}; done"
     )
-    done = subprocess.run([str(shutil.which("bash")), "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(shutil.which("bash")), "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["fold", "--rounding", "bf16"], done.stderr
 
 
