@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
-from oftsurgery.calibrate.checkpoint import checkpoint_inputs
+from oftsurgery.calibrate.checkpoint import calibrated_paths, checkpoint_inputs
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
@@ -52,7 +52,7 @@ class FoldSettings:
     format: Format = "same"
     quantize: str | None = None
     double_quant: bool = False
-    compute_dtype: str = "float32"
+    compute_dtype: str | None = None
     load_dtype: str | None = None
     skip_modules: Sequence[str] | None = None
     fold_into: Literal["quantized", "original"] = "quantized"
@@ -72,8 +72,8 @@ class FoldSettings:
         codec = self.quantize or (self.format if self.format in QUANTISED else None)
         if codec is not None:
             skip = tuple(self.skip_modules) if self.skip_modules is not None else None
-            dtype = None if self.load_dtype is None else float_dtype(self.load_dtype)
-            return Quantization(codec, self.double_quant, float_dtype(self.compute_dtype), skip, dtype)
+            compute, load = (d if d is None else float_dtype(d) for d in (self.compute_dtype, self.load_dtype))
+            return Quantization(codec, self.double_quant, compute, skip, load)
         if self.double_quant:
             message = "double quantisation was asked for, but the checkpoint is not to be quantised"
             raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
@@ -98,7 +98,10 @@ def plan_fold(
         max_shard_bytes=parse_size(settings.max_shard_size),
         partial=settings.partial,
     )
-    return replace(plan, rounding=mode)
+    plan = replace(plan, rounding=mode)
+    if mode == "calibrated":
+        calibrated_paths(plan)
+    return plan
 
 
 def fold_checkpoint(
@@ -109,7 +112,7 @@ def fold_checkpoint(
     format: Format = "same",
     quantize: str | None = None,
     double_quant: bool = False,
-    compute_dtype: str = "float32",
+    compute_dtype: str | None = None,
     load_dtype: str | None = None,
     skip_modules: Sequence[str] | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
@@ -138,13 +141,13 @@ def fold_checkpoint(
         source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
         adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        format: the format that is written: ``"same"`` as the source, ``"fp32"``, ``"fp16"``, ``"bf16"`` (dequantised), or
-            from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+        format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
+            ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
         quantize: quantise a plain source to this format first, exactly as transformers' bitsandbytes loading did for the
             trainer, so that the adapter meets the base that it was trained on; a quantised ``format`` implies this.
         double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
-            (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype``, ``dtype`` of ``from_pretrained`` (None: the
-            config's, as transformers 5 does), ``llm_int8_skip_modules``).
+            (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype`` (None: the dtype of the model), ``dtype`` of
+            ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of

@@ -14,7 +14,7 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
 from oftsurgery.calibrate.batches import Batch, read_batches
-from oftsurgery.calibrate.layer_inputs import Calibration
+from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
@@ -162,6 +162,7 @@ def _calibrator(
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
+            check_wanted(paths)
             return Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate

@@ -17,7 +17,7 @@ from oftsurgery.stores.skeleton import quiet, readable_config
 from oftsurgery.weights.calibrate import InputsOf
 
 from .batches import TRANSFORMERS, Batch, batches_on
-from .layer_inputs import Calibration
+from .layer_inputs import Calibration, check_wanted
 
 
 def checkpoint_inputs(
@@ -32,7 +32,7 @@ def checkpoint_inputs(
         CalibrationError: transformers does not know the model's class, or cannot load the checkpoint.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
+    wanted = calibrated_paths(plan)
 
     @cache
     def calibration() -> Calibration:
@@ -40,6 +40,17 @@ def checkpoint_inputs(
         return Calibration(load_model(plan, device), adapters, wanted, batches_on(batches, device), progress=progress)
 
     return lambda path: calibration()(path)
+
+
+def calibrated_paths(plan: CheckpointPlan) -> list[str]:
+    """The modules' paths in the model whose rounding a calibration decides.
+
+    Raises:
+        StateError: there is none.
+    """
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
+    check_wanted(wanted)
+    return wanted
 
 
 def load_model(plan: CheckpointPlan, device: str) -> nn.Module:

@@ -6,7 +6,7 @@ too, whichever layers are rounded already; the order in which layers are folded 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.targets import without_targets
 from oftsurgery.checks.verify_models import eval_mode
-from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
+from oftsurgery.errors import CalibrationError, OFTSurgeryError, StateError, printable
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
@@ -32,6 +32,19 @@ HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
 
 #: bytes of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
+
+
+def check_wanted(paths: Collection[str]) -> None:
+    """Refuse a calibration that decides the rounding of no layer.
+
+    Raises:
+        StateError: ``paths`` is empty.
+    """
+    if not paths:
+        raise StateError(
+            "a calibration chooses how the quantised weights of layers are rounded, and this fold writes no such weight",
+            remedy="leave out the calibration (--calibration), or write a quantised format (--format nf4)",
+        )
 
 
 class Calibration:

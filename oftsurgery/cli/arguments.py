@@ -65,7 +65,10 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "quantise a plain base first, as the trainer's loading did",
     },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant)"),
-    "--compute-dtype": {"choices": DTYPES, "default": "float32", "help": "bnb_4bit_compute_dtype of the config"},
+    "--compute-dtype": {
+        "choices": DTYPES,
+        "help": "bnb_4bit_compute_dtype of the config (default: the dtype of the model)",
+    },
     "--load-dtype": {"choices": DTYPES, "help": "dtype in which the trainer loaded the model (default: the config's)"},
     "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules that stay plain (llm_int8_skip_modules)"},
     "--fold-into": {

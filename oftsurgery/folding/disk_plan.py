@@ -34,7 +34,7 @@ from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .undo_reader import UndoRecord
 
-Format = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+Format = Literal["same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 
@@ -160,6 +160,7 @@ def plan_checkpoint(
         quantization = Quantization(format)
     store = FolderStore(source, quantization)
     _check_formats(store, format, fold_into)
+    written = "same" if format == "bnb" else format
     if undo is not None and (format in DENSE or fold_into != "quantized"):
         raise StateError(
             "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
@@ -173,13 +174,13 @@ def plan_checkpoint(
     changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     if undo is not None:
         check_undo(changes, store.added)
-    jobs = JobBuilder(store, changes, format, fold_into).jobs()
-    config = configs.output_config(store.config, format, quantization, untied=changes.clears_flag)
+    jobs = JobBuilder(store, changes, written, fold_into).jobs()
+    config = configs.output_config(store.config, written, store.quantization, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
     carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
-        plan, changes=changes, format=format, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
+        plan, changes=changes, format=written, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
 
 
@@ -209,7 +210,13 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
         )
-    if format not in ("same", *DENSE, *QUANTISED):
+    if format == "bnb" and method is None:
+        raise StateError(
+            "the format bnb keeps bitsandbytes' formats, but the base is plain, and its quantisation in training was not given",
+            path=store.source.folder,
+            remedy="say how the adapter was trained: --quantize nf4 --double-quant (or fp4, int8); or choose --format bf16",
+        )
+    if format not in ("same", "bnb", *DENSE, *QUANTISED):
         raise StateError(
             f"the format {printable(format)!r} is not known",
             remedy=f"choose one of same, {', '.join((*DENSE, *QUANTISED))} (--format)",

@@ -79,7 +79,7 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": name_of(q.compute_dtype),
+        "bnb_4bit_compute_dtype": name_of(q.compute_dtype or DENSE["fp32"]),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": q.codec if four else "fp4",
         "bnb_4bit_use_double_quant": q.double_quant,

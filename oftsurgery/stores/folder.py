@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.adapters.targets import Adaptable
-from oftsurgery.dtypes import DTYPES, FLOATS
+from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import checkpoint_tensors, codecs
@@ -42,7 +42,8 @@ class Quantization:
     Attributes:
         codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: quantise the 4-bit statistics too.
-        compute_dtype: compute dtype of the live 4-bit layers, for the config alone: no stored byte depends on it.
+        compute_dtype: compute dtype of the live 4-bit layers, for the config alone: no stored byte depends on it. None: the dtype
+            in which the model is loaded, since bitsandbytes is slow where the two differ.
         skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them); None for
             transformers' own choice.
         dtype: dtype in which the model was loaded; None for the config's dtype, which transformers 5 uses by default.
@@ -50,7 +51,7 @@ class Quantization:
 
     codec: str
     double_quant: bool = False
-    compute_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
     skip: tuple[str, ...] | None = None
     dtype: torch.dtype | None = None
 
@@ -73,6 +74,9 @@ class FolderStore:
         self, source: Checkpoint, quantization: Quantization | None = None, head: NewHead | None = None
     ) -> None:
         q = quantization
+        dtype = q.dtype if q is not None and q.dtype is not None else _load_dtype(source)
+        if q is not None and q.compute_dtype is None:
+            q = replace(q, compute_dtype=dtype if dtype in DENSE.values() else torch.float32)
         self.source = source
         self.quantization = q
         self.config = source.config if head is None else head.config
@@ -82,7 +86,7 @@ class FolderStore:
         self.architecture = architecture_of(
             self.config,
             {name: e.shape for name, e in self.entries.items()},
-            dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
+            dtype=dtype,
             skip=q.skip if q is not None else None,
         )
 

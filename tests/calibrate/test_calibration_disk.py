@@ -248,12 +248,12 @@ def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter:
     assert {m.rounding for m in record.modules.values()} == {"calibrated"}
 
 
-def test_a_dense_output_needs_no_model(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibrate_checkpoint, "load_model", lambda *_: pytest.fail("loaded"))
-    record = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format="bf16")
-    assert {m.rounding for m in record.modules.values()} == {"nearest"}
+@pytest.mark.parametrize("format_", ["bf16", "same"])
+def test_a_plain_output_takes_no_calibration(format_: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    text = r"this fold writes no such weight Remedy: leave out the calibration"
+    with pytest.raises(oftsurgery.StateError, match=text):
+        oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format=format_)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])

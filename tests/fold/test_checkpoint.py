@@ -636,6 +636,11 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
         "but the checkpoint is not to be quantised",
     ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
+    "bitsandbytes' formats of a plain base": (
+        "plain",
+        {"format": "bnb"},
+        "the base is plain, and its quantisation in training was not given",
+    ),
     "no size": ("plain", {"max_shard_size": "5 gigs"}, "'5 gigs' is not a size"),
 }
 
