@@ -225,6 +225,8 @@ def test_export_asks_for_the_login_before_the_fold(
         str(place / "ADAPTER"),
         "--output",
         str(tmp_path / "o"),
+        "--format",
+        "fp32",
     ]
     assert cli.main([*words, "--push-to-hub"]) == 2
     assert "needs your consent, and there is no terminal" in capsys.readouterr().err
