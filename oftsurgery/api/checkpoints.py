@@ -14,12 +14,11 @@ from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
 from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
-from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.links import links_followed
-from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format, plan_checkpoint
+from oftsurgery.folding.disk_plan import CheckpointPlan, Format, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
 from oftsurgery.folding.undo_reader import open_undo
@@ -27,7 +26,6 @@ from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
-from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.modules import modules_of
 
@@ -43,51 +41,20 @@ from .arguments import (
     tokenizer_choice,
     usable_device,
 )
-
-
-@dataclass(frozen=True)
-class FoldSettings:
-    """The arguments of :func:`fold_checkpoint` that decide the output."""
-
-    format: Format = "same"
-    quantize: str | None = None
-    double_quant: bool = False
-    compute_dtype: str | None = None
-    load_dtype: str | None = None
-    skip_modules: Sequence[str] | None = None
-    fold_into: Literal["quantized", "original"] = "quantized"
-    rounding: Rounding | Literal["calibrated"] | None = None
-    undo: str | PathLike[str] | None = None
-    max_shard_size: int | str = "5GB"
-    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
-    revision: str | None = None
-    partial: bool = False
-
-    def quantization(self) -> Quantization | None:
-        """The quantisation of a plain source before the fold, or None.
-
-        Raises:
-            StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
-        """
-        codec = self.quantize or (self.format if self.format in QUANTISED else None)
-        if codec is not None:
-            skip = tuple(self.skip_modules) if self.skip_modules is not None else None
-            compute, load = (d if d is None else float_dtype(d) for d in (self.compute_dtype, self.load_dtype))
-            return Quantization(codec, self.double_quant, compute, skip, load)
-        if self.double_quant:
-            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
-            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
-        return None
+from .fold_settings import FoldSettings, as_trained
 
 
 def plan_fold(
-    source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings = FoldSettings()
+    source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings | None = None
 ) -> CheckpointPlan:
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
+    settings = settings or FoldSettings()
     mode: RoundingMode = settings.rounding or "preserve"
     adapters = loaded_adapters(adapter)
+    opened = opened_checkpoint(source, settings.revision, adapters)
+    settings, trained = as_trained(settings, opened, adapters)
     plan = plan_checkpoint(
-        opened_checkpoint(source, settings.revision, adapters),
+        opened,
         adapters,
         format=settings.format,
         quantization=settings.quantization(),
@@ -98,7 +65,7 @@ def plan_fold(
         max_shard_bytes=parse_size(settings.max_shard_size),
         partial=settings.partial,
     )
-    plan = replace(plan, rounding=mode)
+    plan = replace(plan, rounding=mode, trained_on=trained)
     if mode == "calibrated":
         calibrated_paths(plan)
     return plan
@@ -123,6 +90,7 @@ def fold_checkpoint(
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     revision: str | None = None,
     partial: bool = False,
+    trained_on: str | None = None,
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -149,6 +117,9 @@ def fold_checkpoint(
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype`` (None: the dtype of the model), ``dtype`` of
             ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
+        trained_on: what the adapter was trained on: ``"nf4-double"``, ``"nf4"``, ``"fp4-double"``, ``"fp4"``, ``"int8"`` or
+            ``"plain"``. A plain source is quantised so before the fold; a quantised source must be stored so. None: what the
+            files of the trainer beside the adapter say.
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after
@@ -196,6 +167,7 @@ def fold_checkpoint(
         tokenizer=tokenizer,
         revision=revision,
         partial=partial,
+        trained_on=trained_on,
     )
     usable_device(device)
     with links_followed(follow_links):

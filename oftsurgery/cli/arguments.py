@@ -11,6 +11,7 @@ from oftsurgery.errors import without_tokens
 
 FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
+TRAINED_ON = ("nf4-double", "nf4", "fp4-double", "fp4", "int8", "plain")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -64,6 +65,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "choices": ("nf4", "fp4", "int8"),
         "help": "quantise a plain base first, as the trainer's loading did",
     },
+    "--trained-on": {
+        "choices": TRAINED_ON,
+        "help": "what the adapter was trained on: a plain base is quantised so before the fold (default: what the files of the trainer beside "
+        "the adapter say)",
+    },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant)"),
     "--compute-dtype": {
         "choices": DTYPES,
@@ -115,7 +121,15 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     },
     "--yes": switch("do not ask for consent to a derived name"),
 }
-_QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
+_QUANTISING = (
+    "--trained-on",
+    "--quantize",
+    "--double-quant",
+    "--compute-dtype",
+    "--load-dtype",
+    "--skip-modules",
+    "--fold-into",
+)
 READING_FLAGS = ("--adapter-subfolder", "--follow-links")
 FOLDING_FLAGS = (
     *_QUANTISING,

@@ -49,7 +49,8 @@ def add_commands(command: AddCommand) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    from oftsurgery.api.checkpoints import FoldSettings, plan_fold
+    from oftsurgery.api.checkpoints import plan_fold
+    from oftsurgery.api.fold_settings import FoldSettings
 
     facts = plan_fold(base_of(args), adapters_of(args), FoldSettings(**_fold_settings(args))).to_dict()
     if wants_words(args, facts):
@@ -60,6 +61,7 @@ def show_plan(args: argparse.Namespace) -> None:
         print_table("module  shape  from  to  block size", rows)
         print()
         print_facts(
+            ("trained on", "{name} ({source})".format(**facts["trained_on"]) if facts["trained_on"] else None),
             ("folds", str(len(facts["folds"]))),
             ("other weights converted", str(facts["converts"])),
             ("tensors copied", str(facts["copies"])),
@@ -90,7 +92,7 @@ def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> o
 
 
 def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
-    from oftsurgery.api.checkpoints import FoldSettings
+    from oftsurgery.api.fold_settings import FoldSettings
 
     format_ = args.format
     if format_ in ("bnb", "onnx-quantized"):

@@ -13,6 +13,7 @@ import torch
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import homes_of
+from oftsurgery.adapters.trained_on import TrainedOn
 from oftsurgery.dtypes import DENSE, name_of
 from oftsurgery.errors import FormatError, StateError, printable
 from oftsurgery.files.carried import Carried, carried_from
@@ -54,6 +55,7 @@ class CheckpointPlan:
         unfolds: whether the plan takes the last fold out.
         rounding: the rounding of the quantised weights that are rotated.
         calibration: content hash of the calibration's batches, or None.
+        trained_on: what the adapter was trained on, where somebody says it.
         undo: the undo record that is written.
         undone: the undo record that is used.
     """
@@ -69,12 +71,19 @@ class CheckpointPlan:
     unfolds: bool = True
     rounding: str = "nearest"
     calibration: str | None = None
+    trained_on: TrainedOn | None = None
     undo: Path | None = None
     undone: UndoRecord | None = None
 
     @property
     def source(self) -> Checkpoint:
         return self.store.source
+
+    @property
+    def rotates(self) -> str:
+        """Which weights are rotated: ``"quantized"`` or ``"original"``."""
+        plain = self.store.quantization is None and "quantization_config" not in self.source.config
+        return "original" if plain else self.fold_into
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -97,7 +106,10 @@ class CheckpointPlan:
             "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
             "quantize": None if q is None else {**asdict(q), "compute_dtype": str(q.compute_dtype)},
-            "fold_into": self.fold_into,
+            "trained_on": None
+            if self.trained_on is None
+            else {"name": self.trained_on.name, "source": self.trained_on.source},
+            "fold_into": self.rotates,
             "rounding": self.rounding,
             "class": self.store.architecture.name,
             "folds": [

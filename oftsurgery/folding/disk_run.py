@@ -300,11 +300,18 @@ class _Run:
             adapters=tuple(map(public_info, record.adapters)),
             added=tuple(plan.store.added),
             base={
-                "fold_into": plan.fold_into,
+                "fold_into": plan.rotates,
+                **_facts_of_training(plan),
                 **facts_of_quantization(plan.store.quantization),
                 **_facts_of_revision(plan.source),
             },
         )
+
+
+def _facts_of_training(plan: CheckpointPlan) -> dict[str, str]:
+    """What the adapter was trained on, and where that is said; nothing where nobody says it."""
+    trained = plan.trained_on
+    return {} if trained is None else {"trained_on": trained.name, "trained_on_source": trained.source}
 
 
 def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:

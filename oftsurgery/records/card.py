@@ -249,7 +249,7 @@ def read_card(folder: Path) -> str:
 def _parse(text: str) -> Any:
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     # one kind of line ends, because otherwise the metadata's line ends would change with each amendment
     text = text.replace("\r\n", "\n")

@@ -74,7 +74,7 @@ class FolderStore:
         self, source: Checkpoint, quantization: Quantization | None = None, head: NewHead | None = None
     ) -> None:
         q = quantization
-        dtype = q.dtype if q is not None and q.dtype is not None else _load_dtype(source)
+        dtype = q.dtype if q is not None and q.dtype is not None else load_dtype(source)
         if q is not None and q.compute_dtype is None:
             q = replace(q, compute_dtype=dtype if dtype in DENSE.values() else torch.float32)
         self.source = source
@@ -287,7 +287,7 @@ class FolderStore:
         return unit.load({name: self.source.read(name) for name in unit.stored})
 
 
-def _load_dtype(source: Checkpoint) -> torch.dtype:
+def load_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype in which transformers 5 loads the checkpoint by default: the config's dtype, or else the dtype of the first
     float tensor.
     """

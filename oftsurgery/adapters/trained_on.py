@@ -1,0 +1,224 @@
+"""Find what an adapter was trained on, in the files that trainers leave beside it: no pickle is read, and no code runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oftsurgery.errors import CheckpointError, StateError, printable
+from oftsurgery.files.reading import read_json_value
+
+#: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
+TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
+    "nf4-double": ("nf4", True),
+    "nf4": ("nf4", False),
+    "fp4-double": ("fp4", True),
+    "fp4": ("fp4", False),
+    "int8": ("int8", False),
+    "plain": (None, False),
+}
+
+_MAX_BYTES = 1 << 20  # of a file that is read for its settings
+_MAX_FILES = 20
+_CARD = "README.md"
+_SECTION = re.compile(r"^The following `?bitsandbytes`? quantization config was used during training:$", re.MULTILINE)
+_SETTING = re.compile(r"\s*- _?(\w+): (.*)")
+_YAML_IN_CARD = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What an adapter was trained on.
+
+    Attributes:
+        name: a key of :data:`TRAINED_ON`.
+        source: the file that says so, or the argument.
+        skip: the modules that stayed plain (``llm_int8_skip_modules``); None for transformers' own choice.
+    """
+
+    name: str
+    source: str
+    skip: tuple[str, ...] | None = None
+
+    @property
+    def format(self) -> str | None:
+        return TRAINED_ON[self.name][0]
+
+    @property
+    def double_quant(self) -> bool:
+        return TRAINED_ON[self.name][1]
+
+
+def checked_name(name: str) -> str:
+    """The name, if it is a key of :data:`TRAINED_ON`.
+
+    Raises:
+        StateError: the name is another one.
+    """
+    if name not in TRAINED_ON:
+        message = f"{printable(name)!r} is nothing that an adapter is trained on"
+        raise StateError(message, remedy=f"choose one of {', '.join(TRAINED_ON)} (trained_on=…, --trained-on)")
+    return name
+
+
+def trained_on_in(folder: Path) -> list[TrainedOn]:
+    """What the files beside an adapter say that it was trained on, without repetitions; several where files disagree.
+
+    ======================================  ==============================================================================
+    file                                    what says it
+    ======================================  ==============================================================================
+    ``README.md``                           peft's list of bitsandbytes' settings; axolotl's settings in a block of YAML
+    ``*.yml``, ``*.yaml``                   axolotl's and LLaMA-Factory's settings
+    ``args.json``                           ms-swift's settings
+    ======================================  ==============================================================================
+
+    The files of a trainer's folder count for its ``checkpoint-N`` too. A file that cannot be read says nothing.
+    """
+    places = [folder, folder.parent] if _CHECKPOINT.fullmatch(folder.name) else [folder]
+    found = (one for place in places for one in _said_in(place))
+    return list({(one.name, one.skip): one for one in reversed(list(found))}.values())[::-1]
+
+
+def _said_in(folder: Path) -> Iterator[TrainedOn]:
+    card = _text(folder / _CARD)
+    for section in _SECTION.finditer(card):
+        yield from _named(_bitsandbytes(_settings_after(card, section.end())), _CARD)
+    for block in _YAML_IN_CARD.findall(card):
+        yield from _said_by(_yaml(block), _CARD)
+    for path in sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")])[:_MAX_FILES]:
+        yield from _said_by(_yaml(_text(path)), path.name)
+    with suppress(CheckpointError):
+        yield from _said_by(_json(folder / "args.json"), "args.json")
+
+
+def _said_by(settings: object, source: str) -> Iterator[TrainedOn]:
+    """What a trainer's settings say."""
+    if not isinstance(settings, Mapping):
+        return
+    for is_of, reader in _TRAINERS:
+        if is_of <= settings.keys():
+            yield from _named(reader(settings), source)
+            return
+
+
+def _named(settings: Mapping[str, Any] | None, source: str) -> Iterator[TrainedOn]:
+    """The name of bitsandbytes' settings; nothing for unknown settings (None)."""
+    if settings is None:
+        return
+    skip = settings.get("llm_int8_skip_modules")
+    skipped = tuple(map(str, skip)) if isinstance(skip, (list, tuple)) else None
+    kind: object = "plain"
+    if settings.get("load_in_8bit"):
+        kind = "int8"
+    elif settings.get("load_in_4bit"):
+        kind = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
+        kind = f"{kind}-double" if settings.get("bnb_4bit_use_double_quant") else kind
+    if kind in TRAINED_ON:
+        yield TrainedOn(str(kind), source, None if kind == "plain" else skipped)
+
+
+# --- trainers ---------------------------------------------------------------------------------------------------------
+
+
+def _axolotl(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """axolotl quantises to NF4 with double quantisation, unless ``bnb_config_kwargs`` says otherwise."""
+    if settings.get("gptq"):
+        return None
+    more = settings.get("bnb_config_kwargs")
+    defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return {**defaults, **settings, **(more if isinstance(more, Mapping) else {})}
+
+
+def _llama_factory(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    method = str(settings.get("quantization_method") or "bnb").lower()
+    return _bits(
+        settings.get("quantization_bit"),
+        method,
+        settings.get("quantization_type", "nf4"),
+        settings.get("double_quantization", True),
+    )
+
+
+def _ms_swift(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    method = str(settings.get("quant_method") or "bnb").lower()
+    return _bits(
+        settings.get("quant_bits"),
+        method,
+        settings.get("bnb_4bit_quant_type", "nf4"),
+        settings.get("bnb_4bit_use_double_quant", True),
+    )
+
+
+def _bits(bits: object, method: str, kind: object, double: object) -> Mapping[str, Any] | None:
+    if bits not in (None, 0, 4, 8) or (bits and method not in ("bnb", "bitsandbytes")):
+        return None
+    four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
+    return {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, **four}
+
+
+#: fields that a trainer's settings have, and their reader
+_TRAINERS = (
+    (frozenset({"base_model", "adapter"}), _axolotl),
+    (frozenset({"model_name_or_path", "finetuning_type"}), _llama_factory),
+    (frozenset({"model", "quant_bits"}), _ms_swift),
+)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _settings_after(card: str, start: int) -> dict[str, str]:
+    """The list ``- name: value`` after a heading of a card."""
+    found: dict[str, str] = {}
+    for line in card[start:].splitlines():
+        setting = _SETTING.fullmatch(line)
+        if setting is not None:
+            found[setting[1]] = setting[2].strip()
+        elif found and line.strip():
+            break
+    return found
+
+
+def _bitsandbytes(settings: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """Settings as a card has them: Python's words for values, and names without quotes."""
+    if (
+        settings.get("quant_method", "bitsandbytes")
+        .rpartition(".")[2]
+        .lower()
+        .replace("bits_and_bytes", "bitsandbytes")
+        != "bitsandbytes"
+    ):
+        return None
+    values: dict[str, Any] = dict(settings)
+    for name, text in settings.items():
+        with suppress(ValueError, SyntaxError):
+            values[name] = ast.literal_eval(text)
+    return values if {"load_in_4bit", "load_in_8bit"} & values.keys() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        if not path.is_file() or path.is_symlink() or path.stat().st_size > _MAX_BYTES:
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> object:
+    return read_json_value(path, limit=_MAX_BYTES) if path.is_file() and not path.is_symlink() else None
+
+
+def _yaml(text: str) -> object:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,130 @@
+"""The settings of a fold on disk, and what they are where the caller leaves open what the adapter was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Literal
+
+from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.reading import homes_of
+from oftsurgery.adapters.trained_on import TrainedOn, checked_name, trained_on_in
+from oftsurgery.dtypes import DENSE, float_dtype
+from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
+from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.folding.disk_plan import QUANTISED, Format
+from oftsurgery.formats.codecs import Rounding
+from oftsurgery.stores.folder import Quantization, load_dtype
+
+_ARGUMENT = "trained_on"
+
+
+@dataclass(frozen=True)
+class FoldSettings:
+    """The arguments of :func:`fold_checkpoint` that decide the output."""
+
+    format: Format = "same"
+    quantize: str | None = None
+    double_quant: bool = False
+    compute_dtype: str | None = None
+    load_dtype: str | None = None
+    skip_modules: Sequence[str] | None = None
+    fold_into: Literal["quantized", "original"] = "quantized"
+    rounding: Rounding | Literal["calibrated"] | None = None
+    undo: str | PathLike[str] | None = None
+    max_shard_size: int | str = "5GB"
+    tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
+    revision: str | None = None
+    partial: bool = False
+    trained_on: str | None = None
+
+    def quantization(self) -> Quantization | None:
+        """The quantisation of a plain source before the fold, or None.
+
+        Raises:
+            StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
+        """
+        codec = self.quantize or (self.format if self.format in QUANTISED else None)
+        if codec is not None:
+            skip = tuple(self.skip_modules) if self.skip_modules is not None else None
+            compute, load = (d if d is None else float_dtype(d) for d in (self.compute_dtype, self.load_dtype))
+            return Quantization(codec, self.double_quant, compute, skip, load)
+        if self.double_quant:
+            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
+            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
+        return None
+
+
+def as_trained(
+    settings: FoldSettings, source: Checkpoint, adapters: Iterable[OFTAdapter]
+) -> tuple[FoldSettings, TrainedOn | None]:
+    """The settings that give the adapter the base that it was trained on, and what that is where somebody says it: the
+    caller (``settings.trained_on``), or else the files beside the adapters.
+
+    Raises:
+        StateError: ``trained_on`` is not known, or contradicts other settings or the source's own format; or the files beside
+            the adapters contradict each other.
+
+    Warns:
+        SourceWarning: files say it, and the caller does not.
+    """
+    quantised = source.config.get("quantization_config") is not None
+    if settings.trained_on is not None:
+        trained = TrainedOn(checked_name(settings.trained_on), _ARGUMENT)
+        if settings.quantize is not None or settings.fold_into != "quantized":
+            message = "trained_on says how the base is quantised before the fold, and other settings say it too"
+            remedy = "give trained_on (--trained-on), or else quantize, double_quant and fold_into (--quantize, --double-quant, --fold-into)"
+            raise StateError(message, remedy=remedy)
+        if quantised:
+            _check_stored(trained, source)
+            return settings, trained
+        return _with(settings, trained, source), trained
+    if quantised or settings.quantize is not None or settings.fold_into != "quantized":
+        return settings, None
+    found = [one for home in homes_of(adapters) for one in trained_on_in(home)]
+    if len({(one.name, one.skip) for one in found}) > 1:
+        said = ", ".join(f"{printable(one.source)}: {one.name}" for one in found)
+        message = f"the files beside the adapter do not agree on what it was trained on ({said})"
+        raise StateError(message, remedy="say what it was trained on: trained_on=… (--trained-on)")
+    if not found:
+        return settings, None
+    trained = found[0]
+    warn_caller(
+        f"the adapter was trained on {trained.name}, as {printable(trained.source)} beside it says; "
+        "trained_on=… (--trained-on) says otherwise",
+        SourceWarning,
+    )
+    return _with(settings, trained, source), trained
+
+
+def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> FoldSettings:
+    """The settings of a fold into a plain source for an adapter that was trained on ``trained``."""
+    if trained.format is None:
+        return replace(settings, fold_into="original") if settings.format in QUANTISED else settings
+    format_ = trained.format if settings.format == "bnb" else settings.format
+    if format_ == "same":  # plain as the source
+        dtype = load_dtype(source)
+        format_ = next((name for name, known in DENSE.items() if known == dtype), "fp32")
+    skip = trained.skip if settings.skip_modules is None else settings.skip_modules
+    return replace(
+        settings,
+        format=format_,  # type: ignore[arg-type]
+        quantize=trained.format,
+        double_quant=settings.double_quant or trained.double_quant,
+        skip_modules=skip,
+    )
+
+
+def _check_stored(trained: TrainedOn, source: Checkpoint) -> None:
+    """Refuse a source that is stored in another format than the adapter was trained on."""
+    settings = source.config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return  # the plan refuses it
+    stored = "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
+    stored += "-double" * bool(stored != "int8" and settings.get("bnb_4bit_use_double_quant"))
+    if stored != trained.name:
+        message = f"the adapter was trained on {trained.name}, but the base is stored as {printable(stored)}"
+        raise StateError(
+            message, path=source.folder, remedy="give the base that the adapter was trained on, or its plain weights"
+        )
