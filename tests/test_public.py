@@ -31,7 +31,9 @@ def test_import_loads_torch_and_safetensors_only() -> None:
     assert set(out.split()) <= {"oftsurgery", "safetensors"}, "beyond torch and safetensors"
 
 
-@pytest.mark.parametrize(("release", "code"), [("5.5.4", 3), ("4.57.6", 3), ("5.6.0", 2), ("6.0.0.dev0", 2), (None, 2)])
+@pytest.mark.parametrize(
+    ("release", "code"), [("5.20.4", 3), ("4.57.6", 3), ("5.21.0", 2), ("6.0.0.dev0", 2), (None, 2)]
+)
 def test_an_old_transformers_is_refused_in_one_line(release: str | None, code: int, tmp_path: Path) -> None:
     if release is not None:
         (tmp_path / f"transformers-{release}.dist-info").mkdir()
@@ -43,8 +45,8 @@ def test_an_old_transformers_is_refused_in_one_line(release: str | None, code: i
         run, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == code
-    told = f"oftsurgery: MissingDependencyError: transformers {release} is installed, but oftsurgery needs 5.6 or newer Remedy: "
-    assert (done.stderr == f"{told}pip install --upgrade 'transformers>=5.6'\n") == (code == 3), done.stderr
+    told = f"oftsurgery: MissingDependencyError: transformers {release} is installed, but oftsurgery needs 5.21 or newer Remedy: "
+    assert (done.stderr == f"{told}pip install --upgrade 'transformers>=5.21'\n") == (code == 3), done.stderr
 
 
 def test_a_dense_fold_needs_no_bitsandbytes_peft_or_hub(tmp_path: Path, write_adapter: Callable[..., Path]) -> None:

@@ -172,7 +172,8 @@ class JobBuilder:
         entry = self.entries[name]
         if target in self.changes.dequantised:
             return self._dequantised(target, name, output, group)
-        if target in self.values and DTYPES[entry.dtype] not in FLOATS:
+        values = self.values.get(target)  # integers for a counter, such as BatchNorm's
+        if values is not None and values.is_floating_point() and DTYPES[entry.dtype] not in FLOATS:
             raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
         if not (self.touched.get(target) or converts or len(group) > 1):
