@@ -66,11 +66,11 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Mapping[str, Tensor], seed: int = 0) -> list[Tensor]:
     """Every float tensor that the model returns, in float64."""
     dtype = next((p.dtype for p in model.parameters() if p.dtype == torch.float64), None)
     given = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in inputs.items()}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad(), default_dtype(dtype):
         return list(_tensors(model(**given)))
 
