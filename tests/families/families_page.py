@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from families import GROUPS
+from families import FAMILIES, GROUPS
 from reasons import reason_of
 from results import ABSENT, ADAPTERS, BASES, REFUSED, RIGHT, ROOT, STACK, Row, verdict_of
 
@@ -50,7 +50,7 @@ raises a typed error before anything is written. **The stack cannot** means that
 without oftsurgery. Numbers lead to the reasons at the end of the page. A dash means that the class
 has no such part, or that the fold is not right.
 
-The table has {classes} classes and {cells} cells: {counts}.
+The table has {classes} of the {rows} classes in tests/families, and {cells} cells: {counts}.
 """
 
 
@@ -112,7 +112,7 @@ def _head(results: dict[str, Any]) -> str:
     counts = ", ".join(f"{n} {names.get(v, v)}" for v, n in counted.most_common())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     cells = len(families) * len(BASES) * len(ADAPTERS) - absent
-    return HEAD.format(versions=versions, classes=len(families), cells=cells, counts=counts)
+    return HEAD.format(versions=versions, classes=len(families), rows=len(FAMILIES), cells=cells, counts=counts)
 
 
 def _line(cls: str, row: Row, notes: Notes) -> str:

@@ -13,7 +13,24 @@ class Reason:
     why: str
 
 
-REASONS: list[Reason] = []
+REASONS = [
+    Reason(
+        "ExportError",
+        r"^with example inputs alone: ",
+        "`example_inputs=` gives a graph of their batch and length, which computes what torch computes. torch and ONNX write no graph of free sizes",
+    ),
+    Reason(
+        "ExportError",
+        r"^onnxruntime cannot run the graph: ",
+        "onnxruntime cannot run the graph that torch writes of the model's code",
+    ),
+    Reason(
+        "FormatError",
+        r"^transformers replaces this module as it loads a checkpoint in 4 or 8 bits",
+        'transformers replaces the experts when it loads a checkpoint in 4 or 8 bits, and would not find rotated weights. `format="bf16"` with '
+        "`quantize=` writes the rotated weights",
+    ),
+]
 
 
 def reason_of(error: str, text: str) -> Reason | None:

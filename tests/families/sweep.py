@@ -3,6 +3,7 @@
     python tests/families/sweep.py                      runs every class; a stopped sweep goes on
     python tests/families/sweep.py --only llama,bert    runs the classes whose names begin so, again if they have results
     python tests/families/sweep.py --compare OLD.json   says what has changed since another sweep
+    python tests/families/sweep.py --finished           writes what a stopped sweep has finished, and runs nothing
     python tests/families/sweep.py --page               writes the page from the JSON, and runs nothing
 
 The exit code is 1 if a cell is wrong, crashes, or is refused for a reason that is not in the table.
@@ -86,7 +87,13 @@ def sweep(classes: list[str], jobs: int, limit: int) -> dict[str, Any]:
     print(f"{len(missing)} of {len(classes)} classes to run, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda cls: run_in_process(cls, limit), missing))
-    return {cls: json.loads((UNFINISHED / f"{cls}.json").read_text(encoding="utf-8")) for cls in classes}
+    return finished(classes)
+
+
+def finished(classes: list[str]) -> dict[str, Any]:
+    """The results of the classes that have run."""
+    paths = {cls: UNFINISHED / f"{cls}.json" for cls in classes}
+    return {cls: json.loads(path.read_text(encoding="utf-8")) for cls, path in paths.items() if path.exists()}
 
 
 def main() -> int:
@@ -100,6 +107,9 @@ def main() -> int:
         "--compare", type=Path, help="the JSON of another sweep (default: docs/families.json before this sweep)"
     )
     parser.add_argument("--page", action="store_true", help="write the page from the JSON alone")
+    parser.add_argument(
+        "--finished", action="store_true", help="write what a stopped sweep has finished, and run nothing"
+    )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -112,11 +122,12 @@ def main() -> int:
 
         starts = tuple(name.strip().lower() for name in given.only.split(",") if name.strip())
         classes = [cls for cls in FAMILIES if not starts or cls.lower().startswith(starts)]
-        if starts:
+        if starts and not given.finished:
             for cls in classes:
                 (UNFINISHED / f"{cls}.json").unlink(missing_ok=True)
-        found = sweep(classes, given.jobs, given.limit)
-        kept = {cls: row for cls, row in results["families"].items() if cls in FAMILIES} if starts else {}
+        found = finished(classes) if given.finished else sweep(classes, given.jobs, given.limit)
+        keeps = starts or given.finished
+        kept = {cls: row for cls, row in results["families"].items() if cls in FAMILIES} if keeps else {}
         results = {"versions": {name: metadata.version(name) for name in PACKAGES}, "families": kept | found}
         write_results(results)
     PAGE.write_text(page_of(results), encoding="utf-8")
@@ -125,7 +136,7 @@ def main() -> int:
     troubles = trouble(results["families"])
     print(*troubles, sep="\n")
     print(f"{len(results['families'])} classes, {len(troubles)} cells in trouble")
-    if not given.page and not given.only:
+    if not given.page and not given.only and not given.finished:
         shutil.rmtree(UNFINISHED)
     return 1 if troubles else 0
 
