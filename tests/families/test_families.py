@@ -9,7 +9,7 @@ import pytest
 from cells import run_family
 from families import FAMILIES
 from families_page import PAGE, page_of
-from results import ADAPTERS, BASES, RESULTS, changes, read_results, trouble
+from results import RESULTS, changes, read_results, trouble
 
 #: cells of every kind: ties, fused projections, idle layers, experts, state spaces, images, sound
 CELLS = [
