@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -105,14 +106,18 @@ class Place:
         wanted = [below + pattern for pattern in (patterns if patterns is not None else ["*"])]
         with needs("huggingface-hub", "pip install huggingface-hub, or give a local folder"):
             from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import OfflineModeIsEnabled
+        unwanted = None if but is None else [below + pattern for pattern in but]
+        download = partial(
+            snapshot_download, self.repo, revision=self.revision, allow_patterns=wanted, ignore_patterns=unwanted
+        )
         with self._talking():
             try:
-                snapshot = snapshot_download(
-                    self.repo,
-                    revision=self.revision,
-                    allow_patterns=wanted,
-                    ignore_patterns=None if but is None else [below + pattern for pattern in but],
-                )
+                snapshot = download()
+            except (
+                OfflineModeIsEnabled
+            ):  # huggingface_hub before 2.2 raises it at a commit, although the cache has the files
+                snapshot = download(local_files_only=True)
             except FileNotFoundError as error:
                 # offline, with some of the files in the cache: a later step says which needed file is missing
                 snapshot = getattr(error, "snapshot_path", None)

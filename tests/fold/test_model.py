@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +371,7 @@ def test_record_says_what_was_folded_and_survives_json_and_copies(tmp_path: Path
         assert module.defect < 1e-12
         assert module.block_size == (16,)
         assert module.before == once.oftsurgery.modules[path].after
-    assert record.versions["torch"] == torch.__version__
+    assert record.versions["torch"] == metadata.version("torch")
     assert oftsurgery.FoldRecord.from_dict(json.loads(record.to_json())) == record
     assert copy.deepcopy(twice).oftsurgery == record
     # out again in order, and in that order alone

@@ -476,8 +476,10 @@ def test_a_warning_as_an_error_leaves_the_model_as_it_was(
 ) -> None:
     model = build()
     before = snapshot(model)
-    with pytest.raises(CalibrationWarning):
-        oftsurgery.fold(model, adapter, calibration=batches(2), inplace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        with pytest.raises(CalibrationWarning):
+            oftsurgery.fold(model, adapter, calibration=batches(2), inplace=True)
     assert snapshot(model) == before
 
 
