@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from oftsurgery.errors import without_tokens
 
-FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
+FORMATS = ("same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
 TRAINED_ON = ("nf4-double", "nf4", "fp4-double", "fp4", "int8", "plain")
 DTYPES = ("float32", "float16", "bfloat16")

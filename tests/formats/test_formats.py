@@ -37,7 +37,9 @@ by_case = pytest.mark.parametrize("f", CASES.values(), ids=CASES)
 def test_every_list_of_formats_names_them_all() -> None:
     quantised = {name for name, kind in FORMATS.items() if kind.quantised}
     assert {f.codec for f in CASES.values()} == FORMATS.keys()
-    assert set(get_args(disk_plan.Format)) == set(arguments.FORMATS) == {"same", "fp32", "fp16", "bf16", *quantised}
+    assert (
+        set(get_args(disk_plan.Format)) == set(arguments.FORMATS) == {"same", "bnb", "fp32", "fp16", "bf16", *quantised}
+    )
     assert set(arguments._SHARED["--quantize"]["choices"]) == quantised
     assert quantised <= card._FORMAT_TAGS
 

@@ -483,16 +483,19 @@ def test_a_warning_as_an_error_leaves_the_model_as_it_was(
     assert snapshot(model) == before
 
 
-def test_a_plain_model_has_nothing_to_calibrate(
+def test_a_calibration_of_a_plain_model_is_refused(
     write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]
 ) -> None:
     folder = write_adapter(
         {"base_model.model.0.oft_R.weight": torch.full((2, 496), 0.01)}, oft_config(oft_block_size=32)
     )
     model = nn.Sequential(nn.Linear(64, 8))
-    folded = oftsurgery.fold(model, folder, calibration=torch.randn(9, 64))
-    assert torch.equal(folded[0].weight, oftsurgery.fold(model, folder)[0].weight)
-    assert folded.oftsurgery.modules["0"].rounding == "nearest"
+    before = model[0].weight.clone()
+    with pytest.raises(
+        oftsurgery.StateError, match=r"this fold writes no such weight Remedy: leave out the calibration"
+    ):
+        oftsurgery.fold(model, folder, calibration=torch.randn(9, 64), inplace=True)
+    assert torch.equal(model[0].weight, before)
 
 
 # --- what is gathered -------------------------------------------------------------------------------------------------
