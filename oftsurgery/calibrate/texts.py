@@ -35,7 +35,7 @@ def read_texts(path: Path) -> list[str]:
 def _lines(path: Path) -> Iterator[str]:
     # str.splitlines ends lines at U+0085, U+2028 and U+2029 too, which JSON has inside strings, and texts inside sentences
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows' editors put a mark before the first line
             yield from (line.rstrip("\n") for line in file)
     except UnicodeDecodeError as error:
         message = f"the file is not UTF-8 text ({error})"
