@@ -64,9 +64,6 @@ def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) 
         nested: the name may lead through folders inside ``folder``, by ``/``.
         own: no file of the folder gives the name; oftsurgery looks for a file of this name.
 
-    Args:
-        nested: the name may lead through folders inside ``folder``, by ``/``.
-
     Raises:
         CheckpointError: the name is not plain, or the file is missing, is no plain file, or lies elsewhere.
     """
