@@ -7,7 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
-from oftsurgery.files.finding import cached_commit, hub_id_of
+from oftsurgery.files.finding import cached_commit, hub_id_of, loaded_commit
 
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
@@ -62,12 +62,12 @@ def warn_of_another_commit(config: object, adapters: Iterable[OFTAdapter]) -> No
     Warns:
         SourceWarning: the commits differ.
     """
-    name, loaded = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    name = getattr(config, "_name_or_path", None)
     for base, revision in trained_at(adapters):
-        if base != name or not isinstance(base, str) or not isinstance(revision, str) or not loaded:
+        if not (isinstance(base, str) and isinstance(revision, str) and base == name == hub_id_of(base)):
             continue
-        wanted = cached_commit(base, revision)
-        if wanted is not None and wanted != loaded:
+        wanted, loaded = cached_commit(base, revision), loaded_commit(config, base)
+        if wanted is not None and loaded is not None and wanted != loaded:
             warn_caller(
                 f"the model is commit {printable(loaded)} of {printable(base)}, but the adapter was trained at revision {printable(revision)}, "
                 f"commit {wanted}; from_pretrained(…, revision={printable(revision)!r}) loads that commit",

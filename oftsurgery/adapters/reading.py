@@ -127,6 +127,8 @@ def _folder_of(name: str) -> str:
 
 def _no_config(place: Place, names: Collection[str]) -> AdapterError:
     """The error for a place that holds files of these ``names``, and no adapter's config."""
+    if any(name.rpartition("/")[2] in _PICKLES for name in names):
+        return _no_tensors(place, [name.rpartition("/")[2] for name in names])
     weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
     if weights is not None:
         message = (

@@ -36,7 +36,7 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file, without their ends."""
     # str.splitlines would end lines at U+0085, U+2028 and U+2029 too, which stand inside strings of JSON and inside sentences
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows' editors put a mark before the first line
             yield from (line.rstrip("\n") for line in file)
     except UnicodeDecodeError as error:
         message = f"the file is not UTF-8 text ({error})"

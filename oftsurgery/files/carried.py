@@ -164,7 +164,8 @@ class _Walk:
             message = f"the index files name a folder {depth} levels deep, more than the limit of {_MAX_DEPTH}"
             raise CheckpointError(message, path=self.root / place, remedy=_REPAIR)
         files, folders = self._look(place)
-        indexes = {n: self._json(_join(place, n)) for n in files if n.endswith("config.json") or n in _INDEXES}
+        read = [n for n in files if (n.endswith("config.json") and not _NEVER.fullmatch(n)) or n in _INDEXES]
+        indexes = {n: self._json(_join(place, n)) for n in read}
         configs = [value for name, value in indexes.items() if name.endswith("config.json")]
         named = {text for value in configs for text in _texts(value)}
         for name in files:

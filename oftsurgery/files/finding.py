@@ -7,6 +7,7 @@ or commit of it; so does the Hub's own ``hf://owner/name@revision/sub/folder``.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -111,12 +112,10 @@ class Place:
         download = partial(
             snapshot_download, self.repo, revision=self.revision, allow_patterns=wanted, ignore_patterns=unwanted
         )
-        with self._talking():
+        with self._talking(), _without_notes():
             try:
                 snapshot = download()
-            except (
-                OfflineModeIsEnabled
-            ):  # huggingface_hub before 2.2 raises it at a commit, although the cache has the files
+            except OfflineModeIsEnabled:  # before huggingface_hub 2.2 also where the cache has the files
                 snapshot = download(local_files_only=True)
             except FileNotFoundError as error:
                 # offline, with some of the files in the cache: a later step says which needed file is missing
@@ -144,10 +143,19 @@ class Place:
     @contextmanager
     def _talking(self) -> Iterator[None]:
         """Turn the client's errors into ``refusal``."""
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         try:
             yield
+        except RevisionNotFoundError as error:
+            message = f"the repository has no revision {printable(self.revision)!r}"
+            remedy = "name a branch, a tag or a commit of the repository: revision=… (--base-revision for a base), or 'owner/name@revision'"
+            raise self.refusal(message, path=self.given, remedy=remedy) from error
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             message = f"the name is neither a folder nor a Hub repository that can be read ({printable(reason)})"
@@ -155,6 +163,18 @@ class Place:
                 "check the name; a private repository needs a login (HF_TOKEN), and offline use needs a filled cache"
             )
             raise self.refusal(message, path=self.given, remedy=remedy) from error
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Run the body without the client's note that no file matches: a caller asks for files that a repository may have."""
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def place_of(
@@ -222,6 +242,24 @@ def cached_commit(repo: str, revision: str) -> str | None:
     return commit_of(Path(config).parent) if isinstance(config, str) else None
 
 
+def loaded_commit(config: object, repo: str) -> str | None:
+    """The commit at which transformers loaded a model of the repository ``repo``: the commit in the model's ``config``, which
+    not every release of transformers writes, else the only commit in the Hub's cache; None where several may be meant.
+
+    Raises:
+        HFValidationError: no repository has such a name.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo)
+    known = getattr(config, "_commit_hash", None)
+    snapshots = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "snapshots")
+    there = [known] if isinstance(known, str) else sorted(path.parent.name for path in snapshots.glob(f"*/{CONFIG}"))
+    return there[0] if len(there) == 1 else None
+
+
 def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a local folder, or the Hub's cache of a repository. The cache gets only the files that
     a fold needs, or with ``whole`` all files. A fold needs the weights that transformers reads: the shards of the index,
@@ -244,8 +282,8 @@ def find_checkpoint(path_or_repo: str | PathLike[str], *, whole: bool = False, r
     layout = layout_of(folder)  # the weights are not downloaded yet, so a layout is found by its index
     wanted = [one.single for one in LAYOUTS] if layout is None else _shards(place, folder, layout)
     place.fetch([glob.escape(name) for name in wanted])
-    if layout_of(folder) is None and (names := place.names()):
-        raise no_checkpoint(place.given, names)
+    if layout_of(folder) is None:
+        raise no_checkpoint(place.given, place.names())
     return folder
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.dtypes import FORMAT_OF, NAMED
-from oftsurgery.errors import GATHER_MODEL, FormatError, StateError, not_gathered
+from oftsurgery.errors import GATHER_MODEL, FormatError, SourceWarning, StateError, not_gathered, printable, warn_caller
+from oftsurgery.files.checkpoint import CONFIG
+from oftsurgery.files.finding import loaded_commit
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
@@ -179,9 +181,17 @@ def source_of(model: nn.Module) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+        commit = loaded_commit(config, name)
+        found = try_to_load_from_cache(name, CONFIG, revision=commit)
     except HFValidationError:
         return None
+    if commit is None and isinstance(found, str):
+        warn_caller(
+            f"the Hub's cache holds several commits of {printable(name)}, and transformers does not say which commit the model was loaded "
+            "from; the files beside the weights come from the main branch. Load the model from a local folder to get the files of "
+            "another revision: huggingface_hub.snapshot_download(…, revision=…)",
+            SourceWarning,
+        )
     return Path(found).parent if isinstance(found, str) else None
 
 

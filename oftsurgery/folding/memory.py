@@ -167,14 +167,14 @@ def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
 
 def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
     """Give a parameter or buffer an adapter's own values (in the old dtype and on the old device), in all places of the
-    change; return the old tensor and the new one. A quantised weight becomes plain.
+    change; return the old tensor and the new one. The weight of a bitsandbytes layer becomes plain.
     """
     old: Any = tensors_in(store.modules)[change.name]
     if old.is_meta:
         message = "the tensor is offloaded or not loaded, and cannot take an adapter's own values"
         raise StateError(message, tensor=change.name, remedy="load the tensor's module on a device")
-    if store.is_quantised(change.name):
-        return _dequantise(store, change, journal)
+    if store.in_bitsandbytes(change.name):
+        return _make_plain(store, change, journal)
     if change.values.is_floating_point() and not old.is_floating_point():
         raise takes_no_values(change.name, name_of(old.dtype))
     data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
@@ -184,20 +184,22 @@ def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tu
     return old, new
 
 
-def _dequantise(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[EncodedWeight, Tensor]:
+def _make_plain(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
     """Put a plain linear layer with an adapter's own values in place of a bitsandbytes layer, as transformers loads the module
-    where `llm_int8_skip_modules` names it.
+    where `llm_int8_skip_modules` names it. transformers does not quantise a head that the checkpoint lacks, and bitsandbytes
+    cannot compute with such a layer.
     """
     path = change.name.removesuffix(".weight")
     module: Any = store.modules[path]
-    before = store.at(change.name).read()[0]
+    old, bias, quantised = module.weight, module.bias, store.is_quantised(change.name)
+    before = store.at(change.name).read()[0] if quantised else old
     if getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D":
-        raise takes_no_values(change.name, before.format.label)
-    old, bias = module.weight, module.bias
+        raise takes_no_values(change.name, before.format.label if quantised else name_of(old.dtype))
     dtype = bias.dtype if bias is not None and bias.is_floating_point() else _dtype_of(store)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(
-        change.values.detach().to(device=old.device, dtype=dtype, copy=True), requires_grad=False
+        change.values.detach().to(device=old.device, dtype=dtype if quantised else old.dtype, copy=True),
+        requires_grad=False,
     )
     linear.bias = bias
     for place in change.places:

@@ -101,6 +101,12 @@ class LiveStore:
         path, _, local = name.rpartition(".")
         return local == "weight" and path in self.modules and self.at(name).quantised
 
+    def in_bitsandbytes(self, name: str) -> bool:
+        """Whether the tensor is the weight of a linear layer of bitsandbytes, quantised or not."""
+        path, _, local = name.rpartition(".")
+        module = self.modules.get(path)
+        return local == "weight" and isinstance(module, nn.Linear) and self.at(name).bitsandbytes is not None
+
     def shape(self, name: str) -> tuple[int, ...]:
         if self.is_quantised(name):
             return self.at(name).read()[1].shape

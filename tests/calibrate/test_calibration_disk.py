@@ -73,8 +73,9 @@ def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
     """JSON leaves these marks as they are inside strings, and texts from the web have them inside sentences."""
     texts = [f"one{mark}text", "another"]
     rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-    (tmp_path / "x.jsonl").write_bytes(rows.encode())
-    assert read_texts(tmp_path / "x.jsonl") == texts
+    for start in ("", "\ufeff"):  # Windows' editors put this mark before the first line
+        (tmp_path / "x.jsonl").write_bytes(f"{start}{rows}".encode())
+        assert read_texts(tmp_path / "x.jsonl") == texts
     (tmp_path / "x.txt").write_bytes("\n\n".join(texts).encode())
     assert read_texts(tmp_path / "x.txt") == texts
 

@@ -68,6 +68,15 @@ def test_the_weights_of_a_folder_of_one_file_may_be_a_link_to_a_file_of_the_user
     check_folded(place / "out", sound)
 
 
+def test_both_files_of_an_adapter_may_be_links_to_files_of_the_users(place: Path, sound: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        move_away(place / "adapter" / name, place / "elsewhere")
+    with noted() as said:
+        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+    assert sum("is a link to" in str(w.message) for w in said) == 2
+    check_folded(place / "out", sound)
+
+
 def test_a_link_to_somebody_elses_file_is_in_doubt(place: Path, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     move_away(place / "base" / WEIGHTS, place / "elsewhere")
     move_away(place / "adapter" / "adapter_model.safetensors", place / "elsewhere")

@@ -122,6 +122,28 @@ def test_a_quantised_base_gives_its_head_up(tmp_path: Path, cls: str, codec: Any
     assert torch.equal(outputs(load(tmp_path / "restored", cls)), outputs(before))
 
 
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("cls", ["BertForSequenceClassification", "DistilBertForSequenceClassification"])
+def test_a_head_that_the_checkpoint_lacks_becomes_plain(tmp_path: Path, cls: str, codec: Any) -> None:
+    """transformers puts layers of bitsandbytes in the head's places and does not quantise them: no forward runs."""
+    classifier(cls, tmp_path)
+    load(tmp_path / "base", cls).base_model.save_pretrained(tmp_path / "headless")
+    config = bnb_config(codec)
+    model = getattr(transformers, cls).from_pretrained(tmp_path / "headless", num_labels=3, quantization_config=config)
+    assert type(model.classifier) is not nn.Linear
+    assert model.classifier.weight.is_floating_point()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RoundingWarning)
+        memory = oftsurgery.fold(model, tmp_path / "adapter", rounding="nearest")
+    assert all(type(memory.get_submodule(name)) is nn.Linear for name in head_of(cls))
+    if cls.startswith("Bert"):  # its adapter lacks the pooler, which `headless` has
+        assert relative(outputs(unpacked(memory)), outputs(live_over(tmp_path, cls, codec))) < rounding(memory)
+    oftsurgery.export_safetensors(memory, tmp_path / "out")
+    assert torch.equal(outputs(unpacked(load(tmp_path / "out", cls))), outputs(unpacked(memory)))
+    restored = oftsurgery.unfold(memory, base=model)
+    assert torch.equal(restored.classifier.weight, model.classifier.weight)
+
+
 def test_what_has_no_way_back_is_refused(tmp_path: Path) -> None:
     cls = "BertForSequenceClassification"
     classifier(cls, tmp_path)

@@ -14,6 +14,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
 from checkpoints import load
 from hub_server import Hub, Repo, serving
 from models import distance, live, llama, logits
@@ -255,7 +256,7 @@ def test_a_revision_that_is_asked_for_comes_first(
     assert "revision release/1, commit " in capsys.readouterr().out
     assert cli.main(["verify", "cli", BASE, str(pinned), "--base-revision", "release/1"]) == 0
     assert cli.main(["fold", BASE, str(pinned), "wrong"]) == 2
-    assert "the name is neither a folder nor a Hub repository that can be read (404" in capsys.readouterr().err
+    assert "the repository has no revision 'nowhere' [at org/base] Remedy: name a branch" in capsys.readouterr().err
     assert cli.main(["fold", str(place / "v1"), str(plain), "wrong", "--base-revision", "v1"]) == 2
     assert "a local folder has no revisions" in capsys.readouterr().err
     assert cli.main(["fold", f"{BASE}@v2", str(plain), "wrong", "--base-revision", "v1"]) == 2
@@ -366,6 +367,7 @@ def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, serve
         ({"adapter_config.json": b"{}"}, r"the folder has no adapter_model.safetensors \[at me/adapter\]"),
         ({"adapter_model.safetensors": b"x"}, r"the folder has no adapter_config.json"),
         ({"sub/adapter_config.json": b"{}", "sub/adapter_model.bin": b"x"}, "adapter_model.bin is a pickle"),
+        ({"adapter_model.bin": b"x"}, "adapter_model.bin is a pickle"),
     ],
 )  # fmt: skip
 def test_a_repository_without_an_adapter(
@@ -427,3 +429,38 @@ def test_the_command_in_a_process_of_its_own(server: Hub, tmp_path: Path) -> Non
     assert done.returncode == 2
     assert "oftsurgery: AdapterError: the folder has no adapter_config.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_empty_repository_is_no_base(server: Hub, place: Path) -> None:
+    hold(server, BASE, {})
+    with pytest.raises(CheckpointError, match=r"the folder has neither model.safetensors nor .* \[at org/base\]"):
+        oftsurgery.fold_checkpoint(BASE, place / "adapter", "out")
+
+
+def test_the_client_does_not_note_what_a_repository_lacks(
+    server: Hub, place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The folders of sentence-transformers' modules without weights, for example."""
+    index = json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]).encode()
+    hold(server, BASE, files_of(place / "v1") | {"modules.json": index, "1_Pooling/config.json": b"{}"})
+    hold(server, ADAPTER, {f"sub/{name}": data for name, data in files_of(place / "adapter").items()})
+    assert cli.main(["fold", BASE, ADAPTER, "out", "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert "No files matched" not in caplog.text
+    assert Path("out/1_Pooling/config.json").is_file()
+
+
+def test_a_model_in_memory_of_another_commit(server: Hub, place: Path, revisions: Callable[..., Path]) -> None:
+    """transformers writes the commit no longer; the cache has one commit, or several that may be meant."""
+    extra = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
+    server.repos[BASE].commits[server.repos[BASE].branches["v1"]].update(extra)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, revision="v1")
+    adapter = revisions(revision=server.repos[BASE].branches["main"])
+    with pytest.warns(SourceWarning, match=r"the model is commit \w+ of org/base, but the adapter was trained at"):
+        folded = oftsurgery.fold(model, adapter)
+    find_checkpoint(f"{BASE}@v1")  # the tokenizer too
+    oftsurgery.export_safetensors(folded, "out")
+    assert Path("out/tokenizer_config.json").read_bytes() == extra["tokenizer_config.json"]
+    find_checkpoint(BASE)
+    with pytest.warns(SourceWarning, match=r"holds several commits of org/base, and transformers does not say which"):
+        oftsurgery.export_safetensors(folded, "out-2")
