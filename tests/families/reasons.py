@@ -25,6 +25,11 @@ REASONS = [
         "onnxruntime cannot run the graph that torch writes of the model's code",
     ),
     Reason(
+        "ExportError",
+        r"^ONNX has no operator for a part of the model: ",
+        "torch's exporter finds no ONNX operator for a part of the model's code",
+    ),
+    Reason(
         "FormatError",
         r"^transformers replaces this module as it loads a checkpoint in 4 or 8 bits",
         'transformers replaces the experts when it loads a checkpoint in 4 or 8 bits, and would not find rotated weights. `format="bf16"` with '
