@@ -451,7 +451,7 @@ def test_the_client_does_not_note_what_a_repository_lacks(
 
 
 def test_a_model_in_memory_of_another_commit(server: Hub, place: Path, revisions: Callable[..., Path]) -> None:
-    """transformers writes the commit no longer; the cache has one commit, or several that may be meant."""
+    """The cache has one commit, or several that may be meant."""
     extra = {"tokenizer.json": b"{}", "tokenizer_config.json": b'{"a": 1}'}
     server.repos[BASE].commits[server.repos[BASE].branches["v1"]].update(extra)
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, revision="v1")
@@ -462,5 +462,6 @@ def test_a_model_in_memory_of_another_commit(server: Hub, place: Path, revisions
     oftsurgery.export_safetensors(folded, "out")
     assert Path("out/tokenizer_config.json").read_bytes() == extra["tokenizer_config.json"]
     find_checkpoint(BASE)
-    with pytest.warns(SourceWarning, match=r"holds several commits of org/base, and transformers does not say which"):
-        oftsurgery.export_safetensors(folded, "out-2")
+    if getattr(model.config, "_commit_hash", None) is None:  # earlier releases of transformers wrote the commit
+        with pytest.warns(SourceWarning, match=r"several commits of org/base, and transformers does not say which"):
+            oftsurgery.export_safetensors(folded, "out-2")
