@@ -125,7 +125,8 @@ def adapter_settings(family: Family, model: Any, which: str) -> dict[str, Any] |
     if not saved:
         return None
     task = next((task for end, task in TASKS.items() if family.cls.endswith(end)), None)
-    if which == "head saved" and task and head in ("classifier", "score", "qa_outputs"):
+    heads = ("qa_outputs",) if task == "QUESTION_ANS" else ("classifier", "score")
+    if which == "head saved" and task and head in heads:
         return {"target_modules": targets, "task_type": task}  # peft saves the head by itself
     return {"target_modules": targets, "modules_to_save": [short_name(model, saved)]}
 
