@@ -34,9 +34,11 @@ def _check_transformers() -> None:
     from contextlib import suppress
     from importlib import metadata
 
+    from packaging.version import Version
+
     with suppress(metadata.PackageNotFoundError):
         installed = metadata.version("transformers")
-        if tuple(map(int, installed.split(".")[:2])) < _TRANSFORMERS:
+        if Version(installed).release[:2] < _TRANSFORMERS:
             from oftsurgery.errors import MissingDependencyError
 
             oldest = ".".join(map(str, _TRANSFORMERS))

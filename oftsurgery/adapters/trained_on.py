@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,11 @@ TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
     "plain": (None, False),
 }
 
-_MAX_BYTES = 1 << 20  # of a file that is read for its settings
-_MAX_FILES = 20
+_MAX_BYTES = 1 << 17  # of a file that is read for its settings
+_MAX_FILES = 20  # in one folder, and lists of settings in one file
 _CARD = "README.md"
 _SECTION = re.compile(r"^The following `?bitsandbytes`? quantization config was used during training:$", re.MULTILINE)
 _SETTING = re.compile(r"\s*- _?(\w+): (.*)")
-_YAML_IN_CARD = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -87,10 +88,10 @@ def trained_on_in(folder: Path) -> list[TrainedOn]:
 
 def _said_in(folder: Path) -> Iterator[TrainedOn]:
     card = _text(folder / _CARD)
-    for section in _SECTION.finditer(card):
+    for section in islice(_SECTION.finditer(card), _MAX_FILES):
         yield from _named(_bitsandbytes(_settings_after(card, section.end())), _CARD)
-    for block in _YAML_IN_CARD.findall(card):
-        yield from _said_by(_yaml(block), _CARD)
+    for block in card.split("\n```yaml\n")[1:_MAX_FILES]:
+        yield from _said_by(_yaml(block.partition("\n```")[0]), _CARD)
     for path in sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")])[:_MAX_FILES]:
         yield from _said_by(_yaml(_text(path)), path.name)
     with suppress(CheckpointError):
@@ -119,7 +120,7 @@ def _named(settings: Mapping[str, Any] | None, source: str) -> Iterator[TrainedO
     elif settings.get("load_in_4bit"):
         kind = settings.get("bnb_4bit_quant_type", "fp4")  # transformers' default
         kind = f"{kind}-double" if settings.get("bnb_4bit_use_double_quant") else kind
-    if kind in TRAINED_ON:
+    if str(kind) in TRAINED_ON:
         yield TrainedOn(str(kind), source, None if kind == "plain" else skipped)
 
 
@@ -127,43 +128,55 @@ def _named(settings: Mapping[str, Any] | None, source: str) -> Iterator[TrainedO
 
 
 def _axolotl(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """axolotl quantises to NF4 with double quantisation, unless ``bnb_config_kwargs`` says otherwise."""
-    if settings.get("gptq"):
+    """axolotl's ``qlora`` quantises to NF4 with double quantisation, unless ``bnb_config_kwargs`` says otherwise; what its other
+    adapters do with 4 bits depends on the release.
+    """
+    if settings.get("gptq") or (settings.get("load_in_4bit") and settings["adapter"] != "qlora"):
         return None
     more = settings.get("bnb_config_kwargs")
     defaults = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return {**defaults, **settings, **(more if isinstance(more, Mapping) else {})}
 
 
-def _llama_factory(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    method = str(settings.get("quantization_method") or "bnb").lower()
-    return _bits(
-        settings.get("quantization_bit"),
-        method,
-        settings.get("quantization_type", "nf4"),
-        settings.get("double_quantization", True),
-    )
+def _by_bits(
+    settings: Mapping[str, Any], *, bits: str, method: str, kind: str, double: str, no_method: str | None
+) -> Mapping[str, Any] | None:
+    """Settings of a trainer that names the number of bits; its defaults are NF4 and double quantisation.
 
-
-def _ms_swift(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    method = str(settings.get("quant_method") or "bnb").lower()
-    return _bits(
-        settings.get("quant_bits"),
-        method,
-        settings.get("bnb_4bit_quant_type", "nf4"),
-        settings.get("bnb_4bit_use_double_quant", True),
-    )
-
-
-def _bits(bits: object, method: str, kind: object, double: object) -> Mapping[str, Any] | None:
-    if bits not in (None, 0, 4, 8) or (bits and method not in ("bnb", "bitsandbytes")):
+    Args:
+        bits, method, kind, double: the trainer's names of the settings.
+        no_method: the method that the trainer takes where none is named; None: the trainer does not quantise then.
+    """
+    chosen = settings.get(method) or no_method
+    count = settings.get(bits) if chosen is not None else None
+    if count not in (None, 0, 4, 8) or (count and str(chosen).lower() not in ("bnb", "bitsandbytes")):
         return None
-    four = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
-    return {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, **four}
+    return {
+        "load_in_4bit": count == 4,
+        "load_in_8bit": count == 8,
+        "bnb_4bit_quant_type": settings.get(kind, "nf4"),
+        "bnb_4bit_use_double_quant": settings.get(double, True),
+    }
 
 
+_llama_factory = partial(
+    _by_bits,
+    bits="quantization_bit",
+    method="quantization_method",
+    kind="quantization_type",
+    double="double_quantization",
+    no_method="bnb",
+)
+_ms_swift = partial(
+    _by_bits,
+    bits="quant_bits",
+    method="quant_method",
+    kind="bnb_4bit_quant_type",
+    double="bnb_4bit_use_double_quant",
+    no_method=None,
+)
 #: fields that a trainer's settings have, and their reader
-_TRAINERS = (
+_TRAINERS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Mapping[str, Any] | None]], ...] = (
     (frozenset({"base_model", "adapter"}), _axolotl),
     (frozenset({"model_name_or_path", "finetuning_type"}), _llama_factory),
     (frozenset({"model", "quant_bits"}), _ms_swift),
@@ -187,17 +200,11 @@ def _settings_after(card: str, start: int) -> dict[str, str]:
 
 def _bitsandbytes(settings: Mapping[str, str]) -> Mapping[str, Any] | None:
     """Settings as a card has them: Python's words for values, and names without quotes."""
-    if (
-        settings.get("quant_method", "bitsandbytes")
-        .rpartition(".")[2]
-        .lower()
-        .replace("bits_and_bytes", "bitsandbytes")
-        != "bitsandbytes"
-    ):
+    if settings.get("quant_method", "bitsandbytes") not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
         return None
     values: dict[str, Any] = dict(settings)
     for name, text in settings.items():
-        with suppress(ValueError, SyntaxError):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             values[name] = ast.literal_eval(text)
     return values if {"load_in_4bit", "load_in_8bit"} & values.keys() else None
 

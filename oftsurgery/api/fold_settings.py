@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import homes_of
 from oftsurgery.adapters.trained_on import TrainedOn, checked_name, trained_on_in
-from oftsurgery.dtypes import DENSE, float_dtype
+from oftsurgery.dtypes import FORMAT_OF, float_dtype
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.folding.disk_plan import QUANTISED, Format
 from oftsurgery.formats.codecs import Rounding
-from oftsurgery.stores.folder import Quantization, load_dtype
+from oftsurgery.stores.folder import Quantization, holds_quantised_weights, load_dtype
 
 _ARGUMENT = "trained_on"
 
@@ -69,7 +69,7 @@ def as_trained(
     Warns:
         SourceWarning: files say it, and the caller does not.
     """
-    quantised = source.config.get("quantization_config") is not None
+    quantised = holds_quantised_weights(source)
     if settings.trained_on is not None:
         trained = TrainedOn(checked_name(settings.trained_on), _ARGUMENT)
         if settings.quantize is not None or settings.fold_into != "quantized":
@@ -102,16 +102,25 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
     """The settings of a fold into a plain source for an adapter that was trained on ``trained``."""
     if trained.format is None:
         return replace(settings, fold_into="original") if settings.format in QUANTISED else settings
-    format_ = trained.format if settings.format == "bnb" else settings.format
+    if settings.double_quant and not trained.double_quant:
+        message = f"double quantisation was asked for, but {printable(trained.source)} says that the adapter was trained on {trained.name}"
+        remedy = (
+            "leave out the double quantisation (--double-quant), or say what the adapter was trained on (--trained-on)"
+        )
+        raise StateError(message, remedy=remedy)
+    format_: Any = settings.format
     if format_ == "same":  # plain as the source
-        dtype = load_dtype(source)
-        format_ = next((name for name, known in DENSE.items() if known == dtype), "fp32")
+        if settings.undo is not None:
+            message = f"the base of an adapter that was trained on {trained.name} is quantised first, which an undo record does not take back"
+            remedy = f"choose format='{trained.format}' (--format {trained.format}), or leave out the undo record (--undo), and keep the base"
+            raise StateError(message, remedy=remedy)
+        format_ = FORMAT_OF.get(load_dtype(source), "fp32")
     skip = trained.skip if settings.skip_modules is None else settings.skip_modules
     return replace(
         settings,
-        format=format_,  # type: ignore[arg-type]
+        format=format_,
         quantize=trained.format,
-        double_quant=settings.double_quant or trained.double_quant,
+        double_quant=trained.double_quant,
         skip_modules=skip,
     )
 

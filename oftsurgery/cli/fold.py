@@ -95,8 +95,8 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
     from oftsurgery.api.fold_settings import FoldSettings
 
     format_ = args.format
-    if format_ in ("bnb", "onnx-quantized"):
-        format_ = args.quantize or ("bnb" if format_ == "bnb" else "same")
+    if format_ == "onnx-quantized":
+        format_ = args.quantize or "same"
     elif format_ == "onnx":  # the rotated weights stay plain
         format_ = "fp32" if args.dtype == "float32" else "fp16"
     names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # `base_of` adds the revision

@@ -87,6 +87,7 @@ def _run(args: argparse.Namespace) -> int:
     if run is None:
         args.print_help()
         return ExitCode.OK
+    as_json = getattr(args, "json", False)  # `export --push-to-hub` sets the argument aside while it folds
     try:
         with warnings.catch_warnings():
             warnings.showwarning = partial(_print_warning, args)
@@ -101,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stderr.close()  # the reader of the output has gone, so nobody can read an error
         return ExitCode.ENVIRONMENT
     except Exception as error:
-        return _print_error(args, error)
+        return _print_error(error, as_json=as_json)
 
 
 # errors of disk, network and missing packages are also of these kinds
@@ -120,8 +121,8 @@ def _what_is_kept(args: argparse.Namespace) -> str:
     return "the finished work is kept; continue with --resume" if resumes else "nothing was written"
 
 
-def _print_error(args: argparse.Namespace, error: Exception) -> ExitCode:
-    """Print an error, with ``--json`` as an object on the standard output too; its exit code."""
+def _print_error(error: Exception, *, as_json: bool) -> ExitCode:
+    """Print an error, ``as_json`` as an object on the standard output too; its exit code."""
     ours = isinstance(error, OFTSurgeryError)
     code = ExitCode.REFUSED if ours else ExitCode.UNFORESEEN
     if isinstance(error, _ENVIRONMENT):
@@ -131,9 +132,10 @@ def _print_error(args: argparse.Namespace, error: Exception) -> ExitCode:
         print(without_tokens("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         said += " Remedy: this error is a fault of oftsurgery: report the lines above, with the command and `oftsurgery --version`"
     print(f"oftsurgery: {type(error).__name__}: {said}", file=sys.stderr)
-    if getattr(args, "json", False):
+    if as_json:
         facts = error.facts if isinstance(error, OFTSurgeryError) else {"message": said}
-        print(json.dumps({"error": {"type": type(error).__name__, **facts, "exit_code": code}}, indent=2))
+        said = json.dumps({"error": {"type": type(error).__name__, **facts, "exit_code": code}}, indent=2)
+        print(without_tokens(said))
     return code
 
 

@@ -197,8 +197,6 @@ def place_of(
             raise refusal(message, path=path, remedy="give the Hub id 'owner/name', or leave the revision out")
         return Place(str(given), path, "", "", None, refusal, remedy)
     match = _hub_id(given)
-    if path.is_file() and refusal is CheckpointError:
-        raise no_checkpoint(path, [path.name], "the path is a file, not a folder")
     if path.exists() or match is None:
         message = "the path is a file, not a folder" if path.exists() else "the folder does not exist"
         raise refusal(message, path=path, remedy=remedy)
@@ -311,6 +309,9 @@ def _shards(place: Place, folder: Path, layout: Layout) -> list[str]:
 
 def checkpoint_place(path_or_repo: str | PathLike[str], revision: str | None = None) -> Place:
     """The place of a checkpoint, whose errors are :class:`CheckpointError`."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_file():  # GGUF, a pickle or one shard
+        raise no_checkpoint(path, [path.name], "the path is a file, not a folder")
     where = "give a folder that save_pretrained wrote, or a Hub id 'owner/name'"
     return place_of(path_or_repo, CheckpointError, where, revision=revision)
 

@@ -24,7 +24,7 @@ from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
 from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores import configs
-from oftsurgery.stores.folder import FolderStore, Quantization
+from oftsurgery.stores.folder import FolderStore, Quantization, holds_quantised_weights
 from oftsurgery.stores.new_head import new_head
 from oftsurgery.stores.quantised_loading import loadable_config
 
@@ -82,8 +82,8 @@ class CheckpointPlan:
     @property
     def rotates(self) -> str:
         """Which weights are rotated: ``"quantized"`` or ``"original"``."""
-        plain = self.store.quantization is None and "quantization_config" not in self.source.config
-        return "original" if plain else self.fold_into
+        quantised = self.store.quantization is not None or holds_quantised_weights(self.source)
+        return self.fold_into if quantised else "original"
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -172,7 +172,9 @@ def plan_checkpoint(
         quantization = Quantization(format)
     store = FolderStore(source, quantization)
     _check_formats(store, format, fold_into)
-    written = "same" if format == "bnb" else format
+    written: str = format
+    if format == "bnb":
+        written = "same" if quantization is None else quantization.codec
     if undo is not None and (format in DENSE or fold_into != "quantized"):
         raise StateError(
             "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
@@ -222,16 +224,16 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             path=store.source.folder,
             remedy="dequantise the checkpoint with that library first",
         )
-    if format == "bnb" and method is None:
+    if format == "bnb" and method is None and store.quantization is None:
         raise StateError(
             "the format bnb keeps bitsandbytes' formats, but the base is plain, and its quantisation in training was not given",
             path=store.source.folder,
-            remedy="say how the adapter was trained: --quantize nf4 --double-quant (or fp4, int8); or choose --format bf16",
+            remedy="say what the adapter was trained on: trained_on='nf4-double' (--trained-on nf4-double); or choose format='bf16' (--format bf16)",
         )
     if format not in ("same", "bnb", *DENSE, *QUANTISED):
         raise StateError(
             f"the format {printable(format)!r} is not known",
-            remedy=f"choose one of same, {', '.join((*DENSE, *QUANTISED))} (--format)",
+            remedy=f"choose one of same, bnb, {', '.join((*DENSE, *QUANTISED))} (--format)",
         )
     if fold_into not in ("quantized", "original"):
         message = f"the value {printable(fold_into)!r} of fold_into is not known"

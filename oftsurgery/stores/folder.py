@@ -287,6 +287,15 @@ class FolderStore:
         return unit.load({name: self.source.read(name) for name in unit.stored})
 
 
+def holds_quantised_weights(source: Checkpoint) -> bool:
+    """Whether the checkpoint holds quantised weights, or its config says so."""
+    named = source.config.get("quantization_config") is not None
+    return named or any(
+        name.endswith("weight") and len(checkpoint_tensors.companion_names(name, source.entries)) > 1
+        for name in source.entries
+    )
+
+
 def load_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype in which transformers 5 loads the checkpoint by default: the config's dtype, or else the dtype of the first
     float tensor.

@@ -265,16 +265,12 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(
 def test_an_interrupt_of_a_command_that_cannot_go_on(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import oftsurgery.cli.fold
-
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(oftsurgery.cli.fold, "show_plan", interrupt)
+    monkeypatch.setattr("oftsurgery.api.checkpoints.plan_fold", interrupt)
     for words in (["plan", "BASE", "ADAPTER"], ["fold", "BASE", "ADAPTER", "x", "--dry-run"]):
-        # `plan` was bound before the change of the module
-        monkeypatch.setattr(oftsurgery.api.checkpoints, "plan_fold", interrupt)
         assert cli.main(words) == 130
         assert capsys.readouterr().err == "interrupted: nothing was written\n"
 

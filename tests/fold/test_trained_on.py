@@ -138,9 +138,39 @@ def test_two_ways_to_say_it(options: Any, trained: Trained, tmp_path: Path) -> N
         oftsurgery.fold_checkpoint(trained.base, trained.adapter("nf4"), tmp_path / "out", trained_on="gptq")
 
 
+def test_settings_that_contradict_what_it_was_trained_on(trained: Trained, tmp_path: Path) -> None:
+    base, adapter = trained.base, trained.adapter("nf4")
+    for said in ({}, {"trained_on": "nf4"}):
+        for text, options in (
+            (
+                "double quantisation was asked for, but .* says that the adapter was trained on nf4",
+                {"format": "nf4", "double_quant": True},
+            ),
+            ("is quantised first, which an undo record does not take back", {"undo": tmp_path / "undo"}),
+        ):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", oftsurgery.SourceWarning)
+                with pytest.raises(oftsurgery.StateError, match=text):
+                    oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", **said, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_weights_without_a_config_say_what_they_are(trained: Trained, tmp_path: Path) -> None:
+    """The base's tensors tell that it is quantised, so the trainer's file is not asked, and the record does not call it plain."""
+    load(trained.base, CLS, **BASES["nf4"]).save_pretrained(tmp_path / "nf4")
+    config = tmp_path / "nf4" / "config.json"
+    config.write_text(
+        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "quantization_config"})
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        record = oftsurgery.fold_checkpoint(tmp_path / "nf4", trained.adapter("nf4-double"), tmp_path / "out")
+    assert record.base["fold_into"] == "quantized"
+
+
 def test_files_that_disagree(trained: Trained, tmp_path: Path) -> None:
     args = trained.adapter("nf4") / "args.json"
-    args.write_text(json.dumps({"model": "x", "quant_bits": 8}))
+    args.write_text(json.dumps({"model": "x", "quant_method": "bnb", "quant_bits": 8}))
     try:
         with pytest.raises(oftsurgery.StateError, match=r"do not agree .*training_args.yaml: nf4, args.json: int8"):
             oftsurgery.fold_checkpoint(trained.base, trained.adapter("nf4"), tmp_path / "out")
