@@ -32,7 +32,7 @@ def test_import_loads_torch_and_safetensors_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "code"), [("5.20.4", 3), ("4.57.6", 3), ("5.21.0", 2), ("6.0.0.dev0", 2), (None, 2)]
+    ("release", "code"), [("5.20.4", 3), ("4.57.6", 3), ("5.21.0", 2), ("5.21rc1", 2), ("6.0.0.dev0", 2), (None, 2)]
 )
 def test_an_old_transformers_is_refused_in_one_line(release: str | None, code: int, tmp_path: Path) -> None:
     if release is not None:
@@ -47,6 +47,11 @@ def test_an_old_transformers_is_refused_in_one_line(release: str | None, code: i
     assert done.returncode == code
     told = f"oftsurgery: MissingDependencyError: transformers {release} is installed, but oftsurgery needs 5.21 or newer Remedy: "
     assert (done.stderr == f"{told}pip install --upgrade 'transformers>=5.21'\n") == (code == 3), done.stderr
+
+
+def test_the_oldest_transformers_is_the_one_that_the_package_names() -> None:
+    oldest = ".".join(map(str, oftsurgery._TRANSFORMERS))
+    assert f'"transformers>={oldest}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_a_dense_fold_needs_no_bitsandbytes_peft_or_hub(tmp_path: Path, write_adapter: Callable[..., Path]) -> None:

@@ -22,7 +22,7 @@ import tokenizers
 import torch
 import transformers
 from checkpoints import adapted, build, file_bytes, load, outputs, quiet_fold
-from hub_server import Hub, serving
+from hub_server import Hub, serving, talk_to
 from huggingface_hub import snapshot_download
 
 import oftsurgery
@@ -64,20 +64,10 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def online(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[float]]:
     """The client in this process talks to the server; gives the seconds that it would have waited before retries."""
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    talk_to(server, TOKEN, tmp_path, monkeypatch)
     monkeypatch.setattr(
         hub, "_pictures", lambda record: {}
     )  # which take a second to draw, and have a test of their own
-    huggingface_hub.close_session()
     waited: list[float] = []
     from huggingface_hub.utils import _http
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import load
-from hub_server import Hub, Repo, serving
+from hub_server import Hub, Repo, serving, talk_to
 from models import distance, live, llama, logits
 from safetensors.torch import load_file
 from warned import noted, quietly
@@ -58,18 +58,8 @@ def server() -> Iterator[Hub]:
 @pytest.fixture(autouse=True)
 def online(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The client in this process talks to the server, in an empty folder."""
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    talk_to(server, TOKEN, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    huggingface_hub.close_session()
     yield
     huggingface_hub.close_session()
 
