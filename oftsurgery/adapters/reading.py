@@ -19,6 +19,7 @@ from oftsurgery.files.tokenizer_files import PATTERNS
 from .adapter import OFTAdapter
 from .dialects import Dialect
 from .from_peft import parse_adapter
+from .trained_on import SETTINGS
 
 if TYPE_CHECKING:
     from oftsurgery.records.record import AdapterInfo
@@ -68,7 +69,9 @@ def find_adapter(
     folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_TENSORS).is_file():
         place = _only_one(place)
-    folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS], but=[*OTHER_FORMATS, "checkpoint-*/*"])
+    folder = place.fetch(
+        [ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS, *SETTINGS], but=[*OTHER_FORMATS, "checkpoint-*/*"]
+    )
     if place.folder is None and not (folder / ADAPTER_TENSORS).is_file():
         raise _no_tensors(place, place.names())
     return place, folder

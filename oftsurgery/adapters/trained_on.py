@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.errors import CheckpointError, StateError, printable
-from oftsurgery.files.reading import read_json_value
+from oftsurgery.files.reading import inside
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
 TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
@@ -25,9 +26,12 @@ TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
     "plain": (None, False),
 }
 
+_CARD, _ARGS, _YAML = "README.md", "args.json", ("*.yml", "*.yaml")
+#: names of the files that are read, as patterns for the Hub's client
+SETTINGS = (_CARD, _ARGS, *_YAML)
+
 _MAX_BYTES = 1 << 17  # of a file that is read for its settings
 _MAX_FILES = 20  # in one folder, and lists of settings in one file
-_CARD = "README.md"
 _SECTION = re.compile(r"^The following `?bitsandbytes`? quantization config was used during training:$", re.MULTILINE)
 _SETTING = re.compile(r"\s*- _?(\w+): (.*)")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -87,15 +91,15 @@ def trained_on_in(folder: Path) -> list[TrainedOn]:
 
 
 def _said_in(folder: Path) -> Iterator[TrainedOn]:
-    card = _text(folder / _CARD)
+    card = _text(folder, _CARD)
     for section in islice(_SECTION.finditer(card), _MAX_FILES):
         yield from _named(_bitsandbytes(_settings_after(card, section.end())), _CARD)
     for block in card.split("\n```yaml\n")[1:_MAX_FILES]:
         yield from _said_by(_yaml(block.partition("\n```")[0]), _CARD)
-    for path in sorted([*folder.glob("*.yml"), *folder.glob("*.yaml")])[:_MAX_FILES]:
-        yield from _said_by(_yaml(_text(path)), path.name)
-    with suppress(CheckpointError):
-        yield from _said_by(_json(folder / "args.json"), "args.json")
+    for path in sorted(path for pattern in _YAML for path in folder.glob(pattern))[:_MAX_FILES]:
+        yield from _said_by(_yaml(_text(folder, path.name)), path.name)
+    with suppress(ValueError, RecursionError):
+        yield from _said_by(json.loads(_text(folder, _ARGS) or "null"), _ARGS)
 
 
 def _said_by(settings: object, source: str) -> Iterator[TrainedOn]:
@@ -209,17 +213,13 @@ def _bitsandbytes(settings: Mapping[str, str]) -> Mapping[str, Any] | None:
     return values if {"load_in_4bit", "load_in_8bit"} & values.keys() else None
 
 
-def _text(path: Path) -> str:
-    try:
-        if not path.is_file() or path.is_symlink() or path.stat().st_size > _MAX_BYTES:
-            return ""
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(path: Path) -> object:
-    return read_json_value(path, limit=_MAX_BYTES) if path.is_file() and not path.is_symlink() else None
+def _text(folder: Path, name: str) -> str:
+    """The text of a file; an empty text for a file that is missing, too large, or a link that is not followed."""
+    with suppress(CheckpointError, OSError):
+        path = inside(folder, name)
+        if path.stat().st_size <= _MAX_BYTES:
+            return path.read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def _yaml(text: str) -> object:

@@ -122,7 +122,8 @@ def test_of_several_formats_only_what_transformers_reads_is_downloaded(place: Pa
     assert downloaded(server) == set(mine) | {"tokenizer.json", "LICENSE"}
     server.requests.clear()
     quietly(oftsurgery.fold_checkpoint, BASE, ADAPTER, "out")
-    assert downloaded(server) == {"adapter_config.json", "adapter_model.safetensors"}
+    # the card may say what the adapter was trained on
+    assert downloaded(server) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert distance(logits(load(Path("out"), "LlamaForCausalLM")), torch.load(place / "logits.pt")) < 1e-6
     # and offline from what is there, though the repository has more
     server.requests.clear()
@@ -326,6 +327,22 @@ def test_an_adapter_in_a_subfolder_and_at_a_revision(
     assert "SourceWarning" not in capsys.readouterr().err
     assert cli.main(["verify", "out-2", str(place / "v1"), ADAPTER, "--adapter-subfolder", "runs/sft"]) == 0
     assert quietly(oftsurgery.doctor, ADAPTER) == []
+
+
+@pytest.mark.parametrize("name", ["training_args.yaml", "README.md"])
+def test_what_the_adapter_was_trained_on_is_asked_of_the_hub_too(name: str, place: Path, server: Hub) -> None:
+    settings = "model_name_or_path: x\nfinetuning_type: oft\nquantization_bit: 8\n"
+    card = "The following `bitsandbytes` quantization config was used during training:\n- load_in_8bit: True\n"
+    said = settings if name.endswith("yaml") else card
+    hold(
+        server,
+        ADAPTER,
+        {n: t for n, t in files_of(place / "adapter").items() if n != "README.md"} | {name: said.encode()},
+    )
+    with noted() as caught:
+        record = oftsurgery.fold_checkpoint(place / "v1", ADAPTER, "out")
+    assert (record.base["trained_on"], record.base["trained_on_source"]) == ("int8", name)
+    assert any(f"trained on int8, as {name} beside it says" in str(w.message) for w in caught)
 
 
 def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, server: Hub) -> None:
