@@ -14,13 +14,15 @@ from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
 from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
+from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.links import links_followed
-from oftsurgery.folding.disk_plan import CheckpointPlan, Format, plan_checkpoint
+from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
+from oftsurgery.folding.target import FOUR_BIT, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
@@ -57,7 +59,9 @@ def plan_fold(
         opened,
         adapters,
         format=settings.format,
-        quantization=settings.quantization(),
+        double_quant=settings.double_quant and settings.format in FOUR_BIT,
+        quantization=settings.quantization(opened, trained),
+        compute_dtype=None if settings.compute_dtype is None else float_dtype(settings.compute_dtype),
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),

@@ -144,7 +144,8 @@ class _Loading:
         dtype: the dtype in which the base was loaded.
         cast: whether the base was cast to this dtype; a fold on disk casts only where it quantises.
         codec: the quantisation of the base; ``"stored"`` for the format of each stored weight; None for no quantisation.
-        format: the format of quantised weights that are stored plain; None where the checkpoint stores quantised weights.
+        format: the format of a plain base's weights that were quantised first and are stored in another format now; None where
+            no format is recorded.
         skip: ``llm_int8_skip_modules``.
         original: whether rotated weights were not quantised first.
     """
@@ -157,7 +158,7 @@ class _Loading:
         self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
         self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
-        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
+        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec not in (None, "stored") else None
         self.original = said.get("fold_into") == "original"
         try:
             self.skip = json.loads(said.get("skip_modules") or "null")
@@ -315,6 +316,9 @@ class _Comparison:
             return f"the relative error is {error:.2e}, and the rounding to the format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
             return self._wrong_dtype(before, into.dtype)
+        same = replace(before.weight.format, nested_blocksize=into.nested_blocksize)
+        if module is not None and module.format == into.label and same == into:
+            before = StoredTensor(plain)  # the record says that the double quantisation has changed
         if before.weight.format.codec == into.codec and before.weight.format != into:
             was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
             return f"the weight is stored with other settings than in the source, which has {was}"
@@ -346,6 +350,8 @@ class _Comparison:
         if stored.weight.format.quantised:
             if not before.weight.format.quantised:
                 return f"the tensor is stored as {stored.weight.format.label}, but plain in the source"
+            if self._changed_format(before.weight.format, stored.weight.format):
+                before = StoredTensor(codecs.encode(codecs.decode(before.weight), stored.weight.format))
             return _parts_unlike(stored, before)
         want, got = before.weight.tensors["weight"], stored.weight.tensors["weight"]
         if before.weight.format.quantised:
@@ -354,6 +360,11 @@ class _Comparison:
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
         return self._wrong_dtype(before, got.dtype) if _same(got, want) else "the tensor differs from the source's"
+
+    def _changed_format(self, before: WeightFormat, after: WeightFormat) -> bool:
+        """Whether the fold gave a quantised weight another quantised format: another codec, or what the record says."""
+        said = self.record.base.get("format") if self.record is not None else None
+        return before.codec != after.codec or (said == after.codec and before != after)
 
     def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype, or None: the source's dtype and the config's are both right."""

@@ -216,6 +216,15 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
 
 
+def other_format(what: str, **where: Any) -> StateError:
+    """The error where the base's bytes cannot be put back into a folded ``what``, a model or checkpoint."""
+    return StateError(
+        f"the folded {what} has another format than its base, so the base's bytes cannot be put back",
+        remedy=f"use the base {what} itself, or rotate back with the adapter (adapter=…, --adapter)",
+        **where,
+    )
+
+
 def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight], EncodedWeight]]:
     """``{tensor name in the undo record: function from the folded tensor to its original}``. Each function checks hashes.
 

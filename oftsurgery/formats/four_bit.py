@@ -261,6 +261,12 @@ class FourBit(Format):
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
 
+    def in_place_of(self, f: WeightFormat, dtype: torch.dtype, double_quant: bool) -> WeightFormat:
+        if not f.blocksize:
+            return super().in_place_of(f, dtype, double_quant)
+        nested = (f.nested_blocksize or 256) if double_quant else 0
+        return replace(f, codec=self.name, nested_blocksize=nested)  # blocks and storage of 4 bits stay
+
     # --- undo records ---
 
     def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,7 @@ class Int8(Format):
     scales_name = "SCB"
     unit = 127.0
     strong_change = 1 / 254
+    own_dtype = torch.float16  # Int8Params quantises the float16 rounding
     width = "int8"
     name_part = ".SCB"
     config_fields = MappingProxyType({"load_in_8bit": True})
@@ -90,9 +90,6 @@ class Int8(Format):
             message = "the int8 weight lacks its SCB statistics"
             raise FormatError(message, tensor=weight, format="int8", remedy="save the whole checkpoint again")
         return EncodedWeight(WeightFormat("int8", shape, torch.float16), {"weight": read(weight), "SCB": read(scb)})
-
-    def once_quantised(self, f: WeightFormat) -> WeightFormat:
-        return replace(f, dtype=torch.float16)  # Int8Params quantises the float16 rounding
 
     # --- undo records ---
 
