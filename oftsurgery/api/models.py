@@ -19,6 +19,7 @@ from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_mo
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
 from oftsurgery.folding.plan import FoldPlan
+from oftsurgery.folding.target import LiveFormat, check_format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.folding.undo_writer import UndoWriter
 from oftsurgery.formats.codecs import Rounding, check_rounding
@@ -47,6 +48,8 @@ def fold(
     model: M,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
+    format: LiveFormat = "same",
+    double_quant: bool = False,
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
@@ -112,6 +115,7 @@ def fold(
     """
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
+    check_format(format, double_quant=double_quant)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(model, adapter, inplace=inplace, incomplete=partial) as fold_prepared,
@@ -119,7 +123,9 @@ def fold(
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
     ):
-        return fold_prepared(rounding=mode, calibrate=calibrate, undo=writer, progress=step)  # type: ignore[return-value]
+        return fold_prepared(  # type: ignore[return-value]
+            format=format, double_quant=double_quant, rounding=mode, calibrate=calibrate, undo=writer, progress=step
+        )
 
 
 @contextmanager

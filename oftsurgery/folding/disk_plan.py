@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,14 +13,14 @@ import torch
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import homes_of
 from oftsurgery.adapters.trained_on import TrainedOn
-from oftsurgery.dtypes import DENSE, NAMED, name_of
+from oftsurgery.dtypes import DENSE, NAMED
 from oftsurgery.errors import FormatError, StateError, printable
 from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.tokenizer_files import choose_tokenizer
 from oftsurgery.formats import codecs
 from oftsurgery.records import card
-from oftsurgery.records.record import AdapterInfo, FoldRecord
+from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import (
     FolderStore,
@@ -33,9 +32,9 @@ from oftsurgery.stores.folder import (
 from oftsurgery.stores.new_head import new_head
 from oftsurgery.stores.quantised_loading import loadable_config
 
+from . import engine
 from .beside import rows_of
 from .disk_jobs import Job, JobBuilder, Part
-from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
 from .target import QUANTISED, Format, Target, check_format
@@ -195,33 +194,24 @@ def plan_checkpoint(
     _check_formats(store, format, fold_into)
     target = _target(store, format, double_quant)
     if undo is not None and (target.dense is not None or fold_into != "quantized"):
-        raise no_undo(format)
+        raise engine.no_undo(format)
     head = new_head(store, adapters)
     if head is not None:
         store = FolderStore(source, quantization, head)
     changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     if undo is not None:
-        check_undo(changes, store.added)
+        engine.check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, target, fold_into).jobs()
-    written = _written_quantization(store, target, compute_dtype)
+    kept = store.quantization is None and not any(part.converts for job in jobs for part in job.parts)
+    written = None if kept else _written_quantization(store, target, compute_dtype)
     config = configs.output_config(store.config, target.format, written, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
     carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     if undo is not None and plan.converts:
-        raise no_undo(format)
+        raise engine.no_undo(format)
     return replace(
         plan, changes=changes, target=target, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
-    )
-
-
-def no_undo(format: str) -> StateError:
-    """The error for an undo record of a fold that changes the weights' formats."""
-    return StateError(
-        "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
-        format=format,
-        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
-        "or leave out the undo record (undo=…, --undo), and keep the base",
     )
 
 
@@ -321,30 +311,3 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_int
             path=store.source.folder,
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
-
-
-def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
-    """The quantisation of a plain base before its fold, from the record or else the config; None where there was none."""
-    base = record.base
-    codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
-    if codec is None:
-        return None
-    if "double_quant" in base:
-        double, skip = base["double_quant"] == "true", json.loads(base.get("skip_modules") or "null")
-    else:
-        settings = config.get("quantization_config") or {}
-        double, skip = bool(settings.get("bnb_4bit_use_double_quant")), settings.get("llm_int8_skip_modules")
-    dtype = getattr(torch, base.get("dtype") or "", None)
-    return Quantization(codec, double, skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
-
-
-def facts_of_quantization(q: Quantization | None) -> dict[str, str | None]:
-    """The mirror of :func:`recorded_quantization`."""
-    if q is None:
-        return {"quantize": None}
-    return {
-        "quantize": q.codec,
-        "double_quant": json.dumps(q.double_quant),
-        "skip_modules": None if q.skip is None else json.dumps(q.skip),
-        "dtype": None if q.dtype is None else name_of(q.dtype),
-    }

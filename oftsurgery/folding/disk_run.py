@@ -36,8 +36,9 @@ from oftsurgery.weights.fold import fold_encoded
 
 from . import engine
 from .disk_jobs import Job, Part
-from .disk_plan import CheckpointPlan, facts_of_quantization
+from .disk_plan import CheckpointPlan
 from .folder_writer import Item, Shard, write_other_files, write_shard
+from .quantised_first import facts_of_quantization
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 

@@ -24,8 +24,9 @@ from oftsurgery.stores.ties import FLAG
 
 from . import engine
 from .disk_jobs import Check, Job, JobBuilder, Part, copy_job
-from .disk_plan import CheckpointPlan, make_plan, recorded_quantization
+from .disk_plan import CheckpointPlan, make_plan
 from .plan import FoldPlan, plan_changes
+from .quantised_first import recorded_quantization
 from .undo_reader import UndoRecord
 
 

@@ -140,6 +140,16 @@ def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
         )
 
 
+def no_undo(format: str) -> StateError:
+    """The error for an undo record of a fold that changes the weights' formats."""
+    return StateError(
+        "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
+        format=format,
+        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
+        "or leave out the undo record (undo=…, --undo), and keep the base",
+    )
+
+
 # --- going back -------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import WeightFormat
 
 Format = Literal["same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+LiveFormat = Literal["same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 FOUR_BIT = tuple(name for name in QUANTISED if FORMATS[name].codes_per_element == 2)
 

@@ -235,6 +235,14 @@ class Format:
         """A Parameter of the class and settings of ``old`` that holds ``encoded``."""
         raise NotImplementedError
 
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        """A linear layer without bias and without values, for a weight in ``f``.
+
+        Args:
+            compute_dtype, threshold: bitsandbytes' settings of 4-bit and of 8-bit layers.
+        """
+        raise NotImplementedError
+
     def plain_parameter(self, old: Any, data: Tensor) -> nn.Parameter:
         """A Parameter that holds plain values in place of ``old``, which is of this format's class."""
         new = nn.Parameter(data, requires_grad=old.requires_grad)

@@ -388,9 +388,22 @@ class FourBit(Format):
             settings = (f.blocksize, bool(nested), f.codec, f.storage, module)
             old = Params4bit(old.data, old.requires_grad, state, *settings, bnb_quantized=True)
         # only the constructor's own arguments are kept: __dict__ may carry torch.compile's attributes
-        names = ("requires_grad", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
-        kept = {name: getattr(old, name) for name in names}
-        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept)  # type: ignore[no-any-return]
+        kept = {name: getattr(old, name) for name in ("requires_grad", "compress_statistics", "module")}
+        if getattr(old.quant_state, "nested", bool(nested)) != bool(nested):
+            kept["compress_statistics"] = bool(nested)
+        own = {"blocksize": f.blocksize, "quant_type": f.codec, "quant_storage": f.storage}
+        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept, **own)  # type: ignore[no-any-return]
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        settings = {
+            "compute_dtype": compute_dtype,
+            "compress_statistics": bool(f.nested_blocksize),
+            "quant_type": f.codec,
+        }
+        rows, columns = f.shape
+        return Linear4bit(columns, rows, bias=False, quant_storage=f.storage, device="meta", **settings)  # type: ignore[no-any-return]
 
     def alias(self, parameter: Any) -> nn.Parameter:
         new: Any = copy.copy(parameter)

@@ -138,6 +138,12 @@ class Int8(Format):
         codes, scb = encoded.tensors["weight"], encoded.tensors["SCB"]
         return _parameter(old, codes, CB=codes, SCB=scb)
 
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear8bitLt
+
+        rows, columns = f.shape
+        return Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")  # type: ignore[no-any-return]
+
     def plain_parameter(self, old: Any, data: Tensor) -> nn.Parameter:
         return _parameter(old, data)
 
