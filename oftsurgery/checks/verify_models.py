@@ -195,7 +195,8 @@ def _compared(
     """While the reference runs, give each of its modules' inputs to our module too."""
 
     def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        got = output if mine[path] is module else mine[path](*args, **kwargs)  # a call of itself would hook again
+        # a call of itself would hook again
+        got = output if mine[path] is module else _called(mine[path], args, kwargs)
         for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
             meters[path].add(f"{path} {name}".strip(), a, b)
 
@@ -205,6 +206,17 @@ def _compared(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The module's output on another module's inputs; a plain layer gets floats in its own dtype, which a fold may change."""
+    weight = module._parameters.get("weight")
+    dtype = weight.dtype if type(weight) is nn.Parameter and weight.is_floating_point() else None
+
+    def given(value: Any) -> Any:
+        return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return module(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
 
 
 @contextmanager
