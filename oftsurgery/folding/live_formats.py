@@ -38,6 +38,8 @@ class LiveFormats:
         made: names of the plain weights that become quantised: those that transformers' loading would quantise, in a model
             without a quantised weight.
         converts: whether a tensor changes its format.
+        quantised: whether the model held quantised weights before the fold.
+        kept_plain: whether a weight that transformers' loading would quantise stays plain, since an adapter brings its values.
 
     Raises:
         StateError: a tensor is offloaded or not loaded, or transformers does not know the class of a model that is to be
@@ -48,7 +50,7 @@ class LiveFormats:
         self.store, self.journal = store, journal
         self.target = Target(format, double_quant, dtype_of(store))
         self.made: frozenset[str] = frozenset()
-        self.converts = self.quantised = False
+        self.converts = self.quantised = self.kept_plain = False
         if format == "same":
             return
         layers = [Layer(path, module) for path, module in distinct(store.modules).items()]
@@ -65,7 +67,9 @@ class LiveFormats:
         plain.
         """
         rotated = {change.name for change in plan.rotate}
-        self.made -= {place for change in plan.replace for place in change.places} - rotated
+        own = {place for change in plan.replace for place in change.places} - rotated
+        self.kept_plain = bool(own & self.made or plan.dequantised)
+        self.made -= own
         return replace(plan, rotate=tuple(replace(r, format=self._into(r.name, r.format)) for r in plan.rotate))
 
     def put(self, layer: Layer, new: EncodedWeight, *, park: bool) -> nn.Module:
@@ -158,8 +162,11 @@ class LiveFormats:
         target = self.target
         assert target.codec is not None  # noqa: S101 - the target is quantised
         compute = layer_settings(self.store.model, target.dtype).compute_dtype
-        said = settings_in(self.store.model) or self.made
-        skip = None if said else tuple(p for p, m in self.store.modules.items() if type(m) is nn.Linear)
+        skip = None
+        if self.kept_plain or not (
+            self.made or settings_in(self.store.model)
+        ):  # transformers' own choice is another one
+            skip = tuple(p for p, m in self.store.modules.items() if type(m) is nn.Linear)
         return Quantization(target.codec, target.double_quant, compute, skip)
 
 

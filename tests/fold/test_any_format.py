@@ -103,7 +103,9 @@ def is_linear(name: str) -> bool:
     return name.endswith("proj.weight")
 
 
-def check_values(before: dict[str, Tensor], after: dict[str, Tensor], rotations: dict[str, Tensor], target: str) -> None:
+def check_values(
+    before: dict[str, Tensor], after: dict[str, Tensor], rotations: dict[str, Tensor], target: str
+) -> None:
     """Each weight is the rotation of the exact source, rounded once to its format."""
     for name in (n for n in before if n.endswith("weight")):
         exact, turn = decoded(before, name), rotations.get(name.removesuffix(".weight"))
@@ -133,7 +135,9 @@ def check_config(folded: Any, target: str) -> None:
         assert config is None
         assert str(folded.config.dtype).removeprefix("torch.") == label_named(target)
         assert folded.dtype == DTYPES[target]
-        assert not any(getattr(folded, n, None) for n in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"))
+        assert not any(
+            getattr(folded, n, None) for n in ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+        )
         return
     codec, double = QUANTISED[target]
     assert config.to_dict() == folded.hf_quantizer.quantization_config.to_dict()
@@ -185,7 +189,9 @@ def check_reload(folded: Any, tmp_path: Path) -> None:
     ("source", "target", "rounding"),
     [("nf4", "nf4 double", "preserve"), ("nf4 double", "fp4", "grid"), ("int8", "nf4", "grid"), ("nf4", "int8", "nearest"), ("nf4", "bf16", "nearest")],
 )  # fmt: skip
-def test_the_rounding_follows_the_new_format(source: str, target: str, rounding: str, bases: Bases, tmp_path: Path) -> None:
+def test_the_rounding_follows_the_new_format(
+    source: str, target: str, rounding: str, bases: Bases, tmp_path: Path
+) -> None:
     """`preserve` keeps the levels of the old format, so only the same codec knows it."""
     with pytest.warns(oftsurgery.ConversionWarning):
         adapter = oftsurgery.load_adapter(bases.adapter).scaled(0.2)  # weights move by less than half a step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def facts(model: Any) -> dict[str, Any]:
     flags = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
     return {
         "bytes": state_bytes(model),
-        "modules": {path: module for path, module in model.named_modules()},
+        "modules": dict(model.named_modules()),
         "parameters": {name: id(p) for name, p in model.named_parameters()},
         "config": model.config.to_dict(),
         "flags": {name: model.__dict__.get(name) for name in flags},
@@ -67,7 +68,9 @@ def facts(model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("kind", "format_"), [("nf4", "bf16"), ("nf4", "int8"), ("int8", "nf4"), ("", "nf4"), ("", "fp16")])
+@pytest.mark.parametrize(
+    ("kind", "format_"), [("nf4", "bf16"), ("nf4", "int8"), ("int8", "nf4"), ("", "nf4"), ("", "fp16")]
+)
 def test_a_fold_that_fails_leaves_the_model_as_it_was(kind: str, format_: Any, tmp_path: Path) -> None:
     model = loaded(llama, tmp_path, kind)
     _, adapter = saved(llama(), tmp_path)
@@ -113,7 +116,7 @@ def test_a_live_model_is_exported_in_one_step(around: str, dtype: Any, tmp_path:
     if around == "wrapped":
         model = oftsurgery.wrap(loaded(llama, tmp_path, "nf4"), adapter)
     before = logits(model)
-    with pytest.warns(RoundingWarning):
+    with nullcontext() if dtype == torch.float32 else pytest.warns(RoundingWarning):
         record = oftsurgery.export_safetensors(model, tmp_path / "out", dtype)
     assert record is not None
     assert record.worst is not None
@@ -127,16 +130,18 @@ def test_a_live_model_is_exported_in_one_step(around: str, dtype: Any, tmp_path:
 
 def test_an_undo_record_and_the_base_are_refused(tmp_path: Path) -> None:
     model = loaded(llama, tmp_path, "nf4")
-    peft_model, adapter = saved(llama(), tmp_path)
+    _, adapter = saved(llama(), tmp_path)
     with pytest.raises(StateError, match="this fold also changes the weights' formats.*keep the base"):
         oftsurgery.fold(model, adapter, format="bf16", undo=tmp_path / "fold.undo")
     assert not (tmp_path / "fold.undo").exists()
     folded = fold(model, adapter, format="bf16")
-    with pytest.raises(StateError, match="the folded model has another format than its base.*use the base model itself"):
+    with pytest.raises(
+        StateError, match="the folded model has another format than its base.*use the base model itself"
+    ):
         oftsurgery.unfold(folded, base=model)
     with pytest.warns(UnfoldWarning):
         back = oftsurgery.unfold(folded, adapter)
-    assert back.oftsurgery is None if hasattr(back, "oftsurgery") else True
+    assert getattr(back, "oftsurgery", None) is None
     assert distance(logits(back), logits(model)) < 0.02
     # the same format keeps both ways back
     folded = fold(model, adapter, format="nf4", undo=tmp_path / "fold.undo")
@@ -187,8 +192,14 @@ def test_a_plain_gpt2_is_quantised_as_transformers_quantises_it(tmp_path: Path) 
 
 @pytest.mark.parametrize(("kind", "format_"), [("nf4", "bf16"), ("", "nf4"), ("int8", "nf4"), ("nf4", "fp16")])
 def test_trained_biases_and_heads_come_along(kind: str, format_: Any, tmp_path: Path) -> None:
-    settings = {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "bias": "oft_only", "task_type": "SEQ_CLS"}
-    model = loaded(bert, tmp_path, kind, AutoModelForSequenceClassification)
+    settings = {
+        "target_modules": ["query", "dense"],
+        "modules_to_save": ["classifier"],
+        "bias": "oft_only",
+        "task_type": "SEQ_CLS",
+    }
+    skip = {"llm_int8_skip_modules": ["classifier"]}
+    model = loaded(bert, tmp_path, kind, AutoModelForSequenceClassification, **skip)
     peft_model = live(model, **settings)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -200,8 +211,10 @@ def test_trained_biases_and_heads_come_along(kind: str, format_: Any, tmp_path: 
         assert {p.dtype for p in folded.parameters()} == {folded.dtype}
         assert distance(logits(folded), logits(peft_model)) < 0.02
     oftsurgery.export_safetensors(folded, tmp_path / "out")
-    again = straight(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto"))
-    assert torch.equal(logits(again), logits(folded))
+    folded.save_pretrained(tmp_path / "saved")
+    for place in ("out", "saved"):
+        again = straight(AutoModelForSequenceClassification.from_pretrained(tmp_path / place, dtype="auto"))
+        assert torch.equal(logits(again), logits(folded))
 
 
 @pytest.mark.parametrize("format_", ["bf16", "int8"])
@@ -209,7 +222,8 @@ def test_tied_embeddings_stay_tied_or_come_apart(format_: Any, tmp_path: Path) -
     make = partial(llama, tie_word_embeddings=True)
     folded = fold(live(loaded(make, tmp_path, "nf4")), format=format_)
     assert folded.lm_head.weight is folded.model.embed_tokens.weight
-    peft_model = live(loaded(make, tmp_path, "nf4"), target_modules=["q_proj", "embed_tokens"])
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        peft_model = live(loaded(make, tmp_path, "nf4"), target_modules=["q_proj", "embed_tokens"])
     with pytest.warns(UntieWarning):
         apart = fold(peft_model, format=format_)
     assert apart.lm_head.weight is not apart.model.embed_tokens.weight
@@ -244,8 +258,9 @@ def test_a_model_without_a_config(format_: Any) -> None:
     peft_model = get_peft_model(tiny("nf4"), TINY).eval()
     folded = fold(peft_model, format=format_)
     x = torch.randn(3, 64)
-    made = folded(x.to(folded.norm.weight.dtype)).double()
-    assert distance(made, peft_model(x).double()) < {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03, "fp4": 0.4}[format_]
+    with torch.no_grad():
+        made, expected = folded(x.to(folded.norm.weight.dtype)).double(), peft_model(x).double()
+    assert distance(made, expected) < {"fp32": 1e-5, "bf16": 0.02, "int8": 0.03, "fp4": 0.4}[format_]
     assert folded.up.bias.dtype == folded.norm.weight.dtype == (torch.bfloat16 if format_ == "bf16" else torch.float32)
 
 
@@ -256,12 +271,9 @@ def test_hooks_and_flags_stay_on_new_layers() -> None:
     model.up.register_forward_hook(lambda *_: calls.append("hook"))
     add_hook_to_module(model.down, AlignDevicesHook(execution_device="cpu"))
     model.down.train()
-    peft_model = get_peft_model(tiny("nf4"), TINY)
-    adapter = oftsurgery.live.adapter_of if False else None
-    del adapter
     rotation = oftsurgery.Rotation(generator=torch.randn(4, 120) * 0.03)
-    folded = fold(model, oftsurgery.OFTAdapter({"up": rotation}, {}, dialect="peft-0.21", config={}, source=None), format="fp32")
-    del peft_model
+    adapter = oftsurgery.OFTAdapter({"up": rotation}, {}, dialect="peft-0.21", config={}, source=None)
+    folded = oftsurgery.fold(model, adapter, format="fp32")
     folded(torch.randn(2, 64))
     assert calls == ["hook"]
     assert type(folded.down._hf_hook).__name__ == "AlignDevicesHook"
