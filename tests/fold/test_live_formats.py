@@ -131,12 +131,12 @@ def test_a_live_model_is_exported_in_one_step(around: str, dtype: Any, tmp_path:
 def test_an_undo_record_and_the_base_are_refused(tmp_path: Path) -> None:
     model = loaded(llama, tmp_path, "nf4")
     _, adapter = saved(llama(), tmp_path)
-    with pytest.raises(StateError, match="this fold also changes the weights' formats.*keep the base"):
+    with pytest.raises(StateError, match=r"this fold also changes the weights' formats.*keep the base"):
         oftsurgery.fold(model, adapter, format="bf16", undo=tmp_path / "fold.undo")
     assert not (tmp_path / "fold.undo").exists()
     folded = fold(model, adapter, format="bf16")
     with pytest.raises(
-        StateError, match="the folded model has another format than its base.*use the base model itself"
+        StateError, match=r"the folded model has another format than its base.*use the base model itself"
     ):
         oftsurgery.unfold(folded, base=model)
     with pytest.warns(UnfoldWarning):
