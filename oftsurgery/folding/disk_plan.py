@@ -40,6 +40,9 @@ from .plan import FoldPlan, plan_changes
 from .target import QUANTISED, Format, Target, check_format
 from .undo_reader import UndoRecord
 
+# what docs/speed.md measured on two CPU cores: rotating in memory, then reading and writing; and the memory of the libraries
+_WEIGHTS_PER_SECOND, _BYTES_PER_SECOND, _LIBRARIES = 0.7e9, 0.34e9, 100_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class CheckpointPlan:
@@ -113,7 +116,9 @@ class CheckpointPlan:
         q = self.store.quantization
         # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
+        rotated = sum(math.prod(p.into.shape) for p in self.parts if p.rotate is not None)
         return {
+            "base": str(self.source.folder),
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
             "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
@@ -154,6 +159,8 @@ class CheckpointPlan:
             "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
+            "memory_bytes": 3 * largest + _LIBRARIES,
+            "seconds": rotated / _WEIGHTS_PER_SECOND + self.nbytes / _BYTES_PER_SECOND,
         }
 
 

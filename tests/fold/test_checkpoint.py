@@ -627,6 +627,11 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"quantize": "nf4"},
         "format 'same' keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
+    "modules to skip in a quantised base": (
+        "nf4",
+        {"format": "int8", "skip_modules": ["o_proj"]},
+        "the base is stored quantised, so nothing is left to say of how its plain weights are loaded and quantised",
+    ),
     "two codecs": (
         "plain",
         {"quantize": "nf4", "format": "int8", "fold_into": "original"},
