@@ -112,6 +112,7 @@ def fold_checkpoint(
     >>> record.kept > 0.9
     True
     >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-BF16", format="bf16")     # dequantised
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-INT8", format="int8")     # rounded once, to int8
     >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
 
     Args:
@@ -120,12 +121,15 @@ def fold_checkpoint(
         adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
-            ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+            ``"bf16"`` (dequantised), ``"nf4"``, ``"fp4"``, ``"int8"``. From any source the exactly rotated weight is rounded once.
+            The quantised formats are those of every weight that the source holds quantised, or that loading would quantise in a
+            plain source.
         quantize: quantise a plain source to this format first, exactly as transformers' bitsandbytes loading did for the
             trainer, so that the adapter meets the base that it was trained on; a quantised ``format`` implies this.
         double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype`` (None: the dtype of the model), ``dtype`` of
-            ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
+            ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``). Where ``format`` is
+            another 4-bit format than that of the base, ``double_quant`` is that of ``format``.
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         trained_on: what the adapter was trained on: ``"nf4-double"``, ``"nf4"``, ``"fp4-double"``, ``"fp4"``, ``"int8"`` or
             ``"plain"``, or the file of settings of axolotl, LLaMA-Factory or ms-swift. A plain source is quantised so before
