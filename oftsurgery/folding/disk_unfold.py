@@ -134,8 +134,8 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
 
 def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]) -> None:
     """Refuse a folded checkpoint whose formats differ from the base's."""
-    if len(job.outputs) < 2 and not any(weights.get(part.name) for part in job.parts):
-        return  # a plain tensor that the fold did not rotate
+    if not any(weights.get(part.name) for part in job.parts):
+        return
     for name, (dtype, shape) in job.outputs.items():
         there = folded.entries.get(name)
         alike = there is not None and shape in (None, there.shape) and DTYPES[there.dtype] == dtype
