@@ -85,7 +85,9 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
+    shapes = {o.name: origin.shape(o.at) for found in wanted.values() for o in found}
+    vocabulary = store.vocabulary({store.locate([n]).get(n, n): shape for n, shape in shapes.items()})
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added), vocabulary=vocabulary)
     carried = carried_from(folded.folder, folded.shards)
     if _brought(record):
         carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))

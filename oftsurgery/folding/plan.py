@@ -20,6 +20,7 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
+from oftsurgery.stores.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class Replace:
 
     Attributes:
         name: the tensor's name.
-        values: the adapter's values, in the tensor's shape.
+        values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
         places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
             (``modules_to_save``), else also every tensor that is still tied to ``name``.
     """
@@ -81,6 +82,7 @@ class FoldPlan:
         dequantised: names of quantised weights that become plain with an adapter's own values.
         idle: paths of layers whose rotation is left out, since the model never calls these layers.
         missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
+        vocabulary: the number of tokens that the adapters bring, where the model has another number.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -91,11 +93,18 @@ class FoldPlan:
     dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def changed(self) -> set[str]:
         """Names of all tensors that change."""
         return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
+
+    @property
+    def recorded_vocabulary(self) -> dict[str, int]:
+        """The numbers of tokens before and after the fold, as the record has them; nothing where the number stays."""
+        v = self.vocabulary
+        return {} if v is None else {"before": v.before, "after": v.after}
 
     def recorded(self, change: Replace) -> tuple[str, ...]:
         """Names of the tensors that the record lists for a replacement: all its places where the fold separates them."""
@@ -128,18 +137,23 @@ def plan_changes(
     found = _found(store, adapters)
     missing = () if inverse else _missing(store, adapters, found, partial=partial)
     chains = _chains(adapters, found)
+    located = [store.locate(adapter.saved) for adapter in adapters]
+    brought = {own[n]: tuple(t.shape) for a, own in zip(adapters, located, strict=True) for n, t in a.saved.items() if n in own}
+    vocabulary = store.vocabulary(brought)
+    shapes = {} if vocabulary is None else vocabulary.shapes
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        layers[name] = store.layer(name)
+        info = store.layer(name)
+        shape = shapes.get(name, info.format.shape)
+        layers[name] = dataclasses.replace(info, format=dataclasses.replace(info.format, shape=shape))
         for rotation in chains[name]:
             _check_kind(name.removesuffix(".weight"), rotation, layers[name])
     replaced: dict[str, Tensor] = {}
     alone: set[str] = set()
-    for adapter in adapters:
-        own = store.locate(adapter.saved)
+    for adapter, own in zip(adapters, located, strict=True):
         for given, values in adapter.saved.items():
-            name = _checked(given, values, own.get(given), store, adapter)
+            name = _checked(given, values, own.get(given), store, adapter, shapes)
             if name in replaced:
                 raise MatchError(
                     "two adapters bring their own values for one tensor",
@@ -158,6 +172,9 @@ def plan_changes(
         for name in turned
     )
     replace = _replacements(store, replaced, alone)
+    if vocabulary is not None:
+        replace += _resized_buffers(store, vocabulary, replace)
+        _check_whole(store, vocabulary, replace, adapters)
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
@@ -167,6 +184,7 @@ def plan_changes(
         dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
         missing=missing,
+        vocabulary=vocabulary,
     )
 
 
@@ -242,6 +260,46 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
     return tuple(made.values())
 
 
+def _resized_buffers(store: Store, vocabulary: Vocabulary, replace: Sequence[Replace]) -> tuple[Replace, ...]:
+    """The replacements of buffers that follow the number of tokens and that no adapter brings: as in transformers' own resizing, a
+    buffer is cut off or filled up with zeros.
+    """
+    made = []
+    there = {place for change in replace for place in change.places}
+    for name in sorted(vocabulary.buffers & vocabulary.shapes.keys() - there):
+        old = store.tensor(name)
+        if old is not None:
+            new = old.new_zeros(vocabulary.shapes[name])
+            kept = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            new[kept] = old[kept]
+            made.append(Replace(name, new, (name,)))
+    return tuple(made)
+
+
+def _check_whole(
+    store: Store, vocabulary: Vocabulary, replace: Sequence[Replace], adapters: Sequence[OFTAdapter]
+) -> None:
+    """Refuse adapters that bring only some of the tensors that follow the number of tokens.
+
+    Raises:
+        ShapeError: the model would have tensors of two numbers of tokens.
+    """
+    there = {place for change in replace for place in change.places}
+    lost = next((name for name in vocabulary.shapes if name not in there and store.shape(name)), None)
+    if lost is not None:
+        first = next(name for name in there if name in vocabulary.shapes)
+        raise ShapeError(
+            f"the adapter brings {printable(first)} for {vocabulary.after} tokens, and no values for another tensor of the model, which "
+            f"has {vocabulary.before} tokens",
+            tensor=lost,
+            shape=store.shape(lost),
+            expected=vocabulary.shapes[lost],
+            path=adapters[-1].source,
+            remedy="save the adapter with all resized tensors: save_pretrained(folder, save_embedding_layers=True); or resize the base's "
+            "embeddings as in training (resize_token_embeddings), save the base, and fold into it",
+        )
+
+
 def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
     """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
     if the config names the module.
@@ -309,7 +367,14 @@ def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
-def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
+def _checked(
+    given: str,
+    values: Tensor,
+    name: str | None,
+    store: Store,
+    adapter: OFTAdapter,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> str:
     """The name of the model's tensor that takes an adapter's ``values``."""
     if name is None:
         near = difflib.get_close_matches(given, store.tensors, n=3, cutoff=0.5)
@@ -320,12 +385,13 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
             path=adapter.source,
             remedy="use a model of the same class and head as for training",
         )
-    if tuple(values.shape) != store.shape(name):
+    expected = shapes.get(name, store.shape(name))
+    if tuple(values.shape) != expected:
         raise ShapeError(
             "the adapter's own values do not fit the model's tensor",
             tensor=given,
             shape=tuple(values.shape),
-            expected=store.shape(name),
+            expected=expected,
             path=adapter.source,
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )
