@@ -190,10 +190,12 @@ def plan_checkpoint(
     if undo is not None:
         check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, written, fold_into).jobs()
-    config = store.config if changes.vocabulary is None else changes.vocabulary.in_config(store.config)
+    vocabulary = changes.vocabulary
+    config = store.config if vocabulary is None else vocabulary.in_config(store.config)
     config = configs.output_config(config, written, store.quantization, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config))
+    before = None if vocabulary is None else vocabulary.before
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=written, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False

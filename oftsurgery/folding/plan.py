@@ -138,7 +138,9 @@ def plan_changes(
     missing = () if inverse else _missing(store, adapters, found, partial=partial)
     chains = _chains(adapters, found)
     located = [store.locate(adapter.saved) for adapter in adapters]
-    brought = {own[n]: tuple(t.shape) for a, own in zip(adapters, located, strict=True) for n, t in a.saved.items() if n in own}
+    brought = {
+        own[n]: tuple(t.shape) for a, own in zip(adapters, located, strict=True) for n, t in a.saved.items() if n in own
+    }
     vocabulary = store.vocabulary(brought)
     shapes = {} if vocabulary is None else vocabulary.shapes
     order = {path: i for i, path in enumerate(store.names)}

@@ -70,7 +70,9 @@ def vocabulary_of(
     return None
 
 
-def resized(make: Callable[[Vocabulary | None], Any], held: Callable[[str], Shape | None], rows: int) -> Vocabulary | None:
+def resized(
+    make: Callable[[Vocabulary | None], Any], held: Callable[[str], Shape | None], rows: int
+) -> Vocabulary | None:
     """The vocabulary of ``rows`` tokens in a class of transformers; None where the class or its config has no such vocabulary.
 
     Args:
