@@ -287,7 +287,7 @@ def _check_whole(
         ShapeError: the model would have tensors of two numbers of tokens.
     """
     there = {place for change in replace for place in change.places}
-    lost = next((name for name in vocabulary.shapes if name not in there and store.shape(name)), None)
+    lost = next((name for name in store.locate(vocabulary.shapes) if name not in there), None)
     if lost is not None:
         first = next(name for name in there if name in vocabulary.shapes)
         raise ShapeError(

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from oftsurgery.errors import OFTSurgeryError
-
 from .skeleton import quiet
 
 Shape = tuple[int, ...]
+
+#: the most numbers of tokens that are tried: trainers resize a model once, and an adapter's file may hold tensors of any shapes
+_TRIES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def vocabulary_of(
     """
     other = {name: shape for name, shape in brought.items() if shape != held(name)}
     rows = {shape[0] for name, shape in other.items() if shape and shape[1:] == held(name)[1:]}
-    for number in sorted(rows):
+    for number in sorted(rows)[:_TRIES]:
         found = resized(number)
         if found is not None and any(found.shapes.get(name) == shape for name, shape in other.items()):
             return found
@@ -99,9 +100,9 @@ def resized(
         if any(held(name) not in (None, shapes.get(name)) for name in vocabulary.shapes):
             return None
         return vocabulary if vocabulary.shapes and _shapes(make(vocabulary)) == now else None
-    except OFTSurgeryError:  # the class refuses a config with this number
-        return None
-    except Exception:  # a class may resize in its own way, or not at all, and raises errors of any kind
+    except (
+        Exception
+    ):  # a class may refuse the number, resize in its own way or not at all, and raises errors of any kind
         return None
 
 
@@ -115,5 +116,5 @@ def _changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, int
         old, here = before.get(name), f"{path}.{name}".lstrip(".")
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             yield from _changes(old, value, here)
-        elif isinstance(value, int) and value != old:
+        elif isinstance(value, int) and not isinstance(value, bool) and value != old:
             yield here, value

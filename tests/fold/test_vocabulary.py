@@ -15,6 +15,7 @@ import torch
 import transformers
 from checkpoints import adapted, bnb_config, differing, load, quiet_fold, tensors, unpacked
 from independent import relative
+from peft import OFTConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -246,8 +247,6 @@ def test_a_quantised_base_takes_new_tokens(tmp_path: Path, codec: Any, tied: boo
     model = load(tmp_path / "base", case.cls, quantization_config=bnb_config(codec))
     oftsurgery.export_safetensors(model, tmp_path / "quantised")
     tokenizer(WORDS).save_pretrained(tmp_path / "quantised")
-    from peft import PeftModel
-
     resized = load(tmp_path / "base", case.cls, quantization_config=bnb_config(codec))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -311,6 +310,95 @@ def test_the_new_token_is_generated(tmp_path: Path) -> None:
     assert case.rows - 1 in ids
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert folded.generate(ids, **options).tolist() == live.generate(input_ids=ids, **options).tolist()
+
+
+def test_a_buffer_that_the_checkpoint_lacks_stays_away(tmp_path: Path) -> None:
+    """transformers makes BART's bias of the logits up, as zeros, where a checkpoint lacks it."""
+    from safetensors.torch import load_file, save_file
+
+    case = CASES["bart, with a buffer"]
+    want = outputs(trained(tmp_path, case), case.rows)
+    path = tmp_path / "base" / "model.safetensors"
+    held = load_file(path)
+    del held["final_logits_bias"]
+    save_file(held, path, {"format": "pt"})
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "disk", trained_on="plain")
+    assert "final_logits_bias" not in tensors(tmp_path / "disk")
+    assert relative(outputs(load(tmp_path / "disk", case.cls), case.rows), want) < 1e-6
+
+
+def test_two_folds_and_a_chain_of_adapters(tmp_path: Path) -> None:
+    """One of two adapters brings the tokens: one fold of both, and a fold over the other."""
+    case = CASES["untied"]
+    trained(tmp_path, case)
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "first", trained_on="plain")
+    second = adapted(load(tmp_path / "first", case.cls), ["v_proj"], oft_block_size=8, seed=5)
+    second.save_pretrained(tmp_path / "second")
+    want = outputs(second, case.rows)
+    record = quiet_fold(tmp_path / "first", tmp_path / "second", tmp_path / "twice", trained_on="plain")
+    assert (dict(record.vocabulary), dict(record.earlier[0].vocabulary)) == ({}, {"before": WORDS, "after": case.rows})
+    quiet_fold(tmp_path / "base", [tmp_path / "second", tmp_path / "adapter"], tmp_path / "once", trained_on="plain")
+    for name in ("twice", "once"):
+        assert relative(outputs(load(tmp_path / name, case.cls), case.rows), want) < 1e-6
+
+
+# --- trained rows of single tokens ------------------------------------------------------------------------------------
+
+
+def with_rows(place: Path, tokens: Any, *, tied: bool) -> Any:
+    """A live model with trained rows: OFT's config has no such field in peft 0.21, and peft obeys the attribute."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL | (TIED if tied else UNTIED))
+    transformers.LlamaForCausalLM(config).save_pretrained(place / "base")
+    settings = OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    settings.trainable_token_indices = tokens
+    live = get_peft_model(load(place / "base", LLAMA), settings).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
+    return live
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [3, 7],
+        {"embed_tokens": [3, 7]},
+        {"lm_head": [2]},
+        {"embed_tokens": [3, 7], "lm_head": [2]},
+        {"embed_tokens": [3], "lm_head": [3]},
+    ],
+    ids=str,
+)
+def test_trained_rows_of_a_live_model_are_folded(tmp_path: Path, tokens: Any, tied: bool) -> None:
+    live = with_rows(tmp_path, tokens, tied=tied)
+    want = outputs(live, WORDS)
+    folded = oftsurgery.fold(live)
+    assert relative(outputs(folded, WORDS), want) < 1e-6
+    assert type(folded.get_input_embeddings()) is nn.Embedding
+    oftsurgery.export_safetensors(folded, tmp_path / "out")
+    assert relative(outputs(load(tmp_path / "out", LLAMA), WORDS), want) < 1e-6
+    assert torch.equal(outputs(live, WORDS), want)
+
+
+def test_trained_rows_in_a_file_are_refused(tmp_path: Path) -> None:
+    """The file does not say which tokens have the rows; peft itself leaves the rows out."""
+    with_rows(tmp_path, [3, 7], tied=False).save_pretrained(tmp_path / "adapter")
+    assert "trainable_token_indices" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    with pytest.raises(oftsurgery.DialectError, match=r"which tokens have these rows.*oftsurgery.fold\(peft_model\)"):
+        oftsurgery.load_adapter(tmp_path / "adapter")
+
+
+def test_rows_of_a_head_with_a_bias_are_refused(tmp_path: Path) -> None:
+    """peft's live layer forgets the bias."""
+    settings = OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    settings.trainable_token_indices = {"lm_head": [2]}
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL))
+    with pytest.raises(StateError, match=r"without the head's bias.*modules_to_save"):
+        oftsurgery.fold(get_peft_model(model, settings))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
