@@ -289,7 +289,7 @@ def _check_whole(
     there = {place for change in replace for place in change.places}
     lost = next((name for name in store.locate(vocabulary.shapes) if name not in there), None)
     if lost is not None:
-        first = next(name for name in there if name in vocabulary.shapes)
+        first = next(name for name in vocabulary.shapes if name in there)
         raise ShapeError(
             f"the adapter brings {printable(first)} for {vocabulary.after} tokens, and no values for another tensor of the model, which "
             f"has {vocabulary.before} tokens",
@@ -297,8 +297,8 @@ def _check_whole(
             shape=store.shape(lost),
             expected=vocabulary.shapes[lost],
             path=adapters[-1].source,
-            remedy="save the adapter with all resized tensors: save_pretrained(folder, save_embedding_layers=True); or resize the base's "
-            "embeddings as in training (resize_token_embeddings), save the base, and fold into it",
+            remedy="save the adapter with all resized tensors: save_pretrained(folder, save_embedding_layers=True), or train with the "
+            "tensor's module in modules_to_save; or save the resized base of the training (base.save_pretrained), and fold into it",
         )
 
 

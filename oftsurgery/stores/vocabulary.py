@@ -86,8 +86,10 @@ def resized(
             return None
         shapes, config = _shapes(model), model.config.to_dict()
         before = int(model.get_input_embeddings().weight.shape[0])
+        for name in filter(lambda name: name.startswith("_init_added_"), dir(model)):
+            setattr(model, name, _nothing)  # the new rows' values, from the mean of the old rows: there are no values here
         with quiet(), torch.device("meta"):
-            model.resize_token_embeddings(rows, mean_resizing=False)
+            model.resize_token_embeddings(rows)
         now = _shapes(model)
         vocabulary = Vocabulary(
             before=before,
@@ -104,6 +106,10 @@ def resized(
         Exception
     ):  # a class may refuse the number, resize in its own way or not at all, and raises errors of any kind
         return None
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Compute nothing."""
 
 
 def _shapes(model: Any) -> dict[str, Shape]:
