@@ -13,7 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from oftsurgery.errors import CheckpointError, StateError, printable
+from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError, printable
+from oftsurgery.files.checkpoint import CONFIG
+from oftsurgery.files.finding import checkpoint_place
 from oftsurgery.files.reading import inside
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
@@ -88,6 +90,22 @@ def trained_on_in(folder: Path) -> list[TrainedOn]:
     places = [folder, folder.parent] if _CHECKPOINT.fullmatch(folder.name) else [folder]
     found = (one for place in places for one in _said_in(place))
     return list({(one.name, one.skip): one for one in reversed(list(found))}.values())[::-1]
+
+
+def trained_on_base(config: Mapping[str, Any]) -> list[TrainedOn]:
+    """What the base that an adapter's ``config`` names says of its own weights, where they are quantised. A plain base says
+    nothing, since a trainer may quantise while it loads; nor does a base that is not on this machine.
+    """
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        return []
+    with suppress(OFTSurgeryError, ValueError, OSError, RecursionError):
+        file = checkpoint_place(base, None if Path(base).is_dir() else revision or None).on_disk(CONFIG)
+        settings = json.loads(_text(file.parent, CONFIG) or "null") if file is not None else None
+        quantised = settings.get("quantization_config") if isinstance(settings, dict) else None
+        if isinstance(quantised, dict) and quantised.get("quant_method", "bitsandbytes") == "bitsandbytes":
+            return list(_named(quantised, f"{CONFIG} of {base}"))
+    return []
 
 
 def _said_in(folder: Path) -> Iterator[TrainedOn]:

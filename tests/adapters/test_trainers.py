@@ -158,12 +158,12 @@ def test_a_folder_on_the_command_line(
 ) -> None:
     lay_out({"saved/sft": 9}, adapters, tmp_path)
     llama().save_pretrained(tmp_path / "base")
-    words = ["fold", str(tmp_path / "base"), str(tmp_path / "saved"), str(tmp_path / "out")]
+    words = ["fold", str(tmp_path / "base"), str(tmp_path / "saved"), str(tmp_path / "out"), "--trained-on", "plain"]
     assert cli(words) == 0
     assert "SourceWarning: " in capsys.readouterr().err
     with pytest.warns(SourceWarning, match="in its subfolder sft"):
         assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "saved").ok
-    assert cli([*words[:3], str(tmp_path / "out-2"), "--adapter-subfolder", "sft"]) == 0
+    assert cli([*words[:3], str(tmp_path / "out-2"), *words[4:], "--adapter-subfolder", "sft"]) == 0
     assert "SourceWarning" not in capsys.readouterr().err
     for wrong, text in (("../saved/sft", "is no path inside the folder"), ("dpo", "the folder has no subfolder 'dpo'")):
         assert cli([*words[:3], str(tmp_path / "out-3"), "--adapter-subfolder", wrong]) == 2
