@@ -87,7 +87,9 @@ def resized(
         shapes, config = _shapes(model), model.config.to_dict()
         before = int(model.get_input_embeddings().weight.shape[0])
         for name in filter(lambda name: name.startswith("_init_added_"), dir(model)):
-            setattr(model, name, _nothing)  # the new rows' values, from the mean of the old rows: there are no values here
+            setattr(
+                model, name, _nothing
+            )  # the new rows' values, from the mean of the old rows: there are no values here
         with quiet(), torch.device("meta"):
             model.resize_token_embeddings(rows)
         now = _shapes(model)
