@@ -138,33 +138,10 @@ def plan_changes(
     missing = () if inverse else _missing(store, adapters, found, partial=partial)
     chains = _chains(adapters, found)
     located = [store.locate(adapter.saved) for adapter in adapters]
-    brought = {
-        own[n]: tuple(t.shape) for a, own in zip(adapters, located, strict=True) for n, t in a.saved.items() if n in own
-    }
-    vocabulary = store.vocabulary(brought)
+    vocabulary = None if inverse else store.vocabulary(_shapes_brought(adapters, located))
     shapes = {} if vocabulary is None else vocabulary.shapes
-    order = {path: i for i, path in enumerate(store.names)}
-    layers: dict[str, LayerInfo] = {}
-    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        info = store.layer(name)
-        shape = shapes.get(name, info.format.shape)
-        layers[name] = dataclasses.replace(info, format=dataclasses.replace(info.format, shape=shape))
-        for rotation in chains[name]:
-            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
-    replaced: dict[str, Tensor] = {}
-    alone: set[str] = set()
-    for adapter, own in zip(adapters, located, strict=True):
-        for given, values in adapter.saved.items():
-            name = _checked(given, values, own.get(given), store, adapter, shapes)
-            if name in replaced:
-                raise MatchError(
-                    "two adapters bring their own values for one tensor",
-                    tensor=name,
-                    remedy="fold one of them alone: trained biases and heads do not add up",
-                )
-            replaced[name] = values
-            if _brings_module(adapter, given):
-                alone.add(name)
+    layers = _layers(store, chains, shapes)
+    replaced, alone = _own_values(store, adapters, located, shapes)
     _check_distinct(layers)
     turned = [name for name, info in layers.items() if not info.idle]
     apart = store.ties.apart([*turned, *alone])
@@ -239,6 +216,51 @@ def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[st
                 raise _one_module(mine[name], path)
             chains.setdefault(name, []).append(rotation)
     return chains
+
+
+def _layers(
+    store: Store, chains: Mapping[str, Sequence[Rotation]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LayerInfo]:
+    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order; ``shapes`` has new shapes."""
+    order = {path: i for i, path in enumerate(store.names)}
+    layers: dict[str, LayerInfo] = {}
+    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+        info = store.layer(name)
+        format_ = dataclasses.replace(info.format, shape=shapes.get(name, info.format.shape))
+        layers[name] = dataclasses.replace(info, format=format_)
+        for rotation in chains[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
+    return layers
+
+
+def _shapes_brought(adapters: Sequence[OFTAdapter], located: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
+    """``{name of the model's tensor: shape}`` of the adapters' own values."""
+    named = [(own, adapter.saved.items()) for adapter, own in zip(adapters, located, strict=True)]
+    return {own[name]: tuple(values.shape) for own, saved in named for name, values in saved if name in own}
+
+
+def _own_values(
+    store: Store,
+    adapters: Sequence[OFTAdapter],
+    located: Sequence[Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, Tensor], set[str]]:
+    """``{name of the model's tensor: an adapter's own values}``, and the names that belong to a whole module of the adapter."""
+    replaced: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for adapter, own in zip(adapters, located, strict=True):
+        for given, values in adapter.saved.items():
+            name = _checked(given, values, own.get(given), store, adapter, shapes)
+            if name in replaced:
+                raise MatchError(
+                    "two adapters bring their own values for one tensor",
+                    tensor=name,
+                    remedy="fold one of them alone: trained biases and heads do not add up",
+                )
+            replaced[name] = values
+            if _brings_module(adapter, given):
+                alone.add(name)
+    return replaced, alone
 
 
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:

@@ -28,10 +28,11 @@ from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names
 from .naming import architecture_of, locate
+from .resizing import resized
 from .skeleton import skeleton
 from .store import LayerInfo
 from .ties import Ties
-from .vocabulary import Vocabulary, resized, vocabulary_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from .new_head import NewHead

@@ -21,10 +21,11 @@ from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names, layouts_of, names_in_model
 from .modules import inner_model, modules_of, shells_of, tensors_in
+from .resizing import resized
 from .skeleton import quiet
 from .store import LayerInfo
 from .ties import Ties, ties_of
-from .vocabulary import Vocabulary, resized, vocabulary_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 _ATTRIBUTE = "oftsurgery"
 
