@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,27 @@ class TrainedOn:
         return TRAINED_ON[self.name][1]
 
 
-def checked_name(name: str) -> str:
-    """The name, if it is a key of :data:`TRAINED_ON`.
+def trained_on_said(said: str | PathLike[str]) -> TrainedOn:
+    """What the caller says that an adapter was trained on: a key of :data:`TRAINED_ON`, or a file of a trainer's settings.
 
     Raises:
-        StateError: the name is another one.
+        StateError: neither of them, or the file does not say it.
     """
-    if name not in TRAINED_ON:
-        message = f"{printable(name)!r} is nothing that an adapter is trained on"
-        raise StateError(message, remedy=f"choose one of {', '.join(TRAINED_ON)} (trained_on=…, --trained-on)")
-    return name
+    if said in TRAINED_ON:
+        return TrainedOn(str(said), "trained_on")
+    remedy = (
+        f"choose one of {', '.join(TRAINED_ON)}, or give the trainer's file of settings (trained_on=…, --trained-on)"
+    )
+    path = Path(said).expanduser()
+    if not path.is_file():
+        raise StateError(f"{printable(said)!r} is nothing that an adapter is trained on, and no file", remedy=remedy)
+    found = list(_said_by(_yaml(_text(path.parent, path.name)), path.name))  # JSON is YAML too
+    if not found:
+        message = (
+            "the file holds no settings of axolotl, LLaMA-Factory or ms-swift that say what an adapter was trained on"
+        )
+        raise StateError(message, path=path, remedy=remedy)
+    return found[0]
 
 
 def trained_on_in(folder: Path) -> list[TrainedOn]:

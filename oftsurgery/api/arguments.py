@@ -183,7 +183,7 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
         SourceWarning: always, since the caller did not name the base.
     """
     named = [base if isinstance(base, str) else "" for base, _ in trained_at(adapters)]
-    base = named[0]
+    base = named[0] if named else ""
     remedy = "give the base that the adapter was trained on: a folder, or a Hub id 'owner/name'"
     if len(set(named)) > 1:
         message = f"no base was given, and the adapters' configs name several: {', '.join(printable(one) or 'none' for one in named)}"

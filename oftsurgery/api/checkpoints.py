@@ -95,7 +95,7 @@ def fold_checkpoint(
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     revision: str | None = None,
     partial: bool = False,
-    trained_on: str | None = None,
+    trained_on: str | PathLike[str] | None = None,
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -124,9 +124,10 @@ def fold_checkpoint(
             ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         trained_on: what the adapter was trained on: ``"nf4-double"``, ``"nf4"``, ``"fp4-double"``, ``"fp4"``, ``"int8"`` or
-            ``"plain"``. A plain source is quantised so before the fold; a quantised source must be stored so. None: what the
-            files of the trainer beside the adapter say, or a quantised base that the adapter's config names; else a plain
-            source is refused, unless ``quantize``, ``fold_into`` or a quantised ``format`` says how it is used.
+            ``"plain"``, or the file of settings of axolotl, LLaMA-Factory or ms-swift. A plain source is quantised so before
+            the fold; a quantised source must be stored so. None: what the files of the trainer beside the adapter say, or a
+            quantised base that the adapter's config names; else a plain source is refused, unless ``quantize``,
+            ``fold_into`` or a quantised ``format`` says how it is used.
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after

@@ -10,15 +10,13 @@ from typing import Any, Literal
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import PLAIN_ONLY
 from oftsurgery.adapters.reading import homes_of
-from oftsurgery.adapters.trained_on import TRAINED_ON, TrainedOn, checked_name, trained_on_base, trained_on_in
+from oftsurgery.adapters.trained_on import TRAINED_ON, TrainedOn, trained_on_base, trained_on_in, trained_on_said
 from oftsurgery.dtypes import FORMAT_OF, float_dtype
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.stores.folder import Quantization, holds_quantised_weights, load_dtype
-
-_ARGUMENT = "trained_on"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class FoldSettings:
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
     revision: str | None = None
     partial: bool = False
-    trained_on: str | None = None
+    trained_on: str | PathLike[str] | None = None
 
     def quantization(self) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None.
@@ -72,7 +70,7 @@ def as_trained(
     """
     quantised = holds_quantised_weights(source)
     if settings.trained_on is not None:
-        trained = TrainedOn(checked_name(settings.trained_on), _ARGUMENT)
+        trained = trained_on_said(settings.trained_on)
         if settings.quantize is not None or settings.fold_into != "quantized":
             message = "trained_on says how the base is quantised before the fold, and other settings say it too"
             remedy = "give trained_on (--trained-on), or else quantize, double_quant and fold_into (--quantize, --double-quant, --fold-into)"

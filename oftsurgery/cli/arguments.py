@@ -68,9 +68,10 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "quantise a plain base first, as the trainer's loading did",
     },
     "--trained-on": {
-        "choices": TRAINED_ON,
-        "help": "what the adapter was trained on: a plain base is quantised so before the fold (default: what the files of the trainer beside "
-        "the adapter say, or a quantised base that the adapter's config names)",
+        "metavar": "|".join((*TRAINED_ON, "FILE")),
+        "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
+        "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
+        "names)",
     },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant)"),
     "--compute-dtype": {

@@ -276,3 +276,23 @@ def test_a_release_that_trains_on_plain_weights_only(golden: Path, tmp_path: Pat
     (base / "config.json").write_text("{}")
     record = oftsurgery.fold_checkpoint(base, golden / "peft-0.15.2" / "block16", tmp_path / "out")
     assert (record.base["trained_on"], record.base["trained_on_source"]) == ("plain", "its dialect peft-0.15")
+
+
+def test_the_trainers_settings_from_elsewhere(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaMA-Factory keeps the file of its settings where the user wrote it."""
+    settings = tmp_path / "llama3_oft_sft.yaml"
+    settings.write_text("model_name_or_path: m\nfinetuning_type: oft\nquantization_bit: 4\nquantization_method: bnb\n")
+    adapter = with_base(trained, str(trained.base), tmp_path / "adapter")
+    record, told = fold(trained, adapter, tmp_path / "out", trained_on=settings)
+    assert told == []
+    assert (record.base["trained_on"], record.base["trained_on_source"]) == ("nf4-double", "llama3_oft_sft.yaml")
+    fold(trained, adapter, tmp_path / "said", trained_on="nf4-double")
+    assert differing(tensors(tmp_path / "out"), tensors(tmp_path / "said")) == []
+    words = ["fold", str(trained.base), str(adapter), str(tmp_path / "command"), "-q", "--trained-on", str(settings)]
+    assert cli.main(words) == 0
+    assert differing(tensors(tmp_path / "command"), tensors(tmp_path / "said")) == []
+    settings.write_text("model_name_or_path: m\nfinetuning_type: oft\nquantization_bit: 4\nquantization_method: hqq\n")
+    assert cli.main([*words[:3], str(tmp_path / "refused"), *words[4:]]) == 2
+    assert "the file holds no settings of axolotl, LLaMA-Factory or ms-swift that say" in capsys.readouterr().err
