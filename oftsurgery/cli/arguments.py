@@ -62,7 +62,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     ),
     "--follow-links": switch("read files that are links, wherever the links lead"),
     "output": {"metavar": "OUTPUT", "help": "folder to write, which must not exist"},
-    "--format": {"choices": FORMATS, "default": "same", "help": "format to write, from a base in any format (default: %(default)s)"},
+    "--format": {
+        "choices": FORMATS,
+        "default": "same",
+        "help": "format to write, from a base in any format (default: %(default)s)",
+    },
     "--quantize": {
         "choices": ("nf4", "fp4", "int8"),
         "help": "quantise a plain base first, as the trainer's loading did",

@@ -147,6 +147,7 @@ class CheckpointPlan:
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "missing": list(self.changes.missing),
+            "vocabulary": self.changes.recorded_vocabulary,
             "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
@@ -211,9 +212,12 @@ def plan_checkpoint(
     jobs = JobBuilder(store, changes, target, fold_into).jobs()
     kept = store.quantization is None and not any(part.converts for job in jobs for part in job.parts)
     written = None if kept else _written_quantization(store, target, compute_dtype)
-    config = configs.output_config(store.config, target.format, written, untied=changes.clears_flag)
+    vocabulary = changes.vocabulary
+    config = store.config if vocabulary is None else vocabulary.in_config(store.config)
+    config = configs.output_config(config, target.format, written, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    before = None if vocabulary is None else vocabulary.before
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     if undo is not None and plan.converts:
         raise engine.no_undo(format)
