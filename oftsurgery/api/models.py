@@ -119,7 +119,9 @@ def fold(
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
     ):
-        return fold_prepared(rounding=mode, calibrate=calibrate, undo=writer, progress=step)  # type: ignore[return-value]
+        return fold_prepared(  # type: ignore[return-value]
+            rounding=mode, calibrate=calibrate, undo=writer, base_at_hand=not inplace, progress=step
+        )
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from itertools import groupby
 from typing import Any
 
 from oftsurgery._version import __version__
-from oftsurgery.errors import needs, printable
+from oftsurgery.errors import needs, printable, share
+from oftsurgery.records.advice import Case, Remedy, remedies
 from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
 
 from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure, percent, scientific, size
@@ -134,6 +135,7 @@ def render(
         "bases": sorted(_last(base) for base in {a.base_model for a in record.adapters if a.base_model}),
         "formats": _formats(modules.values()),
         "failed": [path for check in checks for path in check.failed],
+        "remedies": _remedies(record),
         "least": min(((kept, path) for path, kept in _fields(record, "effect_kept").items()), default=None),
         "maps": maps,
         "moved": _layers_moved(modules, place),
@@ -190,6 +192,7 @@ def _template() -> Any:
         "shortened": _last,
         "counted": _count,
         "percent": percent,
+        "share": share,
         "size": size,
     }
     return environment.from_string(html)
@@ -197,6 +200,14 @@ def _template() -> Any:
 
 def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _remedies(record: FoldRecord) -> Sequence[Remedy]:
+    """What helps where the fold keeps too little of its adapter. The page depends on its inputs alone, so a fold on disk gets
+    commands, whoever draws the page.
+    """
+    case = Case.of_record(record)
+    return () if case is None else remedies(case, commands=True)
 
 
 def _adapters(record: FoldRecord) -> str:
