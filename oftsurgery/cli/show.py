@@ -78,7 +78,7 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
     print_facts(
         ("base", ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)),
         ("rounding", fold.rounding),
-        ("kept of what the adapter changed", "" if fold.kept is None else share(fold.kept, '.1%')),
+        ("kept of what the adapter changed", "" if fold.kept is None else share(fold.kept, ".1%")),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
         ("missing in the adapter", ", ".join(fold.missing)),
         ("added by the adapter", ", ".join(fold.added)),

@@ -309,7 +309,13 @@ def _template() -> Any:
     with needs("jinja2", "pip install jinja2"):
         import jinja2
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - text from files is escaped for Markdown
-    environment.filters |= {"code": _code, "escaped": _escaped, "median": statistics.median, "share": share, "remedies": _remedies}
+    environment.filters |= {
+        "code": _code,
+        "escaped": _escaped,
+        "median": statistics.median,
+        "share": share,
+        "remedies": _remedies,
+    }
     text = resources.files(__package__) / "card.md.jinja"
     return environment.from_string(text.read_text(encoding="utf-8"))
 

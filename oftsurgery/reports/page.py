@@ -23,7 +23,7 @@ from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
 
 from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure, percent, scientific, size
 from .model_layout import Layout, Stack, layout, natural
-from .verify_results import MOST_LISTED, Column, VerifyResult, verify_result
+from .verify_results import MOST_LISTED, Column, VerifyResult, verify_results
 
 # the most that a page shows, so that no record makes a page too large for a browser; no dense model reaches these limits
 _ROWS, _STACKS, _KINDS, _CELLS = 1000, 12, 24, 1200
@@ -122,7 +122,7 @@ def render(
     """
     check_figures(record)
     modules, files = record.modules, files or {}
-    checks = [verify_result(data, record) for data in verified]
+    checks = [result for data in verified for result in verify_results(data, record)]
     ranked = sorted(modules, key=lambda path: (-modules[path].error, natural(path)))
     rows = {path: f"m{i}" for i, path in enumerate(ranked[:_ROWS])}
     place = _limited(layout(modules))
