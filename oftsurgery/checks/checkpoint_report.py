@@ -168,7 +168,9 @@ class CheckpointReport:
 
     @property
     def weak(self) -> bool:
-        """Whether the checkpoint keeps too little of the adapter: less than 90 % in the weights, or on the texts."""
+        """Whether the checkpoint keeps too little of the adapter: less than 90 % in the weights or on the texts, or outputs that
+        are no nearer to the live model's than the base's are.
+        """
         on_texts = self.on_texts is not None and self.on_texts.ok is False
         return on_texts or (self.kept is not None and self.kept < ENOUGH)
 
@@ -186,7 +188,9 @@ class CheckpointReport:
         text += "" if self._kept_text() is None else f"; {self._kept_text()}"
         if not self.weak:
             return f"ok: {text}"
-        return f"ok, but the rounding has undone a part of the adapter: {text}" + "".join(
+        lost = [k for k in (self.kept, self.on_texts and self.on_texts.kept) if k is not None and k < ENOUGH]
+        what = "has undone a part of the adapter" if lost else "moves the outputs as far as the adapter does"
+        return f"ok, but the rounding {what}: {text}" + "".join(
             f"; ({i}) {remedy}" for i, remedy in enumerate(self.remedies, start=1)
         )
 

@@ -157,7 +157,7 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
 
 def _case_of(path: str, rotation: Rotation, base: Store, folded: Store, record: FoldRecord | None) -> Case:
     """The facts that decide what helps a merge that keeps too little, from its record or else from one of its weights."""
-    case = None if record is None else Case.of_record(record)
+    case = None if record is None or path not in record.modules else Case.of_record(record, path)
     before, after = weight_at(base, path), weight_at(folded, path)
     if case is not None or before is None or after is None:
         return case or Case("", "nearest")

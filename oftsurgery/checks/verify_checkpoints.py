@@ -241,12 +241,13 @@ class _Comparison:
 
     def remedies(self) -> tuple[str, ...]:
         """What helps where the weights keep too little of the adapter, from the record or else from the worst weight."""
-        case = None if self.record is None else Case.of_record(self.record)
         path = min(self.modules, key=lambda path: k if (k := self.modules[path].kept) is not None else 1.0)
-        if case is None:
+        if self.record is not None and path in self.record.modules:
+            case = Case.of_record(self.record, path)
+        else:
             base, first, merged = self.formats[path]
             case = Case.of_weights(base, merged, quantised_first=first, on_disk=True)
-        return tuple(map(str, remedies(case)))
+        return () if case is None else tuple(map(str, remedies(case)))
 
     @cached_property
     def _first(self) -> frozenset[str]:

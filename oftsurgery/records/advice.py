@@ -64,24 +64,26 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_record(cls, record: FoldRecord, *, base_at_hand: bool = True) -> Case | None:
-        """The case of a fold's record; None where every weight keeps enough."""
-        path = next(iter(record.weak), None)
+    def of_record(cls, record: FoldRecord, path: str | None = None, *, base_at_hand: bool = True) -> Case | None:
+        """The case of the module at ``path`` in a fold's record; without a path, of the module that keeps the least, and None where
+        every module keeps enough.
+        """
+        path = next(iter(record.weak), None) if path is None else path
         if path is None:
             return None
-        worst, on_disk = record.modules[path], bool(record.base)
-        codec, live = _codec(worst.format), any((a.source or "").startswith(_LIVE) for a in record.adapters)
-        plain_turned = record.base.get("fold_into") == "original"
+        module, on_disk = record.modules[path], "fold_into" in record.base
+        live = any((a.source or "").startswith(_LIVE) for a in record.adapters)
+        turned_first = record.base.get("fold_into") == "original" or "format" in record.base
         return cls(
-            stored=worst.format,
-            rounding=worst.rounding,
+            stored=module.format,
+            rounding=module.rounding,
             calibrated=record.rounding == "calibrated",
-            # "preserve" was asked for and has done something else: it does not apply
-            same_levels=not plain_turned and not (record.rounding == "preserve" != worst.rounding),
+            # where "preserve" was asked for and another rounding was taken, "preserve" does not apply
+            same_levels=not turned_first and not (record.rounding == "preserve" != module.rounding),
             on_disk=on_disk,
             adapters=0 if live and not on_disk else len(record.adapters),
             base_at_hand=base_at_hand,
-            settings=_settings_of(record, codec, "(double" in worst.format) if on_disk else {},
+            settings=_settings_of(record, module.format),
         )
 
     @classmethod
@@ -218,24 +220,24 @@ def _codec(label: str) -> str:
     return label.partition(" ")[0]
 
 
-def _settings_of(record: FoldRecord, codec: str, double: bool) -> dict[str, Any]:
-    """The arguments of ``fold_checkpoint`` that give the base of a record's fold, and its format, once more."""
+def _settings_of(record: FoldRecord, label: str) -> dict[str, Any]:
+    """The arguments of a fold that give the base of a record's fold, and the format ``label``, once more."""
     base, found = record.base, dict[str, Any]()
+    codec, double = _codec(label), "(double" in label
     quantize, turned = base.get("quantize"), base.get("fold_into")
-    if quantize is not None or turned == "original":  # a plain base
+    first = quantize is not None and turned != "original"  # a plain base, quantised and then rotated
+    if first or turned == "original" or "format" in base or (turned and codec not in _QUANTISED):
         found["format"] = codec if codec in _QUANTISED else _NAMES.get(codec, "same")
-        first = quantize is not None and turned != "original"
+    if first or turned == "original":
         also = "-double" * (base.get("double_quant") == "true" and quantize != "int8")
         found["trained_on"] = f"{quantize}{also}" if first else "plain"
-        if double and not first:
-            found["double_quant"] = True
-        if quantize is not None and base.get("dtype"):
-            found["load_dtype"] = base["dtype"]
-        skip = _json(base.get("skip_modules"))
-        if isinstance(skip, list) and skip:
-            found["skip_modules"] = [str(name) for name in skip]
-    elif codec not in _QUANTISED:
-        found["format"] = _NAMES.get(codec, "same")
+    if double and found and not (first and quantize == codec):
+        found["double_quant"] = True
+    if first and base.get("dtype"):
+        found["load_dtype"] = base["dtype"]
+    skip = _json(base.get("skip_modules"))
+    if isinstance(skip, list) and skip:
+        found["skip_modules"] = [str(name) for name in skip]
     if base.get("revision"):
         found["revision"] = base["revision"]
     if record.missing:
