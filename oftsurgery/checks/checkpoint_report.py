@@ -188,11 +188,10 @@ class CheckpointReport:
         text += "" if self._kept_text() is None else f"; {self._kept_text()}"
         if not self.weak:
             return f"ok: {text}"
-        lost = [k for k in (self.kept, self.on_texts and self.on_texts.kept) if k is not None and k < ENOUGH]
+        shares = [self.kept, None if self.on_texts is None else self.on_texts.kept]
+        lost = any(kept is not None and kept < ENOUGH for kept in shares)
         what = "has undone a part of the adapter" if lost else "moves the outputs as far as the adapter does"
-        return f"ok, but the rounding {what}: {text}" + "".join(
-            f"; ({i}) {remedy}" for i, remedy in enumerate(self.remedies, start=1)
-        )
+        return f"ok, but the rounding {what}: {text}"
 
     @property
     def _allowed(self) -> str:

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import shtab
@@ -29,6 +30,7 @@ from oftsurgery.errors import (
     without_tokens,
 )
 from oftsurgery.files.links import links_followed
+from oftsurgery.notices import notices_to
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
@@ -96,7 +98,9 @@ def _run(args: argparse.Namespace) -> int:
             from oftsurgery.records.advice import for_command_line  # heavy, as all that the commands import
 
             follows = links_followed(getattr(args, "follow_links", False))
-            with follows, hub_bars(args), for_command_line(_words_of(args)):
+            quiet = getattr(args, "quiet", False) or as_json
+            notices = nullcontext() if quiet else notices_to(partial(print, file=sys.stderr))
+            with follows, hub_bars(args), notices, for_command_line(_words_of(args)):
                 return run(args) or ExitCode.OK
     except KeyboardInterrupt:
         print(f"interrupted: {_what_is_kept(args)}", file=sys.stderr)

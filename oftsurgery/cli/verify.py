@@ -81,7 +81,13 @@ def _print_verified(report: oftsurgery.CheckpointReport) -> None:
         print(f"{len(report.files)} files are as recorded")
     if report.on_texts is not None:
         print(report.on_texts)
-    print(report.verdict)
+    print("\n".join(_verdict(report)))
+
+
+def _verdict(report: oftsurgery.CheckpointReport) -> list[str]:
+    """What helps where the fold keeps too little of its adapter, and the verdict in the last line."""
+    helps = [f"  {i}. {remedy}" for i, remedy in enumerate(report.remedies, start=1)]
+    return [*(["what helps, best first:", *helps] if helps else []), report.verdict]
 
 
 def _doctor(args: argparse.Namespace) -> int:
