@@ -19,6 +19,7 @@ from .arguments import (
     AddCommand,
     ExitCode,
     Parser,
+    add_config_flags,
     base_of,
     keywords,
     switch,
@@ -30,7 +31,7 @@ from .verify import verify_output
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
 _REPO = "owner/name, or a name of your own; by default the name is made of base, adapter and format, and you are asked"
-EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --format bf16 --verify"
+EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --trained-on nf4-double --format bf16 --verify"
 
 
 def add_export(command: AddCommand) -> None:
@@ -48,7 +49,9 @@ def add_push(command: AddCommand) -> None:
 
 def add_export_arguments(parser: Parser) -> None:
     """Add the arguments of ``export``, which ``tools/export.py`` takes too."""
-    parser.add_argument("--base", required=True, help="folder or Hub id of the model")
+    parser.add_argument(
+        "--base", help="folder or Hub id of the model (default: the base that the adapter's config names)"
+    )
     parser.add_argument(
         "--adapter",
         nargs="+",
@@ -64,6 +67,8 @@ def add_export_arguments(parser: Parser) -> None:
     onnx.add_argument("--no-verify", **switch("do not compare the graph with torch; the record states this"))
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
     parser.add_shared(*PUSHING_FLAGS)
+    add_config_flags(parser)
+    parser.flags_between = True
     parser.set_defaults(run=_export, usage_error=parser.error)
 
 
@@ -75,6 +80,9 @@ def _export(args: argparse.Namespace) -> int:
         args.usage_error("a graph cannot be unfolded, so --undo belongs to the other formats: leave out --undo")
     if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
+    if args.base is None and not args.adapter:
+        args.usage_error("one of the following arguments is required: --base, --adapter")
+    base_of(args)  # names the base in `args` too
     if args.dry_run:
         show_plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:

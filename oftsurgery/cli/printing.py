@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,15 @@ def wants_words(args: argparse.Namespace, result: Any) -> bool:
     if args.json:
         print(json.dumps(result.to_dict() if hasattr(result, "to_dict") else result, indent=2))
     return not args.json and not args.quiet
+
+
+# an argument in Python's words, before the flag in brackets that is the same
+_IN_PYTHON = re.compile(r"\b\w+=(?:'[^']*'|…|\w+)(?: with \w+='[^']*')? \((--[^()]*)\)")
+
+
+def with_flags(text: str) -> str:
+    """A message in the words of the command line: ``format='bf16' (--format bf16)`` becomes ``--format bf16``."""
+    return _IN_PYTHON.sub(r"\1", text)
 
 
 def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:

@@ -38,6 +38,9 @@ from .undo_reader import UndoRecord
 Format = Literal["same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
+# what docs/speed.md measured on two CPU cores: rotating in memory, then reading and writing; and the memory of the libraries
+_WEIGHTS_PER_SECOND, _BYTES_PER_SECOND, _LIBRARIES = 0.7e9, 0.34e9, 100_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class CheckpointPlan:
@@ -101,7 +104,9 @@ class CheckpointPlan:
         q = self.store.quantization
         # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
+        rotated = sum(math.prod(p.into.shape) for p in self.parts if p.rotate is not None)
         return {
+            "base": str(self.source.folder),
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
             "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
@@ -142,6 +147,8 @@ class CheckpointPlan:
             "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
+            "memory_bytes": 3 * largest + _LIBRARIES,
+            "seconds": rotated / _WEIGHTS_PER_SECOND + self.nbytes / _BYTES_PER_SECOND,
         }
 
 

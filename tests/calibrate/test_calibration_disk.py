@@ -235,7 +235,7 @@ def test_the_fold_on_disk_is_the_one_in_memory(quantisation: str, base: Path, ad
 def test_a_quantised_checkpoint_stays_one(base: Path, adapter: Path, tmp_path: Path) -> None:
     oftsurgery.export_safetensors(load(base, "nf4"), tmp_path / "nf4")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nf4")
-    oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "a", calibration=TEXTS)
+    oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "a", calibration=TEXTS, trained_on="plain")
     oftsurgery.fold_checkpoint(
         base, adapter, tmp_path / "b", calibration=tokenised(base), format="nf4", double_quant=True
     )
@@ -253,7 +253,9 @@ def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter:
 def test_a_plain_output_takes_no_calibration(format_: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
     text = r"this fold writes no such weight Remedy: leave out the calibration"
     with pytest.raises(oftsurgery.StateError, match=text):
-        oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format=format_)
+        oftsurgery.fold_checkpoint(
+            base, adapter, tmp_path / "out", calibration=TEXTS, format=format_, trained_on="plain"
+        )
     assert not (tmp_path / "out").exists()
 
 
