@@ -122,7 +122,8 @@ def _words_of(args: argparse.Namespace) -> dict[str, list[str]]:
     flags = {name: getattr(args, name, None) for name in ("adapter_subfolder", "compute_dtype", "tokenizer")}
     more = [word for name, value in flags.items() if value for word in (f"--{name.replace('_', '-')}", value)]
     given["FLAGS"] = more + ["--follow-links"] * bool(getattr(args, "follow_links", False))
-    return {name: [value] if isinstance(value, str) else value for name, value in given.items() if value}
+    words = {name: [value] if isinstance(value, str) else value for name, value in given.items() if value}
+    return {"BASE": [], **words} if folds else words  # a fold's BASE may be left out
 
 
 # errors of disk, network and missing packages are also of these kinds
