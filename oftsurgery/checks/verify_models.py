@@ -108,7 +108,10 @@ def compare(
     called = {path: meter for path, meter in modules.items() if meter.calls}
     uncalled = tuple(path for path in modules if path not in called)
     found = {which: measured(meters) for which, meters in others.items()}
-    return VerifyReport(measured(called), measured(outputs), batches, found["plain"], uncalled, found["base"])
+    rounds_inputs = any(type(m).__name__ == "Linear8bitLt" for model in models for m in model.modules())
+    return VerifyReport(
+        measured(called), measured(outputs), batches, found["plain"], uncalled, found["base"], rounds_inputs
+    )
 
 
 def _compared_paths(
@@ -153,7 +156,8 @@ def _compared(
     """While the reference runs, give each of its modules' inputs to our module too, and to the module without the adapter."""
 
     def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        got = output if mine[path] is module else mine[path](*args, **kwargs)  # a call of itself would hook again
+        # a call of itself would hook again
+        got = output if mine[path] is module else _called(mine[path], args, kwargs)
         before = without.module(path, module)
         start = dict(_tensors(before(*args, **kwargs))) if before is not None else {}
         for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
@@ -165,6 +169,17 @@ def _compared(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The module's output on another module's inputs; a plain layer gets floats in its own dtype, which a fold may change."""
+    weight = module._parameters.get("weight")
+    dtype = weight.dtype if type(weight) is nn.Parameter and weight.is_floating_point() else None
+
+    def given(value: Any) -> Any:
+        return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return module(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
 
 
 class WithoutAdapter:
