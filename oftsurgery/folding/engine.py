@@ -279,7 +279,7 @@ def earlier_record(record: FoldRecord | None) -> FoldRecord | None:
     return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
 
 
-def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties, *, base_at_hand: bool = True) -> None:
+def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties, *, on_disk: bool, base_at_hand: bool = True) -> None:
     """Warn of what the fold did, before its result is visible: where a filter makes the warning an error, nothing has
     changed. ``base_at_hand`` says whether the model that was folded stays.
     """
@@ -297,7 +297,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties, *, base_at_hand:
         )
     _warn_of_calibration(record)
     _warn_of_rounding(record)
-    _warn_of_weak_adapter(record, base_at_hand=base_at_hand)
+    _warn_of_weak_adapter(record, Case.of_record(record, on_disk=on_disk, base_at_hand=base_at_hand))
 
 
 def warn_of_missing(plan: FoldPlan) -> None:
@@ -353,9 +353,9 @@ def _warn_of_rounding(record: FoldRecord) -> None:
     )
 
 
-def _warn_of_weak_adapter(record: FoldRecord, *, base_at_hand: bool) -> None:
+def _warn_of_weak_adapter(record: FoldRecord, case: Case | None) -> None:
     """Give one :class:`WeakAdapterWarning` if rounding has undone a part of the adapter's change."""
-    weak, case = record.weak, Case.of_record(record, base_at_hand=base_at_hand)
+    weak = record.weak
     if case is None:
         return
     named = ", ".join(f"{printable(path)} ({share(kept)})" for path, kept in list(weak.items())[:3])

@@ -94,7 +94,7 @@ def fold_model(
         _rotate(store, operation, journal, progress, own)
         _separate(store, plan, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
-        engine.finish_fold(record, plan, ties, base_at_hand=base_at_hand)
+        engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)

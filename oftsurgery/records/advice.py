@@ -64,14 +64,16 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_record(cls, record: FoldRecord, path: str | None = None, *, base_at_hand: bool = True) -> Case | None:
+    def of_record(
+        cls, record: FoldRecord, path: str | None = None, *, base_at_hand: bool = True, on_disk: bool | None = None
+    ) -> Case | None:
         """The case of the module at ``path`` in a fold's record; without a path, of the module that keeps the least, and None where
-        every module keeps enough.
+        every module keeps enough. ``on_disk`` None: a whole record of a checkpoint has the tensors' sizes.
         """
         path = next(iter(record.weak), None) if path is None else path
         if path is None:
             return None
-        module, on_disk = record.modules[path], "fold_into" in record.base
+        module, on_disk = record.modules[path], bool(record.sizes) if on_disk is None else on_disk
         live = any((a.source or "").startswith(_LIVE) for a in record.adapters)
         turned_first = record.base.get("fold_into") == "original" or "format" in record.base
         return cls(
@@ -83,7 +85,7 @@ class Case:
             on_disk=on_disk,
             adapters=0 if live and not on_disk else len(record.adapters),
             base_at_hand=base_at_hand,
-            settings=_settings_of(record, module.format),
+            settings=_settings_of(record, module.format, on_disk=on_disk),
         )
 
     @classmethod
@@ -220,9 +222,11 @@ def _codec(label: str) -> str:
     return label.partition(" ")[0]
 
 
-def _settings_of(record: FoldRecord, label: str) -> dict[str, Any]:
+def _settings_of(record: FoldRecord, label: str, *, on_disk: bool) -> dict[str, Any]:
     """The arguments of a fold that give the base of a record's fold, and the format ``label``, once more."""
-    base, found = record.base, dict[str, Any]()
+    # a model in memory is the base as it was loaded
+    base = record.base if on_disk else {name: v for name, v in record.base.items() if name == "format"}
+    found = dict[str, Any]()
     codec, double = _codec(label), "(double" in label
     quantize, turned = base.get("quantize"), base.get("fold_into")
     first = quantize is not None and turned != "original"  # a plain base, quantised and then rotated

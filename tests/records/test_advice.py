@@ -124,10 +124,17 @@ def record(base: dict[str, Any], asked: str = "nearest", source: str = "a", **mo
 def test_the_next_fold_has_the_settings_of_the_record(
     base: dict[str, Any], module: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    case = Case.of_record(record(base, **module))
+    case = Case.of_record(record(base, **module), on_disk=True)
     assert case is not None
     assert case.settings == settings
-    assert case.on_disk == bool(base)
+    memory = Case.of_record(record(base, **module))
+    assert memory is not None
+    assert (memory.on_disk, memory.settings) == (False, {})
+    sizes = Case.of_record(replace(record(base, **module), sizes={"before": 2, "after": 1}))
+    assert sizes == case
+    changed = Case.of_record(record({"format": "int8", "fold_into": "quantized"}, format="int8"))
+    assert changed is not None
+    assert (changed.on_disk, changed.same_levels, changed.settings) == (False, False, {"format": "int8"})
 
 
 def test_a_record_says_which_roundings_apply() -> None:
