@@ -21,7 +21,7 @@ from .arguments import (
     base_of,
     keywords,
 )
-from .printing import facts_beside, print_facts, print_table, progress_for, size_text, wants_words
+from .printing import facts_beside, print_facts, print_table, progress_for, size_text, tokens_text, wants_words
 
 _BASE = (
     "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised; may be left "
@@ -82,6 +82,7 @@ def show_plan(args: argparse.Namespace) -> None:
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
             ("added by the adapter", ", ".join(facts["adds"])),
             ("missing in the adapter", ", ".join(facts["missing"])),
+            ("tokens", tokens_text(facts["vocabulary"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
             *facts_beside(facts),
             ("shards", str(len(facts["shards"]))),

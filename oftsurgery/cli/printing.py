@@ -46,6 +46,13 @@ def facts_beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     return [*told, *((what, ", ".join(found)) for what, found in names.items())]
 
 
+def tokens_text(vocabulary: Mapping[str, int]) -> str:
+    """The number of tokens that an adapter brought; an empty text where the number stays."""
+    return (
+        f"{vocabulary['after']}, and {vocabulary['before']} in the base" if {"before", "after"} <= {*vocabulary} else ""
+    )
+
+
 Row = Sequence[str | float | None]
 
 

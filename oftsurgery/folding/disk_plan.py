@@ -135,6 +135,7 @@ class CheckpointPlan:
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "missing": list(self.changes.missing),
+            "vocabulary": self.changes.recorded_vocabulary,
             "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
@@ -196,9 +197,12 @@ def plan_checkpoint(
     if undo is not None:
         check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, written, fold_into).jobs()
-    config = configs.output_config(store.config, written, store.quantization, untied=changes.clears_flag)
+    vocabulary = changes.vocabulary
+    config = store.config if vocabulary is None else vocabulary.in_config(store.config)
+    config = configs.output_config(config, written, store.quantization, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    before = None if vocabulary is None else vocabulary.before
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=written, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
