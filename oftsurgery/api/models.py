@@ -135,7 +135,13 @@ def fold(
         _calibrator(batches, progress) as calibrate,
     ):
         return fold_prepared(  # type: ignore[return-value]
-            format=format, double_quant=double_quant, rounding=mode, calibrate=calibrate, undo=writer, progress=step
+            format=format,
+            double_quant=double_quant,
+            rounding=mode,
+            calibrate=calibrate,
+            undo=writer,
+            base_at_hand=not inplace,
+            progress=step,
         )
 
 

@@ -81,7 +81,7 @@ def run_plan(
             run.shard(shard, staging)
         record = run.record()
         if not plan.unfolds and record is not None:
-            engine.finish_fold(record, plan.changes, plan.store.ties)
+            engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
         elif plan.changes.rotate:
             engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:

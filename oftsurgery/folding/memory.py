@@ -47,6 +47,7 @@ def fold_model(
     undo: UndoWriter | None = None,
     partial_adapters: bool = False,
     inplace: bool = False,
+    base_at_hand: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
     """:func:`oftsurgery.fold` for adapters that are already loaded.
@@ -60,6 +61,7 @@ def fold_model(
         calibrate: function that gives the inputs of the layers of a model that is about to be folded.
         undo: writer that takes the fold's changes and is finished after the last one.
         partial_adapters: whether to fold adapters that lack modules which their own configs target.
+        base_at_hand: whether the caller's own model stays as it is.
     """
     live = peft_live.has_live_layers(inner_model(model))
     if live and adapters is not None:
@@ -100,7 +102,7 @@ def fold_model(
         set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
         record = formats.stated(record)
-        engine.finish_fold(record, plan, ties)
+        engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
