@@ -21,23 +21,8 @@ from oftsurgery.errors import ExportError, printable
 
 #: architectures whose rotary pairs GGUF stores side by side: the converter reorders the rows of q and k
 _PAIRED = frozenset(
-    [
-        "llama",
-        "llama-embed",
-        "llada",
-        "deci",
-        "olmo",
-        "arctic",
-        "deepseek",
-        "minicpm",
-        "granite",
-        "granitemoe",
-        "granitehybrid",
-        "granite-swa",
-        "smollm3",
-        "arcee",
-        "nanbeige",
-    ]
+    {"llama", "llama-embed", "llada", "deci", "olmo", "arctic", "deepseek", "minicpm", "smollm3", "arcee", "nanbeige"}
+    | {"granite", "granitemoe", "granitehybrid", "granite-swa"}
 )
 #: architectures whose norms add one to the stored weight; GGUF holds the sum
 _NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
@@ -254,7 +239,7 @@ def _side_by_side(source: Tensor, heads: int) -> Tensor:
 def _unequal(stored: Tensor, made: Tensor, *, exact: bool) -> int:
     """The number of values that are not ``made``, rounded to the dtype of ``stored``."""
     rounded = made.to(stored.dtype)
-    same = (rounded == stored) | (rounded.isnan() & stored.isnan())
+    same = ((rounded == stored) & (rounded.isinf() == made.isinf())) | (rounded.isnan() & stored.isnan())
     if exact:
         return int((~same).sum())
     # the sum may have been rounded to the checkpoint's dtype first
