@@ -128,7 +128,7 @@ def test_a_tied_head_is_named_and_an_untied_head_must_be_there(tmp_path: Path) -
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
     assert list(oftsurgery.export_gguf(base, tmp_path / "out2", CONVERTER).left_out) == ["lm_head.weight"]
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
-    with pytest.raises(oftsurgery.ExportError, match="lacks the tensor 'output.weight'"):
+    with pytest.raises(oftsurgery.ExportError, match=r"lacks the tensor 'output\.weight'"):
         oftsurgery.export_gguf(base, tmp_path / "out3", CONVERTER)
 
 

@@ -41,7 +41,8 @@ def vllm(model: str, facts: dict[str, Any]) -> list[int]:
 def llama_cpp(model: str, facts: dict[str, Any]) -> list[int]:
     from llama_cpp import Llama
 
-    llama = Llama(model, n_ctx=256, n_threads=1, verbose=False)
+    # the cache in float32 too, as the reference has it: 0 is GGML_TYPE_F32
+    llama = Llama(model, n_ctx=256, n_threads=1, type_k=0, type_v=0, verbose=False)
     tokens = llama.tokenize(facts["text"].encode())
     assert tokens == facts["prompt"]
     made: list[int] = []
