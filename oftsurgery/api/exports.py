@@ -161,9 +161,9 @@ def export_gguf(
 ) -> GgufReport:
     """Export a checkpoint as ``destination/model.gguf`` for llama.cpp and Ollama, and prove every tensor.
 
-    >>> report = oftsurgery.export_gguf("FOLDER", "OUT-GGUF", "llama.cpp/convert_hf_to_gguf.py")
-    >>> report.equal + len(report.changed), report.uncompared
-    (272, {})
+    >>> report = oftsurgery.export_gguf("PLAIN", "OUT-GGUF", "llama.cpp/convert_hf_to_gguf.py")
+    >>> report.verified, len(report.uncompared)       # every tensor was compared
+    (True, 0)
 
     llama.cpp's own converter writes the file, as a process of its own. Then each tensor is compared with the checkpoint, through
     the package ``gguf``. Beside the file are a ``Modelfile`` for Ollama, a card, and ``oftsurgery.json``, which holds the report.

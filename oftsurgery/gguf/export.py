@@ -39,9 +39,9 @@ _STAGES = 3
 class GgufReport:
     """The facts about a GGUF file that :func:`~oftsurgery.export_gguf` wrote.
 
-    >>> report = oftsurgery.export_gguf("FOLDER", "OUT-GGUF", "llama.cpp/convert_hf_to_gguf.py")
-    >>> report.verified, report.uncompared
-    (True, {})
+    >>> report = oftsurgery.export_gguf("PLAIN", "OUT-GGUF", "llama.cpp/convert_hf_to_gguf.py")
+    >>> report.architecture, report.verified, len(report.uncompared)
+    ('llama', True, 0)
 
     Attributes:
         file: the file's name in the folder.
