@@ -238,5 +238,8 @@ _RULES: Mapping[str, _Rules] = {
 #: dialect → the peft releases that write it
 DIALECTS: Mapping[str, str] = MappingProxyType({dialect: rules.releases for dialect, rules in _RULES.items()})
 
+#: dialects of releases whose live layers compute with plain weights only: they multiply `weight.data`, whatever it stores
+PLAIN_ONLY = frozenset({"peft-0.15"})
+
 #: ends of all keys that hold a rotation
 ROTATION_KEYS: tuple[str, ...] = tuple(sorted({end for rules in _RULES.values() for end in rules.ends}))

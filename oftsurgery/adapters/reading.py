@@ -87,21 +87,9 @@ def _home_of(source: str | None, sha256: str | None) -> Path | None:
     if source is None or sha256 is None:
         return None
     with suppress(AdapterError, ImportError):
-        tensors = _local(place_of(source, AdapterError, "give the adapter's folder"))
+        tensors = place_of(source, AdapterError, "give the adapter's folder").on_disk(ADAPTER_TENSORS)
         return tensors.parent if tensors is not None and sha256_of(tensors) == sha256 else None
     return None
-
-
-def _local(place: Place) -> Path | None:
-    """The file of the adapter's tensors on this machine, or None."""
-    if place.folder is not None:
-        path = place.folder / ADAPTER_TENSORS
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    name = f"{place.subfolder}/{ADAPTER_TENSORS}" if place.subfolder else ADAPTER_TENSORS
-    found = try_to_load_from_cache(place.repo, name, revision=place.revision)
-    return Path(found) if isinstance(found, str) else None
 
 
 def _only_one(place: Place) -> Place:

@@ -10,10 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from oftsurgery.errors import CheckpointError, StateError, printable
+from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError, printable
+from oftsurgery.files.checkpoint import CONFIG
+from oftsurgery.files.finding import checkpoint_place
 from oftsurgery.files.reading import inside
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
@@ -60,16 +63,27 @@ class TrainedOn:
         return TRAINED_ON[self.name][1]
 
 
-def checked_name(name: str) -> str:
-    """The name, if it is a key of :data:`TRAINED_ON`.
+def trained_on_said(said: str | PathLike[str]) -> TrainedOn:
+    """What the caller says that an adapter was trained on: a key of :data:`TRAINED_ON`, or a file of a trainer's settings.
 
     Raises:
-        StateError: the name is another one.
+        StateError: neither of them, or the file does not say it.
     """
-    if name not in TRAINED_ON:
-        message = f"{printable(name)!r} is nothing that an adapter is trained on"
-        raise StateError(message, remedy=f"choose one of {', '.join(TRAINED_ON)} (trained_on=…, --trained-on)")
-    return name
+    if said in TRAINED_ON:
+        return TrainedOn(str(said), "trained_on")
+    remedy = (
+        f"choose one of {', '.join(TRAINED_ON)}, or give the trainer's file of settings (trained_on=…, --trained-on)"
+    )
+    path = Path(said).expanduser()
+    if not path.is_file():
+        raise StateError(f"{printable(said)!r} is nothing that an adapter is trained on, and no file", remedy=remedy)
+    found = list(_said_by(_yaml(_text(path.parent, path.name)), path.name))  # JSON is YAML too
+    if not found:
+        message = (
+            "the file holds no settings of axolotl, LLaMA-Factory or ms-swift that say what an adapter was trained on"
+        )
+        raise StateError(message, path=path, remedy=remedy)
+    return found[0]
 
 
 def trained_on_in(folder: Path) -> list[TrainedOn]:
@@ -88,6 +102,22 @@ def trained_on_in(folder: Path) -> list[TrainedOn]:
     places = [folder, folder.parent] if _CHECKPOINT.fullmatch(folder.name) else [folder]
     found = (one for place in places for one in _said_in(place))
     return list({(one.name, one.skip): one for one in reversed(list(found))}.values())[::-1]
+
+
+def trained_on_base(config: Mapping[str, Any]) -> list[TrainedOn]:
+    """What the base that an adapter's ``config`` names says of its own weights, where they are quantised. A plain base says
+    nothing, since a trainer may quantise while it loads; nor does a base that is not on this machine.
+    """
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        return []
+    with suppress(OFTSurgeryError, ValueError, OSError, RecursionError):
+        file = checkpoint_place(base, None if Path(base).is_dir() else revision or None).on_disk(CONFIG)
+        settings = json.loads(_text(file.parent, CONFIG) or "null") if file is not None else None
+        quantised = settings.get("quantization_config") if isinstance(settings, dict) else None
+        if isinstance(quantised, dict) and quantised.get("quant_method", "bitsandbytes") == "bitsandbytes":
+            return list(_named(quantised, f"{CONFIG} of {base}"))
+    return []
 
 
 def _said_in(folder: Path) -> Iterator[TrainedOn]:

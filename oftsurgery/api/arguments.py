@@ -16,9 +16,9 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
-from oftsurgery.errors import AdapterError, StateError, printable
+from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
-from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
 from oftsurgery.files.links import links_followed
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
@@ -171,6 +171,30 @@ def opened_checkpoint(
     return replace(
         open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
     )
+
+
+def named_base(adapters: Sequence[OFTAdapter]) -> str:
+    """The base that the adapters' configs name.
+
+    Raises:
+        StateError: the configs name no base, several, or one that is neither a folder here nor a Hub id.
+
+    Warns:
+        SourceWarning: always, since the caller did not name the base.
+    """
+    named = [base if isinstance(base, str) else "" for base, _ in trained_at(adapters)]
+    base = named[0] if named else ""
+    remedy = "give the base that the adapter was trained on: a folder, or a Hub id 'owner/name'"
+    if len(set(named)) > 1:
+        message = f"no base was given, and the adapters' configs name several: {', '.join(printable(one) or 'none' for one in named)}"
+        raise StateError(message, remedy=remedy)
+    if not base:
+        raise StateError("no base was given, and the adapter's config names no base", remedy=remedy)
+    if not Path(base).expanduser().is_dir() and hub_id_of(base) is None:
+        message = f"no base was given, and the base that the adapter's config names, {printable(base)!r}, is not here"
+        raise StateError(message, remedy=remedy)
+    warn_caller(f"the base is {printable(base)}, which the adapter's config names", SourceWarning)
+    return base
 
 
 def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpoint:

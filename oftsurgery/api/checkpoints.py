@@ -34,6 +34,7 @@ from .arguments import (
     RoundingMode,
     check_one_way_back,
     loaded_adapters,
+    named_base,
     opened_base,
     opened_checkpoint,
     parse_size,
@@ -41,17 +42,20 @@ from .arguments import (
     tokenizer_choice,
     usable_device,
 )
-from .fold_settings import FoldSettings, as_trained
+from .fold_settings import FoldSettings, as_trained, check_said
 
 
 def plan_fold(
-    source: str | PathLike[str], adapter: AdapterLike | Sequence[AdapterLike], settings: FoldSettings | None = None
+    source: str | PathLike[str] | None,
+    adapter: AdapterLike | Sequence[AdapterLike],
+    settings: FoldSettings | None = None,
 ) -> CheckpointPlan:
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     settings = settings or FoldSettings()
     mode: RoundingMode = settings.rounding or "preserve"
     adapters = loaded_adapters(adapter)
-    opened = opened_checkpoint(source, settings.revision, adapters)
+    base = source if source is not None else named_base(adapters)
+    opened = opened_checkpoint(base, settings.revision, adapters)
     settings, trained = as_trained(settings, opened, adapters)
     plan = plan_checkpoint(
         opened,
@@ -66,13 +70,14 @@ def plan_fold(
         partial=settings.partial,
     )
     plan = replace(plan, rounding=mode, trained_on=trained)
+    check_said(plan, settings)
     if mode == "calibrated":
         calibrated_paths(plan)
     return plan
 
 
 def fold_checkpoint(
-    source: str | PathLike[str],
+    source: str | PathLike[str] | None,
     adapter: AdapterLike | Sequence[AdapterLike],
     destination: str | PathLike[str],
     *,
@@ -90,7 +95,7 @@ def fold_checkpoint(
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None,
     revision: str | None = None,
     partial: bool = False,
-    trained_on: str | None = None,
+    trained_on: str | PathLike[str] | None = None,
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -106,7 +111,8 @@ def fold_checkpoint(
     >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
 
     Args:
-        source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id.
+        source: a folder with ``config.json`` and safetensors shards, plain or bitsandbytes-quantised, or a Hub id; None: the
+            base that the adapter's config names, at the revision that it names.
         adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
@@ -118,8 +124,10 @@ def fold_checkpoint(
             ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         trained_on: what the adapter was trained on: ``"nf4-double"``, ``"nf4"``, ``"fp4-double"``, ``"fp4"``, ``"int8"`` or
-            ``"plain"``. A plain source is quantised so before the fold; a quantised source must be stored so. None: what the
-            files of the trainer beside the adapter say.
+            ``"plain"``, or the file of settings of axolotl, LLaMA-Factory or ms-swift. A plain source is quantised so before
+            the fold; a quantised source must be stored so. None: what the files of the trainer beside the adapter say, or a
+            quantised base that the adapter's config names; else a plain source is refused, unless ``quantize``,
+            ``fold_into`` or a quantised ``format`` says how it is used.
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, Literal
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.dialects import PLAIN_ONLY
 from oftsurgery.adapters.reading import homes_of
-from oftsurgery.adapters.trained_on import TrainedOn, checked_name, trained_on_in
+from oftsurgery.adapters.trained_on import TRAINED_ON, TrainedOn, trained_on_base, trained_on_in, trained_on_said
 from oftsurgery.dtypes import FORMAT_OF, float_dtype
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.folding.disk_plan import QUANTISED, Format
+from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.stores.folder import Quantization, holds_quantised_weights, load_dtype
-
-_ARGUMENT = "trained_on"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FoldSettings:
     tokenizer: Literal["adapter", "base"] | str | PathLike[str] | None = None
     revision: str | None = None
     partial: bool = False
-    trained_on: str | None = None
+    trained_on: str | PathLike[str] | None = None
 
     def quantization(self) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None.
@@ -57,21 +56,21 @@ class FoldSettings:
 
 
 def as_trained(
-    settings: FoldSettings, source: Checkpoint, adapters: Iterable[OFTAdapter]
+    settings: FoldSettings, source: Checkpoint, adapters: Sequence[OFTAdapter]
 ) -> tuple[FoldSettings, TrainedOn | None]:
     """The settings that give the adapter the base that it was trained on, and what that is where somebody says it: the
-    caller (``settings.trained_on``), or else the files beside the adapters.
+    caller (``settings.trained_on``), or else the files beside the adapters and the bases that their configs name.
 
     Raises:
-        StateError: ``trained_on`` is not known, or contradicts other settings or the source's own format; or the files beside
-            the adapters contradict each other.
+        StateError: ``trained_on`` is not known, or contradicts other settings or the source's own format; or the files
+            contradict each other.
 
     Warns:
         SourceWarning: files say it, and the caller does not.
     """
     quantised = holds_quantised_weights(source)
     if settings.trained_on is not None:
-        trained = TrainedOn(checked_name(settings.trained_on), _ARGUMENT)
+        trained = trained_on_said(settings.trained_on)
         if settings.quantize is not None or settings.fold_into != "quantized":
             message = "trained_on says how the base is quantised before the fold, and other settings say it too"
             remedy = "give trained_on (--trained-on), or else quantize, double_quant and fold_into (--quantize, --double-quant, --fold-into)"
@@ -82,20 +81,42 @@ def as_trained(
         return _with(settings, trained, source), trained
     if quantised or settings.quantize is not None or settings.fold_into != "quantized":
         return settings, None
-    found = [one for home in homes_of(adapters) for one in trained_on_in(home)]
+    certain = [TrainedOn("plain", f"its dialect {a.dialect}") for a in adapters if a.dialect in PLAIN_ONLY]
+    found = certain + [one for home in homes_of(adapters) for one in trained_on_in(home)]
+    found += [one for adapter in adapters for one in trained_on_base(adapter.config)]
     if len({(one.name, one.skip) for one in found}) > 1:
         said = ", ".join(f"{printable(one.source)}: {one.name}" for one in found)
-        message = f"the files beside the adapter do not agree on what it was trained on ({said})"
+        message = f"the files of the trainer do not agree on what the adapter was trained on ({said})"
         raise StateError(message, remedy="say what it was trained on: trained_on=… (--trained-on)")
     if not found:
         return settings, None
     trained = found[0]
-    warn_caller(
-        f"the adapter was trained on {trained.name}, as {printable(trained.source)} beside it says; "
-        "trained_on=… (--trained-on) says otherwise",
-        SourceWarning,
-    )
+    if not certain:
+        warn_caller(
+            f"the adapter was trained on {trained.name}, as {printable(trained.source)} says; trained_on=… (--trained-on) says otherwise",
+            SourceWarning,
+        )
     return _with(settings, trained, source), trained
+
+
+def check_said(plan: CheckpointPlan, settings: FoldSettings) -> None:
+    """Refuse to rotate the original weights where nobody says that the adapter was trained on them.
+
+    Raises:
+        StateError: neither the settings nor files say it.
+    """
+    if plan.trained_on is not None or settings.fold_into == plan.rotates:
+        return
+    message = (
+        "the base is plain, and nobody says what the adapter was trained on: these weights, or these weights in 4 or 8 bits "
+        "(QOFT); the results differ"
+    )
+    others = ", ".join(name for name in TRAINED_ON if name not in ("plain", "nf4-double"))
+    remedy = (
+        "say trained_on='plain' (--trained-on plain), or trained_on='nf4-double' (--trained-on nf4-double), which is NF4 with "
+        f"double quantisation, as QLoRA's settings are; the others are {others}"
+    )
+    raise StateError(message, path=plan.source.folder, remedy=remedy)
 
 
 def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> FoldSettings:

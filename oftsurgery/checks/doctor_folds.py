@@ -136,6 +136,8 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
                 message = f"the {'base' if before is None else 'folded'} model does not have the adapter's module"
                 remedy = "give the base and the adapter of this fold (--base, --adapter)"
                 raise MatchError(message, module=path, remedy=remedy)
+            own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
+            before = before if own is None else codecs.dense(own)
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
             found += [] if finding is None else [finding]

@@ -237,6 +237,10 @@ class _Comparison:
         return self.base.linears(self.loading.skip) if self.base.model is not None else frozenset()
 
     def check(self, name: str) -> TensorCheck:
+        found = self._check(name)
+        return found if found.why is not None else replace(found, why=self.folded.misfit(name))
+
+    def _check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
         kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
@@ -353,6 +357,12 @@ class _Comparison:
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
+        if want.shape != got.shape and want.ndim == got.ndim and self.folded.is_buffer(name):
+            # resize_token_embeddings cuts off a buffer with an entry for each token, or adds zeros
+            grown = torch.zeros_like(got)
+            common = tuple(slice(min(a, b)) for a, b in zip(want.shape, got.shape, strict=True))
+            grown[common] = want[common]
+            want = grown
         return self._wrong_dtype(before, got.dtype) if _same(got, want) else "the tensor differs from the source's"
 
     def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
 from oftsurgery.errors import without_tokens
+
+from .config_file import ConfigError, as_yaml, words_of
 
 FORMATS = ("same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
@@ -66,9 +68,10 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "quantise a plain base first, as the trainer's loading did",
     },
     "--trained-on": {
-        "choices": TRAINED_ON,
-        "help": "what the adapter was trained on: a plain base is quantised so before the fold (default: what the files of the trainer beside "
-        "the adapter say)",
+        "metavar": "|".join((*TRAINED_ON, "FILE")),
+        "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
+        "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
+        "names)",
     },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant)"),
     "--compute-dtype": {
@@ -111,6 +114,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     "--resume": switch("continue the unfinished work of a run that was killed"),
     "--force": switch("replace the output folder, but only after everything is written"),
     "--dry-run": switch("show the plan and write nothing"),
+    "--config": {
+        "metavar": "FILE",
+        "help": "YAML file of arguments, by their names here (base, adapter, output, format …); the command line goes before the file",
+    },
+    "--print-config": switch("print all arguments as a file for --config, and do nothing else"),
     "--private": {"action": "store_true", "default": None, "help": "make the new repository private"},
     "--revision": {"metavar": "BRANCH", "help": "branch to commit to, which is made if it does not exist"},
     "--commit-message": {"metavar": "TEXT", "help": "message of the commit"},
@@ -146,6 +154,52 @@ PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser of a command's arguments.
+
+    Attributes:
+        flags_between: flags may stand between positional arguments, some of which may be left out.
+        unused: names that a file for ``--config`` may have, although the command has no such arguments.
+    """
+
+    flags_between = False
+    unused: Collection[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if not self.flags_between:
+            return super().parse_known_args(args, namespace)
+        self.flags_between = False  # argparse's function for this calls this method
+        try:
+            return self._with_file(list(args)) if args is not None else self.parse_known_intermixed_args()
+        finally:
+            self.flags_between = True
+
+    def _with_file(self, words: list[str]) -> tuple[Any, list[str]]:
+        """The arguments of the command line, which go before the arguments of the file ``--config``."""
+        beside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        beside.add_argument("--config")
+        path = beside.parse_known_args(words)[0].config
+        if path is None:
+            return self.parse_known_intermixed_args(words)
+        try:
+            flags, positional = words_of(path, self._actions, self.unused)
+        except ConfigError as error:
+            self.error(str(error))
+        flags.append(f"--config={path}")  # ends the values of the last flag
+        parsed, rest = self.parse_known_intermixed_args([*flags, *words, *positional])
+        if self._positional(parsed) != positional:  # the command line has positional arguments too, which count
+            parsed, rest = self.parse_known_intermixed_args([*flags, *words])
+        return parsed, rest
+
+    def as_file(self, args: argparse.Namespace) -> str:
+        """The parsed arguments as a file for ``--config``."""
+        return as_yaml(args, self._actions)
+
+    def _positional(self, parsed: argparse.Namespace) -> list[str]:
+        values = [getattr(parsed, action.dest) for action in self._actions if not action.option_strings]
+        return [
+            text for value in values if value is not None for text in (value if isinstance(value, list) else [value])
+        ]
+
     def error(self, message: str) -> NoReturn:
         super().error(without_tokens(message))  # an argument in the wrong place may be a token
 
@@ -162,6 +216,7 @@ def add_command(
     parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", aliases=aliases)
     parser.epilog = f"example: {parser.prog} {example}"
     parser.set_defaults(run=run, print_help=parser.print_help)
+    parser.flags_between = run is not None  # a command without `run` has subcommands
     return parser
 
 
@@ -173,10 +228,20 @@ def add_output_flags(parser: Parser) -> None:
     parser.add_argument("--json", **switch("print the result as JSON on the standard output"))
 
 
+def add_config_flags(parser: Parser) -> None:
+    """Add the flags that read and print a command's arguments as a file."""
+    parser.add_shared("--config", "--print-config")
+    parser.set_defaults(as_file=parser.as_file)
+
+
 def base_of(args: argparse.Namespace) -> str:
-    """The base that a command was given, at ``--base-revision``."""
+    """The base that a command was given, at ``--base-revision``, or else the base that the adapter's config names."""
     from oftsurgery.files.finding import checkpoint_place
 
+    if args.base is None:
+        from oftsurgery.api.arguments import loaded_adapters, named_base
+
+        args.base = named_base(loaded_adapters(adapters_of(args)))
     return str(checkpoint_place(args.base, getattr(args, "base_revision", None)))
 
 

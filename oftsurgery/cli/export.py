@@ -20,6 +20,7 @@ from .arguments import (
     AddCommand,
     ExitCode,
     Parser,
+    add_config_flags,
     base_of,
     keywords,
     switch,
@@ -33,7 +34,7 @@ ONNX_FORMATS = ("onnx", "onnx-quantized")
 FINAL_FORMATS = (*ONNX_FORMATS, "gguf")
 FORMATS = ("bnb", "fp32", "fp16", "bf16", *FINAL_FORMATS)
 _REPO = "owner/name, or a name of your own; by default the name is made of base, adapter and format, and you are asked"
-EXPORT_EXAMPLE = "BASE OUTPUT --adapter ADAPTER --format bf16 --verify"
+EXPORT_EXAMPLE = "BASE OUTPUT --adapter ADAPTER --trained-on nf4-double --format bf16 --verify"
 
 
 def add_export(command: AddCommand) -> None:
@@ -51,16 +52,19 @@ def add_push(command: AddCommand) -> None:
 
 def add_export_arguments(parser: Parser) -> None:
     """Add the arguments of ``export``, which ``tools/export.py`` takes too."""
-    parser.add_argument("base", metavar="BASE", nargs="?", help="folder or Hub id of the model")
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", help="folder to write, which must not exist")
-    parser.add_argument("--base", dest="named_base", metavar="BASE", help="BASE by its name")
+    parser.add_argument(
+        "places", metavar="BASE OUTPUT", nargs="*", help="the base and the folder to write, as --base and --output"
+    )
+    parser.add_argument(
+        "--base", help="folder or Hub id of the model (default: the base that the adapter's config names)"
+    )
     parser.add_argument(
         "--adapter",
         nargs="+",
         help="folder or Hub id of the adapter; several adapters in the live order. Without an adapter the formats onnx, onnx-quantized and "
         "gguf export the base",
     )
-    parser.add_argument("--output", dest="named_output", metavar="OUTPUT", help="OUTPUT by its name")
+    parser.add_argument("--output", help="folder to write, which must not exist")
     parser.add_shared("--format", choices=FORMATS, default="bnb")
     parser.add_shared(*FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
     parser.add_argument("--verify", **switch("check every weight of the output against base and adapter"))
@@ -86,11 +90,15 @@ def add_export_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
     parser.add_shared(*PUSHING_FLAGS)
+    add_config_flags(parser)
+    parser.flags_between = True
     parser.set_defaults(run=_export, usage_error=parser.error)
 
 
 def _export(args: argparse.Namespace) -> int:
+    _take_places(args)
     _check_arguments(args)
+    base_of(args)  # names the base in `args` too
     if args.dry_run:
         show_plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:
@@ -100,14 +108,20 @@ def _export(args: argparse.Namespace) -> int:
     return export(args) if args.push_to_hub is None else _export_and_push(args, export)
 
 
+def _take_places(args: argparse.Namespace) -> None:
+    """Take BASE and OUTPUT from either of their two places."""
+    if args.places:
+        if len(args.places) != 2 or args.base is not None or args.output is not None:
+            args.usage_error("give BASE and OUTPUT, or --base BASE and --output OUTPUT")
+        args.base, args.output = args.places
+    if args.output is None:
+        args.usage_error("the following arguments are required: --output")
+    if args.base is None and not args.adapter:
+        args.usage_error("one of the following arguments is required: --base, --adapter")
+
+
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Refuse arguments that do not belong together; take BASE and OUTPUT from either of their two places."""
-    for name in ("base", "output"):
-        places = [getattr(args, name), getattr(args, f"named_{name}")]
-        if places.count(None) != 1:
-            what = name.upper()
-            args.usage_error(f"{what} is needed once: as the argument {what}, or as --{name} {what}")
-        setattr(args, name, next(place for place in places if place is not None))
+    """Refuse arguments that do not belong together."""
     final = args.format in FINAL_FORMATS
     if not final and (args.dtype or args.no_verify):
         args.usage_error(f"--dtype and --no-verify belong to --format {', '.join(FINAL_FORMATS)}")

@@ -32,7 +32,7 @@ from oftsurgery.files.links import links_followed
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
-from .printing import hub_bars
+from .printing import hub_bars, with_flags
 
 
 def command_parser() -> Parser:
@@ -87,6 +87,9 @@ def _run(args: argparse.Namespace) -> int:
     if run is None:
         args.print_help()
         return ExitCode.OK
+    if getattr(args, "print_config", False):
+        print(args.as_file(args), end="")
+        return ExitCode.OK
     as_json = getattr(args, "json", False)  # `export --push-to-hub` sets the argument aside while it folds
     try:
         with warnings.catch_warnings():
@@ -127,13 +130,14 @@ def _print_error(error: Exception, *, as_json: bool) -> ExitCode:
     code = ExitCode.REFUSED if ours else ExitCode.UNFORESEEN
     if isinstance(error, _ENVIRONMENT):
         code = ExitCode.ENVIRONMENT
-    said = str(error) if ours else without_tokens(f"{error}")
+    said = with_flags(str(error)) if ours else without_tokens(f"{error}")
     if code == ExitCode.UNFORESEEN:
         print(without_tokens("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         said += " Remedy: this error is a fault of oftsurgery: report the lines above, with the command and `oftsurgery --version`"
     print(f"oftsurgery: {type(error).__name__}: {said}", file=sys.stderr)
     if as_json:
         facts = error.facts if isinstance(error, OFTSurgeryError) else {"message": said}
+        facts = {name: with_flags(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
         said = json.dumps({"error": {"type": type(error).__name__, **facts, "exit_code": code}}, indent=2)
         print(without_tokens(said))
     return code
@@ -141,4 +145,4 @@ def _print_error(error: Exception, *, as_json: bool) -> ExitCode:
 
 def _print_warning(args: argparse.Namespace, message: Warning | str, category: type[Warning], *_: object) -> None:
     if not args.quiet and category.__module__.startswith("oftsurgery"):
-        print(f"{category.__name__}: {message}", file=sys.stderr)
+        print(with_flags(f"{category.__name__}: {message}"), file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,15 @@ def wants_words(args: argparse.Namespace, result: Any) -> bool:
     return not args.json and not args.quiet
 
 
+# an argument in Python's words, before the flag in brackets that is the same
+_IN_PYTHON = re.compile(r"\b\w+=(?:'[^']*'|…|\w+)(?: with \w+='[^']*')? \((--[^()]*)\)")
+
+
+def with_flags(text: str) -> str:
+    """A message in the words of the command line: ``format='bf16' (--format bf16)`` becomes ``--format bf16``."""
+    return _IN_PYTHON.sub(r"\1", text)
+
+
 def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:
     """Print each known fact on a line."""
     for label, value in rows:
@@ -35,6 +45,13 @@ def facts_beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     told = [(what, f"the {name}'s" if name != "other" else "of another folder") for what, name in whose.items() if name]
     names = {"model code, copied and not run": facts["code"], "left out": facts["left_out"]}
     return [*told, *((what, ", ".join(found)) for what, found in names.items())]
+
+
+def tokens_text(vocabulary: Mapping[str, int]) -> str:
+    """The number of tokens that an adapter brought; an empty text where the number stays."""
+    return (
+        f"{vocabulary['after']}, and {vocabulary['before']} in the base" if {"before", "after"} <= {*vocabulary} else ""
+    )
 
 
 Row = Sequence[str | float | None]

@@ -192,6 +192,14 @@ def _without_wrappers(
     return {plain[name]: replace(entry, name=plain[name]) for name, entry in entries.items()}
 
 
+#: files of diffusers' pipelines and models
+_IMAGE_MODELS = {
+    "model_index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+}
+
+
 def no_checkpoint(place: object, names: Collection[str], otherwise: str | None = None) -> CheckpointError:
     """The error for a folder or repository that holds files of these ``names`` and no weights that are read; the message is
     ``otherwise`` where the names tell nothing.
@@ -208,6 +216,11 @@ def no_checkpoint(place: object, names: Collection[str], otherwise: str | None =
     elif adapters:  # a trainer's output
         message = f"the folder holds no model, but adapters in subfolders: {', '.join(map(printable, adapters))}"
         remedy = "give the base model first, and one of these folders as the adapter"
+    elif _IMAGE_MODELS & {name.rpartition("/")[2] for name in names}:
+        message = "the folder holds a model of diffusers, and oftsurgery reads folders of transformers only"
+        remedy = (
+            "load the model with diffusers, and fold the adapter in memory: oftsurgery.fold(pipeline.unet, adapter)"
+        )
     elif pickled is not None:
         message = f"{pickled} is a pickle, which could run code when read; oftsurgery reads safetensors only"
         remedy = "load the model with transformers on a machine that you trust, and save_pretrained(…, safe_serialization=True)"

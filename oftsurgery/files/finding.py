@@ -124,6 +124,17 @@ class Place:
                     raise
         return Path(snapshot, self.subfolder)
 
+    def on_disk(self, name: str) -> Path | None:
+        """The place's file ``name`` on this machine, in the user's folder or the Hub's cache; None for a file that is not there."""
+        if self.folder is not None:
+            path = self.folder / name
+            return path if path.is_file() else None
+        from huggingface_hub import try_to_load_from_cache
+
+        below = f"{self.subfolder}/{name}" if self.subfolder else name
+        found = try_to_load_from_cache(self.repo, below, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
     def names(self) -> list[str]:
         """Paths of the files below the place, with ``/``. Offline, these files of a Hub repository are the files in the cache."""
         if self.folder is not None:

@@ -104,6 +104,7 @@ class JobBuilder:
     def __post_init__(self) -> None:
         self.entries = self.store.entries
         self.architecture = self.store.architecture
+        self.shapes = {} if self.changes.vocabulary is None else self.changes.vocabulary.shapes
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
         self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
@@ -156,7 +157,7 @@ class JobBuilder:
         part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
         if not target and stored == part.into.dtype == (part.base or part.into).dtype:
             return copy_job(self.store.source, name)
-        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
+        return Job(name, {part.output: (part.into.dtype, part.into.shape)}, entry.nbytes, (part,))
 
     def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
         """The part of a tensor that changes at most in its dtype or to an adapter's own values."""
@@ -165,7 +166,9 @@ class JobBuilder:
             loaded = self.store.loaded_dtype(name)
             into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
         base = None if loaded is None else replace(stored, dtype=loaded)
-        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
+        values = self.values.get(name)
+        into = into if values is None else replace(into, shape=tuple(values.shape))
+        return Part(name, output, into, base, matrix=False, values=values)
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
@@ -191,7 +194,7 @@ class JobBuilder:
         if name in self.architecture.transposed:
             raise takes_no_values(target, self.store.stored(target).label)
         dtype = DENSE.get(self.format) or self.architecture.loaded.get(target) or self.values[target].dtype
-        into = WeightFormat("dense", self.store.stored(target).shape, dtype)
+        into = WeightFormat("dense", tuple(self.values[target].shape), dtype)
         part = Part(target, output, into, values=self.values[target])
         return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
 
@@ -213,6 +216,7 @@ class JobBuilder:
             into = WeightFormat("dense", stored.shape, DENSE[self.format])
         if self.fold_into == "original" and name in self.rotate:
             base = None
+        into = replace(into, shape=self.shapes.get(name, into.shape))
         return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
 
     def _of_unit(self, unit: Unit) -> Job:

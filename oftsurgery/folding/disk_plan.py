@@ -38,6 +38,9 @@ from .undo_reader import UndoRecord
 Format = Literal["same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
 QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
+# what docs/speed.md measured on two CPU cores: rotating in memory, then reading and writing; and the memory of the libraries
+_WEIGHTS_PER_SECOND, _BYTES_PER_SECOND, _LIBRARIES = 0.7e9, 0.34e9, 100_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class CheckpointPlan:
@@ -101,7 +104,9 @@ class CheckpointPlan:
         q = self.store.quantization
         # in float32, since the memory that a fold needs grows with the largest weight
         largest = max((4 * math.prod(p.into.shape) for p in self.parts if p.matrix), default=0)
+        rotated = sum(math.prod(p.into.shape) for p in self.parts if p.rotate is not None)
         return {
+            "base": str(self.source.folder),
             "source": {"files": list(self.source.files), "tensors": len(self.source.entries)},
             "adapters": [AdapterInfo.of(a).to_dict() for a in self.changes.adapters],
             "format": self.format,
@@ -130,6 +135,7 @@ class CheckpointPlan:
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "missing": list(self.changes.missing),
+            "vocabulary": self.changes.recorded_vocabulary,
             "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
@@ -142,6 +148,8 @@ class CheckpointPlan:
             "chat_template": self.carried.chat_template,
             "bytes": self.nbytes,
             "largest_weight_bytes": largest,
+            "memory_bytes": 3 * largest + _LIBRARIES,
+            "seconds": rotated / _WEIGHTS_PER_SECOND + self.nbytes / _BYTES_PER_SECOND,
         }
 
 
@@ -189,9 +197,12 @@ def plan_checkpoint(
     if undo is not None:
         check_undo(changes, store.added)
     jobs = JobBuilder(store, changes, written, fold_into).jobs()
-    config = configs.output_config(store.config, written, store.quantization, untied=changes.clears_flag)
+    vocabulary = changes.vocabulary
+    config = store.config if vocabulary is None else vocabulary.in_config(store.config)
+    config = configs.output_config(config, written, store.quantization, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    before = None if vocabulary is None else vocabulary.before
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
     return replace(
         plan, changes=changes, format=written, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False

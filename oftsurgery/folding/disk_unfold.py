@@ -85,7 +85,9 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
+    shapes = {o.name: origin.shape(o.at) for found in wanted.values() for o in found}
+    vocabulary = store.vocabulary({store.locate([n]).get(n, n): shape for n, shape in shapes.items()})
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added), vocabulary=vocabulary)
     carried = carried_from(folded.folder, folded.shards)
     if _brought(record):
         carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))
@@ -155,7 +157,8 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     store = FolderStore(folded)
     back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
-    restored = {named[name]: (name, read) for name, read in back.items()}
+    tied = store.architecture.tied
+    restored = {tied.get(named[name], named[name]): (name, read) for name, read in back.items()}
     # a checkpoint holds only the first of tensors that were tied
     dropped: set[str] = set()
     checks: dict[str, Check] = {}
@@ -197,6 +200,9 @@ def _undone_job(
 ) -> Job:
     """``job`` with the original in place of the folded tensor ``name``, which ``part`` holds."""
     path = name.removesuffix(".weight")
+    if job.unit is None and name in undo.tensors:
+        dtype, _ = job.outputs[part.output]
+        job = replace(job, outputs={part.output: (dtype, undo.shape(name, part.into.shape))})
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))
     before = undo.format(path, part.into.shape)

@@ -120,8 +120,12 @@ def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
     return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
 
 
+_KEEP_BASE = "fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly"
+
+
 def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
-    """Refuse an undo record of a fold that makes quantised weights plain, or brings tensors that the base lacks.
+    """Refuse an undo record of a fold that makes quantised weights plain, brings tensors that the base lacks, or rotates weights
+    that take another number of rows.
 
     Raises:
         StateError: the plan has such tensors.
@@ -130,13 +134,21 @@ def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
         raise StateError(
             "the adapter brings a head that the base lacks, and an undo record has no form for tensors that come or go",
             tensor=min(added),
-            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+            remedy=_KEEP_BASE,
+        )
+    rows = {} if plan.vocabulary is None else plan.vocabulary.shapes
+    turned = next((change for change in plan.rotate if change.name in rows), None)
+    if turned is not None:
+        raise StateError(
+            "the adapter brings another number of rows for a weight and rotates the weight, and an undo record has no form for both",
+            module=turned.path,
+            remedy=_KEEP_BASE,
         )
     if plan.dequantised:
         raise StateError(
             "the adapter brings its own values for a quantised weight, and an undo record has no form for a weight that becomes plain",
             module=min(plan.dequantised).removesuffix(".weight"),
-            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+            remedy=_KEEP_BASE,
         )
 
 
@@ -269,6 +281,7 @@ def fold_record(
         earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         idle=plan.idle,
         missing=plan.missing,
+        vocabulary=plan.recorded_vocabulary,
     )
 
 

@@ -19,11 +19,12 @@ from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
-from oftsurgery.stores.live_model import LiveStore, record_of, set_record
+from oftsurgery.stores.live_model import LiveStore, fields_in, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, tensors_in
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import FLAG
+from oftsurgery.stores.vocabulary import Vocabulary
 from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
@@ -91,6 +92,7 @@ def fold_model(
                 operation.replaced(name, before, after)
         _rotate(store, operation, journal, progress, own)
         _separate(store, plan, journal)
+        set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
         engine.finish_fold(record, plan, ties)
         if undo is not None:
@@ -181,7 +183,34 @@ def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tu
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:
         _put(store.modules, place, new, journal)
+        if new.shape != old.shape:
+            _set_rows(store.modules[place.rpartition(".")[0]], int(new.shape[0]), journal)
     return old, new
+
+
+#: attributes of modules that state the number of rows of the module's weight
+_ROWS = ("num_embeddings", "out_features")
+
+
+def _set_rows(module: nn.Module, rows: int, journal: list[Undo]) -> None:
+    """State the number of rows of an embedding or a linear layer whose tensors have taken another number of rows."""
+    for name in _ROWS:
+        if name in module.__dict__:
+            journal.append(partial(setattr, module, name, getattr(module, name)))
+            setattr(module, name, rows)
+
+
+def set_vocabulary(store: LiveStore, vocabulary: Vocabulary | None, journal: list[Undo]) -> None:
+    """State another number of tokens where transformers' own resizing does: in the model's config and in ``model.vocab_size``."""
+    if vocabulary is None:
+        return
+    inner: Any = inner_model(store.model)
+    fields = list(fields_in(inner.config, vocabulary))
+    if "vocab_size" in inner.__dict__:
+        fields.append((inner, "vocab_size", vocabulary.after))
+    for part, name, value in fields:
+        journal.append(partial(setattr, part, name, getattr(part, name)))
+        setattr(part, name, value)
 
 
 def _make_plain(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
@@ -196,7 +225,7 @@ def _make_plain(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple
     if getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D":
         raise takes_no_values(change.name, before.format.label if quantised else name_of(old.dtype))
     dtype = bias.dtype if bias is not None and bias.is_floating_point() else _dtype_of(store)
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear = nn.Linear(module.in_features, change.values.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(
         change.values.detach().to(device=old.device, dtype=dtype if quantised else old.dtype, copy=True),
         requires_grad=False,
@@ -297,6 +326,7 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         wanted = engine.originals(record, base)
+        set_vocabulary(store, store.vocabulary({o.name: base.shape(o.at) for o in wanted}), journal)
         for original in wanted:
             if original.weight or base.is_quantised(original.at):
                 found = base.weight(original.at, store.at(original.name).read()[1])
@@ -334,8 +364,10 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
             name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
             for name, back in engine.undone(undo, store).items()
         }
-        for name, (back, current) in found.items():
-            _put_back(store, name, back(current), journal, weight=name in weights)
+        originals = {name: back(current) for name, (back, current) in found.items()}
+        set_vocabulary(store, store.vocabulary({n: o.format.shape for n, o in originals.items()}), journal)
+        for name, original in originals.items():
+            _put_back(store, name, original, journal, weight=name in weights)
         _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
         set_record(work, engine.earlier_record(undo.fold))
     return work

@@ -273,6 +273,8 @@ class FoldRecord(_Stored):
         left_out: on disk, the names in the source's folder that were not copied.
         missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as in the
             base, since the fold was ``partial``.
+        vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
+            brought another number; else empty.
         extra: fields of a newer version.
     """
 
@@ -292,6 +294,7 @@ class FoldRecord(_Stored):
     code: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

@@ -11,6 +11,7 @@ from oftsurgery.formats.all_formats import FORMATS
 
 if TYPE_CHECKING:
     from .folder import Quantization
+    from .vocabulary import Vocabulary
 
 
 def output_config(
@@ -41,10 +42,13 @@ def output_config(
     return new
 
 
-def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, and
-    with its class and labels where the adapter had brought a ``head``.
+def restored_config(
+    folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False, vocabulary: Vocabulary | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, with its
+    class and labels where the adapter had brought a ``head``, and with its number of tokens.
     """
+    folded = folded if vocabulary is None else vocabulary.in_config(folded)
     new = copy.deepcopy(dict(folded))
     if head:
         for name in ("architectures", "id2label", "label2id"):

@@ -17,6 +17,7 @@ from warned import noted, quietly
 import oftsurgery
 from oftsurgery import AdapterError, CheckpointError, MatchError, SourceWarning
 from oftsurgery.api.checkpoints import plan_fold
+from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate.checkpoint import load_model
 from oftsurgery.files.wrappers import plain_names, unwrapped, without_peft
 
@@ -78,7 +79,7 @@ def test_an_adapter_means_the_same_under_a_wrappers_names(
 ) -> None:
     adapter = renamed(place / "ADAPTER", tmp_path / "adapter", TENSORS, WRAPPED[who])
     assert distance(logits(oftsurgery.fold(llama(), adapter)), truth) < 1e-6
-    oftsurgery.fold_checkpoint(place / "BASE", adapter, tmp_path / "out")
+    oftsurgery.fold_checkpoint(place / "BASE", adapter, tmp_path / "out", trained_on="plain")
     assert distance(logits(load(tmp_path / "out", "LlamaForCausalLM")), truth) < 1e-6
     assert oftsurgery.verify_checkpoint(tmp_path / "out", place / "BASE", adapter).ok
     assert [f.code for f in oftsurgery.doctor(tmp_path / "out", base=place / "BASE", adapter=adapter)] == ["kept"]
@@ -144,7 +145,7 @@ def test_a_base_under_a_wrappers_names_is_written_under_its_own(
     with pytest.warns(
         SourceWarning, match=r"hold segments of wrappers, .* is read as .*the output has the plain names"
     ):
-        oftsurgery.fold_checkpoint(base, place / "ADAPTER", tmp_path / "out")
+        oftsurgery.fold_checkpoint(base, place / "ADAPTER", tmp_path / "out", trained_on="plain")
     assert distance(logits(load(tmp_path / "out", "LlamaForCausalLM")), truth) < 1e-6
     with noted():
         assert oftsurgery.verify_checkpoint(tmp_path / "out", base, place / "ADAPTER").ok
@@ -164,7 +165,7 @@ def test_transformers_finds_none_of_a_wrappers_names_so_nothing_that_needs_it_go
         pytest.raises(oftsurgery.CalibrationError, match="hold segments of wrappers, which transformers does not load"),
         noted(),
     ):
-        load_model(plan_fold(base, place / "ADAPTER"), "cpu")
+        load_model(plan_fold(base, place / "ADAPTER", FoldSettings(trained_on="plain")), "cpu")
     with pytest.raises(CheckpointError, match="hold segments of wrappers, so transformers finds none"), noted():
         oftsurgery.verify_checkpoint(base, place / "BASE", place / "ADAPTER")
 
@@ -173,7 +174,7 @@ def test_a_class_that_is_not_transformers_may_have_a_module_of_its_own(place: Pa
     base = renamed(place / "BASE", tmp_path / "base", "model.safetensors", OF_BASES["DDP"])
     (base / "config.json").write_text(json.dumps({"architectures": ["Mine"]}))
     adapter = renamed(place / "ADAPTER", tmp_path / "adapter", TENSORS, WRAPPED["DDP of the model inside"])
-    quietly(oftsurgery.fold_checkpoint, base, adapter, tmp_path / "out")
+    quietly(oftsurgery.fold_checkpoint, base, adapter, tmp_path / "out", trained_on="plain")
     assert all(name.startswith("module.") for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 

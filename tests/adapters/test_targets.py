@@ -111,7 +111,7 @@ def test_a_part_is_refused_in_memory_and_on_disk(base: Path, part: Path, tmp_pat
         lambda: oftsurgery.fold(model, part, inplace=True),
         lambda: oftsurgery.wrap(model, part, inplace=True),
         lambda: oftsurgery.fold(model, half),
-        lambda: oftsurgery.fold_checkpoint(base, part, tmp_path / "out"),
+        lambda: oftsurgery.fold_checkpoint(base, part, tmp_path / "out", trained_on="plain"),
     ):
         with pytest.raises(AdapterError, match=text) as caught:
             refused()
@@ -126,7 +126,7 @@ def test_who_insists_gets_what_peft_makes_of_the_part(base: Path, part: Path, tm
         peft = PeftModel.from_pretrained(llama(), part).eval()
     with noted() as said:
         folded = oftsurgery.fold(llama(), part, partial=True)
-        record = oftsurgery.fold_checkpoint(base, part, tmp_path / "out", partial=True)
+        record = oftsurgery.fold_checkpoint(base, part, tmp_path / "out", partial=True, trained_on="plain")
     assert [w.category for w in said] == [SourceWarning, SourceWarning]
     assert "the adapters lack 2 modules that their own configs target; these modules stay as in the base" in str(
         said[0].message
@@ -155,11 +155,11 @@ def test_a_live_model_lacks_what_its_layers_lack(part: Path) -> None:
 
 
 def test_the_flag_and_the_record(base: Path, part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["fold", str(base), str(part), str(tmp_path / "out")]
+    words = ["fold", str(base), str(part), str(tmp_path / "out"), "--trained-on", "plain"]
     assert cli.main(words) == 2
-    assert cli.main(["plan", str(base), str(part)]) == 2
+    assert cli.main(["plan", str(base), str(part), "--trained-on", "plain"]) == 2
     capsys.readouterr()
-    assert cli.main(["plan", str(base), str(part), "--partial"]) == 0
+    assert cli.main(["plan", str(base), str(part), "--partial", "--trained-on", "plain"]) == 0
     assert (
         "missing in the adapter: model.layers.1.self_attn.q_proj, model.layers.1.mlp.down_proj"
         in capsys.readouterr().out

@@ -158,13 +158,33 @@ def test_a_folder_on_the_command_line(
 ) -> None:
     lay_out({"saved/sft": 9}, adapters, tmp_path)
     llama().save_pretrained(tmp_path / "base")
-    words = ["fold", str(tmp_path / "base"), str(tmp_path / "saved"), str(tmp_path / "out")]
+    words = ["fold", str(tmp_path / "base"), str(tmp_path / "saved"), str(tmp_path / "out"), "--trained-on", "plain"]
     assert cli(words) == 0
     assert "SourceWarning: " in capsys.readouterr().err
     with pytest.warns(SourceWarning, match="in its subfolder sft"):
         assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "saved").ok
-    assert cli([*words[:3], str(tmp_path / "out-2"), "--adapter-subfolder", "sft"]) == 0
+    assert cli([*words[:3], str(tmp_path / "out-2"), *words[4:], "--adapter-subfolder", "sft"]) == 0
     assert "SourceWarning" not in capsys.readouterr().err
     for wrong, text in (("../saved/sft", "is no path inside the folder"), ("dpo", "the folder has no subfolder 'dpo'")):
         assert cli([*words[:3], str(tmp_path / "out-3"), "--adapter-subfolder", wrong]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_one_adapter_for_each_component_of_a_diffusers_pipeline(adapters: dict[int, Path], tmp_path: Path) -> None:
+    """peft's example for diffusers: the pipeline's components have adapters of their own."""
+    lay_out({"out/unet": 9, "out/text_encoder": 1}, adapters, tmp_path)
+    with pytest.raises(AdapterError, match="2 adapters, each in a subfolder: text_encoder, unet"):
+        oftsurgery.load_adapter(tmp_path / "out")
+    assert (
+        oftsurgery.load_adapter(tmp_path / "out" / "unet").fingerprint
+        == oftsurgery.load_adapter(adapters[9]).fingerprint
+    )
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (pipeline / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    (pipeline / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    for folder in (pipeline, pipeline / "unet"):
+        with pytest.raises(oftsurgery.CheckpointError) as refused:
+            oftsurgery.fold_checkpoint(folder, tmp_path / "out" / "unet", tmp_path / "folded")
+        assert "diffusers" in str(refused.value)

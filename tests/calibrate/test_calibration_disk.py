@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
 from oftsurgery.api.checkpoints import plan_fold
+from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -85,7 +86,7 @@ def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytes
 
     build("llama").save_pretrained(tmp_path / "base")
     adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
-    plan = plan_fold(tmp_path / "base", tmp_path / "adapter")
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(trained_on="plain"))
     logging.enable_progress_bar()
     capsys.readouterr()
     calibrate_checkpoint.load_model(plan, "cpu")
@@ -253,7 +254,9 @@ def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter:
 def test_a_plain_output_takes_no_calibration(format_: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
     text = r"this fold writes no such weight Remedy: leave out the calibration"
     with pytest.raises(oftsurgery.StateError, match=text):
-        oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format=format_)
+        oftsurgery.fold_checkpoint(
+            base, adapter, tmp_path / "out", calibration=TEXTS, format=format_, trained_on="plain"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import bnb_config, load
 from models import distance, live, llama, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -31,7 +32,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama().save_pretrained(folder / "BASE")
     live(llama()).save_pretrained(folder / "ADAPTER")
     live(llama(), seed=1).save_pretrained(folder / "OTHER")
-    assert cli.main(["fold", str(folder / "BASE"), str(folder / "ADAPTER"), str(folder / "FOLDED"), "-q"]) == 0
+    assert (
+        cli.main(
+            [
+                "fold",
+                str(folder / "BASE"),
+                str(folder / "ADAPTER"),
+                str(folder / "FOLDED"),
+                "-q",
+                "--trained-on",
+                "plain",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -108,7 +122,8 @@ def test_tools_export_is_the_same_command(place: Path, tmp_path: Path) -> None:
     assert "ok" in done.stdout
     folded = AutoModelForCausalLM.from_pretrained(tmp_path / "OUTPUT").eval()
     assert folded.dtype == torch.bfloat16
-    assert distance(logits(folded), logits(live(llama()))) < 0.02
+    base = load(place / "BASE", "LlamaForCausalLM", quantization_config=bnb_config("nf4", double=True))
+    assert distance(logits(folded), logits(live(base))) < 0.02
 
 
 def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place: Path, tmp_path: Path) -> None:
@@ -121,9 +136,9 @@ def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place
     assert "\x1b" not in err  # no terminal, no control sequences
     code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "quiet"), "-q", "--format", "nf4")
     assert (code, out, err) == (0, "", "")
-    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "loud"), "-v")
+    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "loud"), "-v", "--trained-on", "plain")
     assert "model.layers.0.self_attn.q_proj" in err
-    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "json"), "--json")
+    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "json"), "--json", "--trained-on", "plain")
     assert json.loads(out)["modules"].keys() == {
         f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")
     }
@@ -134,7 +149,7 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     process = subprocess.Popen(
-        [sys.executable, "-m", "oftsurgery", "fold", "BASE", "ADAPTER", str(tmp_path / "out")],
+        [sys.executable, "-m", "oftsurgery", "fold", "BASE", "ADAPTER", str(tmp_path / "out"), "--trained-on", "plain"],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=follower,
@@ -166,15 +181,27 @@ REFUSED = {
         2,
         "neither the folder nor a subfolder has adapter_config.json",
     ),
-    "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),
+    "output exists": (
+        ["fold", "BASE", "ADAPTER", "FOLDED", "--trained-on", "plain"],
+        2,
+        "StateError: the destination exists",
+    ),
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
     "below a file": (
-        ["fold", "BASE", "ADAPTER", "FOLDED/config.json/x"],
+        ["fold", "BASE", "ADAPTER", "FOLDED/config.json/x", "--trained-on", "plain"],
         2,
         "a file is in the place of a folder of the path to write",
     ),
-    "output in the base": (["fold", "BASE", "ADAPTER", "BASE/x/y"], 2, "the destination is inside the source"),
-    "output in the adapter": (["fold", "BASE", "ADAPTER", "ADAPTER/x"], 2, "the destination is inside the adapter"),
+    "output in the base": (
+        ["fold", "BASE", "ADAPTER", "BASE/x/y", "--trained-on", "plain"],
+        2,
+        "the destination is inside the source",
+    ),
+    "output in the adapter": (
+        ["fold", "BASE", "ADAPTER", "ADAPTER/x", "--trained-on", "plain"],
+        2,
+        "the destination is inside the adapter",
+    ),
     "unknown device": (
         ["fold", "BASE", "ADAPTER", "x", "--device", "tpu9"],
         2,
@@ -255,10 +282,28 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(oftsurgery.folding.engine, "fold_encoded", interrupt)
-        assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out")]) == 130
+        assert (
+            cli.main(
+                ["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), "--trained-on", "plain"]
+            )
+            == 130
+        )
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), "--resume"]) == 0
+    assert (
+        cli.main(
+            [
+                "fold",
+                str(place / "BASE"),
+                str(place / "ADAPTER"),
+                str(tmp_path / "out"),
+                "--resume",
+                "--trained-on",
+                "plain",
+            ]
+        )
+        == 0
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -270,7 +315,10 @@ def test_an_interrupt_of_a_command_that_cannot_go_on(
 
     monkeypatch.chdir(place)
     monkeypatch.setattr("oftsurgery.api.checkpoints.plan_fold", interrupt)
-    for words in (["plan", "BASE", "ADAPTER"], ["fold", "BASE", "ADAPTER", "x", "--dry-run"]):
+    for words in (
+        ["plan", "BASE", "ADAPTER", "--trained-on", "plain"],
+        ["fold", "BASE", "ADAPTER", "x", "--dry-run", "--trained-on", "plain"],
+    ):
         assert cli.main(words) == 130
         assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
@@ -303,7 +351,11 @@ def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[
 
 def test_merge_is_fold(place: Path, tmp_path: Path) -> None:
     for word in ("merge", "fold"):
-        assert run(place, word, "BASE", "ADAPTER", str(tmp_path / "new" / word), "-q") == (0, "", "")
+        assert run(place, word, "BASE", "ADAPTER", str(tmp_path / "new" / word), "-q", "--trained-on", "plain") == (
+            0,
+            "",
+            "",
+        )
     merged, folded = (
         {p.name: p.read_bytes() for p in (tmp_path / "new" / word).iterdir()} for word in ("merge", "fold")
     )
@@ -312,7 +364,15 @@ def test_merge_is_fold(place: Path, tmp_path: Path) -> None:
 
 def test_missing_parents_are_made_and_do_not_stay_after_an_error(place: Path, tmp_path: Path) -> None:
     code, _, err = run(
-        place, "fold", "BASE", "ADAPTER", str(tmp_path / "a" / "b"), "--undo", str(tmp_path / "c" / "d" / "undo")
+        place,
+        "fold",
+        "BASE",
+        "ADAPTER",
+        str(tmp_path / "a" / "b"),
+        "--undo",
+        str(tmp_path / "c" / "d" / "undo"),
+        "--trained-on",
+        "plain",
     )
     assert (code, sorted(p.name for p in tmp_path.iterdir())) == (0, ["a", "c"]), err
     code, _, err = run(place, "adapter", "scale", "ADAPTER", "nan", str(tmp_path / "e" / "f"))
@@ -368,7 +428,7 @@ def test_a_full_disk_exits_3(place: Path) -> None:
         "from oftsurgery.cli import main as cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "sys.exit(cli.main(['fold', 'BASE', 'ADAPTER', 'big']))\n"
+        "sys.exit(cli.main(['fold', 'BASE', 'ADAPTER', 'big', '--trained-on', 'plain']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 3

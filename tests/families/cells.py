@@ -134,7 +134,9 @@ class Cell:
 
     def _fold_on_disk(self) -> Any:
         settings: dict[str, Any] = (
-            {} if self.kind == "plain" else {"format": self.kind, "double_quant": self.kind == "nf4"}
+            {"trained_on": "plain"}
+            if self.kind == "plain"
+            else {"format": self.kind, "double_quant": self.kind == "nf4"}
         )
         out = self.folder / "disk"
         record = oftsurgery.fold_checkpoint(

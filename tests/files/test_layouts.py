@@ -38,7 +38,7 @@ def test_another_layout_folds_to_the_same_tensors(source: Path, tmp_path: Path) 
     adapter = make_case("0.21 exact", 64, 64).adapter
     folded = []
     for base in (source, tmp_path / "plain"):
-        oftsurgery.fold_checkpoint(base, adapter, out := tmp_path / f"{base.name} folded")
+        oftsurgery.fold_checkpoint(base, adapter, out := tmp_path / f"{base.name} folded", trained_on="plain")
         assert oftsurgery.verify_checkpoint(out, base, adapter).ok
         folded.append(load_file(out / "model.safetensors"))
     assert folded[0].keys() == folded[1].keys()
@@ -62,4 +62,6 @@ def test_names_in_another_layout_stay_in_its_folder(source: Path, tmp_path: Path
     save_file({"layer.weight": torch.ones(2)}, source / "outside.safetensors")
     (source / PARTS.index).write_text(json.dumps({"weight_map": {"layer.weight": "../outside.safetensors"}}))
     with pytest.raises(oftsurgery.CheckpointError, match="names a file outside its folder"):
-        oftsurgery.fold_checkpoint(source, make_case("0.21 exact", 64, 64).adapter, tmp_path / "out")
+        oftsurgery.fold_checkpoint(
+            source, make_case("0.21 exact", 64, 64).adapter, tmp_path / "out", trained_on="plain"
+        )

@@ -31,7 +31,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama().save_pretrained(folder / "base")
     llama().save_pretrained(folder / "sharded", max_shard_size="100KB")
     live(llama()).save_pretrained(folder / "adapter")
-    oftsurgery.fold_checkpoint(folder / "base", folder / "adapter", folder / "folded")
+    oftsurgery.fold_checkpoint(folder / "base", folder / "adapter", folder / "folded", trained_on="plain")
     return folder
 
 
@@ -59,7 +59,7 @@ def test_the_weights_of_a_folder_of_one_file_may_be_a_link_to_a_file_of_the_user
     move_away(place / "base" / WEIGHTS, place / "elsewhere")
     move_away(place / "adapter" / "adapter_model.safetensors", place / "elsewhere")
     with noted() as said:
-        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", trained_on="plain")
     texts = [str(w.message) for w in said if w.category is SourceWarning]
     assert len(texts) == 2
     for text, name in zip(texts, ("adapter_model.safetensors", WEIGHTS), strict=True):
@@ -72,7 +72,7 @@ def test_both_files_of_an_adapter_may_be_links_to_files_of_the_users(place: Path
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         move_away(place / "adapter" / name, place / "elsewhere")
     with noted() as said:
-        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", trained_on="plain")
     assert sum("is a link to" in str(w.message) for w in said) == 2
     check_folded(place / "out", sound)
 
@@ -86,8 +86,8 @@ def test_a_link_to_somebody_elses_file_is_in_doubt(place: Path, sound: Path, mon
         oftsurgery.load_adapter(place / "adapter")
     adapter = oftsurgery.load_adapter(place / "adapter", follow_links=True)
     with pytest.raises(CheckpointError, match=text):
-        oftsurgery.fold_checkpoint(place / "base", adapter, place / "out")
-    oftsurgery.fold_checkpoint(place / "base", adapter, place / "out", follow_links=True)
+        oftsurgery.fold_checkpoint(place / "base", adapter, place / "out", trained_on="plain")
+    oftsurgery.fold_checkpoint(place / "base", adapter, place / "out", follow_links=True, trained_on="plain")
     check_folded(place / "out", sound)
 
 
@@ -99,15 +99,15 @@ def test_shards_and_other_files_that_are_links_are_in_doubt(
     for path in sorted(place.joinpath("sharded").iterdir()):
         if path.name.startswith("model-"):
             move_away(path, place / "elsewhere")
-    words = ["fold", str(place / "sharded"), str(place / "adapter"), str(place / "out")]
+    words = ["fold", str(place / "sharded"), str(place / "adapter"), str(place / "out"), "--trained-on", "plain"]
     assert cli.main(words) == 2
     err = capsys.readouterr().err
     assert "CheckpointError: a file of the checkpoint is a link that leaves its folder, to" in err
-    assert "copy the file into the folder; if you trust the link, follow it: follow_links=True (--follow-links)" in err
+    assert "copy the file into the folder; if you trust the link, follow it: --follow-links" in err
     assert cli.main([*words, "--follow-links"]) == 0
     check_folded(place / "out", sound)
     move_away(place / "sharded" / "tokenizer.json", place / "elsewhere")
-    assert cli.main([*words[:3], str(place / "out-2"), "--follow-links"]) == 0
+    assert cli.main([*words[:3], str(place / "out-2"), *words[4:], "--follow-links"]) == 0
     assert (place / "out-2" / "tokenizer.json").read_text() == '{"a": 1}'
     assert not (place / "out-2" / "tokenizer.json").is_symlink()
     both = ["verify", str(place / "out-2"), str(place / "sharded"), str(place / "adapter")]
@@ -139,8 +139,8 @@ def cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_blobs_of_the_users_own_cache_may_lie_elsewhere(cache: Path, place: Path, sound: Path) -> None:
     with noted() as said:
-        oftsurgery.fold_checkpoint("org/base", place / "adapter", place / "out")
-        oftsurgery.fold_checkpoint(cache, place / "adapter", place / "out-2")
+        oftsurgery.fold_checkpoint("org/base", place / "adapter", place / "out", trained_on="plain")
+        oftsurgery.fold_checkpoint(cache, place / "adapter", place / "out-2", trained_on="plain")
     assert not said
     check_folded(place / "out", sound)
     check_folded(place / "out-2", sound)
@@ -149,7 +149,7 @@ def test_blobs_of_the_users_own_cache_may_lie_elsewhere(cache: Path, place: Path
 def test_what_only_looks_like_a_cache_may_not(cache: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place / "another"))
     with pytest.raises(CheckpointError, match="a link that leaves its folder"):
-        oftsurgery.fold_checkpoint(cache, place / "adapter", place / "out")
+        oftsurgery.fold_checkpoint(cache, place / "adapter", place / "out", trained_on="plain")
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "/proc/self/environ", "/nowhere"])
@@ -163,7 +163,9 @@ def test_links_into_the_system(target: str, place: Path) -> None:
         path.rename(place / "kept")
         path.symlink_to(target)
         with noted(), pytest.raises((AdapterError, CheckpointError)) as caught:
-            oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", follow_links=True)
+            oftsurgery.fold_checkpoint(
+                place / "base", place / "adapter", place / "out", follow_links=True, trained_on="plain"
+            )
         assert "root:" not in str(caught.value)
         path.unlink()
         (place / "kept").rename(path)
@@ -185,7 +187,7 @@ def test_a_link_within_the_folder_needs_no_leave(place: Path, sound: Path) -> No
     (place / "base" / WEIGHTS).rename(place / "base" / "weights")
     (place / "base" / WEIGHTS).symlink_to("weights")
     save_file(load_file(place / "base" / "weights"), place / "base" / "weights", {"format": "pt"})
-    oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+    oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", trained_on="plain")
     assert torch.equal(
         outputs(load(place / "out", "LlamaForCausalLM")), outputs(load(sound / "folded", "LlamaForCausalLM"))
     )

@@ -259,7 +259,7 @@ class Run:
     def disk(self) -> Outcome:
         """The record; the model is in "disk"."""
         q = self.case.storage
-        settings: dict[str, Any] = {} if q == "fp32" else {"format": q, "double_quant": q == "nf4"}
+        settings: dict[str, Any] = {"trained_on": "plain"} if q == "fp32" else {"format": q, "double_quant": q == "nf4"}
         adapter, undo = self.adapter, self.folder / "disk.undo"
         return Outcome(
             lambda: oftsurgery.fold_checkpoint(self.plain, adapter, self.folder / "disk", undo=undo, **settings)

@@ -252,7 +252,20 @@ def test_whose_tokenizer_lies_beside_the_weights(
         from oftsurgery.cli import main as cli
 
         flags = [] if wanted is None else ["--tokenizer", str(choice)]
-        assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), *flags]) == 0
+        assert (
+            cli.main(
+                [
+                    "fold",
+                    str(place / "BASE"),
+                    str(place / "ADAPTER"),
+                    str(tmp_path / "out"),
+                    "--trained-on",
+                    "plain",
+                    *flags,
+                ]
+            )
+            == 0
+        )
         assert cli.main(["show", str(tmp_path / "out")]) == 0
         texts = capsys.readouterr().out.split("fold 1 of 1")  # of the fold, of its record
         whose = {None: "the adapter's", "adapter": "the adapter's", "base": "the base's", "folder": "of another folder"}

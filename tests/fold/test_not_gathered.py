@@ -41,7 +41,7 @@ def test_a_base_on_disk(names: tuple[str, ...], place: Path) -> None:
         CheckpointError,
         match=rf"the checkpoint's tensor {EMPTY} .*model.safetensors\] Remedy: gather the checkpoint{ON_DISK}",
     ):
-        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", trained_on="plain")
     (finding,) = oftsurgery.doctor(place / "base")
     assert (finding.code, finding.severity) == ("checkpoint-files", "error")
     assert "zero_to_fp32.py" in finding.remedy
@@ -55,7 +55,7 @@ def test_an_adapter(names: tuple[str, ...], place: Path) -> None:
     with pytest.raises(AdapterError, match=text):
         oftsurgery.fold(llama(), place / "adapter")
     with pytest.raises(AdapterError, match=text):
-        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out")
+        oftsurgery.fold_checkpoint(place / "base", place / "adapter", place / "out", trained_on="plain")
     assert [f.code for f in oftsurgery.doctor(place / "adapter")] == ["adapter-files"]
 
 

@@ -5,6 +5,7 @@ says what was done.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import MODELS, adapted, bnb_config, build, differing, load, outputs, tensors
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import oftsurgery
@@ -65,10 +67,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(tmp_path_factory.mktemp("trained"))
 
 
-def fold(trained: Trained, name: str, out: Path, **options: Any) -> tuple[oftsurgery.FoldRecord, list[str]]:
+def fold(trained: Trained, name: str | Path, out: Path, **options: Any) -> tuple[oftsurgery.FoldRecord, list[str]]:
+    adapter = trained.adapter(name) if isinstance(name, str) else name
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        record = oftsurgery.fold_checkpoint(trained.base, trained.adapter(name), out, **options)
+        record = oftsurgery.fold_checkpoint(options.pop("base", trained.base), adapter, out, **options)
     return record, [str(w.message) for w in caught if w.category is oftsurgery.SourceWarning]
 
 
@@ -76,7 +79,7 @@ def fold(trained: Trained, name: str, out: Path, **options: Any) -> tuple[oftsur
 def test_the_shortest_call_is_near_the_live_model(name: str, trained: Trained, tmp_path: Path) -> None:
     """Plain weights as the base's, of the base as it was in training."""
     record, told = fold(trained, name, tmp_path / "out")
-    said = f"the adapter was trained on {name}, as training_args.yaml beside it says; trained_on=… (--trained-on) says"
+    said = f"the adapter was trained on {name}, as training_args.yaml says; trained_on=… (--trained-on) says"
     assert [text.startswith(said) for text in told] == [True]
     assert (record.base["trained_on"], record.base["trained_on_source"]) == (name, "training_args.yaml")
     assert record.base["fold_into"] == ("original" if name == "plain" else "quantized")
@@ -97,10 +100,16 @@ def test_what_the_caller_says_counts(trained: Trained, tmp_path: Path) -> None:
     try:
         fold(trained, "plain", tmp_path / "by hand", format="bf16", quantize="nf4", double_quant=True)
         assert differing(tensors(tmp_path / "said"), tensors(tmp_path / "by hand")) == []
-        record, told = fold(trained, "plain", tmp_path / "nobody says")
-        assert told == []
-        assert "trained_on" not in record.base
-        assert record.base["fold_into"] == "original"  # nothing was quantised
+        with pytest.raises(oftsurgery.StateError, match="nobody says what the adapter was trained on") as refused:
+            fold(trained, "plain", tmp_path / "nobody says")
+        assert "--trained-on plain" in str(refused.value)
+        assert "--trained-on nf4-double" in str(refused.value)
+        assert not (tmp_path / "nobody says").exists()
+        for options in ({"fold_into": "original"}, {"format": "nf4"}, {"format": "bf16", "quantize": "nf4"}):
+            record, told = fold(trained, "plain", tmp_path / "-".join(options.values()), **options)
+            assert told == []
+            assert "trained_on" not in record.base
+            assert record.base["fold_into"] == options.get("fold_into", "quantized")
     finally:
         (tmp_path / "away").rename(trained.adapter("plain") / "training_args.yaml")
 
@@ -191,3 +200,99 @@ def test_the_command_line(trained: Trained, tmp_path: Path, capsys: pytest.Captu
     assert plan["fold_into"] == "original"
     assert cli.main(["fold", *words, str(tmp_path / "out"), "--trained-on", "nf4-double", "-q"]) == 0
     assert json.loads((tmp_path / "out" / "oftsurgery.json").read_text())["base"]["quantize"] == "nf4"
+
+
+def with_base(trained: Trained, base: object, folder: Path) -> Path:
+    """A copy of the plain adapter, without the trainer's file, whose config names ``base``."""
+    shutil.copytree(trained.adapter("plain"), folder)
+    (folder / "training_args.yaml").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return folder
+
+
+def test_a_quantised_base_that_the_config_names_says_it(trained: Trained, tmp_path: Path) -> None:
+    load(trained.base, CLS, **BASES["fp4"]).save_pretrained(tmp_path / "fp4")
+    adapter = with_base(trained, str(tmp_path / "fp4"), tmp_path / "adapter")
+    record, told = fold(trained, adapter, tmp_path / "out")
+    assert f"the adapter was trained on fp4, as config.json of {tmp_path / 'fp4'} says" in told[0]
+    assert record.base["trained_on"] == "fp4"
+    for elsewhere in (str(tmp_path / "nowhere"), "owner/name", str(trained.base), None, 3):
+        other = with_base(trained, elsewhere, tmp_path / f"adapter {str(elsewhere)[-4:]}")
+        with pytest.raises(oftsurgery.StateError, match="nobody says"):
+            oftsurgery.fold_checkpoint(trained.base, other, tmp_path / "refused")
+
+
+def test_the_base_is_left_out(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_base(trained, str(trained.base), tmp_path / "adapter")
+    adapter = str(folder)
+    _, told = fold(trained, folder, tmp_path / "python", base=None, trained_on="plain")
+    assert told == [f"the base is {trained.base}, which the adapter's config names"]
+    for at, words in enumerate(
+        (
+            ["merge", adapter, "OUT", "--trained-on", "plain"],
+            ["fold", adapter, "--trained-on", "plain", "OUT"],
+            ["fold", "--trained-on", "plain", str(trained.base), "-q", adapter, "OUT"],
+            [
+                "export",
+                "--adapter",
+                adapter,
+                "--output",
+                "OUT",
+                "--format",
+                "bf16",
+                "--trained-on",
+                "plain",
+                "--verify",
+            ],
+        )
+    ):
+        out = tmp_path / str(at)
+        assert cli.main([str(out) if word == "OUT" else word for word in words]) == 0
+        assert differing(tensors(out), tensors(tmp_path / "python")) == []
+        assert ("which the adapter's config names" in capsys.readouterr().err) == (str(trained.base) not in words)
+    assert cli.main(["plan", adapter, "--trained-on", "plain"]) == 0
+    assert f"base: {trained.base}\n" in capsys.readouterr().out
+
+
+def test_no_base_is_named(trained: Trained, tmp_path: Path) -> None:
+    nameless = with_base(trained, None, tmp_path / "nameless")
+    gone = with_base(trained, "./gone", tmp_path / "gone")
+    here = with_base(trained, str(trained.base), tmp_path / "here")
+    for text, adapter in (
+        ("the adapter's config names no base", nameless),
+        ("the base that the adapter's config names, './gone', is not here", gone),
+        ("the adapters' configs name several: .*base, ./gone", [here, gone]),
+    ):
+        with pytest.raises(oftsurgery.StateError, match=text):
+            oftsurgery.fold_checkpoint(None, adapter, tmp_path / "out", trained_on="plain")
+
+
+def test_a_release_that_trains_on_plain_weights_only(golden: Path, tmp_path: Path) -> None:
+    """peft 0.14 and 0.15 multiply what a layer stores, so that codes of 4 or 8 bits do not train."""
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(load_file(golden / "peft-0.15.2" / "base.safetensors"), base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    record = oftsurgery.fold_checkpoint(base, golden / "peft-0.15.2" / "block16", tmp_path / "out")
+    assert (record.base["trained_on"], record.base["trained_on_source"]) == ("plain", "its dialect peft-0.15")
+
+
+def test_the_trainers_settings_from_elsewhere(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaMA-Factory keeps the file of its settings where the user wrote it."""
+    settings = tmp_path / "llama3_oft_sft.yaml"
+    settings.write_text("model_name_or_path: m\nfinetuning_type: oft\nquantization_bit: 4\nquantization_method: bnb\n")
+    adapter = with_base(trained, str(trained.base), tmp_path / "adapter")
+    record, told = fold(trained, adapter, tmp_path / "out", trained_on=settings)
+    assert told == []
+    assert (record.base["trained_on"], record.base["trained_on_source"]) == ("nf4-double", "llama3_oft_sft.yaml")
+    fold(trained, adapter, tmp_path / "said", trained_on="nf4-double")
+    assert differing(tensors(tmp_path / "out"), tensors(tmp_path / "said")) == []
+    words = ["fold", str(trained.base), str(adapter), str(tmp_path / "command"), "-q", "--trained-on", str(settings)]
+    assert cli.main(words) == 0
+    assert differing(tensors(tmp_path / "command"), tensors(tmp_path / "said")) == []
+    settings.write_text("model_name_or_path: m\nfinetuning_type: oft\nquantization_bit: 4\nquantization_method: hqq\n")
+    assert cli.main([*words[:3], str(tmp_path / "refused"), *words[4:]]) == 2
+    assert "the file holds no settings of axolotl, LLaMA-Factory or ms-swift that say" in capsys.readouterr().err

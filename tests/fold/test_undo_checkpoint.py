@@ -243,7 +243,9 @@ def test_places_where_no_record_can_be_written(sources: Sources, tmp_path: Path)
         (tmp_path / "there" / "fold.undo", "a file is in the place of a folder"),
     ):
         with pytest.raises(StateError, match=message):
-            oftsurgery.fold_checkpoint(sources.base("llama"), sources.adapter("llama"), tmp_path / "out", undo=undo)
+            oftsurgery.fold_checkpoint(
+                sources.base("llama"), sources.adapter("llama"), tmp_path / "out", undo=undo, trained_on="plain"
+            )
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
 

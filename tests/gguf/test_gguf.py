@@ -220,8 +220,10 @@ def test_the_command_exports_a_folder_or_a_fold(
         (["B", "O", "--format", "gguf", "--converter", "c", "--with-past"], "--with-past belongs to"),
         (["B", "O", "--format", "gguf", "--converter", "c", "--undo", "u", "--adapter", "A"], "cannot be unfolded"),
         (["B", "O", "--format", "onnx", "--dtype", "bfloat16"], "no bfloat16 kernels"),
-        (["B", "--format", "gguf", "--converter", "c"], "OUTPUT is needed once"),
-        (["B", "O", "--base", "B", "--format", "gguf", "--converter", "c"], "BASE is needed once"),
+        (["B", "--format", "gguf", "--converter", "c"], "give BASE and OUTPUT, or"),
+        (["B", "O", "--base", "B", "--format", "gguf", "--converter", "c"], "give BASE and OUTPUT, or"),
+        (["--base", "B", "--format", "gguf", "--converter", "c"], "required: --output"),
+        (["--output", "O", "--format", "gguf", "--converter", "c"], "required: --base, --adapter"),
     ],
 )
 def test_arguments_that_do_not_belong_together(

@@ -217,6 +217,8 @@ def test_export_asks_for_the_login_before_the_fold(
         str(tmp_path / "o"),
         "--format",
         "fp32",
+        "--trained-on",
+        "plain",
     ]
     assert cli.main([*words, "--push-to-hub"]) == 2
     assert "needs your consent, and there is no terminal" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_of_several_formats_only_what_transformers_reads_is_downloaded(place: Pa
     folder = find_checkpoint(BASE)
     assert downloaded(server) == set(mine) | {"tokenizer.json", "LICENSE"}
     server.requests.clear()
-    quietly(oftsurgery.fold_checkpoint, BASE, ADAPTER, "out")
+    quietly(oftsurgery.fold_checkpoint, BASE, ADAPTER, "out", trained_on="plain")
     # the card may say what the adapter was trained on
     assert downloaded(server) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert distance(logits(load(Path("out"), "LlamaForCausalLM")), torch.load(place / "logits.pt")) < 1e-6
@@ -130,7 +130,7 @@ def test_of_several_formats_only_what_transformers_reads_is_downloaded(place: Pa
     with pytest.MonkeyPatch.context() as patch:
         offline(patch)
         assert find_checkpoint(BASE) == folder
-        quietly(oftsurgery.fold_checkpoint, BASE, ADAPTER, "out-2")
+        quietly(oftsurgery.fold_checkpoint, BASE, ADAPTER, "out-2", trained_on="plain")
     assert server.requests == []
 
 
@@ -173,7 +173,7 @@ def test_an_adapter_in_the_place_of_a_base(place: Path, server: Hub) -> None:
     with pytest.raises(
         CheckpointError, match=r"the folder holds an adapter, not a model .*Remedy: give the base model first"
     ):
-        oftsurgery.fold_checkpoint(ADAPTER, ADAPTER, "out")
+        oftsurgery.fold_checkpoint(ADAPTER, ADAPTER, "out", trained_on="plain")
     assert [f.code for f in oftsurgery.doctor(ADAPTER)] == []
 
 
@@ -209,7 +209,7 @@ def test_the_base_is_read_at_the_revision_that_the_adapter_was_trained_at(
     with pytest.warns(
         SourceWarning, match=r"org/base is read at revision v1, which the adapter's config names; revision="
     ):
-        record = oftsurgery.fold_checkpoint(BASE, adapter, "out")
+        record = oftsurgery.fold_checkpoint(BASE, adapter, "out", trained_on="plain")
     assert right("out", place)
     assert (record.base["revision"], record.base["commit"]) == ("v1", commit)
     with noted() as said:
@@ -231,15 +231,20 @@ def test_a_revision_that_is_asked_for_comes_first(
     place: Path, server: Hub, revisions: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, pinned = revisions(revision=None), revisions(revision="nowhere")
-    record = oftsurgery.fold_checkpoint(BASE, plain, "main")
+    record = oftsurgery.fold_checkpoint(BASE, plain, "main", trained_on="plain")
     assert not right("main", place)
     assert record.base["commit"] == server.repos[BASE].branches["main"]
     assert "revision" not in record.base
     for i, (given, asked) in enumerate(((BASE, "v1"), (f"{BASE}@v1", None), (f"{BASE}@v1", "v1"))):
         for adapter in (plain, pinned):
-            assert oftsurgery.fold_checkpoint(given, adapter, f"{adapter}-{i}", revision=asked).base["revision"] == "v1"
+            assert (
+                oftsurgery.fold_checkpoint(given, adapter, f"{adapter}-{i}", revision=asked, trained_on="plain").base[
+                    "revision"
+                ]
+                == "v1"
+            )
             assert right(f"{adapter}-{i}", place)
-    words = ["fold", BASE, str(pinned), "cli", "--base-revision", "release/1"]
+    words = ["fold", BASE, str(pinned), "cli", "--base-revision", "release/1", "--trained-on", "plain"]
     assert cli.main(words) == 0
     assert right("cli", place)
     capsys.readouterr()
@@ -261,13 +266,13 @@ def test_a_revision_of_another_base_or_the_main_one_changes_nothing(
     place: Path, server: Hub, revisions: Callable[..., Path], fields: dict[str, Any]
 ) -> None:
     with noted() as said:
-        record = oftsurgery.fold_checkpoint(BASE, revisions(**fields), "out")
+        record = oftsurgery.fold_checkpoint(BASE, revisions(**fields), "out", trained_on="plain")
     assert not said
     assert record.base["commit"] == server.repos[BASE].branches["main"]
 
 
 def test_a_local_base_has_no_revision(place: Path, revisions: Callable[..., Path]) -> None:
-    record = oftsurgery.fold_checkpoint(place / "v1", revisions(revision="v1"), "out")
+    record = oftsurgery.fold_checkpoint(place / "v1", revisions(revision="v1"), "out", trained_on="plain")
     assert record.base.keys().isdisjoint({"revision", "commit"})
 
 
@@ -277,7 +282,7 @@ def test_adapters_that_were_trained_at_different_revisions(place: Path, revision
     with pytest.raises(
         StateError, match=r"trained at different revisions of org/base: v1, release/1 .*Remedy: name the revision"
     ):
-        oftsurgery.fold_checkpoint(BASE, [one, second], "out")
+        oftsurgery.fold_checkpoint(BASE, [one, second], "out", trained_on="plain")
 
 
 @pytest.mark.parametrize("revision", ["../../../etc/passwd", "v1/../../x", 7])
@@ -288,7 +293,7 @@ def test_revisions_that_an_adapters_config_may_not_name(revisions: Callable[...,
             (AdapterError, CheckpointError), match=r"no repository has a revision of the name|revision = '7'"
         ),
     ):
-        oftsurgery.fold_checkpoint(BASE, revisions(revision=revision), "out")
+        oftsurgery.fold_checkpoint(BASE, revisions(revision=revision), "out", trained_on="plain")
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -320,10 +325,15 @@ def test_an_adapter_in_a_subfolder_and_at_a_revision(
         SourceWarning, match=r"me/adapter holds one adapter, in its subfolder runs/sft; this adapter is read"
     ):
         assert oftsurgery.load_adapter(ADAPTER).source == f"hf://{ADAPTER}/runs/sft"
-    record = oftsurgery.fold_checkpoint(place / "v1", f"{ADAPTER}/runs/sft", "out")
+    record = oftsurgery.fold_checkpoint(place / "v1", f"{ADAPTER}/runs/sft", "out", trained_on="plain")
     assert record.adapters[0].source == f"hf://{ADAPTER}/runs/sft"
     assert cli.main(["adapter", "show", ADAPTER, "--adapter-subfolder", "runs/sft", "-q"]) == 0
-    assert cli.main(["fold", str(place / "v1"), ADAPTER, "out-2", "--adapter-subfolder", "runs/sft"]) == 0
+    assert (
+        cli.main(
+            ["fold", str(place / "v1"), ADAPTER, "out-2", "--adapter-subfolder", "runs/sft", "--trained-on", "plain"]
+        )
+        == 0
+    )
     assert "SourceWarning" not in capsys.readouterr().err
     assert cli.main(["verify", "out-2", str(place / "v1"), ADAPTER, "--adapter-subfolder", "runs/sft"]) == 0
     assert quietly(oftsurgery.doctor, ADAPTER) == []
@@ -342,7 +352,7 @@ def test_what_the_adapter_was_trained_on_is_asked_of_the_hub_too(name: str, plac
     with noted() as caught:
         record = oftsurgery.fold_checkpoint(place / "v1", ADAPTER, "out")
     assert (record.base["trained_on"], record.base["trained_on_source"]) == ("int8", name)
-    assert any(f"trained on int8, as {name} beside it says" in str(w.message) for w in caught)
+    assert any(f"trained on int8, as {name} says" in str(w.message) for w in caught)
 
 
 def test_several_adapters_are_listed_the_last_checkpoint_last(place: Path, server: Hub) -> None:
@@ -405,7 +415,7 @@ def test_no_such_repository_subfolder_or_network(server: Hub, place: Path) -> No
 
 
 def test_a_push_beside_an_adapter_is_refused_with_a_remedy_that_works(place: Path, server: Hub) -> None:
-    quietly(oftsurgery.fold_checkpoint, place / "v1", place / "adapter", "out")
+    quietly(oftsurgery.fold_checkpoint, place / "v1", place / "adapter", "out", trained_on="plain")
     hold(server, ADAPTER, files_of(place / "adapter") | {".gitattributes": b""})
     text = (
         r"the repository me/adapter holds an adapter: adapter_config.json, adapter_model.safetensors; transformers would load the adapter "
@@ -441,7 +451,7 @@ def test_the_command_in_a_process_of_its_own(server: Hub, tmp_path: Path) -> Non
 def test_an_empty_repository_is_no_base(server: Hub, place: Path) -> None:
     hold(server, BASE, {})
     with pytest.raises(CheckpointError, match=r"the folder has neither model.safetensors nor .* \[at org/base\]"):
-        oftsurgery.fold_checkpoint(BASE, place / "adapter", "out")
+        oftsurgery.fold_checkpoint(BASE, place / "adapter", "out", trained_on="plain")
 
 
 def test_the_client_does_not_note_what_a_repository_lacks(
@@ -451,7 +461,7 @@ def test_the_client_does_not_note_what_a_repository_lacks(
     index = json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]).encode()
     hold(server, BASE, files_of(place / "v1") | {"modules.json": index, "1_Pooling/config.json": b"{}"})
     hold(server, ADAPTER, {f"sub/{name}": data for name, data in files_of(place / "adapter").items()})
-    assert cli.main(["fold", BASE, ADAPTER, "out", "-q"]) == 0
+    assert cli.main(["fold", BASE, ADAPTER, "out", "-q", "--trained-on", "plain"]) == 0
     assert capsys.readouterr() == ("", "")
     assert "No files matched" not in caplog.text
     assert Path("out/1_Pooling/config.json").is_file()

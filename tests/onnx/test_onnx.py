@@ -961,7 +961,18 @@ def test_a_graph_never_replaces_the_model_that_it_is_made_of(
     with pytest.raises(StateError, match=r"the destination is, or holds, the model itself"):
         oftsurgery.export_onnx(transformers.AutoModel.from_pretrained(base), tmp_path, force=True)
     for output, what in ((base, "base"), (adapter, "adapter")):
-        words = ["export", "--base", str(base), "--adapter", str(adapter), "--output", str(output), "--force"]
+        words = [
+            "export",
+            "--base",
+            str(base),
+            "--adapter",
+            str(adapter),
+            "--output",
+            str(output),
+            "--force",
+            "--trained-on",
+            "plain",
+        ]
         assert cli.main([*words, "--format", "onnx"]) == 2
         assert f"the destination is, or holds, the {what} itself" in capsys.readouterr().err
     assert file_bytes(tmp_path) == before

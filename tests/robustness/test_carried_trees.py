@@ -148,7 +148,10 @@ def test_a_tree_that_leads_outside_is_refused(base: Path, case: str, capsys: pyt
         quiet_fold(base, root / "adapter", root / "out")
     assert caught.value.remedy
     assert sorted(map(str, root.rglob("*"))) == before
-    assert cli.main(["fold", str(base), str(root / "adapter"), str(root / "out")]) == ExitCode.REFUSED
+    assert (
+        cli.main(["fold", str(base), str(root / "adapter"), str(root / "out"), "--trained-on", "plain"])
+        == ExitCode.REFUSED
+    )
     assert SECRET not in "".join(capsys.readouterr())
     if "adapter" not in case:
         assert any(f.severity == "error" for f in doctor(base))

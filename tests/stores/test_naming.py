@@ -92,7 +92,7 @@ def test_fused_names_on_experts_held_one_by_one_are_refused(tmp_path: Path, name
         oftsurgery.FormatError,
         match=r"the model merges this weight from \d+ tensors of the checkpoint .*experts\.0\..*one by one",
     ) as caught:
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert path in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -111,7 +111,7 @@ def test_experts_that_the_checkpoint_holds_fused_are_refused(tmp_path: Path, ada
     )
     hand_made(tmp_path / "adapter", {adapter: 64})
     with pytest.raises((oftsurgery.MatchError, oftsurgery.FormatError), match="experts"):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +203,7 @@ def test_what_matches_nothing_is_refused_with_the_nearest_names(tmp_path: Path, 
     build(name).save_pretrained(tmp_path / "base")
     hand_made(tmp_path / "adapter", {path: 64})
     with pytest.raises(oftsurgery.MatchError, match=rf"match nothing in the model; nearest in the model: .*{nearest}"):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert not (tmp_path / "out").exists()
 
 
@@ -230,7 +230,7 @@ def test_a_config_that_its_class_cannot_take_is_refused(tmp_path: Path) -> None:
         oftsurgery.CheckpointError,
         match=r"knows the model type llama, but cannot build it from this config.*restore the config\.json",
     ):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
 
 
 @pytest.mark.parametrize(

@@ -463,7 +463,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, trained: OFTAdapter) -
     """BASE, and MERGED (fp32), NF4 (quantised and folded on the way)."""
     folder = tmp_path_factory.mktemp("disk")
     mini("fp32").save_pretrained(folder / "BASE", max_shard_size="20MB")
-    oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "MERGED", max_shard_size="30MB")
+    oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "MERGED", max_shard_size="30MB", trained_on="plain")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)
         oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "NF4", format="nf4", double_quant=True)
@@ -533,7 +533,7 @@ def test_memory_goes_with_the_largest_weight_not_with_the_model(tmp_path: Path) 
         tensors = {f"layers.{i}.weight": torch.randn(size, size) for i in range(layers)}
         save_file(tensors, base / "model.safetensors")
         turns = OFTAdapter({f"layers.{i}": rotation(size, 32, 0.1, i) for i in range(layers)})
-        oftsurgery.fold_checkpoint(base, turns, tmp_path / f"merged {layers}")
+        oftsurgery.fold_checkpoint(base, turns, tmp_path / f"merged {layers}", trained_on="plain")
         del tensors
         command = [sys.executable, "-c", MEASURE, base, tmp_path / f"merged {layers}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1155,8 +1155,8 @@ def test_names_of_modules_are_escaped_in_a_plan_too(bench: Bench, capsys: pytest
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "OFT", "use_cayley_neumann": False}))
     out = bench.root / "out"
     for command in (
-        ["plan", str(folder), str(adapter)],
-        ["fold", str(folder), str(adapter), str(out), "-v"],
+        ["plan", str(folder), str(adapter), "--trained-on", "plain"],
+        ["fold", str(folder), str(adapter), str(out), "-v", "--trained-on", "plain"],
         ["show", str(out)],
         ["verify", str(out), str(folder), str(adapter)],
     ):
