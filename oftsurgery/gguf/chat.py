@@ -87,6 +87,8 @@ def modelfile(reader: Any, file: str) -> Modelfile:
             if '"""' in go or "{{" in "".join(_all(texts)):
                 raise ValueError("the template has signs that a Modelfile cannot hold")
             reason = None
+            if "tools" in template:
+                lines.append("# the chat template takes tools, and TEMPLATE takes none")
             lines.append(f'TEMPLATE """{go}"""')
             stops = dict.fromkeys(s for s in (texts.assistant[1].strip(), tokens.get("eos", "")) if s)
             lines += [f'PARAMETER stop """{stop}"""' for stop in stops]

@@ -101,6 +101,13 @@ def test_the_template_in_go_gives_the_prompts_of_the_chat_template(
     assert 'PARAMETER stop """<|end|>"""' in made.text
 
 
+def test_tools_are_left_out_and_the_modelfile_says_so(tmp_path: Path) -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+    made = modelfile(read_gguf(make_gguf(tmp_path / "m.gguf", template)), "m.gguf")
+    assert made.without_template is None
+    assert "# the chat template takes tools, and TEMPLATE takes none\n" in made.text
+
+
 def test_a_first_token_that_the_tokenizer_does_not_add_stays(tmp_path: Path) -> None:
     made = modelfile(read_gguf(make_gguf(tmp_path / "m.gguf", LLAMA3, add_bos=False)), "m.gguf")
     assert '"""{{ if .System }}<|begin|><|start|>system' in made.text
