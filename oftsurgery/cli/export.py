@@ -136,9 +136,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "--format gguf needs --converter FILE (llama.cpp's convert_hf_to_gguf.py), and no other format takes it"
         )
     if final and args.undo:
-        args.usage_error(
-            f"the format {args.format} cannot be unfolded, so --undo belongs to the other formats: leave out --undo"
-        )
+        what = "a GGUF file" if args.format == "gguf" else "a graph"
+        args.usage_error(f"{what} cannot be unfolded, so --undo belongs to the other formats: leave out --undo")
     if not args.adapter and (not final or args.dry_run or args.verify or args.quantize):
         args.usage_error("the following arguments are required: --adapter")
 

@@ -218,7 +218,10 @@ def test_the_command_exports_a_folder_or_a_fold(
         (["B", "O", "--format", "onnx", "--converter", "c"], "no other format takes it"),
         (["B", "O", "--format", "bf16", "--adapter", "A", "--dtype", "float16"], "--dtype and --no-verify belong to"),
         (["B", "O", "--format", "gguf", "--converter", "c", "--with-past"], "--with-past belongs to"),
-        (["B", "O", "--format", "gguf", "--converter", "c", "--undo", "u", "--adapter", "A"], "cannot be unfolded"),
+        (
+            ["B", "O", "--format", "gguf", "--converter", "c", "--undo", "u", "--adapter", "A"],
+            "a GGUF file cannot be unfolded",
+        ),
         (["B", "O", "--format", "onnx", "--dtype", "bfloat16"], "no bfloat16 kernels"),
         (["B", "--format", "gguf", "--converter", "c"], "give BASE and OUTPUT, or"),
         (["B", "O", "--base", "B", "--format", "gguf", "--converter", "c"], "give BASE and OUTPUT, or"),
