@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import share
 
 from .arguments import (
     FOLDING_FLAGS,
@@ -130,7 +131,7 @@ def _unfold(args: argparse.Namespace) -> None:
 def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None) -> None:
     if wants_words(args, record):
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
-        kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
+        kept = "" if record is None or record.kept is None else f", {share(record.kept, '.1%')} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
         if record is not None:
             print_facts(*facts_beside(record.to_dict()))

@@ -29,7 +29,7 @@ class Rotate:
 
     Attributes:
         path: the module's path.
-        format: the format of the module's weight.
+        format: the format of the module's weight; in a fold into a live model, the format that the rotated weight takes.
         chain: the rotations in the live order.
         untied: whether another place holds the same tensor.
         inverse: whether to rotate back.

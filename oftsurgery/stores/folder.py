@@ -302,8 +302,12 @@ class FolderStore:
 
 def holds_quantised_weights(source: Checkpoint) -> bool:
     """Whether the checkpoint holds quantised weights, or its config says so."""
-    named = source.config.get("quantization_config") is not None
-    return named or any(
+    return source.config.get("quantization_config") is not None or has_quantised_weights(source)
+
+
+def has_quantised_weights(source: Checkpoint) -> bool:
+    """Whether the checkpoint holds quantised weights, whatever its config says."""
+    return any(
         name.endswith("weight") and len(checkpoint_tensors.companion_names(name, source.entries)) > 1
         for name in source.entries
     )
