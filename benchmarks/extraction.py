@@ -1,7 +1,7 @@
-"""What extraction finds, on real weights: ``python benchmarks/extraction.py``; the figures of docs/extraction.md.
+"""``python benchmarks/extraction.py`` measures what an extraction finds on real weights, for the figures of docs/extraction.md.
 
-MiniLM with an adapter that peft trained on it (b = 32), folded into each format and extracted again; and block sizes over
-a grid of formats, sizes and norms.
+The benchmark folds an adapter that peft trained on MiniLM (b = 32) into each format, and extracts the adapter again. The
+benchmark also looks for block sizes over a grid of formats, sizes and norms.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""How long a fold on disk takes, beside copying the files and beside peft: ``make bench``, about three minutes on two
-cores.
+"""This benchmark times a fold on disk, beside a copy of the files and beside peft. ``make bench`` runs the benchmark in
+about three minutes on two cores.
 
-A llama of 1.1 billion weights in NF4 (random bytes) is written to a temporary folder, with an adapter on every linear.
-Then in turn, ``--repeats`` rounds:
+The benchmark writes a llama of 1.1 billion weights in NF4 (random bytes) to a temporary folder, with an adapter on every
+linear. Then it runs three ways in turn, in ``--repeats`` rounds:
 
 * ``cp -r`` of the checkpoint, which does not wait for the disk;
-* ``oftsurgery.fold_checkpoint``, which does (fsync) and leaves a whole checkpoint;
-* transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory: nothing is saved, since
-  transformers cannot.
+* ``oftsurgery.fold_checkpoint``, which waits for the disk (fsync) and leaves a whole checkpoint;
+* transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory: this way saves nothing, because
+  transformers cannot save such a model.
 
-The last two run in processes of their own, which tell their time, imports and the kernels' loading apart, and their
-peak of memory above these. The files are in the page cache for all three; one fold and one copy before the first round do not count.
-Medians and ranges go to the terminal, everything to ``benchmarks/results/fold_checkpoint.json``.
+The last two ways run in processes of their own. These processes report their time without imports and without the loading of
+the kernels, and their peak of memory above both. The files are in the page cache for all three ways; one fold and one copy
+before the first round do not count. Medians and ranges go to the terminal, and all figures to
+``benchmarks/results/fold_checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peft-repeats", type=int, default=1, help="of those, with peft too, which takes minutes")
+    parser.add_argument("--peft-repeats", type=int, default=1, help="rounds that time peft too, which takes minutes")
     parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -58,14 +59,14 @@ def copy(base: Path, out: Path) -> dict[str, float]:
 
 
 def resident(what: str) -> int:
-    """Bytes of this process; ``what``: VmRSS now, VmHWM at most."""
+    """Bytes of this process; ``what`` is VmRSS (now) or VmHWM (at most)."""
     line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(what))
     return int(line.split()[1]) * 1024
 
 
 def alone(way: str, base: Path, adapter: Path, out: Path, shard_size: str) -> None:
-    """One fold or merge in this process; prints its figures."""
-    # seconds, for both: a fold on disk asks transformers how the model's tensors are named
+    """Run one fold or merge in this process, and print the figures."""
+    # the imports take seconds, in both ways: a fold on disk asks transformers how the model's tensors are named
     import bitsandbytes  # noqa: F401
     from transformers import LlamaForCausalLM
 

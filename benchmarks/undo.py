@@ -1,9 +1,9 @@
-"""What an undo record costs: bits a weight on the real MiniLM with adapters that are trained here, processor seconds for
-one layer of 4096 × 4096, and other compressors on the same streams.
+"""This benchmark measures what an undo record costs: bits a weight on the real MiniLM with adapters that are trained
+here, processor seconds for one layer of 4096 × 4096, and other compressors on the same streams.
 
     python benchmarks/undo.py
 
-About four minutes on two cores, most of them the training.
+The benchmark takes about four minutes on two cores; most of the time is training.
 """
 
 from __future__ import annotations

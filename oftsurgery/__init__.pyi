@@ -13,6 +13,7 @@ from .api.checkpoints import extract_checkpoint as extract_checkpoint
 from .api.checkpoints import fold_checkpoint as fold_checkpoint
 from .api.checkpoints import unfold_checkpoint as unfold_checkpoint
 from .api.checkpoints import verify_checkpoint as verify_checkpoint
+from .api.exports import export_gguf as export_gguf
 from .api.exports import export_onnx as export_onnx
 from .api.exports import export_safetensors as export_safetensors
 from .api.models import extract as extract
@@ -26,9 +27,9 @@ from .checks.checkpoint_report import WeightCheck as WeightCheck
 from .checks.doctor import doctor as doctor
 from .checks.extract_adapters import ExtractedAdapter as ExtractedAdapter
 from .checks.findings import Finding as Finding
-from .checks.verify_models import OutputError as OutputError
-from .checks.verify_models import VerifyReport as VerifyReport
 from .checks.verify_models import verify as verify
+from .checks.verify_report import OutputError as OutputError
+from .checks.verify_report import VerifyReport as VerifyReport
 from .errors import AdapterError as AdapterError
 from .errors import BackendWarning as BackendWarning
 from .errors import CalibrationError as CalibrationError
@@ -44,12 +45,14 @@ from .errors import FormatError as FormatError
 from .errors import HubError as HubError
 from .errors import IdleWarning as IdleWarning
 from .errors import IntegrityError as IntegrityError
+from .errors import LeftOutWarning as LeftOutWarning
 from .errors import MatchError as MatchError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OFTSurgeryError as OFTSurgeryError
 from .errors import RoundingWarning as RoundingWarning
 from .errors import ShapeError as ShapeError
+from .errors import SourceWarning as SourceWarning
 from .errors import StateError as StateError
 from .errors import UndoError as UndoError
 from .errors import UnfoldWarning as UnfoldWarning
@@ -57,6 +60,7 @@ from .errors import UntieWarning as UntieWarning
 from .errors import WeakAdapterWarning as WeakAdapterWarning
 from .formats.encoded_weight import EncodedWeight as EncodedWeight
 from .formats.encoded_weight import WeightFormat as WeightFormat
+from .gguf.export import GgufReport as GgufReport
 from .hub import PushReport as PushReport
 from .hub import push_to_hub as push_to_hub
 from .live.dispatch import dispatch_bnb_4bit as dispatch_bnb_4bit

@@ -1,4 +1,4 @@
-"""What torch, safetensors, configs and the command line call a dtype: one table."""
+"""One table of the names that torch, safetensors, configs and the command line have for dtypes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .errors import StateError, printable
 
-#: safetensors' name → dtype, of all that are read
+#: safetensors' name → dtype, for every dtype that oftsurgery reads
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -30,22 +30,22 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F8_E5M2": torch.float8_e5m2,
     }
 )
-#: its mirror
+#: dtype → safetensors' name
 DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
-#: those of plain weights
+#: dtypes of plain weights
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: the command line's name of a dense format → dtype
 DENSE: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 )
-#: its mirror
+#: dtype → the command line's name of a dense format
 FORMAT_OF: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DENSE.items()})
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As configs and records have it.
+    """The name of a dtype in configs and records.
 
     >>> name_of(torch.bfloat16)
     'bfloat16'
@@ -53,7 +53,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-#: torch's name → dtype, of all that a model's tensors may have to be saved
+#: torch's name → dtype, for every dtype in which a tensor can be saved
 NAMED: Mapping[str, torch.dtype] = MappingProxyType(
     {
         name_of(DTYPES[name]): DTYPES[name]
@@ -63,12 +63,12 @@ NAMED: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 def float_dtype(name: str) -> torch.dtype:
-    """The dtype of a dense format by its name.
+    """The dtype of a dense format, from the dtype's name.
 
     Raises:
-        StateError: there is none.
+        StateError: ``name`` is not float32, float16 or bfloat16.
     """
     dtype = NAMED.get(name)
     if dtype is None or dtype not in FORMAT_OF:
-        raise StateError(f"unknown dtype {printable(name)!r}", remedy="float32, float16 or bfloat16")
+        raise StateError(f"unknown dtype {printable(name)!r}", remedy="use float32, float16 or bfloat16")
     return dtype

@@ -1,7 +1,8 @@
 """Every error that oftsurgery raises on purpose, with its facts in fields.
 
-One tree, rooted at :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and the remedy, both in
-its text (for people) and in its attributes (for programs). Nothing here imports anything but the standard library.
+All errors form one tree, whose root is :class:`OFTSurgeryError`. Each error names the tensor or module, the shapes, and
+the remedy, both in its text (for people) and in its attributes (for programs). This file imports the standard library
+alone.
 """
 
 from __future__ import annotations
@@ -14,28 +15,45 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-# the Hub's tokens, wherever they come from
+# access tokens of the Hub
 _TOKEN = re.compile(r"\bhf_(?:oauth_)?[A-Za-z0-9]{20,}")
 
 
 def without_tokens(text: str, *known: str) -> str:
-    """``text`` with stars in place of access tokens: those that are ``known``, and what looks like one."""
+    """``text`` with stars in place of the ``known`` access tokens, and of all text that looks like a token."""
     for token in known:
         text = text.replace(token, "***")
     return _TOKEN.sub("hf_***", text)
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """``text`` for a message: control characters escaped (names come from untrusted files), and cut to ``limit``
-    characters. Access tokens become stars.
+    """``text`` for a message. Control characters are escaped, because names come from untrusted files; access tokens
+    become stars; the text is cut to ``limit`` characters.
     """
     text = without_tokens(str(text))
     out = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode("ascii") for ch in text)
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
+#: the largest share that :func:`share` writes as it is
+_MOST = 100.0
+
+
+def share(value: float, spec: str = ".0%") -> str:
+    """A share as a percentage, for a message. A share far beyond the whole was measured against nearly nothing, so the text
+    states only that.
+
+    >>> share(0.984), share(-0.001), share(18290.98)
+    ('98%', '0%', '> 10000%')
+    """
+    if abs(value) >= _MOST:
+        return f"{'>' if value > 0 else '<'} {_MOST if value > 0 else -_MOST:.0%}"
+    text = format(value, spec)
+    return text if any(ch in "123456789" for ch in text) else format(0.0, spec)  # no minus before a zero
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error, its cause, the cause of that cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -84,7 +102,7 @@ class OFTSurgeryError(Exception):
         self.remedy = remedy
         place = None if path is None else str(path)
         super().__init__(self._text(place))
-        self.path = place  # after ImportError's own __init__, which clears an attribute of that name
+        self.path = place  # set after ImportError's __init__, which clears the attribute `path`
 
     def _text(self, place: str | None) -> str:
         facts: list[tuple[str, Any, Callable[[Any], str]]] = [
@@ -99,7 +117,7 @@ class OFTSurgeryError(Exception):
         return self.message + f" [{known}]" * bool(known) + f" Remedy: {self.remedy}" * bool(self.remedy)
 
     def within(self, module: str) -> OFTSurgeryError:
-        """The same error, told of ``module``, unless it already names one."""
+        """The same error with ``module`` as its module, unless the error names a module already."""
         if self.module is not None:
             return self
         return type(self)(self.message, **(self._fields | {"module": module}))
@@ -109,6 +127,12 @@ class OFTSurgeryError(Exception):
         names = ("tensor", "module", "shape", "expected", "format", "path", "remedy")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The message and the known fields as plain values."""
+        shapes = {name: list(value) if isinstance(value, tuple) else value for name, value in self._fields.items()}
+        return {"message": self.message, **{name: value for name, value in shapes.items() if value is not None}}
+
     def __reduce__(self) -> tuple[Any, ...]:
         # keyword-only arguments do not survive Exception's own pickling (multiprocessing, concurrent.futures)
         return (partial(type(self), **self._fields), (self.message,))
@@ -116,7 +140,7 @@ class OFTSurgeryError(Exception):
 
 @contextmanager
 def module_in_errors(module: str) -> Iterator[None]:
-    """Errors in the body as :meth:`OFTSurgeryError.within` tells them of ``module``."""
+    """Add ``module`` to each error of the body, by :meth:`OFTSurgeryError.within`."""
     try:
         yield
     except OFTSurgeryError as error:
@@ -158,11 +182,11 @@ class MatchError(OFTSurgeryError):
 
 
 class ShapeError(OFTSurgeryError):
-    """A tensor's shape does not fit what it is applied to."""
+    """A tensor's shape does not fit its use."""
 
 
 class ExtractionError(OFTSurgeryError):
-    """The difference of two models does not say what rotation it is, or is none."""
+    """The difference of two models does not determine a rotation, or is not a rotation."""
 
 
 class NonFiniteError(OFTSurgeryError):
@@ -186,12 +210,22 @@ class UndoError(OFTSurgeryError):
 
 
 class MissingDependencyError(OFTSurgeryError, ImportError):
-    """An optional dependency is not installed; the remedy names the extra that brings it."""
+    """An optional dependency is not installed; the remedy names the extra that brings the dependency."""
+
+
+#: the remedy for a model in memory whose tensors are not gathered
+GATHER_MODEL = "gather the model within `deepspeed.zero.GatheredParameters(list(model.parameters()))`, or load a checkpoint that is whole"
+
+
+def not_gathered(kind: type[OFTSurgeryError], what: str, remedy: str, **where: Any) -> OFTSurgeryError:
+    """The error for a tensor without elements, which DeepSpeed's ZeRO-3 or FSDP holds in parts."""
+    message = f"{what} has no elements: training has spread the tensor over processes (ZeRO-3, FSDP), and nobody gathered the parts"
+    return kind(message, remedy=remedy, **where)
 
 
 @contextmanager
 def needs(package: str, remedy: str) -> Iterator[None]:
-    """An import in the body that fails is a :class:`MissingDependencyError` of ``package``."""
+    """Turn a failed import in the body into a :class:`MissingDependencyError` that names ``package``."""
     try:
         yield
     except ImportError as error:
@@ -203,7 +237,7 @@ class RoundingWarning(UserWarning):
 
 
 class WeakAdapterWarning(RoundingWarning):
-    """States, once a fold, that rounding has put back a part of what the adapter changed, and how much is kept."""
+    """States, once a fold, that rounding has undone a part of the adapter's change, and how much of the change is kept."""
 
 
 class UnfoldWarning(UserWarning):
@@ -211,7 +245,7 @@ class UnfoldWarning(UserWarning):
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """``warnings.warn`` told of the line that called into oftsurgery, however deep inside it is: filters go by that."""
+    """Warn in the name of the line that called oftsurgery, however deep the call is: warning filters match that line."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "oftsurgery",
@@ -222,11 +256,21 @@ def warn_caller(message: str, category: type[Warning]) -> None:
 
 
 class UntieWarning(UserWarning):
-    """A fold gave two modules that shared a weight a weight each."""
+    """A fold gave each of two modules that shared a weight a weight of its own."""
+
+
+class SourceWarning(UserWarning):
+    """A function read something that its arguments left open: the revision of a base, the only adapter in a subfolder, the
+    target of a link, names without the segments of wrappers, or a part of an adapter.
+    """
 
 
 class IdleWarning(UserWarning):
-    """Names, once a fold, the layers whose rotation is left out: their owners read the weight and never call them."""
+    """Names, once a fold, the layers whose rotation is left out, since the layer's owner reads the weight and never calls the layer."""
+
+
+class LeftOutWarning(UserWarning):
+    """Names, once an output, the files of the whole model that the output lacks, or that the output has from an adapter."""
 
 
 class CalibrationWarning(UserWarning):
@@ -234,7 +278,7 @@ class CalibrationWarning(UserWarning):
 
 
 class BackendWarning(UserWarning):
-    """A fast path is missing or failed; what it would have done is done by a slower one, with the same result."""
+    """A fast path is missing or failed; a slower path has computed the same result."""
 
 
 class ConversionWarning(UserWarning):

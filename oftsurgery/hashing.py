@@ -1,4 +1,4 @@
-"""Content hashes of tensors in memory: XXH3-128, fast enough for every fold (files carry SHA-256 instead)."""
+"""Content hashes of tensors in memory, by XXH3-128, which is fast enough for every fold. Files have SHA-256 instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """``"xxh3:<32 hex digits>"`` over names, dtypes, shapes and bytes, whatever the mapping's order, device or strides."""
+    """``"xxh3:<32 hex digits>"`` of names, dtypes, shapes and bytes; the mapping's order, device and strides have no effect."""
     import xxhash
 
     h = xxhash.xxh3_128()
@@ -23,5 +23,5 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def hash_bytes(content: bytes) -> str:
-    """:func:`hash_tensors` of bytes."""
+    """The hash of bytes, in the form of :func:`hash_tensors`."""
     return hash_tensors({"": torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)})

@@ -1,7 +1,7 @@
-"""Push an exported folder to a Hub repository, through huggingface_hub: its files and no others, in one commit.
+"""Push the files of an export, and no others, to a Hub repository through huggingface_hub, in one commit.
 
-Large files are uploaded first, one by one, and are not sent again by a later attempt; the repository shows nothing of
-them before the commit, which is the last step.
+Large files are uploaded first, one by one, and a later attempt does not send them again; the repository shows no uploaded
+file before the commit, which is the last step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -30,7 +30,7 @@ from .errors import (
     printable,
     without_tokens,
 )
-from .files.reading import inside
+from .files.reading import ADAPTER_CONFIG, inside
 from .progress import Progress
 from .records import card
 from .records.card import CARD
@@ -39,10 +39,10 @@ from .records.record_file import RECORD, record_in
 
 __all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
 
-_TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data")
-_LARGE = 10_000_000  # bytes from which a file is uploaded by itself, before the commit
-_CONFLICTS = 3  # commits that are tried where others commit at the same time
-_MAX_NAME = 96  # of a repository, as the Hub allows
+_TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data", ".gguf")
+_LARGE = 10_000_000  # a file of at least this many bytes is uploaded by itself, before the commit
+_CONFLICTS = 3  # the number of attempts where others commit at the same time
+_MAX_NAME = 96  # the longest name of a repository that the Hub allows
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class PushReport:
 
     @property
     def nbytes(self) -> int:
-        """Of all files."""
+        """The bytes of all files."""
         return sum(self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The report as plain values."""
         return plain(vars(self)) | {"bytes": self.nbytes, "pictures": list(self.pictures)}  # type: ignore[no-any-return]
 
 
@@ -152,7 +152,7 @@ def plan_push(
     create_pr: bool = False,
     token: str | None = None,
 ) -> PushReport:
-    """What :func:`push_to_hub` would send where; same errors as far as the folder goes."""
+    """A report of what :func:`push_to_hub` would send, and to which repository; errors of the folder are raised here too."""
     path = Path(folder).expanduser()
     record, files, changed = _manifest(path)
     pictures = _pictures(record) if CARD in files else {}
@@ -165,7 +165,7 @@ def plan_push(
         create_pr=create_pr,
         files=MappingProxyType(files | {name: len(data) for name, data in pictures.items()}),
         changed=changed,
-        left_out=tuple(sorted(p.name for p in path.iterdir() if p.name not in files)),
+        left_out=tuple(_strangers(path, files)),
         pictures=MappingProxyType(pictures),
     )
 
@@ -174,33 +174,45 @@ def plan_push(
 
 
 def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]]:
-    """(record, ``{name: bytes}`` of what an export wrote into ``folder``, which of it was changed since)."""
+    """(record, ``{name: bytes}`` of the export's files in ``folder``, names of the files that have changed since)."""
     if not folder.is_dir():
-        raise CheckpointError("no such folder", path=folder, remedy="give a folder that oftsurgery wrote")
+        raise CheckpointError("the folder does not exist", path=folder, remedy="give a folder that oftsurgery wrote")
     record = record_in(folder)
     if record is None or not record.files:
         raise StateError(
-            f"the folder has no {RECORD} with its files' hashes, so it is not known what belongs to the export",
+            f"the folder has no {RECORD} with the hashes of files, so oftsurgery does not know which files belong to the export",
             path=folder,
-            remedy="export it with this version of oftsurgery, or send the folder as it is with `hf upload`",
+            remedy="export the model with this version of oftsurgery, or send the whole folder with `hf upload`",
         )
     state = verify_checkpoints.check_files(folder).files
-    for wrong, verb in (("missing", "are missing"), ("changed", "are not those that were exported")):
+    for wrong, verb in (("missing", "are missing"), ("changed", "have changed since the export")):
         names = [n for n, s in state.items() if s == wrong and (wrong == "missing" or n.endswith(_TENSORS))]
         if names:
             raise IntegrityError(
                 f"{len(names)} files of the export {verb}: {', '.join(map(printable, names[:3]))}{' …' * (len(names) > 3)}",
                 path=folder,
-                remedy="export it again",
+                remedy="export the model again",
             )
     own = [CARD] if (folder / CARD).exists() else []
     names = sorted({*record.files, RECORD, *own})
-    files = {name: inside(folder, name).stat().st_size for name in names}
+    files = {name: inside(folder, name, nested=True).stat().st_size for name in names}
     return record, files, tuple(n for n, s in state.items() if s == "changed")
 
 
+def _strangers(folder: Path, files: Collection[str], place: str = "") -> list[str]:
+    """Names in a folder that are no part of the export: of files, and of folders that hold nothing of it."""
+    found: list[str] = []
+    for path in sorted((folder / place).iterdir()):
+        name = f"{place}{path.name}"
+        if any(n.startswith(f"{name}/") for n in files):
+            found += _strangers(folder, files, f"{name}/")
+        elif name not in files:
+            found.append(name)
+    return found
+
+
 def _pictures(record: FoldRecord) -> dict[str, bytes]:
-    """``{file name: PNG}`` for the card, where they can be drawn."""
+    """``{file name: PNG}`` of the card's pictures; empty without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return {}
     from .reports import drawing
@@ -209,6 +221,7 @@ def _pictures(record: FoldRecord) -> dict[str, bytes]:
 
 
 def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | None) -> str:
+    """The name ``owner/name`` of the repository to push to."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -216,22 +229,22 @@ def _target(repo_id: str | None, record: FoldRecord, folder: Path, token: str | 
     try:
         validate_repo_id(wanted)
     except HFValidationError as error:
-        message = f"no name of a repository: {printable(wanted)!r} ({printable(error)})"
-        raise StateError(message, remedy="owner/name, of letters, digits, '-', '_' and '.'") from None
+        message = f"{printable(wanted)!r} is not a name of a repository ({printable(error)})"
+        raise StateError(message, remedy="give owner/name, with letters, digits, '-', '_' and '.' only") from None
     return wanted if "/" in wanted else f"{login(token)}/{wanted}"
 
 
 def _derived(record: FoldRecord, folder: Path) -> str:
-    """A repository's name from base, adapters and format: ``Llama-3-8B-my-adapter-nf4``; from the folder where those are
-    not known.
+    """A repository's name from base, adapters and format: ``Llama-3-8B-my-adapter-nf4``; from the folder's name where the
+    record does not name them.
     """
     base = record.adapters[0].base_model if record.adapters else None
     parts = [base, *(a.source for a in record.adapters)]
     formats = {m.format.partition(" ")[0] for m in record.modules.values()}
     if None in parts or len(parts) < 2:
         parts = [folder.resolve().name]
-    elif any(name.endswith(".onnx") for name in record.files):
-        parts.append("onnx")
+    elif other := [end for end in ("onnx", "gguf") if any(name.endswith(f".{end}") for name in record.files)]:
+        parts += other
     elif len(formats) == 1:
         parts += formats
     name = "-".join(str(part).rstrip("/").rpartition("/")[2] for part in parts)
@@ -243,10 +256,10 @@ def _derived(record: FoldRecord, folder: Path) -> str:
 
 
 def login(token: str | None = None) -> str:
-    """The user that the token belongs to.
+    """The name of the user to whom the token belongs.
 
     Raises:
-        HubError: there is none, or the Hub does not accept it.
+        HubError: there is no token, or the Hub does not accept the token.
     """
     token = _token(token)
     with _talking("asking who the token belongs to", token):
@@ -256,7 +269,7 @@ def login(token: str | None = None) -> str:
 def send(
     report: PushReport, *, commit_message: str | None = None, token: str | None = None, progress: Progress | None = None
 ) -> PushReport:
-    """Do what a report of :func:`plan_push` says; see :func:`push_to_hub`."""
+    """Send the files of a report that :func:`plan_push` made; see :func:`push_to_hub`."""
     token = _token(token)
     sending = _Sending(report, _api(token), progress)
     message = commit_message or f"Upload {Path(report.folder).resolve().name} with oftsurgery {__version__}"
@@ -266,7 +279,7 @@ def send(
 
 @dataclass
 class _Sending:
-    """One push: what it has done so far."""
+    """One push, with the files that are uploaded so far."""
 
     report: PushReport
     api: Any
@@ -274,7 +287,7 @@ class _Sending:
     uploaded: dict[str, int] = field(default_factory=dict)
 
     def left(self) -> str:
-        """What an error says about the state of things."""
+        """The text with which an error describes the state of the push."""
         large = sum(size >= _LARGE for size in self.report.files.values())
         told = f"{len(self.uploaded)} of {large} large files are uploaded" if large else "nothing is uploaded"
         return f"{told}, and the repository shows nothing of this push"
@@ -288,7 +301,7 @@ class _Sending:
             try:
                 commit = self._commit(head, message)
             except HfHubHTTPError as error:
-                # somebody else has committed in between: look again at what is there now
+                # somebody else has committed in between: the next attempt reads the repository again
                 if error.response.status_code not in (409, 412) or attempt == _CONFLICTS:
                     raise
             else:
@@ -297,7 +310,7 @@ class _Sending:
         return replace(self.report, url=commit.commit_url, commit=commit.oid, pull_request=commit.pr_url)
 
     def _prepare(self) -> None:
-        """See to it that there is a repository, and the branch."""
+        """Make the repository and the branch, where they do not exist."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         report = self.report
@@ -308,8 +321,8 @@ class _Sending:
         else:
             if report.private and not info.private:
                 raise StateError(
-                    f"the repository {report.repo_id} exists, and is public",
-                    remedy="make it private in its settings, name another one, or push without --private (private=True)",
+                    f"the repository {report.repo_id} exists already and is public, but a private one was asked for",
+                    remedy="make the repository private in its settings, name another repository, or push without --private (private=True)",
                 )
         if report.revision is not None and not report.revision.startswith("refs/"):
             self.api.create_branch(report.repo_id, branch=report.revision, exist_ok=True)
@@ -323,7 +336,7 @@ class _Sending:
             there = {s.rfilename for s in head.siblings or ()}
 
             def fetched(name: str) -> Path | None:
-                """A small text file of the repository as it is now."""
+                """The path of a small text file that is downloaded from the repository's present state."""
                 if name not in there:
                     return None
                 return Path(self.api.hf_hub_download(report.repo_id, name, revision=head.sha, local_dir=place))
@@ -331,7 +344,10 @@ class _Sending:
             stale = _stale(there, fetched(RECORD), report)
             if CARD in report.files:
                 contents[CARD] = _card(folder, fetched(CARD), report).encode()
-        additions = [CommitOperationAdd(name, contents.get(name) or str(inside(folder, name))) for name in report.files]
+        additions = [
+            CommitOperationAdd(name, contents.get(name) or str(inside(folder, name, nested=True)))
+            for name in report.files
+        ]
         for addition in additions:
             if report.files[addition.path_in_repo] >= _LARGE:
                 self.api.preupload_lfs_files(
@@ -357,21 +373,21 @@ class _Sending:
                 self.progress(sum(self.uploaded.values()), self.report.nbytes, name)
 
     def _check(self, commit: Any) -> None:
-        """A repository's ``.gitignore`` makes the client leave files out without a word."""
+        """Check that the commit has all files: a repository's ``.gitignore`` makes the client leave files out silently."""
         info = self.api.model_info(self.report.repo_id, revision=commit.oid)
         there = {s.rfilename for s in info.siblings or ()}
         missing = sorted(n for n in self.report.files if n not in there)
         if missing:
             raise HubError(
-                f"the repository left out {len(missing)} of the files: {', '.join(map(printable, missing[:3]))}",
+                f"the commit lacks {len(missing)} of the files: {', '.join(map(printable, missing[:3]))}",
                 path=self.report.repo_id,
-                remedy="remove its .gitignore, or name another repository, and push again",
+                remedy="remove the repository's .gitignore, or name another repository, and push again",
             )
 
 
 def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]:
-    """What an earlier export left in the repository and this one has not: two checkpoints in one place would be read as
-    one.
+    """The files of an earlier export in the repository that this export does not have: readers would take two checkpoints
+    in one place for one.
     """
     earlier: set[str] = set()
     if record is not None:
@@ -379,16 +395,29 @@ def _stale(there: set[str], record: Path | None, report: PushReport) -> set[str]
             found = record_in(record.parent)
         except CheckpointError as error:
             message = f"the {RECORD} in the repository {report.repo_id} cannot be read: {error.message}"
-            raise StateError(message, remedy="name another repository or revision, or delete that file there") from None
+            remedy = "name another repository or revision, or delete that file in the repository"
+            raise StateError(message, remedy=remedy) from None
         earlier = {n for n in found.files if not n.startswith(".") and n != CARD} if found is not None else set()
     others = there - set(report.files)
-    foreign = {n for n in others - earlier if "/" not in n and n.endswith((".safetensors", ".safetensors.index.json"))}
-    if foreign and any(n.endswith(".safetensors") for n in report.files):
+    foreign = {n for n in others - earlier if _read_instead(n, report)}
+    if foreign:
+        named = ", ".join(map(printable, sorted(foreign)))
+        what = f"another checkpoint: {named}, which oftsurgery did not put there"
+        if ADAPTER_CONFIG in foreign:
+            what = f"an adapter: {named}; transformers would load the adapter instead of the pushed model"
         raise StateError(
-            f"the repository {report.repo_id} holds another checkpoint: {printable(min(foreign))}, which oftsurgery did not put there",
-            remedy="name another repository or revision, or delete that file there",
+            f"the repository {report.repo_id} holds {what}",
+            remedy=f"name another repository or revision, or delete these files in the repository: {named} (`hf repos delete-files`)",
         )
     return others & earlier
+
+
+def _read_instead(name: str, report: PushReport) -> bool:
+    """Whether loaders would read a file of the repository instead of the pushed files, or beside them."""
+    if name == ADAPTER_CONFIG:
+        return True
+    weights = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    return weights and any(n.endswith(".safetensors") for n in report.files)
 
 
 def _card(folder: Path, there: Path | None, report: PushReport) -> str:
@@ -404,7 +433,7 @@ def _token(token: str | None) -> str:
         from huggingface_hub import get_token
     found = token or get_token()
     if not found:
-        raise HubError("no token of the Hub", remedy=_LOGIN)
+        raise HubError("there is no token for the Hub", remedy=_LOGIN)
     return found
 
 
@@ -415,24 +444,24 @@ def _api(token: str) -> Any:
 
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
-_AGAIN = "push again, with `oftsurgery push` or push_to_hub: what is uploaded is not sent again"
-_MAY_WRITE = "use a token that may write to this repository (create one, for a new one)"
-_NAMES = "check the names, and what the token may see"
+_AGAIN = "push again, with `oftsurgery push` or push_to_hub: uploaded files are not sent again"
+_MAY_WRITE = "use a token that may write to this repository, or may create the repository"
+_NAMES = "check the names of the repository and the revision, and the token's permissions"
 _REASONS: Mapping[int, tuple[str, str]] = MappingProxyType(
     {
         401: ("the Hub does not accept the token", _LOGIN),
         403: ("the token does not allow this", _MAY_WRITE),
-        404: ("the Hub has no such repository, revision or file, or hides it from this token", _NAMES),
-        409: ("the repository is being changed by another request", f"wait for that; {_AGAIN}"),
-        412: ("the branch was committed to again and again meanwhile", _AGAIN),
-        429: ("the Hub was asked too often", _AGAIN),
+        404: ("the repository, revision or file does not exist, or is hidden from this token", _NAMES),
+        409: ("another request is changing the repository", f"wait for the other request; {_AGAIN}"),
+        412: ("others have committed to the branch in the meantime", _AGAIN),
+        429: ("the Hub received too many requests", f"wait a while; {_AGAIN}"),
     }
 )
 
 
 @contextmanager
 def _talking(doing: str, token: str, left: Callable[[], str] = str) -> Iterator[None]:
-    """The client's errors as :class:`HubError`, with what to do, and without the token or signed addresses."""
+    """Convert the client's errors to :class:`HubError`, with a remedy and without the token or signed addresses."""
     from huggingface_hub import errors
 
     try:
@@ -442,11 +471,12 @@ def _talking(doing: str, token: str, left: Callable[[], str] = str) -> Iterator[
     except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
         reason, remedy = _explained(error)
         text = "; ".join(filter(None, (f"{doing}: {reason}", left())))
-        # `from None`: a traceback would print the client's own message, and what the server put in it
+        # `from None`, since a traceback would print the client's own message, which may hold the server's secrets
         raise HubError(without_tokens(text, token), remedy=remedy) from None
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
+    """The reason and the remedy for an error of the Hub's client."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain = [*causes(error)]
@@ -454,14 +484,16 @@ def _explained(error: BaseException) -> tuple[str, str]:
     if answered is None:
         name = type(chain[-1]).__name__
         if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-            return "the Hub's client is in offline mode", "unset HF_HUB_OFFLINE"
+            return "the Hub's client is in offline mode", "unset the environment variable HF_HUB_OFFLINE"
         if isinstance(error, ValueError) and "metadata in README.md" in str(error):
             return _short(error), "correct the metadata of the model card, README.md"
         return f"{name}: {_short(chain[-1])}", f"check the network; {_AGAIN}"
     response: Any = answered.response  # type: ignore[attr-defined]
     status = response.status_code
     other = (
-        ("the Hub failed", f"try again later; {_AGAIN}") if status >= 500 else ("the Hub refused", "see what it says")
+        ("the Hub failed", f"try again later; {_AGAIN}")
+        if status >= 500
+        else ("the Hub refused the request", "follow the Hub's message, which this error quotes")
     )
     reason, remedy = _REASONS.get(status, other)
     said = getattr(answered, "server_message", None) or response.headers.get("X-Error-Message") or ""
@@ -473,6 +505,6 @@ def _explained(error: BaseException) -> tuple[str, str]:
 
 
 def _short(text: object) -> str:
-    """The lines of a message as one, without the parameters of addresses, which may be signatures."""
+    """A message on one line, without the parameters of addresses, which may be signatures."""
     lines = " ".join(str(text).split())
     return printable(re.sub(r"(https?://[^\s?'\"]+)\?\S*", r"\1", lines), 300)

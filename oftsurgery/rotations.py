@@ -1,6 +1,6 @@
-r"""Block rotations: from a generator to ``R``, and applying, inverting and measuring it.
+r"""Block rotations: the maps from a generator to ``R``, and functions that apply, invert and measure ``R``.
 
-The one place that decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer
+This file alone decides operand order. A block-diagonal ``R`` is kept as ``blocks: (n, b, b)``; a live OFT layer
 computes ``x' = x · blockdiag(blocks)``, so the three sides on which peft puts a rotation are
 
 =============  ===========================  ==========================
@@ -55,11 +55,13 @@ Side = Literal["input", "output", "embedding"]
 #: infinite.
 MAX_NORM = 100.0
 
-# ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve is around 1e-15 · b, torch's broken
-# batched one around 4e-2
+# ‖R(I+Q) − (I−Q)‖∞ relative to the size of the operands; a right float64 solve gives around 1e-15 · b, torch's broken
+# batched solve around 4e-2
 _SOLVE_TOLERANCE = 1e-10
 
-# blocks of this size and more are solved one by one on the CPU (batches were seen right up to 144 rows)
+_TRAINED_ON = "use the base model that the adapter was trained on"
+
+# blocks of this size and more are solved one by one on the CPU (batched solves were right up to 144 rows)
 _LARGE = 128
 
 
@@ -67,8 +69,8 @@ _LARGE = 128
 def full_precision(device_type: str) -> Iterator[None]:
     """Run the body without gradients, autocast or reduced-precision float32 products.
 
-    ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too)
-    and autocast rewrites it outright; a fold must not depend on either. Restores what it found.
+    ``torch.set_float32_matmul_precision("medium")`` makes a float32 product bfloat16 inside (on CPUs with oneDNN too),
+    and autocast changes the product's dtype; a fold must not depend on either. Afterwards the settings are restored.
     """
     with _Precision.lock:
         if _Precision.users == 0:
@@ -86,8 +88,8 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 class _Precision:
-    """torch's precision of float32 products is one for the process: raised while any thread needs it, put back by the
-    last one.
+    """torch has one precision of float32 products for the whole process: it is raised while any thread needs it, and the
+    last thread restores it.
     """
 
     lock = threading.Lock()
@@ -96,20 +98,18 @@ class _Precision:
 
 
 def block_size_of(elements: int) -> int:
-    """Block size ``b`` with ``b(b-1)/2 == elements``.
+    """The block size ``b`` with ``b(b-1)/2 == elements``.
 
     Raises:
-        ShapeError: if ``elements`` is no such number.
+        ShapeError: ``elements`` is not b(b-1)/2 for any b ≥ 2.
 
     >>> block_size_of(496)
     32
     """
     b = (1 + math.isqrt(1 + 8 * elements)) // 2
     if elements < 1 or b * (b - 1) // 2 != elements:
-        raise ShapeError(
-            f"a generator row of {elements} elements is no upper triangle of a block: it must be b(b-1)/2 for a block size b ≥ 2",
-            shape=(elements,),
-        )
+        message = f"a generator row of {elements} elements is no upper triangle of a block: the number must be b(b-1)/2 with b ≥ 2"
+        raise ShapeError(message, shape=(elements,), remedy="restore the adapter's file")
     return b
 
 
@@ -137,27 +137,27 @@ def vector(q: Tensor) -> Tensor:
 def cayley(q: Tensor) -> Tensor:
     """Exact Cayley map ``R = (I - Q)(I + Q)⁻¹`` of skew-symmetric ``q: (n, b, b)``.
 
-    Differentiable. Every solve is checked, and large blocks are solved one by one: torch 2.13's batched CPU solve of
-    160 rows and more reads wrong pivots once ``torch.set_num_threads`` was called, and is then silently wrong, or
-    raises.
+    The map is differentiable. Every solve is checked, and large blocks are solved one by one: after a call of
+    ``torch.set_num_threads``, torch 2.13's batched CPU solve of 160 rows and more reads wrong pivots, and is silently
+    wrong or raises.
 
     Raises:
-        NonFiniteError: if ``q`` or the result is not finite.
+        NonFiniteError: ``q`` or the result is not finite.
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     return _solve_right(eye + q, eye - q)
 
 
 def inverse_blocks(blocks: Tensor) -> Tensor:
-    """``R⁻¹`` per block of ``blocks: (n, b, b)``, by a checked solve: a truncated Neumann ``R`` is not orthogonal, so
-    never its transpose.
+    """The inverse ``R⁻¹`` of each of the ``blocks: (n, b, b)``, by a checked solve. The transpose would be wrong, because
+    a truncated Neumann ``R`` is not orthogonal.
     """
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
     return _solve_right(blocks, eye)
 
 
 def _solve_right(a: Tensor, c: Tensor) -> Tensor:
-    """``X`` with ``X a = c``, per block, residual-checked."""
+    """The ``X`` with ``X a = c`` for each block; the residual is checked."""
     if not bool(torch.isfinite(a.detach()).all()):
         raise NonFiniteError(
             "a block rotation's generator holds NaN or infinity", remedy="retrain or re-export the adapter"
@@ -174,7 +174,7 @@ def _solve_right(a: Tensor, c: Tensor) -> Tensor:
 
 
 def _solve(a: Tensor, c: Tensor, *, each: bool) -> Tensor:
-    # solve_ex: a singular block gives NaN, which the residual finds, where solve raises torch's own error
+    # solve_ex gives NaN for a singular block, which the residual shows; solve would raise torch's own error
     if each:
         return torch.stack([_solve(a_i, c_i, each=False) for a_i, c_i in zip(a, c.expand_as(a), strict=True)])
     x: Tensor = torch.linalg.solve_ex(a, c, left=False).result
@@ -190,11 +190,11 @@ def _solved(x: Tensor, a: Tensor, c: Tensor) -> bool:
 
 
 def neumann(q: Tensor, terms: int, *, since_0_18: bool = True) -> Tensor:
-    """Truncated Neumann series of ``(I + Q)(I - Q)⁻¹``, as peft computes it for ``q: (n, b, b)``.
+    """The truncated Neumann series of ``(I + Q)(I - Q)⁻¹``, as peft computes the series for ``q: (n, b, b)``.
 
-    Mind the sign: the series is of the *inverse* of the exact map :func:`cayley`. With ``N = terms``: ``N ≤ 1``: ``I``;
-    ``N = 2``: ``I + 2Q``; ``N ≥ 3``: peft ≥ 0.18 gives ``I + 2ΣQᵏ (k < m) + Qᵐ`` with ``m = max(N-1, 3)``, peft 0.16
-    and 0.17 ``I + 2ΣQᵏ (k < N)``. The result is not orthogonal.
+    Mind the sign: the series approximates the *inverse* of the exact map :func:`cayley`. With ``N = terms``, ``N ≤ 1``
+    gives ``I``, and ``N = 2`` gives ``I + 2Q``. For ``N ≥ 3`` peft ≥ 0.18 gives ``I + 2ΣQᵏ (k < m) + Qᵐ`` with
+    ``m = max(N-1, 3)``, and peft 0.16 and 0.17 give ``I + 2ΣQᵏ (k < N)``. The result is not orthogonal.
     """
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
     if terms <= 1:
@@ -209,7 +209,7 @@ def neumann(q: Tensor, terms: int, *, since_0_18: bool = True) -> Tensor:
 
 
 def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """``x · blockdiag(blocks)`` over the last dimension; one block is shared by the whole row.
+    """``x · blockdiag(blocks)`` over the last dimension; a single block serves the whole row.
 
     Args:
         x: ``(..., features)``.
@@ -221,7 +221,8 @@ def apply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     n, b, _ = blocks.shape
     features = x.shape[-1]
     if features % b or n not in (1, features // b):
-        raise ShapeError("blocks do not cover the features", shape=tuple(blocks.shape), expected=(features // b, b, b))
+        message, expected = f"blocks do not cover the features, {features} of them", (features // b, b, b)
+        raise ShapeError(message, shape=tuple(blocks.shape), expected=expected, remedy=_TRAINED_ON)
     if n == 1:
         return (x.reshape(-1, b) @ blocks[0]).reshape(x.shape)
     rows = x.reshape(-1, n, b)
@@ -232,10 +233,10 @@ def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool =
     """The folded weight ``W Rᵀ`` (input), ``Rᵀ W`` (output) or ``E R`` (embedding).
 
     Args:
-        weight: ``(out, in)``, floating point; read as float32 at least.
+        weight: ``(out, in)``, floating point; the computation is in float32 at least.
         blocks: ``(n, b, b)``. On the output side ``n·b`` may exceed ``out``: peft ≤ 0.13 crops the block-diagonal
             matrix to ``(out, out)``.
-        inverse: take the rotation out, by the blocks' true inverses, whether or not they are orthogonal.
+        inverse: take the rotation out, by the blocks' true inverses, whether or not the blocks are orthogonal.
 
     Returns:
         ``(out, in)`` float32, or float64 for a float64 weight.
@@ -243,12 +244,13 @@ def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool =
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     r = blocks.to(torch.float64)
     if side == "output":
-        # (Rᵀ W)ᵀ = Wᵀ R: rotate the columns' side through the transpose
+        # (Rᵀ W)ᵀ = Wᵀ R, so the transpose is rotated
         columns, shared, b = weight.t(), r.shape[0] == 1, r.shape[-1]
         out = columns.shape[-1]
         whole, needed = out - out % b, -(-out // b)
         if not shared and r.shape[0] < needed:
-            raise ShapeError("blocks do not cover the output features", shape=tuple(r.shape), expected=(needed, b, b))
+            message, expected = f"blocks do not cover the output features, {out} of them", (needed, b, b)
+            raise ShapeError(message, shape=tuple(r.shape), expected=expected, remedy=_TRAINED_ON)
         cropped = (r if shared else r[needed - 1 : needed])[:, : out - whole, : out - whole]
         parts = [(columns[:, :whole], r if shared else r[: whole // b]), (columns[:, whole:], cropped)]
         turned = [apply_blocks(x, (inverse_blocks(m) if inverse else m).to(x)) for x, m in parts if x.shape[-1]]
@@ -261,7 +263,7 @@ def rotate_weight(weight: Tensor, blocks: Tensor, side: Side, *, inverse: bool =
 
 
 def eigen_angles(q: Tensor) -> Tensor:
-    """``θ ≥ 0`` with ``±iθ`` the eigenvalues of skew-symmetric ``q: (n, b, b)``: ``(n, b)``, each pair twice.
+    """The ``θ ≥ 0`` for which ``±iθ`` are the eigenvalues of skew-symmetric ``q: (n, b, b)``: ``(n, b)``, each θ twice.
 
     Every OFT map is a rational function of ``Q``, so its ``R`` is normal and has the map's values at ``±iθ`` as
     eigenvalues.
@@ -275,11 +277,11 @@ def eigen_angles(q: Tensor) -> Tensor:
 
 
 def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotations ``R`` nearest to ``m: (n, b, b)``: those that maximise ``tr(R mᵀ)``, det +1.
+    """The rotations ``R`` nearest to ``m: (n, b, b)``: matrices of determinant +1 that maximise ``tr(R mᵀ)``.
 
     ``R = U diag(1, …, 1, det(U Vᵀ)) Vᵀ`` of ``m = U S Vᵀ`` (Schönemann 1966, "A generalized solution of the orthogonal
-    Procrustes problem"; the sign from Kabsch 1976). For a nonsingular ``m`` of positive determinant it is the factor of
-    ``m``'s polar decomposition.
+    Procrustes problem"; the sign from Kabsch 1976). For a nonsingular ``m`` of positive determinant ``R`` is the
+    orthogonal factor of ``m``'s polar decomposition.
 
     Returns:
         ``R: (n, b, b)`` and the singular values ``(n, b)``, the last one negative where the sign was needed.
@@ -288,7 +290,7 @@ def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
         raise NonFiniteError("a product of blocks holds NaN or infinity", remedy="check the weights and adapters")
     u, s, vh = torch.linalg.svd(m)
     r = u @ vh
-    # large ones one by one: torch 2.13's batched factorisation of them reads wrong pivots, see cayley
+    # large blocks one by one, because torch 2.13's batched factorisation reads wrong pivots, see cayley
     sign = torch.linalg.det(r) if m.shape[-1] < _LARGE else torch.stack([torch.linalg.det(x) for x in r])
     sign = torch.sign(sign)
     s = torch.cat([s[:, :-1], s[:, -1:] * sign.unsqueeze(-1)], dim=-1)
@@ -297,14 +299,14 @@ def nearest_rotation(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generator_norm(r: Tensor) -> Tensor:
-    """``‖Q‖₂ = tan(angle/2)`` of the generators that rotations ``r: (n, b, b)`` have, ``(n,)``; infinite at π."""
+    """The norms ``‖Q‖₂ = tan(angle/2)``, ``(n,)``, of the generators of rotations ``r: (n, b, b)``; infinite at π."""
     c = torch.linalg.eigvalsh((r + r.transpose(-2, -1)) / 2)[:, 0].clamp(-1, 1)
     norm: Tensor = ((1 - c) / (1 + c)).clamp(min=0).sqrt()
     return norm
 
 
 def generator_of(r: Tensor) -> Tensor:
-    """Skew-symmetric ``Q: (n, b, b)`` with ``cayley(Q) = r``, for rotations ``r: (n, b, b)`` by less than π.
+    """The skew-symmetric ``Q: (n, b, b)`` with ``cayley(Q) = r``, for rotations ``r: (n, b, b)`` by less than π.
 
     ``Q = (I - R)(I + R)⁻¹`` (Cayley 1846): the map is its own inverse.
     """
@@ -313,26 +315,26 @@ def generator_of(r: Tensor) -> Tensor:
 
 
 def map_eigenvalues(q: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
-    """``f(Q)`` in the sense of ``iλ → i·f(λ)`` on the eigenvalues of skew-symmetric ``q: (n, b, b)``; ``f`` is odd, and
-    the result skew-symmetric again.
+    """``f(Q)``: each eigenvalue ``iλ`` of skew-symmetric ``q: (n, b, b)`` becomes ``i·f(λ)``. ``f`` must be odd, and the
+    result is skew-symmetric again.
 
     >>> quarter = torch.tensor([[[0.0, 1.0], [-1.0, 0.0]]], dtype=torch.float64)
     >>> map_eigenvalues(quarter, lambda x: 3 * x)[0].round(decimals=12).tolist()
     [[0.0, 3.0], [-3.0, 0.0]]
     """
-    # i·Q is Hermitian: real eigenvalues λ of i·Q = V λ Vᴴ, so Q = V (-iλ) Vᴴ
+    # i·Q = V λ Vᴴ is Hermitian and has real eigenvalues λ, so Q = V (-iλ) Vᴴ
     values, v = torch.linalg.eigh(1j * q)
     mapped: Tensor = ((v * f(values).unsqueeze(-2)) @ v.mH).imag
     return (mapped - mapped.transpose(-2, -1)) / 2
 
 
 def block_diagonal(blocks: Tensor, size: int, *, shared: bool) -> Tensor:
-    """The same block-diagonal matrix in blocks of a multiple of their size.
+    """The same block-diagonal matrix, written in larger blocks.
 
     Args:
         blocks: ``(n, b, b)``.
-        size: of the new blocks, a multiple of ``b`` that divides ``n·b``.
-        shared: the one block stands for a whole row of them, and so will the result.
+        size: size of the new blocks, a multiple of ``b`` that divides ``n·b``.
+        shared: whether a single block stands for a whole row of blocks, as the result will.
 
     Returns:
         ``(n·b/size, size, size)``.

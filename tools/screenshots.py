@@ -1,9 +1,9 @@
-"""The pictures of the report in ``docs/pictures/``: ``PYTHONPATH=tests/helpers python tools/screenshots.py [FOLDER]``, which needs Debian's
-chromium. What it makes on the way stays in FOLDER, and what is there already is not made again.
+"""``PYTHONPATH=tests/helpers python tools/screenshots.py [FOLDER]`` makes the pictures of the report in ``docs/pictures/``. The script needs
+Debian's chromium. The models and adapters of the script stay in FOLDER, and a second run uses them again.
 
-Two real folds: MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (a minute or so), compared end to end
-with the live adapter; and a llama of 32 layers (of random weights, 64 wide) with a peft adapter whose rotations grow from
-layer to layer, folded on disk.
+The pictures show two real folds. The first fold is MiniLM in NF4 with an adapter that ``tools/demo.py`` trains here (in
+about a minute); the script compares the fold end to end with the live adapter. The second fold is a llama of 32 layers
+(of random weights, 64 wide), folded on disk, with a peft adapter whose rotations grow from layer to layer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def llama(folder: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=32, **sizes))
     model.save_pretrained(folder / "base")
     trained(model, "all-linear").save_pretrained(folder / "chat-qoft")
-    oftsurgery.fold_checkpoint(folder / "base", folder / "chat-qoft", folder / "chat-nf4", format="nf4", force=True)
+    settings = {"format": "nf4", "trained_on": "nf4", "force": True}
+    oftsurgery.fold_checkpoint(folder / "base", folder / "chat-qoft", folder / "chat-nf4", **settings)
     checked = oftsurgery.verify_checkpoint(folder / "chat-nf4", folder / "base", folder / "chat-qoft")
     (folder / "verify.json").write_text(json.dumps(checked.to_dict()))
     oftsurgery.report(folder / "chat-nf4", folder / "llama.html", verified=folder / "verify.json", force=True)
@@ -53,7 +54,7 @@ def llama(folder: Path) -> Path:
 
 
 def save(data: bytes, name: str) -> None:
-    """As a PNG of 256 colours, which are more than the page has."""
+    """Save the picture as a PNG of 256 colours; the page has fewer colours."""
     DOCS.mkdir(exist_ok=True)
     Image.open(BytesIO(data)).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(DOCS / name, optimize=True)
     print(f"docs/pictures/{name}: {(DOCS / name).stat().st_size / 1000:.0f} kB")

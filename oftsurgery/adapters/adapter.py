@@ -1,4 +1,4 @@
-"""The immutable OFT adapter of any dialect: its rotations by module, and the adapters that others give."""
+"""The immutable OFT adapter of any dialect: its rotations by module, and adapters that are computed from others."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from oftsurgery.hashing import hash_tensors
 from .algebra import inverse, product, weighted_mean
 from .dialects import DIALECTS
 from .rotation import Rotation
+from .targets import TARGETS
 from .to_peft import CARRIED, config_and_tensors
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class OFTAdapter:
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:
             message = f"unknown dialect {printable(self.dialect)!r}"
-            raise DialectError(message, path=self.source, remedy=f"one of {', '.join(DIALECTS)}")
+            raise DialectError(message, path=self.source, remedy=f"use one of {', '.join(DIALECTS)}")
         for name in ("modules", "saved", "config"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         parts = dict(self.saved)
@@ -77,44 +78,52 @@ class OFTAdapter:
     def scaled(self, alpha: float) -> OFTAdapter:
         """The adapter ``alpha`` times as strong: each rotation by ``alpha`` times its angles, in the same planes.
 
-        The geodesic ``R^α = exp(α log R)`` of the rotation group, so ``tan(α·atan θ)`` on the eigenvalues ``±iθ`` of the
-        generators, not ``α·Q``. ``scaled(a)`` and ``scaled(b)`` compose to ``scaled(a + b)``. A scale ``oft_s`` becomes
-        ``oft_s^α``.
+        >>> half = oftsurgery.load_adapter("ADAPTER").scaled(0.5)
+
+        The result is the geodesic ``R^α = exp(α log R)`` of the rotation group: ``tan(α·atan θ)`` on the eigenvalues ``±iθ``
+        of the generators, not ``α·Q``. ``scaled(a)`` and ``scaled(b)`` compose to ``scaled(a + b)``. A scale ``oft_s``
+        becomes ``oft_s^α``.
 
         Raises:
-            AdapterError: an angle of π or beyond, a scale that is not positive, or biases and other tensors of its own,
-                which cannot be scaled without the base's.
+            AdapterError: an angle is π or more, a scale is not positive, or the adapter brings biases or other tensors, which
+                cannot be scaled without the base's tensors.
         Warns:
-            ConversionWarning: truncated Neumann series were taken as their nearest rotations.
+            ConversionWarning: truncated Neumann series were replaced by their nearest rotations.
         """
         return self if alpha == 1 else _mean_of([(self, alpha)], f"scaled({self.source}, {alpha:g})")
 
     def inverse(self) -> OFTAdapter:
-        """The adapter that undoes this one: ``a.compose(a.inverse())`` is the identity. Errors as :meth:`scaled`, but any
-        scale ``oft_s`` without zeros has an inverse.
+        """The adapter that undoes this adapter: ``a.compose(a.inverse())`` is the identity.
+
+        >>> back = oftsurgery.load_adapter("ADAPTER").inverse()
+
+        The errors are those of :meth:`scaled`, but any scale ``oft_s`` without zeros has an inverse.
         """
         _check_no_saved([self])
         return _derived([self], f"inverse({self.source})", lambda path: inverse(self.modules[path]))
 
     def compose(self, other: OFTAdapter) -> OFTAdapter:
-        """One adapter for the live chain ``x · Ra · Rb`` of this one (a) and then ``other`` (b), peft's active adapters
+        """One adapter for the live chain ``x · Ra · Rb`` of this adapter (a) and then ``other`` (b), peft's active adapters
         ``[a, b]``.
 
-        ``fold(m, a.compose(b))`` is ``fold(m, [a, b])``. With rotations on the input side that is
-        ``fold(fold(m, b), a)``; on the output side (peft ≤ 0.13) and of embeddings ``fold(fold(m, a), b)``. Block sizes
-        that differ are brought to their least common multiple. Modules of one adapter alone stay as they are.
+        >>> a, b = oftsurgery.load_adapter("ADAPTER"), oftsurgery.load_adapter("ADAPTER").scaled(0.2)
+        >>> chain = a.compose(b)                                     # fold(m, chain) is fold(m, [a, b])
+
+        With rotations on the input side ``fold(m, a.compose(b))`` is ``fold(fold(m, b), a)``; on the output side (peft ≤ 0.13)
+        and of embeddings, ``fold(fold(m, a), b)``. Different block sizes are brought to their least common multiple. A module
+        of only one of the adapters stays as it is.
 
         Raises:
-            AdapterError: a product by nearly π (a generator norm over 100).
-            MatchError: both bring values for one tensor, or rotate different sides of one weight.
-            ShapeError: adapters of different base models.
+            AdapterError: a product turns by nearly π (a generator's norm over 100).
+            MatchError: both adapters bring values for one tensor, or rotate different sides of one weight.
+            ShapeError: the adapters are of different base models.
         Warns:
-            ConversionWarning: products of truncated Neumann series were taken as their nearest rotations.
+            ConversionWarning: products of truncated Neumann series were replaced by their nearest rotations.
         """
         twice = sorted(set(self.saved) & set(other.saved))
         if twice:
             message = "two adapters bring their own values for one tensor"
-            remedy = "compose them without one's: dataclasses.replace(adapter, saved={})"
+            remedy = "leave out the values of one adapter: dataclasses.replace(adapter, saved={})"
             raise MatchError(message, tensor=twice[0], remedy=remedy)
 
         def chained(path: str) -> tuple[Rotation, float]:
@@ -126,23 +135,27 @@ class OFTAdapter:
 
     def save(self, folder: str | PathLike[str], *, force: bool = False) -> Mapping[str, float]:
         """Write the adapter as peft 0.21 does: ``adapter_config.json`` and ``adapter_model.safetensors``, with the exact
-        Cayley map and generators in float32. Of an older release's adapter this makes one that peft 0.21 loads.
+        Cayley map and generators in float32. peft 0.21 then loads an adapter of an older release too.
+
+        >>> errors = oftsurgery.load_adapter("OLD").save("NEW")
+        >>> oftsurgery.load_adapter("NEW").dialect
+        'peft-0.21'
 
         Args:
-            folder: appears whole, by one rename; must not exist.
-            force: replace it, at the rename and not before.
+            folder: a folder that does not exist yet; it appears whole, by one rename.
+            force: replace the folder, at the rename and not before.
 
         Returns:
-            ``{module path: ‖R - written R‖₂}``: 0 for the exact map; a truncated Neumann series is no rotation, and
-            becomes the nearest one.
+            ``{module path: ‖R - written R‖₂}``: 0 for the exact map; a truncated Neumann series is not a rotation, and its
+            nearest rotation is written.
 
         Raises:
-            AdapterError: what peft 0.21 has no form for: a rotation on the output side, an ``oft_s``, block sizes that
-                one config does not describe.
+            AdapterError: peft 0.21 has no form for the adapter: a rotation on the output side, an ``oft_s``, or block sizes
+                that one config cannot describe.
             StateError: the folder exists.
-            DiskError: the disk did not take it; nothing is left behind.
+            DiskError: the disk is full, read-only or in use; nothing is left behind.
         Warns:
-            ConversionWarning: states the largest of what is returned.
+            ConversionWarning: states the largest error of the result.
         """
         from . import saving
 
@@ -177,12 +190,12 @@ def blend(parts: Iterable[tuple[OFTAdapter, float]]) -> OFTAdapter:
     """
     given = list(parts)
     if not given:
-        raise AdapterError("nothing to blend", remedy="give (adapter, weight) pairs")
+        raise AdapterError("there is no adapter to blend", remedy="give (adapter, weight) pairs")
     return _mean_of(given, f"blend({', '.join(f'{w:g} {a.source}' for a, w in given)})")
 
 
 def describe(adapter: OFTAdapter) -> dict[str, Any]:
-    """What an adapter is, as plain values: what ``oftsurgery adapter show --json`` prints."""
+    """The facts about an adapter as plain values, which ``oftsurgery adapter show --json`` prints."""
     return {
         "source": adapter.source,
         "dialect": adapter.dialect,
@@ -207,9 +220,11 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
 
 
 def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapter:
+    """The weighted mean of adapters on the rotation group."""
     adapters = [a for a, _ in parts]
-    if not all(math.isfinite(w) for _, w in parts):
-        raise AdapterError("a weight is not finite", remedy="give finite numbers")
+    for adapter, w in parts:
+        if not math.isfinite(w):
+            raise AdapterError(f"the weight {w} is not finite", path=adapter.source, remedy="give finite numbers")
     _check_no_saved(adapters)
 
     def mean(path: str) -> tuple[Rotation, float]:
@@ -220,7 +235,7 @@ def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapt
 
 
 def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tuple[Rotation, float]]) -> OFTAdapter:
-    """An adapter from others: ``make`` gives a module's rotation, and how far it is from what it stands for."""
+    """An adapter from others: ``make`` gives a module's rotation, and its distance from the exact result."""
     residuals: dict[str, float] = {}
     modules: dict[str, Rotation] = {}
     for path in dict.fromkeys(path for a in origins for path in a.modules):
@@ -228,11 +243,11 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
             modules[path], residuals[path] = make(path)
     _warn_converted(residuals)
     config: dict[str, Any] = {"peft_type": "OFT"}
-    for name in CARRIED:
+    for name in (*CARRIED, *TARGETS):
         values = [a.config[name] for a in origins if a.config.get(name) is not None]
         if values and all(v == values[0] for v in values):
             config[name] = values[0]
-    saved = [name for a in origins for name in a.config.get("modules_to_save") or ()]
+    saved = [name for a in origins if a.saved for name in a.config.get("modules_to_save") or ()]
     config["modules_to_save"] = list(dict.fromkeys(saved)) or None
     config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
     sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}
@@ -245,8 +260,8 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
 
 
 def _warn_converted(residuals: Mapping[str, float]) -> None:
-    """One :class:`ConversionWarning` for all modules."""
-    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # less is float64's rounding
+    """Give one :class:`ConversionWarning` for all modules."""
+    changed = {path: r for path, r in residuals.items() if r > 1e-12}  # smaller residuals are float64's rounding
     if changed:
         worst = max(changed, key=lambda path: changed[path])
         what = f"{len(changed)} truncated Neumann series became the nearest rotations, which the exact Cayley map gives"
@@ -255,9 +270,10 @@ def _warn_converted(residuals: Mapping[str, float]) -> None:
 
 
 def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
+    """Refuse adapters with values of their own for tensors of the model."""
     for adapter in adapters:
         if adapter.saved:
             own = "the adapter brings values of its own for a tensor (a trained bias, `modules_to_save`)"
-            message = f"{own}, which cannot be scaled, blended or inverted without the base's"
-            remedy = "leave them out knowingly: dataclasses.replace(adapter, saved={})"
+            message = f"{own}, which cannot be scaled, blended or inverted without the base's values"
+            remedy = "leave these values out on purpose: dataclasses.replace(adapter, saved={})"
             raise AdapterError(message, tensor=next(iter(adapter.saved)), path=adapter.source, remedy=remedy)

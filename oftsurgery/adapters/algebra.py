@@ -15,13 +15,13 @@ from .rotation import Rotation, bounded_generator, nearest_and_distance
 
 
 def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
-    """The block size that all rotations of one module can be written in, and whether one block still serves all."""
+    """The block size in which all rotations of one module can be written, and whether one block serves the whole row."""
     if len({r.side for r in parts}) > 1:
-        message = f"rotations on different sides of one weight: {', '.join(r.side for r in parts)}"
+        message = f"the adapters rotate different sides of one weight: {', '.join(r.side for r in parts)}"
         raise MatchError(message, remedy="fold the adapters one after the other")
     widths = {r.generator.shape[0] * r.block_size for r in parts if not r._one_for_all}
     if len(widths) > 1:
-        message = f"rotations of {' and of '.join(map(str, sorted(widths)))} features"
+        message = f"the adapters have rotations of {' and of '.join(map(str, sorted(widths)))} features"
         raise ShapeError(message, remedy="compose adapters of the same base model")
     size = math.lcm(*(r.block_size for r in parts))
     if any(width % size for width in widths):
@@ -31,7 +31,7 @@ def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
 
 
 def product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
-    """The live chain ``x · Ra · Rb`` as one exact rotation, and how far it is from that."""
+    """The live chain ``x · Ra · Rb`` as one exact rotation, and the distance of this rotation from the chain."""
     size, shared = _common((a, b))
     wide = [rotations.block_diagonal(r.blocks.cpu(), size, shared=r._one_for_all) for r in (a, b)]
     chained = wide[0] @ wide[1]
@@ -45,7 +45,7 @@ def product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
 
 
 def inverse(r: Rotation) -> tuple[Rotation, float]:
-    """The exact inverse of the nearest exact rotation, and how far ``r`` is from that."""
+    """The exact inverse of the nearest exact rotation, and the distance of ``r`` from that rotation."""
     exact, residual = r.exact()
     if exact.scale is not None and bool((exact.scale == 0).any()):
         message = "oft_s holds a zero, which no inverse undoes"
@@ -55,20 +55,20 @@ def inverse(r: Rotation) -> tuple[Rotation, float]:
 
 
 def weighted_mean(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
-    """``exp(Σ wᵢ log Rᵢ)`` of exact rotations; the scales' weighted geometric mean."""
+    """The mean ``exp(Σ wᵢ log Rᵢ)`` of exact rotations, with the weighted geometric mean of their scales."""
     members = [r for r, _ in parts]
     size, shared = _common(members)
-    # log R has the eigenvalues -2i·atan λ where Q has iλ; half of it keeps the sign of Q
+    # log R has the eigenvalues -2i·atan λ where Q has iλ; `logs` are -½ log R, which keeps the sign of Q
     logs = [w * rotations.map_eigenvalues(r._generators(size), torch.atan) for r, w in parts]
-    half = sum(logs[1:], start=logs[0])  # a shared one is added to every block
+    half = sum(logs[1:], start=logs[0])  # a shared block is added to every block
     angle = 2 * float(torch.linalg.matrix_norm(half, ord=2).max())
     if angle > 2 * math.atan(rotations.MAX_NORM):
-        message = f"a rotation by {angle:.4f} rad: at π and beyond there is no exact Cayley generator, and another rotation would come out"
+        message = f"the result is a rotation by {angle:.4f} rad: at π and beyond there is no exact Cayley generator"
         raise AdapterError(message, remedy="use smaller weights")
     generator = rotations.vector(rotations.map_eigenvalues(half, torch.tan))
     scales = [(r.scale.double(), w) for r, w in parts if r.scale is not None]
     if any(bool((scale <= 0).any()) for scale, _ in scales):
-        message = "oft_s holds values that are not positive, which have no powers"
+        message = "oft_s holds values that are not positive, and such values have no powers"
         raise AdapterError(message, tensor="oft_s", remedy="fold the adapter as it is")
     powers = [w * scale.log() for scale, w in scales]
     scale = sum(powers[1:], start=powers[0]).exp() if powers else None

@@ -1,5 +1,5 @@
-"""The dialects of adapters, one for each range of peft releases: by what the files tell which it is, and the rotation
-that a module's tensors mean in it. A new dialect is a row of the table at the end and its name in :data:`Dialect`.
+"""The dialects of adapters, one for each range of peft releases: how files show their dialect, and which rotation a
+module's tensors stand for. A new dialect needs a row of the table at the end and a name in :data:`Dialect`.
 """
 
 from __future__ import annotations
@@ -25,72 +25,74 @@ Config = Mapping[str, Any]
 Parts = Mapping[str, Tensor]  # a module's tensors by the ends of their keys
 Modules = Mapping[str, Parts]
 
-_OLD_PARTS = {"oft_r", "oft_s"}  # peft ≤ 0.15
+_MATRICES = frozenset({"oft_r", "oft_s"})  # peft ≤ 0.15: the generator is the skew part of a matrix
+_TRIANGLES = frozenset({"oft_R.weight", "oft_embedding_R.weight"})  # peft ≥ 0.16: the upper triangle of a matrix
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """One dialect.
+    """The rules of one dialect.
 
     Attributes:
-        releases: of peft that write it, in words.
-        matrices: whether a generator is stored as a matrix (peft ≤ 0.15), or as the upper triangle of one.
-        wrote: whether they may have written files with such generators, by ``(config, modules, where they came from)``;
-            raises where no release writes such files.
-        rotation: of a module, by ``(its parts, config)``.
+        releases: the peft releases that write the dialect, in words.
+        ends: the ends of the keys of a module's rotation, for any config; an adapter with other ends has another dialect.
+        wrote: function of ``(config, modules, source)`` that tells whether these releases may have written the files;
+            it raises if no release writes such files.
+        rotation: function of ``(a module's parts, config)`` that gives the rotation.
     """
 
     releases: str
-    matrices: bool
+    ends: frozenset[str]
     wrote: Callable[[Config, Modules, str | None], bool]
     rotation: Callable[[Parts, Config], Rotation]
 
 
 def detect_dialect(config: Config, modules: Modules, named: str | None, source: str | None) -> str:
-    """The dialect that files are of, which the user may have ``named``.
+    """The dialect of an adapter's files, which the user may have ``named``.
 
     Raises:
-        DialectError: the files are of several, of another than the named one, or do not tell.
+        DialectError: the files mix dialects, contradict the ``named`` dialect, or do not show their dialect.
         AdapterError: tensors are missing.
     """
     if named is not None and named not in DIALECTS:
-        raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"one of {', '.join(DIALECTS)}")
-    old = [path for path, parts in modules.items() if parts.keys() & _OLD_PARTS]
-    if old and {part for parts in modules.values() for part in parts} - _OLD_PARTS:
-        message = "keys of peft ≤ 0.15 (oft_r) and of ≥ 0.16 (oft_R) in one adapter"
-        raise DialectError(message, tensor=old[0], path=source, remedy="save it with one peft")
-    possible = {dialect: rules for dialect, rules in _RULES.items() if rules.matrices == bool(old)}
+        raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"use one of {', '.join(DIALECTS)}")
+    ends = {part for parts in modules.values() for part in parts}
+    possible = {dialect: rules for dialect, rules in _RULES.items() if ends <= rules.ends}
+    if not possible:
+        message = f"the adapter has keys of several dialects: {', '.join(sorted(ends))}"
+        remedy = "save the whole adapter with one release of peft"
+        raise DialectError(message, path=source, remedy=remedy)
     candidates = [dialect for dialect, rules in possible.items() if rules.wrote(config, modules, source)]
     fitting = [dialect for dialect in candidates if named in (None, dialect)]
     if not fitting:
-        message = f"named {named}, but the files are of {' or '.join(candidates)}"
+        message = f"the named dialect is {named}, but the files are of {' or '.join(candidates)}"
         raise DialectError(message, path=source, remedy="leave the dialect out")
     if len(fitting) > 1:
         series, version = config.get("use_cayley_neumann"), printable(config.get("peft_version"))
         seen = f"use_cayley_neumann={series!r}, peft_version={version!r}"
-        message = f"the files do not tell the dialect: {' or '.join(candidates)} (config: {seen})"
-        remedy = "name it: load_adapter(…, dialect=…), by the peft release that trained it"
+        message = f"the files do not tell the dialect: it is {' or '.join(candidates)} (config: {seen})"
+        remedy = "name the dialect, load_adapter(…, dialect=…), by the peft release that trained the adapter"
         raise DialectError(message, path=source, remedy=remedy)
     return fitting[0]
 
 
 def rotation_of(dialect: str, parts: Parts, config: Config) -> Rotation:
-    """What a module's tensors mean in a dialect, COFT's clamp applied."""
+    """The rotation that a module's tensors stand for in a dialect, with COFT's clamp applied."""
     return _RULES[dialect].rotation(parts, config)
 
 
 def live_coft_radius(dialect: str, config: Config, rotation: Rotation) -> float | None:
-    """COFT's bound of ``‖Q‖_F`` a block while a rotation of this dialect trains; None without COFT."""
+    """COFT's bound of each block's ``‖Q‖_F`` in training, for a rotation of this dialect; None without COFT."""
     rows = rotation.generator.shape[0]
-    width = _width_of_matrices(rows, rotation.block_size, rotation.scale) if _RULES[dialect].matrices else 1
+    width = _width_of_matrices(rows, rotation.block_size, rotation.scale) if _RULES[dialect].ends == _MATRICES else 1
     return coft_radius(config, rows, width)
 
 
 def coft_radius(config: Config, rows: int, width: int = 1) -> float | None:
     """COFT's bound of each block's Frobenius norm, ``eps / √rows`` for a generator of ``rows`` blocks; None without COFT.
 
-    peft ≤ 0.15 has ``eps · width²`` in place of ``eps``, with a ``width`` of ⌈out/r⌉ for r blocks a row, in ≤ 0.13 of
-    the block size.
+    peft ≤ 0.15 has ``eps · width²`` in place of ``eps``: ``width`` is ⌈out/r⌉ for r blocks per row, which in peft ≤ 0.13
+    is the block size.
     """
     return float(config.get("eps", 6e-5)) * width**2 / rows**0.5 if config.get("coft") else None
 
@@ -102,34 +104,36 @@ def _clamp(q: Tensor, radius: float) -> Tensor:
 
 
 def _misshapen(message: str, part: str, tensor: Tensor) -> ShapeError:
-    return ShapeError(message, tensor=part, shape=tensor.shape, remedy="restore the file")
+    return ShapeError(message, tensor=part, shape=tensor.shape, remedy="restore the file of the adapter")
 
 
 def _check_shared(rows: Tensor, config: Config) -> None:
     if config.get("block_share") and rows.shape[0] != 1:
         message = "`block_share` is set, but the generator has more than one row"
-        raise ShapeError(message, shape=rows.shape, remedy="restore the config")
+        raise ShapeError(message, shape=rows.shape, remedy="restore the config that peft wrote")
 
 
 # --- peft ≤ 0.15: matrices, whose skew part is the generator ----------------------------------------------------------
 
 
 def _wrote_0_13(config: Config, modules: Modules, source: str | None) -> bool:
+    """Whether peft ≤ 0.13 wrote the files, whose config has no ``oft_block_size``; ``oft_s`` is then an error."""
     if "oft_block_size" in config:
         return False
     for path, parts in modules.items():
         if "oft_s" in parts:
-            message = "oft_s without `oft_block_size` in the config: neither peft ≤ 0.13 nor 0.14/0.15 writes that"
+            message = "the module has oft_s, but the config has no `oft_block_size`: neither peft ≤ 0.13 nor 0.14/0.15 writes that"
             remedy = "restore the adapter_config.json that belongs to these tensors"
             raise DialectError(message, module=path, path=source, remedy=remedy)
     return True
 
 
 def _wrote_0_15(config: Config, modules: Modules, source: str | None) -> bool:
+    """Whether peft 0.14 or 0.15 wrote the files, whose config has ``oft_block_size``; a missing matrix is then an error."""
     if "oft_block_size" not in config:
         return False
     for path, parts in modules.items():
-        missing = _OLD_PARTS - parts.keys()
+        missing = _MATRICES - parts.keys()
         if missing:
             message = f"peft 0.14 and 0.15 save oft_r and oft_s; {', '.join(missing)} is missing"
             raise AdapterError(message, module=path, path=source, remedy="restore the whole file")
@@ -137,7 +141,8 @@ def _wrote_0_15(config: Config, modules: Modules, source: str | None) -> bool:
 
 
 def _rotation_of_matrices(parts: Parts, config: Config, *, side: rotations.Side) -> Rotation:
-    a = parts["oft_r"]  # which a module of these dialects has, with oft_s in peft 0.14 and 0.15
+    """The rotation of a module of peft ≤ 0.15, whose file holds whole matrices."""
+    a = parts["oft_r"]  # a module of these dialects always has oft_r, with oft_s in peft 0.14 and 0.15
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[0] < 1 or a.shape[1] < 2:
         raise _misshapen("oft_r must be (blocks, b, b) with b ≥ 2", "oft_r", a)
     _check_shared(a, config)
@@ -147,7 +152,7 @@ def _rotation_of_matrices(parts: Parts, config: Config, *, side: rotations.Side)
     a = a.to(torch.float64)
     rows, b, _ = a.shape
     radius = coft_radius(config, rows, _width_of_matrices(rows, b, scale))
-    if radius is not None:  # on the raw matrix
+    if radius is not None:  # COFT clamps the raw matrix
         if scale is not None and config.get("block_share"):
             message = "a COFT adapter of peft 0.14/0.15 with one shared block clamps by the number of blocks a row, which its files do not hold"
             raise DialectError(message, remedy="run one forward in peft 0.15 and save again with `coft: false`")
@@ -157,6 +162,7 @@ def _rotation_of_matrices(parts: Parts, config: Config, *, side: rotations.Side)
 
 
 def _width_of_matrices(rows: int, block_size: int, scale: Tensor | None) -> int:
+    """The ``width`` of :func:`coft_radius`: the outputs for each block, or the block size without ``oft_s``."""
     return block_size if scale is None else -(-scale.shape[0] // rows)
 
 
@@ -164,7 +170,7 @@ def _width_of_matrices(rows: int, block_size: int, scale: Tensor | None) -> int:
 
 
 def _has_embeddings(modules: Modules) -> bool:
-    """Embeddings came with 0.19, whatever the config has lost."""
+    """Whether the adapter rotates embeddings, which needs peft ≥ 0.19, whatever the config says."""
     return any("oft_embedding_R.weight" in parts for parts in modules.values())
 
 
@@ -177,24 +183,25 @@ def _wrote_0_21(config: Config, modules: Modules, source: str | None) -> bool:
 
 
 def _since_0_18(config: Config, source: str | None) -> bool | None:
-    """Whether the config is of peft ≥ 0.18; None where it does not tell."""
+    """Whether the config is of peft ≥ 0.18; None for a config that does not show its release."""
     version = config.get("peft_version")
     release = re.match(r"(\d+)\.(\d+)", version or "")
     after = release is not None and (int(release[1]), int(release[2])) >= (0, 18)
     if config.get("use_cayley_neumann") is False:
-        return after  # the exact map is the same in both
+        return after  # the exact map is the same before and after 0.18
     if "use_cayley_neumann" not in config:
-        message = "the config has no `use_cayley_neumann`, so the map cannot be told: peft ≥ 0.16 always writes `use_cayley_neumann`"
+        message = "the config has no `use_cayley_neumann`, so the map is unknown: peft ≥ 0.16 always writes `use_cayley_neumann`"
         raise DialectError(message, path=source, remedy="restore the adapter_config.json that belongs to these tensors")
     if version is None:
-        return False  # the field came with 0.18
-    # a development version around the change of the series
+        return False  # the field `peft_version` came with 0.18
+    # a development version of 0.18.0 may have either series
     return None if not after or re.search(r"^0\.18\.0\.?dev", version) else True
 
 
 def _rotation_of_triangles(parts: Parts, config: Config, *, since_0_18: bool) -> Rotation:
+    """The rotation of a module of peft ≥ 0.16, whose file holds the upper triangles of generators."""
     if len(parts) > 1:
-        message = f"one module has {' and '.join(sorted(parts))}"
+        message = f"one module has both {' and '.join(sorted(parts))}"
         raise AdapterError(message, remedy="save the adapter again with peft's save_pretrained")
     part, v = next(iter(parts.items()))
     if v.ndim != 2 or v.shape[0] < 1:
@@ -209,7 +216,7 @@ def _rotation_of_triangles(parts: Parts, config: Config, *, since_0_18: bool) ->
         cayley = Cayley(terms=int(config.get("num_cayley_neumann_terms", 5)), since_0_18=since_0_18)
     radius = coft_radius(config, v.shape[0])
     if radius is not None:
-        # peft ≥ 0.16: the clamp is on the skew-symmetric matrix; clamped anew by every live forward, so a file may not be
+        # peft ≥ 0.16 clamps the skew-symmetric matrix anew in every live forward, so a file may hold unclamped values
         v = rotations.vector(_clamp(rotations.skew(v.to(torch.float64)), radius))
     side: rotations.Side = "embedding" if part.startswith("oft_embedding") else "input"
     return Rotation(generator=v, cayley=cayley, side=side, shared=bool(config.get("block_share")))
@@ -219,14 +226,20 @@ def _rotation_of_triangles(parts: Parts, config: Config, *, since_0_18: bool) ->
 
 _RULES: Mapping[str, _Rules] = {
     "peft-0.13": _Rules(
-        "peft ≤ 0.13: output side, `oft_r` without `oft_s`", True, _wrote_0_13, partial(_rotation_of_matrices, side="output")),
+        "peft ≤ 0.13: output side, `oft_r` without `oft_s`", _MATRICES, _wrote_0_13, partial(_rotation_of_matrices, side="output")),
     "peft-0.15": _Rules(
-        "peft 0.14 and 0.15: input side with `oft_s`", True, _wrote_0_15, partial(_rotation_of_matrices, side="input")),
+        "peft 0.14 and 0.15: input side with `oft_s`", _MATRICES, _wrote_0_15, partial(_rotation_of_matrices, side="input")),
     "peft-0.17": _Rules(
-        "peft 0.16 and 0.17: input side, the first Neumann series", False, _wrote_0_17, partial(_rotation_of_triangles, since_0_18=False)),
+        "peft 0.16 and 0.17: input side, the first Neumann series", _TRIANGLES, _wrote_0_17, partial(_rotation_of_triangles, since_0_18=False)),
     "peft-0.21": _Rules(
-        "peft ≥ 0.18: input side and embeddings, the second Neumann series", False, _wrote_0_21, partial(_rotation_of_triangles, since_0_18=True)),
+        "peft ≥ 0.18: input side and embeddings, the second Neumann series", _TRIANGLES, _wrote_0_21, partial(_rotation_of_triangles, since_0_18=True)),
 }  # fmt: skip
 
 #: dialect → the peft releases that write it
 DIALECTS: Mapping[str, str] = MappingProxyType({dialect: rules.releases for dialect, rules in _RULES.items()})
+
+#: dialects of releases whose live layers compute with plain weights only: they multiply `weight.data`, whatever it stores
+PLAIN_ONLY = frozenset({"peft-0.15"})
+
+#: ends of all keys that hold a rotation
+ROTATION_KEYS: tuple[str, ...] = tuple(sorted({end for rules in _RULES.values() for end in rules.ends}))

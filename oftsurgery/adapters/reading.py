@@ -1,83 +1,183 @@
-"""An adapter's files: where they are, in a local folder or the Hub's cache, and what is in them."""
+""":func:`read_adapter` finds an adapter's files in a local folder or on the Hub, and reads them."""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from oftsurgery.errors import AdapterError, printable
-from oftsurgery.files.finding import find_folder
-from oftsurgery.files.reading import sha256_of
+from oftsurgery.errors import AdapterError, CheckpointError, SourceWarning, printable, warn_caller
+from oftsurgery.files.finding import OTHER_FORMATS, Place, place_of
+from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS, inside, read_json, sha256_of
+from oftsurgery.files.tokenizer_files import PATTERNS
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
+from .adapter import OFTAdapter
+from .dialects import Dialect
+from .from_peft import parse_adapter
+from .trained_on import SETTINGS
+
+if TYPE_CHECKING:
+    from oftsurgery.records.record import AdapterInfo
+
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
-# peft's configs are a few kB; a larger one is not a config
+# peft's configs are a few kB; a much larger file is no config
 _MAX_CONFIG_BYTES = 4 << 20
+# the most adapters that an error names
+_NAMED = 8
 
 
-def find_adapter(path_or_repo: str | PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of an adapter: a local one, or a Hub repository's files in the Hub's cache (offline: from the cache
-    alone).
+def read_adapter(
+    path_or_repo: str | PathLike[str],
+    *,
+    dialect: Dialect | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> OFTAdapter:
+    """The adapter in a folder or a Hub repository: :func:`oftsurgery.load_adapter`."""
+    place, folder = find_adapter(path_or_repo, revision=revision, subfolder=subfolder)
+    config, tensors, sha256 = read_files(folder)
+    return parse_adapter(config, tensors, dialect=dialect, source=str(place), sha256=sha256)
+
+
+def find_adapter(
+    path_or_repo: str | PathLike[str], *, revision: str | None = None, subfolder: str | None = None
+) -> tuple[Place, Path]:
+    """The place of an adapter, and the folder with its files: a local folder, or the Hub's cache of a repository. Offline,
+    only the cache is read. If the place holds one adapter in its subfolders, that adapter is read.
 
     Raises:
-        AdapterError: neither a folder nor a repository with an adapter.
+        AdapterError: ``path_or_repo`` is neither a folder nor a repository with an adapter, or several subfolders hold
+            adapters.
+
+    Warns:
+        SourceWarning: the adapter is in a subfolder that the caller did not name.
     """
     path = Path(path_or_repo).expanduser()
     if path.exists() and not path.is_dir():
-        message = "an adapter is a folder, this is a file"
-        raise AdapterError(message, path=path, remedy=f"give the folder that holds {CONFIG_FILE}")
+        message = "an adapter is a folder, but the path is a file"
+        raise AdapterError(message, path=path, remedy=f"give the folder that holds {ADAPTER_CONFIG}")
     where = "give the folder that peft's save_pretrained wrote, or a Hub id 'owner/name'"
-    return find_folder(path_or_repo, [CONFIG_FILE, TENSORS_FILE], AdapterError, where, revision)
+    place = place_of(path_or_repo, AdapterError, where, revision=revision)
+    if subfolder is not None:
+        place = place.below(subfolder)
+    folder = place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
+    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_TENSORS).is_file():
+        place = _only_one(place)
+    folder = place.fetch(
+        [ADAPTER_CONFIG, ADAPTER_TENSORS, *PATTERNS, *SETTINGS], but=[*OTHER_FORMATS, "checkpoint-*/*"]
+    )
+    if place.folder is None and not (folder / ADAPTER_TENSORS).is_file():
+        raise _no_tensors(place, place.names())
+    return place, folder
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. Nothing in it is executed.
+def homes_of(adapters: Iterable[OFTAdapter | AdapterInfo]) -> list[Path]:
+    """The folders that the adapters were read from, local or in the Hub's cache, without folders that hold other files now."""
+    return [home for a in adapters for home in [_home_of(a.source, a.sha256)] if home is not None]
+
+
+def _home_of(source: str | None, sha256: str | None) -> Path | None:
+    """The folder of the adapter's file with this SHA-256, or None."""
+    if source is None or sha256 is None:
+        return None
+    with suppress(AdapterError, ImportError):
+        tensors = place_of(source, AdapterError, "give the adapter's folder").on_disk(ADAPTER_TENSORS)
+        return tensors.parent if tensors is not None and sha256_of(tensors) == sha256 else None
+    return None
+
+
+def _only_one(place: Place) -> Place:
+    """The subfolder of ``place`` that holds the place's only adapter."""
+    names = place.names()
+    found = sorted(_folder_of(name) for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
+    if not found:
+        raise _no_config(place, names)
+    found.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])  # checkpoint-500, checkpoint-1000
+    if len(found) > 1:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        listed = ", ".join(map(printable, found[-_NAMED:])) + more
+        message = f"the folder holds {len(found)} adapters, each in a subfolder: {listed}"
+        remedy = f"name one subfolder: subfolder={found[-1]!r} (--adapter-subfolder {found[-1]})"
+        raise AdapterError(message, path=place, remedy=printable(remedy))
+    warn_caller(
+        f"{printable(place)} holds one adapter, in its subfolder {printable(found[0])}; this adapter is read",
+        SourceWarning,
+    )
+    return place.below(found[0])
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _no_config(place: Place, names: Collection[str]) -> AdapterError:
+    """The error for a place that holds files of these ``names``, and no adapter's config."""
+    if any(name.rpartition("/")[2] in _PICKLES for name in names):
+        return _no_tensors(place, [name.rpartition("/")[2] for name in names])
+    weights = next((name for name in sorted(names) if name.endswith((".safetensors", ".bin", ".gguf"))), None)
+    if weights is not None:
+        message = (
+            f"neither the folder nor a subfolder has {ADAPTER_CONFIG}; the folder holds a model ({printable(weights)})"
+        )
+        return AdapterError(message, path=place, remedy="give the base model first, the adapter second")
+    message = f"the folder has no {ADAPTER_CONFIG}" if names else "the folder is empty"
+    return AdapterError(message, path=place, remedy=place.remedy)
+
+
+def _no_tensors(place: object, names: Collection[str]) -> AdapterError:
+    """The error for a place that holds files of these ``names``, and no adapter's tensors in safetensors."""
+    pickle = next((name for name in _PICKLES if name in names), None)
+    if pickle is not None:
+        message = f"{pickle} is a pickle, which could run code when read; oftsurgery reads safetensors only"
+        remedy = "load the adapter with the peft release that wrote it, and save_pretrained(…, safe_serialization=True)"
+    else:
+        message = f"the folder has no {ADAPTER_TENSORS}"
+        remedy = "save the adapter again with peft's save_pretrained"
+    return AdapterError(message, path=place, remedy=remedy)
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """``(config, tensors, sha256 of the tensors' file)`` of an adapter's folder. No file is executed.
 
     Raises:
-        AdapterError: a file is missing, a pickle, truncated or no JSON object.
+        AdapterError: a file is missing, is a pickle, is truncated, holds no JSON object, or is a link that is not followed.
     """
-    config_path, tensors_path = folder / CONFIG_FILE, folder / TENSORS_FILE
-    if not config_path.is_file():
-        message = f"the folder has no {CONFIG_FILE}" if any(folder.iterdir()) else "the folder is empty"
+    names = [path.name for path in folder.iterdir()]
+    if not (folder / ADAPTER_CONFIG).is_file():
+        message = f"the folder has no {ADAPTER_CONFIG}" if names else "the folder is empty"
         raise AdapterError(message, path=folder, remedy="give the folder that peft's save_pretrained wrote")
-    if not tensors_path.is_file():
-        pickles = [name for name in _PICKLES if (folder / name).is_file()]
-        if pickles:
-            message = f"{pickles[0]} is a pickle, which could run code when read; oftsurgery reads safetensors only"
-            remedy = "load it with the peft that wrote it, and save_pretrained(…, safe_serialization=True)"
-            raise AdapterError(message, path=folder, remedy=remedy)
-        message = f"the folder has no {TENSORS_FILE}"
-        raise AdapterError(message, path=folder, remedy="save the adapter again with peft's save_pretrained")
-    return _read_json(config_path), _read_tensors(tensors_path), sha256_of(tensors_path)
+    if not (folder / ADAPTER_TENSORS).is_file():
+        raise _no_tensors(folder, names)
+    with _told_of_adapter():
+        config = read_json(inside(folder, ADAPTER_CONFIG, own=True), limit=_MAX_CONFIG_BYTES)
+        path = inside(folder, ADAPTER_TENSORS, own=True)
+    return config, _read_tensors(path), sha256_of(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    def wrong(message: str) -> AdapterError:
-        return AdapterError(message, path=path, remedy="restore the file that peft wrote")
-
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise wrong(f"a config of {path.stat().st_size} bytes is no config")
+@contextmanager
+def _told_of_adapter() -> Iterator[None]:
+    """Turn the errors of a checkpoint's file into errors of an adapter's file."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"the config is no JSON ({printable(error)})") from error
-    if not isinstance(config, dict):
-        raise wrong(f"the config is a JSON {type(config).__name__}, not an object")
-    return config
+        yield
+    except CheckpointError as error:
+        message = error.message.replace("of the checkpoint", "of the adapter")
+        remedy = "restore the file that peft wrote" if "link" not in message else error.remedy
+        raise AdapterError(message, path=error.path, remedy=remedy) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return dict(load_file(path))
-    except (SafetensorError, ValueError, KeyError) as error:
-        message = f"the tensors cannot be read: truncated, or no safetensors file ({printable(error)})"
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        message = f"the tensors cannot be read: the file is truncated, or is no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

@@ -1,4 +1,4 @@
-"""One module's rotation: its generator, the map that makes the rotation of it, and the weights that it fits."""
+"""One module's rotation: its generator, the map from the generator to the rotation, and the weights that it fits."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class Rotation:
 
     @property
     def blocks(self) -> Tensor:
-        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Computed anew at each access.
+        """``(n, b, b)`` float64: the live layer computes ``x' = x · blockdiag(blocks)``. Each access computes the blocks anew.
 
         Raises:
-            NonFiniteError: if the map has no finite result.
+            NonFiniteError: the map has no finite result.
         """
         q = rotations.skew(self.generator.detach().to(torch.float64))
         with rotations.full_precision(q.device.type):
@@ -84,7 +84,7 @@ class Rotation:
 
     @cached_property
     def _eigenvalues(self) -> Tensor:
-        """Half of the eigenvalues of the blocks, complex128 (the others are their conjugates)."""
+        """Half of the eigenvalues of the blocks, complex128; the other half are their conjugates."""
         theta = rotations.eigen_angles(rotations.skew(self.generator.detach().to(torch.float64)))
         return self.cayley((1j * theta).reshape(-1, 1, 1)).reshape(-1)
 
@@ -107,10 +107,10 @@ class Rotation:
         remedy = "use the base model that the adapter was trained on (its `base_model_name_or_path`)"
         if self.side == "output":
             r = -(-out // b) if self._one_for_all else n
-            fits = b == -(-out // r)  # r blocks of ⌈out/r⌉, of which the last ones may lie outside
+            fits = b == -(-out // r)  # r blocks of size ⌈out/r⌉; the last blocks may lie outside
             if fits and self.whole and r * b != out:
                 message = f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
-                remedy = "fold the adapters themselves, one after the other, instead of what was computed from them"
+                remedy = "fold the adapters themselves, one after the other, instead of an adapter that was computed from them"
                 raise ShapeError(message, module=module, shape=shape, remedy=remedy)
             rotated, width = "output features", out
         else:
@@ -124,8 +124,8 @@ class Rotation:
             raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=(out,), remedy=remedy)
 
     def fold_into(self, weight: Tensor) -> Tensor:
-        """What the live layer computes with ``weight: (out, in)`` (or ``(tokens, features)``), as a weight, in float32
-        or better.
+        """The weight with which a plain layer computes what the live layer computes with ``weight: (out, in)`` (or
+        ``(tokens, features)``), in float32 or better.
         """
         rotated = rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side)
         return rotated if self.scale is None else rotated * self.scale.to(rotated).unsqueeze(-1)
@@ -134,7 +134,7 @@ class Rotation:
         """The true inverse of :meth:`fold_into`.
 
         Raises:
-            NonFiniteError: if a scale is zero or the rotation singular.
+            NonFiniteError: a scale is zero, or the rotation is singular.
         """
         if self.scale is not None:
             if bool((self.scale == 0).any()):
@@ -147,19 +147,19 @@ class Rotation:
     # --- algebra, in float64 ---
 
     def exact(self) -> tuple[Rotation, float]:
-        """The nearest rotation under the exact Cayley map, and how far it is: ``‖R - nearest‖₂``, the largest over the
-        blocks.
+        """The nearest rotation under the exact Cayley map, and its distance: the largest ``‖R - nearest‖₂`` of a block.
 
-        An exact one is its own nearest, at 0. A truncated series ``R = f(Q)`` is not orthogonal: its nearest rotation
-        (the polar factor) keeps the angles of its eigenvalues ``f(±iθ)``, and the distance is that of their moduli
-        from 1.
+        An exact rotation is its own nearest rotation, at distance 0. A truncated series ``R = f(Q)`` is not orthogonal:
+        its nearest rotation (the polar factor) keeps the angles of its eigenvalues ``f(±iθ)``, and the distance is how
+        far the moduli of these eigenvalues are from 1.
 
         Raises:
-            AdapterError: no rotation is nearest (a singular ``R``), or it is by more than an exact generator holds.
+            AdapterError: ``R`` is singular and has no nearest rotation, or the rotation is too near to π for an exact
+                generator.
         """
         if self.cayley.exact:
             return self, 0.0
-        remedy = "its generator's norm is far above what the series is made for; retrain with a smaller learning rate"
+        remedy = "retrain with a smaller learning rate: the generator's norm is far too large for the series"
         nearest, residual = nearest_and_distance(self.blocks, "the truncated series is singular", remedy)
         return replace(self, generator=bounded_generator(nearest), cayley=Cayley()), residual
 
@@ -168,24 +168,24 @@ class Rotation:
         return self.shared and self.generator.shape[0] == 1
 
     def _generators(self, size: int) -> Tensor:
-        """Of an exact rotation, ``(n, size, size)`` float64, in larger blocks."""
+        """The generators of an exact rotation, ``(n, size, size)`` float64, in larger blocks."""
         q = rotations.skew(self.generator.detach().to("cpu", torch.float64))
         return rotations.block_diagonal(q, size, shared=self._one_for_all)
 
 
 def nearest_and_distance(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:
-    """The rotations that are nearest to ``r: (n, b, b)``, and how far away the farthest is."""
+    """The rotations that are nearest to ``r: (n, b, b)``, and the largest of their distances."""
     nearest, values = rotations.nearest_rotation(r)
-    if float(values.min()) < 1e-6:  # smaller ones point nowhere
-        raise AdapterError(f"{singular}: no rotation is nearest to it", remedy=remedy)
+    if float(values.min()) < 1e-6:  # smaller singular values have no sure direction
+        raise AdapterError(f"{singular}: there is no nearest rotation", remedy=remedy)
     return nearest, float(torch.linalg.matrix_norm(r - nearest, ord=2).max())
 
 
 def bounded_generator(r: Tensor) -> Tensor:
-    """``(n, b(b-1)/2)`` of rotations ``r: (n, b, b)``, bounded."""
+    """The generators ``(n, b(b-1)/2)`` of rotations ``r: (n, b, b)``; a rotation too near to π is refused."""
     norm = float(rotations.generator_norm(r).max())
     if not norm <= rotations.MAX_NORM:
-        rotation = f"a rotation by {2 * math.atan(norm):.4f} rad, too close to π"
+        rotation = f"the result is a rotation by {2 * math.atan(norm):.4f} rad, too close to π"
         message = f"{rotation}: its exact Cayley generator has a norm of {norm:.3g}, more than {rotations.MAX_NORM:.0f}"
         raise AdapterError(message, remedy="scale the adapters down first (scaled), or fold them one after the other")
     return rotations.vector(rotations.generator_of(r))

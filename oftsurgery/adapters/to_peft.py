@@ -1,9 +1,8 @@
-"""The config and the tensors by which peft 0.21 says what an adapter is."""
+"""An adapter's config and tensors in the form of peft 0.21."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,14 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError, module_in_errors
 
 from .rotation import Rotation
+from .targets import saved_targets
 
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
 
-KEY_PREFIX = "base_model.model."  # of all keys of an adapter's tensors
+KEY_PREFIX = "base_model.model."  # the start of every key of an adapter's tensors
 
-# what is kept of a config: by a derived adapter where its origins agree, and by what is saved
+# the config fields that a saved adapter keeps, and a derived adapter if its origins agree
 CARRIED = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
@@ -46,40 +46,38 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
     config = {
         **{name: adapter.config.get(name) for name in (*CARRIED, "modules_to_save")},
         **settings,
+        **saved_targets(adapter.config, exact),
         "bias": adapter.config.get("bias") or "none",
-        "coft": False,  # the clamp is in the generators
+        "coft": False,  # the generators are clamped already
         "eps": 6e-05,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,  # means nothing to a rotation of the inputs; peft warns of it on nn.Linear
+        "fan_in_fan_out": False,  # has no effect on a rotation of the inputs; peft warns of True on nn.Linear
         "inference_mode": True,
         "init_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
         "module_dropout": 0.0,
         "num_cayley_neumann_terms": 5,
         "peft_type": "OFT",
-        "peft_version": "0.21.2",  # whose format this is; readers go by it
-        # one pattern that matches these paths and no other: a list would match every path that ends in one
-        "target_modules": "|".join(f"(?:{re.escape(path)})" for path in exact),
+        "peft_version": "0.21.2",  # the release of this format, which readers need
         "use_cayley_neumann": False,
     }
     return dict(sorted(config.items())), tensors, residuals
 
 
 def _check_expressible(r: Rotation) -> None:
+    """Refuse a rotation that peft 0.21 cannot store."""
     if r.side == "output":
-        lack = "peft 0.21 rotates inputs and embeddings, and has no form for it"
-        message = f"a rotation of the outputs (peft ≤ 0.13): {lack}"
-        raise AdapterError(message, remedy="fold it; or fold it into a copy of the base and train anew")
+        lack = "peft 0.21 can store rotations of inputs and embeddings alone"
+        message = f"the adapter has a rotation of the outputs (peft ≤ 0.13): {lack}"
+        raise AdapterError(message, remedy="fold the adapter; or fold it into a copy of the base and train anew")
     if r.scale is not None and bool((r.scale != 1).any()):
-        message = "a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 has no form for it"
-        remedy = "fold it; or give up the scale knowingly: dataclasses.replace(rotation, scale=None)"
+        message = "the adapter has a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 cannot store a scale"
+        remedy = "fold the adapter; or leave out the scale on purpose: dataclasses.replace(rotation, scale=None)"
         raise AdapterError(message, tensor="oft_s", remedy=remedy)
 
 
 def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:
-    """How one config describes the blocks of all modules: ``r`` or ``oft_block_size``, the other being 0, and
-    ``block_share``. They are written in blocks of ``oft_block_size``, which may be larger than they are.
+    """The settings by which one config describes the blocks of all modules: ``block_share``, and ``r`` or
+    ``oft_block_size``, of which the other is 0. The blocks are written in the size ``oft_block_size``, which may be
+    larger than a module's own block size.
     """
     shared = {r._one_for_all for r in modules.values()}
     sizes = {r.block_size for r in modules.values()}
@@ -87,8 +85,8 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
     if len(shared) == 2:
         whole = next(path for path, r in modules.items() if r._one_for_all)
         mixed = "some modules share one block (`block_share`) and others do not"
-        message = f"{mixed}, which one config of peft's cannot say"
-        raise AdapterError(message, module=whole, remedy="save them as two adapters")
+        message = f"{mixed}, which one config of peft cannot state"
+        raise AdapterError(message, module=whole, remedy="save the two kinds of modules as two adapters")
     size, listed = math.lcm(*sizes), ", ".join(map(str, sorted(sizes)))
     settings = {"r": 0, "oft_block_size": size, "block_share": shared.pop()}
     if len(sizes) == 1:
@@ -96,7 +94,7 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
     if settings["block_share"]:
         r = config.get("r")
         if not (isinstance(r, int) and r > 0 and not config.get("oft_block_size")):
-            message = f"shared blocks of sizes {listed}, which one config of peft's cannot say"
+            message = f"the modules have shared blocks of sizes {listed}, which one config of peft cannot state"
             raise AdapterError(message, remedy="save modules of one size each as an adapter")
         return settings | {"r": r, "oft_block_size": 0}
     if len(counts) == 1:
@@ -104,7 +102,9 @@ def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) 
     for path, r in modules.items():
         features = r.generator.shape[0] * r.block_size
         if features % size:
-            apart = f"their common one, {size}, does not divide the {features} features"
-            message = f"blocks of sizes {listed}: one config of peft's gives all modules one size, and {apart}"
+            apart = f"the common size {size} does not divide the {features} features"
+            message = (
+                f"the modules have blocks of sizes {listed}: one config of peft gives all modules one size, and {apart}"
+            )
             raise AdapterError(message, module=path, remedy="save modules of one size each as an adapter")
     return settings

@@ -1,4 +1,4 @@
-"""The public functions on models in memory: fold, unfold, wrap, extract."""
+"""The public functions on models in memory fold, unfold, wrap and extract."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import warn_of_another_commit
 from oftsurgery.calibrate.batches import Batch, read_batches
-from oftsurgery.calibrate.layer_inputs import Calibration
+from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
 from oftsurgery.folding.plan import FoldPlan
+from oftsurgery.folding.target import LiveFormat, check_format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.folding.undo_writer import UndoWriter
 from oftsurgery.formats.codecs import Rounding, check_rounding
@@ -25,8 +27,8 @@ from oftsurgery.live.wrapped_model import live_layers, original_hashes, read_liv
 from oftsurgery.live.wrapping import strip, unwrap, wrap_model
 from oftsurgery.progress import shown
 from oftsurgery.stores.folder import FolderStore
-from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import inner_model
+from oftsurgery.stores.live_model import LiveStore, record_of
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.weights.calibrate import InputsOf
 
 from .arguments import (
@@ -35,9 +37,10 @@ from .arguments import (
     check_one_way_back,
     load_adapter,
     loaded_adapters,
-    opened_checkpoint,
+    opened_base,
     rounding_mode,
 )
+from .trained_on import checked_live
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,13 +49,17 @@ def fold(
     model: M,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
+    format: LiveFormat = "same",
+    double_quant: bool = False,
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
+    partial: bool = False,
+    trained_on: str | PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
-    """Merge an OFT adapter into a model's weights, in the formats that the weights have.
+    """Merge an OFT adapter into a model's weights, in the formats that the weights have or in another format.
 
     >>> folded = oftsurgery.fold(model, "ADAPTER")               # a new model; `model` stays as it is
     >>> folded.oftsurgery.adapters[0].dialect                    # the record of the fold
@@ -61,10 +68,13 @@ def fold(
     >>> module.format, module.error < 0.15, module.kept > 0.9
     ('nf4 (double quantisation)', True, True)
     >>> plain = oftsurgery.fold(live)                            # a PeftModel's own adapter, into its plain base model
+    >>> half = oftsurgery.fold(live, format="bf16")              # 16 bits from 4 bits, without a second rounding to 4 bits
+    >>> type(half.get_submodule(path)).__name__, half.dtype, half.oftsurgery.worst[1].error < 0.005
+    ('Linear', torch.bfloat16, True)
 
-    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again in its own format: NF4,
-    FP4 (double quantisation and ``quant_storage`` are kept), int8 or a float dtype. The result computes what the live
-    adapter computes, up to the rounding of that format. The fold measures the rounding of each module and states the
+    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored once, in its own format or in
+    ``format``: NF4, FP4 (double quantisation and ``quant_storage`` are kept), int8 or a float dtype. The result computes what
+    the live adapter computes, up to the rounding of that format. The fold measures the rounding of each module and states the
     total in one :class:`~oftsurgery.RoundingWarning`. After any error the model is as it was.
 
     Args:
@@ -73,7 +83,14 @@ def fold(
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`; several adapters are the live
             chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``. For a model with live adapters: None for the active
             ones, or names.
-        rounding: how quantised weights are rounded; their format stays. ``"preserve"`` keeps the adapter's change, where
+        format: the format of the result. ``"same"``: each weight keeps its format. ``"bf16"``, ``"fp16"`` or ``"fp32"``: all
+            parameters and persistent buffers of floats take this dtype, and plain layers take the place of bitsandbytes'
+            layers. ``"nf4"``, ``"fp4"`` or ``"int8"``: every quantised weight takes this format; in a model without a quantised
+            weight, these are the modules that transformers' loading would quantise. The config and the flags of a
+            transformers model follow, so that ``save_pretrained`` and ``from_pretrained`` work. Where a format changes, the
+            record's ``base`` names the format, and the base and undo records cannot restore the model.
+        double_quant: quantise the statistics of ``format="nf4"`` or ``"fp4"`` too.
+        rounding: how quantised weights are rounded in their format. ``"preserve"`` keeps the adapter's change, where
             nearest rounding would put most weights back; a weight that the adapter moves by more than half a step is
             rounded as by ``"grid"`` (int8: to nearest). ``"nearest"`` rounds as bitsandbytes does, bit for bit.
             ``"mse"`` scales each 4-bit block by the factor that makes its squared error least, in place of its absmax;
@@ -87,6 +104,10 @@ def fold(
             padding), 100 to 500 texts in all. The batches are read once and held in memory.
         undo: a file to write, from which :func:`unfold` restores every byte that the fold changes; its size is some tenths
             of a bit a weight. The file appears when the fold is done; an existing file is refused.
+        partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
+            spread over several ranks). These modules stay as they are, and the record names them.
+        trained_on: what the adapter was trained on, as for :func:`fold_checkpoint`; the model must be it. None: a plain model
+            must be what the files of the trainer beside the adapter say, where they say it.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every unchanged tensor with ``model``.
         progress: show a bar.
@@ -95,10 +116,11 @@ def fold(
         the folded model; its ``oftsurgery`` attribute is the :class:`~oftsurgery.FoldRecord`.
 
     Raises:
-        AdapterError, DialectError: the adapter cannot be used.
+        AdapterError, DialectError: the adapter cannot be used, or lacks modules which its own config targets.
         MatchError: an adapter's module or tensor matches nothing in the model, or two of them match one.
         ShapeError: a rotation does not fit its weight.
-        StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet …
+        StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet, or cannot
+            take ``format`` …
         FormatError: a targeted layer is of a kind that cannot be folded.
         NonFiniteError: the adapter, the base or the result holds NaN or infinity.
         CalibrationError: the calibration is empty, holds text, or does not fit the model's forward.
@@ -108,30 +130,46 @@ def fold(
     """
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
+    check_format(format, double_quant=double_quant)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
-        _prepared_fold(model, adapter, inplace=inplace) as fold_prepared,
+        _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
     ):
-        return fold_prepared(rounding=mode, calibrate=calibrate, undo=writer, progress=step)  # type: ignore[return-value]
+        return fold_prepared(  # type: ignore[return-value]
+            format=format,
+            double_quant=double_quant,
+            rounding=mode,
+            calibrate=calibrate,
+            undo=writer,
+            base_at_hand=not inplace,
+            progress=step,
+        )
 
 
 @contextmanager
-def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator[Callable[..., nn.Module]]:
-    """``fold_model`` of a model and what is to be folded into it: of one that :func:`wrap` gave, the active adapters as
-    they are trained now, into the plain model.
+def _prepared_fold(
+    model: nn.Module, adapter: Any, trained_on: Any = None, *, inplace: bool, incomplete: bool
+) -> Iterator[Callable[..., nn.Module]]:
+    """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
+    folded in their present state.
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
-        yield partial(fold_model, model, adapters, names=names, inplace=inplace)
+        warn_of_another_commit(getattr(inner_model(model), "config", None), adapters or ())
+        on = checked_live(model, adapters, trained_on)
+        yield partial(
+            fold_model, model, adapters, names=names, partial_adapters=incomplete, trained_on=on, inplace=inplace
+        )
         return
     if adapter is not None:
         raise StateError(
             "the model carries live adapters, and an adapter to fold was given too",
-            remedy="fold(wrapped) folds its active adapters; load the plain base model to fold files into it",
+            remedy="call fold(wrapped) to fold the active adapters, or load the plain base model to fold an adapter from files",
         )
+    checked_live(model, None, trained_on)
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
     stripped = strip(inner_model(model)) if inplace else []
@@ -147,7 +185,7 @@ def _prepared_fold(model: nn.Module, adapter: Any, *, inplace: bool) -> Iterator
 def _calibrator(
     batches: Sequence[Batch] | None, progress: bool
 ) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """What gathers the inputs of a model's layers over ``batches``, with a bar of its own."""
+    """A function that gathers the inputs of a model's layers over ``batches``, with its own progress bar."""
     if batches is None:
         yield None
         return
@@ -155,6 +193,7 @@ def _calibrator(
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
+            check_wanted(paths)
             return Calibration(model, plan.adapters, paths, batches, progress=step)
 
         yield calibrate
@@ -206,13 +245,13 @@ def unfold(
     check_is_model(folded)
     check_one_way_back(
         (adapter, base, undo),
-        "unfold(model, adapter) rotates back, unfold(model, base=…) and unfold(model, undo=…) restore exactly",
+        "call unfold(model, adapter), which rotates back, or unfold(model, base=…) or unfold(model, undo=…), which restore exactly",
     )
     if undo is not None:
         record = open_undo(Path(undo).expanduser())
         return undo_model(folded, record, inplace=inplace)  # type: ignore[return-value]
     if base is not None:
-        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_checkpoint(base))
+        source = LiveStore(base) if isinstance(base, nn.Module) else FolderStore(opened_base(base, record_of(folded)))
         return restore_model(folded, source, inplace=inplace)  # type: ignore[return-value]
     _, adapters = _names_or_adapters(folded, adapter)
     with shown(progress, "unfold", "layer") as step:
@@ -221,7 +260,15 @@ def unfold(
         )
 
 
-def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inplace: bool = False) -> M:
+def wrap(
+    model: M,
+    adapter: AdapterLike,
+    *,
+    adapter_name: str = "default",
+    partial: bool = False,
+    trained_on: str | PathLike[str] | None = None,
+    inplace: bool = False,
+) -> M:
     """Put an adapter on a model unmerged: live layers that rotate their input, train, and merge or unmerge one by one.
 
     >>> wrapped = oftsurgery.wrap(model, "ADAPTER")
@@ -234,6 +281,7 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
         model: as for :func:`fold`, or a wrapped model, which gets a further adapter by another name.
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`.
         adapter_name: the name under which the adapter is active.
+        partial, trained_on: as for :func:`fold`.
         inplace: wrap ``model`` itself; otherwise the result is a new model that shares the tensors of ``model``.
 
     Returns:
@@ -243,7 +291,9 @@ def wrap(model: M, adapter: AdapterLike, *, adapter_name: str = "default", inpla
         OFTSurgeryError: as :func:`fold`; after any error the model is as it was.
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
-    return wrap_model(model, loaded, adapter_name=adapter_name, inplace=inplace)  # type: ignore[return-value]
+    warn_of_another_commit(getattr(inner_model(model), "config", None), [loaded])
+    checked_live(model, [loaded], trained_on)
+    return wrap_model(model, loaded, adapter_name=adapter_name, incomplete=partial, inplace=inplace)  # type: ignore[return-value]
 
 
 def extract(

@@ -1,4 +1,4 @@
-"""The public function that draws a fold's record, as a page and as pictures."""
+""":func:`report` draws a fold's record as a page and as pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.verify_models import VerifyReport
+from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
 from oftsurgery.files.reading import read_json, sizes_in
 from oftsurgery.files.writing import write_files
@@ -63,7 +63,7 @@ def report(
     outputs = {} if html is None else {Path(html): text.encode()}
     if png is not None:
         outputs |= {Path(png) / name: data for name, data in figures(record).items()}
-    write_files(outputs, force=force, make=None if png is None else Path(png))
+    write_files(outputs, force=force)
     return text
 
 
@@ -71,14 +71,14 @@ def record_of(source: object) -> tuple[FoldRecord, Path | None]:
     if isinstance(source, FoldRecord):
         return source, None
     if not isinstance(source, (str, PathLike)):
-        message = f"a report is of a record, a folder or a file, not of a {type(source).__name__}"
-        raise StateError(message, remedy="report(folded.oftsurgery), or the folder that a fold wrote")
+        message = f"a report needs a record, a folder or a file, not a {type(source).__name__}"
+        raise StateError(message, remedy="give the record (folded.oftsurgery), or the folder that a fold wrote")
     path = Path(source).expanduser()
     folder = path if path.is_dir() else None
     record = record_at(path) if folder is None else record_in(path)
     if record is None:
         raise StateError(
-            "nothing is folded in: the folder has no record", path=path, remedy="give a folder that a fold wrote"
+            "the folder has no record, so nothing is folded in", path=path, remedy="give a folder that a fold wrote"
         )
     return record, folder
 

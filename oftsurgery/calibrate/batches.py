@@ -1,4 +1,4 @@
-"""The batches of a calibration, as the model's forward takes them: given as tensors, or made of texts."""
+"""The functions here read the batches of a calibration, as the model's forward takes them, from tensors or texts."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from oftsurgery.hashing import hash_tensors
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: tokens of a text from a file, and texts a batch
+#: the most tokens of a text from a file, and the number of texts in a batch
 TEXT_TOKENS, TEXTS = 512, 16
 
-#: how transformers is installed, for a message
+#: the package that a calibration needs and how to install the package, for a message
 TRANSFORMERS = ("transformers", "pip install 'oftsurgery[peft]': a calibration must run the model")
 
 
 def read_batches(calibration: Any) -> list[Batch]:
-    """The batches of a calibration as ``(args, kwargs)`` of the model's forward: of a tensor, a tuple of arguments or a
-    mapping of keyword arguments, or of an iterable of them, which is read once.
+    """The batches of a calibration as ``(args, kwargs)`` of the model's forward, from a tensor, a tuple of arguments, a
+    mapping of keyword arguments, or an iterable of these, which is read once.
 
     Raises:
-        CalibrationError: there are none, or they are text.
+        CalibrationError: the calibration holds no batches, or texts.
     """
     batches = list(batches_of([calibration] if _is_text(calibration) else calibration))
     if not batches:
         message = "the calibration holds no batches"
-        raise CalibrationError(message, remedy="give at least one, better some hundred texts")
+        remedy = "give at least one batch, better some hundred texts (calibration=…, --calibration FILE)"
+        raise CalibrationError(message, remedy=remedy)
     for i, (args, kwargs) in enumerate(batches):
         values = (*args, *kwargs.values())
         if any(_is_text(v) or (isinstance(v, (list, tuple)) and any(map(_is_text, v))) for v in values):
             raise CalibrationError(
-                "the calibration is text, and a model in memory comes without its tokenizer",
-                remedy="tokenise it: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
+                "the calibration is text, and a model in memory has no tokenizer",
+                remedy="tokenise the texts: calibration=[tokenizer(texts[i : i + 16], padding=True, return_tensors='pt') for i in "
                 "range(0, len(texts), 16)]",
             )
         if not any(isinstance(v, Tensor) for v in values):
-            remedy = "give what the model takes: a tensor, a tuple of arguments, or a mapping of keyword arguments"
+            remedy = "give the model's inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments"
             raise CalibrationError(f"calibration batch {i} holds no tensor", remedy=remedy)
     return batches
 
@@ -52,32 +53,32 @@ def _is_text(value: object) -> bool:
     return isinstance(value, (str, bytes))
 
 
-def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
-    """Texts as a checkpoint's own tokenizer has them, each cut after :data:`TEXT_TOKENS`.
+def tokenise(texts: Sequence[str], folder: Path, size: int = TEXTS) -> list[Batch]:
+    """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
 
     Raises:
-        CalibrationError: the checkpoint has no tokenizer that transformers reads without the checkpoint's own code.
+        CalibrationError: transformers cannot load the tokenizer without code from the checkpoint.
         MissingDependencyError: transformers is not installed.
     """
     with needs(*TRANSFORMERS):
         import transformers
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a tokenizer is data of any kind, and its class raises what it likes
+    except Exception as error:  # the tokenizer's files may hold anything, and its class raises errors of any kind
         message = f"the checkpoint's tokenizer cannot be loaded ({type(error).__name__}: {printable(error)})"
-        remedy = "put its files beside the weights, or load the model and fold it in memory, with tokenised batches"
+        remedy = "put the tokenizer's files beside the weights, or fold the model in memory with tokenised batches"
         raise CalibrationError(message, path=folder, remedy=remedy) from error
     length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    size = TEXTS if tokenizer.pad_token is not None else 1
+    size = size if tokenizer.pad_token is not None else 1
     read = partial(tokenizer, padding=size > 1, truncation=True, max_length=length, return_tensors="pt")
     encoded = (read(list(texts[i : i + size])) for i in range(0, len(texts), size))
     batches: list[Batch] = [((), dict(batch)) for batch in encoded if batch["input_ids"].numel()]
     special = torch.tensor(tokenizer.all_special_ids)
     if all(bool(torch.isin(kwargs["input_ids"], special).all()) for _, kwargs in batches):
-        # transformers makes up a tokenizer without words where the files have none
-        message = "the checkpoint's tokenizer makes nothing of the texts but special tokens"
+        # where the tokenizer's files are missing, transformers makes a tokenizer without words
+        message = "the checkpoint's tokenizer turns the texts into special tokens only"
         raise CalibrationError(message, path=folder, remedy="put the tokenizer's files beside the weights")
     return batches
 

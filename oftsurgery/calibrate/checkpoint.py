@@ -1,4 +1,4 @@
-"""The inputs of a checkpoint's layers, from the model that transformers loads of it."""
+""":func:`checkpoint_inputs` gathers the inputs of a checkpoint's layers, from the model that transformers loads."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from oftsurgery.folding.disk_plan import CheckpointPlan
 from oftsurgery.folding.plan import in_names_of
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.progress import Progress
-from oftsurgery.stores.skeleton import quiet, without_code
+from oftsurgery.stores.skeleton import quiet, readable_config
 from oftsurgery.weights.calibrate import InputsOf
 
 from .batches import TRANSFORMERS, Batch, batches_on
-from .layer_inputs import Calibration
+from .layer_inputs import Calibration, check_wanted
 
 
 def checkpoint_inputs(
     plan: CheckpointPlan, batches: Sequence[Batch], *, device: str, progress: Progress | None = None
 ) -> InputsOf:
-    """The inputs of the layers of a checkpoint that is to be folded, by their modules' paths as the adapter names them.
+    """The inputs of the layers of a checkpoint that is to be folded, by the modules' paths in the model.
 
-    The model is loaded through transformers when the first layer is asked for, as the trainer loaded it, with the
-    adapters live. Nothing but transformers' own classes is built.
+    When the first layer is asked for, transformers loads the model as the trainer loaded it, with the adapters live.
+    Only transformers' own classes are built.
 
     Raises:
-        CalibrationError: transformers does not know the class, or cannot load it.
+        CalibrationError: transformers does not know the model's class, or cannot load the checkpoint.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
+    wanted = calibrated_paths(plan)
 
     @cache
     def calibration() -> Calibration:
@@ -42,15 +42,33 @@ def checkpoint_inputs(
     return lambda path: calibration()(path)
 
 
+def calibrated_paths(plan: CheckpointPlan) -> list[str]:
+    """The modules' paths in the model whose rounding a calibration decides.
+
+    Raises:
+        StateError: there is none.
+    """
+    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
+    check_wanted(wanted)
+    return wanted
+
+
 def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
     with needs(*TRANSFORMERS):
         import transformers
     cls: Any = getattr(transformers, plan.store.architecture.name or "", None)
     if not hasattr(cls, "from_pretrained"):
-        message = "transformers does not know the model's class, and a calibration must run the model"
-        remedy = "load the model yourself and fold it in memory; code from a checkpoint is never run"
+        name = printable(plan.store.architecture.name)
+        message = f"transformers does not know the model's class ({name}), and a calibration must run the model"
+        remedy = "fold without data (--rounding preserve), or load the model with its own code and fold it in memory"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
-    config = transformers.AutoConfig.for_model(**without_code(plan.source.config))
+    if plan.source.wrapped:
+        message = "the names of the checkpoint's tensors hold segments of wrappers, which transformers does not load, and a calibration must run the model"
+        remedy = (
+            "fold without a calibration, or first save the base again without its wrapper (torch.compile, FSDP, DDP)"
+        )
+        raise CalibrationError(message, path=plan.source.folder, remedy=remedy)
+    config = transformers.AutoConfig.for_model(**readable_config(plan.store.config))
     stored = plan.source.config.get("quantization_config")
     settings: dict[str, Any] = {"dtype": "auto"}
     if stored is not None:
@@ -72,8 +90,8 @@ def load_model(plan: CheckpointPlan, device: str) -> nn.Module:
             model: nn.Module = cls.from_pretrained(
                 plan.source.folder, config=config, local_files_only=True, use_safetensors=True, **settings
             )
-    except Exception as error:  # whatever transformers raises at files that it cannot use
+    except Exception as error:  # transformers raises errors of any kind at files that it cannot use
         message = f"transformers cannot load the checkpoint ({type(error).__name__}: {printable(error)})"
-        remedy = "load the model yourself and fold it in memory"
+        remedy = "fold without data (--rounding preserve), or load the model in Python and fold it in memory"
         raise CalibrationError(message, path=plan.source.folder, remedy=remedy) from error
     return model

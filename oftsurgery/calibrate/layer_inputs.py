@@ -1,14 +1,14 @@
-"""What the layers of a model are given while it computes with its adapters live: the inputs that a calibration is of.
+"""A :class:`Calibration` gathers the inputs of a model's layers while the model computes with its adapters live.
 
-A layer's exact output is that of the live model, so its inputs are taken there too, for all layers, whatever has been
-rounded by then; the order in which layers are folded does not matter.
+The exact output of a layer is its output in the live model, so the inputs of all layers are taken from the live model
+too, whichever layers are rounded already; the order in which layers are folded does not matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,28 +16,42 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.checks.verify_models import eval_mode
-from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
+from oftsurgery.errors import CalibrationError, OFTSurgeryError, StateError, printable
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import LayerInputs
 
 from .batches import Batch
 
-#: one sequence in this many is held out, and so many of their tokens are kept for each layer
+#: one sequence of HOLD_OUT is held out, and HELD_OUT_TOKENS tokens of the held-out sequences are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
 
-#: of the Hessians that are gathered in one pass over the batches; more layers take more passes
+#: bytes of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
 
 
-class Calibration:
-    """The inputs of a model's layers over a calibration's batches, gathered pass by pass as they are asked for.
+def check_wanted(paths: Collection[str]) -> None:
+    """Refuse a calibration that decides the rounding of no layer.
 
-    What is run is a copy of ``model`` over the same tensors, with ``adapters`` live in their order. The layers at ``paths``
-    will be asked for, in about this order; their Hessians take ``pass_bytes`` of memory at once, unless one alone takes more.
+    Raises:
+        StateError: ``paths`` is empty.
+    """
+    if not paths:
+        raise StateError(
+            "a calibration chooses how the quantised weights of layers are rounded, and this fold writes no such weight",
+            remedy="leave out the calibration (--calibration), or write a quantised format (--format nf4)",
+        )
+
+
+class Calibration:
+    """The inputs of a model's layers over a calibration's batches, which are gathered pass by pass when a layer is asked for.
+
+    The passes run a copy of ``model`` over the same tensors, with ``adapters`` live in their order. Callers ask for the
+    layers at ``paths``, in about this order; the Hessians take ``pass_bytes`` of memory at once, or more for a larger layer.
     """
 
     def __init__(
@@ -50,7 +64,9 @@ class Calibration:
         progress: Progress | None = None,
         pass_bytes: int = PASS_BYTES,
     ) -> None:
-        named = {f"calibration_{i}": adapter for i, adapter in enumerate(adapters)}
+        # the plan of the fold has already reported modules that the adapters lack
+        planned = [replace(adapter, config=without_targets(adapter.config)) for adapter in adapters]
+        named = {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}
         self._live = inner_model(wrap_model(model, named))
         self._modules = modules_of(self._live)
         self._batches = batches
@@ -58,7 +74,7 @@ class Calibration:
         self._ready: dict[str, LayerInputs | None] = {}
         self._done = 0
         layers: dict[str, Any] = {path: self._modules[path] for path in paths}
-        # paths whose inputs were not asked for yet, by the pass that gathers them
+        # the paths that nobody has asked for yet, in a list for each pass
         self._passes = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, pass_bytes)
         sizes = [_length(batch) for batch in batches]
         self._held_out = torch.split(held_out_sequences(sum(sizes)), sizes)
@@ -68,10 +84,10 @@ class Calibration:
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
     def __call__(self, path: str) -> LayerInputs | None:
-        """The inputs of the layer at ``path``, which are forgotten with this; None where the batches never reached it.
+        """The inputs of the layer at ``path``, which can be read once; None where no batch reached the layer.
 
         Raises:
-            CalibrationError: the model does not take a batch, or computes NaN or infinity from it.
+            CalibrationError: the model does not take a batch, or computes NaN or infinity from a batch.
         """
         waiting = next(paths for paths in self._passes if path in paths)
         if path not in self._ready:
@@ -105,12 +121,13 @@ class Calibration:
             self._live(*args, **kwargs)
         except OFTSurgeryError:
             raise
-        except Exception as error:  # whatever a model raises at a batch that is not for it
+        except Exception as error:  # a model raises errors of any kind at a batch that it does not take
             message = f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}"
-            raise CalibrationError(message, remedy="give batches as its forward takes them, on its device") from error
+            remedy = "give batches that the model's forward takes, on the model's device"
+            raise CalibrationError(message, remedy=remedy) from error
 
 
-# what is compiled runs as it is written: hooks are called, and nothing is compiled anew for them
+# compiled models run eagerly, so that hooks are called and nothing is compiled again
 _stance: Any = getattr(torch.compiler, "set_stance", nullcontext)  # torch 2.6
 
 
@@ -128,14 +145,14 @@ def _passes(features: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _length(batch: Batch) -> int:
-    """Sequences in a batch: the first dimension of its first tensor."""
+    """The number of sequences in a batch: the first dimension of its first tensor."""
     first = next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))
     return first.shape[0] if first.ndim else 1
 
 
 def held_out_sequences(count: int) -> Tensor:
-    """Which of ``count`` sequences are held out, ``(count,)`` bool: at random, the same ones each time. Of a single one
-    none is; its tokens are divided.
+    """A mask ``(count,)`` of the sequences that are held out: chosen at random, but the same each time. A single sequence
+    is not held out; its tokens are divided.
     """
     held_out = torch.zeros(count, dtype=torch.bool, device="cpu")
     if count > 1:
@@ -146,14 +163,14 @@ def held_out_sequences(count: int) -> Tensor:
 
 @dataclass(eq=False)
 class _InputSum:
-    """The inputs of one layer, or of several that are given the same."""
+    """The inputs of one layer, or of several layers that get the same inputs."""
 
     hessian: Tensor
     tokens: int = 0
     held_out: list[Tensor] = field(default_factory=list)
 
     def add(self, kept: Tensor, held_out: Tensor) -> None:
-        """Rows of inputs, ``(n, in)`` both."""
+        """Add rows of inputs; both tensors are ``(n, in)``."""
         kept = kept.to(torch.float32)
         with rotations.full_precision(kept.device.type):
             self.hessian.addmm_(kept.t(), kept)
@@ -162,8 +179,8 @@ class _InputSum:
 
 
 class _InputRecorder:
-    """Hooks that add up what layers are given, and keep some of the sequences that are ``held_out`` of each batch. Where
-    they ``share``, layers given one tensor one after the other (queries, keys and values) have one sum.
+    """Hooks that add up the inputs of layers, and keep some of the sequences that are ``held_out`` in each batch. With
+    ``share``, layers that get the same tensor one after the other (queries, keys and values) share one sum.
     """
 
     def __init__(self, held_out: Sequence[Tensor], *, share: bool) -> None:
@@ -171,26 +188,26 @@ class _InputRecorder:
         self._share = share
         divided = sum(bool(which.any()) for which in held_out)
         self._by_sequence = divided > 0
-        self._room = max(1, HELD_OUT_TOKENS // (divided or len(held_out)))  # of each batch
+        self._room = max(1, HELD_OUT_TOKENS // (divided or len(held_out)))  # tokens of each batch
         self._sums: dict[str, _InputSum] = {}
         self._leader: dict[str, str] = {}
         self._last: tuple[str, Tensor, int] | None = None
-        #: layers that were given one tensor once were given different ones later
+        #: whether layers that shared an input tensor in one call got different tensors in a later call
         self.wrongly_shared = False
 
     def start_batch(self, number: int, batch: Batch) -> None:
-        """What the hooks see from now on is of this batch."""
+        """Tell the hooks that the following inputs belong to this batch."""
         mask = batch[1].get("attention_mask")
         self._mask = mask.reshape(-1).to(torch.bool) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._which = self._held_out[number]
         self._last = None
 
     def hook_for(self, path: str, module: Any) -> Any:
-        """A forward hook, before the layer at ``path``."""
+        """A hook that runs before the forward of the layer at ``path``."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            version = -1 if x.is_inference() else x._version  # as it was, or written into since
+            version = -1 if x.is_inference() else x._version  # the version changes when the tensor is written to
             leader = path
             if self._share and self._last is not None and self._last[1] is x and self._last[2] == version:
                 leader = self._last[0]
@@ -202,23 +219,23 @@ class _InputRecorder:
         return hook
 
     def inputs_of(self, path: str) -> LayerInputs | None:
-        """What the layer at ``path`` was given.
+        """The inputs of the layer at ``path``.
 
         Raises:
-            CalibrationError: NaN or infinity among it.
+            CalibrationError: the inputs hold NaN or infinity.
         """
         found = self._sums.get(self._leader.get(path, path))
         if found is None:
             return None
         inputs = LayerInputs(found.hessian, found.tokens, torch.cat(found.held_out)[:HELD_OUT_TOKENS])
         if not bool(torch.isfinite(inputs.hessian).all() and torch.isfinite(inputs.held_out).all()):
-            message = "on the calibration the live model gives this layer NaN, infinity or what overflows"
-            remedy = "check the batches (a row that is all padding?) and the model's dtype"
+            message = "the calibration's inputs of this layer hold NaN, infinity or values that overflow"
+            remedy = "check the calibration's texts or batches (is a row all padding?) and the model's dtype"
             raise CalibrationError(message, module=path, remedy=remedy)
         return inputs
 
     def _add(self, path: str, x: Tensor) -> None:
-        """``x: (…, in)`` to the sum of ``path``; padding is left out where the batch's mask names it."""
+        """Add ``x: (…, in)`` to the sum of ``path``; padding that the batch's mask names is left out."""
         rows = x.reshape(-1, x.shape[-1])
         count, sequences = rows.shape[0], len(self._which)
         whole = x.shape[0] in (sequences, count) and count % max(sequences, 1) == 0  # sequences one after the other

@@ -1,8 +1,8 @@
 """:func:`doctor` finds and explains what is wrong with a checkpoint, an adapter or a live model.
 
-Everything is read tensor by tensor, and nothing is changed. What other functions refuse one by one is collected here,
-together with damage that is valid data and therefore loads without a word: weights that peft merged wrongly, adapters
-that newer peft loads as the identity, settings that readers ignore.
+The doctor reads tensor by tensor and changes nothing. The doctor collects all errors that other functions raise one by one, and
+also finds damage that is valid data and therefore loads without an error: weights that peft merged wrongly, adapters that
+newer peft loads as the identity, settings that readers ignore.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import get_args
 
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.from_peft import parse_adapter
-from oftsurgery.adapters.reading import CONFIG_FILE, TENSORS_FILE, find_adapter, read_adapter
-from oftsurgery.files.checkpoint import INDEX, SINGLE
-from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.files.checkpoint import CONFIG, LAYOUTS
+from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 from .doctor_adapter import examine_adapter
 from .doctor_checkpoint import examine_checkpoint
@@ -56,22 +57,30 @@ def doctor(
         AdapterError: ``adapter`` cannot be used (``doctor(adapter)`` examines it).
     """
     if adapter is not None and not isinstance(adapter, OFTAdapter):
-        config, tensors, sha256 = read_adapter(find_adapter(adapter))
-        adapter = parse_adapter(config, tensors, source=str(adapter), sha256=sha256)
+        adapter = read_adapter(adapter)
     if isinstance(path_or_model, nn.Module):
         found = examine_model(path_or_model, base, adapter)
+    elif (folder := _folder_of_adapter(path_or_model)) is not None:
+        found = examine_adapter(folder, base)
     else:
-        folder = find_checkpoint(path_or_model)
-        is_adapter = (folder / CONFIG_FILE).exists() or (folder / TENSORS_FILE).exists()
-        if is_adapter and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-            found = examine_adapter(folder, base)
-        else:
-            found = examine_checkpoint(folder, base, adapter)
+        found = examine_checkpoint(find_checkpoint(path_or_model), base, adapter)
     return sorted(_grouped(found), key=lambda f: get_args(Severity).index(f.severity))
 
 
+def _folder_of_adapter(path: str | PathLike[str]) -> Path | None:
+    """The folder of the adapter at ``path``; None if ``path`` holds a checkpoint, or neither an adapter nor a checkpoint."""
+    place = checkpoint_place(path)
+    names = place.names()
+    if any(name in names for layout in LAYOUTS for name in layout.names):
+        return None
+    if ADAPTER_CONFIG in names or ADAPTER_TENSORS in names:
+        return place.fetch([ADAPTER_CONFIG, ADAPTER_TENSORS])
+    below = any(name.endswith(f"/{ADAPTER_CONFIG}") for name in names)
+    return find_adapter(path)[1] if below and CONFIG not in names else None
+
+
 def _grouped(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding a trouble: the first (the callers put the worst first) with the names of the others."""
+    """One finding for each trouble: the first (the callers put the worst first) with the subjects of the others."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.code, finding.message), []).append(finding)

@@ -1,10 +1,12 @@
-""":func:`examine_folds` holds weights against their record, base and adapter; :func:`obstacles` says what keeps an adapter out."""
+""":func:`examine_folds` compares weights with their record, base and adapter; :func:`obstacles` says why an adapter cannot be
+folded in.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +15,23 @@ from torch import Tensor, nn
 
 from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import MatchError
+from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.errors import MatchError, share
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import ENOUGH, FoldRecord
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
+from oftsurgery.stores.modules import modules_of
 from oftsurgery.stores.store import Store
-from oftsurgery.stores.ties import modules_of
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
@@ -38,16 +43,19 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        base = base if isinstance(base, nn.Module) else find_checkpoint(base)  # raises, and is not noted
+        if not isinstance(base, nn.Module):  # its errors are raised, not noted
+            base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
         with noting(found):
-            found += [*large_kernels(adapter, store), *_against_base(adapter, open_store(base), store, record)]
+            there = open_store(base)
+            found += [*large_kernels(adapter, store), *_against_base(adapter, there, store, record)]
+            found += _lacking(adapter, there, record)
     elif adapter is not None and (record is None or adapter.fingerprint not in record.fingerprints()):
         found += obstacles(adapter, store)
     return found
 
 
 def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
-    """What keeps an adapter from being folded in."""
+    """Findings on why an adapter cannot be folded in."""
     found: list[Finding] = []
     with noting(found):
         found += large_kernels(adapter, store)
@@ -56,7 +64,7 @@ def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
         if isinstance(store, FolderStore):
             plan_checkpoint(store.source, [adapter])
         elif isinstance(store, LiveStore):
-            store.record = None  # what is folded in is told of elsewhere
+            store.record = None  # other findings tell what is folded in already
             plan_changes(store, [adapter])
     return found
 
@@ -70,50 +78,53 @@ def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
 
 
 def large_kernel(path: str, kernel: Iterable[int]) -> Finding:
+    """The finding for a rotated convolution with a kernel larger than 1×1."""
     message = (
-        "the adapter rotates a convolution with a kernel larger than 1: peft 0.16 to 0.21's live layer overlaps its patches, so that no weight "
-        "computes the same, and peft's own merge is off by about as much as the weight itself"
+        "the adapter rotates a convolution with a kernel larger than 1: the patches of the live layer of peft 0.16 to 0.21 overlap, so no "
+        "weight computes the same, and the error of peft's own merge is about as large as the weight itself"
     )
-    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
+    remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions can be folded"
     return Finding("error", "convolution", message, path, {"kernel": shape_text(kernel)}, remedy)
 
 
 def _against_record(record: FoldRecord, store: Store, adapter: OFTAdapter | None) -> list[Finding]:
+    """Findings from the fold's record: an adapter that was folded twice, and weights that differ from the record."""
     found: list[Finding] = []
     folded = [a for r in (*record.earlier, record) for a in r.adapters]
     for fingerprint, times in Counter(a.fingerprint for a in folded).items():
         if times > 1:
             source = next(a.source for a in folded if a.fingerprint == fingerprint)
             message = "the record says that this adapter was folded in more than once"
-            remedy = f"take the last fold out: {UNFOLD}"
+            remedy = f"take the last fold out of the checkpoint: {UNFOLD}"
             found.append(Finding("error", "folded-twice", message, source or fingerprint, {"times": times}, remedy))
     if adapter is not None and adapter.fingerprint in record.fingerprints():
-        message = "this adapter is folded in already: folding it again would rotate twice, and is refused"
-        remedy, folds = f"use the checkpoint as it is, or take it out: {UNFOLD}", {"adapters_folded": len(folded)}
+        message = "this adapter is folded in already, and a second fold would rotate twice, so oftsurgery refuses it"
+        remedy = f"use the checkpoint as it is, or take the adapter out: {UNFOLD}"
+        folds = {"adapters_folded": len(folded)}
         subject = adapter.source or adapter.fingerprint
         found.append(Finding("warning", "already-folded", message, subject, folds, remedy))
     for path, module in record.modules.items():
         if isinstance(store, LiveStore) and path in store.modules and is_cpu_packed(store.modules[path]):
-            continue  # a forward on the CPU packs a 4-bit weight and rounds its statistics: that is told of the layer
+            continue  # a CPU forward packs a 4-bit weight and rounds its statistics: the finding of the layer tells this
         with noting(found, path):
             encoded = weight_at(store, path)
             if encoded is None:
                 remedy = "restore the record that belongs to the weights"
-                raise MatchError("the record names a module that is not there", module=path, remedy=remedy)
+                raise MatchError("the record names a module that the model does not have", module=path, remedy=remedy)
             after = encoded.fingerprint
             if after == module.after:
                 continue
-            message = "the weight is not the one that the record was written for: changed since, or a record of another checkpoint"
+            message = "the weight is not the weight in the record: the weight has changed since, or the record is of another checkpoint"
             if after == module.before:
-                message = "the record says that the weight is folded, but it is the base's"
+                message = "the record says that the weight is folded, but the weight is the base's"
             hashes = {"recorded": module.after, "found": after, "base": module.before, "format": encoded.format.label}
             found.append(Finding("error", "record", message, path, hashes, f"fold again: {FOLD}"))
     return found
 
 
 def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldRecord | None) -> list[Finding]:
-    """Each folded weight against the base's: rotated, as it should be; as it was; transposed; rotated twice. And how much
-    of the adapter is in all of them: of a weight that ``record`` calls calibrated, what it says of the outputs.
+    """Findings on each folded weight against the base's (rotated as expected, unrotated, transposed, rotated twice), and on
+    how much of the adapter all weights hold; for calibrated weights, ``record`` says how much the outputs hold.
     """
     found: list[Finding] = []
     kept: dict[str, tuple[float, float]] = {}
@@ -123,24 +134,46 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
         with noting(found, path):
             before, after = weight_at(base, path), weight_at(folded, path)
             if before is None or after is None:
-                message = f"the adapter's module is not in the {'base' if before is None else 'folded'} model"
-                remedy = "give the base and the adapter that it was folded from"
+                message = f"the {'base' if before is None else 'folded'} model does not have the adapter's module"
+                remedy = "give the base and the adapter of this fold (--base, --adapter)"
                 raise MatchError(message, module=path, remedy=remedy)
+            own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
+            before = before if own is None else codecs.dense(own)
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
             found += [] if finding is None else [finding]
             if part is not None:
                 kept[path] = (outputs.get(path, part[0]), part[1])
-    # worst first: the one that is farthest from the right fold
+    # the weight that is farthest from the right fold comes first
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
-    # of a merge that is wrong there is nothing to say of how much it keeps
+    # how much is kept has a meaning only for a right merge
     wrong = any(f.severity == "error" for f in found)
-    return found if wrong else found + _how_much_is_kept(kept, calibrated=not outputs.keys().isdisjoint(kept))
+    if wrong:
+        return found
+
+    def case(path: str) -> Case:
+        return _case_of(path, adapter.modules[path], base, folded, record)
+
+    return found + _how_much_is_kept(kept, case, calibrated=not outputs.keys().isdisjoint(kept))
 
 
-def _how_much_is_kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list[Finding]:
-    """How much of what the adapter changes is in the merged weights: of each ``(kept, ‖exact - base‖²)``. Calibrated ones
-    were judged by their outputs.
+def _case_of(path: str, rotation: Rotation, base: Store, folded: Store, record: FoldRecord | None) -> Case:
+    """The facts that decide what helps a merge that keeps too little, from its record or else from one of its weights."""
+    case = None if record is None or path not in record.modules else Case.of_record(record, path)
+    before, after = weight_at(base, path), weight_at(folded, path)
+    if case is not None or before is None or after is None:
+        return case or Case("", "nearest")
+    weight = codecs.decode(after)
+    quantised_first = not torch.equal(_rotated_from(before, after, weight, rotation), codecs.decode(before))
+    on_disk = isinstance(folded, FolderStore)
+    return Case.of_weights(before.format, after.format, quantised_first=quantised_first, on_disk=on_disk)
+
+
+def _how_much_is_kept(
+    parts: Mapping[str, tuple[float, float]], case: Callable[[str], Case], *, calibrated: bool
+) -> list[Finding]:
+    """A finding on how much of the adapter's change is in the merged weights, from ``(kept, ‖exact - base‖²)`` of each
+    weight. Calibrated weights are judged by their outputs.
     """
     total = math.fsum(change for _, change in parts.values())
     if not total:
@@ -153,27 +186,32 @@ def _how_much_is_kept(parts: Mapping[str, tuple[float, float]], *, calibrated: b
         "weights": len(parts),
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
-    text = f"{round(overall, 2) + 0.0:.0%} of what the adapter changes is in the merged weights"
+    text = f"{share(overall)} of what the adapter changes is in the merged weights"
     if overall >= ENOUGH or calibrated:
         return [Finding("note", "kept", text, least, evidence)]
-    text += ": rounding to the format's levels has put the rest back"
-    text += ", and the model computes nearly what its base does" if overall < 0.5 else ""
-    remedy = 'fold the base again with --rounding preserve (rounding="preserve"), which keeps it in the same format'
+    text += ": rounding to the format's levels has undone the rest of the change"
+    text += ", and the model computes nearly what its base computes" if overall < 0.5 else ""
+    remedy = "; ".join(f"({i}) {remedy}" for i, remedy in enumerate(remedies(case(least)), start=1))
     return [Finding("warning", "adapter-lost", text, least, evidence, remedy)]
 
 
 _TRANSPOSED = (
     "the weight is the base's, transposed and not rotated: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so "
-    "(a square one loads, and computes noise)"
+    "(a square weight loads, and computes noise)"
 )
 
-_COARSE = "the weight is the right fold, but farther from it than its format's rounding: it was stored in a coarser format before"
+_COARSE = "the weight is the right fold, but its error is larger than its format's rounding: a coarser format held the weight before"
 
-_OTHER = "the weight is neither the base's nor this adapter's fold of it: it is of another base or adapter, or damaged"
+_OTHER = (
+    "the weight is neither the base's nor this adapter's fold of the base: it is damaged, or of another base or adapter"
+)
 
-# what a merged weight is nearest to → the finding's code and message
+# the candidate that is nearest to a merged weight → the finding's code and message
 _NEAREST: Mapping[str, tuple[str, str]] = {
-    "base": ("unrotated", "the weight is the base's, not rotated: the adapter is not in it, though it should be"),
+    "base": (
+        "unrotated",
+        "the weight is the base's and not rotated: the adapter should be folded into the weight, but is not",
+    ),
     "base_transposed": ("transposed", _TRANSPOSED),
     "fold_transposed": ("transposed", "the weight is folded, but transposed"),
     "fold_twice": ("folded-twice", "the adapter is folded into the weight twice"),
@@ -181,14 +219,14 @@ _NEAREST: Mapping[str, tuple[str, str]] = {
     "none": ("not-the-fold", _OTHER),
 }
 
-# a fold in NF4 is off by about a tenth, in FP4 by a little more
+# the relative error of a fold is about a tenth in NF4, and a little more in FP4
 _COARSEST = 0.2
 
 
 def _judge_weight(
     path: str, rotation: Rotation, before: EncodedWeight, after: EncodedWeight
 ) -> tuple[Finding | None, tuple[float, float] | None]:
-    """What is wrong with a merged weight, and how much of the change it holds, with ``‖exact - base‖²``."""
+    """The finding on a merged weight, if any, and how much of the change the weight holds, with ``‖exact - base‖²``."""
     device = before.tensors["weight"].device
     with rotations.full_precision(device.type):
         weight = codecs.decode(after).to(device)
@@ -201,17 +239,17 @@ def _judge_weight(
         if weight.shape == right.shape and relative_error(weight, stored) <= max(rounding / 2, 1e-6):
             return None, part
         far = _distances(weight, start, right, rotation)
-    # what storing costs, with room for a base that was itself quantised on the way
+    # the cost of storing, with room for a base that was itself quantised on the way
     limit = 2 * rounding + 1e-3
     off, nearest = far.get("right_fold", math.inf), min(far, key=lambda k: far[k], default="none")
     if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
         return None, part
     whole = kept is not None and abs(kept - 1) <= measures.WHOLE
-    # rounding that keeps the change may err by more than to the nearest level, but no more than the format's steps
+    # rounding that keeps the change may err by more than nearest rounding, but by no more than the format's steps
     if whole and off <= max(limit, 1.1 * measures.step_error(after, right)):
         return None, part
     if kept is not None and nearest == "base" and far["base"] <= limit and not torch.equal(weight, start):
-        # a right merge to the nearest level would have put it back too: that is told of all weights together
+        # a right merge to the nearest level would also undo the change: one finding tells this of all weights together
         of_nearest = measures.kept(stored, start, right)
         if of_nearest is not None and of_nearest < 1 - measures.WHOLE:
             return None, part
@@ -226,8 +264,8 @@ def _judge_weight(
 
 
 def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> Tensor:
-    """The weight that was rotated: the base's, or what quantising a plain base gives, whichever explains the merged one
-    better. A QOFT adapter was trained on the quantised base.
+    """The weight that was rotated: the base's, or the quantised weight of a plain base, on which a QOFT adapter was
+    trained. The one that explains the merged weight better is taken.
     """
     start = codecs.decode(before)
     if before.format.quantised or not after.format.quantised or before.format.shape != after.format.shape:
@@ -237,7 +275,7 @@ def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, r
 
 
 def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:
-    """How far a merged weight is from the base, from the right fold, and from what wrong merges make of them."""
+    """The distances of a merged weight to the base, to the right fold, and to the results of wrong merges."""
     far: dict[str, float] = {}
     if weight.shape == right.shape:
         far["right_fold"] = relative_error(weight, right)
@@ -249,6 +287,21 @@ def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation)
     return far
 
 
+def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Iterator[Finding]:
+    """A finding if the adapter lacks modules that its config targets; only a note if the fold's ``record`` names these modules."""
+    found = base.locate(f"{path}.weight" for path in adapter.modules)
+    mine = {
+        path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules if f"{path}.weight" in found
+    }
+    lost = missing_modules(adapter, mine, base.adaptable) if len(mine) == len(adapter.modules) else ()
+    if lost:
+        message = "the adapter lacks modules that its own config targets: the file is one rank's or stage's part of an adapter"
+        severity: Severity = "note" if record is not None and set(lost) <= set(record.missing) else "error"
+        numbers: Numbers = {"missing": len(lost), "there": len(mine)}
+        remedy = "gather the whole adapter from all ranks, and fold the base again"
+        yield Finding(severity, "partial-adapter", message, lost[0], numbers, remedy, lost[1:])
+
+
 def open_store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, plain_paths(base))
@@ -256,7 +309,7 @@ def open_store(base: Model) -> Store:
 
 
 def weight_at(store: Store, path: str) -> EncodedWeight | None:
-    """The weight of the module at ``path`` as it is stored; None where there is none."""
+    """The stored weight of the module at ``path``; None where the store has no such weight."""
     name: str | None = f"{path}.weight"
     if isinstance(store, FolderStore):
         name = store.locate([f"{path}.weight"]).get(f"{path}.weight")
@@ -264,9 +317,8 @@ def weight_at(store: Store, path: str) -> EncodedWeight | None:
 
 
 def plain_paths(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the paths of the base model: peft's live layers are left out, what they wrap stands in their place."""
-    prefix = "base_model.model." if peft_live.base_of(model) is not model else ""
-    named = {path.removeprefix(prefix): m for path, m in modules_of(model).items()}
+    """Modules by the paths of the base model; the base layers stand in the places of peft's live layers."""
+    named = modules_of(peft_live.base_of(model))
     return {path.removesuffix(".base_layer"): m for path, m in named.items() if f"{path}.base_layer" not in named}
 
 

@@ -12,7 +12,7 @@ from oftsurgery.records.record import versions
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.stores.ties import tensors_in
+from oftsurgery.stores.modules import distinct, modules_of, tensors_in
 
 from .doctor_adapter import other_releases
 from .doctor_folds import examine_folds, is_cpu_packed, large_kernel, plain_paths, quant_state_of
@@ -39,18 +39,18 @@ def _layer(path: str, module: nn.Module) -> list[Finding]:
         wanted: tuple[Any, Any] = (getattr(module, "out_features", None), getattr(module, "in_features", None))
         if None not in wanted and encoded.format.shape == wanted[::-1] and wanted[0] != wanted[1]:
             shapes = {"shape": shape_text(encoded.format.shape), "layer": shape_text(wanted)}
-            message = "the weight has its layer's shape transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without rotating them"
+            message = "the weight's shape is its layer's, transposed: peft 0.16 to 0.20 merge OFT adapters into bitsandbytes layers so, without a rotation"
             return [Finding("error", "transposed", message, path, shapes, f"load the base again and fold it: {FOLD}")]
-        codecs.decode(encoded)  # refuses what is not finite, or does not fit together
+        codecs.decode(encoded)  # raises where a value is not finite or the tensors do not fit together
         if is_cpu_packed(module):
             absmax = shape_text(quant_state_of(module).absmax.shape)
             numbers: Numbers = {"weight_shape": shape_text(weight.shape), "absmax_shape": absmax}
             numbers["rounding_of_absmax"] = 2.0**-9
             message = (
-                "a CPU eval forward has repacked the weight for this CPU: it computes rightly, but its state_dict() and peft's merge give noise, "
-                "and its statistics are rounded to bfloat16"
+                "a CPU eval forward has repacked the weight for this CPU: the layer computes right, but state_dict() and peft's merge give noise, "
+                "and the weight's statistics are rounded to bfloat16"
             )
-            remedy = "oftsurgery.fold and export_safetensors read it; for others load it again, with `module.support_avx512bf16_for_cpu = False`"
+            remedy = "use oftsurgery.fold and export_safetensors, or load the model again and set `module.support_avx512bf16_for_cpu = False`"
             found.append(Finding("warning", "cpu-packed", message, path, numbers, remedy))
     return found
 
@@ -59,26 +59,25 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
     found: list[Finding] = []
     layers: list[tuple[str, Any]] = [
         (path, m)
-        for path, m in model.named_modules()
+        for path, m in distinct(modules_of(peft_live.base_of(model))).items()
         if type(m).__module__.startswith("peft.tuners.oft.") and hasattr(m, "merged_adapters")
     ]
     for path, layer in layers:
-        plain_path = path.removeprefix("base_model.model.")
         inner = layer.get_base_layer()
         if layer.merged_adapters:
             severity: Severity = "note"
-            message = "peft has merged its adapter into this layer: it can be folded no more"
-            if Layer(plain_path, inner).bitsandbytes:
+            message = "peft has merged its adapter into this layer, so oftsurgery cannot fold the adapter"
+            if Layer(path, inner).bitsandbytes:
                 severity = "warning"
                 message = (
-                    "peft has merged its adapter into this bitsandbytes layer: 0.16 to 0.20 store it transposed and unrotated, 0.21 stores noise after a "
-                    "CPU forward, several adapters are merged in the wrong order, and unmerging does not restore the base"
+                    "peft has merged its adapter into this bitsandbytes layer: peft 0.16 to 0.20 store the weight transposed and unrotated, 0.21 stores noise "
+                    "after a CPU forward, several adapters are merged in the wrong order, and unmerging does not restore the base"
                 )
-            remedy = "check it against the base: doctor(model, base=…, adapter=…); or load the base again and oftsurgery.fold it"
+            remedy = "compare with the base: doctor(model, base=…, adapter=…); or load the base again and call oftsurgery.fold"
             numbers = {"merged_adapters": len(layer.merged_adapters), "peft": versions().get("peft")}
-            found.append(Finding(severity, "peft-merged", message, plain_path, numbers, remedy))
+            found.append(Finding(severity, "peft-merged", message, path, numbers, remedy))
         if isinstance(inner, nn.Conv2d) and tuple(inner.kernel_size) != (1, 1):
-            found.append(large_kernel(plain_path, inner.kernel_size))
+            found.append(large_kernel(path, inner.kernel_size))
     if layers and not found and any(layer.active_adapters and not layer.disable_adapters for _, layer in layers):
         with noting(found):
             for adapter in peft_live.read_adapters(model):

@@ -30,9 +30,11 @@ def examine_weights(checkpoint: Checkpoint) -> list[Finding]:
     for name, entry in entries.items():
         owner = owner_of(name)
         if name in beside:
-            continue  # looked at with its weight
+            continue  # a companion is examined with its weight
         if owner is not None:
-            found.append(_missing_companion(owner, name, "statistics of a weight that is not there"))
+            found.append(
+                _missing_companion(owner, name, "the checkpoint has statistics of a weight, but not the weight")
+            )
         elif name in groups and (len(groups[name]) > 1 or entry.dtype in ("U8", "I8")):
             found += _quantised_weight(checkpoint, name)
         else:
@@ -42,22 +44,24 @@ def examine_weights(checkpoint: Checkpoint) -> list[Finding]:
 
 
 def non_finite(name: str, tensor: Tensor) -> Iterator[Finding]:
+    """A finding for a tensor that holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
     bad = int((~torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float())).sum())
     if bad:
-        message = "the tensor holds NaN or infinity: all that it takes part in is NaN"
-        remedy = "restore it from the checkpoint that it was made from; it cannot be folded"
+        message = "the tensor holds NaN or infinity, so the model computes NaN"
+        remedy = "restore the tensor from the checkpoint that it came from; oftsurgery cannot fold such a tensor"
         yield Finding("error", "non-finite", message, name, {"values": bad, "of": tensor.numel()}, remedy)
 
 
 def _missing_companion(subject: str, tensor: str, what: str) -> Finding:
-    message = f"{what}: it cannot be loaded"
-    remedy = f"save the model again, whole, or start from its base: {FOLD} --quantize nf4"
+    message = f"{what}, so the weight cannot be loaded"
+    remedy = f"save the whole model again, or start from its base: {FOLD} --quantize nf4"
     return Finding("error", "missing-companions", message, subject, {"tensor": tensor}, remedy)
 
 
 def _quantised_weight(checkpoint: Checkpoint, name: str) -> list[Finding]:
+    """Findings on a quantised weight: missing companions, packing for the CPU, NaN, damaged codes."""
     found = _missing_companions(name, checkpoint.entries) or _cpu_packed(checkpoint, name)
     if found:
         return found
@@ -71,14 +75,14 @@ def _quantised_weight(checkpoint: Checkpoint, name: str) -> list[Finding]:
 
 
 def _missing_companions(name: str, entries: Mapping[str, TensorEntry]) -> list[Finding]:
-    """What a quantised weight needs beside it and has not."""
+    """Findings on tensors that a quantised weight needs beside it and that the checkpoint lacks."""
     entry, absmax = entries[name], entries.get(f"{name}.absmax")
     marked = format_by_names(name, entries, DTYPES[entry.dtype]).quantised
     if entry.dtype == "I8":
-        what, kind, wanted = "an int8 weight without its SCB statistics", FORMATS["int8"], ["SCB"]
+        what, kind, wanted = "the int8 weight has no SCB statistics beside it", FORMATS["int8"], ["SCB"]
     elif entry.dtype == "U8" or absmax is not None or marked:
         nested = absmax is not None and absmax.dtype == "U8"
-        what, kind = "a 4-bit weight without all of its statistics", FORMATS["nf4"]
+        what, kind = "the 4-bit weight lacks some of its statistics", FORMATS["nf4"]
         wanted = ["absmax", "quant_map"] + ["nested_absmax", "nested_quant_map"] * nested + [""] * (not marked)
     else:
         return []
@@ -87,8 +91,8 @@ def _missing_companions(name: str, entries: Mapping[str, TensorEntry]) -> list[F
 
 
 def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
-    """A 4-bit weight saved as a CPU forward of bitsandbytes ≥ 0.49 left it: codes tiled ``(out, in/2)``, absmax
-    bfloat16 ``(in/blocksize, out)``.
+    """A finding on a 4-bit weight that was saved after a CPU forward of bitsandbytes ≥ 0.49 had packed it: codes tiled
+    ``(out, in/2)``, absmax bfloat16 ``(in/blocksize, out)``.
     """
     own, absmax = checkpoint.entries[name], checkpoint.entries.get(f"{name}.absmax")
     if own.dtype != "U8" or absmax is None:
@@ -97,14 +101,14 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
     try:
         packed = unpack_state(checkpoint.read(state), state)
     except OFTSurgeryError:
-        return []  # found when it is decoded
+        return []  # the decoding of the weight finds this error
     shape, blocksize = tuple(packed["shape"]), packed["blocksize"]
     format_ = WeightFormat(packed["quant_type"], shape, blocksize=blocksize)
     if len(shape) != 2 or shape[1] % blocksize or absmax.shape != (shape[1] // blocksize, shape[0]):
         return []
     tiled = own.shape == (shape[0], shape[1] // 2) and shape[1] != 2
     what = "its codes are tiled and its absmax is transposed" if tiled else "its absmax is transposed"
-    message = f"saved after a CPU eval forward, in bitsandbytes' packing for that CPU: {what}; read as a checkpoint it is noise"
+    message = f"the weight was saved after a CPU eval forward, in bitsandbytes' packing for that CPU: {what}, so readers load noise"
     numbers: Numbers = {
         "weight_shape": shape_text(own.shape),
         "absmax_shape": shape_text(absmax.shape),
@@ -112,14 +116,14 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
         "relative_error": _misread(checkpoint, name, format_, tiled=tiled),
     }
     remedy = (
-        "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
+        "start from the base again and set `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
         f"or fold on disk: {FOLD} --quantize {packed['quant_type']}"
     )
     return [Finding("error", "cpu-packed" if tiled else "absmax-transposed", message, name, numbers, remedy)]
 
 
 def _misread(checkpoint: Checkpoint, name: str, format_: WeightFormat, *, tiled: bool) -> float | None:
-    """Relative error of reading a CPU-packed weight as a checkpoint's; None where it cannot be read at all."""
+    """Relative error of reading a CPU-packed weight as an unpacked one; None where the weight cannot be read so."""
     out, features = format_.shape
     try:
         weight, absmax = checkpoint.read(name), checkpoint.read(f"{name}.absmax")

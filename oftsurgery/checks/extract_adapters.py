@@ -1,4 +1,4 @@
-"""These functions extract an adapter from a base and a merged model, live or on disk: pairs of weights, one at a time."""
+"""These functions extract an adapter from a base and a merged model, live or on disk, one pair of weights at a time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from oftsurgery.errors import (
     StateError,
     module_in_errors,
     printable,
+    share,
     warn_caller,
 )
 from oftsurgery.files.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.layers import Layer
-from oftsurgery.stores.ties import inner_model, modules_of, tensors_in
+from oftsurgery.stores.modules import inner_model, modules_of, tensors_in
 from oftsurgery.weights.extract import (
     ExtractedRotation,
     block_size_curve,
@@ -38,9 +39,9 @@ from oftsurgery.weights.extract import (
     unrotated,
 )
 
-# weights of one width whose curves are pooled: more would cost time and change nothing
+# the number of weights of one width whose curves are pooled: more weights would cost time and change nothing
 _SAMPLE = 4
-# a smaller explained fraction is said; a small rotation among the rounding of 4 bits is seen to explain as little as this
+# a smaller explained fraction gives a warning; a small rotation under 4-bit rounding was seen to explain no more than this
 _GOOD = 0.7
 
 
@@ -63,8 +64,8 @@ class ExtractedAdapter(OFTAdapter):
 
     @property
     def explained(self) -> float:
-        """The fraction of the squared difference of all rotated weights, beyond the rounding of how they are stored, that
-        the rotations explain; each weight counts by its relative change.
+        """The fraction of the squared difference of all rotated weights that the rotations explain, without the rounding of
+        the storage; each weight counts by its relative change.
         """
         parts = [(max(r.change**2 - r.rounding**2, 0.0), r.explained) for r in self.report.values()]
         whole = sum(beyond for beyond, _ in parts)
@@ -82,7 +83,7 @@ class ExtractedAdapter(OFTAdapter):
 
 @dataclass(frozen=True)
 class _Pair:
-    """One weight in both models: ``read`` gives the two."""
+    """One weight in both models; ``read`` gives the base's and the merged one."""
 
     path: str
     embedding: bool
@@ -96,8 +97,8 @@ def _extract(
     base_name: str | None,
     progress: Progress | None,
 ) -> ExtractedAdapter:
-    """One adapter from pairs of all weights that a rotation may be on, of which two are in memory at a time; ``differing``
-    names other tensors that are not the same.
+    """One adapter from pairs of all weights that a rotation may have changed, with one pair in memory at a time;
+    ``differing`` names other tensors that differ.
     """
     changed: dict[str, tuple[int, int]] = {}
     unexplained: list[str] = []
@@ -112,8 +113,8 @@ def _extract(
     turned = [pair for pair in pairs if pair.path in changed]
     if not turned:
         others = f"; {len(unexplained)} tensors differ otherwise: {_first(unexplained)}" if unexplained else ""
-        remedy = "give the base and the model that an adapter was merged into"
-        raise ExtractionError(f"no weight is rotated{others}", remedy=remedy)
+        remedy = "give the base first, then the model into which an adapter was merged"
+        raise ExtractionError(f"no weight of the merged model is rotated{others}", remedy=remedy)
     sizes = _detect(turned, changed) if block_size is None else {}
     report: dict[str, ExtractedRotation] = {}
     for done, pair in enumerate(turned, start=1):
@@ -138,11 +139,11 @@ def _extract(
 
 
 def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> dict[int, int]:
-    """``{input features: block size}``: peft gives all layers of one width the same."""
+    """``{input features: block size}``, since peft gives all layers of one width the same block size."""
     found: dict[int, int] = {}
     unsure: dict[int, ExtractionError] = {}
     for width in sorted({features for _, features in shapes.values()}):
-        # the more rows, the clearer
+        # a weight with more rows gives a clearer curve
         group = sorted((p for p in pairs if shapes[p.path][1] == width), key=lambda p: -shapes[p.path][0])[:_SAMPLE]
         try:
             found[width] = choose_block_size([block_size_curve(*pair.read()) for pair in group])
@@ -157,22 +158,23 @@ def _detect(pairs: Sequence[_Pair], shapes: Mapping[str, tuple[int, int]]) -> di
 
 
 def _say(adapter: ExtractedAdapter) -> None:
+    """Give one :class:`ExtractionWarning` about the parts of the difference that the adapter does not explain."""
     said = []
     if adapter.explained < _GOOD:
         worst = min(adapter.report, key=lambda path: adapter.report[path].explained)
         said.append(
-            f"rotations explain {adapter.explained:.1%} of the difference of {len(adapter.report)} weights "
-            f"({adapter.report[worst].explained:.1%} at worst, {printable(worst)}): the best rotations of these block sizes, "
-            "not what was done"
+            f"rotations explain {share(adapter.explained, '.1%')} of the difference of {len(adapter.report)} weights "
+            f"({share(adapter.report[worst].explained, '.1%')} at worst, {printable(worst)}): these are the best rotations of these block "
+            "sizes, but the difference is not a rotation alone"
         )
     bounded = [path for path, r in adapter.report.items() if r.bounded]
     if bounded:
         said.append(
-            f"{len(bounded)} turn by nearly π, more than a generator holds, and were bounded: {_first(bounded)}"
+            f"{len(bounded)} rotations turn by nearly π, more than a generator holds, and were bounded: {_first(bounded)}"
         )
     if adapter.unexplained:
         said.append(
-            f"{len(adapter.unexplained)} tensors differ by no rotation, and are not in the adapter: {_first(adapter.unexplained)}"
+            f"{len(adapter.unexplained)} tensors differ otherwise than by a rotation, and are not in the adapter: {_first(adapter.unexplained)}"
         )
     if said:
         warn_caller("; ".join(said), ExtractionWarning)
@@ -184,7 +186,7 @@ def _first(names: Sequence[str], limit: int = 3) -> str:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are there and one, up to the narrower's dtype."""
+    """Whether both tensors exist and are equal in the narrower of the two dtypes."""
     if a is None or b is None:
         return False
     a, b = a.detach().cpu(), b.detach().cpu()
@@ -201,7 +203,7 @@ def extract_from_models(
     for name, model in (("base", base), ("merged model", merged)):
         if live_layers(model) or peft_live.has_live_layers(inner_model(model)):
             message = f"the {name} carries live adapters"
-            raise StateError(message, remedy="fold them first (oftsurgery.fold), or give the plain model")
+            raise StateError(message, remedy="fold the adapters first (oftsurgery.fold), or give the plain model")
     here, there = modules_of(base), modules_of(merged)
     pairs, seen = [], set()
     for path, module in here.items():
@@ -213,10 +215,10 @@ def extract_from_models(
         try:
             kind = layer.kind
         except FormatError:
-            continue  # a norm, a large kernel …: compared as a plain tensor
+            continue  # a norm or a large kernel is compared as a plain tensor
         if other is None:
             message = "the merged model lacks a layer of the base"
-            raise MatchError(message, module=path, remedy="give two models of one class")
+            raise MatchError(message, module=path, remedy="give two models of the same class")
         pairs.append(_Pair(path, kind == "embedding", _reader(layer, Layer(path, other))))
     name_or_path = getattr(getattr(inner_model(base), "config", None), "_name_or_path", None) or None
     covered = {f"{pair.path}.weight" for pair in pairs}
@@ -248,8 +250,10 @@ def extract_from_checkpoints(
     missing = [n for n in names if n not in found]
     if missing:
         message = "the merged checkpoint lacks a weight of the base"
-        raise MatchError(message, tensor=missing[0], path=merged.folder, remedy="give two checkpoints of one model")
-    # a tied head counts where a fold untied it
+        raise MatchError(
+            message, tensor=missing[0], path=merged.folder, remedy="give two checkpoints of the same model"
+        )
+    # a tied head counts only where a fold untied the head
     own = {n: found[n] for n in names if n not in here.architecture.tied or found[n] not in there.architecture.tied}
     pairs = [
         _Pair(n.removesuffix(".weight"), here.is_embedding(n), partial(_read_pair, here, n, there, other))
@@ -266,6 +270,7 @@ def _read_pair(here: FolderStore, name: str, there: FolderStore, other: str) -> 
 
 
 def _differing_on_disk(here: FolderStore, there: FolderStore, weights: Mapping[str, str]) -> Iterator[str]:
+    """Names of the tensors, other than the extracted weights, that differ between two checkpoints."""
     tied = here.architecture.tied.keys() | there.architecture.tied.keys()
     plain = [n for n in here.tensors if n not in weights and n not in tied]
     found = there.locate(plain)

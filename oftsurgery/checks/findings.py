@@ -1,4 +1,4 @@
-"""A :class:`Finding` is what :func:`oftsurgery.doctor` reports of one trouble; errors become findings here."""
+"""A :class:`Finding` is :func:`oftsurgery.doctor`'s report of one trouble; this file also turns errors into findings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Finding:
         object.__setattr__(self, "others", tuple(map(printable, self.others)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The finding as plain values."""
         return dict(plain(self))
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Finding:
         return "\n".join(lines + [f"  remedy: {self.remedy}"] * bool(self.remedy))
 
 
-# a class of errors without a code of its own has its base's
+# an error class without its own code has the code of its base class
 _CODES: Mapping[type, str] = {
     errors.NonFiniteError: "non-finite",
     errors.DialectError: "dialect",

@@ -1,9 +1,9 @@
-"""A :class:`LoadedCheckpoint` is what transformers loads from a folder, by the model's own names.
+"""A :class:`LoadedCheckpoint` holds the tensors that transformers would load from a folder, by the model's own names.
 
-For checks: by none of the code that plans or writes a fold. The model's class is built on the meta device (names and
-shapes, no weights, no code of the checkpoint's); transformers' conversion tables then say what becomes of each stored
-tensor, and its ``tie_weights`` what becomes of each name that nothing is stored for. Without transformers, or for a class
-that it does not know, the names are those in the files.
+The checks use this file, which shares no code with the files that plan or write a fold. The model's class is built on the
+meta device (with names and shapes, without weights and without code of the checkpoint); transformers' conversion tables
+then say how each stored tensor is converted, and ``tie_weights`` says which tensor each other name shares. Without
+transformers, or for a class that transformers does not know, the names are those in the files.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.stores.skeleton import quiet, skeleton
 
-# transformers' model types whose linears are `Conv1D`, held (in, out), for where the class is not known
+# transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+# the part of a tensor's name in a multimodal model up to the language model's own name
+_AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Tensors that transformers makes others of (splits, merges, transposes): the first one's name, and
-    ``(pattern, file's name)`` of each.
+    """Stored tensors that transformers splits, merges or transposes: the name of the first tensor, and
+    ``(pattern, stored name)`` of each.
     """
 
     first: str
@@ -45,7 +47,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """One tensor: the weight, and all that is stored of it as its companions' names end; None where it is computed."""
+    """One weight, and its stored tensors by the ends of their names; ``parts`` is None for a computed weight."""
 
     weight: EncodedWeight
     parts: Mapping[str, Tensor] | None = None
@@ -56,21 +58,22 @@ def _plain(tensor: Tensor) -> StoredTensor:
 
 
 class LoadedCheckpoint:
-    """What transformers would load from a folder.
+    """The tensors that transformers would load from a folder.
 
     Args:
         checkpoint: the folder's headers.
-        dtype: in which it is loaded; it decides :meth:`dtype_of` alone.
-        apart: files' tensors that are looked at as they are stored, not as what the model makes of them.
+        dtype: the dtype of the loaded model, which decides only :meth:`dtype_of`.
+        apart: stored tensors that are compared in their stored form, without the model's conversion.
 
     Attributes:
-        model: the class on the meta device, tied as loading ties it; None where it is not known.
-        sources: ``{name: the name whose tensor it has}``: its own, that to which it is tied, or None where there is none, and
-            transformers would make it up. Names of the model first, then those of stored tensors that it does not take.
-        left_out: the model's names whose tensors are looked at as they are stored.
-        apart: those tensors.
+        model: the model on the meta device, tied as loading ties it; None where the class is not known.
+        sources: ``{name: the name that holds its tensor}``: its own name, the name to which it is tied, or None where no
+            tensor is stored and transformers would initialise one. The model's names come first, then the names of
+            stored tensors that the model does not take.
+        left_out: the model's names whose tensors are compared in their stored form.
+        apart: the stored tensors of these names.
 
-    Of a llama with tied embeddings, ``sources["lm_head.weight"]`` is ``"model.embed_tokens.weight"``.
+    In a llama with tied embeddings, ``sources["lm_head.weight"]`` is ``"model.embed_tokens.weight"``.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, apart: frozenset[str] = frozenset()):
@@ -106,14 +109,14 @@ class LoadedCheckpoint:
             self._from |= dict.fromkeys(*self._made_of(_Group(first, tuple(members))))
         self._tie()
         taken = {n for s in self._from.values() for n in ([s] if isinstance(s, str) else (n for _, n in s.members))}
-        # a second tensor by a name, an old one and a new one: the model takes the first
+        # two stored tensors may have the same name in the model, an old and a new one: the model takes the first
         self._from |= {f"{n} (second)" if n in self._from else n: n for n in stored if n not in taken}
         self.sources |= {name: name for name in self._from if name not in self.sources}
 
     # --- names ---
 
     def _rename(self, name: str) -> tuple[str, str | None]:
-        """A stored tensor's name in the model, and the pattern of what is made of it, as transformers' loading finds them."""
+        """A stored tensor's name in the model, and the pattern of its conversion, as transformers' loading finds both."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -123,13 +126,13 @@ class LoadedCheckpoint:
         return target, pattern
 
     def _made_of(self, group: _Group) -> tuple[list[str], _Group]:
-        """Names that a group gives, found out on the meta device; none where its tensors are looked at as stored, because
-        that was asked for, or because transformers can make nothing of them (quantised ones).
+        """The names that a group gives, computed on the meta device; empty where the group's tensors are compared in their
+        stored form: on request, or because transformers cannot convert the tensors (quantised ones).
         """
         files = [name for _, name in group.members]
         try:
             made = list(self._convert(group, self._empty))
-        except Exception:  # its operations raise what they like; the names are then missing
+        except Exception:  # transformers' operations raise errors of any kind; the names are then not known
             made = [group.first]
             self.apart.update(files)
         if self.apart.isdisjoint(files) and all(len(self._parts[name]) == 1 for name in files):
@@ -143,6 +146,7 @@ class LoadedCheckpoint:
         return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model that transformers' converter makes of a group of stored tensors."""
         pattern = group.members[0][0]
         converter: Any = copy.deepcopy(next(c for c in self._converters if pattern in c.source_patterns))
         for pattern, name in group.members:
@@ -151,7 +155,7 @@ class LoadedCheckpoint:
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
     def _tie(self) -> None:
-        """Give each name of the model a parameter of its own, and have transformers tie those that nothing is stored for."""
+        """Give each name of the model its own parameter, and let transformers tie the names without a stored tensor."""
         for name, tensor in self._state.items():
             module, attribute = self._holder(name)
             empty = torch.empty_like(tensor, device="meta")
@@ -160,7 +164,7 @@ class LoadedCheckpoint:
             else:
                 module._buffers[attribute] = empty
         given = {id(getattr(*self._holder(name))): name for name in self._from if name in self._state}
-        # of two that are both stored, equal ones need no tie and others get none
+        # two names that both have a stored tensor are not tied
         self.model.all_tied_weights_keys = {a: b for a, b in self._pairs.items() if not {a, b} <= self._from.keys()}
         with quiet():
             self.model.tie_weights(missing_keys=self._state.keys() - self._from.keys(), recompute_mapping=False)
@@ -173,22 +177,39 @@ class LoadedCheckpoint:
         return self.model.get_submodule(path), attribute
 
     def place(self, name: str) -> str | None:
-        """The name here of what an adapter, trained in this class, its base or an older layout of them, calls ``name``.
+        """The name here of an adapter's ``name``, if the adapter was trained in this class, its base or an older layout.
 
         Returns:
-            a key of :attr:`sources`; the name of a stored tensor that the model makes others of, to be looked at
-            ``apart``; or None.
+            a key of :attr:`sources`; the name of a stored tensor that the model converts, which the caller then passes
+            as ``apart``; or None.
         """
+        found = self._place(name)
+        if found is None and ".module." in f".{name}":  # DDP puts `module.` in front of the names of its module
+            found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
+        return found
+
+    def _place(self, name: str) -> str | None:
+        """:meth:`place` of a name without the segments of wrappers."""
         if self.model is None or self.sources.get(name) is not None:
             return name if name in self.sources else None
         target, pattern = self._rename(name)
         if pattern is None:
-            return target if target in self.sources else None
+            return target if target in self.sources else self._in_language_model(name)
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
 
+    def _in_language_model(self, name: str) -> str | None:
+        """The name here of a language model's tensor, if ``name`` is the tensor's name in another class: a multimodal class has
+        other names around the language model than the language model's own class. The result is the only name here with the
+        same end, from the language model on.
+        """
+        end = _AROUND_TEXT.sub("", name).removeprefix("model.")
+        alike = [n for n in self.sources if n == end or n.endswith(f".{end}")]
+        alike = [n for n in alike if _AROUND_TEXT.search(n)] or alike
+        return alike[0] if len(alike) == 1 else None
+
     def together(self, name: str) -> set[str]:
-        """Names of the model that are one parameter with ``name``, itself among them."""
+        """The names of the model that share one parameter with ``name``, with ``name`` among them."""
         if self.model is None or name not in self._held:
             return {name}
         both = [pair for pair in self._pairs.items() if name in pair and all(n == self.sources[n] for n in pair)]
@@ -198,10 +219,10 @@ class LoadedCheckpoint:
     # --- tensors ---
 
     def read(self, name: str) -> StoredTensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            FormatError: companions are missing or say nonsense.
+            FormatError: companions are missing or contradict each other.
         """
         name = self.sources[name] or name
         source = self._from[name]
@@ -224,7 +245,7 @@ class LoadedCheckpoint:
         return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
 
     def dtype_of(self, name: str) -> torch.dtype | None:
-        """In which dtype transformers holds a plain tensor; None where that is not known."""
+        """The dtype in which transformers holds a plain tensor; None where the dtype is not known."""
         if self.model is None or name not in self._state:
             return None
         from transformers.core_model_loading import build_glob_alternation
@@ -232,8 +253,22 @@ class LoadedCheckpoint:
         kept = list(self.model._get_dtype_plan(self.dtype))
         return torch.float32 if kept and build_glob_alternation(kept)[0].search(name) else self._state[name].dtype
 
+    def misfit(self, name: str) -> str | None:
+        """How the shape of a plain stored tensor differs from the shape that the config gives to it, or None."""
+        source = self._from.get(name)
+        if self.model is None or name not in self._state or not isinstance(source, str) or len(self._parts[source]) > 1:
+            return None
+        stored, stated = self.checkpoint.entries[source].shape, tuple(self._state[name].shape)
+        return (
+            None if stored == stated else f"the shape is {stored}, and {stated} by config.json: the model cannot load"
+        )
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether the model holds the tensor as a buffer, which nobody trains."""
+        return self.model is not None and name in dict(self.model.named_buffers())
+
     def fits(self, name: str) -> bool:
-        """Whether the config says of a weight what is stored: that it is quantised, or plain."""
+        """Whether the config agrees with the stored weight on whether the weight is quantised."""
         if self.model is None or self.sources[name] != name or not name.endswith(".weight"):
             return True
         source = self._from[name]
@@ -245,28 +280,38 @@ class LoadedCheckpoint:
         settings = self.checkpoint.config.get("quantization_config")
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
+    @functools.cached_property
+    def _before_tying(self) -> Any:
+        """The model as transformers' quantizer sees it: the last of its parameters is the last one of the untied model."""
+        model = copy.deepcopy(self.model)
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            if name in self._pairs:
+                path, _, local = name.rpartition(".")
+                setattr(model.get_submodule(path), local, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+        return model
+
     def linears(self, skip: object) -> frozenset[str]:
         """Names of the weights that bitsandbytes loading quantises.
 
         Args:
-            skip: ``llm_int8_skip_modules``, a list in place of transformers' own choice.
+            skip: ``llm_int8_skip_modules``, a list that replaces transformers' own choice.
         """
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         named = list(map(str, skip)) if isinstance(skip, list) else None
-        keep = HfQuantizer.get_modules_to_not_convert(self.model, named, self.model._keep_in_fp32_modules)
+        keep = HfQuantizer.get_modules_to_not_convert(self._before_tying, named, self.model._keep_in_fp32_modules)
         modules = [p for p, m in self.model.named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
         try:
             return frozenset(f"{path}.weight" for path in modules if should_convert_module(path, keep))
         except re.error as error:
-            message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+            message = f"transformers reads a module to skip as a regular expression, and one of these is not valid ({printable(error)})"
             remedy = "restore the config.json and oftsurgery.json that belong to the checkpoint"
             raise CheckpointError(message, path=self.checkpoint.folder, remedy=remedy) from error
 
     def tie_readers(self) -> dict[str, bool]:
-        """``{module path: tie_word_embeddings}`` of modules that compute by that setting, as the config writes it, whatever
-        this release of transformers makes of it.
+        """``{module path: tie_word_embeddings}`` of modules that compute with this setting; the value is the config's,
+        whatever this release of transformers reads from the config.
         """
         found = {}
         for path, module in self.model.named_modules() if self.model is not None else ():
@@ -279,7 +324,7 @@ class LoadedCheckpoint:
 
 
 def _parts(name: str, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Names of all that is stored of the tensor ``name``, itself first: those that its format has."""
+    """The names of all stored tensors of the weight ``name``, which comes first; the format decides the others."""
     entries = checkpoint.entries
     kind = format_by_names(name, entries, DTYPES[entries[name].dtype])
     beside = kind.tensor_names(name).values() if kind.quantised else ()

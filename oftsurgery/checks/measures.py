@@ -1,5 +1,5 @@
-"""These functions measure how far a stored weight is from what it should be, for checks: in float64, from its values alone, by
-none of the code that folds.
+"""These functions measure, for the checks, how far a stored weight is from the expected weight: in float64, from the values
+alone, without any code that folds.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def rotation_blocks(rotation: Rotation) -> Tensor:
     """``R: (n, b, b)`` float64 of a live layer's ``x · blockdiag(R)``.
 
     Exact Cayley: ``(I - Q)(I + Q)⁻¹ = 2(I + Q)⁻¹ - I``, block by block. A truncated series, by Horner's rule:
-    ``I + 2ΣQᵏ``, of which peft ≥ 0.18 has the last term once.
+    ``I + 2ΣQᵏ``, whose last term has the factor 1 in peft ≥ 0.18.
 
     Raises:
-        NonFiniteError: a block has no such map.
+        NonFiniteError: a block has no exact Cayley map.
     """
     rows = rotation.generator.detach().to(torch.float64)
     b = round((1 + (1 + 8 * rows.shape[1]) ** 0.5) / 2)
@@ -33,7 +33,8 @@ def rotation_blocks(rotation: Rotation) -> Tensor:
     if terms is None:
         r = torch.stack([2 * torch.linalg.inv(eye + block) - eye for block in q])
         if not float((r @ (eye + q) - (eye - q)).abs().max()) <= 1e-9 * (1 + float(q.abs().max())):  # NaN is not
-            raise NonFiniteError("a block's generator is too large for a rotation", remedy="check the adapter")
+            message = "a block's generator is too large: the exact Cayley map cannot be computed in float64"
+            raise NonFiniteError(message, remedy="use another checkpoint of the adapter's training")
         return r
     once = rotation.cayley.since_0_18 and terms >= 3
     factors = [1.0] + [2.0] * (max(terms - 1, 3) if once else max(terms - 1, 0))
@@ -45,8 +46,8 @@ def rotation_blocks(rotation: Rotation) -> Tensor:
 
 
 def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -> Tensor:
-    """What a live layer of ``weight: (out, in)`` (or ``(tokens, features)``) computes, as a float64 weight: of
-    ``chain = [a, b]`` ``y = (x Ra Rb) Wᵀ``, ``y = (x Wᵀ) Ra Rb`` on the output side, ``E Ra Rb`` of an embedding.
+    """The float64 weight of a live layer over ``weight: (out, in)`` (or ``(tokens, features)``): for ``chain = [a, b]`` the
+    layer computes ``y = (x Ra Rb) Wᵀ``, on the output side ``y = (x Wᵀ) Ra Rb``, and for an embedding ``E Ra Rb``.
 
     Raises:
         ShapeError: a rotation does not fit.
@@ -56,7 +57,9 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
     [[4.0, -3.0]]
     """
     if weight.ndim != 2:
-        raise ShapeError("a rotation needs a weight of two dimensions", module=module, shape=weight.shape)
+        message = f"a rotation needs a weight of two dimensions, and this weight has {weight.ndim}"
+        remedy = "give the base model that the adapter was trained on"
+        raise ShapeError(message, module=module, shape=weight.shape, remedy=remedy)
     w = weight.to(torch.float64)
     inputs = [r for r in chain if r.side == "input"]
     for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
@@ -66,7 +69,7 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
         b, over = r.shape[-1], out if rotation.side == "output" else features
         count = -(-over // b)
         r = r.expand(count, b, b) if len(r) == 1 else r[:count]
-        if rotation.side == "output":  # Rᵀ W, the last block cropped where it reaches beyond the outputs
+        if rotation.side == "output":  # Rᵀ W; the last block is cropped where it is larger than the outputs left
             padded = torch.nn.functional.pad(w, (0, 0, 0, count * b - out)).reshape(count, b, features)
             w = torch.einsum("nba,nbi->nai", r, padded).reshape(count * b, features)[:out]
         else:
@@ -77,19 +80,19 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
 
 
 def relative(stored: Tensor, exact: Tensor) -> float:
-    """``‖stored - exact‖ / ‖exact‖`` (Frobenius, float64); of two zeros 0."""
+    """``‖stored - exact‖ / ‖exact‖`` (Frobenius, float64); 0 for two zero weights."""
     norm, difference = float(exact.to(torch.float64).norm()), float((stored.to(torch.float64) - exact).norm())
     return difference / norm if norm else difference
 
 
-#: a weight that holds a change to within this part holds it: of a weight of few elements and a small change, one element
-#: more or less is as much
+#: a weight holds a change where ``kept`` differs from 1 by at most this: in a weight of few elements and with a small
+#: change, a single element can make this difference
 WHOLE = 0.25
 
 
 def kept(stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
-    """How much of a change is in a stored weight, ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``: 1 all of it, 0
-    nothing. None where the exact weight is the base.
+    """The share of a change that a stored weight holds, ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``: 1 is the
+    whole change, 0 is nothing. None where the exact weight is the base.
     """
     change = exact.to(torch.float64) - base.to(torch.float64)
     size = float(change.square().sum())
@@ -97,8 +100,8 @@ def kept(stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
 
 
 def step_error(stored: EncodedWeight, exact: Tensor) -> float:
-    """The relative error of a weight that lies anywhere between the levels of its format: the root of ``Σ step² / 12``
-    over the steps in which the exact values lie, at the stored scales. 0 for a dense format.
+    """The relative error of a weight whose values lie anywhere between two levels of its format: the root of
+    ``Σ step² / 12`` over the steps that hold the exact values, at the stored scales. 0 for a dense format.
     """
     if not stored.format.quantised:
         return 0.0

@@ -1,9 +1,9 @@
-""":func:`check_checkpoint` checks a folded checkpoint on disk: its files against the hashes in its record, every tensor that
-its model would load against base and adapter.
+""":func:`check_checkpoint` checks a folded checkpoint on disk: its files against the hashes in its record, and every tensor
+that its model would load against base and adapter.
 
-By none of the code that folds: :mod:`~oftsurgery.checks.loaded` says what the model has before and after,
-:mod:`~oftsurgery.checks.measures` rotates anew in float64, and what a live adapter does to which tensor is written here once
-more.
+The check shares no code with the fold: :mod:`~oftsurgery.checks.loaded` says which tensors the model has before and after,
+:mod:`~oftsurgery.checks.measures` rotates again in float64, and this file states a second time how a live adapter changes
+each tensor.
 """
 
 from __future__ import annotations
@@ -25,40 +25,43 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.reading import inside, sha256_of
+from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
+from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 
 from . import measures
 from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
+from .verify_report import VerifyReport
 
 
 def check_files(folder: Path) -> CheckpointReport:
-    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, and nothing else.
+    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
 
     Raises:
-        StateError: it has no record, or one without hashes.
+        StateError: the folder has no record, or the record has no hashes.
         CheckpointError: the record cannot be read.
     """
     record = record_in(folder)
     if record is None or not record.files:
         message = f"the folder has no {RECORD}" if record is None else "the record has no hashes of files"
-        remedy = "give the base and the adapter too: the weights are then compared with them"
+        remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
         raise StateError(message, path=folder, remedy=remedy)
     return CheckpointReport(MappingProxyType({}), None, _file_checks(folder, record))
 
 
 def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
+    """The state of each file that the record names, by the recorded hashes."""
     found: dict[str, FileCheck] = {}
     for name, sha256 in sorted(record.files.items()):
-        if "/" not in name and "\\" not in name and not os.path.lexists(folder / name):
+        if is_nested_name(name) and not os.path.lexists(folder / name):
             found[name] = "missing"
-        else:  # a record's names may lead anywhere, and links too: those are refused
-            found[name] = "ok" if sha256_of(inside(folder, name)) == sha256 else "changed"
+        else:  # `inside` refuses a name or a link that leaves the folder
+            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
     return MappingProxyType(found)
 
 
@@ -69,54 +72,89 @@ def check_checkpoint(
     *,
     tolerance: float | None = None,
     idle: Callable[[Any, str], bool] | None = None,
+    on_texts: Callable[[Any], VerifyReport] | None = None,
 ) -> CheckpointReport:
-    """Compare every tensor of the folded model with what base and adapters make of it live.
+    """Compare every tensor of the folded model with the live result of base and adapters.
 
     Args:
-        folded: in any format.
-        base: the checkpoint that was folded; where it is plain and the fold quantised it first (its record says so, or
-            its format), it is quantised again.
-        adapters: that were folded, in the live order.
-        tolerance: largest relative error of a rotated weight that passes; None: no more than storing the exact weight
-            costs.
-        idle: ``(model, path) -> bool``, whether the model never calls a module: a rotation of it does nothing live.
+        folded: the folded checkpoint, in any format.
+        base: the checkpoint that was folded; a plain base that the fold quantised first (as the folded checkpoint's
+            record or format says) is quantised again.
+        adapters: the folded adapters, in the live order.
+        tolerance: largest relative error of a rotated weight that passes; None: the error of storing the exact weight.
+        idle: ``(model, path) -> bool``, whether the model never calls a module, whose rotation then has no effect.
+        on_texts: function that compares the outputs, from the way in which the base was loaded (its attributes are those of
+            ``_Loading``); None to compare the weights alone.
 
     Raises:
         MatchError, ShapeError: base and adapters do not belong together.
-        StateError: the adapters rotate nothing.
+        StateError: the adapters have no rotation.
         CheckpointError, FormatError: the base, a config or the record cannot be used.
     """
+    if folded.wrapped:
+        message = "the names of the folded checkpoint's tensors hold segments of wrappers, so transformers finds none of the tensors"
+        raise CheckpointError(
+            message, path=folded.folder, remedy="save the model without its wrapper (torch.compile, FSDP, DDP)"
+        )
     if not any(adapter.modules for adapter in adapters):
-        raise StateError("the adapter rotates nothing", remedy="give the adapter that was folded")
+        raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_in(folded.folder)
     loading = _Loading(record, folded, base)
+    base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
     before = LoadedCheckpoint(base, loading.dtype)
     named = {before.place(n) for a in adapters for n in (*a.saved, *(f"{path}.weight" for path in a.modules))}
     apart = frozenset(n for n in named if n is not None and n not in before.sources)
     before = LoadedCheckpoint(base, loading.dtype, apart) if apart else before
     after = LoadedCheckpoint(folded, apart=frozenset(before.apart))
     comparison = _Comparison(before, after, _AdapterEffects(before, adapters, idle), loading, record, tolerance)
-    names = [n for n in {**before.sources, **after.sources} if n not in before.left_out]
+    names = [n for n in {**before.sources, **after.sources} if n not in before.left_out | other_head]
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
     files = _file_checks(folded.folder, record) if record is not None else {}
     flags, now = before.tie_readers(), after.tie_readers()
     turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
     config = None
     if turned:
-        config = f"`tie_word_embeddings` is not as in the source, and {turned[0]} computes something else by it"
-    return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+        config = f"`tie_word_embeddings` is not the source's value, and {turned[0]} therefore computes something else"
+    report = CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+    report = report if on_texts is None else replace(report, on_texts=on_texts(loading))
+    return replace(report, remedies=comparison.remedies()) if report.weak else report
+
+
+def _in_class_of(
+    folded: Checkpoint, base: Checkpoint, adapters: Sequence[OFTAdapter], dtype: torch.dtype
+) -> tuple[Checkpoint, set[str]]:
+    """The base as a checkpoint of the folded one's class, where an adapter brings a head that the base's class lacks; and the
+    names of the base's tensors that only its own class takes.
+    """
+    if folded.config.get("architectures") == base.config.get("architectures") and not _other_labels(folded, base):
+        return base, set()
+    if not any(adapter.saved for adapter in adapters):
+        return base, set()
+    own = LoadedCheckpoint(base, dtype)
+    fields = {n: folded.config[n] for n in ("architectures", "id2label", "label2id") if n in folded.config}
+    headed = replace(base, config={**base.config, **fields})
+    there = LoadedCheckpoint(headed, dtype)
+    if own.model is None or there.model is None:
+        return base, set()
+    return headed, set(own.model.state_dict()) - set(there.model.state_dict())
+
+
+def _other_labels(folded: Checkpoint, base: Checkpoint) -> bool:
+    labels = [len(config.get("id2label") or {"0": "", "1": ""}) for config in (folded.config, base.config)]
+    return labels[0] != labels[1]
 
 
 class _Loading:
-    """How a plain base was loaded before it was rotated, by the record, or else by what the folded checkpoint stores.
+    """How a plain base was loaded before its rotation, from the record, or else from the folded checkpoint's formats.
 
     Attributes:
-        dtype: in which it was loaded.
-        cast: whether it was: a fold on disk loads nothing unless it quantises.
-        codec: to which it was quantised; ``"stored"`` for what each weight is stored as; None for no quantisation.
-        format: in which what is not stored quantised was, None where something is.
+        dtype: the dtype in which the base was loaded.
+        cast: whether the base was cast to this dtype; a fold on disk casts only where it quantises.
+        codec: the quantisation of the base; ``"stored"`` for the format of each stored weight; None for no quantisation.
+        format: the format of a plain base's weights that were quantised first and are stored in another format now; None where
+            no format is recorded.
         skip: ``llm_int8_skip_modules``.
-        original: rotated weights were not quantised first.
+        original: whether rotated weights were not quantised first.
     """
 
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
@@ -127,22 +165,26 @@ class _Loading:
         self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
         self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
-        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
+        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec not in (None, "stored") else None
         self.original = said.get("fold_into") == "original"
         try:
             self.skip = json.loads(said.get("skip_modules") or "null")
         except ValueError as error:
-            raise CheckpointError("the record's `skip_modules` is no JSON", path=folded.folder) from error
+            message, remedy = (
+                "the record's `skip_modules` is not valid JSON",
+                f"restore the {RECORD} that the fold wrote",
+            )
+            raise CheckpointError(message, path=folded.folder, remedy=remedy) from error
 
 
 class _AdapterEffects:
-    """What adapters do to which of the base's tensors, as peft's live model has them.
+    """The changes that adapters make to the base's tensors in peft's live model.
 
     Attributes:
-        chains: ``{name: (path as the adapter has it, rotations in the live order)}``, of that place alone, whatever is
-            tied to it.
-        values: ``{name: the adapter's own}``: those of ``modules_to_save``, which peft copies, at that place alone; what
-            is trained in its place wherever it is tied to.
+        chains: ``{name: (path in the adapter, rotations in the live order)}``; a rotation acts only on this name and not
+            on tensors that are tied to it.
+        values: ``{name: the adapter's own values}``: peft copies a module of ``modules_to_save``, so these values count
+            only at this name; other trained values count at every name that is tied to this name.
     """
 
     def __init__(
@@ -158,7 +200,8 @@ class _AdapterEffects:
             places = {name: _place_of(base, name, adapter) for name in adapter.saved}
             twice = next((name for name, place in places.items() if place in self.values), None)
             if twice is not None:
-                raise MatchError("two adapters bring their own values for one tensor", tensor=twice)
+                message = "two adapters bring their own values for one tensor"
+                raise MatchError(message, tensor=twice, remedy="give only the adapter that was folded")
             order = {place: i for i, place in enumerate(base.sources)}
             for name in sorted(places, key=lambda name: (_in_modules_to_save(name, adapter), order[places[name]])):
                 where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
@@ -166,16 +209,18 @@ class _AdapterEffects:
 
 
 def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
+    """The base's name of a tensor that the adapter names."""
     place = base.place(name)
-    if place is None or base.sources[place] is None:
-        message = "the base has no such tensor, which the adapter names"
+    own = name in adapter.saved  # a head that the base lacks is compared with the adapter alone
+    if place is None or (base.sources[place] is None and not own):
+        message = "the adapter names a tensor that the base does not have"
         remedy = "give the base that the adapter was trained on, of the same class"
         raise MatchError(message, tensor=name, path=adapter.source, remedy=remedy)
     return place
 
 
 def _in_modules_to_save(name: str, adapter: OFTAdapter) -> bool:
-    """Whether a tensor is of a module in ``modules_to_save``, by the ends of paths, as peft finds them."""
+    """Whether ``modules_to_save`` names the tensor's module; as in peft, a name matches the end of a path."""
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
     return any(path.endswith(saved) for path in paths for saved in adapter.config.get("modules_to_save") or ())
@@ -183,7 +228,7 @@ def _in_modules_to_save(name: str, adapter: OFTAdapter) -> bool:
 
 @dataclass
 class _Comparison:
-    """Of one tensor after the other; of a group that transformers makes others of, one at a time."""
+    """The comparison, which takes one tensor after the other and holds one converted group at a time."""
 
     base: LoadedCheckpoint
     folded: LoadedCheckpoint
@@ -192,24 +237,43 @@ class _Comparison:
     record: FoldRecord | None
     tolerance: float | None
     modules: dict[str, WeightCheck] = field(default_factory=dict)
-    done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for what is tied
+    done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for tied tensors
+    formats: dict[str, tuple[WeightFormat, bool, WeightFormat]] = field(default_factory=dict)
+
+    def remedies(self) -> tuple[str, ...]:
+        """What helps where the weights keep too little of the adapter, from the record or else from the worst weight."""
+        path = min(self.modules, key=lambda path: k if (k := self.modules[path].kept) is not None else 1.0)
+        if self.record is not None and path in self.record.modules:
+            case = Case.of_record(self.record, path)
+        else:
+            base, first, merged = self.formats[path]
+            case = Case.of_weights(base, merged, quantised_first=first, on_disk=True)
+        return () if case is None else tuple(map(str, remedies(case)))
 
     @cached_property
     def _first(self) -> frozenset[str]:
-        """Weights that were quantised first, where what is stored does not show it."""
+        """The weights that were quantised first, for a checkpoint that stores only plain weights."""
         return self.base.linears(self.loading.skip) if self.base.model is not None else frozenset()
 
     def check(self, name: str) -> TensorCheck:
+        found = self._check(name)
+        return found if found.why is not None else replace(found, why=self.folded.misfit(name))
+
+    def _check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
         kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
+        if source is None and replaced:
+            return TensorCheck(kind, self._as_brought(name, now))
         if source is None:
-            return TensorCheck("absent") if now is None else TensorCheck("added", "the source has no such tensor")
+            return TensorCheck("absent") if now is None else TensorCheck("added", "the source does not have the tensor")
         if now is None:
-            made_up = ", and transformers would make it up" if name in self.folded.sources else ""
-            return TensorCheck(kind, f"the folded checkpoint lacks it{made_up}")
+            made_up = ", and transformers would fill it with random numbers" if name in self.folded.sources else ""
+            return TensorCheck(kind, f"the folded checkpoint lacks the tensor{made_up}")
         if not self.folded.fits(name) and self.base.fits(name):
-            return TensorCheck(kind, "stored plain or quantised where config.json says the other: it cannot be run")
+            return TensorCheck(
+                kind, "the weight is quantised and config.json says plain, or the other way round: the model cannot run"
+            )
         if kind == "copied" and now != name:
             kind = "tied"
         if kind == "tied" and (source, now) in self.done:
@@ -230,7 +294,7 @@ class _Comparison:
         return found
 
     def _before(self, name: str, into: WeightFormat) -> StoredTensor:
-        """The weight as the live model had it before any rotation, of a plain base as it was loaded."""
+        """The weight of the live model before any rotation; a plain base is cast and quantised as it was loaded."""
         base, values, how = self.base.read(name), self.live.values.get(name), self.loading
         quantised = base.weight.format.quantised
         if values is not None:
@@ -245,7 +309,9 @@ class _Comparison:
         if first is None or (not into.quantised and (name not in self._first or self.base.sources[name] != name)):
             return base
         weight = _linear(self.base, name, base.weight).tensors["weight"]
-        weight = weight.to(torch.float16) if first.codec == "int8" else weight  # as bitsandbytes itself does
+        weight = (
+            weight.to(torch.float16) if first.codec == "int8" else weight
+        )  # bitsandbytes also quantises from float16
         return StoredTensor(codecs.encode(weight, replace(first, shape=tuple(weight.shape), dtype=weight.dtype)))
 
     def _as_rotated(self, name: str, before: StoredTensor, stored: StoredTensor, decoded: Tensor) -> str | None:
@@ -253,10 +319,12 @@ class _Comparison:
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
         exact, into = measures.rotated(start, chain, path), own.format
         if decoded.shape != exact.shape:
-            return f"its shape is {tuple(decoded.shape)}, in the source {tuple(exact.shape)}"
+            return f"the weight's shape is {tuple(decoded.shape)}, but {tuple(exact.shape)} in the source"
         plain = codecs.encode(exact, into)
         modules = self.record.modules if self.record is not None else {}
         module = modules.get(path, modules.get(name.removesuffix(".weight")))
+        own_base = self.base.read(name).weight.format
+        self.formats[path] = (own_base, before.weight.format.quantised and not own_base.quantised, into)
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
         check = self.modules[path] = WeightCheck(
             error,
@@ -265,32 +333,51 @@ class _Comparison:
             calibrated=module.error if module is not None and module.rounding == "calibrated" else None,
             rho=error / changed if changed else None,
             kept=measures.kept(decoded, start, exact),
+            change=float((exact - start.to(torch.float64)).norm()),
+            format=into.label,
             steps=measures.step_error(own, exact),
         )
         if not check.passes(self.tolerance):
-            recorded = "" if check.recorded is not False else "; its record has other contents"
-            return f"{error:.2e} off what base and adapter give, its format explains {check.rounding:.2e}{recorded}"
+            recorded = "" if check.recorded is not False else "; the record has another hash"
+            return f"the relative error is {error:.2e}, and the rounding to the format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
             return self._wrong_dtype(before, into.dtype)
+        same = replace(before.weight.format, nested_blocksize=into.nested_blocksize)
+        if module is not None and module.format == into.label and same == into:
+            before = StoredTensor(plain)  # the record says that the double quantisation has changed
         if before.weight.format.codec == into.codec and before.weight.format != into:
             was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
-            return f"stored with other settings than in the source, where it has {was}"
-        # as the source has them (old releases write fewer), or as they are written now
+            return f"the weight is stored with other settings than in the source, which has {was}"
+        # the companions may be the source's (old releases write fewer) or those that are written now
         found = [_parts_unlike(stored, usual, fixed=True) for usual in (before, StoredTensor(plain))]
         return None if None in found else found[-1]
 
     def _as_replaced(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         values, got = self.live.values[name], stored.weight.tensors["weight"]
         if stored.weight.format.quantised:
-            return f"stored as {stored.weight.format.label}, the adapter's own values are plain"
+            return f"the tensor is stored as {stored.weight.format.label}, but the adapter's own values are plain"
         if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
-            return "not the adapter's own values"
+            return "the tensor does not hold the adapter's own values"
         return self._wrong_dtype(before, got.dtype)
+
+    def _as_brought(self, name: str, now: str | None) -> str | None:
+        """What is wrong with a tensor that the adapter brings and the base lacks, or None."""
+        if now is None:
+            return "the folded checkpoint lacks it, and transformers would make it up"
+        stored, values = self.folded.read(name).weight, self.live.values[name]
+        if stored.format.quantised:
+            return f"the tensor is stored as {stored.format.label}, but the adapter's own values are plain"
+        got = stored.tensors["weight"]
+        if not _same(got, values.to(got.dtype)):
+            return "the tensor does not hold the adapter's own values"
+        return self._wrong_dtype(StoredTensor(codecs.dense(values)), got.dtype)
 
     def _unchanged(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
         if stored.weight.format.quantised:
             if not before.weight.format.quantised:
-                return f"stored as {stored.weight.format.label}, in the source plain"
+                return f"the tensor is stored as {stored.weight.format.label}, but plain in the source"
+            if self._changed_format(before.weight.format, stored.weight.format):
+                before = StoredTensor(codecs.encode(codecs.decode(before.weight), stored.weight.format))
             return _parts_unlike(stored, before)
         want, got = before.weight.tensors["weight"], stored.weight.tensors["weight"]
         if before.weight.format.quantised:
@@ -298,13 +385,28 @@ class _Comparison:
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
-        return self._wrong_dtype(before, got.dtype) if _same(got, want) else "not what the source has"
+        if want.shape != got.shape and want.ndim == got.ndim and self.folded.is_buffer(name):
+            # resize_token_embeddings cuts off a buffer with an entry for each token, or adds zeros
+            grown = torch.zeros_like(got)
+            common = tuple(slice(min(a, b)) for a, b in zip(want.shape, got.shape, strict=True))
+            grown[common] = want[common]
+            want = grown
+        return self._wrong_dtype(before, got.dtype) if _same(got, want) else "the tensor differs from the source's"
+
+    def _changed_format(self, before: WeightFormat, after: WeightFormat) -> bool:
+        """Whether the fold gave a quantised weight another quantised format: another codec, or what the record says."""
+        said = self.record.base.get("format") if self.record is not None else None
+        return before.codec != after.codec or (said == after.codec and before != after)
 
     def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
-        """What is wrong with a plain tensor's dtype: it may be the source's, or the one that the config names."""
+        """What is wrong with a plain tensor's dtype, or None: the source's dtype and the config's are both right."""
         fine = {_dtype_in_config(self.folded.checkpoint) if self.folded.checkpoint.config else dtype}
         fine |= set() if before.weight.format.quantised else {before.weight.format.dtype}
-        return None if dtype in fine else f"stored as {dtype}, expected {' or '.join(sorted(map(str, fine)))}"
+        return (
+            None
+            if dtype in fine
+            else f"the tensor is stored as {dtype}, expected is {' or '.join(sorted(map(str, fine)))}"
+        )
 
 
 def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> EncodedWeight:
@@ -318,13 +420,13 @@ def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> Enco
 
 
 def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool = False) -> str | None:
-    """How a quantised weight's tensors differ from what they should be; in what does not depend on the weight alone
-    where ``fixed``.
+    """How a quantised weight's tensors differ from the expected ones, or None; with ``fixed``, only the parts that do not
+    depend on the weight's values are compared.
     """
     got, want = (s.parts or s.weight.format.kind.to_checkpoint("weight", s.weight) for s in (stored, expected))
     for name in sorted(got.keys() | want.keys()):
         if name not in got or name not in want:
-            return f"its {name} is missing" if name not in got else f"it has a {name} too many"
+            return f"the tensor {name} is missing" if name not in got else f"the tensor {name} should not be there"
         a, b = got[name], want[name]
         if "quant_state" in name:
             alike = fixed or unpack_state(a, name) == unpack_state(b, name)
@@ -333,7 +435,7 @@ def _parts_unlike(stored: StoredTensor, expected: StoredTensor, *, fixed: bool =
         else:
             alike = _same(a, b)
         if not alike:
-            return f"its {name} is not what {'its format' if fixed else 'the source'} has"
+            return f"the tensor {name} differs from {'its format' if fixed else 'the source'}'s"
     return None
 
 

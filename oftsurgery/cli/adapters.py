@@ -1,15 +1,16 @@
-"""The commands ``extract`` and ``adapter``: adapters shown, converted, computed with and got back out."""
+"""The commands ``extract`` and ``adapter`` show, convert, combine and extract adapters."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from functools import reduce
+from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
-from oftsurgery.errors import StateError, printable
+from oftsurgery.errors import StateError, printable, share
 
-from .arguments import AddCommand, Parser, Run, add_command, add_output_flags
+from .arguments import READING_FLAGS, AddCommand, Parser, Run, add_command, add_output_flags
 from .printing import Row, print_table, wants_words
 
 
@@ -17,25 +18,27 @@ def add_commands(command: AddCommand) -> None:
     text = "get an adapter back out of a checkpoint that it was folded into"
     extract = command("extract", text, "BASE FOLDED OUTPUT", _extract)
     extract.add_shared("base", help="checkpoint that was folded or fine-tuned: folder or Hub id, in any format")
-    extract.add_argument("merged", metavar="MERGED", help="what became of it, in any format")
-    extract.add_shared("output", help="adapter's folder to write; must not exist")
+    extract.add_argument("merged", metavar="MERGED", help="folded or fine-tuned checkpoint, in any format")
+    extract.add_shared("output", help="adapter's folder to write, which must not exist")
     extract.add_argument(
         "--block-size",
         type=int,
         metavar="B",
-        help="of the rotations (default: detected; named, it gives the best ones for any difference)",
+        help="block size of the rotations (default: detected); with a size, extract gives the best rotations for any difference",
     )
+    extract.add_shared("--follow-links")
     extract.add_shared("--force", help="replace the output folder")
 
     _add_adapter_commands(command("adapter", "show, convert and compute with adapters", "show ADAPTER"))
 
 
 def _add_adapter_commands(adapter: Parser) -> None:
-    verbs = adapter.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = adapter.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(name: str, text: str, example: str, run: Run, nargs: str | None = None) -> Parser:
         parser = add_command(verbs, name, text, example, run)
-        parser.add_shared("adapter", nargs=nargs, help="folder or Hub id")
+        parser.add_shared("adapter", nargs=nargs, help="folder or Hub id of the adapter")
+        parser.add_shared(*READING_FLAGS)
         return parser
 
     def output(parser: Parser) -> None:
@@ -46,18 +49,19 @@ def _add_adapter_commands(adapter: Parser) -> None:
     text = "write an adapter of any peft release as peft 0.21 reads it"
     convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
     convert.add_argument(
-        "--dialect", help="which releases' arithmetic it is of, where its files do not tell (peft-0.17 …)"
+        "--dialect", help="releases of peft that trained the adapter, where its files do not tell (peft-0.17 …)"
     )
     output(convert)
-    scale = verb("scale", "turn by a multiple of each angle; -1 is the inverse", "ADAPTER 0.5 OUTPUT", _adapter_scale)
+    text = "multiply each angle of an adapter by a factor; -1 gives the inverse"
+    scale = verb("scale", text, "ADAPTER 0.5 OUTPUT", _adapter_scale)
     scale.add_argument("alpha", metavar="ALPHA", type=float, help="factor of the angles")
     output(scale)
     text = "make one adapter of several in the live order, as peft's active adapters"
     output(verb("compose", text, "ADAPTER OTHER OUTPUT", _adapter_compose, "+"))
     example = "ADAPTER OTHER OUTPUT --weights 0.5 0.5"
-    blend = verb("blend", "average several, or add them up", example, _adapter_blend, "+")
+    blend = verb("blend", "average several adapters, or add them up", example, _adapter_blend, "+")
     output(blend)
-    blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="one for each adapter")
+    blend.add_argument("--weights", nargs="+", type=float, required=True, metavar="W", help="a weight for each adapter")
     for leaf in verbs.choices.values():
         add_output_flags(leaf)
 
@@ -78,13 +82,13 @@ def _extract(args: argparse.Namespace) -> None:
             rows.append((path, turn.side, turn.block_size, *figures, error))
         head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
         print_table(head, rows)
-        print(f"wrote {args.output}: {len(rows)} rotations explain {adapter.explained:.1%} of the difference")
+        print(f"wrote {args.output}: {len(rows)} rotations explain {share(adapter.explained, '.1%')} of the difference")
 
 
 def _adapter_show(args: argparse.Namespace) -> None:
     from oftsurgery.adapters.adapter import describe
 
-    facts = describe(oftsurgery.load_adapter(args.adapter))
+    facts = describe(_loaded(args)[0])
     if wants_words(args, facts):
         rows = []
         for path, m in facts["modules"].items():
@@ -93,26 +97,32 @@ def _adapter_show(args: argparse.Namespace) -> None:
         print_table("module  side  blocks  map  angle:.4f  defect:.1e  scale", rows)
         print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
         if facts["saved"]:
-            print(f"its own tensors: {', '.join(facts['saved'])}")
+            print(f"tensors of the adapter's own: {', '.join(facts['saved'])}")
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    _write_adapter(args, oftsurgery.load_adapter(args.adapter, dialect=args.dialect))
+    _write_adapter(args, _loaded(args, dialect=args.dialect)[0])
 
 
 def _adapter_scale(args: argparse.Namespace) -> None:
-    _write_adapter(args, oftsurgery.load_adapter(args.adapter).scaled(args.alpha))
+    _write_adapter(args, _loaded(args)[0].scaled(args.alpha))
 
 
 def _adapter_compose(args: argparse.Namespace) -> None:
-    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, map(oftsurgery.load_adapter, args.adapter)))
+    _write_adapter(args, reduce(oftsurgery.OFTAdapter.compose, _loaded(args)))
 
 
 def _adapter_blend(args: argparse.Namespace) -> None:
     if len(args.weights) != len(args.adapter):
-        message = f"{len(args.adapter)} adapters and {len(args.weights)} weights"
-        raise StateError(message, remedy="one weight for each: --weights 0.5 0.5")
-    _write_adapter(args, oftsurgery.blend(zip(map(oftsurgery.load_adapter, args.adapter), args.weights, strict=True)))
+        message = f"{len(args.adapter)} adapters and {len(args.weights)} weights were given"
+        raise StateError(message, remedy="give one weight for each adapter: --weights 0.5 0.5")
+    _write_adapter(args, oftsurgery.blend(zip(_loaded(args), args.weights, strict=True)))
+
+
+def _loaded(args: argparse.Namespace, **named: Any) -> list[oftsurgery.OFTAdapter]:
+    """The adapters that a command was given, read with the options of :func:`oftsurgery.load_adapter` in ``named``."""
+    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    return [oftsurgery.load_adapter(place, subfolder=args.adapter_subfolder, **named) for place in given]
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:

@@ -1,28 +1,32 @@
-"""What the commands share: arguments that several take, the parser that adds them, and exit codes."""
+"""The parts that commands share: arguments of several commands, the parser that adds the arguments, and exit codes."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
 from oftsurgery.errors import without_tokens
 
-FORMATS = ("same", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
+from .config_file import ConfigError, as_yaml, words_of
+
+FORMATS = ("same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
+TRAINED_ON = ("nf4-double", "nf4", "fp4-double", "fp4", "int8", "plain")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 class ExitCode(IntEnum):
     OK = 0
-    CHECK_FAILED = 1  # verify, doctor
-    REFUSED = 2  # bad usage or refused input
-    ENVIRONMENT = 3  # disk, network or permission
+    CHECK_FAILED = 1  # of verify or doctor
+    REFUSED = 2  # wrong usage or refused input
+    ENVIRONMENT = 3  # an error of disk, network, memory or permission
+    UNFORESEEN = 4  # an error that oftsurgery does not raise on purpose
     INTERRUPTED = 130
 
 
-Run = Callable[[argparse.Namespace], int | None]  # None: done
+Run = Callable[[argparse.Namespace], int | None]  # None means ExitCode.OK
 AddCommand = Callable[..., "Parser"]  # `add_command` without its first argument
 
 
@@ -31,27 +35,55 @@ def switch(text: str) -> dict[str, Any]:
 
 
 ROUNDED = (
-    "of quantised weights: so that what the adapter changed is kept (preserve), as bitsandbytes rounds (nearest), "
-    "with the scale of each 4-bit block that errs least (mse), or nearly that in half the time (grid)"
+    "rounding of quantised weights: preserve keeps what the adapter changed, nearest rounds as bitsandbytes does, mse takes "
+    "the scale of each 4-bit block with the least error, and grid finds nearly the same scales in half the time"
 )
-#: what several commands take
+#: arguments of several commands
 _SHARED: Mapping[str, dict[str, Any]] = {
-    "base": {"metavar": "BASE", "help": "folder or Hub id of the model: safetensors, plain or bitsandbytes-quantised"},
+    "base": {
+        "metavar": "BASE",
+        "help": "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised",
+    },
     "adapter": {
         "metavar": "ADAPTER",
         "nargs": "+",
-        "help": "folder or Hub id of the adapter; several in the live order",
+        "help": "folder or Hub id (owner/name, owner/name/subfolder, owner/name@revision) of the adapter; several adapters in the live order",
     },
-    "output": {"metavar": "OUTPUT", "help": "folder to write; must not exist"},
-    "--format": {"choices": FORMATS, "default": "same", "help": "what to write (default: %(default)s)"},
+    "--base-revision": {
+        "metavar": "REVISION",
+        "help": "branch, tag or commit of a base on the Hub (default: the revision that the adapter's config names for this base, else main)",
+    },
+    "--adapter-subfolder": {
+        "metavar": "NAME",
+        "help": "subfolder of ADAPTER that holds the adapter (default: ADAPTER itself, or its only subfolder with an adapter)",
+    },
+    "--partial": switch(
+        "fold an adapter that lacks modules which its own config targets; the record names the modules"
+    ),
+    "--follow-links": switch("read files that are links, wherever the links lead"),
+    "output": {"metavar": "OUTPUT", "help": "folder to write, which must not exist"},
+    "--format": {
+        "choices": FORMATS,
+        "default": "same",
+        "help": "format to write, from a base in any format (default: %(default)s)",
+    },
     "--quantize": {
         "choices": ("nf4", "fp4", "int8"),
         "help": "quantise a plain base first, as the trainer's loading did",
     },
-    "--double-quant": switch("with double quantisation (bnb_4bit_use_double_quant)"),
-    "--compute-dtype": {"choices": DTYPES, "default": "float32", "help": "bnb_4bit_compute_dtype of the config"},
+    "--trained-on": {
+        "metavar": "|".join((*TRAINED_ON, "FILE")),
+        "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
+        "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
+        "names)",
+    },
+    "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant) in the 4-bit format"),
+    "--compute-dtype": {
+        "choices": DTYPES,
+        "help": "bnb_4bit_compute_dtype of the config (default: the dtype of the model)",
+    },
     "--load-dtype": {"choices": DTYPES, "help": "dtype in which the trainer loaded the model (default: the config's)"},
-    "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules left unquantised (llm_int8_skip_modules)"},
+    "--skip-modules": {"nargs": "+", "metavar": "NAME", "help": "modules that stay plain (llm_int8_skip_modules)"},
     "--fold-into": {
         "choices": ("quantized", "original"),
         "default": "quantized",
@@ -60,65 +92,173 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     },
     "--rounding": {
         "choices": (*ROUNDINGS, "calibrated"),
-        "help": f"{ROUNDED}, or by what the layers compute on the texts of --calibration, which implies it "
-        "(default: preserve)",
+        "help": f"{ROUNDED}; calibrated chooses by the layers' outputs on the texts of --calibration, and is implied by that "
+        "flag (default: preserve)",
     },
     "--calibration": {
         "metavar": "FILE",
-        "help": "texts to choose the rounding on, some hundred of the kind that the model is for: .txt (one a line), "
-        ".jsonl or .parquet ('text'); loads the model and runs it",
+        "help": "some hundred texts of the kind that the model is for, by which the rounding is chosen: .txt (one text a line), "
+        ".jsonl or .parquet (field 'text'); this flag loads the model and runs it",
     },
     "--max-shard-size": {
         "default": "5GB",
         "metavar": "SIZE",
-        "help": "largest file, as the Hub's tools write it (default: %(default)s)",
+        "help": "size of the largest file, as the Hub's tools write sizes (default: %(default)s)",
     },
-    "--undo": {"metavar": "FILE", "help": "write an undo record too: `oftsurgery unfold --undo FILE` restores exactly"},
-    "--device": {"default": "cpu", "help": "where the arithmetic runs (default: %(default)s)"},
-    "--resume": switch("go on with the unfinished work of a run that was killed"),
-    "--force": switch("replace the output folder, when all is written and not before"),
+    "--tokenizer": {
+        "metavar": "adapter|base|FOLDER",
+        "help": "tokenizer and chat template to write beside the weights: those of the adapter, the base or a folder "
+        "(default: those of the adapter where its folder has them)",
+    },
+    "--undo": {
+        "metavar": "FILE",
+        "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
+    },
+    "--device": {"default": "cpu", "help": "device for the arithmetic (default: %(default)s)"},
+    "--resume": switch("continue the unfinished work of a run that was killed"),
+    "--force": switch("replace the output folder, but only after everything is written"),
     "--dry-run": switch("show the plan and write nothing"),
-    "--private": {"action": "store_true", "default": None, "help": "make the repository a private one"},
-    "--revision": {"metavar": "BRANCH", "help": "branch to commit to, made if there is none"},
-    "--commit-message": {"metavar": "TEXT", "help": "of the commit"},
+    "--config": {
+        "metavar": "FILE",
+        "help": "YAML file of arguments, by their names here (base, adapter, output, format …); the command line goes before the file",
+    },
+    "--print-config": switch("print all arguments as a file for --config, and do nothing else"),
+    "--private": {"action": "store_true", "default": None, "help": "make the new repository private"},
+    "--revision": {"metavar": "BRANCH", "help": "branch to commit to, which is made if it does not exist"},
+    "--commit-message": {"metavar": "TEXT", "help": "message of the commit"},
     "--create-pr": switch("open a pull request instead of committing"),
     "--token": {
-        "help": "'-' reads it from the standard input (default: HF_TOKEN, or what `hf auth login` stored); one that "
-        "stands here is seen in the list of processes"
+        "help": "token of the Hub; '-' reads the token from the standard input (default: HF_TOKEN, or the token that "
+        "`hf auth login` stored); the list of processes shows a token that is given here"
     },
-    "--yes": switch("do not ask about a derived name"),
+    "--yes": switch("do not ask for consent to a derived name"),
 }
-_QUANTISING = ("--quantize", "--double-quant", "--compute-dtype", "--load-dtype", "--skip-modules", "--fold-into")
-FOLDING_FLAGS = (*_QUANTISING, "--rounding", "--calibration", "--max-shard-size")
+_QUANTISING = (
+    "--trained-on",
+    "--quantize",
+    "--double-quant",
+    "--compute-dtype",
+    "--load-dtype",
+    "--skip-modules",
+    "--fold-into",
+)
+READING_FLAGS = ("--adapter-subfolder", "--follow-links")
+FOLDING_FLAGS = (
+    *_QUANTISING,
+    "--rounding",
+    "--calibration",
+    "--max-shard-size",
+    "--tokenizer",
+    "--base-revision",
+    "--partial",
+    *READING_FLAGS,
+)
 RUNNING_FLAGS = ("--device", "--resume", "--force")
 PUSHING_FLAGS = ("--private", "--revision", "--commit-message", "--create-pr", "--token", "--yes")
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser of a command's arguments.
+
+    Attributes:
+        flags_between: flags may stand between positional arguments, some of which may be left out.
+        unused: names that a file for ``--config`` may have, although the command has no such arguments.
+    """
+
+    flags_between = False
+    unused: Collection[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if not self.flags_between:
+            return super().parse_known_args(args, namespace)
+        self.flags_between = False  # argparse's function for this calls this method
+        try:
+            return self._with_file(list(args)) if args is not None else self.parse_known_intermixed_args()
+        finally:
+            self.flags_between = True
+
+    def _with_file(self, words: list[str]) -> tuple[Any, list[str]]:
+        """The arguments of the command line, which go before the arguments of the file ``--config``."""
+        beside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        beside.add_argument("--config")
+        path = beside.parse_known_args(words)[0].config
+        if path is None:
+            return self.parse_known_intermixed_args(words)
+        try:
+            flags, positional = words_of(path, self._actions, self.unused)
+        except ConfigError as error:
+            self.error(str(error))
+        flags.append(f"--config={path}")  # ends the values of the last flag
+        parsed, rest = self.parse_known_intermixed_args([*flags, *words, *positional])
+        if self._positional(parsed) != positional:  # the command line has positional arguments too, which count
+            parsed, rest = self.parse_known_intermixed_args([*flags, *words])
+        return parsed, rest
+
+    def as_file(self, args: argparse.Namespace) -> str:
+        """The parsed arguments as a file for ``--config``."""
+        return as_yaml(args, self._actions)
+
+    def _positional(self, parsed: argparse.Namespace) -> list[str]:
+        values = [getattr(parsed, action.dest) for action in self._actions if not action.option_strings]
+        return [
+            text for value in values if value is not None for text in (value if isinstance(value, list) else [value])
+        ]
+
     def error(self, message: str) -> NoReturn:
-        super().error(without_tokens(message))  # an argument in the wrong place may be one
+        super().error(without_tokens(message))  # an argument in the wrong place may be a token
 
     def add_shared(self, *names: str, **settings: Any) -> None:
-        """Arguments that other commands take too, with ``settings`` of this one's own."""
+        """Add arguments that other commands take too; ``settings`` override the shared ones."""
         for name in names:
             self.add_argument(name, **_SHARED[name] | settings)
 
 
-def add_command(commands: Any, name: str, text: str, example: str, run: Run | None = None) -> Parser:
-    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def add_command(
+    commands: Any, name: str, text: str, example: str, run: Run | None = None, aliases: Sequence[str] = ()
+) -> Parser:
+    """Add a command; a command without ``run`` prints its help."""
+    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", aliases=aliases)
     parser.epilog = f"example: {parser.prog} {example}"
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, print_help=parser.print_help)
+    parser.flags_between = run is not None  # a command without `run` has subcommands
     return parser
 
 
 def add_output_flags(parser: Parser) -> None:
-    """How much a command prints, and in which form: the last of its arguments."""
+    """Add the last arguments of a command, which say how much the command prints and in which form."""
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", **switch("print errors only"))
     volume.add_argument("-v", "--verbose", **switch("name every weight"))
     parser.add_argument("--json", **switch("print the result as JSON on the standard output"))
 
 
+def add_config_flags(parser: Parser) -> None:
+    """Add the flags that read and print a command's arguments as a file."""
+    parser.add_shared("--config", "--print-config")
+    parser.set_defaults(as_file=parser.as_file)
+
+
+def base_of(args: argparse.Namespace) -> str:
+    """The base that a command was given, at ``--base-revision``, or else the base that the adapter's config names."""
+    from oftsurgery.files.finding import checkpoint_place
+
+    if args.base is None:
+        from oftsurgery.api.arguments import loaded_adapters, named_base
+
+        args.base = named_base(loaded_adapters(adapters_of(args)))
+    return str(checkpoint_place(args.base, getattr(args, "base_revision", None)))
+
+
+def adapters_of(args: argparse.Namespace) -> list[Any]:
+    """The adapters that a command was given, in ``--adapter-subfolder``."""
+    import oftsurgery
+
+    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
+    if args.adapter_subfolder is None:
+        return given
+    return [oftsurgery.load_adapter(adapter, subfolder=args.adapter_subfolder) for adapter in given]
+
+
 def keywords(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of a command's arguments that a function takes by the same names."""
+    """The named arguments of a command, for a function that has parameters of the same names."""
     return {name: getattr(args, name) for name in names}

@@ -1,4 +1,4 @@
-"""The commands ``report`` and ``show``: a fold's record as a page, as pictures, or printed."""
+"""The commands ``report`` and ``show`` give a fold's record as a page, as pictures, or in print."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Mapping
 
 import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import share
 
 from .arguments import AddCommand
-from .printing import Row, print_facts, print_table, wants_words
+from .printing import Row, facts_beside, print_facts, print_table, tokens_text, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
-    text = "draw what a fold cost, and what the fine-tune moved, as one HTML page"
+    text = "draw a fold's errors, and the changes of the fine-tune, as one HTML page"
     report = command("report", text, "FOLDER --html report.html", _report)
     report.add_argument("source", metavar="FOLDER|RECORD", help="folder that carries a fold, or its oftsurgery.json")
     report.add_argument("--html", metavar="FILE", help="page to write (default, without --png: report.html)")
@@ -22,12 +23,12 @@ def add_commands(command: AddCommand) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, to show too",
+        help="results of `oftsurgery verify --json`, or of oftsurgery.verify as JSON, which the page shows too",
     )
     report.add_shared("--force", help="replace files that exist")
 
     show = command("show", "print what is folded into a checkpoint, from its oftsurgery.json", "FOLDER", _show)
-    show.add_argument("folder", metavar="FOLDER")
+    show.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -54,7 +55,7 @@ def _show(args: argparse.Namespace) -> None:
         checks = " (oftsurgery verify checks them)" * bool(record.files)
         print(f"files with a recorded hash: {len(record.files)}{checks}")
     elif record is None and not args.json:
-        print("nothing is folded in")
+        print("nothing is folded into this checkpoint")
 
 
 def _graph_text(fold: oftsurgery.FoldRecord) -> str:
@@ -63,6 +64,14 @@ def _graph_text(fold: oftsurgery.FoldRecord) -> str:
         return ""
     compared = "compared with torch" if facts.get("verified") is True else "not compared with torch"
     return f"ONNX, {facts.get('dtype')}, {compared}"
+
+
+def _gguf_text(fold: oftsurgery.FoldRecord) -> str:
+    facts = fold.extra.get("gguf")
+    if not isinstance(facts, Mapping):
+        return ""
+    compared = "compared with the checkpoint" if facts.get("verified") is True else "not compared with the checkpoint"
+    return f"{facts.get('dtype')}, {compared}"
 
 
 def _print_fold(fold: oftsurgery.FoldRecord) -> None:
@@ -77,11 +86,19 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
     print_facts(
         ("base", ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)),
         ("rounding", fold.rounding),
-        ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
+        ("kept of what the adapter changed", "" if fold.kept is None else share(fold.kept, ".1%")),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
+        ("missing in the adapter", ", ".join(fold.missing)),
+        ("tokens", tokens_text(fold.vocabulary)),
+        ("added by the adapter", ", ".join(fold.added)),
+        *facts_beside(fold.to_dict()),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph_text(fold)),
-        ("written by a newer version, not understood", ", ".join(n for n in fold.extra if n != "onnx")),
+        ("GGUF", _gguf_text(fold)),
+        (
+            "fields of a newer version, which this version cannot read",
+            ", ".join(n for n in fold.extra if n not in ("onnx", "gguf")),
+        ),
     )
     rows: list[Row] = []
     for path, m in sorted(fold.modules.items(), key=lambda item: -item[1].error):

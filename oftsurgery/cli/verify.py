@@ -8,40 +8,52 @@ from pathlib import Path
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import printable
 
-from .arguments import AddCommand, ExitCode
+from .arguments import READING_FLAGS, AddCommand, ExitCode, adapters_of, base_of
 from .printing import Row, print_table, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
     text = "check a folded checkpoint's files against their recorded hashes, and its weights against base and adapter"
     verify = command("verify", text, "FOLDED BASE ADAPTER", _verify)
-    verify.add_argument("folded", metavar="FOLDED", help="checkpoint; without BASE and ADAPTER its hashes alone")
+    verify.add_argument(
+        "folded", metavar="FOLDED", help="folded checkpoint; without BASE and ADAPTER only its hashes are checked"
+    )
     verify.add_shared("base", nargs="?", help="folder or Hub id of the model that was folded")
-    verify.add_shared("adapter", nargs="*", help="and of the adapter; several in the live order")
+    verify.add_shared("adapter", nargs="*", help="folder or Hub id of the adapter; several adapters in the live order")
     verify.add_argument(
         "--tolerance",
         type=float,
         metavar="ERROR",
-        help="largest relative error that passes (default: what storing the exact weight costs)",
+        help="largest relative error that passes (default: the error of storing the exact weight)",
     )
 
-    text = "find and explain what is wrong with a checkpoint or an adapter"
+    verify.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="texts on which the outputs are compared too: .txt (one text a line), .jsonl or .parquet (field 'text'); this flag "
+        "loads the folded model and the base with the adapter live, and runs them",
+    )
+    verify.add_shared("--base-revision", *READING_FLAGS)
+
+    text = "find and explain errors in a checkpoint or an adapter"
     doctor = command("doctor", text, "PATH --base BASE", _doctor)
     doctor.add_argument("path", metavar="PATH", help="folder of a checkpoint or an adapter")
     doctor.add_argument("--base", help="checkpoint that was folded")
     doctor.add_argument("--adapter", help="adapter that was folded")
+    doctor.add_shared(*READING_FLAGS)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report = oftsurgery.verify_checkpoint(args.folded, args.base, args.adapter or None, tolerance=args.tolerance)
+    both = (base_of(args) if args.base else None, adapters_of(args) if args.adapter else None)
+    report = oftsurgery.verify_checkpoint(args.folded, *both, texts=args.texts, tolerance=args.tolerance)
     if wants_words(args, report):
         _print_verified(report)
     return ExitCode.OK if report.ok else ExitCode.CHECK_FAILED
 
 
 def verify_output(args: argparse.Namespace, folded: str | Path) -> int:
-    """``oftsurgery verify`` of what was folded, in words alone: the JSON is the fold's."""
-    verify = {"folded": folded, "tolerance": None, "json": False, "quiet": args.quiet or args.json}
+    """Run ``oftsurgery verify`` on the folded checkpoint and print words only: the fold prints the JSON."""
+    verify = {"folded": folded, "tolerance": None, "texts": None, "json": False, "quiet": args.quiet or args.json}
     return _verify(argparse.Namespace(**vars(args) | verify))
 
 
@@ -61,18 +73,27 @@ def _print_verified(report: oftsurgery.CheckpointReport) -> None:
         print(f"config.json: {printable(report.config)}")
     if report.tensors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.looked_at.items())
-        print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} wrong")
+        print(f"looked at {len(report.tensors)} tensors: {kinds}; {len(report.wrong) or 'none'} of them wrong")
     wrong = [(name, state) for name, state in report.files.items() if state != "ok"]
     for name, state in wrong:
         print(f"{printable(name)}: {state.upper()} since it was recorded")
     if report.files and not wrong:
         print(f"{len(report.files)} files are as recorded")
+    if report.on_texts is not None:
+        print(report.on_texts)
+    print("\n".join(_verdict(report)))
+
+
+def _verdict(report: oftsurgery.CheckpointReport) -> list[str]:
+    """What helps where the fold keeps too little of its adapter, and the verdict in the last line."""
+    helps = [f"  {i}. {remedy}" for i, remedy in enumerate(report.remedies, start=1)]
+    return [*(["what helps, best first:", *helps] if helps else []), report.verdict]
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    findings = oftsurgery.doctor(args.path, base=args.base, adapter=args.adapter)
+    findings = oftsurgery.doctor(args.path, base=args.base, adapter=adapters_of(args)[0])
     if wants_words(args, [f.to_dict() for f in findings]):
         for finding in findings:
             print(f"{finding}\n")
-        print("nothing found" if not findings else f"{len(findings)} findings")
+        print("the doctor found nothing wrong" if not findings else f"the doctor has {len(findings)} findings")
     return ExitCode.CHECK_FAILED if any(f.severity == "error" for f in findings) else ExitCode.OK

@@ -1,6 +1,6 @@
-"""These functions read what nobody vouches for: names of files, JSON, and safetensors headers.
+"""These functions read untrusted data: names of files, JSON, and safetensors headers.
 
-The safetensors library checks every header (lengths, offsets, overlaps); where a tensor's bytes are, it does not tell.
+The safetensors library checks every header (lengths, offsets, overlaps), but does not tell where a tensor's bytes are.
 """
 
 from __future__ import annotations
@@ -9,24 +9,30 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, printable
 
+from .links import check_link
+
+#: the two files of an adapter
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
 _MAX_JSON_BYTES = 64 << 20
-_MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty one takes a byte or two of a file and 60 of memory
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-_MAX_SIZE = 1 << 48  # of a dimension: an empty tensor may state any
+_MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty list takes about two bytes of a file and 60 of memory
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MAX_SIZE = 1 << 48  # of a dimension: an empty tensor's header may state any size
 _CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor is: ``nbytes`` from ``start`` in ``file`` of the folder; ``dtype`` is safetensors' name of it."""
+    """The place of one tensor: ``nbytes`` bytes of ``file`` from ``start`` on; ``dtype`` is the dtype's safetensors name."""
 
     name: str
     file: str
@@ -37,54 +43,72 @@ class TensorEntry:
 
 
 def damaged(message: str, path: object, tensor: str | None = None) -> CheckpointError:
+    """The error for a file that a new download would mend."""
     return CheckpointError(message, tensor=tensor, path=path, remedy="download the checkpoint again")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, for a name that comes from a file: a plain one, whose target stays in the folder (or in the
-    Hub cache's blobs beside it).
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is the name of a file, without any folder."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0") and not PureWindowsPath(name).anchor
+
+
+def is_nested_name(name: str) -> bool:
+    """Whether ``name`` leads to a file in a folder, or in folders inside it: ``1_Pooling/config.json``."""
+    return all(map(is_plain_name, name.split("/")))
+
+
+def inside(folder: Path, name: str, *, nested: bool = False, own: bool = False) -> Path:
+    """The path ``folder / name`` for a name that comes from a file. The name must be plain, and the file must lie in the
+    folder, or be a link that :func:`~oftsurgery.files.links.check_link` follows.
+
+    Args:
+        nested: whether the name may lead through folders inside ``folder``, by ``/``.
+        own: whether oftsurgery itself looks for a file of this name; a file of the folder gives all other names.
 
     Raises:
-        CheckpointError: otherwise, or if there is no such file.
+        CheckpointError: the name is not plain, or the file is missing, is no plain file, or lies elsewhere.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
+    if not (is_nested_name(name) if nested else is_plain_name(name)):
         message = "the index or record names a file outside its folder"
         raise CheckpointError(message, path=name, remedy="do not use this checkpoint, or repair its index")
     path = folder / name
     try:
         plain, there = path.is_file(), os.path.lexists(path)
     except OSError as error:
-        raise damaged(f"no name of a file ({printable(error.strerror)})", name) from error
+        raise damaged(f"the name cannot be a file's name ({printable(error.strerror)})", name) from error
     if not there:
         raise damaged("a file of the checkpoint is missing", path)
-    if not plain:  # a pipe or a device would be read for ever
-        raise damaged("a file of the checkpoint is no plain file: a folder, pipe, device, or a link to nothing", path)
-    target, root = path.resolve(), folder.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if not target.is_relative_to(root) and not (cache is not None and target.is_relative_to(cache)):
-        message = "a file of the checkpoint is a link that leaves its folder"
-        raise CheckpointError(message, path=path, remedy="do not use this checkpoint, or copy the file into the folder")
+    if not plain:  # a read of a pipe or a device would never end
+        raise damaged(
+            "a file of the checkpoint is no plain file, but a folder, a pipe, a device or a broken link", path
+        )
+    check_link(folder, name, own=own)
     return path
 
 
 def read_json(path: Path, *, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for, of at most ``limit`` bytes.
+    """The JSON object in an untrusted file of at most ``limit`` bytes.
 
     Raises:
-        CheckpointError: too large, not readable, no JSON, too deep, or no object.
+        CheckpointError: the file is too large, cannot be read, or holds no JSON object, or the JSON is nested too deeply.
     """
+    value = read_json_value(path, limit=limit)
+    if not isinstance(value, dict):
+        raise damaged(f"the file holds a JSON {type(value).__name__}, not an object", path)
+    return value
+
+
+def read_json_value(path: Path, *, limit: int = _MAX_JSON_BYTES) -> Any:
+    """The JSON value in an untrusted file, by the rules of :func:`read_json`; the value may be a list too."""
     try:
         if path.stat().st_size > limit:
-            raise damaged(f"a JSON file of {path.stat().st_size} bytes is not read", path)
+            raise damaged(f"the JSON file has {path.stat().st_size} bytes, more than the limit of {limit}", path)
         data = path.read_bytes()
-        if data.count(b"[") + data.count(b"{") > _MAX_JSON_PARTS:
-            raise damaged(f"JSON of more than {_MAX_JSON_PARTS} parts is not read", path)
-        value = json.loads(data.decode("utf-8"))
+        if (parts := data.count(b"[") + data.count(b"{")) > _MAX_JSON_PARTS:
+            raise damaged(f"the JSON has {parts} lists and objects, more than the limit of {_MAX_JSON_PARTS}", path)
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise damaged(f"no JSON that can be read ({printable(error)})", path) from error
-    if not isinstance(value, dict):
-        raise damaged(f"a JSON {type(value).__name__}, not an object", path)
-    return value
+        raise damaged(f"the file holds no JSON that can be read ({printable(error)})", path) from error
 
 
 def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
@@ -96,16 +120,20 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
             names = set(checked.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"no safetensors file, or a damaged one ({printable(error)})", path=path, remedy="download it again"
+            f"the file is no safetensors file, or is damaged ({printable(error)})",
+            path=path,
+            remedy="download the file again",
         ) from error
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"a header of {length} bytes", path=path, remedy="download it again")
+            message = f"the header has {length} bytes, more than the limit of {_MAX_HEADER_BYTES}"
+            raise CheckpointError(message, path=path, remedy="download the file again")
         header = json.loads(file.read(length), object_pairs_hook=_no_duplicates(path))
     metadata = header.pop("__metadata__", {})
     if set(header) != names:
-        raise CheckpointError("the header names tensors twice", path=path, remedy="do not use this file")
+        tensor, message = min(set(header) ^ names), "the header names a tensor twice"
+        raise CheckpointError(message, tensor=tensor, path=path, remedy="do not use this file")
     entries = []
     for name, facts in header.items():
         start, end = facts["data_offsets"]
@@ -114,26 +142,30 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
     strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
     if strange is not None:
         raise CheckpointError(
-            f"the tensor's dtype or shape, {printable(strange.dtype)} {printable(list(strange.shape))}, is none that oftsurgery knows",
+            f"oftsurgery does not know the tensor's dtype or shape, {printable(strange.dtype)} {printable(list(strange.shape))}",
             tensor=strange.name,
             path=path,
-            remedy="save it again in another dtype",
+            remedy="save the tensor again in another dtype",
         )
     return sorted(entries, key=lambda e: (e.start, e.name)), metadata
 
 
 def _no_duplicates(path: Path) -> Any:
+    """A hook for :func:`json.loads` that refuses an object with the same key twice."""
+
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise CheckpointError("the header names a tensor twice", path=path, remedy="do not use this file")
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            message = f"the header names {printable(key)!r} twice"
+            raise CheckpointError(message, path=path, remedy="do not use this file")
         return found
 
     return check
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -142,7 +174,7 @@ def sha256_of(path: Path) -> str:
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """``{what: bytes}`` of the plain files in a folder: ``weights`` (safetensors), ``ONNX``, ``other files``."""
+    """``{kind: bytes}`` of a folder's plain files; kinds are ``weights`` (safetensors), ``ONNX`` and ``other files``."""
     sizes = {"weights": 0, "ONNX": 0, "other files": 0}
     for path in folder.rglob("*"):
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):

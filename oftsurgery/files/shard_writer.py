@@ -1,4 +1,4 @@
-""":class:`ShardWriter` writes a safetensors file whose tensors never meet in memory."""
+""":class:`ShardWriter` writes a safetensors file with one tensor at a time in memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .writing import to_disk
 
 
 class ShardWriter:
-    """Writes one safetensors file tensor by tensor, in any order, so that no two need to be in memory at once.
+    """Writes one safetensors file tensor by tensor, in any order, with one tensor at a time in memory.
 
-    The library's own writer wants all tensors at once. This one lays them out as the library does (largest dtype first,
-    so that all are aligned), each at a place known beforehand; tensors of a size not known beforehand (small JSON
-    blobs) come last, and the header, for which room was left, at the very end. As a context manager it closes a whole
-    file, and aborts after an error.
+    The safetensors library's own writer needs all tensors at once. This writer uses the library's layout: the largest
+    dtype comes first, so that all tensors are aligned, and each tensor has a place that is known beforehand. Tensors of
+    unknown size (small JSON blobs) come after the others, and the header is written last, into room that was left for
+    it. As a context manager, the writer closes a complete file, and aborts after an error.
 
     Args:
-        path: of the file; must not exist.
-        tensors: ``{name: (dtype, shape)}`` of all that will be written; shape None for a uint8 tensor of at most
-            :data:`LATE_BYTES` bytes.
-        metadata: of the header.
+        path: path of the file, which must not exist.
+        tensors: ``{name: (dtype, shape)}`` of all tensors that will be written; the shape is None for a uint8 tensor of
+            at most :data:`LATE_BYTES` bytes.
+        metadata: metadata of the header.
     """
 
     LATE_BYTES = 1 << 12
@@ -44,7 +44,7 @@ class ShardWriter:
         for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
             if shape is not None:
                 self._place(name, dtype, shape)
-        # room for the longest header that the late tensors can lead to
+        # room for the longest header that is possible with the late tensors
         longest = {name: _header_entry(torch.uint8, (self.LATE_BYTES,), 10**15) for name in self._late}
         room = len(_dump(self._header | longest))
         self._room = room + -room % 8
@@ -55,9 +55,9 @@ class ShardWriter:
         self._end = self._header[name]["data_offsets"][1]
 
     def write(self, name: str, data: Tensor | Iterable[bytes]) -> None:
-        """Write one tensor: as a tensor, or as its bytes in pieces. Any thread, one at a time."""
+        """Write one tensor, given whole or as pieces of its bytes. Any thread may call this method, one at a time."""
         if name not in self._left:
-            raise AssertionError(f"{name} is not planned, or written already")
+            raise AssertionError(f"{name} is not planned, or is written already")
         pieces = _bytes_of(data) if isinstance(data, Tensor) else data
         if name in self._late:
             self._late[name] = b"".join(pieces)
@@ -68,12 +68,12 @@ class ShardWriter:
                 self._file.write(piece)
             if self._file.tell() != 8 + self._room + end:
                 raise AssertionError(
-                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, planned were {end - start}"
+                    f"{name} has {self._file.tell() - 8 - self._room - start} bytes, and {end - start} were planned"
                 )
         self._left.discard(name)
 
     def close(self) -> None:
-        """Write what comes last and flush to the disk itself."""
+        """Write the late tensors and the header, and flush the file to the disk."""
         if self._left:
             raise AssertionError(f"{len(self._left)} tensors were not written")
         for name, data in self._late.items():
@@ -86,7 +86,7 @@ class ShardWriter:
         self._file.close()
 
     def abort(self) -> None:
-        """Close without finishing."""
+        """Close the file without finishing it."""
         self._file.close()
 
     def __enter__(self) -> ShardWriter:
@@ -110,7 +110,7 @@ def _dump(header: Mapping[str, Any]) -> bytes:
 
 
 def header_bytes(header: Mapping[str, Any], room: int) -> bytes:
-    """What a safetensors file begins with, where ``room`` bytes were left for the header's JSON."""
+    """The first bytes of a safetensors file that has ``room`` bytes for the header's JSON."""
     return struct.pack("<Q", room) + _dump(header).ljust(room)
 
 

@@ -1,4 +1,4 @@
-"""The folder beside a destination in which a run works, and the one rename that makes it the destination."""
+"""The folder beside a destination in which a run works, and the rename that makes this folder the destination."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from typing import Any
 from oftsurgery.errors import CheckpointError, DiskError, StateError
 
 from .reading import read_json, sha256_of
-from .writing import Replacement, check_free, disk_errors, exists, sync_folder, to_disk, write_synced
+from .writing import Replacement, check_free, disk_errors, exists, folders_above, sync_folder, to_disk, write_synced
 
 _STATE = ".state.json"
 
 
 @dataclass(eq=False)
 class Staging:
-    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while it is at work.
+    """A run's unfinished output: ``.<destination>.oftsurgery`` beside the destination, locked while the run works.
 
     Attributes:
-        destination: of the run.
-        key: fingerprint of all that decides the output.
-        needed: bytes that will be written; checked against the free space first.
-        resume: go on with unfinished work of the same key, if there is any.
+        destination: the folder that the run writes.
+        key: fingerprint of everything that decides the output.
+        needed: number of bytes that will be written, which is compared with the free space first.
+        resume: continue unfinished work of the same key, if there is any.
         force: replace an existing destination (at the rename, not before) and unfinished work of another key.
-        resumable: keep what is finished after an error; otherwise nothing stays, and nothing that is there is looked
-            at.
+        resumable: keep finished files after an error; otherwise nothing is kept, and unfinished work is ignored.
 
     Raises (on entering):
-        StateError: the destination exists, or unfinished work does, and the arguments do not say what to do about it.
-        DiskError: too little space, no permission, or another run at work.
+        StateError: the destination or unfinished work exists, and the arguments do not say what to do; or a file is in the
+            place of a folder above the destination.
+        DiskError: space or permission is missing, or another run works on the destination.
     """
 
     destination: Path
@@ -49,17 +49,21 @@ class Staging:
         self.lock_path = self.destination.parent / f".{self.destination.name}.oftsurgery.lock"
         self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
         self.state: dict[str, Any] = {"key": self.key, "shards": {}}
-        self._ours = False  # whether the folder's contents are this run's to remove
+        self._ours = False  # whether this run may remove the folder's contents
 
     def __enter__(self) -> Staging:
         check_free("destination", self.destination, force=self.force)
+        with contextlib.ExitStack() as above:
+            above.enter_context(folders_above(self.destination))
+            self._begin()
+            self._above = above.pop_all()
+        return self
+
+    def _begin(self) -> None:
         with disk_errors(self.folder):
-            if not self.destination.parent.is_dir():
-                message = "the destination's parent folder does not exist"
-                raise StateError(message, path=self.destination.parent, remedy="make it first")
             if self.folder.is_symlink():
                 message = "a link is in the place of unfinished work"
-                raise StateError(message, path=self.folder, remedy="remove it, or name another destination")
+                raise StateError(message, path=self.folder, remedy="remove the link, or name another destination")
             self._acquire()
             try:
                 self._recover()
@@ -71,17 +75,18 @@ class Staging:
             except BaseException:
                 self._leave()
                 raise
-        return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        with self._above:
+            self._leave()
 
     def _leave(self) -> None:
-        """Release the lock; before that, remove what is not worth resuming."""
+        """Remove work that is not worth resuming, and release the lock."""
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.lock_path.unlink()  # while it is held: whoever opened it before finds it gone and tries again
+            # the lock is still held here: a run that opened the lock's file before sees the removal and tries again
+            self.lock_path.unlink()
         self._lock.release()
 
     # --- taking over ---
@@ -94,10 +99,11 @@ class Staging:
             self._lock.acquire(timeout=0)
         except Timeout:
             message = "another run is at work on this destination"
-            raise DiskError(message, path=self.destination, remedy="wait for it, or name another destination") from None
+            remedy = "wait until the other run ends, or name another destination"
+            raise DiskError(message, path=self.destination, remedy=remedy) from None
 
     def _recover(self) -> None:
-        """Finish what a run that was killed between the two renames of :meth:`publish` had begun."""
+        """Finish the work of a run that was killed between the two renames of :meth:`publish`."""
         if not exists(self.replaced):
             return
         if exists(self.destination):
@@ -106,15 +112,16 @@ class Staging:
             self.replaced.rename(self.destination)
 
     def _take_over(self) -> None:
+        """Continue the folder's unfinished work or start anew, as ``resume`` and ``force`` say."""
         state_path = self.folder / _STATE
         if not self.resumable or not state_path.is_file():
             self._start_anew()
             return
         if not self.resume and not self.force:
             raise StateError(
-                "unfinished work of an earlier run is there",
+                "the folder holds unfinished work of an earlier run",
                 path=self.folder,
-                remedy="go on with it: resume=True (--resume); or start anew: force=True (--force)",
+                remedy="continue the work with resume=True (--resume), or start anew with force=True (--force)",
             )
         state: dict[str, Any] = {}
         with contextlib.suppress(CheckpointError):
@@ -122,18 +129,18 @@ class Staging:
         if not self.resume or state.get("key") != self.key or not _sound(state.get("shards")):
             if not self.force:
                 raise StateError(
-                    "the unfinished work is of other inputs or settings",
+                    "the unfinished work has other inputs or settings",
                     path=self.folder,
-                    remedy="give those again, or start anew: force=True (--force)",
+                    remedy="give the earlier inputs and settings again, or start anew with force=True (--force)",
                 )
             self._start_anew()
             return
         self.state = state
         self._ours = True
-        # a half-written shard has no entry: it goes; a finished one is believed only if its hash is right
+        # a half-written shard has no entry and is removed; a finished shard is kept only if its hash is right
         for path in self.folder.iterdir():
             if path.name != _STATE and path.name not in state["shards"]:
-                path.unlink()
+                _remove(path)
         for name, shard in list(state["shards"].items()):
             path = self.folder / name
             if path.is_symlink() or not path.is_file() or sha256_of(path) != shard["sha256"]:
@@ -142,6 +149,7 @@ class Staging:
         self._save_state()
 
     def _start_anew(self) -> None:
+        """Empty the folder."""
         self._ours = True
         for path in self.folder.iterdir():
             _remove(path)
@@ -153,18 +161,18 @@ class Staging:
         needed = self.needed - there
         if needed > free:
             message = f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-            raise DiskError(message, path=self.folder.parent, remedy="make room, or name a destination elsewhere")
+            raise DiskError(message, path=self.folder.parent, remedy="make room, or name a destination on another disk")
 
     # --- writing ---
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """What :meth:`finish` was told of a whole shard, or None."""
+        """The facts that :meth:`finish` noted for a whole shard; None for a shard that is not finished."""
         entry = self.state["shards"].get(name)
         return None if entry is None else dict(entry["facts"])
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """The path under which to write the file ``name``; it is removed if the body fails."""
+        """The path at which to write the file ``name``; the file is removed if the body fails."""
         path = self.folder / name
         with disk_errors(path):
             try:
@@ -194,7 +202,9 @@ class Staging:
             write_synced(path, text.encode())
 
     def copy(self, source: Path, name: str) -> None:
-        """Copy a file's contents to the file ``name``."""
+        """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
+        with disk_errors(self.folder):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 20)
             to_disk(writer)
@@ -206,20 +216,21 @@ class Staging:
                 yield chunk
 
     def drop(self, name: str) -> None:
-        """Remove the finished file ``name``, which is no part of the output."""
+        """Remove the finished file ``name``, which does not belong to the output."""
         with disk_errors(self.folder):
             self.state["shards"].pop(name, None)
             self._save_state()
             (self.folder / name).unlink(missing_ok=True)
 
     def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
-        """``{name: SHA-256}`` of all files written, but some."""
+        """``{name: SHA-256}`` of all written files, except the files ``but``."""
         known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}
         return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
 
     def names(self) -> list[str]:
-        """Of all files written, but in folders that others (a tokenizer) made."""
-        return sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != _STATE)
+        """Names of all written files, with ``/`` for files in folders."""
+        files = (p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
+        return sorted(name for name in files if name != _STATE)
 
     # --- the rename ---
 
@@ -227,7 +238,8 @@ class Staging:
         """Make the folder the destination."""
         with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
-            sync_folder(self.folder)
+            for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
+                sync_folder(folder)
             if exists(self.destination):
                 self.destination.rename(self.replaced)
             self.folder.rename(self.destination)
@@ -237,33 +249,37 @@ class Staging:
 
 
 def check_apart(destination: Path, what: str, folders: Iterable[Path]) -> None:
-    """Refuse a destination that would replace what is read.
+    """Refuse a destination that would replace or change a folder that is read.
 
     Raises:
-        StateError: one of ``folders``, which ``what`` names, is the destination or in it.
+        StateError: one of ``folders`` is the destination, lies in it or holds it; the message calls the folder ``what``.
     """
     there = destination.resolve()
-    if any(folder.resolve().is_relative_to(there) for folder in folders):
-        raise StateError(
-            f"the destination is, or holds, the {what} itself", path=destination, remedy="name another destination"
-        )
+    for folder in (folder.resolve() for folder in folders):
+        if folder.is_relative_to(there):
+            message = f"the destination is, or holds, the {what} itself"
+            raise StateError(message, path=destination, remedy="name another destination")
+        if there.is_relative_to(folder):
+            message = f"the destination is inside the {what}"
+            raise StateError(message, path=destination, remedy=f"name a destination outside the {what}")
 
 
 @contextlib.contextmanager
 def scratch(destination: Path, *, force: bool) -> Iterator[Path]:
-    """A folder's path beside ``destination``, for what a later step reads; nothing stays there.
+    """A path beside ``destination`` for a folder that a later step reads; the folder is removed at the end.
 
     Raises:
-        StateError: the destination exists: said before the work that it would be for.
+        StateError: the destination exists; the error comes before any work is done.
     """
     check_free("destination", destination, force=force)
     path = destination.parent / f".{destination.name}.folded"
-    try:
-        yield path
-    finally:
-        with disk_errors(path):
-            if exists(path):
-                _remove(path)
+    with folders_above(destination):
+        try:
+            yield path
+        finally:
+            with disk_errors(path):
+                if exists(path):
+                    _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -271,8 +287,8 @@ def _remove(path: Path) -> None:
 
 
 def _sound(shards: object) -> bool:
-    """Whether ``shards`` of a state file is what :meth:`Staging.finish` notes: names of files in the folder itself,
-    with hash and facts.
+    """Whether ``shards`` of a state file has the form of :meth:`Staging.finish`: names of files in the folder itself,
+    each with a hash and facts.
     """
     return isinstance(shards, dict) and all(
         Path(name).name == name

@@ -1,4 +1,4 @@
-""":func:`write_files` writes small files, each whole or not at all; :func:`disk_errors` says what the disk did not take."""
+""":func:`write_files` writes small files, each whole or not at all; :func:`disk_errors` explains the system's errors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from oftsurgery.errors import DiskError, StateError, printable
 
 
 class Replacement:
-    """A file to be written as ``beside``, until :meth:`put` puts it in the place of ``path``. At the end of the context
-    nothing else of it is there.
+    """A file that is written at ``beside`` until :meth:`put` moves it to ``path``. At the end of the context the file at
+    ``beside`` is removed.
     """
 
     def __init__(self, path: Path, mark: str | None = None) -> None:
@@ -22,7 +22,7 @@ class Replacement:
         self.beside = path.parent / f".{path.name}.{mark or f'{os.getpid()}.new'}"
 
     def put(self) -> None:
-        """Replace what is at ``path`` by the whole file, which is on the disk."""
+        """Move the complete file, which must be on the disk, to ``path``."""
         with disk_errors(self.path):
             self.beside.replace(self.path)
             sync_folder(self.path.parent)
@@ -35,28 +35,25 @@ class Replacement:
             self.beside.unlink()
 
 
-def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None = None) -> None:
-    """Write small files, each whole or not at all: beside their places, and renamed when all are on the disk.
+def write_files(files: Mapping[Path, bytes], *, force: bool) -> None:
+    """Write small files, each whole or not at all: all files are renamed to their places when all are on the disk.
 
     Args:
-        files: ``{path: contents}``; the folders must exist.
+        files: ``{path: contents}``; missing folders are made.
         force: replace existing files.
-        make: a folder to make where it is not there.
 
     Raises:
-        StateError: a file exists, or a folder does not; nothing is written.
-        DiskError: the disk did not take a file.
+        StateError: a file exists, or a file is in the place of a folder; nothing is written then.
+        DiskError: a file could not be written.
     """
     for path in files:
-        if path.parent != make and not path.parent.is_dir():
-            raise StateError("the folder to write to does not exist", path=path.parent, remedy="make it first")
         if path.is_dir():
             raise StateError("a folder is in the place of the file", path=path, remedy="name another file")
         check_free("file", path, force=force)
-    if make is not None:
-        with disk_errors(make):
-            make.mkdir(exist_ok=True)
+        missing_above(path)
     with contextlib.ExitStack() as stack:
+        for path in files:
+            stack.enter_context(folders_above(path))
         waiting = [stack.enter_context(Replacement(path)) for path in files]
         for new in waiting:
             with disk_errors(new.path):
@@ -66,29 +63,66 @@ def write_files(files: Mapping[Path, bytes], *, force: bool, make: Path | None =
 
 
 def check_free(what: str, path: Path, *, force: bool) -> None:
+    """Refuse a path at which something exists, unless ``force``; the message calls the path ``what``."""
     if exists(path) and not force:
-        remedy = "name another, or replace it with force=True (--force)"
+        remedy = f"name another {what}, or replace the {what} with force=True (--force)"
         raise StateError(f"the {what} exists", path=path, remedy=remedy)
 
 
+def missing_above(path: Path) -> list[Path]:
+    """The folders above ``path`` that do not exist, the deepest first.
+
+    Raises:
+        StateError: a file is in the place of one of these folders.
+    """
+    above = [folder for folder in path.absolute().parents if not folder.is_dir()]
+    file = next((folder for folder in above if exists(folder)), None)
+    if file is not None:
+        message = "a file is in the place of a folder of the path to write"
+        raise StateError(message, path=file, remedy="name a path in a folder")
+    return above
+
+
+@contextlib.contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the missing folders above ``path``; those that are empty at the end are removed again.
+
+    Raises:
+        StateError: a file is in the place of one of these folders.
+        DiskError: a folder could not be made.
+    """
+    made = missing_above(path)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                folder.rmdir()
+
+
 def exists(path: Path) -> bool:
+    """Whether anything is at ``path``, a broken link included."""
     return path.exists() or path.is_symlink()
 
 
 def write_synced(path: Path, data: bytes) -> None:
+    """Write a file, and wait until its bytes are on the disk itself."""
     with path.open("wb") as file:
         file.write(data)
         to_disk(file)
 
 
 def to_disk(file: BinaryIO) -> None:
-    """Do not return before what was written is on the disk itself."""
+    """Wait until the written bytes are on the disk itself."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
+    """Wait until the folder's list of files is on the disk itself."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -98,21 +132,21 @@ def sync_folder(folder: Path) -> None:
 
 
 _REASONS = {
-    errno.ENOSPC: ("the disk is full", "make room and go on with resume=True (--resume)"),
-    errno.EDQUOT: ("the disk quota is used up", "make room and go on with resume=True (--resume)"),
+    errno.ENOSPC: ("the disk is full", "make room and continue with resume=True (--resume)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room and continue with resume=True (--resume)"),
     errno.EFBIG: (
         "the file is larger than this system allows",
         "write smaller shards: max_shard_size (--max-shard-size)",
     ),
     errno.EROFS: ("the file system is read-only", "name a destination elsewhere"),
-    errno.EACCES: ("no permission to write", "name a destination elsewhere"),
-    errno.EPERM: ("no permission to write", "name a destination elsewhere"),
+    errno.EACCES: ("this user has no permission to write", "name a destination elsewhere"),
+    errno.EPERM: ("this user has no permission to write", "name a destination elsewhere"),
 }
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """The system's errors as :class:`DiskError`, with what to do."""
+    """Turn the system's errors into :class:`DiskError` with a remedy."""
     try:
         yield
     except OSError as error:

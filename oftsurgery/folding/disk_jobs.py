@@ -1,4 +1,4 @@
-"""A job says what becomes of one tensor that a checkpoint stores; a plan on disk is made of jobs."""
+"""A plan on disk is made of jobs; a job says how one stored tensor of a checkpoint changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
+from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, MatchError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import checkpoint_tensors
@@ -17,31 +17,34 @@ from oftsurgery.stores.folder import FolderStore
 
 from .folder_writer import Outputs
 from .plan import FoldPlan, Rotate, takes_no_values
+from .target import Target
 
-#: raises where a tensor, as loading has it and as it is stored, is not what it must be
+#: function of a tensor as loading has it and of the stored tensor; it raises an error where the tensor is not as expected
 Check = Callable[[EncodedWeight, EncodedWeight], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What becomes of one tensor of the model.
+    """The change of one tensor of the model.
 
     Attributes:
-        name: of the tensor.
-        output: that it is written as.
-        into: format that is written.
-        base: format in which loading has a plain tensor before it changes; None for the stored one.
-        matrix: it is a weight, handled in its canonical shape; other tensors are as they are.
-        values: an adapter's own, in place of the stored ones.
-        rotate: the rotations, after that.
-        check: of what is read.
-        restore: what is there becomes this instead (an undo record's doing).
-        beside: ``{output: tensor}`` to write in place of what follows from the restored weight.
+        name: the tensor's name.
+        output: the name under which the tensor is written.
+        into: the format that is written.
+        home: the format that is written where the formats stay; None for a tensor that takes an adapter's own values.
+        base: the format in which loading has a plain tensor before it changes; None for the stored format.
+        matrix: whether the tensor is a weight, handled in its canonical shape; other tensors keep their shape.
+        values: an adapter's own values, which replace the stored values.
+        rotate: the rotations, which are applied after that.
+        check: the check of the tensor that is read.
+        restore: function from the tensor that is read to its original, by an undo record.
+        beside: ``{output: tensor}`` of tensors that are written in place of those that follow from the restored weight.
     """
 
     name: str
     output: str
     into: WeightFormat
+    home: WeightFormat | None = None
     base: WeightFormat | None = None
     matrix: bool = True
     values: Tensor | None = None
@@ -54,19 +57,25 @@ class Part:
     def changes(self) -> bool:
         return self.values is not None or self.rotate is not None or self.restore is not None
 
+    @property
+    def converts(self) -> bool:
+        """Whether the format changes."""
+        return self.home is not None and self.into != self.home
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What becomes of one stored weight or tensor, or of a unit of them.
+    """The change of one stored weight or tensor, or of a unit of tensors.
 
     Attributes:
-        name: of the first of them.
+        name: the name of the first tensor.
         outputs: ``{name: (dtype, shape)}``.
-        nbytes: that are read, for progress.
-        parts: of the model; none where the bytes are copied.
-        transposed: a plain weight is held ``(in, out)``.
-        unit: that the tensors are of, or None.
-        origin: what is read, where it is not the plan's store.
+        nbytes: the bytes that are read, for progress.
+        parts: the model's tensors; empty where the bytes are copied.
+        transposed: whether a plain weight is held ``(in, out)``.
+        unit: the unit of the tensors, or None.
+        origin: the store that is read, where it is not the plan's store.
+        values: a tensor to write for which nothing is read.
     """
 
     name: str
@@ -76,6 +85,7 @@ class Job:
     transposed: bool = False
     unit: Unit | None = None
     origin: FolderStore | None = None
+    values: Tensor | None = None
 
 
 def copy_job(source: Checkpoint, name: str) -> Job:
@@ -88,20 +98,21 @@ class JobBuilder:
     """Makes the jobs that turn what ``store`` holds into what a folder holds after ``changes``.
 
     Attributes:
-        format: that is written.
-        fold_into: ``"original"``: rotated weights are not quantised first.
-        touched: ``{name of a tensor that is to be a part, whether it changes or not: it is a weight}``.
+        target: the formats that are written.
+        fold_into: with ``"original"``, rotated weights are not quantised first.
+        touched: ``{tensor name: whether the tensor is a weight}`` of the tensors that become parts, changed or not.
     """
 
     store: FolderStore
     changes: FoldPlan
-    format: str
+    target: Target = field(default_factory=Target)
     fold_into: str = "quantized"
     touched: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.entries = self.store.source.entries
+        self.entries = self.store.entries
         self.architecture = self.store.architecture
+        self.shapes = {} if self.changes.vocabulary is None else self.changes.vocabulary.shapes
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
         self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
@@ -117,7 +128,7 @@ class JobBuilder:
             if unit is not None and self._touches(unit):
                 done.update(unit.stored)
                 made.append(self._of_unit(unit))
-            elif not checkpoint_tensors.is_companion(name, self.entries):  # that comes with its weight
+            elif not checkpoint_tensors.is_companion(name, self.entries):  # a companion comes with its weight
                 group = checkpoint_tensors.companion_names(name, self.entries) if name.endswith("weight") else (name,)
                 done.update(group)
                 if target in self.touched or self._converts(target, name):
@@ -125,6 +136,7 @@ class JobBuilder:
                 else:
                     made += [self._plain(n) for n in group]
         made += [self._untied(name) for name in self._to_untie()]
+        made += [self._added(name, shape) for name, shape in self.store.added.items()]
         return made
 
     def _touches(self, unit: Unit) -> bool:
@@ -132,42 +144,49 @@ class JobBuilder:
         own = next((name for name in unit.stored if name in self.touched), None)
         if own is not None and made:
             raise MatchError(
-                "the fold would change both the checkpoint's own tensor and what transformers makes of it as it loads",
+                "the fold would change both a stored tensor and the tensors that transformers makes from this tensor at loading",
                 tensor=own,
-                remedy="name the model's modules in the adapter, as the class has them: "
+                remedy="name the modules of the model's class in the adapter: "
                 + ", ".join(printable(name.removesuffix(".weight")) for name in unit.model),
             )
         return made
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        return self.store.quantises(target) or (self.format in DENSE and self.store.is_quantised(name))
+        if not self.store.holds_quantised(name):
+            return self.store.quantises(target)
+        stored = self.store.stored(target)
+        return self.target.weight(stored) != stored
 
     # --- one job of a kind ---
 
     def _plain(self, name: str, target: str = "", output: str = "") -> Job:
-        """A stored tensor as it is, but for its dtype and an adapter's own values; as the model's ``target``, where that
-        is to be a part.
+        """The job of a stored tensor that changes at most in its dtype or to an adapter's own values; ``target`` is the
+        model's tensor, where it is to be a part.
         """
         entry, stored = self.entries[name], self.store.dtype(name)
         part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
         if not target and stored == part.into.dtype == (part.base or part.into).dtype:
             return copy_job(self.store.source, name)
-        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
+        return Job(name, {part.output: (part.into.dtype, part.into.shape)}, entry.nbytes, (part,))
 
     def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
-        """A tensor as it is, but for its dtype and an adapter's own values."""
-        loaded, into = None, stored
-        if stored.dtype in FLOATS:
-            loaded = self.store.loaded_dtype(name)
-            into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
+        """The part of a tensor that changes at most in its dtype or to an adapter's own values."""
+        loaded = self.store.loaded_dtype(name) if stored.dtype in FLOATS else None
         base = None if loaded is None else replace(stored, dtype=loaded)
-        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
+        values = self.values.get(name)
+        home = base or stored
+        home = home if values is None else replace(home, shape=tuple(values.shape))
+        into = replace(home, dtype=self.target.plain(home.dtype))
+        return Part(name, output, into, home, base, matrix=False, values=values)
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
-        """The model's tensor ``target`` from the stored one ``name``."""
+        """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
         entry = self.entries[name]
-        if target in self.values and DTYPES[entry.dtype] not in FLOATS:
+        if target in self.changes.dequantised:
+            return self._dequantised(target, name, output, group)
+        values = self.values.get(target)  # integers for a counter, such as BatchNorm's
+        if values is not None and values.is_floating_point() and DTYPES[entry.dtype] not in FLOATS:
             raise takes_no_values(target, entry.dtype)
         converts = self._converts(target, name) and target not in self.values
         if not (self.touched.get(target) or converts or len(group) > 1):
@@ -180,24 +199,41 @@ class JobBuilder:
             outputs = {output: (part.into.dtype, shape)}
         return Job(name, outputs, sum(self.entries[n].nbytes for n in group), (part,), transposed)
 
+    def _dequantised(self, target: str, name: str, output: str, group: Sequence[str]) -> Job:
+        """The job of a weight that is stored quantised, and takes an adapter's own values: they stay plain."""
+        if name in self.architecture.transposed:
+            raise takes_no_values(target, self.store.stored(target).label)
+        dtype = self.target.dense or self.architecture.loaded.get(target) or self.values[target].dtype
+        into = WeightFormat("dense", tuple(self.values[target].shape), dtype)
+        part = Part(target, output, into, values=self.values[target])
+        return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
+
+    def _added(self, name: str, shape: tuple[int, ...]) -> Job:
+        """The job of a tensor that an adapter brings and the checkpoint lacks."""
+        values = self.values[name]
+        dtype = self.target.dense or self.architecture.loaded.get(name) or values.dtype
+        part = Part(name, name, WeightFormat("dense", shape, dtype), matrix=False)
+        return Job(name, {name: (dtype, shape)}, 0, (part,), values=values)
+
     def _weight(self, name: str, output: str, *, untied: bool = False) -> Part:
         stored = self.store.stored(name)
         loaded = self.store.loaded(name)
-        if untied:  # an output head, which loading leaves as it is
+        if untied:  # an output head, which loading does not quantise
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = loaded.kind.once_quantised(loaded)
-        if self.format in DENSE:
-            into = WeightFormat("dense", stored.shape, DENSE[self.format])
+        home = loaded.kind.once_quantised(loaded)
+        into = self.target.weight(home)
         if self.fold_into == "original" and name in self.rotate:
-            base = None
-        return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
+            home, base = stored, None
+        shape = self.shapes.get(name, home.shape)
+        home, into = replace(home, shape=shape), replace(into, shape=shape)
+        return Part(name, output, into, home, base, values=self.values.get(name), rotate=self.rotate.get(name))
 
     def _of_unit(self, unit: Unit) -> Job:
-        """Tensors that transformers converts: written as they are stored, or where loading quantises one of them, by the
-        model's names.
+        """The job of tensors that transformers converts: the outputs have the stored names, or the model's names where
+        loading quantises one of the tensors.
         """
-        split_up = self.format not in DENSE and any(self.store.quantises(name) for name in unit.model)
+        split_up = self.target.dense is None and any(self.store.quantises(name) for name in unit.model)
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
         parts = [self._made(name) for name in unit.model]
@@ -205,7 +241,7 @@ class JobBuilder:
         return self._unit_job(unit, parts, None if split_up else as_stored)
 
     def _made(self, name: str, *, untied: bool = False) -> Part:
-        """A tensor that a unit makes, or one that is tied to such a tensor."""
+        """The part of a tensor that a unit makes, or of a tensor that is tied to such a tensor."""
         if self.touched.get(name) or (self.store.quantises(name) and not untied):
             return self._weight(name, name, untied=untied)
         return self._cast(name, name, self.store.stored(name))
@@ -217,19 +253,19 @@ class JobBuilder:
         return Job(next(iter(unit.stored)), outputs, nbytes, tuple(parts), unit=unit)
 
     def _to_untie(self) -> list[str]:
-        """Names that the checkpoint lacks, since they were tied, and that the destination holds."""
+        """Names that the checkpoint lacks, since their tensors were tied, and that the destination needs."""
         flagged = self.store.ties.flagged
         for group in self.changes.apart:
             if not flagged.issuperset(group):
                 raise FormatError(
-                    "the model's class holds one module in several places, and no checkpoint can hold two for it",
+                    "the model's class holds one module in several places, so no checkpoint can hold two weights for the module",
                     tensor=group[0],
-                    remedy="load the model and fold it in memory; it cannot be saved and loaded again",
+                    remedy="load the model and fold it in memory (oftsurgery.fold); the folded model cannot be saved and loaded again",
                 )
         names = [n for group in self.changes.apart for n in group if n in self.architecture.tied]
         if self.changes.clears_flag:
             return names
-        # nothing but what differs from the one that it was tied to
+        # only a tensor that differs from the tensor it was tied to
         return [n for n in names if {n, self.architecture.tied[n]} & self.changes.changed]
 
     def _untied(self, name: str) -> Job:

@@ -1,8 +1,8 @@
-""":func:`run_plan` runs a plan on disk one weight at a time, never the model, into a folder beside the destination that
-becomes it by one rename.
+""":func:`run_plan` runs a plan on disk one weight at a time, and never loads the model. The run writes into a folder beside the
+destination, which one rename then makes the destination.
 
-Whatever is written is a function of the inputs alone, so a run that was killed and resumed gives the same bytes as one
-that was not.
+The output is a function of the inputs alone, so a run that was killed and resumed writes the same bytes as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from oftsurgery.errors import StateError, UndoError
 from oftsurgery.files.checkpoint import Checkpoint
+from oftsurgery.files.finding import commit_of
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.formats import checkpoint_tensors, codecs
@@ -35,8 +36,9 @@ from oftsurgery.weights.fold import fold_encoded
 
 from . import engine
 from .disk_jobs import Job, Part
-from .disk_plan import QUANTISED, CheckpointPlan, facts_of_quantization
+from .disk_plan import CheckpointPlan
 from .folder_writer import Item, Shard, write_other_files, write_shard
+from .quantised_first import facts_of_quantization
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
@@ -51,19 +53,20 @@ def run_plan(
     progress: Progress | None = None,
     inputs_of: InputsOf | None = None,
 ) -> FoldRecord | None:
-    """Do what ``plan`` says, calibrated where ``inputs_of`` gives the inputs of the layer at a path.
+    """Carry out ``plan``; the rounding is calibrated where ``inputs_of`` gives the inputs of the layer at a path.
 
-    Everything is written into ``.<name>.oftsurgery`` beside ``destination`` and appears by one rename, after all has
-    been said that is to be warned of. After an error or a kill that folder stays, and ``resume=True`` goes on from the
-    last whole shard in it, checked by hash.
+    Everything is written into ``.<name>.oftsurgery`` beside ``destination``; after all warnings, one rename makes this
+    folder the destination. After an error or a kill the folder stays, and ``resume=True`` continues after the last whole
+    shard in the folder, whose hash is checked.
 
     Returns:
-        the record of the new checkpoint, as in its ``oftsurgery.json``; None where nothing is folded into it any more.
+        the record of the new checkpoint, as in its ``oftsurgery.json``; None where the checkpoint carries no fold.
 
     Raises:
-        DiskError: the disk is full, read-only, or another run is at work on this destination.
-        StateError: the destination exists and ``force`` is not set; unfinished work is there and neither ``resume`` nor
-            ``force`` is set. and those of a fold in memory.
+        DiskError: the disk is full or read-only, or another run writes to this destination.
+        StateError: the destination exists and ``force`` is not set, or unfinished work is there and neither ``resume``
+            nor ``force`` is set.
+        OFTSurgeryError: as for a fold in memory.
     """
     _check_destination(plan, destination)
     if plan.undo is not None and not (resume and plan.undo.is_file()):
@@ -72,13 +75,13 @@ def run_plan(
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
         run = _Run(plan, torch.device(device), progress, inputs_of)
         if resume and plan.undo is not None and plan.undo.is_file():
-            with contextlib.suppress(UndoError):  # one that was killed between its undo record and the last rename
+            with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
                 run.written = open_undo(plan.undo)
         for shard in plan.shards:
             run.shard(shard, staging)
         record = run.record()
         if not plan.unfolds and record is not None:
-            engine.finish_fold(record, plan.changes, plan.store.ties)
+            engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
         elif plan.changes.rotate:
             engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:
@@ -89,9 +92,9 @@ def run_plan(
             record,
             source=plan.source.folder,
             jsons={"config.json": plan.config},
-            carried=[plan.source.folder / name for name in plan.carried],
-            exact=plan.format in ("same", *QUANTISED),
-            # unfolded: the earlier fold's
+            carried=plan.carried,
+            exact=not plan.converts,
+            # an unfolded checkpoint keeps the sizes in the earlier fold's record
             before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
         )
         staging.publish()
@@ -99,7 +102,7 @@ def run_plan(
 
 
 def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
-    """Refuse a destination whose making would change or remove what is read."""
+    """Refuse a destination whose writing would change or remove the folders that are read."""
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
     sources = {s.source.folder.resolve() for s in stores if s is not None}
@@ -108,18 +111,18 @@ def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
     check_apart(destination, "adapter", filter(Path.is_dir, adapters))
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(
-            "the undo record would be inside the destination", path=plan.undo, remedy="write it beside the folder"
+            "the undo record would be inside the destination",
+            path=plan.undo,
+            remedy="name a file outside the destination (undo=…, --undo)",
         )
-    if any(there.is_relative_to(f) for f in sources):
-        raise StateError("the destination is inside the source", path=destination, remedy="name one outside it")
 
 
 def _fingerprint(plan: CheckpointPlan) -> str:
-    """Of all that decides the output: unfinished work of another fingerprint is not resumed."""
+    """Hash of everything that decides the output: unfinished work with another fingerprint is not resumed."""
     facts = {
         "source": plan.source.identity,
         "adapters": [a.fingerprint for a in plan.changes.adapters],
-        "format": plan.format,
+        "target": str(plan.target),
         "quantization": str(plan.store.quantization),
         "fold_into": plan.fold_into,
         "shards": [[s.file, [list(plan.jobs[i].outputs) for i in s.items]] for s in plan.shards],
@@ -136,7 +139,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
 
 @dataclass(eq=False)
 class _Run:
-    """One run: its progress, and the records of what was folded."""
+    """One run of a plan, with its progress and the records of the folded modules."""
 
     plan: CheckpointPlan
     device: torch.device
@@ -148,7 +151,7 @@ class _Run:
         self.total = sum(job.nbytes for job in self.plan.jobs)
         self.modules: dict[str, ModuleRecord] = {}
         self.saved: dict[str, str | None] = {}
-        #: name of a part → names of the replaced tensors whose values it holds
+        #: name of a part → names of the replaced tensors whose values the part holds
         self.named: dict[str, list[str]] = {}
         held, changes = {part.name for part in self.plan.parts}, self.plan.changes
         for name in (name for change in changes.replace for name in changes.recorded(change)):
@@ -195,7 +198,7 @@ class _Run:
         write_shard(staging, file, items, metadata, lambda item: self.step(item.name, item.nbytes))
 
     def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
-        """Join the shards' parts to the undo record at ``path``, unless a run that was killed has done it already."""
+        """Join the shards' parts to the undo record at ``path``, unless a killed run has already written the record."""
         plan = self.plan
         if self.written is None or not self.written.is_of(record):
             with UndoWriter(path, force=force) as writer:
@@ -203,9 +206,9 @@ class _Run:
                     facts = staging.finished(_undo_part(shard))
                     if facts is None:
                         raise StateError(
-                            "the undo record that is there is of another fold, and this one's is gone",
+                            "the file holds the undo record of another fold, and this fold's undo data are lost",
                             path=path,
-                            remedy="start anew with another file: force=True (--force)",
+                            remedy="start again with another file for the undo record (--undo FILE) and force=True (--force)",
                         )
                     writer.append(facts["undo"], staging.chunks(_undo_part(shard)))
                 tied = plan.store.architecture.tied
@@ -214,7 +217,7 @@ class _Run:
                     config = configs.output_config(config, plan.format, plan.store.quantization, untied=False)
                 writer.finish(
                     record,
-                    # others that the source held by themselves stay
+                    # the checkpoint keeps the other tensors, which the source held by themselves
                     ties=[
                         [next(n for n in group if n not in tied), *(n for n in group if n in tied)]
                         for group in plan.changes.apart
@@ -231,6 +234,8 @@ class _Run:
         store = job.origin or self.plan.store
         if not job.parts:
             return store.source.chunks(job.name)
+        if job.values is not None:
+            return [codecs.dense(job.values)]
         if job.unit is not None:
             made, tied = store.read_unit(job.unit), store.architecture.tied
             return [codecs.dense(made[tied.get(part.name, part.name)]) for part in job.parts]
@@ -253,7 +258,7 @@ class _Run:
         return {n: made[n] if shape is None else made[n].reshape(shape) for n, (_, shape) in job.outputs.items()}
 
     def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
-        """What becomes of one of the model's tensors."""
+        """The changed tensor of one part."""
         before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
         if part.base is not None:
             before = codecs.as_loaded(before, part.base)
@@ -276,14 +281,14 @@ class _Run:
         self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight
     ) -> EncodedWeight:
         values = own.to(self.device, part.into.dtype if part.rotate is None else before.format.dtype)
-        old = before.tensors["weight"]
-        if job.unit is None:  # as it is stored
+        old: Any = before if before.format.quantised else before.tensors["weight"]
+        if job.unit is None and isinstance(old, Tensor):  # in the stored shape
             old = old.t() if job.transposed else old.reshape(self.plan.source.entries[job.name].shape)
         for name in self.named.get(part.name, ()):
             operation.replaced(name, old, values)
         return canonical(values, transposed=job.transposed) if part.matrix else codecs.dense(values)
 
-    # --- what is left of it ---
+    # --- the record ---
 
     def record(self) -> FoldRecord | None:
         plan = self.plan
@@ -294,12 +299,25 @@ class _Run:
         return replace(
             record,
             adapters=tuple(map(public_info, record.adapters)),
-            base={"fold_into": plan.fold_into, **facts_of_quantization(plan.store.quantization)},
+            added=tuple(plan.store.added),
+            base={
+                "fold_into": plan.rotates,
+                **({"format": plan.format} if plan.converts else {}),
+                **(plan.trained_on.facts if plan.trained_on is not None else {}),
+                **facts_of_quantization(plan.store.quantization),
+                **_facts_of_revision(plan.source),
+            },
         )
 
 
+def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
+    """The revision that was asked for of a Hub repository, and the commit that was folded; nothing for a local folder."""
+    facts = {"revision": source.revision, "commit": commit_of(source.folder)}
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
 def _label(job: Job) -> str:
-    """What messages and bars call a job: the module that is rotated, or the tensor."""
+    """The name of a job in messages and bars: the module that is rotated, or the tensor."""
     return next((p.rotate.path for p in job.parts if p.rotate is not None), job.name)
 
 
@@ -308,8 +326,8 @@ def _undo_part(shard: Shard) -> str:
 
 
 def _beside(source: Checkpoint, name: str, weight: EncodedWeight) -> dict[str, Any]:
-    """What :func:`~oftsurgery.folding.undo_writer.tensor_as_json` gives of small tensors beside a weight that are not what
-    :meth:`~oftsurgery.formats.base.Format.to_checkpoint` makes of it, by the ends of their names.
+    """``{end of the name: tensor as JSON}`` of small tensors beside a weight that differ from those that
+    :meth:`~oftsurgery.formats.base.Format.to_checkpoint` makes of the weight.
     """
     usual = weight.format.kind.to_checkpoint(name, weight)
     there = checkpoint_tensors.companion_names(name, source.entries)

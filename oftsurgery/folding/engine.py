@@ -1,8 +1,8 @@
-"""What a change computes, keeps for its undoing, records and says: the same for a model in memory and for a folder."""
+"""Folds in memory and on disk compute, record and warn by this file, and keep here what an undo record needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,15 +15,19 @@ from oftsurgery.errors import (
     IntegrityError,
     MatchError,
     RoundingWarning,
+    SourceWarning,
+    StateError,
     UnfoldWarning,
     UntieWarning,
     WeakAdapterWarning,
     printable,
+    share,
     warn_caller,
 )
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_tensors
+from oftsurgery.records.advice import Case, advice
 from oftsurgery.records.record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import Ties
@@ -34,7 +38,7 @@ from .plan import FoldPlan, Rotate
 from .undo_reader import UndoRecord
 from .undo_writer import UndoCollector
 
-#: modules that a warning names
+#: the number of modules that a warning names
 _NAMED = 5
 
 
@@ -43,17 +47,17 @@ _NAMED = 5
 
 @dataclass(eq=False)
 class Operation:
-    """A plan at work: what its changes compute, what an undo record keeps of them, and what the fold's record says.
+    """One run of a plan: the operation computes the changes, gives them to the undo record, and collects the fold's record.
 
     Attributes:
-        plan: whose changes are applied.
-        rounding: of quantised weights that are rotated.
-        inputs_of: the inputs of the layer at a path, where they are calibrated; None elsewhere.
-        undo: takes what changes, for an undo record; or None.
-        already: ``{tensor name: content hash before, or None}`` of those that held the adapters' own values before: the
-            fold changes nothing in them.
-        saved: ``{tensor name: content hash before, or None}`` of what was replaced.
-        brought: names of weights that take an adapter's own values, and are rotated after that.
+        plan: the plan whose changes are applied.
+        rounding: the rounding of quantised weights that are rotated.
+        inputs_of: function that gives the inputs of the layer at a path; None without a calibration.
+        undo: collector of an undo record; or None.
+        already: ``{tensor name: content hash before, or None}`` of tensors that held the adapters' own values before the
+            fold; the fold does not change these tensors.
+        saved: ``{tensor name: content hash before, or None}`` of the replaced tensors.
+        brought: names of weights that take an adapter's own values and are then rotated.
     """
 
     plan: FoldPlan
@@ -71,17 +75,22 @@ class Operation:
 
     @property
     def modules(self) -> dict[str, ModuleRecord]:
-        """``{path: record}`` of what was rotated."""
+        """``{path: record}`` of the rotated modules."""
         while self._records:
             path = next(iter(self._records))
             self._modules[path] = self._records.pop(path)()
         return self._modules
 
-    def replaced(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A tensor took an adapter's own values."""
+    def replaced(self, name: str, before: Tensor | EncodedWeight, after: Tensor) -> None:
+        """Record that a tensor took an adapter's own values."""
         if self.saved.get(name) is None:
-            self.saved[name] = hash_tensors({name: before})
-        if self.undo is not None and name not in self.already and name not in self.brought:
+            self.saved[name] = content_hash(name, before)
+        if (
+            self.undo is not None
+            and isinstance(before, Tensor)
+            and name not in self.already
+            and name not in self.brought
+        ):
             self.undo.tensor(name, before, after)
 
     def rotate(
@@ -95,9 +104,9 @@ class Operation:
         """The rotated weight in the format ``into``.
 
         Args:
-            before: what is rotated.
-            own: what the model had: another one where the adapter brings its own.
-            beside: small tensors of a checkpoint that do not follow from it.
+            before: the weight to rotate.
+            own: the weight that the model had, which is not ``before`` where the adapter brings its own.
+            beside: small tensors of a checkpoint that do not follow from ``own``.
         """
         end = begin_record(before, change.chain, untied=change.untied)
         if self.inputs_of is None:
@@ -116,18 +125,65 @@ class Operation:
         return new
 
 
+def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
+    """The hash of the tensor ``name``, plain or quantised, as a record has it."""
+    return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
+
+
+_KEEP_BASE = "fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly"
+
+
+def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
+    """Refuse an undo record of a fold that makes quantised weights plain, brings tensors that the base lacks, or rotates weights
+    that take another number of rows.
+
+    Raises:
+        StateError: the plan has such tensors.
+    """
+    if added:
+        raise StateError(
+            "the adapter brings a head that the base lacks, and an undo record has no form for tensors that come or go",
+            tensor=min(added),
+            remedy=_KEEP_BASE,
+        )
+    rows = {} if plan.vocabulary is None else plan.vocabulary.shapes
+    turned = next((change for change in plan.rotate if change.name in rows), None)
+    if turned is not None:
+        raise StateError(
+            "the adapter brings another number of rows for a weight and rotates the weight, and an undo record has no form for both",
+            module=turned.path,
+            remedy=_KEEP_BASE,
+        )
+    if plan.dequantised:
+        raise StateError(
+            "the adapter brings its own values for a quantised weight, and an undo record has no form for a weight that becomes plain",
+            module=min(plan.dequantised).removesuffix(".weight"),
+            remedy=_KEEP_BASE,
+        )
+
+
+def no_undo(format: str) -> StateError:
+    """The error for an undo record of a fold that changes the weights' formats."""
+    return StateError(
+        "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
+        format=format,
+        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
+        "or leave out the undo record (undo=…, --undo), and keep the base",
+    )
+
+
 # --- going back -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A weight or tensor that a fold changed, and where the base holds what it was.
+    """A tensor that a fold changed, and the place of its original in the base.
 
     Attributes:
-        name: of the tensor, as the fold's record has it.
-        at: its name in the base.
-        weight: it was rotated, and not brought by the adapter.
-        before: hash of what it was; None where nobody has it.
+        name: the tensor's name in the fold's record.
+        at: the tensor's name in the base.
+        weight: whether the tensor was rotated and the adapter did not bring it.
+        before: hash of the original; None where no record has it.
     """
 
     name: str
@@ -136,23 +192,25 @@ class Original:
     before: str | None
 
     def check(self, *found: EncodedWeight, repacked: bool = False) -> None:
-        """
+        """Refuse a base whose tensor is not the original.
+
         Args:
-            found: in the base, as loading has it, and as it is stored where that is another dtype.
+            found: the base's tensor as loading has it, and as it is stored where the stored dtype is another one.
+            repacked: whether a CPU forward of bitsandbytes has repacked the base's weight.
 
         Raises:
-            IntegrityError: none of ``found`` is what was folded.
+            IntegrityError: no tensor of ``found`` is the original.
         """
         if self.before is None or self.before in map(self._hash, found):
             return
         if repacked:
             raise IntegrityError(
-                "a CPU forward has repacked the base's 4-bit weight since the fold, and rounded its absmax to bfloat16: it is not the base any more",
+                "a CPU forward has repacked the base's 4-bit weight since the fold, and rounded its absmax to bfloat16: the weight has changed",
                 module=self.name.removesuffix(".weight"),
                 format=found[0].format.label,
-                remedy="load the base again; `module.support_avx512bf16_for_cpu = False` keeps bitsandbytes from repacking",
+                remedy="load the base again; with `module.support_avx512bf16_for_cpu = False` bitsandbytes does not repack",
             )
-        remedy = "give the very model that was folded"
+        remedy = "give exactly the model that was folded (base=…, --base)"
         if not self.weight:
             message = "the base's tensor is not the one that was replaced"
             raise IntegrityError(message, tensor=self.name, remedy=remedy)
@@ -164,11 +222,15 @@ class Original:
         )
 
     def _hash(self, found: EncodedWeight) -> str:
-        return found.fingerprint if self.weight else hash_tensors({self.name: found.tensors["weight"]})
+        return (
+            found.fingerprint
+            if self.weight or found.format.quantised
+            else hash_tensors({self.name: found.tensors["weight"]})
+        )
 
 
 def originals(record: FoldRecord, base: Store) -> list[Original]:
-    """What unfolding from ``base`` takes out of it.
+    """The tensors that unfolding takes from ``base``.
 
     Raises:
         MatchError: the base lacks a tensor of the record.
@@ -177,17 +239,26 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     before = {**weights, **record.saved}
     found = base.locate(before)
     lost = next((name for name in before if name not in found), None)
-    remedy = "give the model that was folded"
+    remedy = "give the model that was folded (base=…, --base)"
     if lost in weights:
         raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
     if lost is not None:
         raise MatchError("the base lacks a tensor that the adapter replaced", tensor=lost, remedy=remedy)
-    # of a weight that the adapter brought and rotated, the record has the base's own among the saved
+    # where the adapter brought a weight and rotated it, the record has the base's weight in `saved`
     return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
 
 
+def other_format(what: str, **where: Any) -> StateError:
+    """The error where the base's bytes cannot be put back into a folded ``what``, a model or checkpoint."""
+    return StateError(
+        f"the folded {what} has another format than its base, so the base's bytes cannot be put back",
+        remedy=f"use the base {what} itself, or rotate back with the adapter (adapter=…, --adapter)",
+        **where,
+    )
+
+
 def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight], EncodedWeight]]:
-    """``{name of a tensor as the undo record has it: from what is there to what was}``, each checked against its hashes.
+    """``{tensor name in the undo record: function from the folded tensor to its original}``. Each function checks hashes.
 
     Raises:
         StateError: the record's fold is not the store's last one.
@@ -230,7 +301,7 @@ def fold_record(
     saved: Mapping[str, str | None],
     rounding: str,
 ) -> FoldRecord:
-    """The record of a fold into what carries the folds of ``before``."""
+    """The record of a fold into a model that carries the folds of ``before``."""
     return FoldRecord(
         adapters=tuple(AdapterInfo.of(a) for a in plan.adapters),
         modules=modules,
@@ -238,32 +309,45 @@ def fold_record(
         rounding=rounding,
         earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         idle=plan.idle,
+        missing=plan.missing,
+        vocabulary=plan.recorded_vocabulary,
     )
 
 
 def earlier_record(record: FoldRecord | None) -> FoldRecord | None:
-    """The record of what is left once ``record``'s fold is out."""
+    """The record that remains after ``record``'s last fold is taken out."""
     return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
 
 
-def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
-    """Say what the fold did, before anybody sees its result: an error to whoever filters a warning so, and then nothing
-    has happened.
+def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties, *, on_disk: bool, base_at_hand: bool = True) -> None:
+    """Warn of what the fold did, before its result is visible: where a filter makes the warning an error, nothing has
+    changed. ``base_at_hand`` says whether the model that was folded stays.
     """
+    warn_of_missing(plan)
     warn_of_idle(plan)
     if plan.apart:
         reads = (
-            ". The model computes with tie_word_embeddings, so its config keeps that: transformers 5 loads the two apart, older "
-            "releases would tie them again"
+            ". The model computes with tie_word_embeddings, so its config keeps the setting: transformers 5 loads the two weights "
+            "separately, and older releases would tie the weights again"
         )
         warn_caller(
-            "a folded weight was shared with another module (tied embeddings): the two are apart now, the other one is as it was, "
-            f"and the model is larger{reads if ties.flag and ties.flag_is_read() else ''}",
+            "a folded weight was shared with another module (tied embeddings): the two modules now have a weight each, the other "
+            f"module's weight is unchanged, and the model is larger{reads if ties.flag and ties.flag_is_read() else ''}",
             UntieWarning,
         )
     _warn_of_calibration(record)
     _warn_of_rounding(record)
-    _warn_of_weak_adapter(record)
+    _warn_of_weak_adapter(record, Case.of_record(record, on_disk=on_disk, base_at_hand=base_at_hand))
+
+
+def warn_of_missing(plan: FoldPlan) -> None:
+    """Give one :class:`SourceWarning` that names the modules which partial adapters lack, if any."""
+    if plan.missing:
+        warn_caller(
+            f"the adapters lack {len(plan.missing)} modules that their own configs target; these modules stay as in the base "
+            f"({_named(map(printable, plan.missing))})",
+            SourceWarning,
+        )
 
 
 def warn_of_idle(plan: FoldPlan) -> None:
@@ -271,60 +355,61 @@ def warn_of_idle(plan: FoldPlan) -> None:
     if plan.idle:
         warn_caller(
             f"{len(plan.idle)} of the adapter's rotations are left out: the model reads these layers' weights and never calls "
-            f"the layers, so a live adapter does nothing there ({_named(map(printable, plan.idle))})",
+            f"the layers, so a live adapter has no effect on them ({_named(map(printable, plan.idle))})",
             IdleWarning,
         )
 
 
 def _named(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     all_ = list(names)
     return "; ".join(all_[:_NAMED]) + (f"; and {len(all_) - _NAMED} more" if len(all_) > _NAMED else "")
 
 
 def _warn_of_calibration(record: FoldRecord) -> None:
+    """Give one :class:`CalibrationWarning` that names the weights without a calibration, if any."""
     left = [f"{printable(p)}: {m.uncalibrated}" for p, m in record.modules.items() if m.uncalibrated is not None]
     if left:
         warn_caller(
             f"{len(left)} of {len(record.modules)} weights are not calibrated, but rounded without data ({_named(left)}); "
-            "all are in the fold's record",
+            "the fold's record names all of these weights",
             CalibrationWarning,
         )
 
 
 def _warn_of_rounding(record: FoldRecord) -> None:
+    """Give one :class:`RoundingWarning` with the errors of the rounding, if any weight was rounded."""
     errors = {path: m for path, m in record.modules.items() if m.error > 0}
     if not errors:
         return
     worst = max(errors, key=lambda path: errors[path].error)
     formats = ", ".join(sorted({m.format for m in errors.values()}))
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
-    kept = "" if record.kept is None else f"; {record.kept:.1%} of what the adapter changed is kept"
+    kept = "" if record.kept is None else f"; {share(record.kept, '.1%')} of what the adapter changed is kept"
     warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
-        f"({printable(worst)}){kept}{_of_outputs(errors.values())}; per module in the fold's record",
+        f"({printable(worst)}){kept}{_of_outputs(errors.values())}; the fold's record has the error of each module",
         RoundingWarning,
     )
 
 
-def _warn_of_weak_adapter(record: FoldRecord) -> None:
+def _warn_of_weak_adapter(record: FoldRecord, case: Case | None) -> None:
+    """Give one :class:`WeakAdapterWarning` if rounding has undone a part of the adapter's change."""
     weak = record.weak
-    if not weak:
+    if case is None:
         return
-    named = ", ".join(f"{printable(path)} ({round(kept, 2) + 0.0:.0%})" for path, kept in list(weak.items())[:3])
+    named = ", ".join(f"{printable(path)} ({share(kept)})" for path, kept in list(weak.items())[:3])
     more = ", …" if len(weak) > 3 else ""
-    overall = "" if record.kept is None else f" ({round(record.kept, 2) + 0.0:.0%} over all weights)"
-    plain = any(record.modules[path].rounding != "preserve" for path in weak) and record.rounding != "preserve"
-    remedy = 'Fold with rounding="preserve", which needs no data' if plain else "Fold with a calibration"
+    overall = "" if record.kept is None else f" ({share(record.kept)} over all weights)"
     warn_caller(
-        f"the rounding has put back what the adapter changed in {len(weak)} of {len(record.modules)} weights: less than {ENOUGH:.0%} is "
-        f"kept{overall}, in {named}{more}. {remedy}, into int8 or bfloat16, or keep the adapter live (oftsurgery.wrap)",
+        f"the rounding has undone the adapter's change in {len(weak)} of {len(record.modules)} weights: less than {ENOUGH:.0%} of the change "
+        f"is kept{overall}, in {named}{more}; {advice(case)}",
         WeakAdapterWarning,
     )
 
 
 def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
-    """What calibration brought, where there was any."""
+    """The outputs' errors with and without calibration; an empty text where no layer was calibrated."""
     measured = [(m.output_error, m.output_nearest) for m in modules if m.output_error is not None]
     if not measured:
         return ""
@@ -333,7 +418,7 @@ def _of_outputs(modules: Iterable[ModuleRecord]) -> str:
 
 
 def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: FoldRecord | None) -> None:
-    """One :class:`UnfoldWarning`: the error of rotating back, with the fold's own where its ``record`` tells it."""
+    """Warn once (:class:`UnfoldWarning`) of the error of rotating back; a ``record`` adds the error of the fold itself."""
 
     # the two roundings are independent to first order
     def total(path: str) -> float:
@@ -341,11 +426,11 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
         return float((before**2 + modules[path].error ** 2) ** 0.5)
 
     worst = max(modules, key=total)
-    known = "including the fold's own" if record else "without the fold's own, which has no record here"
+    known = "with the fold's own error" if record else "without the fold's own error, which no record states"
     kept = len(plan.replace)
-    stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) stay as they are" if kept else ""
+    stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
     warn_caller(
-        f"unfolded by rotating back: not bit-exact, relative error {total(worst):.2e} at worst ({printable(worst)}), {known}{stay}; "
-        "unfolding with base=… restores exactly",
+        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; "
+        "unfolding with base=… (--base) restores exactly",
         UnfoldWarning,
     )

@@ -14,55 +14,88 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.dtypes import FORMAT_OF, NAMED
-from oftsurgery.errors import FormatError, StateError
+from oftsurgery.errors import GATHER_MODEL, FormatError, SourceWarning, StateError, not_gathered, printable, warn_caller
+from oftsurgery.files.checkpoint import CONFIG
+from oftsurgery.files.finding import loaded_commit
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import public_place, public_record
-from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores import configs
 from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.live_model import record_of
-from oftsurgery.stores.ties import inner_model, modules_of, ties_of
+from oftsurgery.stores.modules import inner_model, modules_of
+from oftsurgery.stores.quantised_loading import loadable_config
+from oftsurgery.stores.ties import ties_of
 
+from .beside import beside_model
 from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard
+from .target import LiveFormat
 
 
 def save_model(
-    model: nn.Module, destination: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int, force: bool = False
+    model: nn.Module,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int,
+    tokenizer: Any = None,
+    force: bool = False,
 ) -> FoldRecord | None:
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
-    if peft_live.has_live_layers(model):
-        message = "the model carries live peft adapters"
-        raise StateError(message, remedy="fold them first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)")
-    if dtype is not None and dtype not in FORMAT_OF:
-        raise StateError(
-            f"unknown dtype {dtype}",
-            remedy="torch.float32, torch.float16 or torch.bfloat16; None keeps what the model has",
-        )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
-    record = record_of(model)
-    if record is not None:
-        record = public_record(record)
-    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
+    own, home = record_of(model), source_of(model)
+    record = None if own is None else public_record(own)
+    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=format_named(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
-    with Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging:
+    if "config.json" in jsons:
+        written = {name: output for item in items for name, output in item.outputs.items()}
+        jsons["config.json"] = loadable_config(jsons["config.json"], written)
+    with (
+        beside_model(home, own, tokenizer, getattr(model, "config", None)) as carried,
+        Staging(destination, "live model", needed=needed, resume=False, force=force, resumable=False) as staging,
+    ):
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
-        record = write_other_files(staging, files, record, source=source_of(model), jsons=jsons, exact=dtype is None)
+        record = write_other_files(
+            staging,
+            files,
+            record,
+            source=home,
+            jsons=jsons,
+            carried=carried,
+            exact=dtype is None and not _converted_by(own),
+        )
         staging.publish()
     return record
 
 
-def _format(dtype: torch.dtype | None) -> str:
-    return FORMAT_OF[dtype] if dtype is not None else "same"
+def format_named(dtype: torch.dtype | None) -> LiveFormat:
+    """The format of an export in ``dtype``: ``"same"`` for None.
+
+    Raises:
+        StateError: the dtype is of no format.
+    """
+    if dtype is not None and dtype not in FORMAT_OF:
+        raise StateError(
+            f"the dtype {dtype} is not one of {', '.join(map(str, FORMAT_OF))}",
+            remedy="choose one of these dtypes, or None to keep the model's formats",
+        )
+    found: Any = "same" if dtype is None else FORMAT_OF[dtype]
+    return found  # type: ignore[no-any-return]
+
+
+def _converted_by(record: FoldRecord | None) -> bool:
+    """Whether the fold has changed formats."""
+    return record is not None and "format" in record.base
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
@@ -89,7 +122,7 @@ def _items(model: nn.Module, dtype: torch.dtype | None) -> list[Item]:
                 if dtype is None and local == "weight" and Layer(path, module).quantised:
                     split_up.add(unit)
     for unit, members in together.items():
-        # what is quantised has no place in a tensor that transformers converts: it loads it by the model's name too
+        # a tensor that transformers converts cannot hold a quantised weight; transformers also loads by the model's names
         items += members if unit in split_up else [_converted(saving, members)]
     return items
 
@@ -114,18 +147,21 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _item(module: nn.Module, path: str, local: str, tensor: Tensor, name: str, dtype: torch.dtype | None) -> Item:
     layer = Layer(path, module)
+    if tensor.numel() == 0 and local in ("weight", "bias"):
+        raise not_gathered(StateError, "the model's tensor", GATHER_MODEL, tensor=name)
     if local == "weight" and layer.quantised:
         _, home = layer.read()
         into = home if dtype is None else WeightFormat("dense", home.shape, dtype)
         outputs = checkpoint_shapes(name, into)
         conv1d = dtype is not None and getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
         if conv1d:
-            # bitsandbytes holds GPT-2's weights (out, in), its own class (in, out)
+            # bitsandbytes holds GPT-2's weights (out, in), and GPT-2's own class holds them (in, out)
             outputs = {name: (into.dtype, into.shape[::-1])}
         return _item_of(name, outputs, lambda: _read_quantised(layer, name, into, transpose=conv1d))
     stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if stored not in NAMED.values():
-        raise FormatError(f"a tensor of {stored} cannot be saved", tensor=name, remedy="convert it first")
+        message = f"a tensor of {stored} cannot be saved as safetensors"
+        raise FormatError(message, tensor=name, remedy="convert the tensor to another dtype first")
     plain = {name: (stored, tuple(tensor.shape))}
 
     def read() -> dict[str, Tensor]:
@@ -148,7 +184,7 @@ def _read_quantised(layer: Layer, name: str, into: WeightFormat, *, transpose: b
 
 
 def source_of(model: nn.Module) -> Path | None:
-    """The folder that transformers loaded the model from, a local one or the Hub's cache, or None."""
+    """The folder that transformers loaded the model from: a local folder or the Hub's cache; None where it is unknown."""
     config = getattr(model, "config", None)
     name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not isinstance(name, str) or not name:
@@ -159,9 +195,17 @@ def source_of(model: nn.Module) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+        commit = loaded_commit(config, name)
+        found = try_to_load_from_cache(name, CONFIG, revision=commit)
     except HFValidationError:
         return None
+    if commit is None and isinstance(found, str):
+        warn_caller(
+            f"the Hub's cache holds several commits of {printable(name)}, and transformers does not say which commit the model was loaded "
+            "from; the files beside the weights come from the main branch. Load the model from a local folder to get the files of "
+            "another revision: huggingface_hub.snapshot_download(…, revision=…)",
+            SourceWarning,
+        )
     return Path(found).parent if isinstance(found, str) else None
 
 
@@ -169,7 +213,7 @@ def source_of(model: nn.Module) -> Path | None:
 
 
 def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``, none for what has no config."""
+    """``config.json`` and ``generation_config.json`` of a model saved in ``dtype``; empty for a model without a config."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return {}
@@ -183,7 +227,7 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         quantization = _quantization_of(model, found)
     if dtype is None and found is None:
         plain.pop("quantization_config", None)
-    files = {"config.json": configs.output_config(plain, _format(dtype), quantization, untied=False)}
+    files = {"config.json": configs.output_config(plain, format_named(dtype), quantization, untied=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = json.loads(generation.to_json_string())

@@ -1,5 +1,5 @@
-""":func:`write_shard` and :func:`write_other_files` write a model's folder: weights one tensor at a time, index, config, card
-and record. Folds, exports and ONNX graphs are all written here.
+""":func:`write_shard` and :func:`write_other_files` write a model's folder: the weights one tensor at a time, the index, the
+config, the card and the record. Folds, exports and ONNX graphs are all written here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery.errors import module_in_errors
+from oftsurgery.errors import LeftOutWarning, module_in_errors, printable, warn_caller
+from oftsurgery.files.carried import Carried
 from oftsurgery.files.checkpoint import INDEX
 from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import ShardWriter
@@ -23,20 +24,20 @@ from oftsurgery.records import card
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import write_record
 
-#: ``{name of a tensor: (dtype, shape)}``; the shape is None where it is known only when the tensor is (small JSON blobs)
+#: ``{tensor name: (dtype, shape)}``; the shape is None where it is known only once the tensor is made (small JSON blobs)
 Outputs = Mapping[str, tuple[torch.dtype, tuple[int, ...] | None]]
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """What is written at once: one weight, or tensors that belong together.
+    """One unit of writing: a weight, or tensors that belong together.
 
     Attributes:
-        name: for messages.
-        outputs: the tensors that it gives.
-        nbytes: that are read for it.
-        load: reads, in a thread that runs ahead.
-        make: from what ``load`` gave to the outputs, as tensors or as their bytes in pieces.
+        name: the name in messages.
+        outputs: the tensors that the item gives.
+        nbytes: the bytes that are read for the item.
+        load: function that reads, in a thread that runs ahead.
+        make: function from the result of ``load`` to the outputs, as tensors or as pieces of their bytes.
     """
 
     name: str
@@ -48,19 +49,19 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One file and the names of the items that it holds, in order."""
+    """One file and the numbers of its items, in order."""
 
     file: str
     items: tuple[int, ...]
 
 
 def nbytes_of(outputs: Outputs) -> int:
-    """Bytes of the outputs; a few hundred for each small blob."""
+    """The bytes of the outputs; a small blob counts as 256 bytes."""
     return sum(d.itemsize * math.prod(s) if s is not None else 256 for d, s in outputs.values())
 
 
 def into_shards(items: Sequence[Outputs], limit: int) -> tuple[Shard, ...]:
-    """Files of at most ``limit`` bytes (what is written at once is never split), named as the Hub's tools name them."""
+    """Files of at most ``limit`` bytes (an item is never split), with the file names of the Hub's tools."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     numbered: dict[str, Any] = {str(i): outputs for i, outputs in enumerate(items)}
@@ -77,10 +78,10 @@ def write_shard(
     metadata: Mapping[str, str],
     step: Callable[[Item], None] = lambda _: None,
 ) -> None:
-    """Write one file. Reading, computing and writing overlap, with one item in each.
+    """Write one file. Reading, computing and writing overlap; each holds one item at a time.
 
     Args:
-        step: called after each item.
+        step: function that is called after each item.
     """
     outputs = {name: output for item in items for name, output in item.outputs.items()}
     with (
@@ -118,30 +119,39 @@ def write_other_files(
     *,
     source: Path | None,
     jsons: Mapping[str, Mapping[str, Any]],
-    carried: Sequence[Path] = (),
+    carried: Carried,
     exact: bool,
     before: int | None = None,
 ) -> FoldRecord | None:
-    """Write the files beside the weights; gives the record with all their hashes.
+    """Write the files beside the weights; return the record with the hashes of all files.
 
     Args:
-        files: of weights that were written.
-        source: folder of the model, for the card.
-        jsons: ``{file name: contents}``; ``config.json`` is among them, if there is any.
-        carried: other files that are copied.
-        exact: the weights' formats are those of the source.
-        before: bytes of the source's tensors, for the record; None where they are not the same model's.
+        files: the files of weights that were written.
+        source: the model's folder, for the card.
+        jsons: ``{file name: contents}``, with ``config.json`` where the model has a config.
+        carried: the files that are copied.
+        exact: whether the weights have the source's formats.
+        before: bytes of the source's tensors, for the record; None keeps the record's sizes.
     """
+    _warn_of_lost(carried)
     held = {file: read_header(staging.folder / file)[0] for file in files}
     total = sum(e.nbytes for entries in held.values() for e in entries)
     if len(files) > 1:
         weight_map = {e.name: file for file, entries in held.items() for e in entries}
         staging.put_json(INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    for path in carried:
-        staging.copy(path, path.name)
+    for name, path in carried.files.items():
+        staging.copy(path, name)
     for name, value in jsons.items():
         if value:
             staging.put_json(name, value)
+    if record is not None:
+        record = replace(
+            record,
+            tokenizer=carried.tokenizer or record.tokenizer,
+            chat_template=carried.chat_template or record.chat_template,
+            code=carried.code,
+            left_out=carried.left_out,
+        )
     text = card.written_card(source, record, jsons.get("config.json", {}), staging.names(), exact=exact)
     if text is not None:
         staging.put_text(card.CARD, text)
@@ -149,3 +159,15 @@ def write_other_files(
         sizes = record.sizes if before is None else {"before": before, "after": total}
         record = write_record(staging, replace(record, sizes=sizes))
     return record
+
+
+def _warn_of_lost(carried: Carried) -> None:
+    """One :class:`LeftOutWarning` that names files of the whole model that the output lacks, if there are any."""
+    if carried.lost:
+        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(carried.lost.items())[:3])
+        more = f"; and {len(carried.lost) - 3} more" if len(carried.lost) > 3 else ""
+        warn_caller(
+            f"the output lacks {len(carried.lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
+            "safe_serialization=True, or copy the files if you trust them",
+            LeftOutWarning,
+        )

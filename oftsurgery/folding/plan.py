@@ -1,8 +1,8 @@
 """Plan what changes in a model: adapters matched to its layers and tensors by names and shapes, before anything is
 computed or changed.
 
-Pure: a :class:`Store` says what there is, and a frozen :class:`FoldPlan` goes out; whatever does not fit is an error
-here. Which tensors come apart where the model ties them is decided here and nowhere else.
+The functions are pure: a :class:`Store` says what the model has, and the result is a frozen :class:`FoldPlan`. An
+adapter that does not fit is refused here. Only this file decides which tied tensors the fold separates.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import FormatError, MatchError, ShapeError, StateError, printable
+from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
+from oftsurgery.stores.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +28,11 @@ class Rotate:
     """One layer's weight is rotated, in its own place alone.
 
     Attributes:
-        path: of the module.
-        format: of its weight.
-        chain: of rotations in the live order.
-        untied: another place holds the same tensor.
-        inverse: rotate back.
+        path: the module's path.
+        format: the format of the module's weight; in a fold into a live model, the format that the rotated weight takes.
+        chain: the rotations in the live order.
+        untied: whether another place holds the same tensor.
+        inverse: whether to rotate back.
     """
 
     path: str
@@ -41,12 +43,12 @@ class Rotate:
 
     @property
     def name(self) -> str:
-        """Of the weight."""
+        """The weight's name."""
         return f"{self.path}.weight"
 
     def takes_inputs(self, into: WeightFormat) -> bool:
-        """Whether the layer's inputs have a part in what is stored as ``into``: there are codes to choose, and the model
-        multiplies by the weight.
+        """Whether the layer's inputs can decide the rounding to ``into``: the format has codes to choose, and the model
+        multiplies the inputs by the weight.
         """
         return into.quantised and self.chain[0].side != "embedding"
 
@@ -56,10 +58,10 @@ class Replace:
     """A tensor takes an adapter's own values.
 
     Attributes:
-        name: of the tensor.
-        values: of its shape.
-        places: names of all tensors that take them: that one alone where the adapter brings the module
-            (``modules_to_save``), else all that are tied to it still.
+        name: the tensor's name.
+        values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
+        places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
+            (``modules_to_save``), else also every tensor that is still tied to ``name``.
     """
 
     name: str
@@ -69,15 +71,18 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class FoldPlan:
-    """All that a fold does.
+    """All changes that a fold makes.
 
     Attributes:
-        adapters: in the live order.
-        rotate: in the model's order.
-        replace: applied before the rotations.
-        apart: groups of tied tensors that are not one any more.
-        clears_flag: the config's ``tie_word_embeddings`` is cleared.
-        idle: paths of layers whose rotation is left out, since nobody calls them.
+        adapters: the adapters in the live order.
+        rotate: the rotations in the model's order.
+        replace: the replacements, which are applied before the rotations.
+        apart: groups of tied tensors that the fold separates.
+        clears_flag: whether the fold clears the config's ``tie_word_embeddings``.
+        dequantised: names of quantised weights that become plain with an adapter's own values.
+        idle: paths of layers whose rotation is left out, since the model never calls these layers.
+        missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
+        vocabulary: the number of tokens that the adapters bring, where the model has another number.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -85,59 +90,58 @@ class FoldPlan:
     replace: tuple[Replace, ...] = ()
     apart: tuple[tuple[str, ...], ...] = ()
     clears_flag: bool = False
+    dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def changed(self) -> set[str]:
         """Names of all tensors that change."""
         return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
 
+    @property
+    def recorded_vocabulary(self) -> dict[str, int]:
+        """The numbers of tokens before and after the fold, as the record has them; nothing where the number stays."""
+        v = self.vocabulary
+        return {} if v is None else {"before": v.before, "after": v.after}
+
     def recorded(self, change: Replace) -> tuple[str, ...]:
-        """Names of the tensors that a replacement leaves behind: all of its places where they come apart."""
+        """Names of the tensors that the record lists for a replacement: all its places where the fold separates them."""
         return change.places if any(change.name in group for group in self.apart) else (change.name,)
 
     def partner(self, name: str) -> str | None:
-        """A weight that was one with ``name`` and stays as it was, or None."""
+        """A weight that was tied to ``name`` and stays unchanged, or None."""
         group = next((g for g in self.apart if name in g), ())
         return next((n for n in group if n not in self.changed and n.endswith(".weight")), None)
 
 
-def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False) -> FoldPlan:
+def plan_changes(
+    store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool = False, partial: bool = False
+) -> FoldPlan:
     """Match ``adapters`` (in the live order) to a model.
 
     Args:
-        inverse: the adapters are in the model, and come out.
+        inverse: whether the adapters are in the model and the plan takes them out.
+        partial: whether to fold an adapter that lacks modules which its own config targets.
 
     Raises:
-        MatchError: an adapter key matches nothing, two match one module, or a rotation is of a kind that the module
-            does not take.
+        AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
+        MatchError: an adapter key matches nothing, two keys match one module, or the module does not take this kind of
+            rotation.
         ShapeError: a rotation or tensor does not fit.
         FormatError: a module cannot be folded.
-        StateError: one adapter twice, or one that is folded in already; ``inverse``: another one than the last.
+        StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
     _check_given(store, adapters, inverse=inverse)
-    chains = _chains(store, adapters)
-    order = {path: i for i, path in enumerate(store.names)}
-    layers: dict[str, LayerInfo] = {}
-    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        layers[name] = store.layer(name)
-        for rotation in chains[name]:
-            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
-    replaced: dict[str, Tensor] = {}
-    alone: set[str] = set()
-    for adapter in adapters:
-        own = store.locate(adapter.saved)
-        for given, values in adapter.saved.items():
-            name = _checked(given, values, own.get(given), store, adapter)
-            if name in replaced:
-                raise MatchError(
-                    "two adapters bring their own values for one tensor",
-                    tensor=name,
-                    remedy="fold one of them alone: trained biases and heads do not add up",
-                )
-            replaced[name] = values
-            if _brings_module(adapter, given):
-                alone.add(name)
+    found = _found(store, adapters)
+    missing = () if inverse else _missing(store, adapters, found, partial=partial)
+    chains = _chains(adapters, found)
+    located = [store.locate(adapter.saved) for adapter in adapters]
+    vocabulary = None if inverse else store.vocabulary(_shapes_brought(adapters, located))
+    shapes = {} if vocabulary is None else vocabulary.shapes
+    layers = _layers(store, chains, shapes)
+    replaced, alone = _own_values(store, adapters, located, shapes)
     _check_distinct(layers)
     turned = [name for name, info in layers.items() if not info.idle]
     apart = store.ties.apart([*turned, *alone])
@@ -146,25 +150,65 @@ def plan_changes(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool 
         Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
         for name in turned
     )
+    replace = _replacements(store, replaced, alone)
+    if vocabulary is not None:
+        replace += _resized_buffers(store, vocabulary, replace)
+        _check_whole(store, vocabulary, replace, adapters)
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
-        replace=_replacements(store, replaced, alone),
+        replace=replace,
         apart=apart,
         clears_flag=store.ties.clears_flag(apart),
+        dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
+        missing=missing,
+        vocabulary=vocabulary,
     )
 
 
-def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rotation]]:
-    """``{name of a weight: its rotations in the live order}``."""
-    paths = dict.fromkeys(path for a in adapters for path in a.modules)
-    found = store.locate(f"{path}.weight" for path in paths)
-    chains: dict[str, list[Rotation]] = {}
+def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
+    """``{name of a module's weight in the adapters: name of the model's tensor}``, for all modules of the adapters."""
+    found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
     for adapter in adapters:
         lost = [path for path in adapter.modules if f"{path}.weight" not in found]
         if lost:
             raise _not_found(lost, store.names, adapter)
+    return found
+
+
+def _missing(
+    store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
+) -> tuple[str, ...]:
+    """Paths of the modules that the adapters' configs target and the adapters lack.
+
+    Raises:
+        AdapterError: an adapter lacks such modules, and ``partial`` is not set.
+    """
+    missing: dict[str, None] = {}
+    for adapter in adapters:
+        if not adapter.config.get("target_modules"):
+            continue
+        mine = {path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules}
+        lost = missing_modules(adapter, mine, store.adaptable)
+        if lost and not partial:
+            named = ", ".join(map(printable, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            raise AdapterError(
+                f"the adapter lacks {len(lost)} of the {len(lost) + len(mine)} modules that its own config targets ({named}): the file "
+                "is one rank's or stage's part of an adapter, or the config belongs to another adapter",
+                module=lost[0],
+                path=adapter.source,
+                remedy="give the whole adapter, gathered from all ranks, with the config that was saved beside it; "
+                "partial=True (--partial) folds the modules of the file, and the others stay as in the base",
+            )
+        missing |= dict.fromkeys(lost)
+    return tuple(missing)
+
+
+def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[Rotation]]:
+    """``{name of a weight: its rotations in the live order}``."""
+    chains: dict[str, list[Rotation]] = {}
+    for adapter in adapters:
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
             name = found[f"{path}.weight"]
@@ -174,8 +218,53 @@ def _chains(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, list[Rota
     return chains
 
 
+def _layers(
+    store: Store, chains: Mapping[str, Sequence[Rotation]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LayerInfo]:
+    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order; ``shapes`` has new shapes."""
+    order = {path: i for i, path in enumerate(store.names)}
+    layers: dict[str, LayerInfo] = {}
+    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+        info = store.layer(name)
+        format_ = dataclasses.replace(info.format, shape=shapes.get(name, info.format.shape))
+        layers[name] = dataclasses.replace(info, format=format_)
+        for rotation in chains[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
+    return layers
+
+
+def _shapes_brought(adapters: Sequence[OFTAdapter], located: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
+    """``{name of the model's tensor: shape}`` of the adapters' own values."""
+    named = [(own, adapter.saved.items()) for adapter, own in zip(adapters, located, strict=True)]
+    return {own[name]: tuple(values.shape) for own, saved in named for name, values in saved if name in own}
+
+
+def _own_values(
+    store: Store,
+    adapters: Sequence[OFTAdapter],
+    located: Sequence[Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, Tensor], set[str]]:
+    """``{name of the model's tensor: an adapter's own values}``, and the names that belong to a whole module of the adapter."""
+    replaced: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for adapter, own in zip(adapters, located, strict=True):
+        for given, values in adapter.saved.items():
+            name = _checked(given, values, own.get(given), store, adapter, shapes)
+            if name in replaced:
+                raise MatchError(
+                    "two adapters bring their own values for one tensor",
+                    tensor=name,
+                    remedy="fold one of them alone: trained biases and heads do not add up",
+                )
+            replaced[name] = values
+            if _brings_module(adapter, given):
+                alone.add(name)
+    return replaced, alone
+
+
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
-    """``adapter`` by the names that the store's model has, as far as it has them."""
+    """``adapter`` with the names of the store's model, where the model has the adapter's modules and tensors."""
     found = store.locate(f"{path}.weight" for path in adapter.modules)
     own = store.locate(adapter.saved)
     modules = {found.get(f"{p}.weight", f"{p}.weight").removesuffix(".weight"): r for p, r in adapter.modules.items()}
@@ -186,20 +275,74 @@ def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
 
 
 def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collection[str]) -> tuple[Replace, ...]:
+    """The replacements of tensors by the adapters' own values; tied names take one replacement together."""
     made: dict[tuple[str, ...], Replace] = {}
     for name, values in replaced.items():
         places = (name,) if name in alone else tuple(n for n in store.ties.group(name) if n not in alone)
         first = made[places].name if places in made else name
-        made[places] = Replace(first, values, places)  # the last values stay, as when peft loads them
+        made[places] = Replace(first, values, places)  # the last values stay, as in peft's loading
     return tuple(made.values())
+
+
+def _resized_buffers(store: Store, vocabulary: Vocabulary, replace: Sequence[Replace]) -> tuple[Replace, ...]:
+    """The replacements of buffers that follow the number of tokens and that no adapter brings: as in transformers' own resizing, a
+    buffer is cut off or filled up with zeros.
+    """
+    made = []
+    there = {place for change in replace for place in change.places}
+    for name in sorted(vocabulary.buffers & vocabulary.shapes.keys() - there):
+        old = store.tensor(name)
+        if old is not None:
+            new = old.new_zeros(vocabulary.shapes[name])
+            kept = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            new[kept] = old[kept]
+            made.append(Replace(name, new, (name,)))
+    return tuple(made)
+
+
+def _check_whole(
+    store: Store, vocabulary: Vocabulary, replace: Sequence[Replace], adapters: Sequence[OFTAdapter]
+) -> None:
+    """Refuse adapters that bring only some of the tensors that follow the number of tokens.
+
+    Raises:
+        ShapeError: the model would have tensors of two numbers of tokens.
+    """
+    there = {place for change in replace for place in change.places}
+    lost = next((name for name in store.locate(vocabulary.shapes) if name not in there), None)
+    if lost is not None:
+        first = next(name for name in vocabulary.shapes if name in there)
+        raise ShapeError(
+            f"the adapter brings {printable(first)} for {vocabulary.after} tokens, and no values for another tensor of the model, which "
+            f"has {vocabulary.before} tokens",
+            tensor=lost,
+            shape=store.shape(lost),
+            expected=vocabulary.shapes[lost],
+            path=adapters[-1].source,
+            remedy="save the adapter with all resized tensors: save_pretrained(folder, save_embedding_layers=True), or train with the "
+            "tensor's module in modules_to_save; or save the resized base of the training (base.save_pretrained), and fold into it",
+        )
+
+
+def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
+    """The names of quantised weights that take an adapter's own values (trained heads): transformers loads such a module plain
+    if the config names the module.
+    """
+    found = frozenset(place for change in replace for place in change.places if store.is_quantised(place))
+    both = next((name for name in layers if name in found), None)
+    if both is not None:
+        raise takes_no_values(both, layers[both].format.label)
+    return found
 
 
 def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool) -> None:
     if not adapters:
-        raise MatchError("no adapter to fold", remedy="give an OFTAdapter, its folder, or a list of them")
-    if len({a.fingerprint for a in adapters}) < len(adapters):
-        message = "the same adapter is given twice"
-        raise StateError(message, remedy="give each adapter once; compose or scale it to apply it more strongly")
+        raise MatchError("no adapter to fold was given", remedy="give an OFTAdapter, its folder, or a list of them")
+    given = [a.fingerprint for a in adapters]
+    twice = next((a for a in adapters if given.count(a.fingerprint) > 1), None)
+    if twice is not None:
+        remedy = "give each adapter once; to apply an adapter more strongly, scale it (oftsurgery adapter scale)"
+        raise StateError("the same adapter is given twice", path=twice.source, remedy=remedy)
     record = store.record
     if record is None:
         return
@@ -216,12 +359,12 @@ def _check_given(store: Store, adapters: Sequence[OFTAdapter], *, inverse: bool)
         raise StateError(
             f"this adapter is folded into the {store.what} already",
             path=again[0].source,
-            remedy="unfold it first, or fold into the base model (its record says what is folded in)",
+            remedy=f"use the {store.what} as it is, unfold the adapter first, or fold into the base model",
         )
 
 
 def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter) -> MatchError:
-    """The error for adapter modules that the model lacks, with the nearest names."""
+    """The error for adapter modules that the model lacks; the error names the nearest modules."""
     path = lost[0]
     tail = [n for n in names if n.endswith("." + path) or path.endswith("." + n)]
     near = dict.fromkeys(tail[:2] + difflib.get_close_matches(path, names, n=3, cutoff=0.5))
@@ -237,15 +380,25 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
 
 
 def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
+    """Refuse a rotation that does not fit the kind or the shape of its module."""
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
-        message = f"the adapter has a rotation on the {rotation.side} side, but the module is of kind {info.kind}"
+        message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
     if len(info.format.shape) != 2:
-        raise ShapeError("the module's weight is not (out, in)", module=path, shape=info.format.shape)
+        message = "the module's weight does not have the two dimensions (out, in)"
+        remedy = "use the base model that the adapter was trained on"
+        raise ShapeError(message, module=path, shape=info.format.shape, remedy=remedy)
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
-def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
+def _checked(
+    given: str,
+    values: Tensor,
+    name: str | None,
+    store: Store,
+    adapter: OFTAdapter,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> str:
     """The name of the model's tensor that takes an adapter's ``values``."""
     if name is None:
         near = difflib.get_close_matches(given, store.tensors, n=3, cutoff=0.5)
@@ -256,12 +409,13 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
             path=adapter.source,
             remedy="use a model of the same class and head as for training",
         )
-    if tuple(values.shape) != store.shape(name):
+    expected = shapes.get(name, store.shape(name))
+    if tuple(values.shape) != expected:
         raise ShapeError(
             "the adapter's own values do not fit the model's tensor",
             tensor=given,
             shape=tuple(values.shape),
-            expected=store.shape(name),
+            expected=expected,
             path=adapter.source,
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )
@@ -269,18 +423,18 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
 
 
 def takes_no_values(name: str, format: str) -> FormatError:
-    """The error for an adapter's own values of a tensor that is stored quantised, in ``format``."""
+    """The error where an adapter brings its own values for a tensor that is stored quantised, in ``format``."""
     return FormatError(
         "the adapter brings its own values for a weight that is stored quantised",
         tensor=name,
         format=format,
-        remedy="load the model with that module unquantised (llm_int8_skip_modules), as for training",
+        remedy="leave that module unquantised, as in training (llm_int8_skip_modules, --skip-modules)",
     )
 
 
 def _brings_module(adapter: OFTAdapter, name: str) -> bool:
-    """Whether ``modules_to_save`` names the module of tensor ``name``, as peft matches it: by the end of the module's
-    path.
+    """Whether ``modules_to_save`` names the module of tensor ``name``. As in peft, a name matches the end of the
+    module's path.
     """
     parts = name.split(".")
     paths = [".".join(parts[:i]) for i in range(1, len(parts))]
@@ -288,6 +442,7 @@ def _brings_module(adapter: OFTAdapter, name: str) -> bool:
 
 
 def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
+    """Refuse rotations that reach one module by two paths."""
     seen: dict[int, str] = {}
     for name, info in layers.items():
         path = name.removesuffix(".weight")
@@ -298,7 +453,7 @@ def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
 
 def _one_module(other: str, path: str) -> MatchError:
     return MatchError(
-        f"two of the adapter's modules, {printable(other)!r} and this one, are one module of the model",
+        f"two of the adapter's modules, {printable(other)!r} and {printable(path)!r}, are one module of the model",
         module=path,
-        remedy="the model shares this module between places, or has two names for it; train the adapter on one of them",
+        remedy="train the adapter on one of the two names: the model shares the module between the two places",
     )

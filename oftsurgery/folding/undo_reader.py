@@ -1,5 +1,5 @@
-""":func:`open_undo` reads an undo record. Nothing in one executes, and nobody vouches for it: every size is checked against
-the file and the model before anything is allocated, every part against its hash.
+""":func:`open_undo` reads an undo record. A record holds no code, and nobody vouches for its contents: every size is checked
+against the file and the model before memory is allocated, and every part is checked against its hash.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import lzma
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,17 +34,17 @@ _MAX_MANIFEST = 256 << 20
 
 @dataclass(frozen=True, eq=False)
 class UndoRecord:
-    """A record that was read: the manifest; data is read when it is asked for.
+    """The manifest of an undo record; the data are read when a weight is asked for.
 
     Attributes:
-        path: of the file.
-        fold: that it undoes.
+        path: the record's file.
+        fold: the fold that the record undoes.
         weights: ``{module path: facts}``.
         tensors: ``{tensor name: facts}``.
-        ties: names of tensors that were one and the same before the fold.
-        tie_word_embeddings: of the base's config, or None.
+        ties: names of tensors that were one tensor before the fold.
+        tie_word_embeddings: the setting in the base's config, or None.
         config: the checkpoint's ``config.json`` without the fold, or None.
-        identity: content hash of the manifest, which holds those of all data.
+        identity: content hash of the manifest, which holds the hashes of all data.
     """
 
     path: Path
@@ -58,48 +59,53 @@ class UndoRecord:
     _data: TensorEntry
 
     def shared_with(self, path: str) -> str | None:
-        """The tensor that holds the original of the module's weight still, or None."""
+        """The tensor that still holds the original of the module's weight, or None."""
         same = self.weights[path].get("same_as")
         return None if same is None else str(same)
 
     def format(self, path: str, shape: tuple[int, ...]) -> WeightFormat:
-        """In which the weight of ``path``, of ``shape``, is stored without the fold."""
+        """The format in which the weight of ``path``, of ``shape``, is stored without the fold."""
         with self._told_of(path):
             return undo.read_format(self.weights[path].get("format"), shape)
 
     def is_of(self, record: FoldRecord) -> bool:
-        """Whether it undoes the fold of ``record``."""
+        """Whether this undo record belongs to the fold of ``record``."""
         return _identity(self.fold) == _identity(record)
 
     def weight(self, path: str, current: EncodedWeight) -> EncodedWeight:
-        """The stored weight of the module at ``path`` as it was, from the folded one; proved by its hash.
+        """The original stored weight of the module at ``path``, from the folded weight; its hash is checked.
 
         Raises:
             UndoError: the record is damaged.
-            IntegrityError: ``current`` is not what the fold left.
+            IntegrityError: ``current`` is not the folded weight.
         """
         with self._told_of(path):
             tables = {name: self._read(place, name) for name, place in self._tables.items()}
             return undo.decode_weight(self._entry(self.weights[path], tables), current)
 
     def check_shared(self, path: str, other: EncodedWeight, current: EncodedWeight | None = None) -> None:
-        """Raise IntegrityError unless ``other`` is what the weight at ``path`` was, and ``current``, where it is given,
-        what the fold left of it.
+        """Raise IntegrityError unless ``other`` is the original of the weight at ``path``, and ``current``, where it is
+        given, the folded weight.
         """
         facts = self.weights[path]
         moved = current is not None and undo.evidence(current) != facts.get("after")
         if moved or other.fingerprint != facts.get("before"):
-            message = "the weight, or the one that it was tied to, was changed since the fold"
+            message = "the weight, or a weight that was tied to this weight, has changed since the fold"
             raise undo.changed(message, module=path, path=self.path)
 
     def tensor(self, name: str, current: Tensor) -> Tensor:
-        """The plain tensor ``name`` as it was."""
+        """The original of the plain tensor ``name``."""
         with self._told_of(name):
             return undo.decode_tensor(self._entry(self.tensors[name], {}), current)
 
+    def shape(self, name: str, folded: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the original of the plain tensor ``name``, whose shape after the fold is ``folded``."""
+        with self._told_of(name):
+            return undo.read_shape(self.tensors[name].get("tensor"), math.prod(folded))
+
     def files(self, path: str) -> Mapping[str, Tensor | None]:
-        """Tensors of the checkpoint beside the weight of ``path`` that do not follow from it; None for one that there
-        was not.
+        """Tensors of the checkpoint beside the weight of ``path`` that do not follow from the weight; None for a tensor
+        that the checkpoint did not have.
         """
         try:
             found = self.weights[path].get("files", {}).items()
@@ -124,6 +130,7 @@ class UndoRecord:
 
     @contextlib.contextmanager
     def _told_of(self, name: str) -> Iterator[None]:
+        """Add the tensor's name and the record's path to errors of the body."""
         try:
             yield
         except (UndoError, IntegrityError) as error:
@@ -132,10 +139,10 @@ class UndoRecord:
             ) from error
 
     def check_last(self, record: FoldRecord | None) -> None:
-        """Refuse a model or checkpoint whose ``record`` says that its last fold is another one.
+        """Refuse a model or checkpoint whose ``record`` names another last fold.
 
         Raises:
-            StateError: with the reason.
+            StateError: the record's fold is not the last fold.
         """
         if record is None or self.is_of(record):
             return
@@ -146,12 +153,12 @@ class UndoRecord:
             over = later[places[-1] + 1 :]
             names = "; ".join(map(_sources, over))
             raise StateError(
-                f"the record's fold (of {mine}) is not the last one: {len(over)} later ones lie on top of it (of {names})",
+                f"the undo record's fold (of {mine}) is not the last fold: {len(over)} later folds (of {names}) were made after it",
                 path=self.path,
-                remedy="take those out first, the last one first, each with its own record",
+                remedy="take the later folds out first, the last fold first, each with its own undo record",
             )
-        message = f"the undo record is of another fold: it is of {mine}, the last fold of {_sources(record)}"
-        raise StateError(message, path=self.path, remedy="give the record that was written with this fold")
+        message = f"the undo record is of a fold of {mine}, but the model's last fold is of {_sources(record)}"
+        raise StateError(message, path=self.path, remedy="give the undo record that was written with the last fold")
 
 
 def _sources(fold: FoldRecord) -> str:
@@ -163,7 +170,7 @@ def _identity(fold: FoldRecord) -> object:
 
 
 def _no_record(message: str, path: Path) -> UndoError:
-    return UndoError(message, path=path, remedy="give the file that fold(…, undo=…) wrote")
+    return UndoError(message, path=path, remedy="give the file that fold(…, undo=…) or `oftsurgery fold --undo` wrote")
 
 
 def _bytes_at(path: Path, start: int, nbytes: int) -> bytes:
@@ -176,19 +183,21 @@ def open_undo(path: Path) -> UndoRecord:
     """Read an undo record's manifest.
 
     Raises:
-        UndoError: no undo record, one of a newer version, or a damaged one.
+        UndoError: the file is no undo record, or is damaged or of a newer version.
     """
     if not path.is_file():
-        raise _no_record("an undo record is a plain file" if os.path.lexists(path) else "no such file", path)
+        raise _no_record("the path is not a plain file" if os.path.lexists(path) else "the file does not exist", path)
     try:
         entries, metadata = read_header(path)
     except (CheckpointError, ValueError) as error:
-        raise _no_record("no undo record, or a truncated or damaged one", path) from error
+        raise _no_record("the file is no undo record, or is truncated or damaged", path) from error
     if metadata.get("format") != FORMAT:
-        raise _no_record("a safetensors file, but no undo record", path)
+        raise _no_record("the file is safetensors, but no undo record", path)
     if metadata.get("version") != str(VERSION):
-        message = f"an undo record of version {printable(metadata.get('version'))}; this oftsurgery reads {VERSION}"
-        raise UndoError(message, path=path, remedy="use the oftsurgery that wrote it, or a newer one")
+        message = (
+            f"the undo record has version {printable(metadata.get('version'))}; this oftsurgery reads version {VERSION}"
+        )
+        raise UndoError(message, path=path, remedy="use the oftsurgery that wrote the record, or a newer release")
     found = {e.name: e for e in entries}
     if set(found) != {"data", "manifest"} or any(e.dtype != "U8" for e in entries):
         raise damaged(path)
@@ -214,7 +223,7 @@ def open_undo(path: Path) -> UndoRecord:
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError("no object")
+        raise TypeError("the value is no JSON object")
     return MappingProxyType(value)
 
 

@@ -1,10 +1,11 @@
-""":class:`UndoWriter` writes an undo record: one safetensors file of compressed bytes and a manifest, whole or not at all.
+""":class:`UndoWriter` writes an undo record: one safetensors file with compressed bytes and a manifest, all or nothing.
 
 ``docs/undo.md`` describes the format.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.errors import StateError
 from oftsurgery.files.shard_writer import header_bytes
-from oftsurgery.files.writing import Replacement, disk_errors, to_disk
+from oftsurgery.files.writing import Replacement, disk_errors, folders_above, missing_above, to_disk
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.hashing import hash_bytes
 from oftsurgery.records.record import FoldRecord
@@ -27,29 +28,28 @@ from oftsurgery.weights.undo_streams import bytes_of
 
 from .undo_reader import FORMAT, VERSION
 
-_ROOM = 504  # of the header, which is written last: metadata and two tensors
+_ROOM = 504  # bytes for the header (metadata and two tensors), which is written last
 
 
 def check_place(path: Path, *, force: bool = False) -> None:
     """Refuse a place where a record cannot be written, before anything is computed.
 
     Raises:
-        StateError: something is there already (and ``force`` is not set, or it is a folder), or there is no such folder.
+        StateError: the path exists (and ``force`` is not set, or the path is no file), or a file is in the place of a folder.
     """
     if os.path.lexists(path) and (not force or not path.is_file()):
-        message = "something is there already, and undo records are not overwritten"
-        raise StateError(message, path=path, remedy="name another file; a record belongs to one fold")
-    if not path.absolute().parent.is_dir():
-        raise StateError("the folder for the undo record does not exist", path=path.parent, remedy="make it first")
+        message = "the path for the undo record exists already, and undo records are not overwritten"
+        raise StateError(message, path=path, remedy="name another file: an undo record belongs to one fold")
+    missing_above(path)
 
 
 class UndoCollector:
-    """Collects what a fold changed: data goes to ``sink`` as it comes, facts stay.
+    """Collects what a fold changed: the data go to ``sink`` at once, and the facts stay in memory.
 
     Attributes:
         facts: plain values, which :meth:`append` takes: ``weights`` has ``{module path: facts}``, ``tensors`` ``{tensor name:
             facts}`` of plain tensors that the adapters' own values replaced, ``tables`` ``{content hash: [start, bytes]}``.
-        nbytes: written so far.
+        nbytes: the bytes that were written so far.
     """
 
     def __init__(self, sink: BinaryIO) -> None:
@@ -67,15 +67,15 @@ class UndoCollector:
         relaxation: float | None,
         files: Mapping[str, Any] | None = None,
     ) -> None:
-        """A rotated weight.
+        """Collect a rotated weight.
 
         Args:
-            path: of its module.
-            before, after: as stored.
-            chain: that was folded, in the live order.
-            noise: relative error of storing ``after``.
-            relaxation: of the fold, where it kept the scales of ``before``.
-            files: :func:`tensor_as_json` tensors of the checkpoint that do not follow from ``before``.
+            path: the path of the weight's module.
+            before, after: the stored weights.
+            chain: the rotations that were folded, in the live order.
+            noise: the relative error of storing ``after``.
+            relaxation: the fold's relaxation, where the fold kept the scales of ``before``.
+            files: tensors of the checkpoint that do not follow from ``before``, by :func:`tensor_as_json`.
         """
         entry = undo.encode_weight(before, after, chain, noise=noise, relaxation=relaxation)
         self.facts["weights"][path] = {**entry.facts, "data": self._put(entry.data)}
@@ -86,11 +86,11 @@ class UndoCollector:
                 self.facts["tables"][name] = self._put(table)[:2]
 
     def shared(self, path: str, other: str, before: EncodedWeight, after: EncodedWeight) -> None:
-        """A rotated weight that was one with the tensor ``other``, which is as it was."""
+        """Collect a rotated weight that was tied to the tensor ``other``, which has not changed."""
         self.facts["weights"][path] = {"same_as": other, "before": before.fingerprint, "after": undo.evidence(after)}
 
     def tensor(self, name: str, before: Tensor, after: Tensor) -> None:
-        """A plain tensor that the adapter's own values replaced."""
+        """Collect a plain tensor that the adapter's own values replaced."""
         entry = undo.encode_tensor(before, after)
         self.facts["tensors"][name] = {**entry.facts, "data": self._put(entry.data)}
 
@@ -100,7 +100,7 @@ class UndoCollector:
         return [self.nbytes - len(data), len(data), hash_bytes(data)]
 
     def append(self, facts: Mapping[str, Mapping[str, Any]], data: Iterable[bytes]) -> None:
-        """Take over what other parts collected."""
+        """Take over the facts and data of another collector."""
         shift = self.nbytes
         for chunk in data:
             self._sink.write(chunk)
@@ -114,25 +114,28 @@ class UndoCollector:
 
 
 class UndoWriter(UndoCollector):
-    """Writes one record: into a file beside ``path``, which :meth:`finish` puts in its place.
+    """Writes one record into a file beside ``path``, which :meth:`finish` renames to ``path``.
 
-    As a context manager it removes what is unfinished.
+    As a context manager the writer removes an unfinished file.
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         check_place(path, force=force)
         self._force = force
         self._new = Replacement(path, "oftsurgery")
-        with disk_errors(self._new.beside):
-            self._file: BinaryIO = self._new.beside.open("wb")
-            self._file.write(bytes(8 + _ROOM))
+        with contextlib.ExitStack() as above:
+            above.enter_context(folders_above(path))
+            with disk_errors(self._new.beside):
+                self._file: BinaryIO = self._new.beside.open("wb")
+                self._file.write(bytes(8 + _ROOM))
+            self._above = above.pop_all()
         super().__init__(self._file)
 
     def __enter__(self) -> UndoWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._new:
+        with self._above, self._new:  # removes the file first, and then folders that are empty
             self._file.close()
 
     def finish(
@@ -143,12 +146,12 @@ class UndoWriter(UndoCollector):
         tie_word_embeddings: bool | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the rest and put the file in its place.
+        """Write the manifest and the header, and put the file in its place.
 
         Args:
-            fold: that the record undoes.
-            ties: names of tensors that were one and the same, the name that a checkpoint holds first.
-            tie_word_embeddings: of the base's config, or None.
+            fold: the fold that the record undoes.
+            ties: names of tensors that were one tensor; the name that a checkpoint holds comes first.
+            tie_word_embeddings: the setting in the base's config, or None.
             config: the checkpoint's ``config.json`` without the fold, or None.
         """
         manifest = {
@@ -176,5 +179,5 @@ class UndoWriter(UndoCollector):
 
 
 def tensor_as_json(tensor: Tensor | None) -> dict[str, Any] | None:
-    """A small tensor as JSON; None for one that there was not."""
+    """A small tensor as JSON; None for a tensor that the checkpoint did not have."""
     return None if tensor is None else {**undo.described(tensor), "hex": bytes_of(tensor).hex()}

@@ -1,6 +1,6 @@
-""":data:`FORMATS` is the table of all storage formats. A new one is a subclass of
-:class:`~oftsurgery.formats.base.Format` in a file here, and a row of the table; what is asked of any format goes through
-:attr:`WeightFormat.kind`.
+""":data:`FORMATS` is the table of all storage formats. A new format is a subclass of
+:class:`~oftsurgery.formats.base.Format` in a file of this folder, and a row of the table. Code that serves every format
+asks :attr:`WeightFormat.kind`.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ FORMATS: dict[str, Format] = {kind.name: kind for kind in (Dense(), _NF4, _FP4, 
 
 
 def format_of_parameter(parameter: object) -> Format:
-    """The format of which bitsandbytes' class of a parameter is; the plain one for all others."""
+    """The format whose bitsandbytes class the parameter has; the plain format for all other parameters."""
     return next((kind for kind in FORMATS.values() if bnb_class(parameter, kind.parameter_class)), FORMATS["dense"])

@@ -1,4 +1,4 @@
-"""These functions tell by names which tensors of a checkpoint are one weight, and in which format it is stored."""
+"""These functions find by names which tensors of a checkpoint are one weight, and in which format a weight is stored."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from .encoded_weight import EncodedWeight, WeightFormat
 
 
 def format_by_names(weight: str, names: Collection[str], dtype: torch.dtype) -> Format:
-    """The format of a stored weight, by the names of the tensors beside it and the dtype of its own."""
+    """The format of a stored weight, from the names of the tensors beside it and the dtype of its own tensor."""
     return next((kind for kind in FORMATS.values() if kind.recognises(weight, names, dtype)), FORMATS["dense"])
 
 
 def read_weight(weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
-    """The stored weight from its tensors; the mirror of :meth:`Format.to_checkpoint`.
+    """The stored weight, from its tensors: the mirror of :meth:`Format.to_checkpoint`.
 
     Args:
-        weight: its name.
-        names: of all tensors there are.
-        read: gives the tensor of a name.
-        shape, dtype: of the tensor ``weight`` as stored.
+        weight: name of the weight's tensor.
+        names: names of all tensors of the checkpoint.
+        read: function from a name to the tensor.
+        shape, dtype: shape and dtype of the stored tensor ``weight``.
 
     Raises:
-        FormatError: companions are missing or say nonsense.
+        FormatError: tensors that belong to the weight are missing or wrong.
     """
     return format_by_names(weight, names, dtype).from_checkpoint(weight, names, read, shape, dtype)
 
 
 def stored_format(weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> WeightFormat:
-    """How :func:`read_weight` finds a weight stored; reads nothing but a 4-bit state's JSON."""
+    """The format in which :func:`read_weight` finds a weight. Only a 4-bit state's JSON is read."""
     mark = format_by_names(weight, names, dtype).tensor_names(weight).get("")
     return read_weight(weight, names, lambda n: read(n) if n == mark else torch.empty(0), shape, dtype).format
 
 
 def checkpoint_shapes(weight: str, f: WeightFormat) -> Layout:
-    """``{name: (dtype, shape)}`` of what :meth:`Format.to_checkpoint` will give; the shape is None where it depends on the
-    values (the JSON of a 4-bit state).
+    """``{name: (dtype, shape)}`` of the tensors that :meth:`Format.to_checkpoint` will give; a shape that depends on the
+    values (the JSON of a 4-bit state) is None.
     """
     layout = f.kind.layout(f)
     return {name: layout[local] for local, name in f.kind.tensor_names(weight).items() if local in layout}
 
 
 def companion_names(weight: str, names: Collection[str]) -> tuple[str, ...]:
-    """All names among ``names`` that belong to ``weight`` (a name that ends in ``weight``), itself first."""
+    """All names among ``names`` that belong to ``weight`` (a name that ends in ``weight``), with ``weight`` first."""
     candidates = dict.fromkeys(name for kind in FORMATS.values() for name in kind.tensor_names(weight).values())
     return (weight, *(n for n in candidates if n in names and n != weight))
 
 
-#: ends of the names of tensors that belong to a weight, behind its module's
+#: ends of the names of tensors that belong to a weight, which follow the module's path
 _ENDS = tuple({n: None for k in FORMATS.values() for n in k.tensor_names(".weight").values() if n != ".weight"})
 
 
 def owner_of(name: str) -> str | None:
-    """The weight that a tensor of this name belongs to; None where it belongs to none.
+    """The weight that the tensor ``name`` belongs to, or None.
 
     >>> owner_of("a.weight.absmax"), owner_of("a.SCB"), owner_of("a.bias")
     ('a.weight', 'a.weight', None)

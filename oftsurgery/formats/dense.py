@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oftsurgery.errors import FormatError
 
@@ -14,7 +14,7 @@ _KERNELS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Dense(Format):
-    """``weight`` of the weight's shape, in a dtype of floats."""
+    """The tensor ``weight`` in the weight's shape and a float dtype."""
 
     quantised = False
 
@@ -28,8 +28,8 @@ class Dense(Format):
         (weight,) = encoded.require("weight")
         shape, expected = tuple(weight.shape), encoded.format.shape
         if not weight.is_floating_point():
-            message = f"a dense weight must be floating point, this is {weight.dtype}"
-            raise FormatError(message, remedy="dequantise it first")
+            message = f"a dense weight must be floating point, but the tensor is {weight.dtype}"
+            raise FormatError(message, remedy="dequantise the weight first")
         if shape != expected:
             raise encoded.misfit("the stored weight does not have its format's shape", None, shape, expected)
 
@@ -45,8 +45,11 @@ class Dense(Format):
     def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         if not dtype.is_floating_point or dtype.itemsize < 2:
             message = f"a weight of {dtype} is stored in a way that oftsurgery does not know"
-            raise FormatError(message, tensor=weight, remedy="dequantise it first")
+            raise FormatError(message, tensor=weight, remedy="dequantise the weight first")
         return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        return nn.Linear(f.shape[1], f.shape[0], bias=False, device="meta", dtype=f.dtype)
 
     def kernel_name(self, f: WeightFormat) -> str:
         return _KERNELS.get(f.dtype, "")

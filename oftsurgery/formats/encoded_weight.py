@@ -24,7 +24,7 @@ RELOAD = "reload the model: part of its quantisation state is damaged"
 
 @cache
 def _formats() -> dict[str, Format]:
-    from .all_formats import FORMATS  # whose formats are of the classes here
+    from .all_formats import FORMATS  # imported late, because the formats need this file's classes
 
     return FORMATS
 
@@ -55,16 +55,16 @@ class WeightFormat:
 
     @property
     def kind(self) -> Format:
-        """What knows all about the format.
+        """The object that has the format's code.
 
         Raises:
-            FormatError: there is no such format.
+            FormatError: :attr:`codec` is unknown.
         """
         try:
             return _formats()[self.codec]
         except KeyError:
             known = f"unknown storage format; known are {', '.join(_formats())}"
-            raise FormatError(known, format=self.codec, remedy="use one of those") from None
+            raise FormatError(known, format=self.codec, remedy="use one of the known formats") from None
 
     @property
     def quantised(self) -> bool:
@@ -79,12 +79,12 @@ class WeightFormat:
 
     @property
     def block(self) -> int:
-        """How many weights share a scale: a 4-bit block of the flat weight, an int8 row."""
+        """The number of weights that share a scale: a 4-bit block of the flat weight, or an int8 row."""
         return self.kind.weights_per_entry(self)[self.kind.scales_name]
 
     @property
     def single(self) -> WeightFormat:
-        """The same without double quantisation, its codes held as bytes."""
+        """The same format without double quantisation, and with codes stored as bytes."""
         return replace(self, nested_blocksize=0, storage=torch.uint8)
 
 
@@ -125,21 +125,23 @@ class EncodedWeight:
         return self.format.kind.scales(self)
 
     def single(self) -> EncodedWeight:
-        """The same without double quantisation, its codes as kernels take them; refused where its tensors do not fit."""
+        """The same weight without double quantisation, with codes as kernels take them. Tensors that do not fit the format
+        are refused.
+        """
         kind = self.format.kind
         kind.check(self)
         statistics = {kind.scales_name: self.scales} if kind.quantised else {}
         return EncodedWeight(self.format.single, {"weight": kind.codes(self), **statistics})
 
     def cpu(self) -> EncodedWeight:
-        """The same, detached, on the CPU."""
+        """The same weight, detached, on the CPU."""
         return EncodedWeight(self.format, {k: t.detach().cpu() for k, t in self.tensors.items()})
 
     def require(self, *names: str) -> list[Tensor]:
-        """The tensors of these names.
+        """The tensors with these local names.
 
         Raises:
-            FormatError: one is missing.
+            FormatError: a tensor is missing.
         """
         missing = [n for n in names if n not in self.tensors]
         if missing:
@@ -147,6 +149,6 @@ class EncodedWeight:
         return [self.tensors[n] for n in names]
 
     def misfit(self, message: str, tensor: str | None, shape: tuple[int, ...], expected: tuple[int, ...]) -> ShapeError:
-        """The error of a tensor that does not have the shape which the format needs."""
+        """The error for a tensor whose shape does not fit the format."""
         label = None if tensor is None else self.format.label
         return ShapeError(message, tensor=tensor, shape=shape, expected=expected, format=label, remedy=RELOAD)

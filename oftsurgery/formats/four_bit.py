@@ -1,8 +1,8 @@
 """bitsandbytes' NF4 and FP4 are storage formats (Dettmers et al. 2023, "QLoRA").
 
-Flat blocks of ``blocksize`` lie over the row-major weight, so that a block straddles rows where ``in`` is no multiple;
-two codes make a byte, the first in the high nibble; each block is scaled by its absmax. Double quantisation stores the
-absmax itself as uint8 in blocks of 256 around their mean.
+Blocks of ``blocksize`` weights lie over the flat row-major weight, so that a block straddles rows if ``in`` is not a
+multiple of ``blocksize``. Two codes make a byte, the first in the high nibble. Each block is scaled by its absmax.
+Double quantisation stores the absmax values as uint8, in blocks of 256 around their mean.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _GRAPH_BLOCKSIZES = (16, 32, 64, 128, 256)
 
 
 class FourBit(Format):
-    """Packed codes and their statistics; beside them a checkpoint has their state, JSON in a uint8 tensor.
+    """Packed codes and their statistics. A checkpoint also has their state, which is JSON in a uint8 tensor.
 
     Args:
         name: ``"nf4"`` or ``"fp4"``.
         strong_change: see :class:`Format`.
-        farther: scales, in units of absmax, from which :mod:`oftsurgery.weights.kernels.fold_cpu` searches too.
+        farther: more scales, in units of absmax, from which :mod:`oftsurgery.weights.kernels.fold_cpu` searches.
     """
 
     roundings = ("nearest", "preserve", "grid", "mse")
@@ -85,11 +85,11 @@ class FourBit(Format):
         f, n = encoded.format, math.prod(encoded.format.shape)
         nbytes, expected = packed.numel() * packed.dtype.itemsize, -(-n // 2)
         if nbytes != expected:
-            message = "the packed codes do not hold the weight's elements"
+            message = "the packed codes have another number of bytes than the weight needs"
             raise encoded.misfit(message, "weight", (nbytes,), (expected,))
         blocks = -(-n // max(f.blocksize, 1))
         if f.blocksize < 2 or absmax.numel() != blocks:
-            message = f"absmax does not hold one value a block of {f.blocksize}"
+            message = f"absmax does not hold one value per block of {f.blocksize}"
             raise encoded.misfit(message, "absmax", (absmax.numel(),), (blocks,))
         quant_map = encoded.tensors.get("quant_map")
         if quant_map is None:
@@ -97,7 +97,7 @@ class FourBit(Format):
         levels, given = levels_of(f.codec, quant_map.device), quant_map.to(torch.float32)
         near = given.shape == levels.shape and (given.equal(levels) or torch.allclose(given, levels, rtol=0, atol=1e-3))
         if not near:
-            why = "quant_map is not the format's own; bitsandbytes' kernels ignore it and would decode something else"
+            why = "quant_map is not the format's own table; bitsandbytes' kernels ignore it and would decode another weight"
             remedy = "quantise the model again with a stock bitsandbytes"
             raise FormatError(why, tensor="quant_map", format=f.label, remedy=remedy)
 
@@ -107,14 +107,14 @@ class FourBit(Format):
             ways = best_scales if rounding == "mse" else grid_scales
             scales = ways(in_blocks(flat, f.blocksize), *self.levels(flat.device)[:2])
             statistics = self.statistics(scales, f)
-            if f.nested_blocksize:  # codes for what the reader will see
+            if f.nested_blocksize:  # codes for the scales that a reader will see
                 scales = self.scales(EncodedWeight(f, statistics))
             return self.assemble(f, self.codes_at(flat, scales, f), statistics)
         blocks = in_blocks(flat, f.blocksize)
         absmax = blocks.abs().amax(-1)
         scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)
         if flat.numel() % f.blocksize:
-            # bitsandbytes treats the short last block a little differently: its absmax itself is bounded, and divides
+            # bitsandbytes treats a short last block a little differently: its absmax itself is bounded, and is the divisor
             absmax[-1].clamp_(min=TINY)
             scaled[-1] = blocks[-1] / absmax[-1]
         return self.assemble(f, self._nearest(scaled.reshape(-1)[: flat.numel()]), self.statistics(absmax, f))
@@ -137,23 +137,23 @@ class FourBit(Format):
         return self._held(self._packed(codes.reshape(-1)), f)
 
     def _packed(self, codes: Tensor) -> Tensor:
-        """``(n,)`` codes two a byte, ``(⌈n/2⌉, 1)``; an odd last one beside that of zero."""
+        """Codes ``(n,)`` as two per byte, ``(⌈n/2⌉, 1)``; an odd last code shares its byte with the code of zero."""
         if codes.numel() % 2:
             _, bounds, in_order = self.levels(codes.device)
             codes = torch.cat([codes, in_order[torch.bucketize(bounds.new_zeros(1), bounds)]])
         return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
 
     def _nearest(self, scaled: Tensor) -> Tensor:
-        """The nearest codes of ``(n,)`` values in units of their scale, packed."""
+        """The nearest codes, packed, of values ``(n,)`` in units of their scale."""
         _, bounds, codes = self.levels(scaled.device)
         return self._packed(codes[torch.bucketize(scaled, bounds, out_int32=True)])
 
     def _held(self, packed: Tensor, f: WeightFormat) -> Tensor:
-        """Packed bytes ``(⌈n/2⌉, 1)`` as the dtype that holds them."""
+        """The packed bytes ``(⌈n/2⌉, 1)`` as a tensor of the storage dtype."""
         if f.storage == packed.dtype:
             return packed
         if packed.numel() % f.storage.itemsize:
-            message = f"{packed.numel()} packed bytes are no whole number of {f.storage}"
+            message = f"{packed.numel()} packed bytes do not fill whole elements of {f.storage}"
             raise FormatError(message, format=f.label, remedy="use quant_storage=torch.uint8")
         return packed.reshape(-1).view(f.storage).unsqueeze(1)
 
@@ -171,7 +171,7 @@ class FourBit(Format):
             ("nested_absmax", nested_absmax, -(-absmax.numel() // f.nested_blocksize)),
         ):
             if tensor.numel() != expected:
-                message = f"{name} does not hold what absmax needs"
+                message = f"{name} has another number of values than absmax needs"
                 raise encoded.misfit(message, name, (tensor.numel(),), (expected,))
         values = torch.index_select(nested_map.to(torch.float32), 0, absmax.reshape(-1).to(torch.int32))
         scaled = in_blocks(values, f.nested_blocksize) * nested_absmax.reshape(-1, 1).to(torch.float32)
@@ -180,8 +180,8 @@ class FourBit(Format):
     def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
         if not f.nested_blocksize:
             return {"absmax": scales}
-        # bitsandbytes' own function: its CPU kernel looks codes up in a coarse table, one step off the nearest in 0.2 %
-        # of the cases
+        # bitsandbytes' own function, because its CPU kernel uses a coarse table, whose codes are one step off the nearest
+        # in 0.2 % of the cases
         from bitsandbytes.functional import quantize_blockwise
 
         offset = self.offset_of(scales, f)
@@ -202,7 +202,7 @@ class FourBit(Format):
 
     def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         rows, s = in_blocks(weight, f.blocksize), scales.unsqueeze(-1)
-        scaled = torch.where(s.abs() >= TINY, rows * (1.0 / s), rows / s)  # where 1/s overflows, divide
+        scaled = torch.where(s.abs() >= TINY, rows * (1.0 / s), rows / s)  # if 1/s overflows, divide
         return self._nearest(torch.where(s != 0, scaled, 0.0).reshape(-1)[: weight.numel()])
 
     def good_scales(self, blocks: Tensor) -> Tensor:
@@ -230,11 +230,11 @@ class FourBit(Format):
         named = self.tensor_names(weight)
         fields = unpack_state(read(named[""]), named[""])
         if fields["quant_type"] != self.name:
-            message = f"the packed state says {fields['quant_type']}, its name another type"
+            message = f"the packed state says {fields['quant_type']}, but the tensor's name says {self.name}"
             raise FormatError(message, tensor=named[""], remedy=QUANTISE_AGAIN)
         if -(-math.prod(fields["shape"]) // 2) != math.prod(shape) * dtype.itemsize:
             said = "×".join(map(str, fields["shape"]))
-            message = f"the stored bytes are not those of a weight of {said}, which its packed state says it is"
+            message = f"the stored bytes do not fit a weight of {said}, which is the shape in the packed state"
             raise FormatError(message, tensor=weight, shape=shape, format=self.name, remedy=QUANTISE_AGAIN)
         if len(shape) > 1 and sorted(shape)[-2] != 1:
             raise self._cpu_packed(weight, shape)
@@ -242,10 +242,10 @@ class FourBit(Format):
         wanted = ["absmax"] + ["nested_absmax", "nested_quant_map"] * (nested or "nested_offset" in fields)
         missing = [named[k] for k in wanted if named[k] not in names]
         if missing:
-            message = "a 4-bit weight without its statistics"
-            raise FormatError(message, tensor=missing[0], format=self.name, remedy="save it again, whole")
+            message = "the 4-bit weight lacks this tensor of statistics"
+            raise FormatError(message, tensor=missing[0], format=self.name, remedy="save the whole weight again")
         if nested and ("nested_offset" not in fields or "nested_blocksize" not in fields):
-            message = "the packed state lacks what its nested statistics need"
+            message = "the packed state lacks nested_offset or nested_blocksize, which the nested statistics need"
             raise FormatError(message, tensor=named[""], format=self.name, remedy=QUANTISE_AGAIN)
         tensors = {k: read(n) for k, n in named.items() if k == "weight" or (k and n in names)}
         if tensors["absmax"].ndim > 1 and min(tensors["absmax"].shape) > 1:
@@ -257,19 +257,25 @@ class FourBit(Format):
         return EncodedWeight(f, tensors)
 
     def _cpu_packed(self, tensor: str, shape: tuple[int, ...]) -> FormatError:
-        # bitsandbytes ≥ 0.49: a raw weight is tiled then, and even state_dict() leaves the single absmax (in/blocksize,
-        # out), which read flat is noise
-        why = "saved in bitsandbytes' packing for CPUs, after an eval forward there: read as a checkpoint it is noise"
-        remedy = "start from the base again, with `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward"
+        # bitsandbytes ≥ 0.49: a raw weight is tiled in this packing, and even state_dict() leaves a single absmax as
+        # (in/blocksize, out), which gives noise when it is read flat
+        why = "the tensor was saved in bitsandbytes' packing for CPUs, after an eval forward on a CPU: the file's values are noise"
+        remedy = "load the base again, and set `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward"
         return FormatError(why, tensor=tensor, shape=shape, format=self.name, remedy=remedy)
 
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
 
+    def in_place_of(self, f: WeightFormat, dtype: torch.dtype, double_quant: bool) -> WeightFormat:
+        if not f.blocksize:
+            return super().in_place_of(f, dtype, double_quant)
+        nested = (f.nested_blocksize or 256) if double_quant else 0
+        return replace(f, codec=self.name, nested_blocksize=nested)  # blocks and storage of 4 bits stay
+
     # --- undo records ---
 
     def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
-        # a CPU forward that repacks the weight rounds absmax so
+        # a CPU forward that repacks the weight rounds absmax to bfloat16
         return {"codes": self.codes(encoded), "absmax": self.scales(encoded).to(torch.bfloat16)}
 
     def unpack_codes(self, stored: Tensor, n: int, facts: dict[str, Any]) -> Tensor:
@@ -288,7 +294,7 @@ class FourBit(Format):
         if type(present) is not int or not 0 < present < 1 << 16 or facts.get("pad") not in range(16):
             return None
         levels = levels_of(self.name, torch.device("cpu")).tolist()
-        # negative zero before zero; only codes that occur, as fp4 has two zeros, of which quantisers may use one
+        # negative zero comes before zero; only codes that occur are taken, because a quantiser may use one of fp4's two zeros
         there = sorted((c for c in range(16) if present >> c & 1), key=lambda c: (levels[c], -c))
         return torch.tensor(there, dtype=torch.uint8)
 
@@ -311,12 +317,12 @@ class FourBit(Format):
             known = ", ".join(map(str, _GRAPH_BLOCKSIZES))
             return f"MatMulBnb4 has no block size of {f.blocksize}, only {known}"
         if f.shape[1] % f.blocksize:
-            return f"{f.shape[1]} input features are no multiple of the block size {f.blocksize}"
+            return f"{f.shape[1]} input features are not a multiple of the block size {f.blocksize}"
         return None
 
     def onnx_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
-        # scales in float32 whatever the graph's dtype: narrowing would change them, and onnxruntime's CPU kernel takes
-        # no other
+        # the scales are float32 in every graph: a narrower dtype would change them, and onnxruntime's CPU kernel takes
+        # float32 alone
         rows, columns = f.shape
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulBnb4",
@@ -347,7 +353,7 @@ class FourBit(Format):
             raise FormatError(message, module=path, format="4-bit", remedy="reload the model")
         if state.quant_type not in LEVELS:
             known, given = " or ".join(LEVELS), str(state.quant_type)
-            raise FormatError("unknown 4-bit type", module=path, format=given, remedy=f"quantise with {known}")
+            raise FormatError("the 4-bit type is unknown", module=path, format=given, remedy=f"quantise with {known}")
         shape, data = tuple(state.shape), weight.detach()
         if getattr(state, "packing_format_for_cpu", False):
             packed, absmax = unpack_cpu_layout(data, state.absmax, (shape[0], shape[1]), state.blocksize)
@@ -358,7 +364,7 @@ class FourBit(Format):
         if state.absmax.ndim != 1:
             # bitsandbytes 0.50: state_dict() of a CPU-packed layer puts the codes back, but leaves a single absmax
             # transposed
-            message = "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes computes noise with it now"
+            message = "saving this layer after a CPU eval forward has left its absmax transposed: bitsandbytes now computes noise with the layer"
             remedy = "load the base model again; set `module.support_avx512bf16_for_cpu = False` on its layers before evaluating on the CPU"
             raise StateError(message, module=path, tensor="absmax", shape=tuple(state.absmax.shape), remedy=remedy)
         tensors, nested = {"weight": data, "absmax": state.absmax, "quant_map": state.code}, 0
@@ -366,7 +372,7 @@ class FourBit(Format):
             inner, nested = state.state2, state.state2.blocksize
             tensors |= {"nested_absmax": inner.absmax, "nested_quant_map": inner.code, "nested_offset": state.offset}
         now = WeightFormat(state.quant_type, shape, state.dtype, state.blocksize, nested, data.dtype)
-        # a CPU eval forward that fails to pack (in no multiple of blocksize) has undone the double quantisation by then
+        # a CPU eval forward that fails to pack (in is not a multiple of blocksize) undoes the double quantisation first
         undone = not nested and hasattr(state, "original_nested") and getattr(weight, "compress_statistics", False)
         return EncodedWeight(now, tensors), replace(now, nested_blocksize=256) if undone else now
 
@@ -382,14 +388,27 @@ class FourBit(Format):
         held = {"absmax": t["absmax"], "code": t["quant_map"], "offset": t.get("nested_offset"), "state2": nested}
         state = QuantState(shape=torch.Size(f.shape), blocksize=f.blocksize, quant_type=f.codec, dtype=f.dtype, **held)
         if not bnb_class(old, self.parameter_class):
-            # FSDP leaves a plain Parameter and the module's quant_state: bitsandbytes' forward makes a Params4bit of it
-            # in the same way
+            # FSDP leaves a plain Parameter and the module's quant_state; bitsandbytes' forward makes a Params4bit of the
+            # two in the same way
             settings = (f.blocksize, bool(nested), f.codec, f.storage, module)
             old = Params4bit(old.data, old.requires_grad, state, *settings, bnb_quantized=True)
-        # the constructor's own arguments and nothing else: __dict__ may carry torch.compile's attributes
-        names = ("requires_grad", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
-        kept = {name: getattr(old, name) for name in names}
-        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept)  # type: ignore[no-any-return]
+        # only the constructor's own arguments are kept: __dict__ may carry torch.compile's attributes
+        kept = {name: getattr(old, name) for name in ("requires_grad", "compress_statistics", "module")}
+        if getattr(old.quant_state, "nested", bool(nested)) != bool(nested):
+            kept["compress_statistics"] = bool(nested)
+        own = {"blocksize": f.blocksize, "quant_type": f.codec, "quant_storage": f.storage}
+        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept, **own)  # type: ignore[no-any-return]
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        settings = {
+            "compute_dtype": compute_dtype,
+            "compress_statistics": bool(f.nested_blocksize),
+            "quant_type": f.codec,
+        }
+        rows, columns = f.shape
+        return Linear4bit(columns, rows, bias=False, quant_storage=f.storage, device="meta", **settings)  # type: ignore[no-any-return]
 
     def alias(self, parameter: Any) -> nn.Parameter:
         new: Any = copy.copy(parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,13 +16,14 @@ from .encoded_weight import EncodedWeight, WeightFormat
 
 
 class Int8(Format):
-    """``weight (out, in)`` int8 and ``SCB (out,)`` float32; beside them a checkpoint has ``weight_format``."""
+    """The tensors ``weight (out, in)`` int8 and ``SCB (out,)`` float32. A checkpoint also has ``weight_format``."""
 
     name = "int8"
     roundings = ("nearest", "preserve")
     scales_name = "SCB"
     unit = 127.0
     strong_change = 1 / 254
+    own_dtype = torch.float16  # Int8Params quantises the float16 rounding
     width = "int8"
     name_part = ".SCB"
     config_fields = MappingProxyType({"load_in_8bit": True})
@@ -41,10 +41,10 @@ class Int8(Format):
         weight, scb = encoded.require("weight", "SCB")
         shape, expected = tuple(weight.shape), encoded.format.shape
         if weight.dtype != torch.int8 or shape != expected:
-            message = f"an int8 weight must be int8 of its format's shape, this is {weight.dtype}"
+            message = f"an int8 weight must be int8 of its format's shape, but the tensor is {weight.dtype}"
             raise encoded.misfit(message, None, shape, expected)
         if scb.numel() != shape[0]:
-            raise encoded.misfit("SCB must hold one value a row", "SCB", tuple(scb.shape), shape[:1])
+            raise encoded.misfit("SCB must hold one value per row", "SCB", tuple(scb.shape), shape[:1])
 
     def encode(self, weight: Tensor, f: WeightFormat, rounding: str) -> EncodedWeight:
         weight = finite(weight.detach().to(torch.float32), "the weight to quantise is not finite", f)
@@ -87,17 +87,11 @@ class Int8(Format):
     def from_checkpoint(self, weight: str, names: Names, read: Read, shape: Shape, dtype: torch.dtype) -> EncodedWeight:
         scb = self.tensor_names(weight)["SCB"]
         if scb not in names:
-            message = "an int8 weight without its SCB statistics"
-            raise FormatError(message, tensor=weight, format="int8", remedy="save the checkpoint again, whole")
+            message = "the int8 weight lacks its SCB statistics"
+            raise FormatError(message, tensor=weight, format="int8", remedy="save the whole checkpoint again")
         return EncodedWeight(WeightFormat("int8", shape, torch.float16), {"weight": read(weight), "SCB": read(scb)})
 
-    def once_quantised(self, f: WeightFormat) -> WeightFormat:
-        return replace(f, dtype=torch.float16)  # Int8Params quantises the float16 rounding
-
     # --- undo records ---
-
-    def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
-        return {"weight": encoded.tensors["weight"], "SCB": encoded.tensors["SCB"].reshape(-1)}
 
     def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
         return torch.arange(-128, 128).to(torch.int8)
@@ -113,8 +107,8 @@ class Int8(Format):
         return "INT8"
 
     def onnx_product(self, x: Tensor, codes: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
-        # along the rows and then transposed: with the scales along the columns onnxruntime would quantise the
-        # activations too
+        # the scales lie along the rows of the untransposed weight: with scales along the columns onnxruntime would
+        # quantise the activations too
         symbolic = torch.onnx.ops.symbolic
         parts: Any = (codes, scales)
         weight = symbolic("DequantizeLinear", parts, {"axis": 0}, dtype=torch.float32, shape=f.shape, version=OPSET)
@@ -143,6 +137,12 @@ class Int8(Format):
     def parameter_of(self, encoded: EncodedWeight, old: Any, module: Any) -> nn.Parameter:
         codes, scb = encoded.tensors["weight"], encoded.tensors["SCB"]
         return _parameter(old, codes, CB=codes, SCB=scb)
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear8bitLt
+
+        rows, columns = f.shape
+        return Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")  # type: ignore[no-any-return]
 
     def plain_parameter(self, old: Any, data: Tensor) -> nn.Parameter:
         return _parameter(old, data)

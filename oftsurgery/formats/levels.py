@@ -1,4 +1,4 @@
-"""NF4 and FP4 have 16 levels each, which stand here by code and in order."""
+"""The 16 levels of NF4 and of FP4, by code and in ascending order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-# Levels as bitsandbytes' kernels hold them, before its own scaling by the largest: `get_4bit_type` of 0.41 to 0.50
+# the levels as bitsandbytes' kernels hold them, not yet divided by the largest: `get_4bit_type` of 0.41 to 0.50
 LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
         "nf4": (
@@ -40,7 +40,7 @@ def sorted_levels(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 @cache
 def levels_of_bytes(codec: str, device: torch.device) -> Tensor:
-    """(256, 2) float32: a packed byte to its two levels, first code in the high nibble."""
+    """The two levels of each packed byte, (256, 2) float32; the first code is in the high nibble."""
     byte = torch.arange(256, device=device)
     levels = levels_of(codec, device)
     return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=-1)

@@ -1,5 +1,5 @@
-"""bitsandbytes keeps a QuantState with a 4-bit weight: these functions read its JSON in a checkpoint, copy a live one, and undo
-the layout that a CPU forward gives the weight.
+"""bitsandbytes keeps a QuantState with a 4-bit weight. These functions read a state's JSON in a checkpoint, copy a live
+state, and undo the layout that a CPU forward gives the weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUANTISE_AGAIN = "quantise the model again"
 
 
 def copy_quant_state(state: Any) -> Any:
-    """A QuantState of its own over the same tensors: bitsandbytes changes states in place (``to``, CPU packing)."""
+    """A new QuantState over the same tensors, because bitsandbytes changes states in place (``to``, CPU packing)."""
     new = copy.copy(state)
     if getattr(new, "state2", None) is not None:
         new.state2 = copy.copy(new.state2)
@@ -31,21 +31,21 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
     """Undo the layout into which bitsandbytes ≥ 0.49 repacks a 4-bit weight at its first CPU eval forward on
     AVX512-BF16 machines.
 
-    There, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16.
+    In that layout, rows are tiled by 32, a byte holds the codes of two rows, and absmax is transposed and rounded to bfloat16.
     The codes come back exactly; the rounding of absmax (2⁻⁹ relative) is lost.
 
     Args:
         weight: ``(out, in/2)`` uint8, tiled.
         absmax: ``(in/blocksize, out)`` bfloat16.
         shape: ``(out, in)``.
-        blocksize: of the 4-bit blocks.
+        blocksize: size of the 4-bit blocks.
 
     Returns:
-        packed codes ``(out·in/2, 1)`` uint8 in the checkpoint's layout, and absmax ``(out·in/blocksize,)`` float32.
+        the packed codes ``(out·in/2, 1)`` uint8 in the checkpoint's layout, and absmax ``(out·in/blocksize,)`` float32.
     """
     rows, columns = shape
     if rows % 32 or columns % blocksize or weight.dtype != torch.uint8 or weight.numel() * 2 != rows * columns:
-        message, expected = "a CPU-packed weight of a shape that bitsandbytes cannot pack", (rows, columns // 2)
+        message, expected = "the CPU-packed weight is of a shape that bitsandbytes cannot pack", (rows, columns // 2)
         raise FormatError(message, tensor="weight", shape=tuple(weight.shape), expected=expected, remedy=RELOAD)
     tiles = weight.reshape(-1, 32)
     codes = torch.cat([tiles & 15, tiles >> 4], dim=-1).reshape(rows // 32, columns // 2, 32, 2)
@@ -55,7 +55,7 @@ def unpack_cpu_layout(weight: Tensor, absmax: Tensor, shape: tuple[int, int], bl
 
 _MAX_BLOB = 1 << 12
 
-# bitsandbytes' own are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
+# bitsandbytes' own block sizes are 32 to 4096; the bound keeps a file from asking for gigabytes of padding
 _BLOCKSIZES = tuple(1 << n for n in range(1, 13))
 
 
@@ -63,11 +63,11 @@ def unpack_state(blob: Tensor, name: str) -> dict[str, Any]:
     """The JSON object in the uint8 tensor ``name``, its fields checked.
 
     Raises:
-        FormatError: no such object, or fields that no bitsandbytes release writes.
+        FormatError: the tensor holds no JSON object, or has fields that no bitsandbytes release writes.
     """
     try:
         if blob.dtype != torch.uint8 or blob.numel() > _MAX_BLOB:
-            raise ValueError("no blob of JSON")
+            raise ValueError("the tensor is no blob of JSON")
         fields = json.loads(bytes(blob.numpy()).decode("utf-8"))
         sizes = (fields["blocksize"], fields.get("nested_blocksize", 256))
         good = (

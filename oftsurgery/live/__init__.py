@@ -1,4 +1,4 @@
-"""Live layers: adapters that are applied while the model computes."""
+"""Live layers apply adapters while the model computes."""
 
 from .dispatch import dispatch_bnb_4bit, dispatch_bnb_8bit
 from .layers import Embedding, Linear, Linear4bit, Linear8bitLt, LiveLayer

@@ -1,4 +1,4 @@
-"""A live layer over one bitsandbytes layer, by the settings that peft passes to its dispatchers."""
+"""The functions here make a live layer over one bitsandbytes layer, from the settings that peft passes to its dispatchers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SETTINGS: Mapping[str, Any] = {
     "r": 8, "oft_block_size": 0, "module_dropout": 0.0, "coft": False, "eps": 6e-5, "block_share": False, "init_weights": True,
     "use_cayley_neumann": False, "num_cayley_neumann_terms": 5,
 }  # fmt: skip
-#: those of them that are finite numbers: of which kind, between what, and in words
+#: the settings that are finite numbers, each with its type, its smallest and largest value, and a description
 _NUMBERS: Mapping[str, tuple[type[Any], float, float, str]] = {
     "r": (numbers.Integral, -math.inf, math.inf, "whole number"),
     "oft_block_size": (numbers.Integral, -math.inf, math.inf, "whole number"),
@@ -30,7 +30,7 @@ _NUMBERS: Mapping[str, tuple[type[Any], float, float, str]] = {
     "eps": (numbers.Real, 0, math.inf, "number of at least 0"),
     "num_cayley_neumann_terms": (numbers.Integral, 0, 1000, "whole number from 0 to 1000"),
 }
-#: what peft passes to every dispatcher and bitsandbytes layers have no use for
+#: settings that peft passes to every dispatcher and that bitsandbytes layers do not use
 _IGNORED = {
     "loaded_in_4bit", "loaded_in_8bit", "fan_in_fan_out", "is_target_conv_1d_layer", "device_map", "get_apply_tensor_subclass",
     "gptq_quantization_config", "aqlm_quantization_config", "awq_quantization_config",
@@ -93,13 +93,15 @@ def _rotation_from_settings(kw: Mapping[str, Any], features: int) -> tuple[Rotat
     rotation = own.pop("rotation", None)
     unknown = sorted(set(own) - set(_SETTINGS))
     if unknown:
-        message = f"unknown settings {', '.join(map(printable, unknown))}"
-        raise AdapterError(message, remedy=f"rotation, config, or some of {', '.join(_SETTINGS)}")
+        message = f"the settings {', '.join(map(printable, unknown))} are not known"
+        raise AdapterError(message, remedy=f"give rotation, config, or some of {', '.join(_SETTINGS)}")
     if rotation is not None:
         if own or config is not None:
-            raise AdapterError("a rotation and the settings of a new one were given", remedy="give rotation=… alone")
+            message = "a rotation was given together with the settings of a new rotation"
+            raise AdapterError(message, remedy="give rotation=… alone, or the settings alone")
         if not isinstance(rotation, Rotation):
-            raise AdapterError(f"rotation is a {type(rotation).__name__}", remedy="give an oftsurgery.Rotation")
+            message = f"rotation is a {type(rotation).__name__}, not an oftsurgery.Rotation"
+            raise AdapterError(message, remedy="give an oftsurgery.Rotation")
         return rotation, None, 0.0
     given = config if isinstance(config, Mapping) else {k: getattr(config, k) for k in _SETTINGS if hasattr(config, k)}
     s = {**_SETTINGS, **{k: v for k, v in given.items() if k in _SETTINGS}, **own}
@@ -119,20 +121,23 @@ def _check_setting(name: str, value: Any) -> None:
     if name in _NUMBERS:
         kind, least, most, what = _NUMBERS[name]
         right = not isinstance(value, bool) and isinstance(value, kind)
-        right, what = right and least <= value <= most and math.isfinite(value), f"is no {what}"
+        right, what = right and least <= value <= most and math.isfinite(value), f"is not a {what}"
     else:
         right, what = isinstance(value, bool), "is neither True nor False"
     if not right:
-        remedy = "True starts at the identity" if name == "init_weights" else f"peft's default is {_SETTINGS[name]}"
+        why = "which starts at the identity" if name == "init_weights" else "peft's default"
+        remedy = f"give {name} = {_SETTINGS[name]}, {why}"
         raise AdapterError(f"{name} = {printable(value)!r} {what}", remedy=remedy)
 
 
 def _block_size(r: int, oft_block_size: int, features: int) -> int:
-    """Of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``; what does not divide is adjusted to the
-    nearest that does, as peft does.
+    """The block size of ``features`` in ``r`` blocks or in blocks of ``oft_block_size``. As in peft, a number that does
+    not divide ``features`` is replaced by the nearest divisor.
     """
     if (r > 0) == (oft_block_size > 0) or min(r, oft_block_size) < 0:
-        message = f"r = {r} and oft_block_size = {oft_block_size}: one must be positive, the other 0"
+        message = (
+            f"r = {r} and oft_block_size = {oft_block_size}: one of r and oft_block_size must be positive, the other 0"
+        )
         raise AdapterError(message, remedy="give oft_block_size alone")
     wanted, name = (r, "r") if r else (oft_block_size, "oft_block_size")
     fitting = [n for n in range(1, features + 1) if features % n == 0]
@@ -141,6 +146,6 @@ def _block_size(r: int, oft_block_size: int, features: int) -> int:
         warn_caller(f"Invalid `{name}` ({wanted})! Adjusted `{name}` to ({nearest}).", UserWarning)
     b = features // nearest if r else nearest
     if b < 2:
-        message = f"blocks of size 1 rotate nothing ({name} = {wanted}, {features} features)"
+        message = f"a rotation with blocks of size 1 is the identity ({name} = {wanted}, {features} features)"
         raise AdapterError(message, remedy="give a larger oft_block_size")
     return b

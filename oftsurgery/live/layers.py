@@ -1,4 +1,4 @@
-"""Live layers: the rotation stays beside the weight, trains, merges and comes out again bit-exactly.
+"""A live layer keeps the rotation beside the weight: the rotation trains, merges and is unmerged bit-exactly.
 
 The forward of a :class:`LiveLayer` computes ``y = (x R) Wᵀ + bias`` by blocks (legacy dialects: ``((x Wᵀ) R) ⊙ s + bias``;
 embeddings: ``E[i] R``), in float32 or better whatever the dtype or autocast state around it, and returns the dtype that the
@@ -7,11 +7,11 @@ base layer returns. Gradients reach the generators, through bitsandbytes layers 
 Keys of a wrapped model's ``state_dict``, for a layer at ``<path>``:
 
 =============================  =====================================================================================================================
-``<path>.base_layer.*``        the base layer's own
-``<path>.oft_R.<name>.weight`` generator of adapter ``<name>``, ``(n, b(b-1)/2)`` float32, trainable (peft's key, but
+``<path>.base_layer.*``        the base layer's own keys
+``<path>.oft_R.<name>.weight`` generator of adapter ``<name>``, ``(n, b(b-1)/2)`` float32, trainable (peft's key, except
 for embeddings)
-``<path>.oft_R.<name>.scale``  ``(out,)`` float32, trainable; the ``oft_s`` of peft 0.14 and 0.15 alone
-``<path>.merged``              only while merged, so that such a state does not load into a layer that would rotate once more
+``<path>.oft_R.<name>.scale``  ``(out,)`` float32, trainable; only the ``oft_s`` of peft 0.14 and 0.15
+``<path>.merged``              only while merged, so that a merged state does not load into a layer that would rotate once more
 =============================  =====================================================================================================================
 """
 
@@ -38,25 +38,25 @@ def _of_base(name: str) -> Any:
 
 
 class LiveLayer(nn.Module):
-    """A base layer and the rotations of one or more named adapters; the named subclasses below differ in the base that
+    """A base layer and the rotations of one or more named adapters; the subclasses below differ in the base layers that
     they take.
 
     Attributes:
         base_layer: the layer that was wrapped, its weight untouched until :meth:`merge`.
         oft_R: ``{adapter name: LiveRotation}``.
-        active_adapters: names in the live order: ``[a, b]`` computes ``x · Ra · Rb``.
-        merged_adapters: of those that are merged into the base layer's weight, likewise.
+        active_adapters: names of the active adapters in the live order: ``[a, b]`` computes ``x · Ra · Rb``.
+        merged_adapters: names of the adapters that are merged into the base layer's weight, in the same order.
         disable_adapters: see :meth:`enable_adapters`.
-        path: of the layer in its model, for messages.
+        path: path of the layer in its model, for messages.
 
     Args:
-        base_layer: what the subclass takes. On a bitsandbytes 4-bit layer, ``support_avx512bf16_for_cpu`` is switched
-            off and a weight that a CPU forward has repacked is laid out as before: bitsandbytes computes no gradients
-            through the repacked one.
-        adapter_name: of the first adapter; it becomes active.
-        rotation: of the first adapter.
+        base_layer: a layer that the subclass takes. On a bitsandbytes 4-bit layer, ``support_avx512bf16_for_cpu`` is
+            switched off and a weight that a CPU forward has repacked gets its old layout: bitsandbytes computes no
+            gradients through a repacked weight.
+        adapter_name: name of the first adapter, which becomes active.
+        rotation: rotation of the first adapter.
         radius, dropout: see :class:`LiveRotation`.
-        shared: other modules use the base layer's Parameter too, so that a merge must not move it to the CPU.
+        shared: whether other modules use the base layer's Parameter too; a merge must then not move it to the CPU.
 
     Raises:
         FormatError: the base layer is not of the subclass's kind.
@@ -83,12 +83,12 @@ class LiveLayer(nn.Module):
         meant = class_for(layer)
         if not isinstance(self, meant):
             message = f"live.{type(self).__name__} does not take a {type(base_layer).__name__}"
-            raise FormatError(message, module=self._name, remedy=f"for this one there is live.{meant.__name__}")
+            raise FormatError(message, module=self._name, remedy=f"use live.{meant.__name__} for this layer")
         self._shared = shared
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self._replaced: ReplacedWeight | None = None
-        # the module of other places, which the base layer stands for in this one
+        # the module that other places of the model hold, and that the base layer replaces in this place
         self._stands_for: tuple[nn.Module] | None = None
         self.merged_adapters: list[str] = []
         self.base_layer = base_layer
@@ -98,13 +98,14 @@ class LiveLayer(nn.Module):
         self._undo_repacking(layer)
 
     def _undo_repacking(self, layer: Layer) -> None:
+        """Take back the repacking of the weight by a forward on the CPU."""
         base: Any = layer.module
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             encoded, home = layer.read()
             now = replace(encoded.format, storage=home.storage)
             layer.write(now.kind.change_storage(encoded, now), park=False)
-            # bitsandbytes' own marks of what has been packed and is not any more: Layer.read knows by them that it was
-            # doubly quantised
+            # bitsandbytes marks a weight that was packed before in the same way; from these marks Layer.read sees that the
+            # weight was doubly quantised
             state: Any = base.weight.quant_state
             state.packing_format_for_cpu, state.original_nested = False, bool(home.nested_blocksize)
             base.weight.compress_statistics = state.original_nested
@@ -127,23 +128,23 @@ class LiveLayer(nn.Module):
     def add_adapter(
         self, adapter_name: str, rotation: Rotation, *, radius: float | None = None, dropout: float = 0.0
     ) -> None:
-        """One more adapter, which becomes active after those that are: live, ``x · Ra · Rb``. A merged layer is
-        unmerged first.
+        """Add an adapter, which becomes active after the active adapters: ``x · Ra · Rb``. A merged layer is unmerged
+        first.
 
         Raises:
-            StateError: the name is taken, or no name for an ``nn.ModuleDict``'s entry (empty, with a dot, ``"keys"``
-            …).
+            StateError: the name is taken, or ``nn.ModuleDict`` does not take the name (empty, with a dot, ``"keys"`` …).
             MatchError, ShapeError: the rotation does not fit.
         """
         check_name(adapter_name)
         if adapter_name in self.oft_R:
             message = f"the layer has an adapter {printable(adapter_name)!r} already"
-            raise StateError(message, module=self._name, remedy="choose another name, or delete_adapter() it first")
+            remedy = f"choose another name, or call delete_adapter({printable(adapter_name)!r}) first"
+            raise StateError(message, module=self._name, remedy=remedy)
         embedding = isinstance(self.base_layer, nn.Embedding)
         if (rotation.side == "embedding") != embedding or (embedding and rotation.scale is not None):
             scaled = " with a scale" if rotation.scale is not None else ""
             place = f"the {rotation.side} side{scaled}"
-            message = f"a rotation on {place} does not go on a {type(self.base_layer).__name__}"
+            message = f"a {type(self.base_layer).__name__} does not take a rotation on {place}"
             remedy = "use the base model that the adapter was trained on"
             raise MatchError(message, module=self._name, remedy=remedy)
         rotation.check_fits(self._shape, self._name)
@@ -163,11 +164,11 @@ class LiveLayer(nn.Module):
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Make these the active adapters, in this order, and the ones that train; a merged layer is unmerged first.
+        """Make these adapters the active and trainable ones, in this order; a merged layer is unmerged first.
 
         Raises:
             StateError: the layer has no such adapter, or a name is given twice.
-            MatchError: an ``oft_s`` and a rotation on the output side.
+            MatchError: the adapters combine an ``oft_s`` with a rotation on the output side.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
@@ -193,13 +194,13 @@ class LiveLayer(nn.Module):
         with module_in_errors(self._name):
             check_chain(chain)
 
-    # --- peft's names for what it wraps ---
+    # --- peft's names for the wrapped layer ---
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    # models ask their layers for these, by which they find a dtype or device and sizes; not by __getattr__, which would
-    # hide what is missing
+    # models read these attributes of their layers to find a dtype, a device and sizes; __getattr__ would hide the error
+    # where one is missing
     weight, bias = _of_base("weight"), _of_base("bias")
     in_features, out_features = _of_base("in_features"), _of_base("out_features")
     num_embeddings, embedding_dim = _of_base("num_embeddings"), _of_base("embedding_dim")
@@ -218,6 +219,7 @@ class LiveLayer(nn.Module):
         return self._after(y, chain)
 
     def _before(self, x: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        """Rotate the inputs ``x``."""
         if not chain:
             return x
         with torch.autocast(x.device.type, enabled=False):
@@ -227,6 +229,7 @@ class LiveLayer(nn.Module):
             return self._features_back(z).to(x.dtype)
 
     def _after(self, y: Tensor, chain: Sequence[LiveRotation]) -> Tensor:
+        """Rotate and scale the outputs ``y``, if a rotation of the chain has that side or a scale."""
         if not any(r.side != "input" or r.scale is not None for r in chain):
             return y
         with torch.autocast(y.device.type, enabled=False):
@@ -234,7 +237,7 @@ class LiveLayer(nn.Module):
             bias = self._loaded_bias()
             if bias is not None:
                 bias = bias.to(z)
-                z = z - bias  # these dialects rotate and scale what comes before the bias
+                z = z - bias  # these dialects rotate and scale the output before the bias is added
             for r in [r for r in chain if r.side != "input"]:
                 z = _apply_cropped_blocks(z, r.blocks().to(z))
             for r in chain:
@@ -260,33 +263,34 @@ class LiveLayer(nn.Module):
         return bool(self.merged_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> float:  # noqa: ARG002
-        """Fold adapters into the base layer's weight, in its own format; forward then rotates nothing more.
+        """Fold adapters into the base layer's weight, in its own format; the forward then applies no rotation.
 
-        The weight that was there waits in CPU memory, whole, for :meth:`unmerge`. Merging what is merged already
-        changes nothing.
+        The old weight stays in CPU memory for :meth:`unmerge`. Merging the adapters that are merged already changes
+        nothing.
 
         Args:
-            safe_merge: as in peft, refuse NaN and infinity and leave the layer as it was. Every merge does, whatever is
-                given here.
-            adapter_names: in the live order; None for the active ones.
+            safe_merge: peft's flag for the refusal of NaN and infinity. Every merge here refuses them and leaves the
+                layer unchanged, whatever the flag says.
+            adapter_names: names of the adapters in the live order; None for the active ones.
 
         Returns:
             the relative (Frobenius) error that storing the rotated weight added; 0 in float32.
 
         Raises:
-            NonFiniteError: NaN or infinity in the generator, the weight or the result.
+            NonFiniteError: the generator, the weight or the result holds NaN or infinity.
             StateError: other adapters are merged, the adapters are disabled, or a name is unknown.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._check_known(names)
         if self.disable_adapters:
             message = "the layer's adapters are disabled"
-            raise StateError(message, module=self._name, remedy="enable_adapters(True) first")
+            raise StateError(message, module=self._name, remedy="call enable_adapters(True) first")
         if not names or names == self.merged_adapters:
             return 0.0
         if self.merged:
-            message = f"{', '.join(map(printable, self.merged_adapters))} is merged already, and {', '.join(map(printable, names))} was asked for"
-            remedy = "unmerge() first, then merge all of them at once: merge(adapter_names=[…])"
+            merged, wanted = (", ".join(map(printable, given)) for given in (self.merged_adapters, names))
+            message = f"the layer has merged the adapters {merged}, and cannot also merge {wanted}"
+            remedy = "call unmerge() first, then merge all adapters at once: merge(adapter_names=[…])"
             raise StateError(message, module=self._name, remedy=remedy)
         layer = Layer(self._name, self.base_layer)
         with module_in_errors(self._name):
@@ -296,7 +300,7 @@ class LiveLayer(nn.Module):
         return folded.error
 
     def unmerge(self) -> None:
-        """Put back what :meth:`merge` replaced, bit for bit and as the same Parameter; nothing where nothing is merged."""
+        """Put back the weight that :meth:`merge` replaced, bit for bit and as the same Parameter; an unmerged layer stays."""
         if self._replaced is not None:
             self._replaced.put_back(self.base_layer)
             self._replaced, self.merged_adapters = None, []
@@ -311,7 +315,7 @@ class LiveLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             message = "a state_dict does not load into a merged layer"
-            raise StateError(message, module=self._name, remedy="unmerge() first")
+            raise StateError(message, module=self._name, remedy="call unmerge() first")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -332,7 +336,7 @@ class Linear(LiveLayer):
 
 
 class Embedding(LiveLayer):
-    """Live layer over :class:`torch.nn.Embedding` or bitsandbytes' quantised one: rotates the embeddings looked up."""
+    """Live layer over :class:`torch.nn.Embedding` or bitsandbytes' quantised embeddings; it rotates the embeddings."""
 
 
 def class_for(layer: Layer) -> type[LiveLayer]:
@@ -343,7 +347,7 @@ def class_for(layer: Layer) -> type[LiveLayer]:
 
 
 def _apply_cropped_blocks(y: Tensor, blocks: Tensor) -> Tensor:
-    """``y · blockdiag(blocks)``, the matrix cropped to ``y``'s features as peft ≤ 0.13 does: its other rows meet zeros."""
+    """``y · blockdiag(blocks)`` with the matrix cropped to ``y``'s features as in peft ≤ 0.13; its other rows meet zeros."""
     features, b = y.shape[-1], blocks.shape[-1]
     needed = -(-features // b)
     padded = nn.functional.pad(y, (0, needed * b - features))
@@ -353,17 +357,18 @@ def _apply_cropped_blocks(y: Tensor, blocks: Tensor) -> Tensor:
 def check_name(adapter_name: object) -> None:
     if not isinstance(adapter_name, str):
         message = f"an adapter's name is a string, not a {type(adapter_name).__name__}"
-        raise StateError(message, remedy="adapter_name='default'")
+        raise StateError(message, remedy="give a string, as in adapter_name='default'")
     message = f"an adapter cannot be named {printable(adapter_name)!r}"
     if not adapter_name or "." in adapter_name:
-        raise StateError(message, remedy="a name without dots, as it becomes part of a state_dict's keys")
+        remedy = "choose a name without dots: the name becomes a part of a state_dict's keys"
+        raise StateError(message, remedy=remedy)
     if hasattr(nn.ModuleDict(), adapter_name):
-        message = f"{message}, an attribute of torch.nn.ModuleDict, which holds it"
+        message = f"{message}: torch.nn.ModuleDict, which holds adapters by name, has an attribute of this name"
         raise StateError(message, remedy="choose another name")
 
 
 def repacking_switch_of(base: nn.Module) -> dict[str, bool]:
-    """bitsandbytes' switch of the repacking of 4-bit weights at CPU eval forwards, where the layer has one."""
+    """bitsandbytes' switch for the repacking of 4-bit weights in CPU eval forwards; empty for a layer without the switch."""
     return {name: value for name, value in base.__dict__.items() if name == "support_avx512bf16_for_cpu"}
 
 
@@ -372,6 +377,8 @@ def check_known(names: Sequence[str], known: Collection[str], module: str | None
     if unknown:
         lacking = "layer has no" if module else "model has no live"
         message = f"the {lacking} adapter {', '.join(map(printable, unknown))}"
-        raise StateError(message, module=module, remedy=f"it has {', '.join(map(printable, known)) or 'none'}")
+        remedy = f"name one of {', '.join(map(printable, known))}" if known else "add an adapter first"
+        raise StateError(message, module=module, remedy=remedy)
     if len(set(names)) < len(names):
-        raise StateError("an adapter is named twice", module=module, remedy="name each adapter once")
+        message = f"an adapter is named twice: {', '.join(map(printable, names))}"
+        raise StateError(message, module=module, remedy="name each adapter once")

@@ -1,4 +1,4 @@
-"""One adapter's rotation of one layer, as a module that trains."""
+"""A :class:`LiveRotation` is one adapter's rotation of one layer, as a module that trains."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LiveRotation(nn.Module):
         weight: the generator, ``(n, b(b-1)/2)`` float32.
         scale: ``(out,)`` float32, or None.
         cayley, side: as in :class:`~oftsurgery.Rotation`.
-        radius: COFT's bound of each block's ``‖Q‖_F``, or None. Every forward keeps to it, and a training one writes
-            the clamped generator back.
-        dropout: share of the blocks that a training forward replaces by the identity, at random: what peft's
-            ``module_dropout`` says (its layers have ignored it since 0.16).
+        radius: COFT's bound of each block's ``‖Q‖_F``, or None. Every forward clamps the generator to the bound, and a
+            training forward writes the clamped generator back.
+        dropout: share of the blocks that a training forward replaces by the identity, at random: the meaning of peft's
+            ``module_dropout``, which peft's own layers ignore since 0.16.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class LiveRotation(nn.Module):
         def own(tensor: Tensor) -> nn.Parameter:
             return nn.Parameter(tensor.detach().to(device=device, dtype=torch.float32, copy=True))
 
-        with torch.inference_mode(False):  # what is made in inference mode never trains
+        with torch.inference_mode(False):  # a tensor that is made in inference mode cannot train
             self.weight = own(rotation.generator)
             self.scale = None if rotation.scale is None else own(rotation.scale)
         self.cayley, self.side, self.radius, self.dropout = rotation.cayley, rotation.side, radius, dropout
 
     def _generator(self, *, write_back: bool) -> Tensor:
-        """Clamped; the gradient passes the clamp as if it were not there, as peft's does."""
+        """The clamped generator; as in peft, the gradient passes through the clamp unchanged."""
         v = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         if self.radius is None:
             return v
         with torch.no_grad():
-            # each element of v stands in Q twice
+            # Q holds each element of v twice
             norm = math.sqrt(2) * torch.linalg.vector_norm(v, dim=1, keepdim=True)
             clamped = torch.where(norm <= self.radius, v, v * (self.radius / norm))
             if write_back:
@@ -66,7 +66,7 @@ class LiveRotation(nn.Module):
 
     @torch.no_grad()
     def rotation(self) -> Rotation:
-        """What it computes now (dropout aside), as a frozen :class:`~oftsurgery.Rotation` of tensors of its own."""
+        """The present rotation (without dropout) as a frozen :class:`~oftsurgery.Rotation` with its own tensors."""
         generator, scale = self._generator(write_back=False), self.scale
         return Rotation(generator.clone(), self.cayley, self.side, None if scale is None else scale.detach().clone())
 

@@ -1,4 +1,4 @@
-"""A wrapped model as a whole: its live layers, which adapters are active, merging them, and reading what they have learnt."""
+"""The functions here work on all live layers of a wrapped model: they choose, merge and read the adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import StateError, printable
 from oftsurgery.folding.memory import transaction
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 from .layers import LiveLayer, check_known
 from .rotation import LiveRotation
@@ -21,11 +21,11 @@ ORIGINS_ATTRIBUTE = "_oftsurgery_live"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a wrapped adapter came with beside its rotations."""
+    """The facts of a wrapped adapter beside its rotations."""
 
     config: dict[str, Any]
     dialect: str
-    saved: Mapping[str, str]  # {name of a tensor that it brought: content hash of what was there before}
+    saved: Mapping[str, str]  # {name of a tensor that the adapter brought: content hash of the model's tensor before}
 
 
 def origins_of(model: nn.Module) -> dict[str, Origin]:
@@ -33,8 +33,8 @@ def origins_of(model: nn.Module) -> dict[str, Origin]:
 
 
 def original_hashes(model: nn.Module) -> dict[str, str]:
-    """``{tensor name: content hash of the base model's values}`` of all tensors that wrapped adapters brought; to be
-    asked before :func:`strip` or :func:`unwrap`.
+    """``{tensor name: content hash of the base model's values}`` of all tensors that wrapped adapters brought. Call this
+    function before :func:`strip` or :func:`unwrap`.
     """
     return {name: before for origin in origins_of(model).values() for name, before in origin.saved.items()}
 
@@ -59,13 +59,14 @@ def active_adapters(model: nn.Module) -> list[str]:
     for path, layer in layers.items():
         if layer.active_adapters != [name for name in names if name in layer.oft_R]:
             message = "the model's layers have different active adapters"
-            raise StateError(message, module=path, remedy="live.set_adapter(model, ['a', 'b'])")
+            raise StateError(
+                message, module=path, remedy="choose the same for all: live.set_adapter(model, ['a', 'b'])"
+            )
     return names
 
 
 def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
-    """Make these the active adapters of all of a wrapped model's layers, in this order; merged layers are unmerged
-    first.
+    """Make these adapters active in all layers of a wrapped model, in this order; merged layers are unmerged first.
 
     Raises:
         StateError: the model has no such adapter, or a name is given twice.
@@ -87,7 +88,7 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 
 
 def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> dict[str, float]:
-    """:meth:`LiveLayer.merge` of all layers of a wrapped model, all or nothing.
+    """:meth:`LiveLayer.merge` of all layers of a wrapped model; after an error no layer is merged.
 
     Returns:
         ``{path: relative error of storing the merged weight}``.
@@ -106,17 +107,17 @@ def merge(model: nn.Module, safe_merge: bool = False, adapter_names: Sequence[st
 
 
 def unmerge(model: nn.Module) -> None:
-    """:meth:`LiveLayer.unmerge` of all layers of a wrapped model: bit-exact."""
+    """:meth:`LiveLayer.unmerge` of all layers of a wrapped model, bit-exactly."""
     for layer in wrapped_layers(model).values():
         layer.unmerge()
 
 
 def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
-    """A live adapter as it is now, trained or not: to fold it into the base model.
+    """A live adapter in its present state, trained or not, which can be folded into the base model.
 
     Args:
-        model: wrapped.
-        adapter_name: may be left out where there is one alone.
+        model: a wrapped model.
+        adapter_name: the adapter's name; None where the model has only one adapter.
 
     Raises:
         StateError: the model is not wrapped, or has no such adapter.
@@ -125,8 +126,8 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
     names = _names_in(layers)
     if adapter_name is None:
         if len(names) != 1:
-            message = "the model has several live adapters"
-            raise StateError(message, remedy=f"name one: {', '.join(map(printable, names))}")
+            message = f"the model has {len(names)} live adapters, and none was named"
+            raise StateError(message, remedy=f"name one of {', '.join(map(printable, names))} (adapter_name=…)")
         adapter_name = names[0]
     check_known([adapter_name], names)
     origin = origins_of(model).get(adapter_name, Origin({}, "peft-0.21", {}))
@@ -145,19 +146,19 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> OFTAdapter:
 
 
 def read_live(model: nn.Module) -> list[OFTAdapter]:
-    """The active adapters as they are now, in the live order: ``fold(base, read_live(live))`` computes what the wrapped
-    model does.
+    """The active adapters in their present state and live order: ``fold(base, read_live(live))`` computes what the
+    wrapped model computes.
 
     Raises:
         StateError: the model is not wrapped, its adapters are disabled, or none is active.
     """
     for path, layer in wrapped_layers(model).items():
         if layer.disable_adapters:
-            message = "the adapters are disabled: the model computes the base"
-            raise StateError(message, module=path, remedy="live.enable_adapters(model, True) first")
+            message = "the adapters are disabled, so the model computes what its base computes"
+            raise StateError(message, module=path, remedy="call live.enable_adapters(model, True) first")
     names = active_adapters(model)
     if not names:
-        raise StateError("the model has no active adapter", remedy="live.set_adapter(model, 'name') first")
+        raise StateError("the model has no active adapter", remedy="call live.set_adapter(model, 'name') first")
     return [adapter_of(model, name) for name in names]
 
 
@@ -165,7 +166,7 @@ def wrapped_layers(model: nn.Module) -> dict[str, LiveLayer]:
     layers = live_layers(model)
     if not layers:
         message = "the model carries no live layer of oftsurgery"
-        raise StateError(message, remedy="oftsurgery.wrap(model, adapter) first")
+        raise StateError(message, remedy="call oftsurgery.wrap(model, adapter) first")
     return layers
 
 

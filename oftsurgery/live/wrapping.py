@@ -1,4 +1,4 @@
-"""Putting live layers into a model, and taking them out of it again."""
+"""The functions here put live layers into a model and take the layers out again."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
+from oftsurgery.adapters.targets import without_targets
 from oftsurgery.errors import MatchError, StateError, printable
-from oftsurgery.folding.engine import warn_of_idle
-from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
+from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
+from oftsurgery.folding.memory import replace_tensor, separate_module, set_vocabulary, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
-from oftsurgery.hashing import hash_tensors
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.model_copy import share_model
-from oftsurgery.stores.ties import inner_model, modules_of
+from oftsurgery.stores.modules import inner_model, modules_of
 
 from .layers import LiveLayer, check_name, class_for, repacking_switch_of
 from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers
@@ -30,23 +30,25 @@ def wrap_model(
     adapters: OFTAdapter | Mapping[str, OFTAdapter],
     *,
     adapter_name: str = "default",
+    incomplete: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
-    """Put live, trainable layers in place of those that an adapter targets, as :func:`oftsurgery.wrap` does.
+    """Replace the layers that an adapter targets by live, trainable layers, as :func:`oftsurgery.wrap` does.
 
-    What trains afterwards is the adapter: its generators (and ``oft_s``) and the tensors that it saved itself (biases,
-    ``modules_to_save``), which replace the model's own, whichever adapters are active. Everything else is frozen, since
-    a pure wrap shares it with ``model``.
+    Only the adapter trains afterwards: its generators (and ``oft_s``) and the tensors that the adapter saved itself
+    (biases, ``modules_to_save``), which replace the model's own, whichever adapters are active. All other tensors are
+    frozen, since the wrapped copy shares these tensors with ``model``.
 
     Args:
-        model: plain, or wrapped already: the adapter then joins those that are there, active after them.
-        adapters: one, or several by name: live, ``x · Ra · Rb`` in this order.
-        adapter_name: of a single one.
-        inplace: change ``model`` itself; otherwise the result shares every tensor that it does not train.
+        model: a plain model, or a wrapped one, whose adapters stay active before the new adapter.
+        adapters: one adapter, or several by name, which compute ``x · Ra · Rb`` in this order.
+        adapter_name: the name of a single adapter.
+        incomplete: whether to take adapters that lack modules which their own configs target.
+        inplace: whether to change ``model`` itself; otherwise the result shares every tensor that does not train.
 
     Raises:
-        MatchError, ShapeError, FormatError, StateError: as :func:`oftsurgery.fold`; also a name taken, a layer merged.
-            After any error the model is as it was.
+        MatchError, ShapeError, FormatError, StateError: as for :func:`oftsurgery.fold`; also where a name is taken or a
+            layer is merged. After any error the model is unchanged.
     """
     named = {adapter_name: adapters} if isinstance(adapters, OFTAdapter) else dict(adapters)
     for name in named:
@@ -65,8 +67,8 @@ def wrap_model(
         _refuse_merged(before)
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
+        plan = plan_changes(store, list(named.values()), partial=incomplete)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
-        plan = plan_changes(store, list(named.values()))
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
         twins = _separate_modules(store.modules, [change.path for change in plan.rotate], layers, journal)
@@ -88,13 +90,15 @@ def wrap_model(
                     layers[base] = live_class(base, name, rotation, radius=radius, path=path, shared=shared)
                     layers[base]._stands_for = twins.get(base)
         hashes = _put_saved_tensors(plan, store, origins, journal)
+        set_vocabulary(store, plan.vocabulary, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
-            origins[name] = Origin(dict(adapter.config), adapter.dialect, saved)
+            origins[name] = Origin(dict(without_targets(adapter.config)), adapter.dialect, saved)
         _freeze(modules, {name for origin in origins.values() for name in origin.saved}, journal)
         swap_modules(work, {id(base): layer for base, layer in layers.items()}, journal)
         _leave_fast_paths(work, journal)
         inner_model(work).__dict__[ORIGINS_ATTRIBUTE] = origins
+        warn_of_missing(plan)
         warn_of_idle(plan)
     return work
 
@@ -102,30 +106,29 @@ def wrap_model(
 def _put_saved_tensors(
     plan: FoldPlan, store: LiveStore, origins: Mapping[str, Origin], journal: list[Undo]
 ) -> dict[str, str]:
-    """Put the adapters' own tensors in place; returns the content hashes of what was there."""
+    """Put the adapters' own tensors in place; return the content hashes of the tensors that they replace."""
     hashes: dict[str, str] = {}
     for change in plan.replace:
         if any(change.name in origin.saved for origin in origins.values()):
             message = "two adapters bring their own values for one tensor"
-            raise MatchError(message, tensor=change.name, remedy="wrap one of them alone")
-        old = store.tensor(change.name)
-        replace_tensor(store.modules, change, journal)
-        hashes |= {name: hash_tensors({name: old}) for name in change.places if old is not None}
+            raise MatchError(message, tensor=change.name, remedy="wrap only one of the two adapters")
+        old, _ = replace_tensor(store, change, journal)
+        hashes |= {name: content_hash(name, old) for name in change.places}
     return hashes
 
 
 def _refuse_merged(layers: Mapping[str, LiveLayer]) -> None:
     for path, layer in layers.items():
         if layer.merged:
-            message = f"{', '.join(map(printable, layer.merged_adapters))} is merged into this layer"
-            raise StateError(message, module=path, remedy="live.unmerge(model) first")
+            message = f"the layer has merged the adapters {', '.join(map(printable, layer.merged_adapters))}"
+            raise StateError(message, module=path, remedy="call live.unmerge(model) first")
 
 
 def _separate_modules(
     modules: dict[str, nn.Module], paths: Iterable[str], live: Collection[nn.Module], journal: list[Undo]
 ) -> dict[nn.Module, tuple[nn.Module]]:
-    """Give each path's layer, where it stands under several names, a module of its own over the same tensors, for peft
-    makes the named place alone live. Returns ``{new module: (the one that it stands for,)}``; shared parents stay shared.
+    """Give each path whose layer has several names a new module over the same tensors, since peft makes only the named
+    place live. Return ``{new module: (the old module,)}``; shared parents stay shared.
     """
     twins = {}
     for path in paths:
@@ -137,14 +140,14 @@ def _separate_modules(
     return twins
 
 
-#: attributes by which torch's encoders and their layers take fused kernels, which read weights and never call the layers
-#: that hold them, and the values for no; an encoder makes nested tensors, which its layers take on the fast path alone
+#: attributes by which torch's encoders choose fused kernels, which read weights and never call the layers that hold the
+#: weights, with the values that switch the kernels off; only the fused kernels take the nested tensors that an encoder makes
 _SLOW: Mapping[str, Any] = {"activation_relu_or_gelu": 0, "use_nested_tensor": False}
 _FAST = "_oftsurgery_fast_path"
 
 
 def _leave_fast_paths(model: nn.Module, journal: list[Undo]) -> None:
-    """Have torch's transformer encoders call their layers where one of these is live."""
+    """Make torch's transformer encoders call their layers where one of the layers is live."""
     for module in model.modules():
         encoder = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder))
         if encoder and _FAST not in module.__dict__ and any(isinstance(m, LiveLayer) for m in module.modules()):
@@ -162,7 +165,7 @@ def _take_fast_path(encoder: nn.Module) -> None:
 
 
 def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[Undo]) -> None:
-    """Let nothing train but the tensors named; the live layers' own are not in ``modules`` yet."""
+    """Let only the named tensors train; ``modules`` does not hold the live layers' own tensors yet."""
     for path, module in modules.items():
         for name, parameter in module._parameters.items():
             wanted = f"{path}.{name}".lstrip(".") in trained
@@ -172,11 +175,10 @@ def _freeze(modules: Mapping[str, nn.Module], trained: set[str], journal: list[U
 
 
 def strip(model: nn.Module) -> list[Undo]:
-    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought itself
-    stay.
+    """Put the base layers back in place of the live ones, in ``model`` itself; tensors that an adapter brought stay.
 
     Returns:
-        what undoes it, to be called in reverse order.
+        functions that undo the change, which are to be called in reverse order.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.
@@ -200,8 +202,7 @@ def strip(model: nn.Module) -> list[Undo]:
 
 
 def unwrap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The model without its live layers, but with the biases and heads that an adapter brought; frozen, as
-    :func:`wrap_model` left it.
+    """The model without its live layers, but with the biases and heads that an adapter brought; the model stays frozen.
 
     Raises:
         StateError: a layer is merged, or the model is not wrapped.

@@ -1,8 +1,8 @@
-""":func:`export_model` exports a model as ONNX: a folder that onnxruntime runs, proved against torch before it appears."""
+""":func:`export_model` exports a model as ONNX: a folder that onnxruntime runs, compared with torch before it appears."""
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -17,18 +17,20 @@ from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, StateError, needs, printable
 from oftsurgery.files.reading import inside, read_json
 from oftsurgery.files.staging import Staging, check_apart
+from oftsurgery.files.tokenizer_files import tokenizer_files
 from oftsurgery.files.writing import disk_errors, to_disk
 from oftsurgery.folding import export
+from oftsurgery.folding.beside import beside_model
 from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.formats.base import OPSET
 from oftsurgery.live.wrapped_model import live_layers
-from oftsurgery.progress import Progress, without_bars
+from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
-from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
+from oftsurgery.stores.modules import inner_model
 from oftsurgery.stores.skeleton import quiet
-from oftsurgery.stores.ties import inner_model
 
 from . import run as onnx_run
 from .capture import capture_graph
@@ -41,15 +43,8 @@ GRAPH = "model.onnx"
 
 _STAGES = 7
 
-#: dtypes of a graph, and the largest difference that passes, relative to the largest value of the output; torch computes in float32 both times
+#: the dtypes of a graph with the largest difference that passes, relative to the output's largest value; torch always computes in float32
 _TOLERANCE = {"float32": 1e-5, "float16": 5e-3}
-
-#: files of a tokenizer
-_TOKENIZER = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
-    "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,9 @@ class OnnxCheck:
     True
 
     Attributes:
-        inputs: what was run: batch size and lengths.
-        errors: ``{output: largest absolute difference / largest absolute value of torch's in all comparisons}``.
+        inputs: the batch size and the lengths of the inputs.
+        errors: ``{output: error}``: the largest absolute difference, divided by the largest absolute value of torch's output in
+            all comparisons.
     """
 
     inputs: str
@@ -70,26 +66,26 @@ class OnnxCheck:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What :func:`~oftsurgery.export_onnx` wrote, and how far it is from torch.
+    """The facts about a graph that :func:`~oftsurgery.export_onnx` wrote, and the graph's distance from torch.
 
     >>> report = oftsurgery.export_onnx(torch.nn.Linear(8, 4), "OUT-ONNX", example_inputs=torch.randn(2, 8))
     >>> len(report.inputs), report.worst < report.tolerance
     (1, True)
 
     Attributes:
-        dtype: of the graph, ``"float32"`` or ``"float16"``.
-        opset: of ONNX's own operators.
-        inputs: names, in order.
-        outputs: names, in order.
-        nbytes: of the graph's weights.
+        dtype: the graph's dtype, ``"float32"`` or ``"float16"``.
+        opset: the version of ONNX's own operators.
+        inputs: the inputs' names, in order.
+        outputs: the outputs' names, in order.
+        nbytes: the bytes of the graph's weights.
         quantized: ``{module path: format}`` of the layers whose codes the graph holds.
         dequantized: ``{module path: reason}`` of the quantised layers whose codes a quantised graph does not hold.
-        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded their
-            scales to bfloat16, and the graph holds the rounded scales.
+        repacked: module paths of 4-bit layers that a CPU forward had repacked before: bitsandbytes has rounded the scales of
+            these layers to bfloat16, and the graph holds the rounded scales.
         tolerance: the largest error that ``checks`` may have.
-        checks: the comparisons; empty where ``verified`` is False.
+        checks: the comparisons; empty if ``verified`` is False.
         verified: whether the checker and the comparisons were run.
-        versions: of the packages that took part.
+        versions: the versions of the packages that took part.
         generation: whether the folder has a ``genai_config.json`` for onnxruntime-genai.
     """
 
@@ -113,11 +109,11 @@ class OnnxReport:
 
     @property
     def worst(self) -> float | None:
-        """The largest error of all checks, or None where there are none."""
+        """The largest error of all checks, or None without checks."""
         return max((e for check in self.checks for e in check.errors.values()), default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """The report as plain dicts, lists, strings and numbers."""
         return dict(plain(self))
 
 
@@ -135,16 +131,15 @@ def export_model(
     force: bool,
     progress: Progress | None,
 ) -> OnnxReport:
-    """:func:`oftsurgery.export_onnx`."""
+    """Export a model in memory: the core of :func:`oftsurgery.export_onnx`."""
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
     if peft_live.has_live_layers(model) or live_layers(model):
         message = "the model carries live adapters"
-        raise StateError(message, remedy="fold them first: oftsurgery.export_onnx(oftsurgery.fold(model), …)")
+        raise StateError(message, remedy="fold the adapters first: oftsurgery.export_onnx(oftsurgery.fold(model), …)")
     require_onnx()
     home = export.source_of(model)
     check_apart(destination, "model", [home] if home is not None else [])
-    _check_tokenizer(tokenizer)
     stages = iter(range(_STAGES))
 
     def step(what: str) -> None:
@@ -157,10 +152,8 @@ def export_model(
         reference = float32_copy(model)
         prepared = Prepared(model, NAMED[dtype], quantized=quantized)
         if quantized and not prepared.kept and not prepared.dequantised:
-            message = "no layer of the model is quantised: there are no codes to keep"
-            remedy = (
-                "leave out quantized=True (--format onnx), or quantise the model first (--quantize nf4 with an adapter)"
-            )
+            message = "no layer of the model is quantised, so the graph has no codes to keep"
+            remedy = "leave out quantized=True (choose --format onnx), or quantise the model first (--adapter with --quantize nf4)"
             raise StateError(message, remedy=remedy)
         needed = sum(t.nbytes for t in (*prepared.structure.parameters(), *prepared.structure.buffers()))
         with Staging(destination, "onnx", needed=needed, resume=False, force=force, resumable=False) as staging:
@@ -199,68 +192,71 @@ def export_model(
 
 
 def load_model(folder: Path) -> nn.Module:
-    """The model of a checkpoint's folder as transformers loads it, in the dtype and the quantisation of its files.
+    """Load the model of a checkpoint's folder with transformers, in the dtype and the quantisation of the files.
 
     Raises:
-        CheckpointError: transformers has no such model, or its weights are not all there.
+        CheckpointError: transformers does not have the model's class, or the checkpoint lacks weights.
         MissingDependencyError: transformers is not installed.
     """
     with needs("transformers", "pip install 'oftsurgery[peft]'"):
         import transformers
-        from transformers.utils import logging
     names = read_json(inside(folder, "config.json")).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, str(names[0]), None)
     if not hasattr(cls, "from_pretrained"):
-        message = f"transformers has no {printable(names[0])}"
-        remedy = "load the model yourself and give it to oftsurgery.export_onnx"
+        message = f"transformers does not have the model's class, {printable(names[0])}"
+        remedy = "load the model in Python and call oftsurgery.export_onnx(model, …)"
         raise CheckpointError(message, path=folder, remedy=remedy)
-    bars = (logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar)
     settings = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    remedy = "oftsurgery doctor says what is wrong with it"
+    remedy = "`oftsurgery doctor FOLDER` finds what is wrong with the checkpoint"
     try:
-        with quiet(), without_bars(*bars):
+        with quiet():
             model, found = cls.from_pretrained(folder, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
         message = f"transformers cannot load the checkpoint: {printable(error, 400)}"
         raise CheckpointError(message, path=folder, remedy=remedy) from error
     missing = [*sorted(found["missing_keys"]), *sorted(str(k) for k in found.get("mismatched_keys", ()))]
     if missing:
-        message = f"the checkpoint lacks {len(missing)} of the model's tensors, or has them in another shape"
+        message = f"the checkpoint lacks {len(missing)} of the model's tensors, or their shapes differ"
         raise CheckpointError(message, tensor=missing[0], path=folder, remedy=remedy)
     return model  # type: ignore[no-any-return]
 
 
 def _outputs(task: Task, reference: nn.Module) -> list[str]:
+    """The outputs' names, from a run of the model.
+
+    Raises:
+        StateError: the model does not run on the task's inputs, or returns no tensor.
+    """
     try:
         names = task.outputs(reference)
     except OFTSurgeryError:
         raise
-    except Exception as error:  # whatever the model's own code raises
+    except Exception as error:  # the model's own code raises errors of any kind
         listed = ", ".join(task.inputs(torch.float32))
-        message = f"the model does not run on {listed}: {type(error).__name__}: {printable(error, 300)}"
-        remedy = "give example inputs on which it does: example_inputs={'name': tensor, …}"
+        message = f"the model does not run on the inputs {listed}: {type(error).__name__}: {printable(error, 300)}"
+        remedy = "give example inputs on which the model runs: example_inputs={'name': tensor, …}"
+        if (
+            getattr(task, "pad", 0) is None
+            and "pad_token_id" in inspect.unwrap(type(reference).forward).__code__.co_names
+        ):
+            # a classifier over a decoder looks for the last token of each text in a batch
+            remedy = "name the padding token: model.config.pad_token_id = tokenizer.pad_token_id (`pad_token_id` in config.json)"
         raise StateError(message, remedy=remedy) from error
     if not names:
-        raise StateError("the model returns no tensor", remedy="wrap it in a module that does")
+        raise StateError("the model returns no tensor", remedy="wrap the model in a module that returns tensors")
     return names
 
 
-def _check_tokenizer(tokenizer: object) -> None:
-    if tokenizer is None or hasattr(tokenizer, "save_pretrained"):
-        return
-    if not isinstance(tokenizer, (str, os.PathLike)) or not Path(tokenizer).is_dir():
-        message = f"no folder of a tokenizer: {printable(tokenizer)}"
-        remedy = "give an object with save_pretrained (transformers.AutoTokenizer.from_pretrained(…)), or a folder that holds its files"
-        raise StateError(message, remedy=remedy)
-
-
 def _checked_dtype(dtype: str) -> str:
+    """The name of the graph's dtype, without the prefix ``torch.``."""
     name = str(dtype).removeprefix("torch.")
     if name in ("bfloat16", "bf16"):
-        message = "onnxruntime has no bfloat16 kernels on the CPU: the graph could be neither run nor proved there"
-        raise StateError(message, format="bfloat16", remedy="dtype='float16', or 'float32' where float16 overflows")
+        message = "onnxruntime has no bfloat16 kernels on the CPU, so the CPU could neither run nor check the graph"
+        remedy = "choose 'float16', or 'float32' where float16 overflows (--dtype)"
+        raise StateError(message, format="bfloat16", remedy=remedy)
     if name not in _TOLERANCE:
-        raise StateError(f"unknown dtype {printable(dtype)!r}", remedy="'float32' or 'float16'")
+        message = f"the dtype {printable(dtype)!r} is not known"
+        raise StateError(message, remedy="choose 'float32' or 'float16' (--dtype)")
     return name
 
 
@@ -270,7 +266,7 @@ def _checked_dtype(dtype: str) -> str:
 def _prove(
     task: Task, reference: nn.Module, path: Path, dtype: str, step: Callable[[str], None]
 ) -> tuple[OnnxCheck, ...]:
-    """Comparisons that kept the tolerance.
+    """The comparisons of the graph with torch, which all kept the tolerance.
 
     Raises:
         ExportError: the graph is not valid, or computes something else.
@@ -281,8 +277,8 @@ def _prove(
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        message = f"the written graph is no valid ONNX: {printable(error, 400)}"
-        raise ExportError(message, remedy="report it, with the model's config") from error
+        message = f"the written graph is not valid ONNX: {printable(error, 400)}"
+        raise ExportError(message, remedy="report this error together with the model's config.json") from error
     step("compare with torch")
     with onnx_run.Process(path, lean=weights_file(path).exists()) as process:
         given, made = process.inputs, process.outputs
@@ -297,20 +293,20 @@ def _prove(
             (case.label, {n: _difference(n, got, expected) for n, (got, expected) in case.pairs.items()})
             for case in task.cases(reference, run, axes)
         ]
-    # of all comparisons: the one number that a regression gives for one text may be anything, zero too
+    # the scale is taken over all comparisons, since a regression's single number for one text may be near zero
     scale = {n: max(values[n][1] for _, values in found) or 1.0 for n in found[0][1]}
     checks = [OnnxCheck(label, {n: d / scale[n] for n, (d, _) in values.items()}) for label, values in found]
     bad = [(e, n, check.inputs) for check in checks for n, e in check.errors.items() if not e <= _TOLERANCE[dtype]]
     if bad:
         largest, name, inputs = max(bad, key=lambda b: b[0])
         raise ExportError(
-            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, allowed are "
+            f"onnxruntime does not compute what torch computes: the largest difference is {largest:.1e} of the largest value, and the limit is "
             f"{_TOLERANCE[dtype]:.0e}, at {inputs} (and in {len({i for _, _, i in bad}) - 1} more of {len(checks)} comparisons)",
             tensor=name,
             format=dtype,
-            remedy="dtype='float32' (--dtype float32)"
+            remedy="choose dtype='float32' (--dtype float32)"
             if dtype == "float16"
-            else "report it, with the model's config; verify=False (--no-verify) writes it all the same",
+            else "report this error together with the model's config.json; verify=False (--no-verify) writes the graph all the same",
         )
     return tuple(checks)
 
@@ -323,13 +319,13 @@ def _difference(name: str, got: Tensor, expected: Tensor) -> tuple[float, float]
         return 0.0, 0.0
     if bool(torch.isnan(expected).any()):
         remedy = "look for NaN among the weights; verify=False (--no-verify) writes the graph all the same"
-        raise ExportError("torch's own output is not a number", tensor=name, remedy=remedy)
+        raise ExportError("torch's own output holds NaN", tensor=name, remedy=remedy)
     got, expected = got.double(), expected.double()
-    same = got == expected  # infinities too, with which models mask their outputs
+    same = got == expected  # equal infinities count too, since models mask their outputs with infinities
     difference = float(torch.where(same, 0, got - expected).abs().max())
     finite = expected[torch.isfinite(expected)].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
-    return difference if difference == difference else float("inf"), largest  # NaN is not itself
+    return difference if difference == difference else float("inf"), largest  # NaN is not equal to NaN
 
 
 # --- the files beside the graph ---------------------------------------------------------------------------------------
@@ -343,23 +339,20 @@ def _write_rest(
     record: FoldRecord | None,
     report: OnnxReport,
 ) -> None:
-    carried = []
-    if hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(staging.folder)
-    else:
-        folder = Path(tokenizer) if tokenizer is not None else export.source_of(model)
-        if folder is not None:
-            carried = [folder / name for name in configs.carried_files(folder) if name in _TOKENIZER]
+    """Write the files beside the graph: configs, tokenizer, record and card."""
     jsons = export.config_files(model, NAMED[report.dtype])
     if genai is not None:
         jsons["genai_config.json"] = genai
-    record = FoldRecord((), {}) if record is None else public_record(record)
-    record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
-    write_other_files(staging, (), record, source=export.source_of(model), jsons=jsons, carried=carried, exact=False)
+    home = export.source_of(model)
+    with beside_model(home, record, tokenizer, getattr(model, "config", None)) as found:
+        carried = replace(found, files=tokenizer_files(found), code=(), left_out=(), lost={})
+        record = FoldRecord((), {}) if record is None else public_record(record)
+        record = replace(record, extra={**record.extra, "onnx": report.to_dict()})
+        write_other_files(staging, (), record, source=home, jsons=jsons, carried=carried, exact=False)
 
 
 def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
-    """``genai_config.json`` for onnxruntime-genai, or None where layers differ in a way that it cannot say."""
+    """``genai_config.json`` for onnxruntime-genai; None if the layers' shapes differ, since the file has one shape for all layers."""
     shapes = {part for layer in task.layers for part in layer}
     if len(shapes) != 1:
         return None
@@ -368,7 +361,7 @@ def _genai_config(model: Any, task: CacheTask) -> dict[str, Any] | None:
     generation = getattr(model, "generation_config", None)
 
     def tokens(name: str) -> list[int]:
-        """onnxruntime-genai takes none that the vocabulary has not, as the defaults of a shrunk model's config."""
+        """The tokens of a setting that lie in the vocabulary; onnxruntime-genai refuses other tokens, which a shrunk model may name."""
         found = getattr(generation, name, None)
         found = getattr(config, name, None) if found is None else found
         found = found if isinstance(found, (list, tuple)) else [found]

@@ -1,4 +1,4 @@
-"""A captured graph gets names for its axes and its weights here, and :func:`write_graph` writes it."""
+"""Functions that name the axes and weights of a captured graph; :func:`write_graph` writes the graph."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 from .placeholders import Read
 from .toolchain import own_errors, quiet
 
-#: larger models have their weights in a file of their own; beyond 2 GB protobuf leaves no choice, and below it a single
-#: file takes several copies in memory
+#: larger models have their weights in a file of their own: protobuf holds at most 2 GB, and writing a single file takes
+#: several copies of the weights in memory
 _SINGLE_FILE_BYTES = 1 << 30
 
-MODULE_PREFIX = "model."  # of the names of tensors in the module that is captured
+MODULE_PREFIX = "model."  # the prefix of tensor names in the module that is captured
 
 
 def name_axes(model: Any, inputs: Mapping[str, tuple[Tensor, Mapping[int, str | None]]]) -> None:
-    """Names of dynamic axes in place of torch's symbols, sums of them included: the given ones, else ``batch`` for the
-    first axis of the first input and ``<input>_<axis>`` for others. What torch found to be static is a number.
+    """Replace torch's symbols for dynamic axes (also in sums) by names: the given names, else ``batch`` for the first axis
+    of the first input and ``<input>_<axis>`` for others. Static axes become numbers.
     """
     import onnx_ir as ir
 
@@ -50,7 +50,7 @@ def name_axes(model: Any, inputs: Mapping[str, tuple[Tensor, Mapping[int, str | 
 
 
 def named_values(graph: Any) -> Iterator[Any]:
-    """All that has a name in a graph, those inside it included."""
+    """All named values of a graph and of the graphs inside."""
     import onnx_ir as ir
 
     yield from (*graph.inputs, *graph.initializers.values())
@@ -59,7 +59,7 @@ def named_values(graph: Any) -> Iterator[Any]:
 
 
 def fill_values(model: Any, values: Mapping[str, Read]) -> None:
-    """Give the initializers their values and their names in the model."""
+    """Give the initializers their values, and the names that the tensors have in the model."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if not name.startswith(MODULE_PREFIX):
@@ -74,22 +74,22 @@ def fill_values(model: Any, values: Mapping[str, Read]) -> None:
 
 
 def _lazy(name: str, dtype: Any, shape: Sequence[int], array: Callable[[], np.ndarray[Any, Any]]) -> Any:
-    """A tensor of a graph whose values are asked for when they are written."""
+    """A tensor of a graph whose values are read when the graph is written."""
     import onnx_ir as ir
 
     return ir.LazyTensor(lambda: ir.tensor(array(), name=name), dtype, ir.Shape(shape), name=name)
 
 
 def may_fold(node: Any) -> bool | None:
-    """No constant in place of a weight: what comes of it would be held in memory, and dequantised codes are no codes."""
+    """False for a node that reads a weight: folding it into a constant would hold the result in memory and lose the codes."""
     import onnx_ir as ir
 
     return False if any(v is not None and isinstance(v.const_value, ir.LazyTensor) for v in node.inputs) else None
 
 
 def transpose_weights(model: Any) -> None:
-    """Store weights as MatMul takes them, ``(in, out)``, where all that a graph does with one is to transpose it:
-    onnxruntime would do so at each load, and hold both.
+    """Store weights as MatMul takes them, ``(in, out)``, where the graph uses a weight only transposed: onnxruntime would
+    otherwise transpose the weight at each load, and hold both copies.
     """
     import onnx_ir as ir
 
@@ -108,6 +108,7 @@ def transpose_weights(model: Any) -> None:
 
 
 def _transposes(node: Any) -> bool:
+    """Whether the node swaps the two axes of a matrix, and can be removed."""
     perm = node.attributes.get("perm")
     return (
         node.op_type == "Transpose"
@@ -120,12 +121,12 @@ def _transposes(node: Any) -> bool:
 
 
 def weights_file(path: Path) -> Path:
-    """Where a graph's weights are, if they have a file of their own."""
+    """The path of the separate file for the weights of a large graph."""
     return path.with_name(f"{path.name}.data")
 
 
 def write_graph(model: Any, path: Path) -> int:
-    """Write a captured graph, one weight at a time where they have a file of their own; returns their bytes.
+    """Write a captured graph and return the bytes of its weights; a separate file gets one weight at a time.
 
     Raises:
         NonFiniteError: a weight is not finite in the graph's dtype.

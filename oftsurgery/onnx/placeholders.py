@@ -1,7 +1,7 @@
-""":class:`Prepared` copies a model's structure over placeholders: fake tensors, which are shapes and dtypes without storage.
+""":class:`Prepared` copies a model's structure over placeholders: fake tensors, which have a shape and a dtype but no storage.
 
-The values stay where they are, in bitsandbytes' 4 or 8 bits or in any float dtype, and each becomes an initializer at the
-moment it is written. So an export holds one dequantised weight at a time.
+The values stay in the model, in bitsandbytes' 4 or 8 bits or in any float dtype, and each value becomes an initializer only
+when the graph is written. So an export holds one dequantised weight at a time.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.stores.layers import Layer, offloaded
 from oftsurgery.stores.model_copy import share_model
+from oftsurgery.stores.modules import distinct, inner_model, modules_of
 
 Read = Callable[[], Tensor]
 
 
 class Prepared:
-    """A structure to capture in ``dtype``, and the values that go with it.
+    """A structure to capture in ``dtype``, and the values of its placeholders.
 
     Args:
-        model: as it is; it stays so.
-        dtype: of the graph: float32 or float16.
-        quantized: keep the codes of 4-bit layers (as ``com.microsoft::MatMulBnb4``) and int8 ones (as
-            ``DequantizeLinear``); otherwise everything is dequantised.
+        model: the model, which stays unchanged.
+        dtype: the graph's dtype: float32 or float16.
+        quantized: whether to keep the codes of 4-bit layers (as ``com.microsoft::MatMulBnb4``) and int8 layers (as
+            ``DequantizeLinear``); otherwise all weights are dequantised.
 
     Attributes:
         structure: a copy of the model whose parameters have no storage.
         values: ``{tensor name in the structure: function that gives its value}``.
         kept: ``{path: format}`` of the layers whose 4- or 8-bit codes the graph holds.
         dequantised: ``{path: reason}`` of the quantised layers whose codes the graph does not hold.
-        repacked: paths of 4-bit layers that a CPU forward had repacked: their absmax is rounded to bfloat16 for good.
+        repacked: paths of 4-bit layers that a CPU forward had repacked, which rounded their absmax to bfloat16 for good.
 
     Raises:
-        StateError: weights that are not loaded, or in a state in which they cannot be read.
-        FormatError: stored in a way that is not known.
+        StateError: a weight is not loaded, or is in a state in which it cannot be read.
+        FormatError: a weight's format is not known.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, quantized: bool) -> None:
@@ -55,8 +56,8 @@ class Prepared:
         self._quantized = quantized
         self._dtype_of = _dtype_chooser(model, dtype)
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps them alive
-        self._tied: dict[int, nn.Parameter] = {}  # by the original's
+        self._reads: dict[int, Read] = {}  # by the placeholder's id; the structure keeps the placeholders alive
+        self._tied: dict[int, nn.Parameter] = {}  # by the original parameter's id
 
         self.structure = _copy_with(model, self._placeholder, dtype)
         _run_all_experts(self.structure)
@@ -67,16 +68,17 @@ class Prepared:
         self.values = {name: self._reads[id(t)] for name, t in tensors if id(t) in self._reads}
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A placeholder."""
         with self._fake:
             return torch.empty(tuple(shape), dtype=dtype)
 
     def _placeholder(self, layer: Layer, module: nn.Module) -> nn.Module:
-        """What stands for a layer in the graph: placeholders for its parameters; buffers are small, and stay."""
+        """The module that stands for a layer in the graph: parameters become placeholders, and small buffers stay."""
         new: Any = self._quantised(layer) if layer.bitsandbytes else None
         new = _plain_counterpart(layer, module) if new is None else new
         for local, original in _parameters(layer):
             if local not in new._parameters:
-                continue  # codes are buffers
+                continue  # a quantised layer's codes are buffers
             name = f"{layer.path}.{local}".lstrip(".")
             if layer.bitsandbytes or original.is_floating_point():
                 shape = original.shape if local != "weight" else new.weight.shape
@@ -89,7 +91,7 @@ class Prepared:
                 continue
             name = f"{layer.path}.{local}".lstrip(".")
             value = _value(layer, local)
-            # transformers computes its own (rotary frequencies) in float32, whatever the dtype of the weights
+            # transformers computes its own buffers (rotary frequencies) in float32, whatever the weights' dtype
             computed = local in new._non_persistent_buffers_set and hasattr(new, "config")
             if value.is_floating_point() and not computed and self._dtype_of(name) == self._dtype:
                 value = _narrow(value, self._dtype, name)
@@ -97,7 +99,7 @@ class Prepared:
         return new  # type: ignore[no-any-return]
 
     def _parameter(self, original: Tensor, name: str, shape: Sequence[int], read: Read) -> nn.Parameter:
-        """One placeholder for each tensor of the model, so that what is tied stays so."""
+        """One placeholder for each tensor of the model, so that tied tensors stay tied."""
         if id(original) not in self._tied:
             dtype = self._dtype_of(name)
             new = nn.Parameter(self._empty(shape, dtype), requires_grad=False)
@@ -106,7 +108,7 @@ class Prepared:
         return self._tied[id(original)]
 
     def _quantised(self, layer: Layer) -> _QuantizedLinear | None:
-        """A bitsandbytes layer with placeholders for its codes, or None where the graph does not hold them."""
+        """A linear layer with placeholders for a bitsandbytes layer's codes; None if the graph does not hold the codes."""
         encoded, home = layer.read()
         f = encoded.format
         if layer.repacked:
@@ -119,8 +121,8 @@ class Prepared:
             return None
         self.kept[layer.path] = home.label
         new = _QuantizedLinear(f, self._dtype_of(f"{layer.path}.weight"))
-        # 4-bit: codes (out·in/2,) uint8 as bitsandbytes packs them and the absmax, double quantisation undone; int8:
-        # codes (out, in) and SCB/127
+        # 4-bit layers: codes (out·in/2,) uint8 as bitsandbytes packs them, and the absmax without double quantisation;
+        # int8 layers: codes (out, in) and SCB/127
         for local, part in (("qweight", f.kind.codes), (f.kind.onnx_scales, f.kind.steps)):
             like = part(encoded)
             placeholder = self._empty(like.shape, like.dtype)
@@ -132,14 +134,14 @@ class Prepared:
 def _why_dequantised(layer: Layer, f: WeightFormat, *, tied: bool) -> str | None:
     """Why the graph cannot hold this layer's codes, or None."""
     if layer.kind != "linear":
-        return f"an {layer.kind}: only linear layers can stay quantised"
+        return f"the layer is an {layer.kind}, and only linear layers can stay quantised"
     if tied:
-        return "its weight is shared with a module that is dequantised"
+        return "the layer shares its weight with a module that is dequantised"
     return f.kind.onnx_obstacle(f)
 
 
 class _QuantizedLinear(nn.Module):
-    """A linear layer whose codes go into the graph; it can be captured and not run."""
+    """A linear layer whose codes go into the graph; the layer can be captured, but not run."""
 
     qweight: Tensor
     bias: nn.Parameter | None
@@ -153,25 +155,25 @@ class _QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Models ask for its dtype."""
+        """An empty tensor in the layer's dtype, which models ask for."""
         return torch.empty(0, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        torch._check(x.shape[-1] == self.in_features)  # type: ignore[no-untyped-call]  # torch knows nothing of the operator
+        torch._check(x.shape[-1] == self.in_features)  # type: ignore[no-untyped-call]  # torch does not know the operator
         f, scales = self.format, getattr(self, self.format.kind.onnx_scales)
         y = f.kind.onnx_product(x, self.qweight, scales, f)
         return y if self.bias is None else y + self.bias
 
 
 def float32_copy(model: nn.Module) -> nn.Module:
-    """What the graph is compared with: a copy of ``model`` on the CPU that computes in float32 with the exact weights,
-    each decoded when it is read, so that there is one at a time.
+    """The reference of the graph: a copy of ``model`` on the CPU that computes in float32 with the exact weights. Each
+    weight is decoded when it is read, so that memory holds one decoded weight at a time.
     """
     return _copy_with(model, _module_in_float32, torch.float32)
 
 
 def _plain_counterpart(layer: Layer, module: nn.Module) -> nn.Module:
-    """``module`` of a copy, or the plain counterpart of a bitsandbytes layer, without values."""
+    """The copy's ``module``, or a plain module without values in place of a bitsandbytes layer."""
     if not layer.bitsandbytes:
         return module
     rows, columns = layer.read()[0].format.shape
@@ -182,9 +184,7 @@ def _plain_counterpart(layer: Layer, module: nn.Module) -> nn.Module:
 
 
 def _module_in_float32(layer: Layer, module: nn.Module) -> nn.Module:
-    """The module of a copy, or what stands for it, with the values of the layer's: small ones as they are, large ones to be
-    read when they are used.
-    """
+    """The copy's module, or a plain module in its place, with the layer's values; large values are read at each use."""
     new = _plain_counterpart(layer, module)
     reads: dict[str, Read] = {}
     for local, parameter in _parameters(layer):
@@ -201,16 +201,18 @@ def _module_in_float32(layer: Layer, module: nn.Module) -> nn.Module:
 
 
 def _parameters(layer: Layer) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` of a layer's own parameters; raises StateError for a lazy parameter."""
     for local, parameter in layer.module._parameters.items():
         if parameter is None:
             continue
         if nn.parameter.is_lazy(parameter):
-            message, remedy = "the module is lazy and has no weight yet", "run one forward first"
+            message, remedy = "the module is lazy and has no weight yet", "run one forward of the model first"
             raise StateError(message, module=layer.path, remedy=remedy)
         yield local, parameter
 
 
 def _read_part(layer: Layer, part: Callable[[EncodedWeight], Tensor]) -> Tensor:
+    """One part of a layer's weight, on the CPU."""
     return part(layer.read()[0]).detach().cpu()
 
 
@@ -224,18 +226,18 @@ def _value(layer: Layer, local: str) -> Tensor:
 
 
 def _float32(layer: Layer, local: str) -> Tensor:
-    """The same in float32, if it is floating point."""
+    """:func:`_value`, in float32 if the value is floating point."""
     value = _value(layer, local)
     return value.float() if value.is_floating_point() else value
 
 
 def _read_on_access(module: nn.Module, reads: Mapping[str, Read]) -> None:
-    """Make attributes of ``module`` computed ones, whoever reads them."""
+    """Make the attributes in ``reads`` properties of ``module``, which compute the value at each access."""
     if not reads:
         return
     for local in reads:
         shape = module._parameters[local].shape  # type: ignore[union-attr]
-        # of the right dtype and shape, and of one element: models ask their parameters for it
+        # models read the dtype and the shape of their parameters, so an expanded tensor of one element stays
         module._parameters[local] = nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
 
     def computed(read: Read) -> property:
@@ -246,18 +248,20 @@ def _read_on_access(module: nn.Module, reads: Mapping[str, Read]) -> None:
 
 
 def _copy_with(model: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A copy of ``model`` for one forward in ``dtype``: no accelerate hooks, nothing compiled, in eval mode, and what
-    ``make`` gives for each layer in the place of the copy's module.
+    """A copy of ``model`` for a forward in ``dtype``, in eval mode, without accelerate hooks and compiled code; ``make``
+    gives the module for each layer.
     """
-    copies = dict(share_model(model).named_modules())
+    copies = distinct(modules_of(share_model(model)))
     for module in copies.values():
         module._compiled_call_impl = None
         if "_hf_hook" in module.__dict__:
             for name in ("_hf_hook", "_old_forward", "forward"):
                 module.__dict__.pop(name, None)
-    made = {id(copies[path]): make(Layer(path, original), copies[path]) for path, original in model.named_modules()}
+    originals = distinct(modules_of(model))
+    made = {id(copy): make(Layer(path, originals[path]), copy) for path, copy in copies.items()}
     for module in copies.values():
-        module._modules.update({name: made[id(child)] for name, child in module._modules.items() if child is not None})
+        children = {name: inner_model(child) for name, child in module._modules.items() if child is not None}
+        module._modules.update({name: made[id(child)] for name, child in children.items()})
     copy: Any = made[id(copies[""])].eval()
     if getattr(getattr(copy, "config", None), "dtype", None) is not None:
         copy.config.dtype = dtype
@@ -266,23 +270,23 @@ def _copy_with(model: nn.Module, make: Callable[[Layer, nn.Module], nn.Module], 
 
 def _set_parameter(module: nn.Module, local: str, parameter: nn.Parameter) -> None:
     if isinstance(module, nn.RNNBase):
-        setattr(module, local, parameter)  # it keeps a list of its weights too
+        setattr(module, local, parameter)  # a recurrent module also keeps a list of its weights
     else:
         module._parameters[local] = parameter
 
 
 def _narrow(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Raises NonFiniteError where the narrower dtype has no such number."""
+    """``value`` in ``dtype``; raises NonFiniteError if the narrower dtype cannot hold a value."""
     new = value.to(dtype)
     if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
         message = f"the weight is not finite in {name_of(dtype)}"
-        raise NonFiniteError(message, tensor=name, remedy="export it as dtype='float32' (--dtype float32)")
+        raise NonFiniteError(message, tensor=name, remedy="export the model with dtype='float32' (--dtype float32)")
     return new
 
 
 def _dtype_chooser(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    """The dtype of each tensor in the graph: transformers itself keeps some in float32 in a half-precision model (T5's
-    ``wo``).
+    """A function that gives each tensor's dtype in the graph: transformers keeps some tensors of a half-precision model in
+    float32 (T5's ``wo``).
     """
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     parts = sorted({part for name in names for part in getattr(model, name, None) or ()})
@@ -294,8 +298,8 @@ _EXPERTS = "oftsurgery_all_experts"
 
 
 def _run_all_experts(copy: nn.Module) -> None:
-    """Let transformers' mixtures of experts run each expert on each token: what else it has for them either depends on
-    the values, or gathers whole weights for each token, or is an operator that ONNX has not.
+    """Let transformers' mixtures of experts run each expert on each token: the other implementations depend on the values,
+    gather whole weights for each token, or use an operator that ONNX does not have.
     """
     configs = {id(c): c for m in copy.modules() if (c := getattr(m, "config", None)) is not None}.values()
     mixtures = [c for c in configs if getattr(c, "_experts_implementation", None) is not None]
@@ -309,8 +313,8 @@ def _run_all_experts(copy: nn.Module) -> None:
 
 
 def _all_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """``hidden (tokens, size)``, ``chosen`` and ``weights (tokens, k)`` to ``(tokens, size)``, with an experts module of
-    transformers as ``self``.
+    """The experts' output ``(tokens, size)`` from ``hidden (tokens, size)`` and ``chosen`` and ``weights (tokens, k)``;
+    ``self`` is an experts module of transformers.
     """
 
     def linear(x: Tensor, name: str) -> Tensor:

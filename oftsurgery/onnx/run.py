@@ -1,8 +1,8 @@
-"""onnxruntime runs a graph in a process of its own, as whoever uses it will run it: from its path, without torch.
+"""onnxruntime runs a graph in its own process, as users run the graph: from a path, without torch.
 
-So its memory is not added to the model's, and a crash of the runtime is an error like others. ``python -m
-oftsurgery.onnx.run GRAPH`` is that process: it answers feeds on its standard input with outputs, both pickled, to
-nobody but the process that started it.
+So the runtime's memory is not added to the model's memory, and a crash of the runtime becomes an error. The process is
+``python -m oftsurgery.onnx.run GRAPH``. This process reads pickled feeds from its standard input and writes pickled outputs;
+only the parent process holds these pipes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-# where numpy has another name of a dtype than onnxruntime
+# onnxruntime's names of dtypes where numpy's names differ
 _DTYPES = {"float": "float32", "double": "float64"}
 
 
@@ -31,9 +31,9 @@ class Value:
     """An input or output of a graph.
 
     Attributes:
-        name: of it.
-        dtype: numpy's name.
-        shape: sizes, or names of dynamic axes.
+        name: the value's name.
+        dtype: numpy's name of the dtype.
+        shape: the axes' sizes, or the names of dynamic axes.
     """
 
     name: str
@@ -42,19 +42,19 @@ class Value:
 
 
 class Process:
-    """onnxruntime with a graph, on the CPU, until the end of the context.
+    """A process in which onnxruntime runs a graph on the CPU, until the end of the context.
 
     Args:
-        path: of the graph.
-        lean: leave large weights in their file, where the system can drop them from memory: without constant folding
-            and prepacking, which copy them.
+        path: the graph's path.
+        lean: whether to leave large weights in their file, where the system can drop them from memory: constant folding
+            and prepacking, which copy weights, are switched off.
 
     Raises:
         ExportError: onnxruntime cannot load or run the graph.
     """
 
     def __init__(self, path: Path, *, lean: bool = False) -> None:
-        # modules are found where this process finds them, and nowhere else
+        # the child finds modules in the same places as this process, and nowhere else
         places = os.pathsep.join(p or str(Path.cwd()) for p in sys.path)
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
             [sys.executable, "-m", __name__, str(path), "lean" if lean else "usual"],
@@ -76,7 +76,7 @@ class Process:
         self._end()
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Outputs in the graph's order."""
+        """Run the graph on ``feeds``; the outputs are in the graph's order."""
         try:
             pickle.dump(dict(feeds), self._process.stdin)  # type: ignore[arg-type]
             self._process.stdin.flush()  # type: ignore[union-attr]
@@ -85,31 +85,35 @@ class Process:
         return self._answer("run")  # type: ignore[no-any-return]
 
     def _answer(self, what: str) -> Any:
+        """The next answer of the process, which had to ``what`` ("load" or "run") the graph."""
         try:
             answer, failed = pickle.load(self._process.stdout)  # type: ignore[arg-type]  # noqa: S301 - our own child
         except (EOFError, pickle.UnpicklingError) as error:
             raise self._ended(what) from error
         if failed:
             message = f"onnxruntime cannot {what} the graph: {printable(answer, 400)}"
-            remedy = "report it, with the model's config; verify=False (--no-verify) writes the graph all the same"
+            remedy = "report this error together with the model's config.json; verify=False (--no-verify) writes the graph all the same"
             raise ExportError(message, remedy=remedy)
         return answer
 
     def _end(self) -> bytes:
-        """What it said, if it is at work still."""
+        """End the process if it still runs; return its error output."""
         if self._process.returncode is not None:
             return b""
         self._process.kill()
         return self._process.communicate()[1]
 
     def _ended(self, what: str) -> ExportError:
-        said = self._end().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        """The error for a process that ended without an answer."""
+        said = self._end().decode(errors="replace").strip().splitlines() or ["the process printed nothing"]
         message = f"onnxruntime ended with code {self._process.returncode} when it had to {what} the graph: {printable(said[-1], 400)}"
-        remedy = "is there enough memory? verify=False (--no-verify) writes the graph without running it"
+        remedy = "check that there is enough memory; verify=False (--no-verify) writes the graph without running it"
         return ExportError(message, remedy=remedy)
 
 
 def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
+    """Run a graph on each of the feeds that the parent process writes; the main function of the child process."""
+
     def say(answer: Any, *, failed: bool = False) -> None:
         pickle.dump((answer, failed), writer)
         writer.flush()
@@ -124,7 +128,7 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
         more["disabled_optimizers"] = ["ConstantFolding"]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], **more)
-    except Exception as error:  # onnxruntime has no class of its errors in common; the parent raises it as ours
+    except Exception as error:  # onnxruntime's errors share no class; the parent raises an ExportError
         say(str(error), failed=True)
         return
     say((tuple(map(_facts, session.get_inputs())), tuple(map(_facts, session.get_outputs()))))
@@ -136,17 +140,17 @@ def _serve(path: str, mode: str, reader: BinaryIO, writer: BinaryIO) -> None:
             return
         try:
             say(session.run(names, feeds))
-        except Exception as error:
+        except Exception as error:  # onnxruntime's errors share no class here either
             say(str(error), failed=True)
 
 
 def _facts(found: Any) -> tuple[str, str, tuple[str | int, ...]]:
-    """Those of a :class:`Value`."""
+    """The facts of a :class:`Value`."""
     kind = found.type.removeprefix("tensor(").removesuffix(")")
     return found.name, _DTYPES.get(kind, kind), tuple(found.shape)
 
 
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints, prints beside the answers
+    os.dup2(2, 1)  # prints go to the standard error, so that the pipe holds only answers
     _serve(sys.argv[1], sys.argv[2], sys.stdin.buffer, out)

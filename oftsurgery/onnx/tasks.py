@@ -1,7 +1,7 @@
-"""A task says what goes into an exported graph and comes out of it: names, dynamic axes, and inputs to prove it on.
+"""A task names the inputs and outputs of an exported graph, their dynamic axes, and the inputs on which the graph is checked.
 
-Three kinds of task: text models without a cache, decoders with one, and any module with example inputs. Each gives the
-module to capture, its inputs, and the cases on which onnxruntime and torch are compared.
+There are three kinds of task: for text models without a cache, for decoders with a cache, and for any module with example
+inputs. A task gives the module to capture, its inputs, and the cases on which onnxruntime and torch are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from oftsurgery.errors import StateError, printable
 
-#: ``{input name: tensor}`` to ``{output name: tensor}``, by onnxruntime
+#: function from ``{input name: tensor}`` to ``{output name: tensor}``, which onnxruntime computes
 Run = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 Inputs = dict[str, tuple[Tensor, dict[int, str | None]]]
@@ -29,11 +29,11 @@ _LONGEST = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what the graph gave, and what torch gives.
+    """One comparison of the graph's outputs with torch's.
 
     Attributes:
-        label: shapes, for the report.
-        pairs: ``{output: (graph's, torch's)}``, of the positions that mean something.
+        label: the shapes, for the report.
+        pairs: ``{output: (graph's, torch's)}``, without the positions of padding.
     """
 
     label: str
@@ -41,18 +41,18 @@ class Case:
 
 
 class Task:
-    """Base of the three kinds.
+    """The base class of the three kinds of task.
 
     Attributes:
-        names: of the inputs.
-        by_name: the model takes them by name.
+        names: the inputs' names.
+        by_name: whether the model takes the inputs by name.
     """
 
     names: Sequence[str]
     by_name = True
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The module to capture, with ``model`` as its attribute ``model``; it takes the inputs in order."""
+        """The module to capture, which has ``model`` as its attribute ``model`` and takes the inputs in order."""
         _set_up(model, use_cache=False)
         return _Named(model, self.names, by_name=self.by_name)
 
@@ -61,45 +61,52 @@ class Task:
         raise NotImplementedError
 
     def outputs(self, reference: nn.Module) -> list[str]:
-        """Names of the outputs, in order."""
+        """The outputs' names, in order."""
         raise NotImplementedError
 
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
-        """Run both on several shapes.
+        """Run the reference and the graph on several shapes.
 
         Args:
             reference: the model in torch.
-            run: the graph in onnxruntime.
-            axes: ``{input or output: its axes}`` of the graph: sizes, or names of dynamic ones.
+            run: function that runs the graph in onnxruntime.
+            axes: ``{input or output: its axes}`` of the graph: sizes, or names of dynamic axes.
         """
         raise NotImplementedError
 
 
 def task_of(model: nn.Module, example_inputs: Any, *, with_past: bool) -> Task:
-    """The kind of task that a model is exported for.
+    """The task for the export of a model.
 
     Raises:
-        StateError: there is none without example inputs, or no cache to export.
+        StateError: the model needs example inputs, or has no cache to export.
     """
     if example_inputs is not None:
         if with_past:
-            message = "a graph with a cache takes its own inputs, and example inputs were given too"
-            raise StateError(message, remedy="leave out with_past=True or example_inputs")
+            message = "a graph with a cache has its own inputs, and example inputs were given too"
+            raise StateError(message, remedy="leave out with_past=True (--with-past) or example_inputs")
         return ExampleTask(model, example_inputs)
-    config = getattr(model, "config", None)
     parameters = inspect.signature(model.forward).parameters
-    if "input_ids" not in parameters or not hasattr(config, "get_text_config"):
-        message = f"what a {type(model).__name__} takes is not known"
+    if "input_ids" not in parameters or _text_config(model) is None:
+        message = f"the inputs of a {type(model).__name__} are not known"
         remedy = "give example inputs: example_inputs={'name': tensor, …}, or a tuple of tensors"
         raise StateError(message, remedy=remedy)
     return CacheTask(model) if with_past else TextTask(model)
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The config of the texts that a model takes; None for a model without such a config, or with several (MusicGen)."""
+    try:
+        return getattr(model, "config", None).get_text_config()  # type: ignore[union-attr]
+    except (AttributeError, ValueError):
+        return None
+
+
 def _set_up(model: nn.Module, *, use_cache: bool) -> None:
-    """Settings of a copy's configs, its submodules' included."""
+    """Set the options in a copy's configs, with the configs of its submodules."""
     settings: dict[str, Any] = {"use_cache": use_cache, "return_dict": True}
     if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        settings["_attn_implementation"] = "sdpa"  # no flash attention
+        settings["_attn_implementation"] = "sdpa"  # in place of flash attention, for example
     for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
         for name, value in settings.items():
             if hasattr(config, name):
@@ -110,7 +117,7 @@ def _set_up(model: nn.Module, *, use_cache: bool) -> None:
 
 
 class _Named(nn.Module):
-    """A model as a function of named tensors in a fixed order; notes the names of its outputs."""
+    """A model as a function of named tensors in a fixed order; the module keeps the names of its outputs."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[str], *, by_name: bool) -> None:
         super().__init__()
@@ -122,7 +129,7 @@ class _Named(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, tensors, strict=True))
         out = self.model(**given) if self.by_name else self.model(*tensors)
-        # a graph has one name for each value: an output that is an input, a weight or another output is a copy of it
+        # a graph has one name for each value, so an output that is an input, a weight or another output is copied
         taken = {id(t) for t in (*tensors, *self.model.parameters(), *self.model.buffers())}
         found: dict[str, Tensor] = {}
         for name, tensor in _tensors(out):
@@ -133,7 +140,7 @@ class _Named(nn.Module):
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a model's output by name; caches and what is no tensor left out."""
+    """The tensors of a model's output by name, without caches and other values."""
     if isinstance(value, Tensor):
         yield name or "output", value
     elif isinstance(value, Mapping):
@@ -146,13 +153,13 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class TextTask(Task):
-    """``input_ids`` and ``attention_mask``, ``token_type_ids`` where the model tells types apart (BERT's pairs of
-    sentences), ``decoder_input_ids`` for encoder-decoders, to all that the model returns.
+    """The task of a text model: the inputs are ``input_ids`` and ``attention_mask``, ``token_type_ids`` for a model with
+    several types (BERT's pairs of sentences) and ``decoder_input_ids`` for an encoder-decoder; all outputs are exported.
     """
 
     def __init__(self, model: Any) -> None:
         parameters = inspect.signature(model.forward).parameters
-        config = model.config.get_text_config()
+        config = _text_config(model)
         self.types = int(getattr(config, "type_vocab_size", None) or 0)
         self.names = [n for n in ("input_ids", "attention_mask") if n in parameters]
         if "token_type_ids" in parameters and self.types > 1:
@@ -162,11 +169,12 @@ class TextTask(Task):
         self.vocabulary = int(config.vocab_size)
         self.pad = getattr(config, "pad_token_id", None)
         positions = int(getattr(config, "max_position_embeddings", None) or 0)
-        positions = positions if positions > 0 else 2 * _LONGEST  # XLNet says -1
-        first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0  # RoBERTa counts from behind the padding
+        positions = positions if positions > 0 else 2 * _LONGEST  # XLNet's config has -1
+        # RoBERTa's positions start after the pad id
+        first = 1 + max(self.pad or 0, 0) if isinstance(self.pad, int) else 0
         self.longest = max(1, min(_LONGEST, positions - first))
 
-    def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - of integers
+    def inputs(self, dtype: torch.dtype) -> Inputs:  # noqa: ARG002 - all inputs are integers
         given = self._feeds(2, min(5, self.longest), torch.Generator().manual_seed(0))
         return {n: (t, {0: BATCH, 1: DECODER if n == "decoder_input_ids" else SEQUENCE}) for n, t in given.items()}
 
@@ -176,6 +184,7 @@ class TextTask(Task):
         return list(wrapped.names)
 
     def _feeds(self, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random inputs of one batch size and one length."""
         ids, mask = self.tokens(batch, length, generator)
         given = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.names:
@@ -187,8 +196,8 @@ class TextTask(Task):
     def tokens(
         self, batch: int, length: int, generator: torch.Generator, *, padded: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Random tokens and their mask, both (batch, length) int64; each row of a batch has more padding on its left
-        than the one before.
+        """Random tokens and their mask, both (batch, length) int64; each row of a batch has more left padding than the
+        row before.
         """
         ids = torch.randint(0, self.vocabulary, (batch, length), generator=generator)
         if self.pad is not None and self.vocabulary > 1:
@@ -213,7 +222,7 @@ class TextTask(Task):
             real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
             pairs = {}
             for name, value in expected.items():
-                # what stands at padding means nothing, and may be anything
+                # the outputs at padding have no meaning, so only the other positions are compared
                 by_position = list(axes[name][:2]) == [BATCH, SEQUENCE]
                 pairs[name] = (got[name][real], value[real]) if by_position else (got[name], value)
             yield Case(f"batch {batch}, length {length}", pairs)
@@ -223,25 +232,25 @@ class TextTask(Task):
 
 
 class CacheTask(TextTask):
-    """A decoder with its key-value cache: one graph for the prompt (no past) and for each token after it.
+    """The task of a decoder with its key-value cache: one graph serves the prompt (no past) and each token after it.
 
-    ``input_ids (batch, sequence)``, ``attention_mask (batch, past + sequence)``, ``position_ids (batch, sequence)``
-    where the model takes them, and for each layer ``past_key_values.{i}.key`` and ``.value (batch, heads, past, size)``
-    give ``logits`` and ``present.{i}.key``, ``.value``.
+    The inputs are ``input_ids (batch, sequence)``, ``attention_mask (batch, past + sequence)``, ``position_ids (batch,
+    sequence)`` where the model takes them, and for each layer ``past_key_values.{i}.key`` and ``.value (batch, heads,
+    past, size)``. The outputs are ``logits`` and ``present.{i}.key``, ``.value``.
 
     Attributes:
-        layers: for each layer the heads and sizes of its keys and its values: ``((heads, size), (heads, size))``.
+        layers: the heads and sizes of each layer's keys and values: ``((heads, size), (heads, size))``.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         if "decoder_input_ids" in self.names or getattr(model.config, "is_encoder_decoder", False):
-            message = "an encoder-decoder has no cache that one graph could serve for prompt and generation"
-            raise StateError(message, remedy="export it without with_past=True (--with-past)")
+            message = "the model is an encoder-decoder, and no single graph can serve its prompt and its generation"
+            raise StateError(message, remedy="export the model without with_past=True (--with-past)")
         parameters = inspect.signature(model.forward).parameters
         if "past_key_values" not in parameters:
-            message = f"a {type(model).__name__} keeps no cache of keys and values"
-            remedy = "export it without with_past=True (--with-past); only decoders that generate have a cache"
+            message = f"a {type(model).__name__} has no cache of keys and values"
+            remedy = "export the model without with_past=True (--with-past); only decoders that generate have a cache"
             raise StateError(message, remedy=remedy)
         self.names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in parameters]
         self.layers: list[tuple[tuple[int, int], tuple[int, int]]] = []
@@ -251,14 +260,14 @@ class CacheTask(TextTask):
         return _WithCache(model, self.names)
 
     def outputs(self, reference: nn.Module) -> list[str]:
-        """Raises StateError for a model whose cache is not keys and values of attention layers alone."""
+        """The outputs' names; raises StateError if the cache holds more than keys and values of attention layers."""
         from transformers import DynamicCache
 
         model: Any = self.wrap(reference).model
         given = self._step(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
         try:
             out = model(**given, past_key_values=DynamicCache(), use_cache=True)
-        except Exception:  # of the model's own code: it has another cache, or does not run at all, which this tells
+        except Exception:  # the model has another cache, or does not run at all: the next line tells which
             model(**given, use_cache=False)
             out = {}
         layers: Any = getattr(out.get("past_key_values"), "layers", None)
@@ -267,8 +276,8 @@ class CacheTask(TextTask):
         except (AttributeError, TypeError, ValueError):
             self.layers = []
         if not self.layers or "logits" not in out:
-            message = f"the cache of a {type(model).__name__} is not keys and values of attention layers alone"
-            raise StateError(message, remedy="export it without with_past=True (--with-past)")
+            message = f"the cache of a {type(model).__name__} holds more than keys and values of attention layers"
+            raise StateError(message, remedy="export the model without with_past=True (--with-past)")
         return ["logits", *self.presents]
 
     @property
@@ -287,8 +296,8 @@ class CacheTask(TextTask):
         return found | {n: (t, {0: BATCH, 2: PAST}) for n, t in self._past(batch, past, dtype).items()}
 
     def _step(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Inputs for the last tokens of a mask, but for the cache; positions as transformers' ``generate`` derives them
-        from the mask.
+        """The inputs for the last tokens of a mask, without the cache; the positions follow from the mask, as in
+        transformers' ``generate``.
         """
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -302,7 +311,7 @@ class CacheTask(TextTask):
         }
 
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:  # noqa: ARG002
-        """The prompt, then two tokens at once, then one at a time; torch computes the whole text without a cache."""
+        """Run the prompt, then two tokens at once, then single tokens; torch computes the whole text without a cache."""
         generator = torch.Generator().manual_seed(1)
         _set_up(reference, use_cache=False)
         for batch, prompt in ((1, 1), (3, 2), (3, 17), (3, _LONGEST)):
@@ -324,12 +333,14 @@ class CacheTask(TextTask):
 
 
 def _heads(tensor: Tensor) -> tuple[int, int]:
-    """``(batch, heads, length, size)`` → heads and size."""
+    """Heads and size of a tensor ``(batch, heads, length, size)``."""
     _, heads, _, size = tensor.shape
     return heads, size
 
 
 class _WithCache(nn.Module):
+    """A decoder as a function of named tensors and of its cache's tensors, in a fixed order."""
+
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
@@ -340,7 +351,7 @@ class _WithCache(nn.Module):
 
         given = dict(zip(self.inputs, tensors, strict=False))
         past = tensors[len(self.inputs) :]
-        # whole, without a config: a sliding window is applied by the mask, so that lengths are those of the inputs
+        # without a config the cache stays whole: the mask applies a sliding window, and lengths are those of the inputs
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
         out = self.model(**given, past_key_values=cache, use_cache=True)
         present = out.past_key_values.layers
@@ -351,7 +362,7 @@ class _WithCache(nn.Module):
 
 
 class ExampleTask(Task):
-    """Any module, with the inputs that it was given as examples: a tensor, a tuple of them, or a mapping by name."""
+    """The task of any module with example inputs: a tensor, a tuple of tensors, or a mapping of names to tensors."""
 
     def __init__(self, model: nn.Module, examples: Any) -> None:
         if isinstance(examples, Tensor):
@@ -364,14 +375,14 @@ class ExampleTask(Task):
             or not all(isinstance(t, Tensor) for t in found.values())
         ):
             raise StateError(
-                f"example inputs are a tensor, a tuple of tensors or a mapping of names to tensors, not {printable(type(examples).__name__)} of "
+                f"example inputs must be a tensor, a tuple of tensors or a mapping of names to tensors, not a {printable(type(examples).__name__)} of "
                 f"{', '.join(sorted({type(v).__name__ for v in found.values()})) or 'nothing'}",
                 remedy="wrap the model in a module whose forward takes tensors alone",
             )
         for name, tensor in found.items():
             if not tensor.numel():
-                message = f"the example input {printable(name)!r} is empty, shape {tuple(tensor.shape)}"
-                raise StateError(message, remedy="give one with at least one element")
+                message = f"the example input {printable(name)!r} is empty: its shape is {tuple(tensor.shape)}"
+                raise StateError(message, remedy="give an example input with at least one element")
         self.examples: dict[str, Tensor] = {
             str(n): (t.float() if t.is_floating_point() else t).detach().cpu() for n, t in found.items()
         }
@@ -392,8 +403,8 @@ class ExampleTask(Task):
         return names
 
     def _in_two_rows(self, wrapped: nn.Module, values: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The examples with a batch of 2 in place of one of 1, if an output follows it; torch.export takes an axis of
-        size 1 to be of that size always.
+        """The examples with a batch of 2 in place of 1, if an output follows the batch, since torch.export fixes an axis of
+        size 1.
         """
         if any(not t.ndim or t.shape[0] != 1 for t in self.examples.values()):
             return self.examples
@@ -407,7 +418,7 @@ class ExampleTask(Task):
         return doubled if same_rank and any(follows) else self.examples
 
     def cases(self, reference: nn.Module, run: Run, axes: Mapping[str, Sequence[str | int]]) -> Iterator[Case]:
-        """The examples, and the same with dynamic axes of other sizes: one, and a few more."""
+        """Run the examples, and resized examples whose dynamic axes have size one or three more."""
         wrapped: Any = self.wrap(reference)
         sizes: dict[str, Callable[[int], int]] = {"as given": lambda size: size}
         dynamic = {axis for name in self.examples for axis in axes[name] if isinstance(axis, str)}
@@ -423,21 +434,21 @@ class ExampleTask(Task):
             except (RuntimeError, ValueError, IndexError):
                 if label == "as given":
                     raise
-                continue  # not a size that the model itself takes
+                continue  # the model itself does not take this size
             got = run(feeds)
             shapes = ", ".join("×".join(map(str, t.shape)) or "scalar" for t in feeds.values())
             yield Case(f"{label}: {shapes}", {n: (got[n], v) for n, v in zip(wrapped.names, values, strict=True)})
 
 
 def _names(model: nn.Module) -> Iterator[str]:
-    """Names of the positional parameters of a forward, and numbers after them."""
+    """The names of a forward's positional parameters, and then numbered names."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     yield from (p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds)
     yield from (f"input_{i}" for i in range(1000))
 
 
 def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Values repeated and cut to another shape."""
+    """``tensor`` repeated and cut to another shape."""
     for axis, size in enumerate(shape):
         tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
     return tensor

@@ -1,4 +1,4 @@
-"""The packages that write an ONNX graph are asked for here, kept quiet, and their errors are told as ours."""
+"""Functions that import the packages that write an ONNX graph, keep the packages' messages quiet, and convert their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def require_onnx() -> None:
     """Import the packages of the ``onnx`` extra.
 
     Raises:
-        MissingDependencyError: one is not installed.
+        MissingDependencyError: a package is not installed.
     """
     for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         with needs(name, "pip install 'oftsurgery[onnx]'"):
@@ -24,17 +24,19 @@ def require_onnx() -> None:
 
 @contextmanager
 def own_errors(what: str) -> Iterator[None]:
-    """Errors of reading a weight as they are, whatever the passes around it made of them."""
+    """Raise an error of reading a weight unchanged, although the packages' passes have wrapped the error; other errors become
+    an ExportError.
+    """
     try:
         yield
-    except Exception as error:
-        chain = [*causes(error)]  # passes wrap each other's errors in their own words
+    except Exception as error:  # the passes raise errors of any kind, which wrap the errors of reading a weight
+        chain = [*causes(error)]
         own = next((cause for cause in chain if isinstance(cause, (OFTSurgeryError, OSError))), None)
         if own is not None:
             raise own from None
         deepest = chain[-1]
         message = f"the graph cannot be {what}: {type(deepest).__name__}: {printable(deepest, 400)}"
-        raise ExportError(message, remedy="report it, with the model's config") from error
+        raise ExportError(message, remedy="report this error together with the model's config.json") from error
 
 
 _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")
@@ -42,7 +44,7 @@ _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch and onnxscript say about themselves while they work; the model's own warnings stay."""
+    """Hide the log messages and warnings of torch and onnxscript; the model's own warnings stay."""
     names = {*_NOISY, *logging.root.manager.loggerDict}
     levels = {log: log.level for log in map(logging.getLogger, names) if log.name.partition(".")[0] in _NOISY}
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
-"""The model card: what was folded into what, what it cost, how to load it and how to undo it.
+"""The model card: which adapters were folded, what the fold cost, how to load the model and how to undo the fold.
 
-What oftsurgery writes stands between two marks, which are HTML comments; around them people write what they like, and a
-card that exists is amended between the marks alone. Its metadata are amended likewise: what is there stays, but for what
-oftsurgery wrote there itself. The text is a function of the record and the files beside it: no dates, no places.
+oftsurgery writes its section between two marks, which are HTML comments. People write around the marks: an existing
+card is amended between the marks alone. Existing metadata stay too, except those that oftsurgery wrote. The text is a
+function of the record and the files beside it, and holds no dates and no paths.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from oftsurgery.errors import CheckpointError, StateError, needs, printable
+from oftsurgery.errors import CheckpointError, StateError, needs, printable, share
 from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
 
+from .advice import Case, remedies
 from .record import FoldRecord
 
 __all__ = [
@@ -39,16 +40,16 @@ END = "<!-- oftsurgery: end -->"
 
 _MAX_BYTES = 4 << 20
 
-# metadata that go from a base's card to those of what is made from it
+# metadata that a new card takes over from the base's card
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LOAD = "## How to load it"
 _PICTURES = {
     "errors.png": "Error of storing each rotated weight, layers by kinds of modules",
     "angles.png": "Largest rotation angle of each module, layers by kinds of modules",
 }
-# what a tokenizer gives
+# the outputs of a tokenizer
 _TOKENIZED = {"input_ids", "attention_mask", "token_type_ids"}
-# tags that tell of the format, which another export may change
+# tags that name the format, which another export may change
 _BITS = {name: f"{8 // kind.codes_per_element}-bit" for name, kind in FORMATS.items() if kind.quantised}
 _FORMAT_TAGS = frozenset({"bitsandbytes", "onnx", *_BITS, *_BITS.values()})
 _OURS = ("base_model_relation", "library_name")
@@ -72,15 +73,15 @@ def written_card(
     """The card of an export.
 
     Args:
-        source: folder of the checkpoint that was folded: the card of one that oftsurgery wrote is amended; another's,
-            which is the base's own, only passes on its licence, languages and task. None where there is no folder.
-        record: of what the export carries; None: nothing any more.
-        config: its ``config.json``.
-        files: names of its files.
-        exact: the fold can be undone exactly with the base.
+        source: folder of the checkpoint that was folded, or None. A card that oftsurgery wrote is amended; of another
+            card, which is the base's own, only licence, languages and task are kept.
+        record: record of the export; None if nothing is folded in any more.
+        config: the export's ``config.json``.
+        files: names of the export's files.
+        exact: whether the fold can be undone exactly with the base.
 
     Returns:
-        the text, or None where there is nothing to say.
+        the text, or None if there is nothing to say.
 
     Raises:
         CheckpointError: the card to amend cannot be read.
@@ -93,10 +94,10 @@ def written_card(
 
 
 def own_card(folder: Path | None) -> str | None:
-    """The card in ``folder``, where it is one that oftsurgery wrote into.
+    """The card in ``folder``, if oftsurgery wrote into it; otherwise None.
 
     Raises:
-        CheckpointError: it is, and cannot be read.
+        CheckpointError: oftsurgery wrote into the card, and the card cannot be read.
     """
     if folder is None or not (folder / CARD).is_file():
         return None
@@ -109,28 +110,37 @@ def own_card(folder: Path | None) -> str | None:
 
 
 def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
-    """What the card's YAML block says of itself."""
+    """The metadata of the card's YAML block."""
     oldest = (*record.earlier, record)[0]
     bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
-    onnx = any(name.endswith(".onnx") for name in files)
+    onnx, gguf = (any(name.endswith(end) for name in files) for end in (".onnx", ".gguf"))
     stored = _onnx_facts(record, "quantized", {}).values() if onnx else [m.format for m in record.modules.values()]
     quantised = {str(label).partition(" ")[0] for label in stored} & _BITS.keys()
     architecture = _architecture(config)
     found = {
         "base_model": next(iter(bases), None),
         "base_model_relation": ("quantized" if quantised else "merge") if bases else None,
-        "library_name": "onnx" if onnx else "transformers" if "model_type" in config else None,
+        "library_name": _library(config, files),
         "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
         + sorted({_BITS[name] for name in quantised})
-        + (["onnx"] if onnx else []),
+        + ["onnx"] * onnx
+        + ["gguf"] * gguf,
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
+def _library(config: Mapping[str, Any], files: Collection[str]) -> str | None:
+    if any(name.endswith(".onnx") for name in files):
+        return "onnx"
+    if "modules.json" in files:
+        return "sentence-transformers"
+    return "transformers" if "model_type" in config else None
+
+
 def base_metadata(folder: Path | None) -> dict[str, Any]:
-    """Licence, languages and task from the card in a base's folder, as far as it says them; nothing from one that cannot
-    be read.
+    """Licence, languages and task from the card in a base's folder, as far as the card has them; nothing from a card that
+    cannot be read.
     """
     if folder is None or not (folder / CARD).is_file():
         return {}
@@ -149,8 +159,8 @@ def base_metadata(folder: Path | None) -> dict[str, Any]:
 
 
 def with_section(text: str | None, new: str, facts: Mapping[str, Any], title: str) -> str:
-    """``text`` with ``new`` between its marks (at its end, where it has none), and ``facts`` in its metadata; a card of
-    its own for None.
+    """``text`` with ``new`` between its marks, or at its end if it has no marks, and with ``facts`` in its metadata; for
+    None a new card.
     """
     card = _parse(text or "")
     parts = _split(card.text)
@@ -169,7 +179,7 @@ def with_section(text: str | None, new: str, facts: Mapping[str, Any], title: st
 
 
 def without_section(text: str) -> str | None:
-    """``text`` without what stands between the marks, or None if nobody wrote anything else."""
+    """``text`` without the marked section, or None if people wrote nothing else."""
     card = _parse(text)
     parts = _split(card.text)
     if parts is None:
@@ -185,12 +195,11 @@ def without_section(text: str) -> str | None:
 
 
 def merged(mine: str, theirs: str) -> str:
-    """The card to push, from the folder's and the repository's: what oftsurgery wrote from the first, what people wrote
-    from whichever has some.
+    """The card to push: oftsurgery's section from the folder's card, and people's text from the card that has some.
 
     Raises:
-        StateError: both have, and not the same.
-        CheckpointError: one cannot be read.
+        StateError: both cards have people's text, and the texts differ.
+        CheckpointError: a card cannot be read.
     """
     card, there = _parse(mine), _parse(theirs)
     parts, others = _split(card.text), _split(there.text)
@@ -200,8 +209,8 @@ def merged(mine: str, theirs: str) -> str:
     own, foreign = _peoples_text(before + after), _peoples_text(there.text if others is None else others[0] + others[2])
     if own and foreign and own != foreign:
         raise StateError(
-            "people wrote into the card in the folder, and into the one in the repository, and not the same",
-            remedy=f"bring both texts together in the folder's {CARD}, around the marked section, and in the repository's",
+            "people wrote into the card in the folder and into the card in the repository, and the texts differ",
+            remedy=f"bring both texts together around the marked section of the folder's {CARD}, and in the repository's {CARD}",
         )
     if own or not foreign:
         return with_section(mine, new, there.data.to_dict() | {"tags": card.data.get("tags") or []}, "")
@@ -209,9 +218,7 @@ def merged(mine: str, theirs: str) -> str:
 
 
 def for_repository(text: str, repo_id: str, revision: str | None = None, *, pictures: Collection[str] = ()) -> str:
-    """``text`` with a repository's name in the place of the folder that a reader of the local card stands in, and with
-    pictures of what the fold cost.
-    """
+    """``text`` with a repository's name in place of the local folder, and with pictures of the fold's cost."""
     card = _parse(text)
     parts = _split(card.text)
     if parts is None:
@@ -221,7 +228,9 @@ def for_repository(text: str, repo_id: str, revision: str | None = None, *, pict
     new = new.replace(
         'folder = "."', f"from huggingface_hub import snapshot_download\n\nfolder = snapshot_download({where})"
     )
-    new = new.replace('from_pretrained(".")', f"from_pretrained({where})").replace(" unfold . ", f" unfold {repo_id} ")
+    for loads in ("from_pretrained", "SentenceTransformer"):
+        new = new.replace(f'{loads}("."', f"{loads}({where}")
+    new = new.replace(" unfold . ", f" unfold {repo_id} ")
     shown = "".join(f"![{_PICTURES.get(name, name)}]({name})\n\n" for name in pictures)
     card.text = before + new.replace(_LOAD, shown + _LOAD, 1) + after
     return str(card)
@@ -231,21 +240,22 @@ def read_card(folder: Path) -> str:
     """The text of the card in ``folder``."""
     path = inside(folder, CARD)
     if path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"a card of {path.stat().st_size} bytes is not read", path=path, remedy="shorten it")
+        message = f"the card has {path.stat().st_size} bytes, more than the limit of {_MAX_BYTES}"
+        raise CheckpointError(message, path=path, remedy="shorten the card")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError("the card is no UTF-8", path=path, remedy="save it as UTF-8") from error
+        raise CheckpointError("the card is no UTF-8 text", path=path, remedy="save the card as UTF-8") from error
 
 
 def _parse(text: str) -> Any:
     from huggingface_hub import ModelCard
     from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
-    # one kind of line ends, or those of the metadata would change with each amendment
+    # one kind of line ends, because otherwise the metadata's line ends would change with each amendment
     text = text.replace("\r\n", "\n")
-    # ModelCard rewrites results that it finds; of what others wrote, RepoCard keeps all
+    # ModelCard rewrites evaluation results; RepoCard keeps everything that others wrote
     kind = RepoCard if text else ModelCard
     try:
         return kind(text if REGEX_YAML_BLOCK.search(text) else f"---\n\n---\n{text}")
@@ -256,13 +266,13 @@ def _parse(text: str) -> Any:
 
 
 def _split(text: str) -> tuple[str, str, str] | None:
-    """What stands before the marked section, the section, and what stands after it; None without one."""
+    """The text before the marked section, the section, and the text after it; None for a text without the section."""
     start, end = text.find(BEGIN), text.rfind(END) + len(END)
     return None if start < 0 or end < start + len(END) else (text[:start], text[start:end], text[end:])
 
 
 def _peoples_text(text: str) -> str:
-    """What people wrote: all but a single heading."""
+    """The text that people wrote; a single heading does not count."""
     lines = [line for line in text.splitlines() if line.strip()]
     return "" if len(lines) <= 1 and all(line.startswith("# ") for line in lines) else "\n".join(lines)
 
@@ -271,7 +281,7 @@ def _peoples_text(text: str) -> str:
 
 
 def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str], *, exact: bool) -> str:
-    """The marked section, marks included."""
+    """The section of oftsurgery, with its marks."""
     architecture = _architecture(config)
     model = (_task(architecture)[0] or architecture) if "model_type" in config else ""
     words = {"input_ids"} <= {*map(str, _onnx_facts(record, "inputs", []))} <= _TOKENIZED
@@ -282,11 +292,15 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         load=_LOAD,
         folds=(*record.earlier, record),
         graph=min((name for name in files if name.endswith(".onnx")), default=None),
+        gguf=min((name for name in files if name.endswith(".gguf")), default=None),
         runs=words and tokenizer,
         model=model,
         tokenizer=tokenizer,
         generates=model in _GENERATES,
         quantised=bool(config.get("quantization_config")),
+        modules="modules.json" in files,
+        code=record.code,
+        trust=", trust_remote_code=True" if record.code else "",
         exact=exact,
     )
     return str(text)
@@ -296,10 +310,22 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
 def _template() -> Any:
     with needs("jinja2", "pip install jinja2"):
         import jinja2
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - what is from files is escaped for Markdown
-    environment.filters |= {"code": _code, "escaped": _escaped, "median": statistics.median}
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - text from files is escaped for Markdown
+    environment.filters |= {
+        "code": _code,
+        "escaped": _escaped,
+        "median": statistics.median,
+        "share": share,
+        "remedies": _remedies,
+    }
     text = resources.files(__package__) / "card.md.jinja"
     return environment.from_string(text.read_text(encoding="utf-8"))
+
+
+def _remedies(fold: FoldRecord) -> list[tuple[str, str]]:
+    """What helps where a fold keeps too little of its adapter, and the call or the command that does it; best first."""
+    case = Case.of_record(fold)
+    return [] if case is None else [(remedy.what, remedy.call) for remedy in remedies(case, commands=True)]
 
 
 def _task(architecture: str) -> tuple[str | None, str | None]:
@@ -328,7 +354,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _code(text: object) -> str:
-    """``text`` from an untrusted file, as code in a table; nothing for None."""
+    """``text`` from an untrusted file, as code in a table; an empty string for None."""
     if text is None:
         return ""
     shown = printable(text)
@@ -337,5 +363,5 @@ def _code(text: object) -> str:
 
 
 def _escaped(text: object) -> str:
-    """``text`` from an untrusted file, which Markdown and HTML leave as it is."""
+    """``text`` from an untrusted file, escaped so that Markdown and HTML show it unchanged."""
     return "".join(ch if ch.isalnum() or ch in " .-/+:,()" else f"&#{ord(ch)};" for ch in printable(text))

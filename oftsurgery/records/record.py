@@ -1,4 +1,4 @@
-"""What a fold leaves behind: :class:`FoldRecord`, frozen and JSON-able."""
+"""The record of a fold: :class:`FoldRecord`, which is frozen and has a JSON form."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from oftsurgery.adapters.adapter import OFTAdapter
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: a weight that keeps less of what the adapter changed is told of
+#: a weight that keeps a smaller part of the adapter's change is reported
 ENOUGH = 0.9
 
 
 @cache  # reading packages' metadata takes longer than folding a small layer
 def versions() -> Mapping[str, str]:
-    """Versions of what took part in a fold, those of its libraries that are installed."""
+    """Versions of oftsurgery, Python and the installed libraries that take part in a fold."""
     found = {"oftsurgery": __version__, "python": platform.python_version()}
     for name in ("torch", "bitsandbytes", "peft", "transformers"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -50,7 +50,7 @@ def _mapping_to(*kinds: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, Mapping) and all(map(_is(*kinds), value.values()))
 
 
-# annotation of a field → whether a value read from JSON is of it
+# annotation of a field → check that a value from JSON has this type
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str": _is(str),
     "str | None": _is(str, NoneType),
@@ -63,15 +63,15 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "Mapping[str, int]": _mapping_to(int),
     "Mapping[str, str | None]": _mapping_to(str, NoneType),
 }
-# annotation of a field that holds records → how they are read from JSON, each with its own checks
+# annotation of a field that holds records → function that reads the records from JSON, with their own checks
 _READERS: dict[str, Callable[[Any], Any]] = {}
 
 
 class _Stored:
-    """Dataclasses that are written as JSON and read again, by this version or another.
+    """A base of dataclasses that are written as JSON and read again, by this version or another.
 
-    Fields that only a newer version knows wait in ``extra`` and are written again; those that an older version did not
-    write yet have defaults. A class with a field whose annotation has no check cannot be defined.
+    Fields that only a newer version knows are kept in ``extra`` and written again; fields that an older version did not
+    write have defaults. A class with a field whose annotation has no check cannot be defined.
     """
 
     extra: Mapping[str, Any]
@@ -87,30 +87,30 @@ class _Stored:
                 raise TypeError(f"{cls.__name__}.{name}: there is no check of a value from JSON for {annotation}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """The record as plain dicts, lists, strings and numbers."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}  # type: ignore[arg-type]
         derived = {name: getattr(self, name) for name in self._DERIVED}
         return {name: plain(value) for name, value in own.items()} | dict(self.extra) | derived
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Mirror of :meth:`to_dict`.
+        """The mirror of :meth:`to_dict`.
 
         Raises:
             TypeError: a field is missing or of another type.
         """
         if not isinstance(data, Mapping):
-            raise TypeError(f"{cls.__name__} is a {type(data).__name__}")
+            raise TypeError(f"{cls.__name__} is a {type(data).__name__}, not an object")
         known = {f.name: f for f in fields(cls) if f.name != "extra"}  # type: ignore[arg-type]
         given: dict[str, Any] = {"extra": {n: v for n, v in data.items() if n not in (*known, *cls._DERIVED)}}
         for name, f in known.items():
             if name in data:
                 value = tuple(data[name]) if isinstance(data[name], list) else data[name]
                 if not _CHECKS[str(f.type)](value):
-                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}")
+                    raise TypeError(f"{cls.__name__}.{name} is {str(value)[:40]!r}, not of type {f.type}")
                 given[name] = _READERS.get(str(f.type), lambda v: v)(value)
             elif f.default is MISSING and f.default_factory is MISSING:
-                raise TypeError(f"{cls.__name__} without {name!r}")
+                raise TypeError(f"{cls.__name__} lacks {name!r}")
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class _Stored:
                 object.__setattr__(self, name, MappingProxyType(dict(value)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self  # frozen; a mapping proxy cannot be copied
+        return self  # the record is frozen, and a mapping proxy cannot be copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self).from_dict, (self.to_dict(),))
@@ -188,7 +188,7 @@ class ModuleRecord(_Stored):
     ('nf4 (double quantisation)', (16,), True, True)
 
     Attributes:
-        format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
+        format: how the folded weight is stored: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
             ``"bfloat16"`` …
         side: the side of the weight that the rotation is on.
         block_size: of each rotation of the chain.
@@ -239,7 +239,7 @@ class ModuleRecord(_Stored):
 
     @property
     def effect_kept(self) -> float | None:
-        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated one, else ``kept``."""
+        """How much of the adapter's effect the weight holds: ``output_kept`` of a calibrated weight, else ``kept``."""
         return self.kept if self.output_kept is None else self.output_kept
 
 
@@ -258,13 +258,23 @@ class FoldRecord(_Stored):
         saved: ``{tensor name: content hash before}`` of the tensors that the adapters' trained biases and
             ``modules_to_save`` replaced; None for a bias that was trained in place, whose original nobody has.
         rounding: how quantised weights were to be rounded; each module's record says how its weight was rounded.
-        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
-            (``fold_into``); empty in memory.
+        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated (``fold_into``);
+            where the fold changed the formats, the ``format`` of the result. Empty in memory where the formats stayed.
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
         sizes: on disk, bytes of all tensors ``"before"`` and ``"after"`` the fold.
         idle: paths of layers that nobody calls, whose rotation is left out.
+        added: on disk, the names of the tensors that the adapter brought and the base lacked (a head of another class).
+        tokenizer: on disk, the owner of the tokenizer beside the weights: ``"base"``, ``"adapter"`` or ``"other"``; None without
+            a tokenizer, and in a record of an older version.
+        chat_template: on disk, the owner of the chat templates, with the same values.
+        code: on disk, the names of the files of model code that were copied and not run.
+        left_out: on disk, the names in the source's folder that were not copied.
+        missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as in the
+            base, since the fold was ``partial``.
+        vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
+            brought another number; else empty.
         extra: fields of a newer version.
     """
 
@@ -278,6 +288,13 @@ class FoldRecord(_Stored):
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    code: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 
@@ -288,8 +305,8 @@ class FoldRecord(_Stored):
 
     @property
     def kept(self) -> float | None:
-        """How much of what the adapters changed is there, over all weights: the modules' ``effect_kept``, each weighed by
-        its change squared. None where no module has them.
+        """How much of the adapters' change is there, over all weights: the modules' ``effect_kept``, each weighed by its change
+        squared. None where no module has the figures.
         """
         of_all = [(m.effect_kept, m.change) for m in self.modules.values()]
         parts = [(kept, change**2) for kept, change in of_all if kept is not None and change is not None]
@@ -298,9 +315,9 @@ class FoldRecord(_Stored):
 
     @property
     def weak(self) -> dict[str, float]:
-        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first;
-        without those whose change is less than a hundredth of the largest, and without calibrated ones, which were judged
-        by their outputs.
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first. Modules
+        whose change is less than a hundredth of the largest are left out, and so are calibrated modules, which were judged by
+        their outputs.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100
@@ -315,11 +332,11 @@ class FoldRecord(_Stored):
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def fingerprints(self) -> set[str]:
-        """Of all adapters that the model carries, this record's and the earlier ones'."""
+        """The fingerprints of all adapters that the model carries, in this record and the earlier records."""
         return {a.fingerprint for a in self.adapters}.union(*(r.fingerprints() for r in self.earlier))
 
     def header(self, **more: Any) -> str:
-        """JSON for the metadata of safetensors files: what is known before the first of them is written."""
+        """JSON for the metadata of safetensors files: the facts that are known before the first file is written."""
         folds = [
             [{"dialect": a.dialect, "fingerprint": a.fingerprint, "sha256": a.sha256} for a in r.adapters]
             for r in (*self.earlier, self)

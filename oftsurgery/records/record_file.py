@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.files.finding import HUB
 from oftsurgery.files.reading import inside, read_json
 
 from .record import AdapterInfo, FoldRecord
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from oftsurgery.files.staging import Staging
 
 RECORD = "oftsurgery.json"
+_RESTORE = "restore the record, or remove it if nothing is folded in"
 
 
 def write_record(staging: Staging, record: FoldRecord) -> FoldRecord:
-    """Write ``record`` into a folder, with the hashes of its other files: of all but the card, which people edit. Gives
-    the record with them.
+    """Write ``record`` into a folder, with the hashes of all other files except the card, which people edit. Returns the
+    record with these hashes.
     """
     record = replace(record, files=staging.hashes(but=(RECORD, "README.md")))
     staging.put_json(RECORD, record.to_dict())
@@ -28,10 +30,10 @@ def write_record(staging: Staging, record: FoldRecord) -> FoldRecord:
 
 
 def record_in(folder: Path) -> FoldRecord | None:
-    """The record of what a checkpoint's folder carries, or None.
+    """The record in a checkpoint's folder, or None.
 
     Raises:
-        CheckpointError: there is one that cannot be read.
+        CheckpointError: the record cannot be read.
     """
     return record_at(inside(folder, RECORD)) if os.path.lexists(folder / RECORD) else None
 
@@ -40,17 +42,17 @@ def record_at(path: Path) -> FoldRecord:
     """The record in a file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the record cannot be read.
     """
     try:
         return FoldRecord.from_dict(read_json(path))
     except (TypeError, RecursionError) as error:
         message = f"the record of an earlier fold cannot be read ({printable(error)})"
-        raise CheckpointError(message, path=path, remedy="restore it, or remove it if nothing is folded in") from error
+        raise CheckpointError(message, path=path, remedy=_RESTORE) from error
 
 
 def public_info(info: AdapterInfo) -> AdapterInfo:
-    """``info`` without paths of this machine: of local folders, the names alone."""
+    """``info`` without paths of this machine: a local folder is given by its name alone."""
     return replace(info, source=public_place(info.source), base_model=public_place(info.base_model))
 
 
@@ -62,9 +64,10 @@ def public_record(record: FoldRecord) -> FoldRecord:
 
 
 def public_place(place: str | None) -> str | None:
-    """A Hub id or an adapter's name as it is, the last part of a path."""
+    """The place without its path: a Hub id or an adapter's name unchanged, of a path the last part."""
     if place is None:
         return None
     path = Path(place)
     hub_id = place.count("/") <= 1 and not place.startswith(("/", ".", "~")) and "\\" not in place
-    return place if hub_id and not os.path.exists(place) else path.name or place  # noqa: PTH110 - which takes any name
+    known = hub_id and not os.path.exists(place)  # noqa: PTH110 - os.path.exists takes any name
+    return place if known or place.startswith(HUB) else path.name or place

@@ -1,4 +1,4 @@
-""":func:`figures` draws PNGs of a fold's record, for places that show no HTML, such as a model card."""
+""":func:`figures` draws PNGs of a fold's record, for places that cannot show HTML, such as a model card."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 # the page's own colours, on white
 _COLOURS = ("#f3f6fb", "#dfe9f5", "#c6d8ee", "#a6c3e4", "#83abd8", "#5e92ca", "#3573b1", "#1f568f", "#103763")
-_DARK_FROM = 6  # white text from this level
+_DARK_FROM = 6  # from this level on, the text is white
 
 _LAYERS, _KINDS, _LOOSE = 128, 16, 24
 
 
 def figures(record: FoldRecord) -> dict[str, bytes]:
-    """``{file name: PNG}``: ``errors.png`` and ``angles.png``, maps of layers × kinds of modules.
+    """``{file name: PNG}`` of ``errors.png`` and ``angles.png``, which are maps of layers × kinds of modules.
 
-    The pictures are a function of the record and of matplotlib's version, and carry no date.
+    The pictures depend only on the record and on matplotlib's version, and hold no date.
 
     Raises:
-        CheckpointError: the record's figures are none.
+        CheckpointError: a figure in the record is not a finite number.
         MissingDependencyError: matplotlib is not installed.
     """
     check_figures(record)
@@ -40,7 +40,7 @@ def figures(record: FoldRecord) -> dict[str, bytes]:
     errors = {path: m.error for path, m in record.modules.items()}
     angles = {path: m.angle for path, m in record.modules.items()}
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever the user's own settings are
+        mpl.rcdefaults()  # the user's own settings have no effect
         return {
             "errors.png": _png(_map("Error of storing the rotated weights", errors, Scale.of_errors, percent)),
             "angles.png": _png(_map("Largest rotation angle", angles, Scale.from_zero, degrees)),
@@ -48,6 +48,7 @@ def figures(record: FoldRecord) -> dict[str, bytes]:
 
 
 def _map(title: str, values: Mapping[str, float], scale_of: Any, show: Any) -> Figure:
+    """The figure of one value for each module, with a map for each stack of layers."""
     from matplotlib.figure import Figure
 
     place = layout(values)
@@ -104,12 +105,12 @@ def _draw(
 
 
 def _wrapped(kind: str) -> str:
-    """A path in lines short enough for a column."""
+    """A module's path in lines that are short enough for a column."""
     return "\n".join(_plain(part, 14) for part in kind.split("."))
 
 
 def _plain(text: str, limit: int) -> str:
-    """Of characters that the bundled font surely has."""
+    """``text`` in characters that matplotlib's own font has, cut to ``limit`` characters."""
     out = text.encode("ascii", "backslashreplace").decode("ascii")
     out = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in out)
     return out if len(out) <= limit else out[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""A fold's figures are checked here, put on a colour scale or in bars, and written as text."""
+"""The functions here check a fold's figures, put the figures on a colour scale or in bars, and write them as text."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oftsurgery.errors import CheckpointError
+from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.records.record import FoldRecord
 
-#: steps of a colour scale
+#: the number of steps of a colour scale
 LEVELS = 9
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A colour scale of :data:`LEVELS` steps over ``low`` to ``high``, in equal differences or equal ratios."""
+    """A colour scale of :data:`LEVELS` steps from ``low`` to ``high``, in equal differences or equal ratios."""
 
     low: float
     high: float
     ratios: bool = False
 
     def level(self, value: float) -> int:
-        """The step of ``value``, 0 to ``LEVELS - 1``."""
+        """The step of ``value``, from 0 to ``LEVELS - 1``."""
         low, high, value = (math.log(max(x, 1e-300)) if self.ratios else x for x in (self.low, self.high, value))
         share = (value - low) / (high - low) if high > low else 0.0
         return min(LEVELS - 1, max(0, int(share * LEVELS)))
 
     @classmethod
     def of_errors(cls, values: Sequence[float]) -> Scale:
-        """From the least to the largest. A spread of less than a tenth is not drawn as a large one; one of more than
-        a hundredfold (quantised weights beside float32 ones) is drawn in ratios.
+        """A scale from the least value to the largest. Values that differ by less than a tenth get similar colours; values
+        that differ a hundredfold (quantised weights beside float32 ones) are drawn in ratios.
         """
         low, high = min(values), max(values)
         if high > 100 * low:
@@ -42,17 +42,17 @@ class Scale:
 
     @classmethod
     def from_zero(cls, values: Sequence[float]) -> Scale:
-        """From zero, which means something itself, to the largest."""
+        """A scale from zero, which has a meaning itself, to the largest value."""
         return cls(0.0, max(values))
 
     @classmethod
     def to_one(cls, values: Sequence[float]) -> Scale:
-        """From zero to one, or to the largest where that is more: the same colour for the same ratio everywhere."""
+        """A scale from zero to one, or to a larger value: the same ratio has the same colour on every map."""
         return cls(0.0, max(1.0, *values))
 
     @classmethod
     def of_defects(cls, values: Sequence[float]) -> Scale:
-        """In ratios of at least tenfold, and from float32's own rounding up where that is all there is."""
+        """A scale in ratios over at least a factor of ten, and from float32's own rounding upwards."""
         high = max(1e-4, *values)
         return cls(max(1e-7, min(high / 10, *values)), high, ratios=True)
 
@@ -60,12 +60,12 @@ class Scale:
 def histogram(
     values: Sequence[float], bins: int = 12, *, borders: Sequence[float] | None = None
 ) -> tuple[list[float], list[int]]:
-    """``(bins + 1 borders, bins counts)`` of a few values, in equal steps, or equal ratios where they span more than
-    tenfold; within ``borders`` where these are given. What is below or above them counts in the first or last bin.
+    """``(bins + 1 borders, bins counts)`` of ``values``, in equal steps, or in equal ratios where the values differ more than
+    tenfold; ``borders`` may be given. A value below or above the borders counts in the first or last bin.
     """
     if borders is None:
         low, high = min(values), max(values)
-        if high <= low * 1.001:  # all alike: one bar in the middle
+        if high <= low * 1.001:  # equal values make one bar in the middle
             low, high = low * 0.9, high * 1.1 or 1.0
         ratios = high > 10 * low > 0
         low = max(low, high * 1e-4) if ratios else low
@@ -78,10 +78,10 @@ def histogram(
 
 
 def check_figures(record: FoldRecord) -> None:
-    """Refuse a record whose figures are no figures: it comes from a file that nobody vouches for.
+    """Refuse a record with figures that are not numbers: the record comes from a file that nobody vouches for.
 
     Raises:
-        CheckpointError: one is not a finite number.
+        CheckpointError: a figure is not a finite number.
     """
     for path, module in record.modules.items():
         for name in (*_NEEDED, "nearest", "rho", "change", "output_error", "output_nearest", *_SIGNED):
@@ -90,21 +90,23 @@ def check_figures(record: FoldRecord) -> None:
                 continue
             if not is_figure(abs(value) if name in _SIGNED else value):
                 remedy = "restore the record that the fold wrote"
-                raise CheckpointError(f"the record's {name} is no finite number", module=path, remedy=remedy)
+                wanted = "a finite number" + " of at least 0" * (name not in _SIGNED)
+                message = f"the record's {name} is {printable(repr(value), 40)}, expected is {wanted}"
+                raise CheckpointError(message, module=path, remedy=remedy)
 
 
 _NEEDED = ("error", "defect", "angle")
 
-_SIGNED = ("kept", "output_kept")  # which may be negative
+_SIGNED = ("kept", "output_kept")  # these figures may be negative
 
 
 def is_figure(value: object) -> bool:
-    """Whether a value from a file is a finite number, not negative."""
+    """Whether a value from a file is a finite number and not negative."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def percent(value: float) -> str:
-    """A ratio in three digits.
+    """A ratio as text, with three digits.
 
     >>> percent(0.0931), percent(0.5), percent(0.00002), percent(0.0)
     ('9.31\\xa0%', '50.0\\xa0%', '2.0e-5', '0\\xa0%')
@@ -117,7 +119,7 @@ def percent(value: float) -> str:
 
 
 def scientific(value: float) -> str:
-    """Two digits.
+    """A number as text, with two digits.
 
     >>> scientific(0.00123), scientific(0.0)
     ('1.2e-3', '0')
@@ -129,7 +131,7 @@ def scientific(value: float) -> str:
 
 
 def degrees(radians: float) -> str:
-    """An angle.
+    """An angle as text, in degrees.
 
     >>> degrees(0.3), degrees(0.0003), degrees(0.0)
     ('17.2°', '0.017°', '0°')
@@ -139,7 +141,7 @@ def degrees(radians: float) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Decimal units.
+    """A number of bytes as text, in decimal units.
 
     >>> size(999), size(23_400_000), size(5e9)
     ('999 B', '23.4 MB', '5.00 GB')

@@ -1,4 +1,4 @@
-""":func:`layout` puts the modules of a fold in layers × kinds, in the order in which people look at them."""
+""":func:`layout` sorts the modules of a fold into layers × kinds, in the order in which people look at modules."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 # such as a mixture's experts, holds parts of one layer
 _INNER_LAYERS = ("blocks", "layers", "resblocks", "attentions", "resnets", "transformer_blocks")
 
-# in which order people name the linears of a layer; files hold them in that of the alphabet
+# the order in which people name the linears of a layer; files hold the linears in alphabetical order
 _ORDER = ("q", "query", "k", "key", "v", "value", "o", "gate", "up", "down")
 
-# a list of at most as many parts is told apart in the layout, of more (experts) drawn as one
+# the parts of a list of at most this length are drawn separately; a longer list (experts) is drawn as one
 _FEW = 4
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one list of modules.
+    """The layers of one list of modules.
 
     Attributes:
         name: path of the list, such as ``"model.layers"``.
-        layers: their indices in it, ascending.
-        kinds: paths inside a layer, attention first; ``*`` stands for the index of an expert and the like.
+        layers: the layers' indices in the list, ascending.
+        kinds: paths inside a layer, attention first; ``*`` stands for the index in a longer list, such as an expert's.
         cells: ``{(layer, kind): module paths}``.
     """
 
@@ -36,11 +36,11 @@ class Stack:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each module is.
+    """The places of all modules.
 
     Attributes:
-        stacks: of layers.
-        loose: modules outside of any, in the record's order: embeddings, heads, poolers.
+        stacks: the stacks of layers.
+        loose: modules outside of all stacks, in the record's order: embeddings, heads, poolers.
     """
 
     stacks: tuple[Stack, ...]
@@ -66,9 +66,9 @@ def layout(paths: Iterable[str]) -> Layout:
 
 
 def _place(path: str) -> tuple[str, str, list[str]] | None:
-    """``(list of layers, index in it, parts of the path inside the layer)``; None outside of layers."""
+    """``(list of layers, index in the list, parts of the path inside the layer)``; None for a module outside of layers."""
     parts = path.split(".")
-    inner = range(len(parts) - 1)  # what ends in a number is a member of a plain list, such as nn.Sequential
+    inner = range(len(parts) - 1)  # a path that ends in a number names a member of a plain list, such as nn.Sequential
     first = next((i for i in inner if _number(parts[i])), None)
     if first is None:
         return None
@@ -99,7 +99,7 @@ def _stack(name: str, members: Sequence[tuple[str, list[str], str]]) -> Stack:
 
 
 def _rank(kind: str) -> tuple[bool, int]:
-    """Attention first, and :data:`_ORDER` in it and outside of it; the rest stays as it is."""
+    """A sort key: attention comes first, then :data:`_ORDER` inside each group; other kinds keep their order."""
     group, _, leaf = kind.rpartition(".")
     leaf = leaf.removesuffix("_proj")
     return "att" not in group.lower(), _ORDER.index(leaf) if leaf in _ORDER else len(_ORDER)
@@ -110,7 +110,7 @@ def _template(parts: Sequence[str]) -> tuple[str, ...]:
 
 
 def natural(path: str) -> list[tuple[int, int, str]]:
-    """Key that sorts numbers in a path by their value.
+    """A sort key that sorts numbers in a path by their value.
 
     >>> sorted(["h.10.up", "h.9.up"], key=natural)
     ['h.9.up', 'h.10.up']

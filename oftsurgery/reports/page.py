@@ -1,6 +1,6 @@
-""":func:`render` makes one self-contained HTML page of a fold's record: it needs no network and no file beside it.
+""":func:`render` makes a self-contained HTML page of a fold's record: the page needs no network and no other file.
 
-The page is a function of its inputs alone. Figures are found and checked here; their words and markup are in ``report.html``.
+The page depends only on its inputs. This file finds and checks the figures; ``report.html`` has the words and the markup.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ from itertools import groupby
 from typing import Any
 
 from oftsurgery._version import __version__
-from oftsurgery.errors import needs, printable
+from oftsurgery.errors import needs, printable, share
+from oftsurgery.records.advice import Case, Remedy, remedies
 from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
 
 from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure, percent, scientific, size
 from .model_layout import Layout, Stack, layout, natural
-from .verify_results import MOST_LISTED, Column, VerifyResult, verify_result
+from .verify_results import MOST_LISTED, Column, VerifyResult, verify_results
 
-# what a page shows at most, so that no record makes it larger than a browser likes: far above any dense model's
+# the most that a page shows, so that no record makes a page too large for a browser; no dense model reaches these limits
 _ROWS, _STACKS, _KINDS, _CELLS = 1000, 12, 24, 1200
 
-# below this a rotation is orthogonal as far as float32 can tell
+# below this defect a rotation is orthogonal to within float32's rounding
 _ORTHOGONAL = 1e-5
 
-# errors below it need no other proof that the adapter is still there
+# below this error no other figure is needed to show that the adapter is kept
 _ALMOST_EXACT = 0.01
 
 
 @dataclass(frozen=True)
 class _Metric:
-    """One figure of a module, and how it is drawn.
+    """One figure of a module, and the way to draw the figure.
 
     Attributes:
-        id: by which the template has words for it.
-        scale: of its colours, from its values.
-        show: a value with its unit.
-        short: a value without it.
-        field: of the module's record, where that is not ``id``.
-        missing: what the field lacks to 1 is drawn, and not the field itself.
-        nearest: the record's field of it with plain rounding, if rounding decides it.
-        nothing: values up to it are none at all.
+        id: the key of the figure's words in the template.
+        scale: function from the values to the colour scale.
+        show: function from a value to its text with a unit.
+        short: function from a value to its text without a unit.
+        field: the field of the module's record, where its name is not ``id``.
+        missing: whether 1 minus the field is drawn in place of the field.
+        nearest: the record's field of the same figure with plain rounding, where the rounding decides the figure.
+        nothing: the largest value that counts as zero.
     """
 
     id: str
@@ -59,11 +60,11 @@ class _Metric:
     nothing: float = 0.0
 
     def values(self, record: FoldRecord) -> dict[str, float]:
-        """``{module path: what is drawn}``: the more of it, the worse."""
+        """``{module path: drawn value}``; a larger value is worse."""
         return {path: self.mirrored(v) for path, v in _fields(record, self.field or self.id).items()}
 
     def mirrored(self, value: float) -> float:
-        """What is drawn of the field's value, and the other way round."""
+        """The drawn value of the field's value, and the field's value of a drawn value."""
         return 1 - value if self.missing else value
 
 
@@ -89,12 +90,12 @@ _METRICS = (
 
 
 def _fields(record: FoldRecord, name: str) -> dict[str, float]:
-    """``{module path: a field of its record}``, of those that have it."""
+    """``{module path: a field of its record}`` of the modules that have the field."""
     return {path: value for path, module in record.modules.items() if (value := getattr(module, name)) is not None}
 
 
 def _nearest(record: FoldRecord, metric: _Metric) -> dict[str, float]:
-    """``{module path: the metric with plain rounding}``, where any weight was rounded otherwise."""
+    """``{module path: the metric with plain rounding}``; empty where every weight was rounded plainly."""
     compared = any(module.rounding != "nearest" for module in record.modules.values())
     return _fields(record, metric.nearest) if compared and metric.nearest else {}
 
@@ -109,19 +110,19 @@ def render(
     """The page as a string.
 
     Args:
-        record: of the fold.
-        name: of the folder that it is of.
-        files: ``{what: bytes}`` of what lies in the folder.
-        verified: results of ``verify``, as their ``to_dict`` gives them.
+        record: the fold's record.
+        name: the folder's name.
+        files: ``{kind of file: bytes}`` of the folder's files.
+        verified: results of ``verify``, as ``to_dict`` gives them.
 
     Raises:
-        CheckpointError: the record's figures are none.
-        StateError: ``verified`` is no result of ``verify``, or of another model.
+        CheckpointError: a figure in the record is not a finite number.
+        StateError: ``verified`` is not a result of ``verify``, or is of another model.
         MissingDependencyError: jinja2 is not installed.
     """
     check_figures(record)
     modules, files = record.modules, files or {}
-    checks = [verify_result(data, record) for data in verified]
+    checks = [result for data in verified for result in verify_results(data, record)]
     ranked = sorted(modules, key=lambda path: (-modules[path].error, natural(path)))
     rows = {path: f"m{i}" for i, path in enumerate(ranked[:_ROWS])}
     place = _limited(layout(modules))
@@ -134,6 +135,7 @@ def render(
         "bases": sorted(_last(base) for base in {a.base_model for a in record.adapters if a.base_model}),
         "formats": _formats(modules.values()),
         "failed": [path for check in checks for path in check.failed],
+        "remedies": _remedies(record),
         "least": min(((kept, path) for path, kept in _fields(record, "effect_kept").items()), default=None),
         "maps": maps,
         "moved": _layers_moved(modules, place),
@@ -151,7 +153,7 @@ def render(
 
 
 def headline(record: FoldRecord) -> dict[str, Any]:
-    """The first figures as plain values: what ``oftsurgery report --json`` prints."""
+    """The main figures as plain values, which ``oftsurgery report --json`` prints."""
     check_figures(record)
     found: dict[str, Any] = {"modules": len(record.modules)}
     for metric in _METRICS:
@@ -190,6 +192,7 @@ def _template() -> Any:
         "shortened": _last,
         "counted": _count,
         "percent": percent,
+        "share": share,
         "size": size,
     }
     return environment.from_string(html)
@@ -199,12 +202,20 @@ def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+def _remedies(record: FoldRecord) -> Sequence[Remedy]:
+    """What helps where the fold keeps too little of its adapter. The page depends on its inputs alone, so a fold on disk gets
+    commands, whoever draws the page.
+    """
+    case = Case.of_record(record)
+    return () if case is None else remedies(case, commands=True)
+
+
 def _adapters(record: FoldRecord) -> str:
     return " + ".join(_last(a.source) for a in record.adapters) or "No adapter"
 
 
 def _last(source: str | None) -> str:
-    """Name of an adapter without the path of this machine."""
+    """The name of an adapter without this machine's path."""
     if not source:
         return "an adapter without a name"
     parts = [part for part in source.replace("\\", "/").split("/") if part]
@@ -224,13 +235,14 @@ def _count(of: Collection[object] | int, one: str, many: str | None = None) -> s
 
 
 def _middle_half(values: Iterable[float], show: Callable[[float], str] = percent) -> str:
-    """Between what the middle half of the values lies."""
+    """The two borders of the middle half of the values, as text."""
     values = list(values)
     first, _, last = statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
     return f"{show(first)} and {show(last)}"
 
 
 def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, str]) -> dict[str, Any]:
+    """The data of one metric's map."""
     values = metric.values(record)
     scale = metric.scale(list(values.values()))
 
@@ -260,7 +272,7 @@ def _map(metric: _Metric, record: FoldRecord, place: Layout, rows: Mapping[str, 
 
 
 def _limited(place: Layout) -> Layout:
-    """The largest stacks; what is in others is loose."""
+    """The layout with the largest stacks only; the modules of other stacks are loose."""
     kept = sorted(place.stacks, key=lambda s: -len(s.cells))[:_STACKS]
     rest = [path for s in place.stacks if s not in kept for cell in s.cells.values() for path in cell]
     return Layout(tuple(s for s in place.stacks if s in kept), (*place.loose, *rest))
@@ -281,7 +293,7 @@ def _stack(stack: Stack, stacks: int, cell: Callable[[Sequence[str]], dict[str, 
 
 
 def _layers_moved(modules: Mapping[str, ModuleRecord], place: Layout) -> str:
-    """The layers with the largest angles, by the median of their modules; none where all are alike."""
+    """The layers with the largest angles, by the median of their modules; an empty text where all layers are alike."""
     medians = []
     for stack in place.stacks:
         for layer in stack.layers:
@@ -306,7 +318,7 @@ def _histogram(record: FoldRecord) -> dict[str, Any] | None:
 
 
 def _columns(record: FoldRecord, maps: Iterable[Mapping[str, Any]], checks: Iterable[VerifyResult]) -> list[Column]:
-    """Of the modules' table, without those that have no figure of these modules."""
+    """The columns of the modules' table that have a figure of at least one module."""
     columns = []
     for found in maps:
         metric = found["metric"]
@@ -340,7 +352,7 @@ def _earlier(record: FoldRecord) -> list[Sequence[str]]:
 
 
 def _onnx(value: object) -> dict[str, Any] | None:
-    """What the export of a graph recorded, in any shape: another version's may differ."""
+    """The facts that the export of a graph recorded; another version's record may have another form."""
     if not isinstance(value, Mapping) or not value:
         return None
     facts: list[tuple[str, str]] = []
@@ -368,7 +380,7 @@ def _is_check(value: object) -> bool:
 
 
 def _flat(value: object, name: str) -> list[tuple[str, str]]:
-    """Facts of a JSON value, named by their place in it."""
+    """The facts in a JSON value, each named by its place in the value."""
     if isinstance(value, Mapping):
         return [fact for key, item in value.items() for fact in _flat(item, f"{name} {printable(key)}")][:200]
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
 "use strict";
-// without this script the page is whole: every cell is then a stop of the Tab key, and the table is worst first
+// the page also works without this script: every cell is then a stop of the Tab key, and the worst module comes first
 
-// one stop of the Tab key for each map, arrow keys inside it; what a cell's title says is shown below it
+// each map is one stop of the Tab key, and arrow keys move inside the map; a cell's title is shown below the map
 for (const map of document.querySelectorAll(".maps section")) {
   const links = [...map.querySelectorAll("td a")];
   const readout = map.querySelector(".readout");

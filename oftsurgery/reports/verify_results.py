@@ -1,4 +1,4 @@
-""":func:`verify_result` takes what ``verify`` or ``verify_checkpoint`` measured to the page."""
+""":func:`verify_results` prepares a result of ``verify`` or ``verify_checkpoint`` for the page."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oftsurgery.errors import StateError, printable
+from oftsurgery.errors import StateError, printable, share
 from oftsurgery.records.record import FoldRecord
 
 from .figures import is_figure, percent, scientific
 
-#: entries of a list on the page at most
+#: the most entries of a list on the page
 MOST_LISTED = 100
 
 
 @dataclass(frozen=True)
 class Column:
-    """Figures of modules in their table: ``{path: value}``, and how one is shown. The template has words for it by ``id``."""
+    """A column of the modules' table: ``{path: value}``, and the text of a value. The template has its words by ``id``."""
 
     id: str
     values: Mapping[str, float]
@@ -26,7 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """One result of ``verify``: of ``"outputs"`` or of ``"weights"``, what failed in it, and what else its section says."""
+    """One result of ``verify``, on ``"outputs"`` or on ``"weights"``, with its failures and the facts of its section."""
 
     kind: str
     column: Column
@@ -34,15 +34,24 @@ class VerifyResult:
     facts: Mapping[str, Any]
 
 
-def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
+def verify_results(data: Mapping[str, Any], record: FoldRecord) -> list[VerifyResult]:
+    """The results in one result of ``verify``: of the weights, and of the outputs where texts were given."""
+    found = [_verify_result(data, record)]
+    on_texts = data.get("on_texts")
+    return [*found, _verify_result(on_texts, record)] if isinstance(on_texts, Mapping) else found
+
+
+def _verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
     modules = data.get("modules")
     if not isinstance(modules, Mapping) or not all(isinstance(m, Mapping) for m in modules.values()):
         raise _no_result()
     known = set(record.modules).union(*(r.modules for r in record.earlier))
     strange = [path for path in modules if path not in known]
     if strange:
-        message = "the result of verify is of another model: the record has no such module"
-        raise StateError(message, module=strange[0], remedy="verify this very fold")
+        message = "the result of verify is of another model: it has a module that the record does not have"
+        raise StateError(
+            message, module=strange[0], remedy="give a result of verify for this fold (verified=…, --verified)"
+        )
     try:
         return _outputs(data, modules) if "outputs" in data else _weights(data, modules)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -50,10 +59,8 @@ def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
 
 
 def _no_result() -> StateError:
-    message = "this is no result of verify"
-    remedy = (
-        "give what `oftsurgery verify --json` printed, or what oftsurgery.verify(…) returned (its to_dict() as JSON)"
-    )
+    message = "the given data are not a result of verify"
+    remedy = "give the output of `oftsurgery verify --json`, or the result of oftsurgery.verify(…) (to_dict() as JSON)"
     return StateError(message, remedy=remedy)
 
 
@@ -64,15 +71,33 @@ def _figure(value: object) -> float:
 
 
 def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
-    """Of :class:`~oftsurgery.VerifyReport`."""
+    """The result of a :class:`~oftsurgery.VerifyReport`."""
     shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
-    rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
+    base = {f"{name}, base": of for name, of in (data.get("base") or {}).items()}
+    rows = [
+        [printable(o), *(show(_figure(of[n])) for n, show in shown.items()), *_of_adapter(of)]
+        for o, of in {**data["outputs"], **base}.items()
+    ]
     column = Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
-    return VerifyResult("outputs", column, [], {"rows": rows, "batches": int(data["batches"])})
+    facts = {
+        "rows": rows,
+        "outputs": len(data["outputs"]),
+        "batches": int(data["batches"]),
+        "verdict": data.get("verdict"),
+    }
+    return VerifyResult("outputs", column, [], facts)
+
+
+def _of_adapter(output: Mapping[str, Any]) -> list[str]:
+    """The KL divergence and the share of the adapter's effect, which older results lack."""
+    kl, kept = output.get("kl"), output.get("kept")
+    if kept is not None and not is_figure(abs(kept)):
+        raise TypeError
+    return ["–" if kl is None else scientific(max(0.0, kl)), "–" if kept is None else share(kept, ".1%")]
 
 
 def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
-    """Of :class:`~oftsurgery.CheckpointReport`."""
+    """The result of a :class:`~oftsurgery.CheckpointReport`."""
     errors = {path: _figure(m["error"]) for path, m in modules.items()}
     failed = sorted((path for path, m in modules.items() if m["passes"] is not True), key=lambda path: -errors[path])
     files, tensors = data.get("files") or {}, data.get("tensors") or {}

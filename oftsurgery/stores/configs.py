@@ -1,28 +1,17 @@
-"""The files beside the weights: what a folded checkpoint's ``config.json`` says, and what is carried over."""
+"""The ``config.json`` of a folded checkpoint."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.dtypes import DENSE, name_of
-from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
-from oftsurgery.records.record_file import RECORD
 
 if TYPE_CHECKING:
     from .folder import Quantization
-
-_NOT_CARRIED = re.compile(
-    r"\..*|adapter_.*"  # what belongs to a place, or to an adapter
-    rf"|config\.json|{re.escape(RECORD)}|README\.md"  # what is written anew
-    r"|.*(?i:\.(safetensors|bin)(\.index\.json)?|\.(pth?|h5|msgpack|onnx|gguf|ot|pkl|undo))"  # weights in any form
-    r"|.*(?i:\.py)",  # code
-    re.DOTALL,
-)
+    from .vocabulary import Vocabulary
 
 
 def output_config(
@@ -30,9 +19,9 @@ def output_config(
 ) -> dict[str, Any]:
     """The destination's ``config.json``.
 
-    Dense formats lose ``quantization_config`` (a stale one breaks their loading) and name their dtype; quantised ones
-    get transformers' own; rope settings are written for transformers 4 and 5; weights that the fold untied are no
-    longer tied.
+    A dense format loses ``quantization_config`` (an old one breaks the loading) and gets its dtype; a quantised format
+    gets transformers' own ``quantization_config``. Rope settings are written for transformers 4 and 5. The config no
+    longer ties weights that the fold untied.
     """
     new = copy.deepcopy(dict(config))
     if not new:
@@ -43,7 +32,8 @@ def output_config(
             if sub is new or "dtype" in sub or "torch_dtype" in sub:
                 sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
     elif quantization is not None:
-        new["quantization_config"] = _bnb_config(quantization)
+        old = new.get("quantization_config")
+        new["quantization_config"] = bnb_config(quantization, old if isinstance(old, Mapping) else {})
         if quantization.dtype is not None:
             new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
     for sub in _with_text(new):
@@ -53,9 +43,18 @@ def output_config(
     return new
 
 
-def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` of a checkpoint whose fold is taken out: the folded one's, tied again where the base is."""
+def restored_config(
+    folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False, vocabulary: Vocabulary | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, with its
+    class and labels where the adapter had brought a ``head``, and with its number of tokens.
+    """
+    folded = folded if vocabulary is None else vocabulary.in_config(folded)
     new = copy.deepcopy(dict(folded))
+    if head:
+        for name in ("architectures", "id2label", "label2id"):
+            new.pop(name, None)
+            new |= {name: base[name]} if name in base else {}
     for mine, theirs in zip(_with_text(new), _with_text(dict(base)), strict=False):
         mine.pop("tie_word_embeddings", None)
         mine |= {k: v for k, v in theirs.items() if k == "tie_word_embeddings"}
@@ -67,7 +66,7 @@ def _with_text(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def readable_rope(config: dict[str, Any]) -> None:
-    """Add ``rope_theta`` and ``rope_scaling`` where a config has transformers 5's ``rope_parameters`` alone, which
+    """Add ``rope_theta`` and ``rope_scaling`` to a config that has only transformers 5's ``rope_parameters``, which
     transformers 4 ignores.
     """
     rope = config.get("rope_parameters")
@@ -79,13 +78,19 @@ def readable_rope(config: dict[str, Any]) -> None:
         config.setdefault("rope_scaling", scaling)
 
 
-def _bnb_config(q: Quantization) -> dict[str, Any]:
-    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
+#: settings that a new format takes over from the old config, since they are no part of the format
+_KEPT = ("bnb_4bit_quant_storage", "llm_int8_skip_modules", "llm_int8_threshold")
+
+
+def bnb_config(q: Quantization, old: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings, with the settings of an ``old`` config that are no
+    part of the format.
+    """
     four = "load_in_4bit" in FORMATS[q.codec].config_fields
-    return {
+    new = {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": name_of(q.compute_dtype),
+        "bnb_4bit_compute_dtype": name_of(q.compute_dtype or DENSE["fp32"]),
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": q.codec if four else "fp4",
         "bnb_4bit_use_double_quant": q.double_quant,
@@ -97,11 +102,5 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
         "load_in_8bit": not four,
         "quant_method": "bitsandbytes",
     }
-
-
-def carried_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files beside the weights that go along: tokenizer, generation config, template, licence …; plain
-    files of the top folder. The card is written anew.
-    """
-    names = (path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NOT_CARRIED.fullmatch(path.name))
-    return tuple(inside(folder, name).name for name in names)  # a link could publish any file of the user's
+    kept = {name: old[name] for name in _KEPT if name in old and (name != "llm_int8_skip_modules" or q.skip is None)}
+    return new | kept

@@ -1,13 +1,13 @@
 """Tensors that transformers splits, merges, turns or permutes while it loads a checkpoint, by its own conversion tables.
 
-A :class:`Unit` is what one entry of those tables takes in and gives out. It is tried on the meta device when the
-checkpoint's names are resolved: what does not come back as it was there is no unit that can be written.
+A :class:`Unit` holds the tensors that one entry of those tables reads and gives. When the checkpoint's names are
+resolved, each unit is tried on the meta device: a unit whose tensors do not come back unchanged cannot be written.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ class Unit:
     Attributes:
         stored: ``{name in the checkpoint: shape}``.
         model: ``{name in the model: shape}``; empty where transformers' table does not apply to these tensors.
-        reversible: the model's tensors go back to the stored ones.
+        reversible: whether the model's tensors can be converted back to the stored tensors.
     """
 
     stored: Mapping[str, Shape]
@@ -37,15 +37,15 @@ class Unit:
     _skeleton: Any
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors from the stored ones."""
+        """The model's tensors, from the stored tensors."""
         return _run(copy.deepcopy(self._converter), tensors, self._keys, self._skeleton)
 
     def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mirror of :meth:`load`."""
-        from transformers.core_model_loading import apply_converters
+        """The stored tensors, from the model's tensors: the mirror of :meth:`load`."""
+        from transformers.core_model_loading import rename_source_key
 
         back = self._converter.reverse_transform()
-        first = {name: apply_converters(name, [back]) for name in tensors}
+        first = {name: rename_source_key(name, [], [back]) for name in tensors}
         keys = {name: (pattern or name, target) for name, (target, pattern) in first.items()}
         found = _run(back, tensors, keys, self._skeleton, patterns={n: p for n, (_, p) in first.items()})
         prefix = f"{self._skeleton.base_model_prefix}."
@@ -60,6 +60,7 @@ def _run(
     skeleton: Any,
     patterns: Mapping[str, str | None] | None = None,
 ) -> dict[str, Tensor]:
+    """The tensors that transformers' ``converter`` makes of ``tensors``."""
     from transformers.core_model_loading import dot_natural_key
 
     for name in sorted(tensors, key=dot_natural_key):
@@ -99,14 +100,24 @@ def unit_of(
 def _tried(
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
+    """The result of a conversion; nothing if the conversion fails."""
     try:
         return convert(tensors)
-    except Exception:  # a conversion raises what it likes; such a unit is not known, and refused where it changes
+    except Exception:  # a conversion may raise any error; the unit is then unknown, and a change of the unit is refused
         return {}
 
 
+#: attribute in which transformers keeps the conversions of the files that it loaded last into a model
+CONVERSIONS = "_weight_conversions"
+
+
+def of_adapter(conversions: Sequence[Any] | None) -> bool:
+    """Whether ``conversions`` belong to the files of an adapter; such conversions say nothing about the model's own tensors."""
+    return any(source.startswith("base_model.model.") for c in conversions or () for source in c.source_patterns)
+
+
 class Saving:
-    """What transformers calls a live model's tensors in files, and what it makes of them there."""
+    """The names and forms that transformers gives a live model's tensors in files."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -119,26 +130,27 @@ class Saving:
             from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
         except ImportError:
             return
-        found = getattr(model, "_weight_conversions", None)
-        if found is None:
+        found = getattr(model, CONVERSIONS, None)
+        if found is None or of_adapter(found):
             known = get_model_conversion_mapping(model, add_legacy=False)
             found = [t for t in known if not isinstance(t, PrefixChange)]
-        # how transformers 5 read bitsandbytes' own tensors has no way back, and renames nothing
+        # transformers 5's conversions of bitsandbytes' own tensors have no reverse, and rename nothing
         back = [t.reverse_transform() for t in found[::-1] if not _of_bitsandbytes(t)]
         self._renamings = [t for t in back if isinstance(t, WeightRenaming)]
         self._converters = [t for t in back if isinstance(t, WeightConverter)]
 
     def name(self, name: str) -> str:
-        """In files, of a tensor that is not converted."""
+        """The name in files of a tensor that is not converted."""
         for renaming in self._renamings:
             name = renaming.rename_source_key(name)[0]
         return name
 
     def unit(self, name: str) -> str | None:
-        """What all tensors that are converted together share; None for one that is not converted."""
+        """A key that all tensors of one conversion share; None for a tensor that is not converted."""
         return self._matched(name)[1]
 
     def _matched(self, name: str) -> tuple[Any, str | None, str | None]:
+        """``(converter, first name in the file, pattern)`` for a tensor that is converted; else three times None."""
         for converter in self._converters:
             target, pattern = converter.rename_source_key(name)
             if pattern is not None:
@@ -146,7 +158,7 @@ class Saving:
         return None, None, None
 
     def store(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a file from all of the model's that share a unit.
+        """The tensors of a file, from all of the model's tensors that share a unit.
 
         Raises:
             FormatError: the conversion fails.
@@ -156,9 +168,9 @@ class Saving:
         keys = {name: (name, str(target)) for name, (_, target, _) in matched.items()}
         try:
             found = _run(converter, tensors, keys, self._model, {name: p for name, (_, _, p) in matched.items()})
-        except Exception as error:  # a conversion raises what it likes
+        except Exception as error:  # a conversion may raise any error
             raise FormatError(
-                f"transformers splits or merges this tensor when it saves, and that fails ({printable(error)})",
+                f"transformers splits or merges this tensor when it saves, and the conversion failed ({printable(error)})",
                 tensor=next(iter(tensors)),
                 remedy="fold the checkpoint on disk instead: oftsurgery.fold_checkpoint",
             ) from error
@@ -170,16 +182,13 @@ def _of_bitsandbytes(transform: Any) -> bool:
 
 
 def check_known(unit: Unit, path: str, *, back: bool) -> None:
-    """
-    Raises:
-        FormatError: the module's weight is of a unit that is not known, or that must be written and cannot be.
-    """
+    """Raise FormatError for a weight of an unknown unit, or of a unit that must be written ``back`` and is not reversible."""
     if not unit.model or (back and not unit.reversible):
         first, *rest = map(printable, unit.stored)
         more = f" and {len(rest)} other tensors" if rest else ""
         raise FormatError(
             f"transformers makes this weight from {first}{more} of the checkpoint by a conversion that cannot be "
-            + ("taken back" if unit.model else "followed"),
+            + ("reversed" if unit.model else "followed"),
             module=path,
             remedy="load the model with transformers, fold it in memory, and save it with save_pretrained",
         )

@@ -1,17 +1,19 @@
-"""A checkpoint's folder as a :class:`~oftsurgery.stores.store.Store`: the model that transformers would load from it,
-weight by weight, without building it.
+"""A checkpoint's folder as a :class:`~oftsurgery.stores.store.Store`: the model that transformers would load, read weight
+by weight, without building the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import DTYPES, FLOATS
+from oftsurgery.adapters.targets import Adaptable
+from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
 from oftsurgery.errors import FormatError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import checkpoint_tensors, codecs
@@ -20,54 +22,74 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
 
+from .adaptable import adaptable_of
 from .conversion import Unit, check_known
 from .idle import is_idle
 from .layers import Layer
+from .layouts import find_names
 from .naming import architecture_of, locate
+from .resizing import resized
+from .skeleton import skeleton
 from .store import LayerInfo
 from .ties import Ties
+from .vocabulary import Vocabulary, vocabulary_of
+
+if TYPE_CHECKING:
+    from .new_head import NewHead
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a plain source is quantised first, as the trainer's bitsandbytes loading did.
+    """How a plain source is quantised before the fold, as bitsandbytes' loading did in training.
 
     Attributes:
         codec: ``"nf4"``, ``"fp4"`` or ``"int8"``.
         double_quant: quantise the 4-bit statistics too.
-        compute_dtype: of the live 4-bit layers, for the config alone: it changes no stored byte.
-        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them) in place of its
-            own choice; None for that.
-        dtype: in which the model was loaded; None for what its config names, as transformers 5 does by itself.
+        compute_dtype: compute dtype of the live 4-bit layers, for the config alone: no stored byte depends on it. None: the dtype
+            in which the model is loaded, since bitsandbytes is slow where the two differ.
+        skip: modules to leave unquantised (``llm_int8_skip_modules``, read as transformers reads them); None for
+            transformers' own choice.
+        dtype: dtype in which the model was loaded; None for the config's dtype, which transformers 5 uses by default.
     """
 
     codec: str
     double_quant: bool = False
-    compute_dtype: torch.dtype = torch.float32
+    compute_dtype: torch.dtype | None = None
     skip: tuple[str, ...] | None = None
     dtype: torch.dtype | None = None
 
 
 class FolderStore:
-    """The model in ``source``, as loading it with ``quantization`` (None: as it is stored) would have it.
+    """The model in ``source``, as if it were loaded with ``quantization`` (None: as it is stored).
 
-    Tensors have the names that the model's class gives them; those that transformers makes something else of may be
-    asked for by the checkpoint's own names too.
+    Tensors have the names of the model's class; tensors that transformers converts have the checkpoint's own names too.
 
     Attributes:
-        architecture: the model class's names.
+        config: the ``config.json`` of the model; an adapter's head may have changed the file's contents.
+        entries: the checkpoint's tensors that the model has.
+        added: ``{name: shape}`` of the tensors that an adapter brings to the model.
+        architecture: the names by the model's class.
     """
 
     what = "checkpoint"
 
-    def __init__(self, source: Checkpoint, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, source: Checkpoint, quantization: Quantization | None = None, head: NewHead | None = None
+    ) -> None:
         q = quantization
+        dtype = q.dtype if q is not None and q.dtype is not None else load_dtype(source)
+        if q is not None and q.compute_dtype is None:
+            q = replace(q, compute_dtype=dtype if dtype in DENSE.values() else torch.float32)
         self.source = source
         self.quantization = q
+        self.config = source.config if head is None else head.config
+        self.added: Mapping[str, tuple[int, ...]] = {} if head is None else head.added
+        dropped = frozenset() if head is None else head.dropped
+        self.entries = {n: e for n, e in source.entries.items() if not {n, checkpoint_tensors.owner_of(n)} & dropped}
         self.architecture = architecture_of(
-            source.config,
-            {name: e.shape for name, e in source.entries.items()},
-            dtype=q.dtype if q is not None and q.dtype is not None else _load_dtype(source),
+            self.config,
+            {name: e.shape for name, e in self.entries.items()},
+            dtype=dtype,
             skip=q.skip if q is not None else None,
         )
 
@@ -82,18 +104,29 @@ class FolderStore:
     @cached_property
     def names(self) -> Collection[str]:
         a = self.architecture
-        # what the class has, what the files have beside it, and what transformers makes something else of
+        # the modules of the class, further weights of the files, and weights that transformers converts
         weights = (n.removesuffix(".weight") for n in (*a.renamed.values(), *a.units) if n.endswith(".weight"))
         return dict.fromkeys([*a.modules, *weights])
 
+    @property
+    def adaptable(self) -> Adaptable:
+        if self.architecture.modules:
+            return adaptable_of(self.architecture.modules)
+        weights = tuple(n.removesuffix(".weight") for n in self.tensors if n.endswith(".weight") and self.is_weight(n))
+        return Adaptable(linears=(), others=weights, holders=tuple(n.rpartition(".")[0] for n in self.tensors))
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
-        found = locate(wanted := list(names), self.architecture)
+        wanted = list(names)
+        found = locate(wanted, self.architecture)
+        if self.added:
+            rest = [name for name in wanted if name not in found]
+            found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.layouts)
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
 
     def _check_not_merged(self, paths: Iterable[str]) -> None:
-        """An adapter on weights that transformers builds from several of the checkpoint's (fused experts) has no single
-        module to be folded into.
+        """Refuse an adapter on a weight that transformers merges from several tensors of the checkpoint (fused experts):
+        no single module can take the fold.
         """
         made = self.architecture.made
         for path in paths:
@@ -103,13 +136,13 @@ class FolderStore:
                 raise FormatError(
                     f"the model merges this weight from {len(parts)} tensors of the checkpoint ({printable(parts[0])} …)",
                     module=path,
-                    remedy="fold an adapter on those tensors, one by one; or load the model with transformers, fold it in memory, and save it",
+                    remedy="fold an adapter on those tensors, one by one; or load the model with transformers, fold it in memory, and save the model",
                 )
 
     @cached_property
     def tensors(self) -> Collection[str]:
-        """Names of all tensors of the model that the checkpoint gives, companions of quantised weights aside; those of
-        units that are not known by the checkpoint's own names.
+        """Names of all tensors of the model that the checkpoint gives, without companions of quantised weights; tensors of
+        unknown units have the checkpoint's own names.
         """
         a = self.architecture
         unknown = [n for n, unit in a.units.items() if not unit.model]
@@ -120,20 +153,23 @@ class FolderStore:
         )
 
     def is_weight(self, name: str) -> bool:
-        """Whether the tensor is a weight that a rotation may be on, stored in any format."""
+        """Whether the tensor is a weight, stored in any format, that can be rotated."""
         holder = self.holder(name)
         if self.unit(name) is not None:
             return len(self.shape(name)) == 2
         if holder not in self.source.entries:
             return False
-        if self.is_quantised(holder):
+        if self.holds_quantised(holder):
             return True
         entry = self.source.entries[holder]
         matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
         return matrix and DTYPES[entry.dtype] in FLOATS
 
-    def is_quantised(self, stored: str) -> bool:
-        """Whether a tensor of the checkpoint is a quantised weight: integers alone are none."""
+    def is_quantised(self, name: str) -> bool:
+        return self.holds_quantised(self.holder(name))
+
+    def holds_quantised(self, stored: str) -> bool:
+        """Whether a tensor of the checkpoint is a quantised weight; integers without statistics are not such a weight."""
         return stored.endswith("weight") and len(checkpoint_tensors.companion_names(stored, self.source.entries)) > 1
 
     def is_embedding(self, name: str) -> bool:
@@ -143,12 +179,12 @@ class FolderStore:
     # --- where tensors are ---
 
     def holder(self, name: str) -> str:
-        """The stored tensor, or the member of a unit, that ``name`` is, or is tied to."""
+        """The name of the stored tensor, or of the unit's tensor, that holds ``name`` itself or by a tie."""
         name = self.architecture.tied.get(name, name)
         return self.architecture.stored.get(name, (name,))[0]
 
     def unit(self, name: str) -> Unit | None:
-        """The unit that ``name`` is made by, or None for what is stored by itself."""
+        """The unit that makes the tensor ``name``, or None for a tensor that is stored by itself."""
         return self.architecture.made.get(self.architecture.tied.get(name, name))
 
     def layer(self, name: str) -> LayerInfo:
@@ -164,13 +200,13 @@ class FolderStore:
             return LayerInfo(None if idle else Layer(path, modules[path]).kind, format_, id(modules[path]), idle)
         if len(shape) == 4 and shape[2:] != (1, 1):
             raise FormatError(
-                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, as no weight does",
+                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight computes the same",
                 module=path,
                 remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
             )
         if name in self.architecture.units and len(shape) != 2:
             raise FormatError(
-                "the checkpoint holds this weight fused with others",
+                "the checkpoint holds this weight fused with other weights",
                 module=path,
                 tensor=name,
                 shape=shape,
@@ -179,15 +215,27 @@ class FolderStore:
         return LayerInfo(None, format_, hash(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.added:
+            return self.added[name]
         unit = self.unit(name)
         if unit is not None:
             return unit.model[self.architecture.tied.get(name, name)]
-        return self.source.entries[self.holder(name)].shape
+        return self.stored(name).shape if self.is_quantised(name) else self.source.entries[self.holder(name)].shape
 
-    # --- what they hold ---
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        def make(vocabulary: Vocabulary | None) -> Any:
+            config = self.config if vocabulary is None else vocabulary.in_config(self.config)
+            return skeleton(config, torch.float32, len(self.entries))
+
+        def held(name: str) -> tuple[int, ...] | None:
+            return self.shape(name) if name in self.tensors and self.unit(name) is None else None
+
+        return vocabulary_of(brought, self.shape, partial(resized, make, held))
+
+    # --- formats and values ---
 
     def stored(self, name: str) -> WeightFormat:
-        """A weight's format as it is stored, canonical shape; reads nothing but a 4-bit state's JSON."""
+        """A weight's stored format, in the canonical shape. Only a 4-bit state's JSON is read."""
         unit = self.unit(name)
         if unit is not None:
             return WeightFormat("dense", self.shape(name), self.dtype(next(iter(unit.stored))))
@@ -199,7 +247,7 @@ class FolderStore:
         return checkpoint_tensors.stored_format(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:
-        """A weight's format as loading the model has it."""
+        """A weight's format after the model is loaded."""
         stored, q = self.stored(name), self.quantization
         if q is None or stored.quantised:
             return stored
@@ -209,18 +257,18 @@ class FolderStore:
         return replace(stored, dtype=dtype)
 
     def quantises(self, name: str) -> bool:
-        """Whether loading quantises the weight ``name``."""
+        """Whether loading with ``quantization`` quantises the weight ``name``."""
         linears = self.architecture.linears
         return self.quantization is not None and linears is not None and name in linears
 
     def loaded_dtype(self, name: str) -> torch.dtype | None:
-        """In which dtype loading holds the plain tensor ``name``; None where there was none, or it holds no floats."""
+        """The dtype of the plain tensor ``name`` after loading; None without quantised loading, or for integers."""
         if self.quantization is None:
             return None
         return self.architecture.loaded.get(name)
 
     def dtype(self, stored: str) -> torch.dtype:
-        """Of a tensor of the checkpoint."""
+        """The dtype of a tensor of the checkpoint."""
         return DTYPES[self.source.entries[stored].dtype]
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
@@ -252,9 +300,22 @@ class FolderStore:
         return unit.load({name: self.source.read(name) for name in unit.stored})
 
 
-def _load_dtype(source: Checkpoint) -> torch.dtype:
-    """In which transformers 5 loads the checkpoint unless told otherwise: as its config says, else as the first float
-    tensor is stored.
+def holds_quantised_weights(source: Checkpoint) -> bool:
+    """Whether the checkpoint holds quantised weights, or its config says so."""
+    return source.config.get("quantization_config") is not None or has_quantised_weights(source)
+
+
+def has_quantised_weights(source: Checkpoint) -> bool:
+    """Whether the checkpoint holds quantised weights, whatever its config says."""
+    return any(
+        name.endswith("weight") and len(checkpoint_tensors.companion_names(name, source.entries)) > 1
+        for name in source.entries
+    )
+
+
+def load_dtype(source: Checkpoint) -> torch.dtype:
+    """The dtype in which transformers 5 loads the checkpoint by default: the config's dtype, or else the dtype of the first
+    float tensor.
     """
     named = source.config.get("dtype", source.config.get("torch_dtype"))
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
@@ -264,7 +325,7 @@ def _load_dtype(source: Checkpoint) -> torch.dtype:
 
 
 def load_weight(source: Checkpoint, name: str, *, transposed: bool) -> EncodedWeight:
-    """A stored weight with its companions, in the canonical shape; ``transposed``: a plain one is held ``(in, out)``."""
+    """A stored weight with its companions, in the canonical shape; a ``transposed`` plain weight is held ``(in, out)``."""
     entry = source.entries[name]
     encoded = checkpoint_tensors.read_weight(name, source.entries, source.read, entry.shape, DTYPES[entry.dtype])
     return encoded if encoded.format.quantised else canonical(encoded.tensors["weight"], transposed=transposed)

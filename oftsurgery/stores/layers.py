@@ -1,9 +1,9 @@
-"""Layers of a live model: what their weight is stored as, reading it, and putting another in its place.
+"""Layers of a live model: find out how a layer's weight is stored, read the weight, and put another in its place.
 
 One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1
 convolution, embedding) and where its weight lives (the module, its int8 state, or accelerate's offload map). Weights
 are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or
-``(tokens, features)``. Nothing here computes.
+``(tokens, features)``. The code here does no arithmetic.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from oftsurgery.formats.all_formats import FORMATS, format_of_parameter
 from oftsurgery.formats.base import Format
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
+from .modules import distinct, inner_model, modules_of
+
 Kind = Literal["linear", "embedding", "conv"]
 
 Undo = Callable[[], None]
@@ -35,17 +37,17 @@ class Layer:
     path: str
     module: nn.Module
 
-    # --- what it is ---
+    # --- kind and format ---
 
     @property
     def kind(self) -> Kind:
-        """Raises FormatError for modules whose weight cannot be folded."""
+        """The kind of the module. Raises FormatError for a module whose weight cannot be folded."""
         m = self.module
         if isinstance(m, nn.Embedding):
             return "embedding"
         if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            message = "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter on it does nothing, and a fold would"
-            remedy = "leave it out of the adapter (`exclude_modules`)"
+            message = "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter does nothing, but a fold would"
+            remedy = "leave the layer out of the adapter (`exclude_modules`)"
         elif isinstance(m, nn.Conv2d) and tuple(m.kernel_size) != (1, 1):
             message = (
                 f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
@@ -53,15 +55,15 @@ class Layer:
             )
             remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
         elif isinstance(m, nn.Conv2d) and m.groups != 1:
-            message = "a grouped convolution cannot be folded"
-            remedy = "train the adapter without it (`exclude_modules`)"
+            message = f"a grouped convolution cannot be folded, and this convolution has {m.groups} groups"
+            remedy = "train the adapter without this convolution (`exclude_modules`)"
         elif isinstance(m, nn.Conv2d):
             return "conv"
         elif isinstance(m, nn.Linear) or self._is_conv1d:
             return "linear"
         else:
-            message = f"a {type(m).__name__} has no weight that OFT rotates and oftsurgery knows"
-            remedy = "known are torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers"
+            message = f"a {type(m).__name__} has no weight that oftsurgery can rotate"
+            remedy = "rotate torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers alone"
         raise FormatError(message, module=self.path, remedy=remedy)
 
     @property
@@ -71,18 +73,18 @@ class Layer:
 
     @property
     def bitsandbytes(self) -> Format | None:
-        """The format whose bitsandbytes classes the module or its weight is of, quantised or not."""
+        """The format with a bitsandbytes class of the module or its weight, quantised or not; None for other modules."""
         return next((kind for kind in FORMATS.values() if kind.holds_module(self.module)), None)
 
     @property
     def quantised(self) -> bool:
-        """Whether the weight is stored by bitsandbytes in 4 or 8 bits."""
+        """Whether bitsandbytes stores the weight in 4 or 8 bits."""
         bnb = self.bitsandbytes
         return bnb is not None and bnb.is_quantised(self.module._parameters.get("weight"))
 
     @property
     def repacked(self) -> bool:
-        """Whether a CPU forward has repacked a 4-bit weight, now or before it was unpacked again."""
+        """Whether a CPU forward has repacked the 4-bit weight, even if the weight was unpacked again."""
         state = getattr(self.module._parameters.get("weight"), "quant_state", None)
         return hasattr(state, "packing_format_for_cpu")
 
@@ -92,12 +94,12 @@ class Layer:
         module, trouble = self.module, ("", "")
         weight: Any = module._parameters.get("weight")
         if nn.utils.parametrize.is_parametrized(module, "weight"):
-            how = "remove_parametrizations(module, 'weight') first"
+            how = "call remove_parametrizations(module, 'weight') first"
             trouble = ("the weight is parametrised (torch.nn.utils.parametrize)", how)
         elif weight is None:
             trouble = (
-                "the weight is no parameter of the module itself: it is computed from others (weight_norm, spectral_norm, pruning), or there is none",
-                "make it one first: remove_weight_norm, remove_spectral_norm, prune.remove",
+                "the weight is no parameter of the module itself: the module computes it from others (weight_norm, spectral_norm, pruning), or has none",
+                "make the weight a parameter first: remove_weight_norm, remove_spectral_norm, prune.remove",
             )
         elif nn.parameter.is_lazy(weight):
             trouble = ("the module is lazy and has no weight yet", "run one forward first")
@@ -105,7 +107,7 @@ class Layer:
             message = f"the module's weight is a {type(weight).__name__}, not a tensor"
             raise FormatError(message, module=self.path, remedy="give a torch model")
         elif weight.is_meta and _offload_hook(module) is None:
-            trouble = ("the weight is on the meta device: it has no values", "load the model's weights first")
+            trouble = ("the weight is on the meta device and has no values", "load the model's weights first")
         elif type(weight.data).__name__ == "DTensor":
             trouble = ("the weight is sharded over processes (DTensor)", "gather the model in one process first")
         if trouble[0]:
@@ -113,14 +115,14 @@ class Layer:
         return offloaded(module, "weight") if weight.is_meta else weight
 
     def read(self) -> tuple[EncodedWeight, WeightFormat]:
-        """The stored weight, sharing the module's tensors, and the format that it goes back to.
+        """The stored weight, which shares the module's tensors, and the format in which a new weight is stored.
 
-        The two differ where a CPU forward repacked a 4-bit layer: what is left is singly quantised, what the layer was
-        may be doubly.
+        The two formats differ if a CPU forward repacked a 4-bit layer: the repacked weight has lost the double
+        quantisation that the layer may have had.
 
         Raises:
-            FormatError: stored in a way that is not known, or statistics are missing.
-            StateError: not loaded, sharded, parametrised, or not quantised yet.
+            FormatError: the storage is unknown, or statistics are missing.
+            StateError: the weight is not loaded, sharded, parametrised, or not quantised yet.
         """
         weight = self._weight()
         bnb, hook = self.bitsandbytes, _offload_hook(self.module)
@@ -141,7 +143,7 @@ class Layer:
         return weight.reshape(weight.shape[0], -1) if weight.ndim == 4 else weight
 
     def _stored(self, weight: Tensor) -> Tensor:
-        """Mirror of :meth:`_canonical`."""
+        """The mirror of :meth:`_canonical`."""
         if self._is_conv1d:
             return weight.t().contiguous()
         return weight.reshape(*weight.shape, 1, 1) if isinstance(self.module, nn.Conv2d) else weight
@@ -149,17 +151,17 @@ class Layer:
     # --- putting another weight in its place ---
 
     def write(self, encoded: EncodedWeight, *, park: bool, journal: list[Undo] | None = None) -> ReplacedWeight:
-        """Put ``encoded`` in place of the module's weight: a new Parameter, so that modules that shared the old one
-        keep it.
+        """Put ``encoded`` in place of the module's weight, as a new Parameter: modules that shared the old Parameter keep
+        the old weight.
 
         Args:
-            encoded: of the canonical shape, on the module's device.
-            park: move the replaced weight from its device to CPU memory, where it waits to be put back; not for one
-                that others still use.
-            journal: is given the undo step before anything changes, so that no interrupt comes between the two.
+            encoded: a weight of the canonical shape, on the module's device.
+            park: move the replaced weight from its device to CPU memory until it is put back; not for a weight that other
+                modules still use.
+            journal: list that gets the undo step before anything changes, so that no interrupt comes between the two.
 
         Returns:
-            what was there, Parameter objects included.
+            the replaced weight, Parameter objects included.
         """
         module: Any = self.module
         replaced, hook = ReplacedWeight.of(module), _offload_hook(module)
@@ -176,8 +178,8 @@ class Layer:
                 return replaced
             module._parameters["weight"] = new
             for name in replaced.quantisation:
-                # int8 as in a freshly quantised layer, whose first forward fills them; has_fp16_weights keeps its last
-                # quantisation there as well
+                # int8 gets None as in a freshly quantised layer, whose first forward fills the attributes;
+                # has_fp16_weights keeps its last quantisation there as well
                 setattr(replaced.quantisation_holder(module), name, getattr(new, "quant_state", None))
             if park:
                 replaced.move(torch.device("cpu"))
@@ -187,7 +189,7 @@ class Layer:
         return replaced
 
     def _for_offload(self, encoded: EncodedWeight) -> dict[str, Tensor]:
-        """What goes over accelerate's own map, which reads the disk or a dict shared with other hooks."""
+        """The tensors that cover accelerate's own map, which reads the disk or a dict shared with other hooks."""
         tensors: dict[str, Tensor] = {k: t.cpu() for k, t in encoded.tensors.items()}
         return tensors if encoded.format.quantised else {"weight": self._stored(tensors["weight"])}
 
@@ -199,14 +201,14 @@ class Layer:
 
 @dataclass(eq=False)
 class ReplacedWeight:
-    """What :meth:`Layer.write` took out of a module: the Parameter whole, with all of its quantisation state.
+    """The weight that :meth:`Layer.write` took out of a module: the whole Parameter, with all of its quantisation state.
 
-    Data and no closure, so that copies of a model that keeps one hold bytes of their own.
+    The object is data and no closure, so that a copy of a model that keeps the object has bytes of its own.
 
     Attributes:
         weight: the Parameter.
-        quantisation: attributes that change with it: the module's ``quant_state``, or ``CB`` and ``SCB`` of its int8 state.
-        overlay: the new weight over accelerate's map of offloaded ones, which alone has changed then.
+        quantisation: attributes that change with the Parameter: ``quant_state``, or ``CB`` and ``SCB`` of the int8 state.
+        overlay: the new weight over accelerate's map of offloaded weights; with an overlay, only the map has changed.
     """
 
     weight: Any
@@ -223,16 +225,16 @@ class ReplacedWeight:
         return cls(module._parameters["weight"], quantisation)
 
     def quantisation_holder(self, module: Any) -> Any:
-        """What has the attributes of :attr:`quantisation`."""
+        """The object that has the attributes of :attr:`quantisation`."""
         return module.state if "CB" in self.quantisation else module
 
     def move(self, device: torch.device) -> None:
-        """Take the weight's bytes to a device."""
+        """Move the weight's bytes to a device."""
         if self.weight.device == device:
             return
         self.weight.data = self.weight.data.to(device)
         if getattr(self.weight, "CB", None) is not None:
-            self.weight.CB = self.weight.data  # the same bytes, under another name
+            self.weight.CB = self.weight.data  # CB is another name of the same bytes
             self.weight.SCB = self.weight.SCB.to(device)
         for name, value in self.quantisation.items():
             if name == "CB" and self.weight.dtype == torch.int8:
@@ -244,7 +246,7 @@ class ReplacedWeight:
             state.to(device)
 
     def put_back(self, module: Any) -> None:
-        """Undo the write, in the module or its copy."""
+        """Undo the write, in the module or in its copy."""
         if self.overlay is not None:
             hook: Any = _offload_hook(module)
             if hook.weights_map is self.overlay:
@@ -278,7 +280,7 @@ def offloaded(module: nn.Module, name: str) -> Tensor:
     """
     hook = _offload_hook(module)
     if hook is None:
-        message = "the tensor is on the meta device: it has no values"
+        message = "the tensor is on the meta device and has no values"
         raise StateError(message, tensor=name, remedy="load the model's weights first")
     return hook.weights_map[name]  # type: ignore[no-any-return]
 
@@ -291,9 +293,12 @@ def quant_states(module: nn.Module) -> Mapping[int, Any]:
 
 
 def swap_modules(model: nn.Module, table: Mapping[int, nn.Module], journal: list[Undo]) -> None:
-    """Replace modules, by id, wherever the model holds them; ``journal`` is given each undo step before its change."""
-    for parent in list(model.modules()):
+    """Replace modules, by id, everywhere in the model, together with the shells around these modules: a compiled module goes
+    on calling its first module after a replacement inside. ``journal`` gets each undo step before its change.
+    """
+    for parent in distinct(modules_of(model)).values():
         for name, child in list(parent._modules.items()):
-            if id(child) in table:
+            new = None if child is None else table.get(id(inner_model(child)))
+            if new is not None:
                 journal.append(partial(parent._modules.__setitem__, name, child))
-                parent._modules[name] = table[id(child)]
+                parent._modules[name] = new

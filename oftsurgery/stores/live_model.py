@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property, partial, reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from oftsurgery.adapters.targets import Adaptable
+from oftsurgery.errors import GATHER_MODEL, StateError, not_gathered
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
+from .adaptable import adaptable_of
 from .idle import is_idle
 from .layers import Layer
-from .naming import find_names, names_in_model
+from .layouts import find_names, layouts_of, names_in_model
+from .modules import inner_model, modules_of, shells_of, tensors_in
+from .resizing import resized
+from .skeleton import quiet
 from .store import LayerInfo
-from .ties import Ties, inner_model, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 _ATTRIBUTE = "oftsurgery"
 
 
 def record_of(model: nn.Module) -> FoldRecord | None:
-    """The model's :class:`FoldRecord`, or None where nothing was folded."""
+    """The model's :class:`FoldRecord`, or None if nothing was folded."""
     record = inner_model(model).__dict__.get(_ATTRIBUTE)
     return record if isinstance(record, FoldRecord) else None
 
 
 def set_record(model: nn.Module, record: FoldRecord | None) -> None:
-    """Note what is folded into the model."""
-    if record is None:
-        inner_model(model).__dict__.pop(_ATTRIBUTE, None)
-    else:
-        inner_model(model).__dict__[_ATTRIBUTE] = record
+    """Set the model's record, or remove it."""
+    for shell in shells_of(model):  # a DataParallel does not pass its model's attributes on
+        if record is None:
+            shell.__dict__.pop(_ATTRIBUTE, None)
+        else:
+            shell.__dict__[_ATTRIBUTE] = record
+
+
+def fields_in(config: Any, vocabulary: Vocabulary | None) -> Iterator[tuple[Any, str, int]]:
+    """``(part of the config, name of a field, its new value)`` of the fields that state the number of tokens."""
+    for path, value in vocabulary.fields.items() if vocabulary is not None else ():
+        *parts, name = path.split(".")
+        yield reduce(getattr, parts, config), name, value
 
 
 class LiveStore:
-    """The named weights of ``model``, read as they are at the time.
+    """The named weights of ``model``; each read gives the current values.
 
     Attributes:
-        modules: ``{path: module}``, which whoever changes the model keeps up.
-        record: of what is folded in.
+        modules: ``{path: module}``; code that changes the model must keep this mapping right.
+        record: the record of what is folded in.
     """
 
     what = "model"
@@ -61,11 +79,15 @@ class LiveStore:
     def tensors(self) -> Collection[str]:
         return tensors_in(self.modules)
 
+    @property
+    def adaptable(self) -> Adaptable:
+        return adaptable_of(self.modules)
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         tensors = self.tensors
 
         def there(name: str) -> bool:
-            # a module without such a parameter says itself what is wrong with it
+            # for a module without such a parameter, the layer raises the error that gives the reason
             return name in tensors or (name.endswith(".weight") and name.removesuffix(".weight") in self.modules)
 
         wanted = list(names)
@@ -77,19 +99,50 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, getattr(inner, "base_model_prefix", ""))
+        return find_names(wanted, called, layouts_of(inner))
 
     def layer(self, name: str) -> LayerInfo:
-        layer = self.at(name)
+        layer, tensor = self.at(name), self.tensor(name)
+        if tensor is not None and not is_lazy(tensor) and 0 in self.shape(name):  # `read` refuses a lazy layer
+            raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
         return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
 
+    def is_quantised(self, name: str) -> bool:
+        path, _, local = name.rpartition(".")
+        return local == "weight" and path in self.modules and self.at(name).quantised
+
+    def in_bitsandbytes(self, name: str) -> bool:
+        """Whether the tensor is the weight of a linear layer of bitsandbytes, quantised or not."""
+        path, _, local = name.rpartition(".")
+        module = self.modules.get(path)
+        return local == "weight" and isinstance(module, nn.Linear) and self.at(name).bitsandbytes is not None
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if self.is_quantised(name):
+            return self.at(name).read()[1].shape
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
 
-    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - as the model holds it
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        inner: Any = inner_model(self.model)
+        if not (hasattr(inner, "resize_token_embeddings") and hasattr(type(inner), "_from_config")):
+            return None
+
+        def make(vocabulary: Vocabulary | None) -> Any:
+            config = copy.deepcopy(inner.config)
+            for part, name, value in fields_in(config, vocabulary):
+                setattr(part, name, value)
+            with quiet(), torch.device("meta"):
+                return type(inner)._from_config(config)
+
+        def held(name: str) -> tuple[int, ...] | None:
+            return self.shape(name) or None
+
+        return vocabulary_of(brought, self.shape, partial(resized, make, held))
+
+    def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - a live weight has its own format
         path = name.removesuffix(".weight")
         return self.at(name).read()[0] if path in self.modules else None
 

@@ -1,4 +1,4 @@
-"""A copy of a model's structure over the same storages: what makes a pure fold cost only the tensors that it changes."""
+"""A copy of a model's structure over the same storages, so that a pure fold costs only the tensors that it changes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from oftsurgery.formats.all_formats import format_of_parameter
 from oftsurgery.formats.quant_state import copy_quant_state
 
 from .layers import hooks_of, quant_states
+from .modules import without_replicas
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,16 +27,17 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
     """A deep copy of ``model`` whose parameters and buffers share the storages of the original's.
 
     Modules, configs and hooks are copies; Parameters are objects of their own, so that moving, casting or freezing the
-    copy leaves the original as it is. Writing into a shared tensor in place (training, BatchNorm statistics) is seen by
-    both.
+    copy leaves the original as it is. A write into a shared tensor in place (training, BatchNorm statistics) changes
+    both models. Shells that replicate the model (``DistributedDataParallel``) are left out.
 
     Args:
-        instead: ``{id of a module inside: the module inside that one which takes its place in the copy}``.
+        instead: ``{id of a wrapper: the module inside it that takes the wrapper's place in the copy}``.
 
     Raises:
         StateError: the model holds something that cannot be copied.
     """
     instead = instead or {}
+    model = without_replicas(model)  # type: ignore[assignment]
     memo: dict[int, Any] = {}
     copied = list(_modules_of_copy(model, instead, set()))
     try:
@@ -46,15 +48,17 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
         shared = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:
         message = f"the model holds something that cannot be copied ({error})"
-        remedy = "fold with inplace=True, which copies no module but one that stands in two places; or take off what holds it"
+        remedy = "fold with inplace=True, which copies only modules that stand in two places; or remove the object from the model"
         raise StateError(message, remedy=remedy) from error
     for old in copied:
-        new = memo[id(old)]
+        new = memo.get(id(old))
+        if new is None:  # a module's own __deepcopy__ made no copy of this part
+            continue
         weight = new._parameters.get("weight")
         if getattr(weight, "module", None) is old:
             weight.module = new
         if old._compiled_call_impl is not None:
-            _compile_like(old, new)
+            compile_like(old, new)
     return shared
 
 
@@ -70,9 +74,7 @@ def _modules_of_copy(module: nn.Module, instead: Mapping[int, nn.Module], seen: 
 
 
 def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """``{id: what the copy uses instead}`` for what a module holds and a deep copy must not copy, unless ``memo`` has
-    it.
-    """
+    """``{id: object for the copy}`` of a module's objects that a deep copy must not copy, except objects in ``memo``."""
     uses: dict[int, Any] = {id(s): memo.get(id(s)) or copy_quant_state(s) for s in quant_states(module).values()}
     for parameter in module._parameters.values():
         if parameter is None or id(parameter) in memo:
@@ -87,15 +89,15 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     # a deep copy takes an empty collection to pieces too, and every module has ten
     uses.update({id(v): type(v)() for v in module.__dict__.values() if type(v) in _COLLECTIONS and not v})
     for hook in hooks_of(module):
-        # accelerate's maps of offloaded weights and tied pointers: read only, and possibly the whole model
+        # accelerate's maps of offloaded weights and tied pointers are read only, and may hold the whole model
         maps = (getattr(hook, name, None) for name in ("weights_map", "tied_params_map"))
         uses.update({id(v): v for v in maps if v is not None})
     return uses
 
 
-def _compile_like(old: nn.Module, new: nn.Module) -> None:
-    """``new.compile(…)`` as ``old`` was: Module.compile() leaves a callable that is not copied, and keeps its arguments
-    in the closure alone.
+def compile_like(old: nn.Module, new: nn.Module) -> None:
+    """Compile ``new`` as ``old`` was compiled: Module.compile() leaves a callable that is not copied, and keeps its
+    arguments in the closure alone.
     """
     config = getattr(old._compiled_call_impl, "get_compiler_config", None)
     context = inspect.getclosurevars(config).nonlocals.get("self") if config is not None else None

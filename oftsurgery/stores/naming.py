@@ -1,27 +1,30 @@
 """How a checkpoint's tensor names and a model's module paths correspond, as transformers itself resolves them.
 
-With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, no code
-of the checkpoint's) and its own renaming tables are applied. Without it the names are taken as they are, which holds
-for checkpoints of most text models.
+With transformers installed, the model's class is built on the meta device (names and shapes alone, no weights, and no
+code of the checkpoint), and transformers' renaming tables are applied. Without transformers the names stay unchanged,
+which is right for checkpoints of most text models.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from oftsurgery.errors import MatchError, MissingDependencyError, StateError, printable
+from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from .conversion import Unit, unit_of
+from .layouts import Layout, find_names, layouts_of
+from .modules import modules_of
 from .skeleton import skeleton
-from .ties import Ties, modules_of, tensors_in, ties_of
+from .ties import Ties, ties_of
 
 # transformers' model types whose linears are `Conv1D`, which holds (in, out)
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -30,35 +33,36 @@ _CONV1D_NAMES = ("c_attn.weight", "c_proj.weight", "c_fc.weight", "q_attn.weight
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What the model's class says of a checkpoint's tensors.
+    """The facts about a checkpoint's tensors that the model's class gives.
 
     Attributes:
-        renamed: ``{name in the checkpoint: name in the model}``, both the same where nothing is renamed.
-        units: ``{name in the checkpoint: the unit that it is of}`` of what transformers splits, merges or turns while
-            loading.
-        transposed: checkpoint names of ``Conv1D`` weights, held ``(in, out)``.
-        linears: model names of the weights that bitsandbytes loading quantises, None where the class is not known.
-        loaded: ``{checkpoint or model name: dtype}`` in which transformers holds a plain tensor after loading; empty where
-            the class is not known.
-        modules: ``{path: module}`` of the model on the meta device; empty where the class is not known.
-        ties: of the model.
-        base_prefix: transformers' ``base_model_prefix``; empty where the class is not known.
-        name: of the class, or None.
+        renamed: ``{name in the checkpoint: name in the model}``; both are the same if nothing is renamed.
+        units: ``{name in the checkpoint: its unit}`` of the tensors that transformers converts while loading.
+        transposed: checkpoint names of ``Conv1D`` weights, which are held ``(in, out)``.
+        linears: model names of the weights that bitsandbytes loading quantises; None for an unknown class.
+        quantised_with: function from a list ``llm_int8_skip_modules`` to such names; None for an unknown class.
+        loaded: ``{checkpoint or model name: dtype}`` of plain tensors after transformers' loading; empty for an unknown
+            class.
+        modules: ``{path: module}`` of the model on the meta device; empty for an unknown class.
+        ties: ties of the model.
+        layouts: the layouts of the class, from :func:`~oftsurgery.stores.layouts.layouts_of`.
+        name: name of the class, or None.
     """
 
     renamed: Mapping[str, str]
     units: Mapping[str, Unit] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     linears: frozenset[str] | None = None
+    quantised_with: Callable[[Sequence[str] | None], frozenset[str]] | None = None
     loaded: Mapping[str, torch.dtype] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     ties: Ties = field(default_factory=Ties)
-    base_prefix: str = ""
+    layouts: tuple[Layout, ...] = (str,)
     name: str | None = None
 
     @cached_property
     def stored(self) -> Mapping[str, tuple[str, ...]]:
-        """``{model name: names in the checkpoint that are renamed to it}``, without those of units."""
+        """``{model name: names in the checkpoint that are renamed to it}``, without names of units."""
         found: dict[str, tuple[str, ...]] = {}
         for name, target in self.renamed.items():
             if name not in self.units:
@@ -72,7 +76,7 @@ class Architecture:
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
-        """``{model name that the checkpoint lacks: one that it is tied to and that is there}``."""
+        """``{model name that the checkpoint lacks: tied name that the checkpoint has}``."""
         there = self.stored.keys() | self.made.keys()
         found: dict[str, str] = {}
         for group in self.ties.groups:
@@ -92,11 +96,11 @@ def architecture_of(
     """Resolve the names of a checkpoint.
 
     Args:
-        config: its ``config.json``.
+        config: the checkpoint's ``config.json``.
         shapes: ``{tensor name: shape}``.
-        dtype: in which the model is loaded; it decides :attr:`Architecture.loaded` alone.
-        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; it decides
-            :attr:`Architecture.linears` alone.
+        dtype: dtype in which the model is loaded; only :attr:`Architecture.loaded` depends on it.
+        skip: ``llm_int8_skip_modules`` of bitsandbytes loading, in place of transformers' own choice; only
+            :attr:`Architecture.linears` depends on it.
     """
     model = skeleton(config, dtype, len(shapes))
     if model is None:
@@ -104,14 +108,18 @@ def architecture_of(
         return Architecture(
             {name: name for name in shapes}, transposed=frozenset(n for n in shapes if n.endswith(ends))
         )
-    return _known(model, shapes, dtype, skip)
+    return names_of(model, shapes, dtype, skip)
 
 
-def _known(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, skip: Sequence[str] | None
+def names_of(
+    model: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype = torch.float32,
+    skip: Sequence[str] | None = None,
 ) -> Architecture:
+    """The names of a checkpoint's tensors in ``model``, which is on the meta device. Arguments as for :func:`architecture_of`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model) or []
@@ -125,38 +133,47 @@ def _known(
         owner = owner_of(name)
         weight = owner if owner is not None and owner in shapes else name
         target, pattern = rename_source_key(weight, renamings, converters, model.base_model_prefix, state)
-        if target not in state and weight in state:  # as transformers' loading has it
+        if target not in state and weight in state:  # as transformers' loading does
             target, pattern = rename_source_key(weight, [], [], model.base_model_prefix, state)
         rest = name.removeprefix(weight.removesuffix("weight"))
         renamed[name] = target if weight == name else target.removesuffix("weight") + rest
         if pattern is not None:
             _, keys = converted.setdefault(target, (by_pattern[pattern], {}))
-            keys[name] = (apply_renamings(weight, renamings), target)
+            keys[name] = (rename_source_key(weight, renamings, [])[0], target)
     units: dict[str, Unit] = {}
     for converter, keys in converted.values():
         units |= dict.fromkeys(keys, unit_of(converter, keys, shapes, state, model))
     modules = modules_of(model)
-    skipped = _not_converted(model, skip)
     conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}
+
     return Architecture(
         renamed=renamed,
         units=units,
         transposed=frozenset(n for n, target in renamed.items() if target.removesuffix(".weight") in conv1d),
-        linears=frozenset(
-            f"{path}.weight"
-            for path, m in modules.items()
-            if (path in conv1d or type(m) is nn.Linear) and not skipped(path)
-        ),
+        linears=quantised_with(model, modules, skip),
+        quantised_with=partial(quantised_with, model, modules),
         loaded=_loaded(model, renamed, dtype),
         modules=modules,
         ties=ties_of(model),
-        base_prefix=model.base_model_prefix,
+        layouts=layouts_of(model),
         name=type(model).__name__,
     )
 
 
+def quantised_with(model: Any, modules: Mapping[str, nn.Module], skip: Sequence[str] | None) -> frozenset[str]:
+    """The names of the weights that bitsandbytes loading quantises in a model of transformers.
+
+    Args:
+        modules: ``{path: module}`` of the model.
+        skip: ``llm_int8_skip_modules``; None for transformers' own choice.
+    """
+    skipped = _not_converted(model, skip)
+    linears = (path for path, m in modules.items() if type(m).__name__ == "Conv1D" or type(m) is nn.Linear)
+    return frozenset(f"{path}.weight" for path in linears if not skipped(path))
+
+
 def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The model's own dtypes, but for what its class keeps in float32."""
+    """The model's own dtypes, with float32 for the tensors that its class keeps in float32."""
     from transformers.core_model_loading import build_glob_alternation
 
     kept = list(model._get_dtype_plan(dtype))
@@ -171,31 +188,47 @@ def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[
 
 
 def _not_converted(model: Any, skip: Sequence[str] | None) -> Callable[[str], bool]:
-    """``path -> bool``: what transformers' bitsandbytes loading leaves unquantised."""
-    try:
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.quantizers.quantizers_utils import should_convert_module
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this transformers has no bitsandbytes loading rules to follow", remedy="pip install 'transformers>=5.0'"
-        ) from error
-    keep = HfQuantizer.get_modules_to_not_convert(
-        model, None if skip is None else list(skip), model._keep_in_fp32_modules
-    )
+    """A function of a path: whether transformers' bitsandbytes loading leaves the module unquantised."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    with _untied(model):
+        keep = HfQuantizer.get_modules_to_not_convert(
+            model, None if skip is None else list(skip), model._keep_in_fp32_modules
+        )
     try:
         should_convert_module("", keep)
     except re.error as error:
-        message = f"a module to skip is no regular expression, as which transformers takes it ({printable(error)})"
+        message = f"a module to skip is no regular expression: {printable(list(skip or ()))} ({printable(error)})"
         raise StateError(message, remedy="name modules: skip_modules=['lm_head'] (--skip-modules lm_head)") from error
     return lambda path: not should_convert_module(path, keep)
 
 
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """While the body runs, each tied name has a parameter of its own: transformers' quantizer leaves the module of the last
+    parameter alone, and chooses before transformers ties the weights.
+    """
+    tied: dict[str, Any] = {}
+    for name in model.all_tied_weights_keys:
+        path, _, local = name.rpartition(".")
+        slots = model.get_submodule(path)._parameters
+        if slots.get(local) is not None:
+            tied[name] = (slots, local, slots[local])
+            slots[local] = nn.Parameter(torch.empty_like(slots[local], device="meta"), requires_grad=False)
+    try:
+        yield
+    finally:
+        for slots, local, parameter in tied.values():
+            slots[local] = parameter
+
+
 def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
     """``{name in the adapter: name of the tensor}`` for tensor names that an adapter implies (``<module path>.weight``)
-    or brings: as the model's class has it, or as the checkpoint does where transformers makes something else of it.
+    or brings. The tensor has its name in the model's class, or its checkpoint name if transformers converts the tensor.
 
     Raises:
-        MatchError: one name finds two tensors.
+        MatchError: a name finds two tensors.
     """
 
     known = {*architecture.stored, *architecture.made, *architecture.tied}
@@ -208,42 +241,10 @@ def locate(names: Iterable[str], architecture: Architecture) -> dict[str, str]:
             here.add(architecture.renamed[name])
         stored = [n for target in here for n in architecture.stored.get(target, (target,))]
         if len(stored) > 1:
-            message = f"the checkpoint has two tensors by that name: {', '.join(sorted(map(printable, stored)))}"
+            message = (
+                f"the checkpoint has {len(stored)} tensors of this name: {', '.join(sorted(map(printable, stored)))}"
+            )
             raise MatchError(message, tensor=name, remedy="save the checkpoint again with one release of transformers")
         return here
 
-    return find_names(names, called, architecture.base_prefix)
-
-
-def find_names(names: Iterable[str], called: Callable[[str], Collection[str]], base_prefix: str) -> dict[str, str]:
-    """Look for names as they are, and with transformers' ``base_model_prefix`` added or taken away (an adapter of
-    ``LlamaModel`` on ``LlamaForCausalLM``), by one rule for all of the names. What is not found is left out.
-
-    Args:
-        called: a name to the tensor that it is the name of, if there is one.
-    """
-    prefix = f"{base_prefix}." if base_prefix else ""
-    rules: tuple[Callable[[str], str], ...] = (str, prefix.__add__, lambda name: name.removeprefix(prefix))
-    wanted = list(names)
-    best: dict[str, str] = {}
-    for rule in rules:
-        found = {name: target for name in wanted for target in called(rule(name))}
-        if len(found) > len(best):
-            best = found
-        if len(found) == len(wanted):
-            break
-    return best
-
-
-def names_in_model(model: Any) -> Callable[[str], str]:
-    """How transformers reads tensor names of files, also those of earlier releases, for this live model."""
-    if not hasattr(model, "config") or not hasattr(model, "base_model_prefix"):
-        return lambda name: name
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return lambda name: name
-    renamings = [t for t in get_model_conversion_mapping(model) or [] if isinstance(t, WeightRenaming)]
-    state = tensors_in(modules_of(model))
-    return lambda name: str(rename_source_key(name, renamings, [], model.base_model_prefix, state)[0])
+    return find_names(names, called, architecture.layouts)

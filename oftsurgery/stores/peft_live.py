@@ -1,24 +1,31 @@
-"""Live peft layers inside a model: reading their adapters, and taking the layers out again.
+"""Live peft layers inside a model: read their adapters, and take the layers out again.
 
-peft itself is not imported: where none of its classes is in the model, there is nothing to do.
+peft is imported only to read an adapter: a model without peft's classes needs no peft.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.dialects import ROTATION_KEYS
 from oftsurgery.adapters.from_peft import parse_adapter
+from oftsurgery.adapters.targets import without_targets
+from oftsurgery.adapters.to_peft import KEY_PREFIX
 from oftsurgery.errors import StateError, printable
 
+from .conversion import CONVERSIONS, of_adapter
 from .layers import Undo, swap_modules
+from .modules import distinct, inner_model, modules_of, tensors_in
 
 
 def _peft_class(obj: object, name: str) -> bool:
+    """Whether the object is of peft's class ``name``, without an import of peft."""
     return _is_class(type(obj), name)
 
 
@@ -29,125 +36,178 @@ def _is_class(type_: type, name: str) -> bool:
 
 def _all_of(name: str, model: nn.Module) -> Iterator[tuple[str, Any]]:
     """``(path, module)`` of a model's modules of peft's class ``name``."""
-    return ((path, m) for path, m in model.named_modules() if _peft_class(m, name))
+    return ((path, m) for path, m in distinct(modules_of(model)).items() if _peft_class(m, name))
 
 
 def has_live_layers(model: nn.Module) -> bool:
-    """Whether the model is a PeftModel, or holds peft's layers (transformers' ``add_adapter``)."""
-    return _peft_class(model, "PeftModel") or any(True for _ in _all_of("BaseTunerLayer", model))
+    """Whether the model is one of peft's, or holds peft's layers (transformers' ``add_adapter``)."""
+    return base_of(model) is not model or any(True for _ in _all_of("BaseTunerLayer", model))
+
+
+#: peft's class around a base model → attribute of the next object inside: ``PeftModel`` holds a ``BaseTuner``, which holds the
+#: model
+_AROUND = MappingProxyType({"PeftModel": "base_model", "PeftMixedModel": "base_model", "BaseTuner": "model"})
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base model inside a PeftModel; a model with adapters added by transformers is its own."""
-    return model.base_model.model if _peft_class(model, "PeftModel") else model  # type: ignore[union-attr,return-value]
+    """The base model inside all of peft's own classes; a model with adapters added by transformers is its own base model."""
+    inner = inner_model(model)
+    held = next((inner._modules[name] for cls, name in _AROUND.items() if _peft_class(inner, cls)), None)
+    return model if held is None else base_of(held)
 
 
 def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[OFTAdapter]:
-    """The live adapters as they compute now, in the live order.
+    """The live adapters with their current values, in the live order.
 
     Args:
-        model: with peft's live layers.
-        names: adapters to read, in this order; None for the active ones.
+        model: a model with peft's live layers.
+        names: adapters to read, in this order; None for the active adapters.
 
     Raises:
-        StateError: merged or disabled, no active adapter, or layers that are not OFT's.
+        StateError: an adapter is merged or disabled, no adapter is active, or a live layer is not OFT's.
     """
     from peft import __version__ as peft_version
 
     base = base_of(model)
     layers = list(_all_of("BaseTunerLayer", base))
+    rows = {id(wrapper.token_adapter) for _, wrapper in _all_of("TrainableTokensWrapper", base)}
     for path, layer in layers:
-        if not type(layer).__module__.startswith("peft.tuners.oft."):
+        if not type(layer).__module__.startswith("peft.tuners.oft.") and id(layer) not in rows:
             message = f"the model carries a live {type(layer).__name__} of {type(layer).__module__}"
-            remedy = "merge or unload it first"
+            remedy = "merge or unload that adapter first"
         elif layer.merged_adapters:
             message = "peft has merged this adapter into the base weights already"
             remedy = "reload the base model and the adapter: peft's unmerge does not restore quantised weights"
         elif layer.disable_adapters:
-            message = "the adapters are disabled: the model computes the base"
-            remedy = "enable_adapter_layers() first"
+            message = "the adapters are disabled, so the model computes what its base computes"
+            remedy = "call enable_adapter_layers() first"
         else:
             continue
         raise StateError(message, module=path, remedy=remedy)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    if not configs:
-        holder = next((path for path, m in model.named_modules() if "peft_config" in m.__dict__), None)
-        raise StateError(
-            "the live peft layers are in a part of this model, not in the model itself",
-            module=holder,
-            remedy=f"fold that part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
-        )
+    configs = _configs(model)
     wanted = list(names) if names is not None else _active(layers)
     unknown = [n for n in wanted if n not in configs]
     if unknown or not wanted:
-        raise StateError(
-            f"no live adapter {', '.join(map(printable, unknown))}" if unknown else "the model has no active adapter",
-            remedy=f"the model's adapters are {', '.join(map(printable, configs)) or 'none'}; set_adapter() one of them",
-        )
+        what = f"live adapter {', '.join(map(printable, unknown))}" if unknown else "active adapter"
+        there = ", ".join(map(printable, configs))
+        remedy = f"activate one of the model's adapters with set_adapter(): {there}"
+        raise StateError(f"the model has no {what}", remedy=remedy)
     return [_read(base, layers, name, configs[name], peft_version) for name in wanted]
 
 
+def _configs(model: nn.Module) -> dict[str, Any]:
+    """``{adapter name: OFTConfig}`` of a model with live layers."""
+    configs: dict[str, Any] = getattr(inner_model(model), "peft_config", {})
+    if configs:
+        return configs
+    # get_submodule takes a path with the names of shells
+    holder = next((path for path, m in model.named_modules() if path and m.__dict__.get("peft_config")), None)
+    if holder is None:
+        message = "the model has live peft layers, and its `peft_config` names no adapter"
+        raise StateError(message, remedy="load the plain base model, and fold the adapter's files into it")
+    raise StateError(
+        "the live peft layers are in a part of this model, not in the model itself",
+        module=holder,
+        remedy=f"fold the part: oftsurgery.fold(model.get_submodule({printable(holder)!r}), inplace=True)",
+    )
+
+
 def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
-    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``): their old values are nowhere."""
+    """Names of the base model's biases that live adapters train in place (``bias="all"`` or ``"oft_only"``); the old values of these
+    biases are lost.
+    """
     base = base_of(model)
     layers = list(_all_of("BaseTunerLayer", base))
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    configs = _configs(model)
     kinds = {getattr(configs.get(name), "bias", "none") for name in (names if names is not None else _active(layers))}
     if not kinds & {"all", "oft_only"}:
         return []
-    inside = ("modules_to_save", "original_module")  # which the adapter brings, or nobody trains
+    inside = ("modules_to_save", "original_module")  # biases that the adapter brings, or that nobody trains
+    tensors = tensors_in(modules_of(base))
+    parameters = {id(t): n for n, t in reversed(tensors.items()) if isinstance(t, nn.Parameter)}  # their first names
     found = {
         n.replace(".base_layer.", ".")
-        for n, _ in base.named_parameters()
+        for n in parameters.values()
         if n.endswith(".bias") and not any(f".{w}." in n for w in inside)
     }
     return sorted(found if "all" in kinds else found & {f"{path}.bias" for path, _ in layers})
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
-    found = {tuple(layer.active_adapters) for _, layer in layers}
+    """Names of the active adapters, which must be the same in all layers."""
+    # an adapter without trained rows of tokens leaves the layers of these rows without an active adapter
+    found = {tuple(layer.active_adapters) for _, layer in layers if not _peft_class(layer, "TrainableTokensLayer")}
     if len(found) > 1:
-        message = "the model's layers have different active adapters"
+        message = f"the model's layers have different active adapters: {printable(sorted(map(list, found)))}"
         raise StateError(message, remedy="name the adapters to fold: fold(model, ['a', 'b'])")
     return list(found.pop()) if found else []
 
 
 def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config: Any, peft_version: str) -> OFTAdapter:
+    """One live adapter; the installed peft decides the dialect."""
     tensors = dict(_live_tensors(base, layers, name))
-    fields = dict(config.to_dict())
-    # whichever release wrote the file, the installed one computes the live layer
+    fields = without_targets(config.to_dict())
+    # the installed release computes the live layer, whatever release wrote the file
     fields.pop("peft_version", None)
     if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):
         fields["peft_version"] = peft_version
-    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None
+    separate = [path for path, _, alone in _token_rows(base, name) if alone]
+    fields["modules_to_save"] = [*(fields.get("modules_to_save") or ()), *separate] or None
     return parse_adapter(fields, tensors, source=f"live adapter {name!r}")
 
 
 def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str) -> Iterator[tuple[str, Tensor]]:
-    """The adapter's tensors under the keys that peft saves them with, copied: training may go on."""
+    """The adapter's tensors under peft's keys of saved files, as copies, because training may go on."""
     for path, layer in layers:
-        for part, end in (("oft_R", ".weight"), ("oft_embedding_R", ".weight"), ("oft_r", ""), ("oft_s", "")):
+        for key in ROTATION_KEYS:
+            part, _, inside = key.partition(".")  # a module, or in peft ≤ 0.15 the Parameter itself
             held = getattr(layer, part, {})
-            if name in held:  # a module, or in peft ≤ 0.15 the Parameter itself
-                tensor = held[name].weight if end else held[name]
-                yield f"base_model.model.{path}.{part}{end}", tensor.detach().clone()
+            if name in held:
+                tensor = getattr(held[name], inside) if inside else held[name]
+                yield f"{KEY_PREFIX}{path}.{key}", tensor.detach().clone()
     for path, wrapper in _all_of("ModulesToSaveWrapper", base):
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
-                yield f"base_model.model.{path}.{key}", tensor.detach().clone()
+                yield f"{KEY_PREFIX}{path}.{key}", tensor.detach().clone()
+    for path, weight, _ in _token_rows(base, name):
+        yield f"{KEY_PREFIX}{path}.weight", weight
+
+
+def _token_rows(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """``(path, weight, alone)`` of the embeddings and heads in which an adapter trains single rows (``trainable_token_indices``):
+    the whole weight with the trained rows, and whether other places of the same parameter do not take these rows.
+    """
+    wrappers = list(_all_of("TrainableTokensWrapper", base))
+    tensors = tensors_in(modules_of(base))
+    for path, wrapper in wrappers:
+        rows = wrapper.token_adapter
+        if rows.tied_adapter is None and name in rows.trainable_tokens_delta:
+            weight = rows.base_layer.weight
+            if isinstance(rows.base_layer, nn.Linear) and rows.base_layer.bias is not None:
+                raise StateError(
+                    "peft computes a head with trained rows of single tokens (`trainable_token_indices`) without the head's bias, and no "
+                    "weight computes the same beside the bias",
+                    module=path,
+                    remedy="train with the head in modules_to_save",
+                )
+            follow = sum(w.token_adapter is rows or w.token_adapter.tied_adapter is rows for _, w in wrappers)
+            places = len({n for n, t in tensors.items() if t is weight})
+            yield path, rows.get_merged_weights([name]).detach().clone(), places > follow
 
 
 def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
     """``{id of each of peft's wrappers: the base layer in it}``."""
     layers = {id(m): m.get_base_layer() for _, m in _all_of("BaseTunerLayer", base)}
-    return layers | {id(m): m.original_module for _, m in _all_of("ModulesToSaveWrapper", base)}
+    wrappers = [m for kind in ("ModulesToSaveWrapper", "TrainableTokensWrapper") for _, m in _all_of(kind, base)]
+    return layers | {id(m): m.original_module for m in wrappers}
 
 
 def strip(base: nn.Module, journal: list[Undo]) -> None:
-    """Put the base layers back in place of peft's live ones, in ``base`` itself; ``journal`` is given each undo step before its change."""
+    """Put the base layers back in place of peft's live layers, in ``base`` itself; ``journal`` gets each undo step before its change."""
     swap_modules(base, inner_modules(base), journal)
-    noted = {name: base.__dict__[name] for name in ("peft_config", "_hf_peft_config_loaded") if name in base.__dict__}
-    journal.append(partial(base.__dict__.update, noted))
-    base.__dict__.pop("peft_config", None)
-    if "_hf_peft_config_loaded" in noted:
-        base.__dict__["_hf_peft_config_loaded"] = False
+    own = inner_model(base).__dict__
+    names = ["peft_config", "_hf_peft_config_loaded", *([CONVERSIONS] if of_adapter(own.get(CONVERSIONS)) else [])]
+    noted = {name: own[name] for name in names if name in own}
+    journal.append(partial(own.update, noted))
+    for name in noted:
+        del own[name]

@@ -1,45 +1,72 @@
-"""A model's class without weights: built on the meta device from a ``config.json`` that nobody vouches for."""
+"""A model without weights, built on the meta device from an untrusted ``config.json``."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.progress import without_bars
 
-#: fields whose values lead to code that transformers would fetch from the Hub and run, or that have no say in names
+#: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers says nothing but errors."""
+    """While the body runs, transformers logs errors alone and shows no bars."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars(logging.is_progress_bar_enabled(), logging.disable_progress_bar, logging.enable_progress_bar):
+            yield
     finally:
         logging.set_verbosity(before)
 
 
-def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without fields that lead to code, here and in its parts."""
+def readable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` as transformers reads it, without fields that lead to code, in the config itself and in its parts."""
     kept = {k: v for k, v in config.items() if not k.lstrip("_").removesuffix("_internal").startswith(_CODE)}
-    return {k: without_code(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+    return {k: _readable(v) for k, v in kept.items()}
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        # JSON has no infinite numbers: transformers 5 writes {"__float__": "Infinity"}
+        tag = value.get("__float__")
+        return _FLOATS[tag] if len(value) == 1 and isinstance(tag, str) and tag in _FLOATS else readable_config(value)
+    return [_readable(v) for v in value] if isinstance(value, list) else value
+
+
+def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' class that ``config`` names, or None; and the config class of that class, or None if ``config`` is of another
+    model type. The parts of some models (Bark's) have config classes that ``AutoConfig`` does not know.
+    """
+    import transformers
+
+    named: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
+        return None, None
+    own: Any = getattr(named, "config_class", None)
+    return named, own if getattr(own, "model_type", None) == config["model_type"] else None
 
 
 def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
-    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or where it does not know
-    the class.
+    """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or for a class that
+    transformers does not know.
 
     Args:
-        tensors: that the checkpoint has, which bound the model's modules.
+        tensors: number of the checkpoint's tensors, which bounds the number of the model's modules.
 
     Raises:
         CheckpointError: transformers knows the class and cannot build it from this config.
@@ -48,7 +75,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
         return None
     if not isinstance(config["model_type"], str):
         raise CheckpointError(
-            "`model_type` is no string",
+            f"`model_type` must be a string, but is {printable(config['model_type'])}",
             tensor="config.json",
             remedy="restore the config.json that belongs to the checkpoint",
         )
@@ -63,18 +90,23 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
 
     def bounded(*_: object) -> None:
         if next(built) > most:  # a config may ask for 10⁹ layers
-            raise ValueError("it asks for many more modules than the checkpoint has tensors")
+            raise ValueError("the config asks for many more modules than the checkpoint has tensors")
 
+    model_class, config_class = None, None
     handle = register_module_module_registration_hook(bounded)
     try:
         with quiet(), torch.device("meta"):
-            parsed = transformers.AutoConfig.for_model(**without_code(config))
-            named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return named._from_config(parsed, dtype=dtype)  # type: ignore[attr-defined]
+            model_class, config_class = _classes(config)
+            fields = readable_config(config)
+            model_type = fields.pop("model_type")
+            make = config_class or partial(transformers.AutoConfig.for_model, model_type)
+            parsed = make(**fields)
+            if model_class is not None:
+                return model_class._from_config(parsed, dtype=dtype)
             return transformers.AutoModel.from_config(parsed, dtype=dtype)
-    except Exception as error:  # a config is data of any kind, and its class raises what it likes
-        if str(config["model_type"]) in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+    except Exception as error:  # a config may hold any data, and its class may raise any error
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        if config_class is not None or str(config["model_type"]) in known:
             raise CheckpointError(
                 f"transformers knows the model type {printable(config['model_type'])}, but cannot build it from this config ({printable(error)})",
                 tensor="config.json",

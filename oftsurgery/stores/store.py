@@ -1,4 +1,4 @@
-"""What a fold needs to know of a model, wherever it lies."""
+"""The protocol by which a fold sees a model, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .ties import Ties
+from .vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What the planner needs to know of a layer.
+    """The facts about a layer that the planner needs.
 
     Attributes:
-        kind: of module; None where that is not known, or the layer is idle.
-        format: that its weight is rotated in.
-        identity: two paths to one module share it.
-        idle: its owner reads the weight and never calls the layer.
+        kind: kind of the module; None if the kind is unknown, or the layer is idle.
+        format: format in which the weight is rotated.
+        identity: number that is equal for two paths to one module.
+        idle: whether the owner reads the weight and never calls the layer.
     """
 
     kind: Literal["linear", "embedding", "conv"] | None
@@ -32,7 +34,7 @@ class LayerInfo:
 
 
 class Store(Protocol):
-    """A model as named weights, wherever it lies."""
+    """A model as named weights, in memory or on disk."""
 
     @property
     def what(self) -> str:
@@ -40,11 +42,11 @@ class Store(Protocol):
 
     @property
     def record(self) -> FoldRecord | None:
-        """Of what is folded in already."""
+        """The record of what is folded in already, or None."""
 
     @property
     def ties(self) -> Ties:
-        """Which of its tensors are one."""
+        """The names that stand for one tensor."""
 
     @property
     def names(self) -> Collection[str]:
@@ -54,17 +56,29 @@ class Store(Protocol):
     def tensors(self) -> Collection[str]:
         """Names of all tensors."""
 
+    @property
+    def adaptable(self) -> Adaptable:
+        """Modules that peft could put an adapter on."""
+
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
-        """``{name in an adapter: name of the model's tensor}``, without those that there are not."""
+        """``{name in an adapter: name of the model's tensor}``, without names that the model lacks."""
 
     def layer(self, name: str) -> LayerInfo:
-        """Of the module whose weight is the tensor ``name``. Raises FormatError where it cannot be folded."""
+        """The facts about the module whose weight is the tensor ``name``. Raises FormatError if it cannot be folded."""
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor is a weight that is stored in 4 or 8 bits."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """The shape of a tensor."""
+
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        """The number of tokens by which the model's tensors have the shapes that an adapter brings, ``{name: shape}``; None if the
+        model has this number already, or if no number gives the shapes.
+        """
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
-        """A stored weight, quantised to ``home`` where it is plain and that is not; None where there is none."""
+        """A stored weight, or None. A plain weight is quantised to ``home`` if ``home`` is a quantised format."""
 
     def tensor(self, name: str) -> Tensor | None:
         """A plain tensor, or None."""

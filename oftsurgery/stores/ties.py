@@ -1,4 +1,4 @@
-"""Which tensors of a model are one and the same: the one table that folding, unfolding, writing and checking ask."""
+"""The names of a model that stand for one tensor: the single table that folding, unfolding, writing and checking ask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from .modules import inner_model, modules_of, tensors_in
 
 FLAG = "tie_word_embeddings"
 
@@ -20,9 +22,9 @@ class Ties:
     Attributes:
         groups: names that are one tensor, in the model's order.
         flagged: names that transformers ties while the config's ``tie_word_embeddings`` is set.
-        flag: that setting; None where there is none.
-        flag_is_read: whether a module's forward reads the setting, so that clearing it changes what the model computes
-            (UMT5), or its config class does, and makes something else of it (T5); found out where something comes apart.
+        flag: the value of that setting; None for a config without the setting.
+        flag_is_read: function that tells whether a module's forward reads the setting, so that clearing it changes the
+            result (UMT5), or whether the config class derives other values from it (T5); called if a group comes apart.
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -31,12 +33,12 @@ class Ties:
     flag_is_read: Callable[[], bool] = field(default=bool, compare=False)
 
     def group(self, name: str) -> tuple[str, ...]:
-        """All names of the tensor ``name``, that one alone where it is not tied."""
+        """All names of the tensor ``name``; ``name`` alone if the tensor is not tied."""
         return next((group for group in self.groups if name in group), (name,))
 
     def apart(self, alone: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-        """The groups that come apart where the tensors ``alone`` change in their own places only: theirs, and where the
-        setting must be cleared for that, all others that it ties.
+        """The groups that come apart if the tensors ``alone`` change in their own places only: the groups of these tensors,
+        and if the setting must be cleared, all other groups that the setting ties.
         """
         changed = set(alone)
         broken = [group for group in self.groups if changed.intersection(group)]
@@ -45,33 +47,11 @@ class Ties:
         return tuple(broken)
 
     def clears_flag(self, apart: Iterable[Iterable[str]]) -> bool:
-        """Whether ``tie_word_embeddings`` must be cleared where these groups come apart: transformers 4 would tie them
-        again while it is set. (Release 5 leaves tensors alone that a checkpoint holds with different values.)
+        """Whether ``tie_word_embeddings`` must be cleared if these groups come apart: while it is set, transformers 4 would
+        tie them again. (Release 5 does not tie tensors that a checkpoint holds with different values.)
         """
         broken = any(self.flagged.intersection(group) for group in apart)
         return bool(self.flag and broken and not self.flag_is_read())
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The module behind ``torch.compile``'s wrapper, or ``model`` itself."""
-    inner = model._modules.get("_orig_mod")  # getattr would ask all that other wrappers hold
-    return model if inner is None else inner
-
-
-def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """``{path: module}``, every name of a shared one, with compiled submodules under their plain names."""
-    return {path.replace("_orig_mod.", ""): m for path, m in inner_model(model).named_modules(remove_duplicate=False)}
-
-
-def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """``{name: parameter or buffer}``, tied ones under each of their names."""
-    return {
-        f"{path}.{name}".lstrip("."): tensor
-        for path, m in modules.items()
-        for holder in (m._parameters, m._buffers)
-        for name, tensor in holder.items()
-        if tensor is not None
-    }
 
 
 def ties_of(model: nn.Module) -> Ties:
@@ -90,12 +70,13 @@ def ties_of(model: nn.Module) -> Ties:
 
 
 def _groups(modules: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """``{id of a tensor: its names}``; a module inside a module that stands in two places has one name."""
     groups: dict[int, list[str]] = {}
     places = set()
     for name, tensor in tensors_in(modules).items():
         path, _, local = name.rpartition(".")
         above, _, slot = path.rpartition(".")
-        # a parent that stands in two places holds its children in one
+        # a parent that stands in two places holds each child in one place
         place = (id(modules[above]) if path else 0, slot, local)
         if place not in places:
             places.add(place)
@@ -109,11 +90,11 @@ def _reads_flag(module: nn.Module) -> bool:
 
 
 def _means_more(config: Any) -> bool:
-    """Whether a config with the setting cleared differs in anything but that, or does not keep it cleared."""
+    """Whether a config with the setting cleared differs in other fields too, or sets the setting again."""
     if not getattr(config, FLAG, False) or not hasattr(type(config), "from_dict"):
         return False
     try:
         cleared = type(config).from_dict({**config.to_dict(), FLAG: False}).to_dict()
-    except Exception:  # a config class raises what it likes
+    except Exception:  # a config class may raise any error
         return False
     return bool(cleared != {**config.to_dict(), FLAG: False})

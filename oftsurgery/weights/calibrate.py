@@ -1,16 +1,16 @@
-"""Rounding that compensates: codes chosen so that a layer's outputs err least, rather than its weight.
+"""Rounding that compensates: the codes are chosen for the least error of a layer's outputs, not of its weight.
 
-On inputs X, a stored weight's outputs err by ``‖X Δᵀ‖² = tr(Δ H Δᵀ)``, with Δ = stored - exact and H = XᵀX. So an
-error made in one input's column can be made up for in the columns that are still to be rounded: by the second-order
-step of Optimal Brain Surgeon (Hassibi & Stork 1993), one column at a time in one order for all rows, with all steps
-read off one Cholesky factor of H⁻¹ (GPTQ: Frantar et al. 2023). The columns with the strongest inputs come first; H is
-damped by a part of its mean diagonal.
+On inputs X, the squared error of a stored weight's outputs is ``‖X Δᵀ‖² = tr(Δ H Δᵀ)``, with Δ = stored - exact and H =
+XᵀX. So the columns that are still to be rounded can compensate for an error in one input's column, by the second-order
+step of Optimal Brain Surgeon (Hassibi & Stork 1993). The sweep takes one column at a time, in one order for all rows,
+and reads all steps off one Cholesky factor of H⁻¹ (GPTQ: Frantar et al. 2023). The columns with the strongest inputs
+come first; H is damped by a part of its mean diagonal.
 
-A 4-bit block lies along the flat weight, its columns far apart in that order and, where ``in`` is no multiple of the
-block, on two rows. So the scales are fixed before the first column, and only codes are chosen here: the format, its
-layout and its statistics are those of the weight that the sweep starts from.
+A 4-bit block lies along the flat weight: its columns are far apart in that order and may lie on two rows. So the scales
+are fixed before the first column, and only codes are chosen here: the format, its layout and its statistics are those
+of the weight from which the sweep starts.
 
-Pure functions of tensors, without a random number: the same inputs give the same codes.
+The functions are pure and use no random number: equal inputs give equal codes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from .fold import fold_encoded, measured, relative_error, rotate_chain
 from .kernels.blockwise import FoldedWeight
 
-#: an embedding is looked up; where the owner of another layer only reads its weight, a live adapter does nothing there
-_UNCALLED = "the model never multiplies inputs by it on the calibration"
+#: an embedding is looked up, and the owner of an idle layer only reads its weight, so a live adapter does nothing there
+_UNCALLED = "the model never multiplies inputs by this weight on the calibration"
 
-#: of the mean diagonal of H; more where there are few tokens to know H by
+#: parts of the mean diagonal of H; the part is larger with few tokens, which give a less certain H
 DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
 
-#: columns whose errors are carried to the rest at once, by one matrix product
+#: number of columns whose errors one matrix product carries to the later columns
 _GROUP = 128
 
 
 @dataclass(frozen=True, eq=False)
 class LayerInputs:
-    """What a layer was given over the calibration.
+    """The inputs of a layer over the calibration.
 
     Attributes:
-        hessian: ``XᵀX`` of its inputs, ``(in, in)`` float32.
-        tokens: rows of X.
-        held_out: other inputs, ``(n, in)`` float32, which H has not seen.
+        hessian: ``XᵀX`` of the inputs X, ``(in, in)`` float32.
+        tokens: number of rows of X.
+        held_out: other inputs, ``(n, in)`` float32, which are not in X.
     """
 
     hessian: Tensor
@@ -59,23 +59,23 @@ class LayerInputs:
         return DAMPING if self.tokens >= FEW_TOKENS else DAMPING_OF_FEW
 
 
-#: the inputs of the layer at a path, or None where it had none
+#: function from a layer's path to its inputs, or None for a layer without inputs
 InputsOf = Callable[[str], LayerInputs | None]
 
 
 def fold_calibrated(
     encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, inputs: LayerInputs | None
 ) -> FoldedWeight:
-    """:func:`~oftsurgery.weights.fold.fold_encoded` with codes that make up for each other's errors on ``inputs``.
+    """:func:`~oftsurgery.weights.fold.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
 
-    They start from ``rounding="preserve"``, and are kept only if the layer's outputs on the held-out inputs are nearer to
-    the exact ones than with that, which the result has otherwise, and says why.
+    The sweep starts from the codes of ``rounding="preserve"``. The new codes are kept only if the layer's outputs on the
+    held-out inputs come nearer to the exact outputs; otherwise the result has the first codes, and says why.
 
     Args:
         encoded: the weight to rotate, ``(out, in)``.
-        chain: in the live order.
-        into: format of the result; in a dense one there is nothing to choose.
-        inputs: of this layer, without the rotation; None where it had none.
+        chain: rotations in the live order.
+        into: format of the result; a dense format has no codes to choose.
+        inputs: inputs of this layer, without the rotation; None for a layer without inputs.
     """
     plain = fold_encoded(encoded, chain, into, "preserve")
     if not into.quantised:
@@ -89,7 +89,9 @@ def fold_calibrated(
         held_out = inputs.held_out.to(device)
         reference = held_out @ exact.t()
         if not bool(reference.any()):
-            return replace(plain, uncalibrated="there are no held-out inputs to judge it by, or they give zeros alone")
+            return replace(
+                plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
+            )
 
         def judge(candidate: EncodedWeight) -> float:
             return relative_error(held_out @ codecs.decode(candidate).t(), reference)
@@ -99,16 +101,17 @@ def fold_calibrated(
         plain = replace(plain, output_error=before, output_nearest=nearest)
         new = compensate(exact, plain.encoded, inputs.hessian.to(device), damping=inputs.damping)
         if new is None:
-            return replace(plain, uncalibrated="the Hessian of its inputs cannot be factorised")
+            return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
         after = judge(new)
         if not after < before:
-            return replace(plain, uncalibrated=f"worse on held-out inputs, {after:.2e} instead of {before:.2e}")
+            why = f"the error on held-out inputs is worse, {after:.2e} instead of {before:.2e}"
+            return replace(plain, uncalibrated=why)
         made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
         return replace(measured(made, base, exact), output_kept=_kept(held_out, new, base, reference))
 
 
 def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor) -> float | None:
-    """How much of the change of a layer's outputs is there: of ``X exactᵀ`` from ``X baseᵀ``, in ``X storedᵀ``."""
+    """The part of the outputs' change from ``X baseᵀ`` to ``X exactᵀ`` that ``X storedᵀ`` holds."""
     before = held_out @ base.to(torch.float32).t()
     change = (reference - before).to(torch.float64)
     size = float(change.square().sum())
@@ -123,13 +126,13 @@ def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping:
         exact: ``(out, in)`` float32.
         start: ``exact`` as it is stored: a quantised format and its statistics.
         hessian: ``XᵀX`` of the layer's inputs, ``(in, in)``.
-        damping: what is added to its diagonal, as a part of the diagonal's mean.
+        damping: part of the diagonal's mean that is added to the diagonal.
 
     Returns:
-        None where the damped Hessian is not positive definite, in float64 either (inputs that are all zero …).
+        the weight; None if the damped Hessian is not positive definite in float64 either (inputs that are all zero …).
 
     Raises:
-        ShapeError: the three do not belong together.
+        ShapeError: the three shapes do not fit.
     """
     rows, features = exact.shape
     if tuple(hessian.shape) != (features, features) or start.format.shape != (rows, features):
@@ -137,7 +140,7 @@ def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping:
             "the Hessian or the stored weight does not fit the weight",
             shape=tuple(hessian.shape),
             expected=(features, features),
-            remedy="give XᵀX of this very layer's inputs",
+            remedy="give XᵀX of this layer's own inputs",
         )
     grid = codecs.grid_of(start)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -145,7 +148,7 @@ def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping:
     if factor is None:
         return None
     first_of_row = torch.arange(rows, device=exact.device) * features
-    left = exact[:, order].t().contiguous()  # (in, out), what is still to be rounded, errors made up for
+    left = exact[:, order].t().contiguous()  # (in, out), the columns that are still to be rounded
     chosen = torch.empty(left.shape, dtype=torch.uint8, device=left.device)  # level numbers
     for begin in range(0, features, _GROUP):
         end = min(begin + _GROUP, features)
@@ -165,7 +168,7 @@ def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping:
 def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
     """Upper triangular U with ``UᵀU = (H + damping · mean(diag H) · I)⁻¹``, rows and columns in ``order``; float32.
 
-    In float32, in float64 where that fails, None where that fails too.
+    The computation is in float32, and in float64 if float32 fails; the result is None if float64 fails too.
     """
     back = order.flip(0)  # H = R Rᵀ with R upper is Cholesky's H = L Lᵀ from the other end; then U = R⁻¹
     for dtype in (torch.float32, torch.float64):

@@ -1,16 +1,16 @@
-r"""Extract rotations: the one that takes a base weight to a merged one, how well it does, and how sure it is.
+r"""Extract the rotation that takes a base weight to a merged weight, and estimate how good and how certain it is.
 
-Pure. With ``W`` the base's weight and ``W'`` the merged one, both ``(out, in)`` and decoded exactly, each block of columns
-is an orthogonal Procrustes problem: the ``R`` in SO(b) that minimises ``‖W' - W Rᵀ‖`` is the rotation nearest to
-``W'ᵀ W`` (Schönemann 1966), and ``Q = (I - R)(I + R)⁻¹`` its generator.
+The functions are pure. Let ``W`` be the base's weight and ``W'`` the merged weight, both ``(out, in)`` and decoded
+exactly. Each block of columns is an orthogonal Procrustes problem: the ``R`` in SO(b) that minimises ``‖W' - W Rᵀ‖`` is
+the rotation nearest to ``W'ᵀ W`` (Schönemann 1966), and ``Q = (I - R)(I + R)⁻¹`` is its generator.
 
-Where ``W'`` was stored in a coarse format that is not the end: a weight that the rotation moved by less than half a step
-was rounded back, so the plain fit turns by too little. But the storing can be done again. With ``S(R)`` the stored fold
-of the base by ``R``, the fit is repeated on ``W Rᵀ + (W' - S(R))`` until ``S(R)`` comes no nearer to ``W'``: at the right
-``R`` the two are equal to the bit.
+If ``W'`` was stored in a coarse format, this plain fit turns by too little: a weight that the rotation moved by less
+than half a step was rounded back. But the storing can be repeated. Let ``S(R)`` be the stored fold of the base by
+``R``: the fit is repeated on ``W Rᵀ + (W' - S(R))`` until ``S(R)`` comes no nearer to ``W'``. At the right ``R`` the
+two are equal to the bit.
 
-How far the result is from the truth is estimated from two fits of half of the rows each, which are independent; how much
-of the difference is a rotation, and how large its blocks are, by predicting the other half's rows.
+Two fits of half of the rows each are independent, and their difference gives an estimate of the error. The prediction
+of the other half's rows shows how much of the difference is a rotation, and how large its blocks are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError
+from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError, share
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 
@@ -33,21 +33,22 @@ from . import preserve
 from .fold import fold_encoded, relative_error
 from .kernels.blockwise import FoldedWeight
 
-# a held-out residual within this of the least counts as the least: the smallest such block size is taken
+# a held-out residual within this factor of the least counts as the least: the smallest such block size is taken
 _WITHIN = 1.02
-# but one that is this far above it may be too small, with the overfit of the true one hiding the difference: then it is asked for
+# but above this factor the size may be too small, because overfit at the true size hides the difference: the user must say
 _NEAR = 1.005
-# and the least must be this far below that of no rotation at all, or the block size is a guess
+# and without a rotation the residual must be above the least by this factor, or the block size is a guess
 _CLEAR = 1.04
-# blocks that are looked for; larger ones must be named
+# the largest block size that is tried; larger sizes must be given
 _LARGEST = 512
 # residuals below this are float64's own rounding
 _FLOOR = 1e-12
 _STEPS = 8
 _CHUNK = 1 << 22  # elements that are held in float64 at a time
 
-# ‖Q₁ - Q₂‖ of two halves, over the error of the whole: a plain fit's error goes with N^(-1/2) in the rows, so 2; one that
-# is refined against the stored codes goes with a power between that and N^(-1), so 2^(5/4). See docs/extraction.md
+# ‖Q₁ - Q₂‖ of two halves, divided by the error of the whole: a plain fit's error goes with N^(-1/2) in the rows, so 2; the
+# error of a fit that is refined against the stored codes goes with a power between N^(-1/2) and N^(-1), so 2^(5/4). See
+# docs/extraction.md
 _PLAIN, _REFINED = 2.0, 2.0**1.25
 
 
@@ -146,12 +147,12 @@ def extract_encoded(
         return _extract(store, w, m, block_size, _STEPS if coarse else 0, embedding=embedding)
 
 
-#: the base that was folded with rotations in it, stored as the merged weight was
+#: function that folds rotations into the base and stores the result as the merged weight was stored
 _Storing = Callable[[Sequence[Rotation]], FoldedWeight]
 
 
 def _rounding_of(base: EncodedWeight, merged: EncodedWeight) -> str:
-    """How the merged weight was rounded: a fold that keeps the change keeps the base's scales, to nearest it does not."""
+    """The rounding of the merged weight: a fold with "preserve" keeps the base's scales, a fold with "nearest" does not."""
     if not preserve.applies(base.format, merged.format):
         return "nearest"
     own, new = (preserve.scales_of(e, replace(e.format, nested_blocksize=0)).values for e in (base, merged))
@@ -171,7 +172,7 @@ def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedd
     size = float(q.norm())
     error = float((q_halves[0] - q_halves[1]).norm()) / spread / size if size else 0.0
     angle_error = float((parts[0] - parts[1]).norm()) / math.sqrt(r.shape[0] * b) / spread
-    # E' = E R and W' = W Rᵀ: an embedding's is the transpose
+    # E' = E R but W' = W Rᵀ, so an embedding's rotation is the transpose
     rotation = Rotation(
         rotations.vector(-q if embedding else q), side="embedding" if embedding else "input", shared=False
     )
@@ -181,7 +182,7 @@ def _extract(store: _Storing, w: Tensor, m: Tensor, b: int, most: int, *, embedd
     held_out = sum(_residual2(w[rows], m[rows], part) for part, rows in zip(parts[::-1], halves, strict=True)) / norm
     explained = 1 - (held_out - rounding) / (change - rounding) if change > rounding else 0.0
     if stored[0] is not None and stored[1] is not None:
-        # where the change is not much more than the rounding, the stored values tell a rotation and their distance does not
+        # if the change is not much more than the rounding, equal stored values show a rotation, and their distance does not
         explained = max(explained, 1 - (stored[0] + stored[1]) / norm / change)
     return ExtractedRotation(
         rotation=rotation,
@@ -205,8 +206,8 @@ def _check_shapes(base: EncodedWeight, merged: EncodedWeight) -> None:
 def _seen_by_the_adapter(
     base: EncodedWeight, merged: EncodedWeight, distance: Callable[[Tensor, Tensor], float]
 ) -> tuple[EncodedWeight, Tensor, Tensor]:
-    """``(base, W, W')``. A QOFT adapter was trained on the dequantised quantised base: where the merged weight is
-    quantised and the base is plain, the base is quantised so too, if that lies nearer by ``distance``.
+    """``(base, W, W')`` with the base that the adapter saw. A QOFT adapter is trained on a quantised base: if the merged
+    weight is quantised and the base is plain, the base is quantised likewise, if that lies nearer by ``distance``.
     """
     w, m = codecs.decode(base), codecs.decode(merged)
     if merged.format.quantised and not base.format.quantised:
@@ -232,12 +233,12 @@ def _blocks(w: Tensor, m: Tensor, b: int) -> Iterator[tuple[slice, Tensor, Tenso
 
 
 def _fit(w: Tensor, m: Tensor, b: int) -> Tensor:
-    """``R: (n, b, b)`` that minimises ``‖m - w Rᵀ‖``."""
+    """The ``R: (n, b, b)`` that minimises ``‖m - w Rᵀ‖``."""
     eye = torch.eye(b, dtype=torch.float64)
     found = []
     for _, wb, mb in _blocks(w, m, b):
         gram = mb.mT @ wb
-        # directions that the weight does not have stay where they are, rather than anywhere
+        # directions that the weight does not have are not turned
         weight = torch.linalg.matrix_norm(gram, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         found.append(rotations.nearest_rotation(gram / weight + 1e-12 * eye)[0])
     return torch.cat(found)
@@ -255,8 +256,8 @@ def _norm2(x: Tensor) -> float:
 def _refine(
     store: _Storing, w: Tensor, m: Tensor, b: int, rows: slice, others: slice, steps: int
 ) -> tuple[Tensor, int, float | None]:
-    """The fit of the rows, refined against how ``m`` was stored, in how many of at most ``steps`` steps, and how far it
-    then is from predicting the stored values of the other rows, squared (None: it was not refined).
+    """The fit of the rows, refined against the storing of ``m``; the number of steps, at most ``steps``; and the squared
+    error of its prediction of the other rows' stored values (None for a fit that was not refined).
     """
     r = _fit(w[rows], m[rows], b)
     if not steps:
@@ -277,7 +278,7 @@ def _refine(
 
 
 def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
-    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, bounded where one is by nearly π, and whether one was."""
+    """Skew-symmetric ``Q: (n, b, b)`` of rotations ``r``, bounded for rotations by nearly π, and whether any was bounded."""
     near = rotations.generator_norm(r) > rotations.MAX_NORM
     q = torch.empty_like(r)
     if not bool(near.all()):
@@ -288,7 +289,7 @@ def _bounded_generator(r: Tensor) -> tuple[Tensor, bool]:
 
 
 def _bounded(r: Tensor) -> Tensor:
-    """The generator of ``r: (b, b)``, in the planes of a rotation by nearly π the largest one."""
+    """The generator of ``r: (b, b)``, with the largest norm in planes that turn by nearly π."""
     # R = S + K, symmetric and skew, commute: with eigenvalues cos φ and i sin φ, Q is -K/(1 + cos φ), whose modulus
     # tan(φ/2) is bounded in the planes where cos φ is nearly -1
     cosines, v = torch.linalg.eigh((r + r.mT) / 2)
@@ -298,7 +299,7 @@ def _bounded(r: Tensor) -> Tensor:
     count = int(far.sum())
     q = torch.zeros_like(r)
     q[count:, count:] = -k[count:, count:] / (1 + cosines[count:]).unsqueeze(-1)
-    # there: -limit times the skew orthogonal factor of K, which at φ = π is zero and leaves the pairing free
+    # in those planes Q is -limit times the skew orthogonal factor of K; at φ = π K is zero and leaves the pairing free
     pairs = torch.zeros(count, count, dtype=r.dtype)
     pairs[range(0, count - 1, 2), range(1, count, 2)] = 1e-9
     u, _, vh = torch.linalg.svd(k[:count, :count] + pairs - pairs.mT)
@@ -313,11 +314,11 @@ def _bounded(r: Tensor) -> Tensor:
 def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, float]:
     """How well rotations of each block size predict rows that they were not fitted to.
 
-    Measured for the divisors of the input features up to 512, from small to large, until none can be better.
+    The function tries the divisors of the input features up to 512, from small to large, until none can be better.
 
     Returns:
-        ``{block size: ‖W' - W Rᵀ‖ / ‖W'‖}`` over both halves of the rows, each with the ``R`` of the other, in units of
-        the least; 1 is no rotation.
+        ``{block size: ‖W' - W Rᵀ‖ / ‖W'‖}`` over both halves of the rows, each with the ``R`` of the other half, in units
+        of the least; block size 1 stands for no rotation.
     """
     _check_shapes(base, merged)
     features = base.format.shape[1]
@@ -332,7 +333,7 @@ def block_size_curve(base: EncodedWeight, merged: EncodedWeight) -> dict[int, fl
             if b >= 4 * best and held_out[1] > _CLEAR * held_out[best]:
                 break
     if not all(map(math.isfinite, held_out.values())):
-        raise NonFiniteError("a held-out residual is not finite", remedy="check both weights")
+        raise NonFiniteError("a held-out residual is not finite", remedy="check both weights for NaN and infinity")
     least = min(held_out.values())
     return {b: residual / least for b, residual in held_out.items()}
 
@@ -342,7 +343,8 @@ def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
     :func:`block_size_curve`, of weights of one width) together.
 
     Raises:
-        ExtractionError: no rotation predicts the other half's rows clearly better than none, or two sizes do as well.
+        ExtractionError: no rotation predicts the other half's rows clearly better than no rotation, or two block sizes
+            predict them equally well.
     """
     sizes = set.intersection(*map(set, curves))
     pooled = {b: sum(curve[b] for curve in curves) / len(curves) for b in sorted(sizes)}
@@ -351,10 +353,10 @@ def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
     if chosen == 1 or pooled[1] <= _CLEAR * least or pooled[chosen] > _NEAR * least:
         gain = 1 - (least / pooled[1]) ** 2
         raise ExtractionError(
-            f"no block size can be told: rotations of the input features explain {gain:.1%} of the difference on rows that they "
-            "were not fitted to, so it is no such rotation (a LoRA or full fine-tune), or too small a one against the rounding of "
-            "the stored weights",
-            remedy="block_size=… gives the best rotation of that size, and says how good it is; less coarsely stored weights show more",
+            f"no block size can be told: rotations of the input features explain {share(gain, '.1%')} of the difference on rows that they "
+            "were not fitted to, so the difference is not such a rotation (a LoRA or full fine-tune), or the rotation is too small "
+            "against the rounding of the stored weights",
+            remedy="give block_size=… for the best rotation of that size and its quality, or give less coarsely stored weights",
         )
     return chosen
 

@@ -26,9 +26,9 @@ W = TypeVar("W", Tensor, EncodedWeight)
 def begin_record(
     encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
 ) -> Callable[[FoldedWeight], Callable[[], ModuleRecord]]:
-    """Begin the record of a fold of ``encoded`` before it, with what is known by then: another thread looks into that
-    meanwhile. The function returned takes the folded weight, and another thread looks into that too, until the function that
-    comes back is asked for the record.
+    """Begin the record of a fold of ``encoded`` before the fold: another thread computes the facts that are known already.
+    The returned function takes the folded weight: another thread then computes the rest, and the function that comes back
+    gives the record.
     """
     known = kernels.start(lambda: (encoded.fingerprint, [kernels.measure(r) for r in chain]))
 
@@ -107,8 +107,8 @@ def fold_encoded(
     *,
     inverse: bool = False,
 ) -> FoldedWeight:
-    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with what storing it cost. ``chain`` is in the live
-    order; ``into`` defaults to the format of ``encoded``.
+    """:func:`fold_weight`, or (``inverse``) :func:`unfold_weight`, with the cost of storing the result. ``chain`` is in
+    the live order; ``into`` defaults to the format of ``encoded``.
     """
     f = encoded.format
     into = into or f
@@ -139,7 +139,7 @@ def fold_encoded(
 def _preserved(
     encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
 ) -> FoldedWeight | None:
-    """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None where that does not apply."""
+    """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
         return None
     own = preserve.scales_of(encoded, into)
@@ -153,7 +153,7 @@ def _preserved(
 
 
 def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
-    """``folded`` with its figures, from the weight before the rotation and the exact one after it."""
+    """``folded`` with its figures, from the weight before the rotation and the exact weight after the rotation."""
     stored = codecs.decode(folded.encoded).to(exact.dtype)
     norm, change = _norm(exact), _norm(exact - base)
     error = _norm(stored - exact)
@@ -183,8 +183,8 @@ def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotatio
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
-    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) it meets a first. The sides commute with each other, so each keeps an order of
-    its own.
+    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) the weight meets a first. The sides commute with each other, so each side keeps
+    an order of its own.
     """
     check_chain(chain)
     order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
@@ -196,7 +196,7 @@ def check_chain(chain: Sequence[Any]) -> None:
     if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
         raise MatchError(
             "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
-            remedy="fold them one after the other, in the order that is meant",
+            remedy="fold the adapters one after the other, in the order that you mean",
         )
 
 

@@ -1,20 +1,20 @@
-"""Rounding that keeps what a rotation did to a weight, without data.
+"""Rounding that keeps a rotation's change of a weight, without calibration data.
 
-The base's weights v lie on the levels of their format. A small rotation moves each by a fraction of a step, δ = w - v,
-and nearest rounding puts nearly all of them back: the error is the adapter itself. Of all roundings q that keep the
-projection on the change,
+The base's weights v lie on the levels of their format. A small rotation moves each weight by a fraction of a step,
+δ = w - v, and nearest rounding puts nearly all weights back: the error is then the adapter itself. Of all roundings q
+that keep the projection on the change,
 
     Σ (q - v) δ = Σ δ²,
 
-the one of least squared error ``Σ (q - w)²`` is, with a Lagrange multiplier λ,
+the rounding of least squared error ``Σ (q - w)²`` is, with a Lagrange multiplier λ,
 
     q = the nearest level to w + λ δ = v + ω δ,    ω = 1 + λ:
 
-the change, over-relaxed by one factor ω, rounded to nearest. ω is 1 where nearest rounding keeps enough.
+so the change is over-relaxed by one factor ω and rounded to nearest. ω is 1 if nearest rounding keeps enough.
 The blocks keep the base's own scales, so that their unchanged weights stay exactly where they were. docs/rounding.md has
-the derivation and what was measured.
+the derivation and the measurements.
 
-Pure functions of tensors, the readable reference. ω is 2^(k/2048), k an integer, so that all backends agree on it.
+The functions are pure, and the readable reference. ω is 2^(k/2048) with an integer k, so that all backends agree on ω.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 #: ω is 2 ** (k / STEPS) for a k from 0 to MOST
 STEPS = 2048
 MOST = 16 * STEPS
-#: a block is strong where the rotation moves its weights by more than its format says (``Format.strong_change``: their root mean
-#: square, in units of the scale; about half a step between the levels near zero): there nearest rounding keeps 96 to 98 %
-#: of the change, and a scale that fits the rotated block errs less
-#: … or where its largest weight exceeds the base's scale by more than this factor
+#: a block is strong if the rotation moves its weights by more than ``Format.strong_change`` (root mean square, in units of
+#: the scale; about half a step between the levels near zero): nearest rounding then keeps 96 to 98 % of the change, and a
+#: scale that fits the rotated block errs less. A block is also strong if its largest weight exceeds the base's scale by
+#: more than this factor
 CLIP = 1.1
-#: the most weights that ω is found from, about: of larger ones, some rows of each part
+#: about the largest number of weights from which ω is found; of a larger weight, some rows of each part are taken
 SAMPLE = 1 << 19
-#: the rows of a sample come in units of so many
+#: the rows of a sample come in units of this number
 ROWS = 16
 #: the least number of units, however wide the rows
 _FEWEST = 8
-#: double quantisation's statistics of the base may not hold the scale that a strong block should have: its largest weights
-#: are clipped then. Where one is clipped by more than this, the whole weight is rounded with statistics of its own.
+#: the base's statistics of double quantisation may not hold the scale that a strong block should have, so that the block's
+#: largest weights are clipped. If any is clipped by more than this part, the whole weight gets statistics of its own.
 MISFIT = 0.25
 
 
@@ -55,7 +55,7 @@ def applies(base: WeightFormat, into: WeightFormat) -> bool:
 
 
 def relaxation_of(steps: int) -> float:
-    """ω of a number of steps."""
+    """The ω of a number of steps."""
     return math.pow(2.0, steps / STEPS)
 
 
@@ -64,14 +64,14 @@ def relaxation_of(steps: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """The scales of a weight's blocks, and which others its statistics can hold.
+    """The scales of a weight's blocks, and the other scales that its statistics can hold.
 
     Attributes:
-        values: ``(blocks,)`` float32, as the reader sees them: of int8, one a row.
-        codes: ``(blocks,)`` uint8 that stand for them with double quantisation, else None.
-        nested: ``nested_quant_map`` ``(256,)``, what a code is before it is scaled, ``nested_absmax`` ``(⌈blocks/size⌉,)``,
-            what that is scaled by, and ``nested_offset`` ``()``, what is added; empty without double quantisation.
-        size: blocks an entry of ``nested_absmax``.
+        values: the scales, ``(blocks,)`` float32, as a reader sees them; for int8, one per row.
+        codes: the scales' codes of double quantisation, ``(blocks,)`` uint8, else None.
+        nested: ``nested_quant_map`` ``(256,)``, the value of each code, ``nested_absmax`` ``(⌈blocks/size⌉,)``, the factor
+            of these values, and ``nested_offset`` ``()``, which is added; empty without double quantisation.
+        size: blocks per entry of ``nested_absmax``.
     """
 
     values: Tensor
@@ -80,13 +80,13 @@ class Scales:
     size: int
 
     def in_order(self) -> tuple[Tensor, Tensor]:
-        """The table in order, and the code of each of its values."""
+        """The table in ascending order, and the code of each of its values."""
         table = self.nested["nested_quant_map"]
         order = torch.argsort(table, stable=True)
         return table[order].to(torch.float32).contiguous(), order
 
     def nearest(self, wanted: Tensor, block: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Codes and values of the scales nearest to ``wanted`` that blocks number ``block`` can have, both ``(n,)``."""
+        """Codes and values, ``(n,)``, of the scales nearest to ``wanted`` that the blocks with numbers ``block`` can have."""
         if not self.nested:
             return None, wanted
         ordered, order = self.in_order()
@@ -100,8 +100,8 @@ class Scales:
 def scales_of(encoded: EncodedWeight, into: WeightFormat, values: Tensor | None = None) -> Scales:
     """The :class:`Scales` of a quantised weight that is to be stored as ``into``; ``values`` where they are known already.
 
-    Where ``into`` has double quantisation and the weight has not (a CPU forward of bitsandbytes drops it), the scales are
-    quantised anew. They differ from the base's by some thousandths then, which is little beside a step.
+    If ``into`` has double quantisation and the weight does not (a CPU forward of bitsandbytes drops it), the scales are
+    quantised anew. The new scales differ from the base's by some thousandths, which is little beside a step.
     """
     same = encoded.format.nested_blocksize == into.nested_blocksize
     restated = encoded if same else into.kind.change_storage(encoded, into)
@@ -121,11 +121,11 @@ def put_scales(own: Scales, into: WeightFormat, stated: Tensor) -> dict[str, Ten
 
 
 def sample_of(rows: int, features: int, unit: int) -> list[tuple[int, int]]:
-    """Ranges of rows from which ω is found: all of a small weight, else a unit of each of as many parts, at places in
-    them that follow no period (rows of attention heads do).
+    """Ranges of rows from which ω is found: all rows of a small weight, else one unit of each part. The units' places in
+    the parts follow no period, because the rows of attention heads have a period.
 
     Args:
-        unit: rows that are only taken together; a multiple of :data:`ROWS` of them is.
+        unit: number of rows that must stay together; the units taken are a multiple of this and of :data:`ROWS`.
     """
     unit = math.lcm(unit, ROWS)
     units = -(-rows // unit)
@@ -141,7 +141,7 @@ def limits(f: WeightFormat) -> tuple[float, float]:
 
 
 def span(start: int, stop: int, features: int, size: int) -> slice:
-    """Of rows ``start`` to ``stop``, where one entry is of ``size`` weights."""
+    """The entries of rows ``start`` to ``stop``, if one entry stands for ``size`` weights."""
     return slice(start * features // size, -(-stop * features // size))
 
 
@@ -154,13 +154,13 @@ def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
 
 
 def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightFormat) -> Tensor:
-    """Which blocks are to be scaled anew and rounded to nearest: ``(blocks,)`` bool.
+    """Whether each block is scaled anew and rounded to nearest: ``(blocks,)`` bool.
 
     Args:
         base, exact: ``(blocks, blocksize)`` float32, padded with zeros.
         scales: ``(blocks,)``.
-        n: weights without the padding.
-        f: of the weight.
+        n: number of weights without the padding.
+        f: format of the weight.
     """
     square, most = limits(f)
     count = torch.full(scales.shape, float(base.shape[1]), device=scales.device)
@@ -174,15 +174,15 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightForm
 def relaxation(
     rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[Rotation] = ()
 ) -> int | None:
-    """The steps of the ω that keeps the change of the weak blocks of a sample; None where most of its blocks are strong.
+    """The steps of the ω that keeps the change of the weak blocks of a sample; None if most of its blocks are strong.
 
     Each evaluation takes the nearest levels of the whole sample, as the encoding does.
 
     Args:
-        rows_of: gives ``(base, exact)``, both ``(rows, in)`` float32, of a range of rows.
+        rows_of: function that gives ``(base, exact)``, both ``(rows, in)`` float32, of a range of rows.
         own: the scales of the whole weight.
-        f: of the weight.
-        chain: what rotates it.
+        f: format of the weight.
+        chain: the weight's rotations.
     """
     values, moves, powers = [], [], []
     strong_blocks = blocks = 0
@@ -213,10 +213,10 @@ def relaxation(
 
 
 def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
-    """The k from 0 to MOST for which ``kept``, which grows with k, is nearest to 1, or 0 where it is more there.
+    """The k from 0 to MOST for which ``kept``, which grows with k, is nearest to 1; 0 if ``kept`` is above 1 already at 0.
 
     Args:
-        kept: gives its values for several k at once.
+        kept: function that gives its values for several k at once.
     """
     low, at_low, high, at_high = -1, 0.0, MOST + 1, 1.0
 
@@ -247,17 +247,18 @@ def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:
 def encode_rows(
     base: Tensor, exact: Tensor, scales: Scales, first: int, steps: int, f: WeightFormat
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Some rows of a weight with the change in their weak blocks over-relaxed, and their strong blocks scaled anew.
+    """Encode some rows of a weight: the change in weak blocks is over-relaxed, and strong blocks are scaled anew.
 
     Args:
         base, exact: ``(rows, in)``, whole blocks.
-        scales: of the whole weight, ``first`` the number of the first of these rows' blocks.
-        steps: of ω.
-        f: of these rows, double quantisation left out.
+        scales: scales of the whole weight.
+        first: number of the first block of these rows.
+        steps: steps of ω.
+        f: format of these rows, without double quantisation.
 
     Returns:
-        the stored codes (packed, or int8), what stands for the scales of these rows' blocks (codes of them with double
-        quantisation), and those scales; None where the base's statistics would clip a strong block.
+        the stored codes (packed, or int8), the stored form of the blocks' scales (codes with double quantisation), and
+        the scales; None if the base's statistics would clip a strong block.
     """
     size, n = f.block, base.numel()
     v, w = in_blocks(base.reshape(-1), size), in_blocks(exact.reshape(-1), size)
@@ -269,8 +270,8 @@ def encode_rows(
     if at.numel():
         wanted = f.kind.good_scales(w[at])
         codes, seen[at] = scales.nearest(wanted, first + at)
-        # the best scale may itself clip, or be larger than the largest weight; beside the other blocks' scales, what a
-        # block of nearly zeros loses is nothing
+        # the best scale may itself clip, or be larger than the largest weight; the loss of a block of nearly zeros does
+        # not matter beside the other blocks' scales
         needed = torch.minimum(wanted, w[at].abs().amax(-1)) - seen[at].abs()
         usual = seen[at].abs().clamp(min=float(scales.nested.get("nested_offset", 0.0)))
         if bool((needed > MISFIT * usual).any()):

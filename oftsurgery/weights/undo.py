@@ -1,11 +1,11 @@
-"""An undo record gives a folded weight its original bytes back, in far fewer bits than the weight.
+"""An undo record gives a folded weight its original bytes back, and is far smaller than the weight.
 
 The folded weight, rotated back, lies within its own rounding error of the original. So the original codes are *predicted*:
-rotate back, requantise against the original statistics. The record holds those statistics and the prediction's errors,
-and because most predictions are right, both compress well. Nothing of this is an estimate: a record is decoded and
-compared by content hash when it is written, and compared again when it is used.
+the weight is rotated back and requantised against the original statistics. The record holds these statistics and the
+prediction's errors, and because most predictions are right, both compress well. The result is exact: a record is decoded
+and compared by content hash when it is written, and compared again when it is used.
 
-Pure: tensors in, facts (JSON-able) and bytes out, and back. ``docs/undo.md`` describes the format.
+The functions are pure: they turn tensors into facts (for JSON) and bytes, and back. ``docs/undo.md`` describes the format.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import NAMED, name_of
-from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError
+from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes, hash_tensors
 
@@ -30,15 +30,15 @@ from .undo_prediction import MANTISSA, RELAXATION_BITS, code_floats, code_tensor
 from .undo_rotations import power_of_two, read_stages, write_stages
 from .undo_streams import Streams, bytes_of, damaged
 
-_REPORT = "unfold with base=…, and report this with both models' formats"
+_REPORT = "unfold with base=…, and report this error with both models' formats"
 
 
 @dataclass(frozen=True, eq=False)
 class UndoEntry:
-    """What undoes the change of one weight or tensor.
+    """The data that undo the change of one weight or tensor.
 
     Attributes:
-        facts: JSON-able: how ``data`` is to be read, and the hashes that prove it.
+        facts: values for JSON: how to read ``data``, and the hashes that prove the result.
         data: the compressed streams.
         tables: ``{content hash: bytes}`` of small tensors that many weights share (the codecs' tables of levels), which
             a file holds once.
@@ -51,20 +51,20 @@ class UndoEntry:
 
 @contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """Whatever default device and grad mode the caller is in."""
+    """Run the body on the CPU and without gradients, whatever the caller's default device and grad mode are."""
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def changed(message: str, **where: Any) -> IntegrityError:
-    """What is raised where the model is not what the fold left."""
-    remedy = "take out later folds first, the last one first; or unfold with base=…"
+    """The error for a model that has changed since the fold."""
+    remedy = "take out later folds first, beginning with the last; or unfold with base=…"
     return IntegrityError(message, **where, remedy=remedy)
 
 
 def evidence(folded: EncodedWeight) -> str:
-    """Content hash of what the prediction is made from; the same before and after bitsandbytes repacks a 4-bit weight
-    at a CPU forward.
+    """Content hash of the prediction's inputs, which stays the same when a CPU forward of bitsandbytes repacks a 4-bit
+    weight.
     """
     return hash_tensors(folded.format.kind.prediction_inputs(folded.cpu()))
 
@@ -78,15 +78,15 @@ def encode_weight(
     noise: float,
     relaxation: float | None = None,
 ) -> UndoEntry:
-    """What gives ``before`` back from ``after``, proved: it is decoded once and compared.
+    """The entry that gives ``before`` back from ``after``. As a proof, the entry is decoded once and compared.
 
     Args:
         before: the stored weight that was folded.
-        after: what the fold stored instead, of the same shape.
+        after: the weight that the fold stored instead, of the same shape.
         chain: the rotations that were folded, in the live order.
-        noise: the relative error that storing ``after`` cost; it decides how finely the rotation is recorded.
-        relaxation: the factor by which the fold over-relaxed what it changed, where it kept the scales of ``before``;
-            None where it rounded otherwise.
+        noise: the relative error of storing ``after``; this decides how finely the rotation is recorded.
+        relaxation: the factor by which the fold over-relaxed the change, if the fold kept the scales of ``before``; None
+            for another rounding.
 
     Raises:
         IntegrityError: the entry does not give ``before`` back.
@@ -124,28 +124,28 @@ def encode_weight(
 
 @_on_the_cpu()
 def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
-    """The weight that was folded, from what the fold stored instead; on the CPU.
+    """The weight that was folded, from the weight that the fold stored instead; on the CPU.
 
     Raises:
         UndoError: the entry is damaged.
-        IntegrityError: ``after`` is not what the fold stored, or the result not what was folded.
+        IntegrityError: ``after`` is not the weight that the fold stored, or the result is not the weight that was folded.
     """
     facts, after = entry.facts, after.cpu()
     if evidence(after) != facts.get("after"):
         raise changed(
-            "the weight is not the one that this record's fold left: another fold or another change lies on top, or it is of another model",
+            "the weight is not the one that this record's fold left: another fold or another change lies on top, or the model is another",
             format=after.format.label,
         )
     f = read_format(facts.get("format"), after.format.shape)
     limit = 8 * math.prod(f.shape) + 4096
     if not isinstance(facts.get("tensors"), dict):
-        raise damaged()
+        raise damaged(why="`tensors` is no object")
     told = {name: _checked(t, limit=limit) for name, t in facts["tensors"].items()}
     own = {name: t for name, t in told.items() if "table" not in t}
     try:
         tables = {name: tensor_of(entry.tables[t["table"]], t) for name, t in told.items() if name not in own}
     except (KeyError, TypeError) as error:
-        raise damaged() from error
+        raise damaged(why="a table of levels is missing") from error
     io = Streams(entry.data)
     if "stages" in facts:
         found = code_tensors(io, facts, f, after, read_stages(io, facts["stages"], f.shape), tables, None)
@@ -153,7 +153,7 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
         found = {name: io.raw(None, _nbytes(t)) for name, t in own.items()}
     io.end()
     if found.keys() != own.keys():
-        raise damaged()
+        raise damaged(why=f"it holds the tensors {', '.join(found)}, but describes {printable(', '.join(own))}")
     tensors = tables | {name: tensor_of(raw, own[name]) for name, raw in found.items()}
     before = EncodedWeight(f, {name: tensors[name] for name in told})
     if before.fingerprint != facts.get("before"):
@@ -162,11 +162,11 @@ def decode_weight(entry: UndoEntry, after: EncodedWeight) -> EncodedWeight:
 
 
 def _predictable(before: EncodedWeight, after: EncodedWeight) -> bool:
-    """Whether the weight is stored in the way that the prediction knows; what else there may be is stored as it is."""
+    """Whether the prediction knows the weight's storage; a weight in another storage is recorded without prediction."""
     f, t = before.format, before.tensors
     if len(f.shape) != 2 or f.shape != after.format.shape or min(f.shape) < 1:
         return False
-    # bytes of codes, and of tables that many weights share, may be of any dtype
+    # codes, and tables that many weights share, may be of any dtype
     wanted = {name: dtype for name, (dtype, _) in f.kind.layout(f).items() if name not in ("", "weight", "quant_map")}
     found = {name: tensor.dtype for name, tensor in t.items() if name not in ("weight", "quant_map")}
     return found == wanted and (f.quantised or f.dtype in MANTISSA)
@@ -174,8 +174,8 @@ def _predictable(before: EncodedWeight, after: EncodedWeight) -> bool:
 
 @_on_the_cpu()
 def encode_tensor(before: Tensor, after: Tensor) -> UndoEntry:
-    """What gives the plain tensor ``before`` back from ``after``, which stands in its place (a trained bias or head),
-    proved.
+    """The proved entry that gives the plain tensor ``before`` back from ``after``, which stands in its place (a trained
+    bias or head).
     """
     before, after = before.detach().cpu(), after.detach().cpu()
     facts: dict[str, Any] = {"before": _hash_one(before), "after": _hash_one(after), "tensor": described(before)}
@@ -194,20 +194,20 @@ def encode_tensor(before: Tensor, after: Tensor) -> UndoEntry:
 
 @_on_the_cpu()
 def decode_tensor(entry: UndoEntry, after: Tensor) -> Tensor:
-    """Mirror of :func:`encode_tensor`, on the CPU.
+    """The mirror of :func:`encode_tensor`, on the CPU.
 
     Raises:
         UndoError: the entry is damaged.
-        IntegrityError: ``after`` is not what stood in the tensor's place, or the result not what it was.
+        IntegrityError: ``after`` is not the tensor that the fold left, or the result is not the tensor that was replaced.
     """
     facts, after = entry.facts, after.detach().cpu()
     if _hash_one(after) != facts.get("after"):
         raise changed("the tensor is not the one that this record's fold left", shape=tuple(after.shape))
-    about = _checked(facts.get("tensor"), limit=16 * after.numel() + 1024)
+    about = _checked(facts.get("tensor"), limit=_limit(after.numel()))
     io = Streams(entry.data)
     if facts.get("predicted"):
         if about != described(after) or after.dtype not in MANTISSA:
-            raise damaged()
+            raise damaged(why="a predicted tensor has another dtype or shape than the model's tensor")
         raw = code_floats(io, after.dtype, flat_parts(after), None)
     else:
         raw = io.raw(None, _nbytes(about))
@@ -231,9 +231,9 @@ def described(t: Tensor) -> dict[str, Any]:
 
 
 def tensor_of(raw: bytes, about: Mapping[str, Any]) -> Tensor:
-    """Mirror of :func:`bytes_of` and :func:`described`."""
+    """The mirror of :func:`bytes_of` and :func:`described`."""
     if len(raw) != _nbytes(about):
-        raise damaged()
+        raise damaged(why=f"a tensor has {len(raw)} bytes, not {_nbytes(about)}")
     dtype, shape = NAMED[about["dtype"]], about["shape"]
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape) if raw else torch.empty(shape, dtype=dtype)
 
@@ -243,14 +243,26 @@ def _nbytes(about: Mapping[str, Any]) -> int:
 
 
 def _checked(about: Any, *, limit: int) -> dict[str, Any]:
-    """What a file says of a tensor, if that is possible and of at most ``limit`` bytes."""
+    """A file's description of a tensor, checked: it must be possible, and of at most ``limit`` bytes."""
     try:
         good = isinstance(about["shape"], list) and all(type(n) is int and n >= 0 for n in about["shape"])
         if not good or _nbytes(about) > limit:
-            raise damaged()
+            raise damaged(why=f"a tensor's shape is {printable(about['shape'])}")
     except (KeyError, TypeError) as error:
-        raise damaged() from error
+        raise damaged(why="a tensor's dtype or shape is missing or unknown") from error
     return about  # type: ignore[no-any-return]
+
+
+def _limit(numel: int) -> int:
+    """The most bytes of the original of a plain tensor, for a tensor of ``numel`` elements in its place: a fold may cut an embedding
+    off to a part of its rows.
+    """
+    return 256 * numel + 1024
+
+
+def read_shape(about: Any, numel: int) -> tuple[int, ...]:
+    """The shape of a plain tensor's original that a file names, for a tensor of ``numel`` elements in its place."""
+    return tuple(_checked(about, limit=_limit(numel))["shape"])
 
 
 def read_format(facts: Any, shape: tuple[int, ...]) -> WeightFormat:
@@ -260,9 +272,9 @@ def read_format(facts: Any, shape: tuple[int, ...]) -> WeightFormat:
         f = WeightFormat(facts["codec"], shape, NAMED[facts["dtype"]], *sizes, NAMED[facts["storage"]])
         least = f.kind.least_blocksize
     except (FormatError, KeyError, TypeError) as error:
-        raise damaged() from error
+        raise damaged(why="the format is incomplete or unknown") from error
     good = len(facts) == len(fields(f)) and facts["shape"] == list(shape)
     good = good and all(type(n) is int and 0 <= n <= 1 << 16 for n in sizes)
     if not good or f.blocksize < least or (f.nested_blocksize and not least):
-        raise damaged()
+        raise damaged(why="the format's block sizes or shape do not fit the weight")
     return f

@@ -17,7 +17,7 @@ from . import preserve
 from .undo_rotations import Stage, apply_stage, power_of_two
 from .undo_streams import Array, Streams, bytes_of, damaged
 
-# values that are predicted and coded together: they bound the memory that is needed
+# number of values that are predicted and coded together, which bounds the memory
 _CHUNK = 1 << 21
 
 #: the fraction bits of the relaxation in a record
@@ -27,7 +27,7 @@ MANTISSA = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloa
 
 
 def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
-    """``(first, end)`` → the flat values of the folded weight there, float64.
+    """A function of ``(first, end)`` that gives the flat values of the folded weight there, in float64.
 
     A 4-bit weight's absmax is rounded to bfloat16 first, as bitsandbytes rounds it when a CPU forward repacks a layer:
     the prediction is the same before and after.
@@ -47,7 +47,7 @@ def _folded_values(after: EncodedWeight) -> Callable[[int, int], Tensor]:
 
 
 def _folded_scales(after: EncodedWeight) -> Tensor:
-    """The scales of the folded weight's blocks or rows, float64; of 4 bits rounded as in :func:`_folded_values`."""
+    """The scales of the folded weight's blocks or rows, float64; 4-bit scales are rounded as in :func:`_folded_values`."""
     kind = after.format.kind
     return kind.prediction_inputs(after)[kind.scales_name].to(torch.float64)
 
@@ -55,11 +55,11 @@ def _folded_scales(after: EncodedWeight) -> Tensor:
 def rotated_back(
     after: EncodedWeight, stages: Sequence[Stage], blocksize: int, relaxation: int | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """``(first, values)``: the folded weight rotated back, flat, float64, some rows at a time; chunks begin where
-    4-bit blocks do.
+    """``(first, values)``: the folded weight rotated back, flat, float64, some rows at a time; each chunk begins with a
+    4-bit block.
 
-    Where the fold over-relaxed what it changed (:mod:`oftsurgery.weights.preserve`), the way back is over-relaxed too: a weight
-    that the fold moved by a step is predicted a step back, and one that stayed is predicted where it is.
+    If the fold over-relaxed the change (:mod:`oftsurgery.weights.preserve`), the way back is over-relaxed too: a weight that
+    the fold moved by a step is predicted a step back, and a weight that stayed is predicted where it is.
     """
     rows, columns = after.format.shape
     values = _folded_values(after)
@@ -72,7 +72,7 @@ def rotated_back(
             x = apply_stage(x, stage, row)
         return x
 
-    mixed = any(stage.dim == 0 for stage in stages)  # rows with rows: all at once
+    mixed = any(stage.dim == 0 for stage in stages)  # a stage that mixes rows needs all rows at once
     whole = back(values(0, rows * columns).reshape(rows, columns), 0) if mixed else None
     for row in range(0, rows, step):
         end = min(row + step, rows)
@@ -80,7 +80,7 @@ def rotated_back(
         x = back(y, row) if whole is None else whole[row:end]
         if relaxation is not None:
             x = y + (x - y) * (relaxation * power_of_two(-RELAXATION_BITS))
-        # infinities, and their differences, of scales near zero: any number will do, but the same everywhere
+        # scales near zero give infinities and their differences: any number will do, if it is the same everywhere
         yield row * columns, torch.nan_to_num(x.contiguous().reshape(-1))
 
 
@@ -99,7 +99,7 @@ def code_tensors(
     tables: Mapping[str, Tensor],
     true: Mapping[str, Tensor] | None,
 ) -> dict[str, bytes]:
-    """The tensors' bytes but for ``tables``, predicted; ``facts`` is completed when writing."""
+    """The bytes of all tensors except ``tables``, predicted; when writing, the function completes ``facts``."""
     if not f.quantised:
         weight = None if true is None else true["weight"]
         return {"weight": code_floats(io, f.dtype, rotated_back(after, stages, 0), weight)}
@@ -115,14 +115,14 @@ def code_tensors(
         type(relaxation) is int and 0 < relaxation < 1 << (RELAXATION_BITS + 17) and preserve.applies(f, after.format)
     )
     if ranked is None or not fits:
-        raise damaged()
+        raise damaged(why="the facts of its codes or of the relaxation are wrong")
     kept = None if relaxation is None else _folded_scales(after)
     out: dict[str, bytes] = {}
     nested = None
     if f.nested_blocksize:
         table = tables.get("nested_quant_map")
         if table is None or table.dtype != torch.float32 or table.numel() != 256:
-            raise damaged()
+            raise damaged(why="nested_quant_map is missing, or does not hold 256 values in float32")
         blocks_of_blocks = -(-n // (f.blocksize * f.nested_blocksize))
         for name, nbytes in (("nested_absmax", 4 * blocks_of_blocks), ("nested_offset", 4)):
             out[name] = io.raw(given[name].tobytes() if given else None, nbytes)
@@ -145,16 +145,16 @@ def code_tensors(
         wanted = ranks[given["weight"][here]] if given else None
         found = _code_ranks(io, wanted, *kind.nearest_ranks(numbers.reshape(-1)[: x.numel()], ranked))
         if found.min() < 0 or found.max() >= len(order):
-            raise damaged()
+            raise damaged(why=f"a code has the rank {found.min()} or {found.max()}, outside 0 to {len(order) - 1}")
         codes[here] = order[found]
     stored = kind.repack_codes(torch.from_numpy(codes).view(ranked.dtype), facts)
     return {"weight": bytes_of(stored), kind.scales_name: scales.tobytes(), **out}
 
 
 def _code_ranks(io: Streams, true: Array | None, near: Tensor, up: Tensor, margin: Tensor) -> Array:
-    """True ranks, as how far they are from the nearest one: 0 it is it, 1 the next on the side where the prediction
-    lies (``up``), 2 the next on the other, 3 … ``margin``: the distance to the threshold on that side; in its order, as
-    like ones together are what an adaptive coder needs.
+    """The true ranks, coded by their place beside the nearest rank: 0 is the nearest rank, 1 the next rank on the side of
+    the prediction (``up``), 2 the next rank on the other side, 3 … The codes are in the order of ``margin``, the distance
+    to the threshold on that side, because an adaptive coder needs similar codes together.
     """
     key = torch.clamp(margin, 0, 65535).to(torch.int32).numpy().astype(np.uint16)
     order = np.argsort(key, kind="stable")
@@ -182,8 +182,8 @@ class _Nested(NamedTuple):
 def _code_scales(
     io: Streams, true: Array | None, peaks: Tensor, first: int, nested: _Nested | None
 ) -> tuple[Array, Array]:
-    """What is stored for the scales of blocks number ``first`` and on, predicted from the largest values in them, and
-    the scales.
+    """The stored form of the scales of blocks from number ``first`` on, predicted from the blocks' largest values, and the
+    scales.
     """
     if nested is None:
         bits = peaks.to(torch.float32).numpy().view(np.int32)
@@ -203,7 +203,7 @@ def code_floats(io: Streams, dtype: torch.dtype, predicted: Iterator[tuple[int, 
     parts, patterns = [], None if true is None else _monotone(_patterns(true))
     for first, x in predicted:
         near = _monotone(_patterns(x if dtype == torch.float64 else x.to(torch.float32).to(dtype)))
-        # how many units in the last place an error amounts to goes by the exponent
+        # the size of an error in units in the last place depends on the exponent
         key = (np.abs(near) >> (MANTISSA[dtype] - 2)).astype(np.uint16)
         order = np.argsort(key, kind="stable")
         wanted = None if patterns is None else patterns[first : first + x.numel()][order]
@@ -220,7 +220,7 @@ def _patterns(values: Tensor) -> Array:
 
 
 def _monotone(patterns: Array) -> Array:
-    """Sign-and-magnitude bit patterns of floats ↔ integers in the order of their values; its own inverse."""
+    """Sign-and-magnitude bit patterns of floats ↔ integers in the order of their values; the function is its own inverse."""
     width = 8 * patterns.itemsize
     turned: Array = patterns ^ ((patterns >> (width - 1)) & patterns.dtype.type((1 << (width - 1)) - 1))
     return turned

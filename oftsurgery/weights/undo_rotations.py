@@ -3,12 +3,12 @@
 **Why the prediction is the same everywhere.** A sum of floats depends on its order, which differs between machines,
 thread counts and BLAS libraries. Here every product is of integers held in float64: weights rounded to ``p`` bits,
 rotations to ``f``, with ``p + f`` chosen so that every partial sum of any order stays below 2⁵³. Such sums are exact, so
-order and fused multiply-adds do not matter. What is left is elementwise IEEE arithmetic (multiplication by powers of two,
-rounding, division, comparison), the same on every machine. All of it runs on the CPU.
+order and fused multiply-adds do not matter. The rest is elementwise IEEE arithmetic (multiplication by powers of two,
+rounding, division, comparison), which is the same on every machine. All arithmetic runs on the CPU.
 
-The rotation itself is in the record, as the quantised generator of a Cayley map whose inverse is evaluated by Newton's
-iteration in the same exact products, or where that does not fit (rotations that are not orthogonal, half turns) as a
-quantised matrix. It needs to be only as fine as the folded weight's rounding.
+The record holds a rotation as the quantised generator of a Cayley map, whose inverse is computed by Newton's iteration
+in the same exact products. A rotation without such a generator (not orthogonal, or a half turn) is held as a quantised
+matrix. The rotation needs to be only as fine as the folded weight's rounding.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import NonFiniteError
+from oftsurgery.errors import NonFiniteError, printable
 
 from .fold import in_weight_order
 from .undo_streams import Array, Streams, damaged
 
-# sums of products stay below this many bits in every order: one less than float64 holds exactly
+# sums of products stay below this many bits in every order; float64 holds one bit more exactly
 _EXACT_BITS = 52
 
-# what the record's rotation may add to the folded weight's own rounding error, as a part of it
+# the error that the record's rotation may add, as a part of the folded weight's own rounding error
 _SHARE = 0.15
 
 
@@ -64,12 +64,12 @@ def as_integers(x: Tensor, bits: int) -> tuple[Tensor, int]:
 
 
 def apply_stage(x: Tensor, stage: Stage, first: int = 0) -> Tensor:
-    """One stage on rows ``x: (rows, columns)`` float64 of a weight, from its row ``first`` on."""
+    """Apply one stage to rows ``x: (rows, columns)`` float64 of a weight, from its row ``first`` on."""
     if stage.scale is not None:
         scale = stage.scale[first : first + len(x)]
         return x / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
     m = stage.matrix
-    assert m is not None  # noqa: S101 - a stage has one of the two
+    assert m is not None  # noqa: S101 - a stage has a matrix or a scale
     turned = x.t() if stage.dim == 0 else x
     features, b = turned.shape[-1], m.shape[-1]
     width = (features - stage.start) // b * b if m.shape[0] == 1 else m.shape[0] * b
@@ -82,10 +82,10 @@ def apply_stage(x: Tensor, stage: Stage, first: int = 0) -> Tensor:
 
 
 def exact_cayley(g: Tensor, bits: int) -> tuple[Tensor, int] | None:
-    """``(I - G)(I + G)⁻¹`` for ``G = skew(g) / 2**bits``: integers, and their fraction bits; None where G is too large.
+    """``(I - G)(I + G)⁻¹`` for ``G = skew(g) / 2**bits``: integers, and their fraction bits; None if G is too large.
 
     Newton's iteration ``Y ← Y (2I - A Y)`` for the inverse of ``A = I + G``, from ``Y = Aᵀ / (1 + ‖G‖²)``: the
-    eigenvalues of ``A Y`` are real then and in (0, 1], whatever skew-symmetric G is. Each product is exact.
+    eigenvalues of ``A Y`` are then real and in (0, 1] for every skew-symmetric G. Each product is exact.
     """
     q = rotations.skew(g)
     b = q.shape[-1]
@@ -105,13 +105,13 @@ def exact_cayley(g: Tensor, bits: int) -> tuple[Tensor, int] | None:
 
 
 def _inverse_matrices(r: Rotation, shape: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
-    """``(dim, first feature, (n, b, b) float64)`` with which ``x · blockdiag`` takes a rotation out."""
+    """``(dim, first feature, blocks (n, b, b) float64)``: ``x · blockdiag(blocks)`` takes the rotation out."""
     blocks = r.blocks.cpu()
     if r.side == "embedding":
         return [(1, 0, rotations.inverse_blocks(blocks))]
     if r.side == "input":
         return [(1, 0, rotations.inverse_blocks(blocks).transpose(-2, -1))]
-    # W = R⁻ᵀ W', so Wᵀ = W'ᵀ R⁻¹; peft ≤ 0.13 crops the last block where out is no multiple
+    # W = R⁻ᵀ W', so Wᵀ = W'ᵀ R⁻¹; peft ≤ 0.13 crops the last block if out is no multiple
     count, rest = divmod(shape[0], blocks.shape[-1])
     body, last = (blocks, blocks) if len(blocks) == 1 else (blocks[:count], blocks[count : count + 1])
     parts = [(0, 0, rotations.inverse_blocks(body))] if count else []
@@ -143,14 +143,14 @@ def write_stages(
 
 
 def _quantised(matrix: Tensor, noise: float) -> tuple[str, int, Tensor]:
-    """(kind, fraction bits, integers in float64): a generator's triangles where its Cayley map is the matrix to within
-    what ``noise`` allows, else the matrix itself.
+    """(kind, fraction bits, integers in float64): a generator's triangles if its Cayley map is the matrix up to an error
+    that ``noise`` allows, else the matrix itself.
     """
     n, b, _ = matrix.shape
     # rounding to steps of 2**-bits errs by 0.29 steps a value, and a generator's error counts twice in its rotation
     steps = 0.58 * math.sqrt(b) / (_SHARE * noise)
     bits = min(max(math.frexp(steps)[1], 4), 22)
-    with suppress(NonFiniteError):  # half turns
+    with suppress(NonFiniteError):  # half turns have no generator
         eye = torch.eye(b, dtype=torch.float64)
         generator = (eye - matrix) @ rotations.inverse_blocks(eye + matrix)
         g = torch.round(rotations.vector(generator - generator.transpose(-2, -1)) * power_of_two(bits - 1))
@@ -163,7 +163,7 @@ def _quantised(matrix: Tensor, noise: float) -> tuple[str, int, Tensor]:
 
 
 def _code_blocks(io: Streams, facts: Mapping[str, Any], true: Tensor | None) -> Stage:
-    """The stage that ``facts`` tell of, its integers written or read."""
+    """The stage that ``facts`` describe; its integers are written or read."""
     n, b, bits = facts["blocks"], facts["size"], facts["bits"]
     near: Array = np.zeros((n, b * (b - 1) // 2), np.int32)
     if facts["kind"] == "matrix":
@@ -172,14 +172,14 @@ def _code_blocks(io: Streams, facts: Mapping[str, Any], true: Tensor | None) -> 
     whole = torch.from_numpy(found.astype(np.float64).reshape(near.shape))
     made = (whole, bits) if facts["kind"] == "matrix" else exact_cayley(whole, bits)
     if made is None:
-        raise damaged()
+        raise damaged(why="a rotation's generator is too large")
     return Stage(facts["dim"], facts["start"], *made)
 
 
 def read_stages(io: Streams, facts: object, shape: tuple[int, ...]) -> list[Stage]:
-    """Mirror of :func:`write_stages`, for facts that nobody vouches for."""
+    """The mirror of :func:`write_stages`, for untrusted facts."""
     if not isinstance(facts, list) or not all(isinstance(f, dict) for f in facts):
-        raise damaged()
+        raise damaged(why="`stages` is no list of objects")
     stages = []
     for f in facts:
         if f.get("kind") == "scale":
@@ -188,10 +188,10 @@ def read_stages(io: Streams, facts: object, shape: tuple[int, ...]) -> list[Stag
             continue
         numbers: list[Any] = [f.get(name) for name in ("dim", "start", "blocks", "size", "bits")]
         if f.get("kind") not in ("generator", "matrix") or not all(type(n) is int for n in numbers):
-            raise damaged()
+            raise damaged(why=f"a rotation's kind or numbers are wrong: {printable(f)}")
         dim, start, n, b, bits = numbers
         fits = dim in (0, 1) and start >= 0 and n >= 1 and b >= 1 and start + n * b <= shape[dim] and 4 <= bits <= 22
         if not fits or (f["kind"] == "generator" and b < 2):
-            raise damaged()
+            raise damaged(why=f"a rotation does not fit the weight: {printable(f)}")
         stages.append(_code_blocks(io, f, None))
     return stages

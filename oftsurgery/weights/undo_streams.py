@@ -1,4 +1,4 @@
-"""A stream holds integers of an undo record as compressed bytes; the same code writes and reads it."""
+"""A stream holds integers of an undo record as compressed bytes; the same code writes and reads a stream."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from torch import Tensor
 
 from oftsurgery.errors import UndoError
 
-# LZMA's literal coder is an adaptive binary range coder: without its contexts (lc, lp, pb) it spends on packed bits what
-# their entropy says, to a few per cent. The filters are fixed here, so a file cannot ask for memory.
+# LZMA's literal coder is an adaptive binary range coder: without its contexts (lc, lp, pb) the coder comes within a few
+# per cent of the entropy of packed bits. The filters are fixed here, so a file cannot ask for memory.
 _CONTEXTS = {"lc": 0, "lp": 0, "pb": 0}
 _SEARCH = {"mode": lzma.MODE_NORMAL, "mf": lzma.MF_HC4, "nice_len": 273, "depth": 4}
 FILTERS = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, **_CONTEXTS, **_SEARCH}]
-_STORED = 1 << 31  # no stream is as long: chunks are of a few million values
+_STORED = 1 << 31  # no stream is so long, because a chunk has a few million values
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def damaged(path: object | None = None) -> UndoError:
-    """What is raised where a record, at ``path``, says nonsense."""
-    return UndoError("the undo record is damaged", path=path, remedy="restore the file, or unfold with base=…")
+def damaged(path: object | None = None, why: str = "") -> UndoError:
+    """The error for a wrong record at ``path``, with the reason."""
+    message = f"the undo record is damaged: {why}" if why else "the undo record is damaged"
+    return UndoError(message, path=path, remedy="restore the file, or unfold with base=…")
 
 
 class Streams:
-    """Streams of bytes one after the other, each behind its length (4 bytes, little-endian; the top bit: stored as it
-    is).
+    """Streams of bytes one after the other, each after its length (4 bytes, little-endian; the top bit marks a stream that
+    is not compressed).
 
-    Written and read by the same code, so that the two mirror each other: every method takes the true values when
-    writing and None when reading, and gives them back. A reader knows how many bytes each stream must give.
+    The same code writes and reads, so that the two mirror each other: every method takes the true values when writing and
+    None when reading, and returns the values. A reader knows how many bytes each stream must give.
     """
 
     def __init__(self, data: bytes = b"") -> None:
         self.data, self._at = bytearray(data), 0
 
     def end(self) -> None:
-        """Everything must be read by now."""
+        """Check that everything was read."""
         if self._at != len(self.data):
-            raise damaged()
+            raise damaged(why=f"{len(self.data) - self._at} bytes are left over")
 
     def raw(self, true: bytes | None, nbytes: int) -> bytes:
         """One stream of ``nbytes`` bytes."""
@@ -57,15 +58,15 @@ class Streams:
                 decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=FILTERS)
                 body = decoder.decompress(body, max_length=nbytes + 1)
             except lzma.LZMAError as error:
-                raise damaged() from error
+                raise damaged(why="a stream cannot be decompressed") from error
         if len(body) != nbytes:
-            raise damaged()
+            raise damaged(why=f"a stream has another length than {nbytes} bytes")
         return body
 
     def _take(self, nbytes: int) -> bytes:
         self._at += nbytes
         if self._at > len(self.data):
-            raise damaged()
+            raise damaged(why=f"it ends {self._at - len(self.data)} bytes too early")
         return bytes(self.data[self._at - nbytes : self._at])
 
     def words(self, true: Array | None, count: int, dtype: str) -> Array:
@@ -76,8 +77,8 @@ class Streams:
         return np.stack([np.frombuffer(p, np.uint8) for p in read], axis=-1).reshape(-1).view(dtype)
 
     def symbols(self, true: Array | None, count: int, planes: int = 3) -> Array:
-        """``count`` small integers, mostly 0: whether each is above 0, whether those are above 1, …, eight to the byte;
-        then what is left of the few others in 16 bits.
+        """``count`` small integers, mostly 0. The bits, eight to the byte, say whether each integer is above 0, whether
+        each of those is above 1, and so on; the rest of the few larger integers follows in 16 bits each.
         """
         if not planes:
             return self.words(true, count, "<u2").astype(np.int32)
@@ -88,8 +89,8 @@ class Streams:
         return whole
 
     def differences(self, true: Array | None, predicted: Array) -> Array:
-        """Signed integers of ``predicted``'s dtype as their differences from it, wrapped to its width, with 0, -1, 1, -2,
-        2 … as 0, 1, 2, 3, 4 ….
+        """Signed integers of ``predicted``'s dtype, stored as their differences from ``predicted``, wrapped to its width:
+        the differences 0, -1, 1, -2, 2 … are stored as 0, 1, 2, 3, 4 ….
         """
         unsigned = f"<u{predicted.itemsize}"
         folded = None
@@ -103,5 +104,5 @@ class Streams:
 
 
 def bytes_of(t: Tensor) -> bytes:
-    """Of a tensor on the CPU, whatever its dtype."""
+    """The bytes of a tensor on the CPU, of any dtype."""
     return t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""

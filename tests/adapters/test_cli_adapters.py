@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = OFTAdapter({MODULE: rotation(64, 16, 0.3, 1)})
     one.save(folder / "ADAPTER")
     OFTAdapter({MODULE: rotation(64, 32, 0.2, 2)}).save(folder / "OTHER")
-    oftsurgery.fold_checkpoint(folder / "BASE", one, folder / "MERGED")
+    oftsurgery.fold_checkpoint(folder / "BASE", one, folder / "MERGED", trained_on="plain")
     one.save(folder / "SERIES")
     path = folder / "SERIES" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_cayley_neumann": True}))
@@ -70,7 +70,7 @@ def test_extract(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_extract_refuses(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "extract", place / "BASE", place / "BASE", tmp_path / "out")
     assert (code, out) == (2, "")
-    assert "ExtractionError: no weight is rotated" in err
+    assert "ExtractionError: no weight of the merged model is rotated" in err
     code, _, err = run(capsys, "extract", place / "BASE", place / "MERGED", place / "ADAPTER")
     assert code == 2
     assert "the destination exists" in err

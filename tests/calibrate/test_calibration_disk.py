@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
+from oftsurgery.api.checkpoints import plan_fold
+from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -67,19 +69,56 @@ def test_the_three_kinds_of_files_hold_the_same(kind: str, tmp_path: Path) -> No
     assert read_texts(write_texts(tmp_path, kind)) == TEXTS
 
 
+@pytest.mark.parametrize("mark", ["\u0085", "\u2028", "\u2029", "\x0b", "\x0c", "\x1c"])
+def test_only_newlines_end_a_line(mark: str, tmp_path: Path) -> None:
+    """JSON leaves these marks as they are inside strings, and texts from the web have them inside sentences."""
+    texts = [f"one{mark}text", "another"]
+    rows = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    for start in ("", "\ufeff"):  # Windows' editors put this mark before the first line
+        (tmp_path / "x.jsonl").write_bytes(f"{start}{rows}".encode())
+        assert read_texts(tmp_path / "x.jsonl") == texts
+    (tmp_path / "x.txt").write_bytes("\n\n".join(texts).encode())
+    assert read_texts(tmp_path / "x.txt") == texts
+
+
+def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    build("llama").save_pretrained(tmp_path / "base")
+    adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(trained_on="plain"))
+    logging.enable_progress_bar()
+    capsys.readouterr()
+    calibrate_checkpoint.load_model(plan, "cpu")
+    assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, r"no such file \[at .*none.txt\] Remedy: give a .txt, .jsonl or .parquet file"),
-        ("texts.csv", b"a,b", r"texts are not read from .csv .*Remedy: give a .txt, .jsonl, .parquet file"),
-        ("texts", b"a", r"texts are not read from a file without an ending"),
+        (
+            "none.txt",
+            None,
+            r"the calibration's file does not exist \[at .*none.txt\] Remedy: give a .txt, .jsonl or .parquet file",
+        ),
+        (
+            "texts.csv",
+            b"a,b",
+            r"texts cannot be read from a file ending in .csv .*Remedy: give a .txt, .jsonl, .parquet file",
+        ),
+        ("texts", b"a", r"texts cannot be read from a file without an ending"),
         ("empty.txt", b" \n\n", r"the file holds no text"),
-        ("latin.txt", "né".encode("latin-1"), r"no UTF-8 text .*Remedy: save it as UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text": ', r"line 2 is no JSON .*Remedy: give rows with their text in 'text'"),
+        ("latin.txt", "né".encode("latin-1"), r"the file is not UTF-8 text .*Remedy: save the file as UTF-8"),
+        (
+            "bad.jsonl",
+            b'{"text": "a"}\n{"text": ',
+            r"line 2 is not valid JSON .*Remedy: give rows that hold their text in the field 'text'",
+        ),
         ("other.jsonl", b'{"text": "a"}\n\n{"content": "b"}', r"line 3 has no string 'text'"),
         ("list.jsonl", b'["a"]', r"line 1 has no string 'text'"),
         ("number.jsonl", b'{"text": 3}', r"line 1 has no string 'text'"),
-        ("bad.parquet", b"PAR1 and no more", r"no readable Parquet file"),
+        ("bad.parquet", b"PAR1 and no more", r"not a readable Parquet file"),
     ],
 )
 def test_files_that_are_no_texts(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
@@ -92,7 +131,7 @@ def test_files_that_are_no_texts(name: str, content: bytes | None, message: str,
 @pytest.mark.parametrize("column", [{"content": ["a"]}, {"text": [1]}])
 def test_a_parquet_without_texts(column: dict[str, list[Any]], tmp_path: Path) -> None:
     parquet.write_table(pa.table(column), tmp_path / "x.parquet")
-    with pytest.raises(CalibrationError, match=r"there is no column 'text' of strings"):
+    with pytest.raises(CalibrationError, match=r"the file has no column 'text' of strings"):
         read_texts(tmp_path / "x.parquet")
 
 
@@ -211,12 +250,14 @@ def test_original_weights_are_calibrated_on_the_plain_model(base: Path, adapter:
     assert {m.rounding for m in record.modules.values()} == {"calibrated"}
 
 
-def test_a_dense_output_needs_no_model(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibrate_checkpoint, "load_model", lambda *_: pytest.fail("loaded"))
-    record = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "out", calibration=TEXTS, format="bf16")
-    assert {m.rounding for m in record.modules.values()} == {"nearest"}
+@pytest.mark.parametrize("format_", ["bf16", "same"])
+def test_a_plain_output_takes_no_calibration(format_: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    text = r"this fold writes no such weight Remedy: leave out the calibration"
+    with pytest.raises(oftsurgery.StateError, match=text):
+        oftsurgery.fold_checkpoint(
+            base, adapter, tmp_path / "out", calibration=TEXTS, format=format_, trained_on="plain"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -238,9 +279,12 @@ def test_the_command_line_refuses(
 ) -> None:
     words = ["fold", str(base), str(adapter), str(tmp_path / "out"), "--format", "nf4"]
     for more, message in (
-        (["--rounding", "calibrated"], "StateError: rounding='calibrated' with nothing to calibrate on"),
-        (["--rounding", "mse", "--calibration", "x.txt"], "StateError: rounding='mse' with a calibration"),
-        (["--calibration", "x.txt"], "CalibrationError: no such file [at x.txt]"),
+        (["--rounding", "calibrated"], "StateError: rounding='calibrated' was asked for, but no calibration was given"),
+        (
+            ["--rounding", "mse", "--calibration", "x.txt"],
+            "StateError: rounding='mse' was asked for, but also a calibration was given",
+        ),
+        (["--calibration", "x.txt"], "CalibrationError: the calibration's file does not exist [at x.txt]"),
     ):
         assert cli.main([*words, *more]) == 2
         assert message in capsys.readouterr().err
@@ -283,9 +327,12 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     [
         (
             "no tokenizer",
-            r"the checkpoint's tokenizer (cannot be loaded|makes nothing of the texts but special tokens).*Remedy: put",
+            r"the checkpoint's tokenizer (cannot be loaded|turns the texts into special tokens only).*Remedy: put",
         ),
-        ("a class of its own", r"transformers does not know the model's class, and a calibration must run the model"),
+        (
+            "a class of its own",
+            r"transformers does not know the model's class \(.*\), and a calibration must run the model",
+        ),
     ],
 )
 @pytest.mark.parametrize("adapter", ["bert."], indirect=True)

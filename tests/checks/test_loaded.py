@@ -154,5 +154,5 @@ def test_without_a_class_names_are_as_they_are(tmp_path: Path, config: dict[str,
 def test_a_config_that_no_model_has_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     save_file({"b": torch.ones(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"cannot build it from this config|`model_type` is no string"):
+    with pytest.raises(CheckpointError, match=r"cannot build it from this config|`model_type` must be a string"):
         LoadedCheckpoint(open_checkpoint(tmp_path))

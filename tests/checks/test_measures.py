@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused() -> None:
         measures.rotated(torch.ones(4, 6), [Rotation(torch.zeros(2, 1))])
     with pytest.raises(ShapeError, match="two dimensions"):
         measures.rotated(torch.ones(4, 4, 3, 3), [Rotation(torch.zeros(2, 1))])
-    with pytest.raises(NonFiniteError, match="too large for a rotation"):
+    with pytest.raises(NonFiniteError, match="a block's generator is too large"):
         measures.rotated(torch.ones(4, 4), [Rotation(torch.full((1, 6), float("nan")))])
 
 

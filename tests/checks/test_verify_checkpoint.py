@@ -241,7 +241,7 @@ def test_older_adapters_on_a_checkpoint_of_no_class(tmp_path: Path, variant: str
         found[name][0] += 1
         save_file(found, tmp_path / adapter.name / "model.safetensors", {"format": "pt"})
         report = oftsurgery.verify_checkpoint(tmp_path / adapter.name, tmp_path / "base", adapter)
-        assert report.wrong == {name: "not what the source has"}
+        assert report.wrong == {name: "the tensor differs from the source's"}
 
 
 @pytest.mark.parametrize("targets", ["bare", "whole"])
@@ -345,20 +345,34 @@ TIED = ("tied", ("q_proj",), {})
 #: case → (model, targets and settings of the adapter), kind of base, options of the fold, what is done to the folder's
 #: tensors and config, which tensors are wrong, a part of what is said of the first
 WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[str, Any], Damage, set[str], str]] = {
-    "rotated": (LLAMA, "plain", {}, off(Q), {Q}, "off what base and adapter give"),
-    "rotated, a shape": (LLAMA, "plain", {}, lambda t, c: t.update({Q: t[Q][:, :32]}), {Q}, "its shape is"),
+    "rotated": (LLAMA, "plain", {}, off(Q), {Q}, "the relative error is "),
+    "rotated, a shape": (LLAMA, "plain", {}, lambda t, c: t.update({Q: t[Q][:, :32]}), {Q}, "the weight's shape is"),
     "rotated, NaN": (LLAMA, "plain", {}, off(Q, float("nan")), {Q}, "NaN"),
-    "rotated, a dtype": (LLAMA, "plain", {}, lambda t, c: t.update({Q: t[Q].double()}), {Q}, "stored as torch.float64"),
-    "rotated, missing": (LLAMA, "plain", {}, lambda t, c: t.pop(Q), {Q}, "lacks it, and transformers would make it up"),
-    "copied": (LLAMA, "plain", {}, off(NORM, 1e-6), {NORM}, "not what the source has"),
-    "copied, a weight": (LLAMA, "plain", {}, off(K, 1e-6), {K}, "not what the source has"),
+    "rotated, a dtype": (
+        LLAMA,
+        "plain",
+        {},
+        lambda t, c: t.update({Q: t[Q].double()}),
+        {Q},
+        "the tensor is stored as torch.float64",
+    ),
+    "rotated, missing": (
+        LLAMA,
+        "plain",
+        {},
+        lambda t, c: t.pop(Q),
+        {Q},
+        "lacks the tensor, and transformers would fill it with random numbers",
+    ),
+    "copied": (LLAMA, "plain", {}, off(NORM, 1e-6), {NORM}, "the tensor differs from the source's"),
+    "copied, a weight": (LLAMA, "plain", {}, off(K, 1e-6), {K}, "the tensor differs from the source's"),
     "copied, a dtype": (
         LLAMA,
         "plain",
         {},
         lambda t, c: t.update({NORM: t[NORM].half()}),
         {NORM},
-        "stored as torch.float16",
+        "the tensor is stored as torch.float16",
     ),
     "copied, missing": (
         LLAMA,
@@ -366,27 +380,41 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(NORM),
         {NORM},
-        "lacks it, and transformers would make it up",
+        "lacks the tensor, and transformers would fill it with random numbers",
     ),
-    "added": (LLAMA, "plain", {}, lambda t, c: t.update({"x": torch.ones(2)}), {"x"}, "the source has no such tensor"),
-    "cast": (LLAMA, "plain", {"format": "bf16"}, off(K), {K}, "not what the source has"),
+    "added": (
+        LLAMA,
+        "plain",
+        {},
+        lambda t, c: t.update({"x": torch.ones(2)}),
+        {"x"},
+        "the source does not have the tensor",
+    ),
+    "cast": (LLAMA, "plain", {"format": "bf16"}, off(K), {K}, "the tensor differs from the source's"),
     "cast, not cast": (
         LLAMA,
         "plain",
         {"format": "fp16"},
         lambda t, c: t.update({NORM: t[NORM].bfloat16()}),
         {NORM},
-        "stored as torch.bfloat16",
+        "the tensor is stored as torch.bfloat16",
     ),
-    "dequantised": (LLAMA, "nf4", {"format": "fp32"}, off(K, 1e-3), {K}, "not what the source has"),
-    "replaced, a bias": (BERT, "plain", {}, off(BIAS, 1e-3), {BIAS}, "not the adapter's own values"),
+    "dequantised": (LLAMA, "nf4", {"format": "fp32"}, off(K, 1e-3), {K}, "the tensor differs from the source's"),
+    "replaced, a bias": (
+        BERT,
+        "plain",
+        {},
+        off(BIAS, 1e-3),
+        {BIAS},
+        "the tensor does not hold the adapter's own values",
+    ),
     "replaced, a head": (
         BERT,
         "plain",
         {},
         off("classifier.weight"),
         {"classifier.weight"},
-        "not the adapter's own values",
+        "the tensor does not hold the adapter's own values",
     ),
     "tied, to what is wrong": (
         TIED,
@@ -394,7 +422,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         off("model.embed_tokens.weight"),
         {"model.embed_tokens.weight", "lm_head.weight"},
-        "not what the source has",
+        "the tensor differs from the source's",
     ),
     "tied, no more": (
         TIED,
@@ -402,7 +430,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.update({"lm_head.weight": torch.ones(64, 64)}),
         {"lm_head.weight"},
-        "not what the source has",
+        "the tensor differs from the source's",
     ),
     "tied, the flag is gone": (
         TIED,
@@ -410,18 +438,18 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: c.update(tie_word_embeddings=False),
         {"lm_head.weight"},
-        "lacks it, and transformers",
+        "lacks the tensor, and transformers",
     ),
-    "quantised": (LLAMA, "nf4", {}, off(K), {K}, "its weight is not what the source has"),
-    "quantised, absmax": (LLAMA, "nf4", {}, off(f"{K}.absmax"), {K}, "its weight.absmax is not"),
-    "quantised, quant_map": (LLAMA, "nf4", {}, off(f"{K}.quant_map", 1e-4), {K}, "its weight.quant_map is not"),
+    "quantised": (LLAMA, "nf4", {}, off(K), {K}, "the tensor weight differs from the source's"),
+    "quantised, absmax": (LLAMA, "nf4", {}, off(f"{K}.absmax"), {K}, "the tensor weight.absmax differs"),
+    "quantised, quant_map": (LLAMA, "nf4", {}, off(f"{K}.quant_map", 1e-4), {K}, "the tensor weight.quant_map differs"),
     "quantised, state": (
         LLAMA,
         "nf4",
         {},
         state(K, dtype="bfloat16"),
         {K},
-        "its weight.quant_state.bitsandbytes__nf4 is not",
+        "the tensor weight.quant_state.bitsandbytes__nf4 differs",
     ),
     "quantised, a companion missing": (
         LLAMA,
@@ -429,7 +457,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K}.quant_map"),
         {K},
-        "its weight.quant_map is missing",
+        "the tensor weight.quant_map is missing",
     ),
     "quantised, statistics missing": (
         LLAMA,
@@ -437,55 +465,69 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.pop(f"{K}.absmax"),
         {K},
-        "without its statistics",
+        "lacks this tensor of statistics",
     ),
-    "int8, SCB": (LLAMA, "int8", {}, off(f"{K[:-6]}SCB"), {K}, "its SCB is not"),
+    "int8, SCB": (LLAMA, "int8", {}, off(f"{K[:-6]}SCB"), {K}, "the tensor SCB differs"),
     "int8, SCB missing": (
         LLAMA,
         "int8",
         {},
         lambda t, c: t.pop(f"{K[:-6]}SCB"),
         {K},
-        "without its SCB statistics",
+        "lacks its SCB statistics",
     ),
-    "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "off what base and adapter give"),
+    "rotated nf4": (LLAMA, "nf4", {}, off(f"{Q}.absmax"), {Q}, "the relative error is "),
     "rotated nf4, quant_map": (
         LLAMA,
         "nf4",
         {},
         off(f"{Q}.quant_map", 1e-4),
         {Q},
-        "its weight.quant_map is not what its format has",
+        "the tensor weight.quant_map differs from its format's",
     ),
     "rotated nf4, nested map": (LLAMA, "nf4 double", {}, off(f"{Q}.nested_quant_map", 1e-3), {Q}, ""),
-    "rotated nf4, state": (LLAMA, "nf4", {}, state(Q, dtype="bfloat16"), {Q}, "stored with other settings"),
+    "rotated nf4, state": (
+        LLAMA,
+        "nf4",
+        {},
+        state(Q, dtype="bfloat16"),
+        {Q},
+        "the weight is stored with other settings",
+    ),
     "rotated nf4, no map": (
         LLAMA,
         "nf4",
         {},
         lambda t, c: t.pop(f"{Q}.quant_map"),
         {Q},
-        "its weight.quant_map is missing",
+        "the tensor weight.quant_map is missing",
     ),
-    "converted": (LLAMA, "plain", {"format": "nf4"}, off(K), {K}, "its weight is not"),
+    "converted": (LLAMA, "plain", {"format": "nf4"}, off(K), {K}, "the tensor weight"),
     "converted, quant_map": (
         LLAMA,
         "plain",
         {"format": "nf4"},
         off(f"{K}.quant_map", 1e-4),
         {K},
-        "its weight.quant_map is not",
+        "the tensor weight.quant_map differs",
     ),
-    "converted, int8": (LLAMA, "plain", {"format": "int8"}, off(f"{K[:-6]}SCB", 1e-4), {K}, "its SCB is not"),
-    "beside what is quantised": (LLAMA, "plain", {"format": "nf4"}, off(NORM, 1e-6), {NORM}, "not what the source has"),
-    "plain among quantised ones": (LLAMA, "nf4", {}, unquantised(K), {K}, "cannot be run"),
+    "converted, int8": (LLAMA, "plain", {"format": "int8"}, off(f"{K[:-6]}SCB", 1e-4), {K}, "the tensor SCB differs"),
+    "beside what is quantised": (
+        LLAMA,
+        "plain",
+        {"format": "nf4"},
+        off(NORM, 1e-6),
+        {NORM},
+        "the tensor differs from the source's",
+    ),
+    "plain among quantised ones": (LLAMA, "nf4", {}, unquantised(K), {K}, "the model cannot run"),
     "quantised, the config does not know": (
         LLAMA,
         "nf4",
         {},
         lambda t, c: c["quantization_config"].update(llm_int8_skip_modules=["k_proj"]),
         {K, K.replace("0", "1"), "lm_head.weight"},
-        "cannot be run",
+        "the model cannot run",
     ),
     "Conv1D": (
         ("gpt2", ("c_attn",), {}),
@@ -493,7 +535,7 @@ WRONG: dict[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], str, dict[st
         {},
         lambda t, c: t.update({"transformer.h.0.mlp.c_fc.weight": t["transformer.h.0.mlp.c_fc.weight"].t()}),
         {"transformer.h.0.mlp.c_fc.weight"},
-        "not what the source has",
+        "the tensor differs from the source's",
     ),
 }
 
@@ -516,7 +558,7 @@ def test_one_wrong_tensor_is_found_and_named(
     assert cli.main(["verify", str(folder), str(base), str(adapter)]) == 1
     out = capsys.readouterr().out
     assert all(f"{n}: {why}" in out for n, why in report.wrong.items())
-    assert f"; {len(wrong)} wrong" in out
+    assert f"; {len(wrong)} of them wrong" in out
     assert report.to_dict()["tensors"][min(wrong)]["why"] == report.wrong[min(wrong)]
 
 
@@ -565,7 +607,9 @@ def test_a_head_that_is_untied_by_a_flag_that_ties_others_too(places: Places, tm
     report = oftsurgery.verify_checkpoint(
         written(tmp_path / "wrong", base, found, tie_word_embeddings=False), base, adapter
     )
-    assert report.wrong == dict.fromkeys(others, "the folded checkpoint lacks it, and transformers would make it up")
+    assert report.wrong == dict.fromkeys(
+        others, "the folded checkpoint lacks the tensor, and transformers would fill it with random numbers"
+    )
     found |= dict.fromkeys(others, found["model.shared.weight"])
     right = written(tmp_path / "right", base, found, tie_word_embeddings=False)
     assert oftsurgery.verify_checkpoint(right, base, adapter).ok
@@ -602,7 +646,7 @@ def test_one_part_of_a_tensor_that_the_model_splits(places: Places, tmp_path: Pa
     assert report.tensors["layers.0.self_attn.q_proj.weight"].kind == "rotated"
     report = oftsurgery.verify_checkpoint(written(tmp_path / "wrong", base, found | {name: whole}), base, adapter)
     assert report.wrong == dict.fromkeys(
-        (f"layers.0.self_attn.{n}_proj.weight" for n in "kv"), "not what the source has"
+        (f"layers.0.self_attn.{n}_proj.weight" for n in "kv"), "the tensor differs from the source's"
     )
     # quantised as one tensor, which transformers cannot split
     quantised = oftsurgery.WeightFormat("nf4", (192, 64), blocksize=64)
@@ -683,7 +727,9 @@ def test_without_transformers_names_are_those_in_the_files(
 
 def test_a_base_and_an_adapter_that_do_not_belong_together(places: Places, tmp_path: Path) -> None:
     base, adapter = places.base("llama"), places.adapter("llama", "q_proj")
-    with pytest.raises(oftsurgery.MatchError, match=r"the base has no such tensor.*give the base that") as caught:
+    with pytest.raises(
+        oftsurgery.MatchError, match=r"names a tensor that the base does not have.*give the base that"
+    ) as caught:
         oftsurgery.verify_checkpoint(base, places.base("bert"), adapter)
     assert caught.value.tensor == Q.replace("layers.0", "layers.0")
     build("llama", hidden_size=128, intermediate_size=64).save_pretrained(tmp_path / "wide")
@@ -705,7 +751,7 @@ def test_a_record_that_says_nonsense(places: Places, tmp_path: Path) -> None:
         if value in ("7", "load"):
             assert oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter).ok
         elif value == "[":
-            with pytest.raises(oftsurgery.CheckpointError, match="`skip_modules` is no JSON"):
+            with pytest.raises(oftsurgery.CheckpointError, match="`skip_modules` is not valid JSON"):
                 oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter)
 
 
@@ -713,7 +759,7 @@ def test_the_page_shows_what_is_wrong(places: Places, tmp_path: Path) -> None:
     base, adapter = places.base("llama"), places.adapter("llama", "q_proj")
     quiet_fold(base, adapter, tmp_path / "out")
     right = oftsurgery.report(tmp_path / "out", verified=oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter))
-    assert "All 21 tensors of the model were looked at." in right
+    assert "The check looked at all 21 tensors of the model." in right
     assert "Not as it should be." not in right
     found = tensors(tmp_path / "out")
     found[NORM] += 1
@@ -721,8 +767,8 @@ def test_the_page_shows_what_is_wrong(places: Places, tmp_path: Path) -> None:
     save_file(found, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     report = oftsurgery.verify_checkpoint(tmp_path / "out", base, adapter)
     assert report.tensors[Q].why is not None
-    assert "its record has other contents" in report.tensors[Q].why
+    assert "the record has another hash" in report.tensors[Q].why
     page = oftsurgery.report(tmp_path / "out", verified=json.loads(json.dumps(report.to_dict())))
-    assert f"{NORM}: not what the source has" in page
+    assert f"{NORM}: the tensor differs from the source&#39;s" in page
     assert page.count(f"{Q}: ") == 0  # which is in the table of weights that failed
     assert "Not as it should be." in page

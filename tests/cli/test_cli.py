@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import bnb_config, load
 from models import distance, live, llama, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -43,7 +45,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama().save_pretrained(folder / "BASE")
     live(llama()).save_pretrained(folder / "ADAPTER")
     live(llama(), seed=1).save_pretrained(folder / "OTHER")
-    assert cli.main(["fold", str(folder / "BASE"), str(folder / "ADAPTER"), str(folder / "FOLDED"), "-q"]) == 0
+    assert (
+        cli.main(
+            [
+                "fold",
+                str(folder / "BASE"),
+                str(folder / "ADAPTER"),
+                str(folder / "FOLDED"),
+                "-q",
+                "--trained-on",
+                "plain",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -120,7 +135,8 @@ def test_tools_export_is_the_same_command(place: Path, tmp_path: Path) -> None:
     assert "ok" in done.stdout
     folded = AutoModelForCausalLM.from_pretrained(tmp_path / "OUTPUT").eval()
     assert folded.dtype == torch.bfloat16
-    assert distance(logits(folded), logits(live(llama()))) < 0.02
+    base = load(place / "BASE", "LlamaForCausalLM", quantization_config=bnb_config("nf4", double=True))
+    assert distance(logits(folded), logits(live(base))) < 0.02
 
 
 def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place: Path, tmp_path: Path) -> None:
@@ -133,9 +149,9 @@ def test_fold_prints_progress_and_error_on_stderr_and_the_result_on_stdout(place
     assert "\x1b" not in err  # no terminal, no control sequences
     code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "quiet"), "-q", "--format", "nf4")
     assert (code, out, err) == (0, "", "")
-    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "loud"), "-v")
+    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "loud"), "-v", "--trained-on", "plain")
     assert "model.layers.0.self_attn.q_proj" in err
-    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "json"), "--json")
+    code, out, err = run(place, "fold", "BASE", "ADAPTER", str(tmp_path / "json"), "--json", "--trained-on", "plain")
     assert json.loads(out)["modules"].keys() == {
         f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.q_proj", "mlp.down_proj")
     }
@@ -146,7 +162,7 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 100))
     process = subprocess.Popen(
-        [sys.executable, "-m", "oftsurgery", "fold", "BASE", "ADAPTER", str(tmp_path / "out")],
+        [sys.executable, "-m", "oftsurgery", "fold", "BASE", "ADAPTER", str(tmp_path / "out"), "--trained-on", "plain"],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=follower,
@@ -169,36 +185,67 @@ def test_a_terminal_gets_a_bar_in_bytes(place: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "no command": ([], 2, "the following arguments are required: COMMAND"),
     "unknown format": (["fold", "BASE", "ADAPTER", "x", "--format", "gguf"], 2, "invalid choice: 'gguf'"),
-    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: no such folder"),
-    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: no such folder"),
+    "no such base": (["fold", "nowhere", "ADAPTER", "x"], 2, "CheckpointError: the folder does not exist"),
+    "no such adapter": (["fold", "BASE", "nowhere", "x"], 2, "AdapterError: the folder does not exist"),
     "base is an adapter": (["fold", "ADAPTER", "ADAPTER", "x"], 2, "the folder holds an adapter, not a model"),
-    "adapter is a model": (["fold", "BASE", "BASE", "x"], 2, "no adapter_config.json"),
-    "output exists": (["fold", "BASE", "ADAPTER", "FOLDED"], 2, "StateError: the destination exists"),
+    "adapter is a model": (
+        ["fold", "BASE", "BASE", "x"],
+        2,
+        "neither the folder nor a subfolder has adapter_config.json",
+    ),
+    "output exists": (
+        ["fold", "BASE", "ADAPTER", "FOLDED", "--trained-on", "plain"],
+        2,
+        "StateError: the destination exists",
+    ),
     "folded already": (["fold", "FOLDED", "ADAPTER", "x"], 2, "folded into the checkpoint already"),
-    "no parent": (["fold", "BASE", "ADAPTER", "no/such/x"], 2, "parent folder does not exist"),
-    "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "no size: 'huge'"),
+    "below a file": (
+        ["fold", "BASE", "ADAPTER", "FOLDED/config.json/x", "--trained-on", "plain"],
+        2,
+        "a file is in the place of a folder of the path to write",
+    ),
+    "output in the base": (
+        ["fold", "BASE", "ADAPTER", "BASE/x/y", "--trained-on", "plain"],
+        2,
+        "the destination is inside the source",
+    ),
+    "output in the adapter": (
+        ["fold", "BASE", "ADAPTER", "ADAPTER/x", "--trained-on", "plain"],
+        2,
+        "the destination is inside the adapter",
+    ),
+    "unknown device": (
+        ["fold", "BASE", "ADAPTER", "x", "--device", "tpu9"],
+        2,
+        "torch cannot compute on the device 'tpu9' (Invalid device string: 'tpu9') Remedy: choose 'cpu'",
+    ),
+    "no values on this device": (
+        ["unfold", "FOLDED", "x", "--base", "BASE", "--device", "meta"],
+        2,
+        "torch cannot compute on the device 'meta'",
+    ),
+    "bad size": (["fold", "BASE", "ADAPTER", "x", "--max-shard-size", "huge"], 2, "'huge' is not a size"),
     "quantised as it is": (
         ["fold", "BASE", "ADAPTER", "x", "--quantize", "nf4"],
         2,
-        "to be quantised, and to stay as it is",
+        "keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
     "double quant of nothing": (
         ["plan", "BASE", "ADAPTER", "--double-quant"],
         2,
-        "double quantisation of a checkpoint that is not to be quantised",
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
     ),
     "a graph's flags without one": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--with-past"],
         2,
-        "belong to --format onnx and onnx-quantized",
+        "--with-past belongs to --format onnx and onnx-quantized",
     ),
     "no adapter": (["export", "--base", "BASE", "--output", "x"], 2, "arguments are required: --adapter"),
     "undo of a graph": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--format", "onnx", "--undo", "u"],
         2,
-        "a graph is not unfolded",
+        "a graph cannot be unfolded",
     ),
     "unfold with neither": (["unfold", "FOLDED", "x"], 2, "one of the arguments --base --undo --adapter is required"),
     "unfold the wrong one": (["unfold", "FOLDED", "x", "--adapter", "OTHER"], 2, "last fold is of"),
@@ -248,11 +295,143 @@ def test_an_interrupt_exits_130_and_says_how_to_go_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(oftsurgery.folding.engine, "fold_encoded", interrupt)
-        assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out")]) == 130
+        assert (
+            cli.main(
+                ["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), "--trained-on", "plain"]
+            )
+            == 130
+        )
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert cli.main(["fold", str(place / "BASE"), str(place / "ADAPTER"), str(tmp_path / "out"), "--resume"]) == 0
+    assert (
+        cli.main(
+            [
+                "fold",
+                str(place / "BASE"),
+                str(place / "ADAPTER"),
+                str(tmp_path / "out"),
+                "--resume",
+                "--trained-on",
+                "plain",
+            ]
+        )
+        == 0
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_of_a_command_that_cannot_go_on(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("oftsurgery.api.checkpoints.plan_fold", interrupt)
+    for words in (
+        ["plan", "BASE", "ADAPTER", "--trained-on", "plain"],
+        ["fold", "BASE", "ADAPTER", "x", "--dry-run", "--trained-on", "plain"],
+    ):
+        assert cli.main(words) == 130
+        assert capsys.readouterr().err == "interrupted: nothing was written\n"
+
+
+@pytest.mark.parametrize("words", [[], ["adapter"]])
+def test_a_bare_command_prints_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 0
+    bare = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    assert bare == capsys.readouterr().out
+    assert "usage: oftsurgery" in bare
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="runs bash")
+def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    script = (
+        "source completion; for line in 'oftsurgery fo' 'oftsurgery fold --rou' 'oftsurgery fold --format b'; do\n"
+        "COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_oftsurgery; echo ${COMPREPLY[@]}; done"
+    )
+    done = subprocess.run(
+        [str(shutil.which("bash")), "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["fold", "--rounding", "bnb", "bf16"], done.stderr
+
+
+def test_merge_is_fold(place: Path, tmp_path: Path) -> None:
+    for word in ("merge", "fold"):
+        assert run(place, word, "BASE", "ADAPTER", str(tmp_path / "new" / word), "-q", "--trained-on", "plain") == (
+            0,
+            "",
+            "",
+        )
+    merged, folded = (
+        {p.name: p.read_bytes() for p in (tmp_path / "new" / word).iterdir()} for word in ("merge", "fold")
+    )
+    assert merged == folded
+
+
+def test_missing_parents_are_made_and_do_not_stay_after_an_error(place: Path, tmp_path: Path) -> None:
+    code, _, err = run(
+        place,
+        "fold",
+        "BASE",
+        "ADAPTER",
+        str(tmp_path / "a" / "b"),
+        "--undo",
+        str(tmp_path / "c" / "d" / "undo"),
+        "--trained-on",
+        "plain",
+    )
+    assert (code, sorted(p.name for p in tmp_path.iterdir())) == (0, ["a", "c"]), err
+    code, _, err = run(place, "adapter", "scale", "ADAPTER", "nan", str(tmp_path / "e" / "f"))
+    assert (code, sorted(p.name for p in tmp_path.iterdir())) == (2, ["a", "c"]), err
+    code, _, err = run(place, "report", str(tmp_path / "a" / "b"), "--html", str(tmp_path / "g" / "h" / "r.html"))
+    assert code == 0, err
+    assert (tmp_path / "g" / "h" / "r.html").is_file()
+
+
+def test_an_error_as_json(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    assert cli.main(["fold", "nowhere", "ADAPTER", "x", "--json"]) == 2
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {
+        "error": {
+            "type": "CheckpointError",
+            "message": "the folder does not exist",
+            "path": "nowhere",
+            "remedy": "give a folder that save_pretrained wrote, or a Hub id 'owner/name'",
+            "exit_code": 2,
+        }
+    }
+    assert said.err.startswith("oftsurgery: CheckpointError: the folder does not exist [at nowhere] Remedy: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RuntimeError("hf_" + "a" * 30), 4, "this error is a fault of oftsurgery: report the lines above"),
+        (PermissionError(13, "Permission denied", "x"), 3, "PermissionError: [Errno 13] Permission denied: 'x'"),
+        (MemoryError("no room"), 3, "MemoryError: no room"),
+    ],
+)
+def test_an_unforeseen_error(
+    error: Exception, code: int, text: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("oftsurgery.cli.fold.base_of", fail)
+    assert cli.main(["plan", "x", "y", "--json"]) == code
+    said = capsys.readouterr()
+    assert text in said.err
+    assert ("Traceback" in said.err) == (code == 4)
+    assert "hf_aaa" not in said.err + said.out
+    assert json.loads(said.out)["error"]["exit_code"] == code
 
 
 def test_a_full_disk_exits_3(place: Path) -> None:
@@ -262,7 +441,7 @@ def test_a_full_disk_exits_3(place: Path) -> None:
         "from oftsurgery.cli import main as cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "sys.exit(cli.main(['fold', 'BASE', 'ADAPTER', 'big']))\n"
+        "sys.exit(cli.main(['fold', 'BASE', 'ADAPTER', 'big', '--trained-on', 'plain']))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 3

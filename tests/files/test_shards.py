@@ -98,10 +98,10 @@ def test_the_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a", {"x": (torch.float32, (2,)), "y": (torch.float32, (1,))}, {})
     with pytest.raises(AssertionError, match="z is not planned"):
         writer.write("z", torch.zeros(2))
-    with pytest.raises(AssertionError, match="x has 4 bytes, planned were 8"):
+    with pytest.raises(AssertionError, match="x has 4 bytes, and 8 were planned"):
         writer.write("x", torch.zeros(1))
     writer.write("x", torch.zeros(2))
-    with pytest.raises(AssertionError, match="x is not planned, or written already"):
+    with pytest.raises(AssertionError, match="x is not planned, or is written already"):
         writer.write("x", torch.zeros(2))
     with pytest.raises(AssertionError, match="1 tensors were not written"):
         writer.close()
@@ -128,7 +128,9 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     source = open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
     for read in (lambda: source.read("x"), lambda: list(source.chunks("x"))):
-        with pytest.raises(CheckpointError, match="the shard ended early: it changed while it was read"):
+        with pytest.raises(
+            CheckpointError, match=r"the shard ended early, before \d+ bytes of the tensor: the file has changed"
+        ):
             read()
 
 
@@ -149,11 +151,11 @@ INDEXES = {
     ),
     "the wrong shard": (
         lambda m: m | {"c": "one.safetensors", "a": "two.safetensors"},
-        "the index says .*, but the tensor is in",
+        "the index names .*, but the tensor is in",
     ),
     "a tensor left out": (
         lambda m: {k: v for k, v in m.items() if k != "b"},
-        "a shard holds a tensor that the index lacks",
+        "the shard .* holds a tensor that the index lacks",
     ),
     "a missing shard": (lambda m: m | {"c": "three.safetensors"}, r"is missing \[at .*three\.safetensors"),
     "nothing": (lambda m: {}, "the index has no `weight_map`"),
@@ -182,7 +184,9 @@ def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     weight_map = sharded(tmp_path)
     save_file({"c": torch.zeros(4), "a": torch.zeros(2)}, tmp_path / "two.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(CheckpointError, match=r"two shards, one\.safetensors and two\.safetensors, hold one tensor"):
+    with pytest.raises(
+        CheckpointError, match=r"two shards, one\.safetensors and two\.safetensors, hold the same tensor"
+    ):
         open_checkpoint(tmp_path)
 
 

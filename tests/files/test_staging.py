@@ -98,7 +98,7 @@ def test_a_refusal_leaves_an_earlier_runs_work(tmp_path: Path, kept: dict[str, b
     stopped(tmp_path)
     with (
         pytest.raises(
-            StateError, match="the unfinished work is of other" if kept else "unfinished work of an earlier run"
+            StateError, match="the unfinished work has other" if kept else "unfinished work of an earlier run"
         ),
         staging(tmp_path, "other", **kept),
     ):

@@ -140,7 +140,8 @@ class Outcome:
                 self._value = call()
             except Exception as error:
                 self.error = error
-        self.warnings = sorted(w.category.__name__ for w in caught)
+        ours = (w.category for w in caught if w.category.__module__ == "oftsurgery.errors")
+        self.warnings = sorted(category.__name__ for category in ours)
 
     @property
     def value(self) -> Any:
@@ -258,7 +259,7 @@ class Run:
     def disk(self) -> Outcome:
         """The record; the model is in "disk"."""
         q = self.case.storage
-        settings: dict[str, Any] = {} if q == "fp32" else {"format": q, "double_quant": q == "nf4"}
+        settings: dict[str, Any] = {"trained_on": "plain"} if q == "fp32" else {"format": q, "double_quant": q == "nf4"}
         adapter, undo = self.adapter, self.folder / "disk.undo"
         return Outcome(
             lambda: oftsurgery.fold_checkpoint(self.plain, adapter, self.folder / "disk", undo=undo, **settings)

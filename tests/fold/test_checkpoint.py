@@ -616,23 +616,47 @@ def test_another_base_is_refused(sources: Sources, tmp_path: Path) -> None:
 
 #: arguments that make no sense together → message
 NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "quantised again": ("nf4", {"format": "int8"}, "the checkpoint is quantised already"),
+    "quantised again": ("nf4", {"quantize": "int8", "format": "int8"}, "the checkpoint is quantised already"),
+    "original weights of a quantised base": (
+        "nf4",
+        {"fold_into": "original"},
+        "does not hold the original weights that fold_into='original' rotates",
+    ),
     "quantised and the same": (
         "plain",
         {"quantize": "nf4"},
-        "a plain checkpoint is to be quantised, and to stay as it is",
+        "format 'same' keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
-    "two codecs": ("plain", {"quantize": "nf4", "format": "int8"}, "quantised to nf4, but written as int8"),
-    "no such format": ("plain", {"format": "q4_k"}, "unknown format 'q4_k'"),
-    "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "unknown quantisation 'gptq'"),
-    "no such place": ("plain", {"fold_into": "both"}, "unknown fold_into 'both'"),
+    "modules to skip in a quantised base": (
+        "nf4",
+        {"format": "int8", "skip_modules": ["o_proj"]},
+        "the base is stored quantised, so nothing is left to say of how its plain weights are loaded and quantised",
+    ),
+    "two codecs": (
+        "plain",
+        {"quantize": "nf4", "format": "int8", "fold_into": "original"},
+        "the base is to be quantised to nf4 first, but fold_into='original' rotates the original weights and writes int8",
+    ),
+    "no such format": ("plain", {"format": "q4_k"}, "the format 'q4_k' is not known"),
+    "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "the quantisation 'gptq' is not known"),
+    "no such place": ("plain", {"fold_into": "both"}, "the value 'both' of fold_into is not known"),
     "double quantisation of nothing": (
         "plain",
         {"double_quant": True},
-        "double quantisation of a checkpoint that is not to be quantised",
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
+    ),
+    "double quantisation of int8": (
+        "plain",
+        {"format": "int8", "double_quant": True},
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
     ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
-    "no size": ("plain", {"max_shard_size": "5 gigs"}, "no size: '5 gigs'"),
+    "bitsandbytes' formats of a plain base": (
+        "plain",
+        {"format": "bnb"},
+        "the base is plain, and its quantisation in training was not given",
+    ),
+    "no size": ("plain", {"max_shard_size": "5 gigs"}, "'5 gigs' is not a size"),
 }
 
 

@@ -31,10 +31,11 @@ from independent import relative
 from models import SIZES
 from peft import OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from warned import noted, quietly
 
 import oftsurgery
+from oftsurgery.stores.idle import is_idle
 
 GROUPED = SIZES | {"num_key_value_heads": 2}
 BART: dict[str, Any] = {
@@ -94,6 +95,22 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
         {"vocab_size": 96, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 16},
         "tokens",
     ),
+    "FalconMambaForCausalLM": (
+        {"vocab_size": 96, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 1, "time_step_rank": 16},
+        "tokens",
+    ),
+    "JambaForCausalLM": (
+        GROUPED
+        | {
+            "num_hidden_layers": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_dt_rank": 16,
+            "mamba_d_state": 8,
+        },
+        "tokens",
+    ),
     "LayoutLMv3Model": (
         SIZES
         | {
@@ -151,7 +168,7 @@ def settings(storage: str) -> dict[str, Any]:
 
 def fold_settings(storage: str) -> dict[str, Any]:
     """Of ``fold_checkpoint``: the same for a plain source."""
-    return {} if storage == "fp32" else {"format": storage, "double_quant": storage == "nf4"}
+    return {"trained_on": "plain"} if storage == "fp32" else {"format": storage, "double_quant": storage == "nf4"}
 
 
 Base = Callable[..., Path]
@@ -281,7 +298,7 @@ def test_one_of_more_than_two_tied_weights_changed(base: Base, tmp_path: Path, c
         folded = oftsurgery.fold(load(source, cls), adapter)
     assert relative(outputs(folded), wanted) < 1e-4
     with noted() as caught_on_disk:
-        oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk")
+        oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk", trained_on="plain")
     oftsurgery.export_safetensors(folded, tmp_path / "exported")
     folded.save_pretrained(tmp_path / "saved")
     for written in ("disk", "exported", "saved"):
@@ -306,7 +323,7 @@ def test_a_head_of_a_t5_from_before_transformers_5(base: Base, tmp_path: Path, m
     (source / "config.json").write_text(json.dumps(config))
     live = trained(load(source, cls), ["q"] if modules else ["q", "lm_head"], modules_to_save=modules)
     adapter, wanted = saved(live, tmp_path / "adapter"), outputs(live)
-    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk")
+    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", trained_on="plain")
     assert relative(outputs(load(tmp_path / "disk", cls)), wanted) < 1e-4
 
 
@@ -316,7 +333,7 @@ def test_a_fold_on_disk_tells_what_it_unties(base: Base, tmp_path: Path, targets
     source = base("LlamaForCausalLM", tie_word_embeddings=True)
     adapter = saved(trained(load(source, "LlamaForCausalLM"), ["q_proj", targets]), tmp_path / "adapter")
     with noted() as caught:
-        record = oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk")
+        record = oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk", trained_on="plain")
     with noted() as caught_in_memory:
         folded = oftsurgery.fold(load(source, "LlamaForCausalLM"), adapter)
     untied = {path.rpartition(".")[2] for path, module in record.modules.items() if module.untied}
@@ -331,7 +348,9 @@ def test_a_tied_bias_trained(base: Base, tmp_path: Path) -> None:
     source = base("BertForMaskedLM")
     live = trained(load(source, "BertForMaskedLM"), ["query"], bias="all")
     adapter = saved(live, tmp_path / "adapter")
-    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", undo=tmp_path / "fold.undo")
+    quietly(
+        oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", undo=tmp_path / "fold.undo", trained_on="plain"
+    )
     model = load(tmp_path / "disk", "BertForMaskedLM")
     assert relative(outputs(model), outputs(live)) < 1e-4
     assert torch.equal(model.cls.predictions.bias, live.base_model.model.cls.predictions.bias)
@@ -354,7 +373,7 @@ def test_a_head_with_a_tied_bias_trained(base: Base, tmp_path: Path) -> None:
     source = base("BertForMaskedLM")
     live = trained(load(source, "BertForMaskedLM"), ["query"], modules_to_save=["decoder"])
     adapter = saved(live, tmp_path / "adapter")
-    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk")
+    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", trained_on="plain")
     model = load(tmp_path / "disk", "BertForMaskedLM")
     assert relative(outputs(model), outputs(live)) < 1e-4
     head, was = model.cls.predictions, load(source, "BertForMaskedLM").cls.predictions
@@ -367,7 +386,7 @@ def test_a_head_with_a_tied_bias_trained(base: Base, tmp_path: Path) -> None:
 def test_records_of_earlier_commits_name_modules_as_the_adapter_does(base: Base, tmp_path: Path) -> None:
     source = base("LlamaForCausalLM", tie_word_embeddings=True)
     adapter = saved(trained(load(source, "LlamaForCausalLM").model, ["q_proj"]), tmp_path / "adapter")
-    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk")
+    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", trained_on="plain")
     record = json.loads((tmp_path / "disk" / "oftsurgery.json").read_text())
     record["modules"] = {path.removeprefix("model."): module for path, module in record["modules"].items()}
     assert not any(path.startswith("model.") for path in record["modules"])
@@ -385,9 +404,8 @@ def test_a_fold_that_unties_is_resumed_to_the_same_bytes(base: Base, tmp_path: P
 
     def fold(name: str, **options: Any) -> None:
         undo = tmp_path / f"{name}.undo"
-        quietly(
-            oftsurgery.fold_checkpoint, source, adapter, tmp_path / name, max_shard_size="50KB", undo=undo, **options
-        )
+        options |= {"max_shard_size": "50KB", "undo": undo, "trained_on": "plain"}
+        quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / name, **options)
 
     def interrupt(done: int, total: int, what: str) -> None:
         if done > total // 2:
@@ -409,7 +427,7 @@ def test_a_fold_that_unties_is_resumed_to_the_same_bytes(base: Base, tmp_path: P
 def test_a_base_whose_replaced_tensor_is_another_is_refused(base: Base, tmp_path: Path) -> None:
     source = base("BertForMaskedLM")
     adapter = saved(trained(load(source, "BertForMaskedLM"), ["query"], bias="oft_only"), tmp_path / "adapter")
-    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk")
+    quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", trained_on="plain")
     other = load(source, "BertForMaskedLM")
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.query.bias.add_(1)
@@ -529,7 +547,7 @@ def test_a_warning_that_is_an_error_leaves_what_was_there(base: Base, tmp_path: 
     source = base("LlamaForCausalLM")
     adapter = saved(trained(load(source, "LlamaForCausalLM"), ["q_proj"]), tmp_path / "adapter")
     out, undo = tmp_path / "out", tmp_path / "fold.undo"
-    quietly(oftsurgery.fold_checkpoint, source, adapter, out, undo=undo)
+    quietly(oftsurgery.fold_checkpoint, source, adapter, out, undo=undo, trained_on="plain")
     before = file_bytes(out) | {"undo": undo.read_bytes()}
     with noted():
         warnings.simplefilter("error", oftsurgery.RoundingWarning)
@@ -616,6 +634,9 @@ READ: dict[str, tuple[list[str], list[str]]] = {
     "WavLMModel": (["intermediate_dense"], ["q_proj", "k_proj", "v_proj", "out_proj"]),
     # weight @ time_step
     "MambaForCausalLM": (["in_proj"], ["dt_proj"]),
+    # called where the model was loaded quantised, and there alone
+    "FalconMambaForCausalLM": (["in_proj"], ["dt_proj"]),
+    "JambaForCausalLM": (["in_proj", "q_proj"], ["dt_proj"]),
     # nn.MultiheadAttention's
     "SiglipVisionModel": (["fc1", "self_attn.out_proj"], ["head.attention.out_proj"]),
     # one matrix with the decoder's
@@ -649,7 +670,7 @@ def test_a_rotation_that_does_nothing_live_is_left_out_and_told(
             folded = oftsurgery.fold(load(source, cls), adapter)
             record = folded.oftsurgery
         else:
-            record = oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk")
+            record = oftsurgery.fold_checkpoint(source, adapter, tmp_path / "disk", trained_on="plain")
             folded = load(tmp_path / "disk", cls)
     assert relative(outputs(folded), wanted) < 1e-4
     assert set(record.modules) == set(rotated) - set(idle)
@@ -657,3 +678,41 @@ def test_a_rotation_that_does_nothing_live_is_left_out_and_told(
     for path in idle:
         assert torch.equal(after[f"{path}.weight"], before[f"{path}.weight"]), path
         assert any(path in str(w.message) for w in caught), path
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("cls", ["FalconMambaForCausalLM", "JambaForCausalLM"])
+def test_a_layer_that_is_called_in_a_quantised_model_is_rotated_there(
+    base: Base, tmp_path: Path, cls: str, where: str
+) -> None:
+    source = base(cls)
+    live = trained(load(source, cls, **settings("int8")), ["in_proj", "dt_proj"])
+    adapter, wanted = saved(live, tmp_path / "adapter"), outputs(live)
+    if where == "memory":
+        folded = quietly(oftsurgery.fold, load(source, cls, **settings("int8")), adapter)
+        record = folded.oftsurgery
+    else:
+        record = quietly(oftsurgery.fold_checkpoint, source, adapter, tmp_path / "disk", format="int8")
+        folded = load(tmp_path / "disk", cls)
+    assert not record.idle
+    assert {path.rpartition(".")[2] for path in record.modules} == {"in_proj", "dt_proj"}
+    assert relative(outputs(folded), wanted) < 0.06
+    assert relative(outputs(load(source, cls, **settings("int8"))), wanted) > 0.12
+
+
+@pytest.mark.parametrize("cls", MODELS)
+def test_no_layer_that_a_forward_calls_is_idle(base: Base, cls: str) -> None:
+    """And what it does not call is idle, or nothing reads its weight either: T5's and BART's `shared`, heads without labels."""
+    model = load(base(cls), cls)
+    modules, called = dict(model.named_modules()), set()
+    layers = {p: m for p, m in modules.items() if isinstance(m, nn.Linear | nn.Embedding)}
+    for path, module in layers.items():
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+    before = outputs(model)
+    idle = {path for path in layers if is_idle(modules, path, quantised=False)}
+    assert not idle & called
+    if cls in READ:
+        assert idle
+    for path in layers.keys() - called - idle:
+        layers[path].weight = nn.Parameter(layers[path].weight.detach() + 1)
+    assert relative(outputs(model), before) < 1e-6

@@ -30,7 +30,7 @@ def peak():
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 assert "numba" not in sys.modules
 before = peak()
-oftsurgery.fold_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], format=sys.argv[4], max_shard_size="300MB")
+oftsurgery.fold_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3], format=sys.argv[4], max_shard_size="300MB", trained_on="plain")
 print(json.dumps(peak() - before))
 """
 

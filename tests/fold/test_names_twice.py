@@ -54,14 +54,14 @@ def test_two_names_of_one_module(tmp_path: Path) -> None:
 
 def test_a_tensor_of_the_file_and_a_part_of_it(tmp_path: Path) -> None:
     adapter = hand_made(tmp_path / "adapter", {WQKV: 64, NOMIC_Q: 64})
-    refused(nomic(tmp_path / "base"), adapter, "both the checkpoint's own tensor and what transformers makes of it")
+    refused(nomic(tmp_path / "base"), adapter, "both a stored tensor and the tensors that transformers makes")
 
 
 def test_a_tensor_of_the_file_whose_parts_are_to_be_quantised(tmp_path: Path) -> None:
     """Under its own name it would be written plain, and transformers would not load it."""
     adapter = hand_made(tmp_path / "adapter", {WQKV: 64})
     refused(
-        nomic(tmp_path / "base"), adapter, "both the checkpoint's own tensor and what transformers makes", format="nf4"
+        nomic(tmp_path / "base"), adapter, "both a stored tensor and the tensors that transformers makes", format="nf4"
     )
     quiet_fold(tmp_path / "base", adapter, tmp_path / "whole")
     assert set(tensors(tmp_path / "whole")) == set(tensors(tmp_path / "base"))

@@ -205,17 +205,17 @@ def test_weights_that_are_not_plain_parameters_are_refused_by_name(kind: str) ->
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: oftsurgery.fold({"a": 1}, "x"), "a model is a torch.nn.Module, this is a dict"),
-        (lambda: oftsurgery.fold(None, "x"), "this is a NoneType"),
+        (lambda: oftsurgery.fold({"a": 1}, "x"), "a model is a torch.nn.Module, not a dict"),
+        (lambda: oftsurgery.fold(None, "x"), "not a NoneType"),
         (lambda: oftsurgery.fold(net(nn.Linear(4, 4)), 3), "not a int"),
         (lambda: oftsurgery.fold(net(nn.Linear(4, 4)), net(nn.Linear(4, 4))), "not a Sequential"),
         (
             lambda: oftsurgery.fold(oft(net(nn.Linear(16, 16)), ["0"]), "zz"),
-            "no live adapter zz.*the model's adapters are default",
+            r"no live adapter zz.*the model's adapters with set_adapter\(\): default",
         ),
         (
             lambda: oftsurgery.fold(net(oft(net(nn.Linear(16, 16)), ["0"]))),
-            r"in a part of this model.*fold that part.*get_submodule\('0",
+            r"in a part of this model.*fold the part.*get_submodule\('0",
         ),
     ],
 )

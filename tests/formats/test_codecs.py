@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oftsurgery.errors import FormatError, NonFiniteError, OFTSurgeryError, ShapeError
 from oftsurgery.formats import codecs
+from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_cpu_layout
 
@@ -402,17 +403,17 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "too few packed bytes": (
         lambda: stored(weight=torch.zeros(100, 1, dtype=torch.uint8)),
         ShapeError,
-        r"packed codes do not hold .* \[tensor 'weight', format nf4, shape 100, expected 128\]",
+        r"packed codes have another number of bytes than the weight needs \[tensor 'weight', format nf4, shape 100, expected 128\]",
     ),
     "too few absmax": (
         lambda: stored(absmax=torch.ones(3)),
         ShapeError,
-        r"one value a block of 64 \[tensor 'absmax', format nf4, shape 3, expected 4\]",
+        r"one value per block of 64 \[tensor 'absmax', format nf4, shape 3, expected 4\]",
     ),
     "another quant_map": (
         lambda: stored(quant_map=torch.linspace(-1, 1, 16)),
         FormatError,
-        r"quant_map is not the format's own; .* Remedy: quantise the model again",
+        r"quant_map is not the format's own table; .* Remedy: quantise the model again",
     ),
     "FP4's quant_map on NF4": (
         lambda: stored(quant_map=bnbf.get_4bit_type("fp4", device="cpu")),
@@ -438,18 +439,18 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "too few nested_absmax": (
         lambda: stored(nested=True, nested_absmax=torch.ones(2)),
         ShapeError,
-        r"nested_absmax does not hold what absmax needs .*shape 2, expected 1\]",
+        r"nested_absmax has another number of values than absmax needs .*shape 2, expected 1\]",
     ),
     "a short nested_quant_map": (
         lambda: stored(nested=True, nested_quant_map=torch.ones(16)),
         ShapeError,
-        r"nested_quant_map does not hold what absmax needs .*shape 16, expected 256\]",
+        r"nested_quant_map has another number of values than absmax needs .*shape 16, expected 256\]",
     ),
     "int8 without SCB": (lambda: stored("int8", drop="SCB"), FormatError, r"lacks SCB \[format int8\]"),
     "int8 of another dtype": (
         lambda: stored("int8", weight=torch.zeros(4, 64)),
         ShapeError,
-        r"must be int8 of its format's shape, this is torch.float32",
+        r"must be int8 of its format's shape, but the tensor is torch.float32",
     ),
     "int8 of another shape": (
         lambda: stored("int8", weight=torch.zeros(64, 4, dtype=torch.int8)),
@@ -459,7 +460,7 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "int8 with a short SCB": (
         lambda: stored("int8", SCB=torch.ones(3)),
         ShapeError,
-        r"SCB must hold one value a row \[tensor 'SCB', format int8, shape 3, expected 4\]",
+        r"SCB must hold one value per row \[tensor 'SCB', format int8, shape 3, expected 4\]",
     ),
     "int8 with NaN in SCB": (
         lambda: stored("int8", SCB=nan_at_one((4,))),
@@ -469,7 +470,7 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "dense integers": (
         lambda: codecs.dense(torch.ones(2, 2, dtype=torch.int32)),
         FormatError,
-        r"must be floating point, this is torch.int32 Remedy: dequantise",
+        r"must be floating point, but the tensor is torch.int32 Remedy: dequantise",
     ),
     "dense of another shape": (
         lambda: EncodedWeight(WeightFormat("dense", (2, 2)), {"weight": torch.ones(4)}),
@@ -485,7 +486,7 @@ DAMAGED: dict[str, tuple[Callable[[], EncodedWeight], type[OFTSurgeryError], str
     "unknown codec": (
         lambda: EncodedWeight(WeightFormat("nf3", (2, 2)), {}),
         FormatError,
-        r"unknown storage format; known are dense, nf4, fp4, int8 \[format nf3\]",
+        rf"unknown storage format; known are {', '.join(FORMATS)} \[format nf3\]",
     ),
 }
 
@@ -540,13 +541,13 @@ UNFIT: dict[str, tuple[Tensor, WeightFormat, type[OFTSurgeryError], str]] = {
         torch.ones(1, 6),
         WeightFormat("nf4", (1, 6), blocksize=64, storage=torch.float32),
         FormatError,
-        r"3 packed bytes are no whole number of torch.float32 \[format nf4\] Remedy: use quant_storage=torch.uint8",
+        r"3 packed bytes do not fill whole elements of torch.float32 \[format nf4\] Remedy: use quant_storage=torch.uint8",
     ),
     "unknown codec": (
         torch.ones(2, 2),
         WeightFormat("awq", (2, 2)),
         FormatError,
-        r"known are dense, nf4, fp4, int8 \[format awq\]",
+        rf"known are {', '.join(FORMATS)} \[format awq\]",
     ),
 }
 

@@ -17,6 +17,7 @@ from oftsurgery.cli import arguments
 from oftsurgery.folding import disk_plan
 from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.all_formats import FORMATS
+from oftsurgery.formats.base import Format
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.int8 import Int8
 from oftsurgery.records import card
@@ -36,7 +37,9 @@ by_case = pytest.mark.parametrize("f", CASES.values(), ids=CASES)
 def test_every_list_of_formats_names_them_all() -> None:
     quantised = {name for name, kind in FORMATS.items() if kind.quantised}
     assert {f.codec for f in CASES.values()} == FORMATS.keys()
-    assert set(get_args(disk_plan.Format)) == set(arguments.FORMATS) == {"same", "fp32", "fp16", "bf16", *quantised}
+    assert (
+        set(get_args(disk_plan.Format)) == set(arguments.FORMATS) == {"same", "bnb", "fp32", "fp16", "bf16", *quantised}
+    )
     assert set(arguments._SHARED["--quantize"]["choices"]) == quantised
     assert quantised <= card._FORMAT_TAGS
 
@@ -85,6 +88,15 @@ def test_tensors_beside_a_weight_belong_to_it(f: WeightFormat) -> None:
         assert not checkpoint_tensors.is_companion(name, names - {"a.weight"})
     for name in ("a.weight", "a.bias", "SCB", "absmax", "a.weight.absmax.x"):
         assert checkpoint_tensors.owner_of(name) is None
+
+
+@by_case
+def test_an_undo_record_predicts_from_codes_and_scales(f: WeightFormat) -> None:
+    """A new format has nothing of its own to say."""
+    encoded = stored(f)
+    given = Format.prediction_inputs(f.kind, encoded)
+    assert given.keys() == ({"weight", f.kind.scales_name} if f.quantised else {"weight"})
+    assert all(torch.equal(values, encoded.tensors[name]) for name, values in given.items())
 
 
 @pytest.mark.parametrize("double", [False, True])

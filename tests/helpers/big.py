@@ -105,7 +105,6 @@ def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32) -> No
         for path, n in paths.items()
     }
     save_file(rows, folder / "adapter_model.safetensors")
-    targets = sorted({path.rpartition(".")[2] for path in paths})
     (folder / "adapter_config.json").write_text(
-        json.dumps(CONFIG | {"oft_block_size": block, "target_modules": targets})
+        json.dumps(CONFIG | {"oft_block_size": block, "target_modules": sorted(paths)})
     )

@@ -151,10 +151,27 @@ def outputs(model: Any) -> Tensor:
     return (out.logits if hasattr(out, "logits") else out.last_hidden_state).double()
 
 
-def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) -> oftsurgery.FoldRecord:
-    """`fold_checkpoint`, rounding to nearest unless told otherwise, without its warnings, which tests of their
-    own cover.
+def said(source: object, **options: Any) -> dict[str, Any]:
+    """The options of a fold, which say that the adapter was trained on the plain weights where nothing else says how a plain
+    source is used.
     """
+    says = {"trained_on", "quantize"} & {name for name, value in options.items() if value is not None}
+    quantised = options.get("format", "same") in ("nf4", "fp4", "int8", "bnb")
+    if says or quantised or options.get("fold_into") == "original" or is_quantised(Path(str(source))):
+        return options
+    return options | {"trained_on": "plain"}
+
+
+def is_quantised(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and "quantization_config" in json.loads(config.read_text())
+
+
+def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) -> oftsurgery.FoldRecord:
+    """`fold_checkpoint` of an adapter that was trained on ``source`` as it is, rounding to nearest unless told otherwise,
+    without its warnings, which tests of their own cover.
+    """
+    options = said(source, **options)
     if "calibration" not in options:
         options.setdefault("rounding", "nearest")
     with warnings.catch_warnings():

@@ -177,7 +177,10 @@ def cayley(q: Tensor) -> Tensor:
 def make_case(
     variant: str, in_features: int, out_features: int, *, path: str = "layer", size: float = 0.03, b: int | None = None
 ) -> Case:
-    """A random adapter of a dialect for one linear, parsed from the keys and config that this dialect's peft writes."""
+    """A random adapter of a dialect for one linear, parsed from the keys and config that this dialect's peft writes.
+
+    The elements of its generator have the standard deviation ``size``.
+    """
     dialect, config = VARIANTS[variant]
     b = b or {64: 16, 96: 16, 100: 20, 128: 16, 256: 32}[in_features]
     g = seeded(variant, in_features, out_features, size, path)
@@ -186,7 +189,7 @@ def make_case(
     if dialect in ("peft-0.13", "peft-0.15"):
         r = config["r"] if dialect == "peft-0.13" else in_features // b
         width = -(-out_features // r) if dialect == "peft-0.13" else b
-        a = size * torch.randn(r, width, width, generator=g)
+        a = size * 2**0.5 * torch.randn(r, width, width, generator=g)  # the generator is (A - Aᵀ)/2
         tensors = {f"{key}.oft_r": a}
         dense = torch.block_diag(*cayley((a - a.transpose(1, 2)).double() / 2))
         scale = None

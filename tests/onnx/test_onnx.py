@@ -238,7 +238,7 @@ def test_a_quantised_graph_of_any_module_holds_bitsandbytes_own_bytes(tmp_path: 
     assert dict(report.quantized) == {"kept": "nf4 (double quantisation)", "fp4": "fp4", "int8": "int8"}
     assert dict(report.dequantized) == {
         "large_blocks": "MatMulBnb4 has no block size of 512, only 16, 32, 64, 128, 256",
-        "straddling": "48 input features are no multiple of the block size 32",
+        "straddling": "48 input features are not a multiple of the block size 32",
     }
     assert report.outputs == ("last_hidden_state", "scaled")
     again = {"example_inputs": {"x": x, "scale": scale}, "verify": False}
@@ -530,7 +530,8 @@ def test_a_cache_that_is_more_than_keys_and_values_is_refused(tmp_path: Path) ->
         layer_types=["linear_attention"],
     )
     with pytest.raises(
-        StateError, match=r"the cache of a Qwen3NextForCausalLM is not keys and values.*Remedy: export it"
+        StateError,
+        match=r"the cache of a Qwen3NextForCausalLM holds more than keys and values.*Remedy: export the model",
     ):
         oftsurgery.export_onnx(model, tmp_path / "out", "float32", with_past=True)
     assert not list(tmp_path.iterdir())
@@ -795,7 +796,7 @@ def test_what_torch_cannot_export_is_told_with_the_module(tmp_path: Path) -> Non
         oftsurgery.export_onnx(Unexportable(), tmp_path / "out", "float32", example_inputs=torch.randn(2, 4))
     assert caught.value.__cause__ is not None
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ExportError, match=r"no ONNX operator.*eigh.*module 'inner'.*Remedy: replace") as caught:
+    with pytest.raises(ExportError, match=r"ONNX has no operator.*eigh.*module 'inner'.*Remedy: replace") as caught:
         oftsurgery.export_onnx(Untranslatable(), tmp_path / "out", "float32", example_inputs=torch.eye(3))
     assert caught.value.__cause__ is not None
     assert not list(tmp_path.iterdir())
@@ -816,28 +817,45 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> None: ...
 
 
+def test_a_model_of_several_texts_needs_example_inputs(tmp_path: Path) -> None:
+    """As MusicGen, whose encoder and decoder are two language models."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "num_codebooks": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_dim": 16}
+    codec = {"model_type": "encodec", "num_filters": 4, "upsampling_ratios": [2], "hidden_size": 8, "codebook_dim": 8}
+    config = transformers.MusicgenConfig(
+        text_encoder={"model_type": "t5", "vocab_size": 32, "d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1},
+        audio_encoder=codec | {"codebook_size": 32},
+        decoder=sizes | {"num_hidden_layers": 1},
+    )
+    model = transformers.MusicgenForConditionalGeneration(config)
+    with pytest.raises(StateError, match=r"the inputs of a Musicgen\w+ are not known Remedy: give example inputs"):
+        oftsurgery.export_onnx(model, tmp_path / "out")
+
+
 def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     x = torch.randn(2, 4)
-    with pytest.raises(StateError, match=r"no bfloat16 kernels.*Remedy: dtype='float16'"):
+    with pytest.raises(StateError, match=r"no bfloat16 kernels.*Remedy: choose 'float16'"):
         oftsurgery.export_onnx(net, tmp_path / "out", "bfloat16", example_inputs=x)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match=r"unknown dtype 'int8' Remedy: 'float32' or 'float16'"):
+    with pytest.raises(StateError, match=r"the dtype 'int8' is not known Remedy: choose 'float32' or 'float16'"):
         oftsurgery.export_onnx(net, tmp_path / "out", "int8", example_inputs=x)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match=r"what a Sequential takes is not known Remedy: give example inputs"):
+    with pytest.raises(StateError, match=r"the inputs of a Sequential are not known Remedy: give example inputs"):
         oftsurgery.export_onnx(net, tmp_path / "out")
-    with pytest.raises(StateError, match=r"example inputs are a tensor.*not tuple of int"):
+    with pytest.raises(StateError, match=r"example inputs must be a tensor.*not a tuple of int"):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=(3,))
-    with pytest.raises(StateError, match=r"live adapters Remedy: fold them first"):
+    with pytest.raises(StateError, match=r"live adapters Remedy: fold the adapters first"):
         oftsurgery.export_onnx(adapted(build("llama"), ["q_proj"]), tmp_path / "out")
-    with pytest.raises(StateError, match=r"encoder-decoder.*Remedy: export it without with_past=True"):
+    with pytest.raises(StateError, match=r"encoder-decoder.*Remedy: export the model without with_past=True"):
         oftsurgery.export_onnx(build("t5"), tmp_path / "out", with_past=True)
-    with pytest.raises(StateError, match=r"BertForSequenceClassification keeps no cache"):
+    with pytest.raises(StateError, match=r"BertForSequenceClassification has no cache"):
         oftsurgery.export_onnx(build("bert"), tmp_path / "out", with_past=True)
-    with pytest.raises(StateError, match=r"cache takes its own inputs"):
+    with pytest.raises(StateError, match=r"cache has its own inputs"):
         oftsurgery.export_onnx(build("llama"), tmp_path / "out", with_past=True, example_inputs=x)
     with pytest.raises(StateError, match=r"4-bit layer is not quantised yet.*module '0'"):
         oftsurgery.export_onnx(nn.Sequential(bnb.nn.Linear4bit(4, 4)), tmp_path / "out", example_inputs=x)
-    with pytest.raises(StateError, match=r"does not run on input: RuntimeError.*Remedy: give example inputs"):
+    with pytest.raises(
+        StateError, match=r"does not run on the inputs input: RuntimeError.*Remedy: give example inputs"
+    ):
         oftsurgery.export_onnx(nn.Linear(5, 4), tmp_path / "out", example_inputs={"input": x[:, :3]})
     with torch.device("meta"):
         empty = nn.Linear(4, 4)
@@ -845,20 +863,20 @@ def test_bad_input_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         oftsurgery.export_onnx(empty, tmp_path / "out", example_inputs=x)
     with pytest.raises(StateError, match="the module is lazy and has no weight yet"):
         oftsurgery.export_onnx(nn.LazyLinear(4), tmp_path / "out", example_inputs=x)
-    with pytest.raises(StateError, match=r"example input 'input' is empty, shape \(0, 4\) Remedy: give one with"):
+    with pytest.raises(
+        StateError, match=r"example input 'input' is empty: its shape is \(0, 4\) Remedy: give an example input with"
+    ):
         oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x[:0])
     with pytest.raises(StateError, match=r"no layer of the model is quantised.*Remedy: leave out quantized=True"):
         oftsurgery.export_onnx(net, tmp_path / "out", quantized=True, example_inputs=x)
-    with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap it"):
+    with pytest.raises(StateError, match=r"the model returns no tensor Remedy: wrap the model"):
         oftsurgery.export_onnx(Nothing(), tmp_path / "out", example_inputs=x)
     for tokenizer in (tmp_path / "nothing", 3):
-        with pytest.raises(
-            StateError, match=r"no folder of a tokenizer: .*Remedy: give an object with save_pretrained"
-        ):
+        with pytest.raises(StateError, match=r"is neither a folder nor an object with save_pretrained Remedy: choose"):
             oftsurgery.export_onnx(net, tmp_path / "out", example_inputs=x, tokenizer=tokenizer)
     broken = nn.Linear(4, 4)
     broken.weight.data[0, 0] = torch.nan
-    with pytest.raises(ExportError, match=r"torch's own output is not a number.*tensor 'output'.*Remedy: look for NaN"):
+    with pytest.raises(ExportError, match=r"torch's own output holds NaN.*tensor 'output'.*Remedy: look for NaN"):
         oftsurgery.export_onnx(broken, tmp_path / "out", "float32", example_inputs=x)
     assert not list(tmp_path.iterdir())
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -886,7 +904,7 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
 
     with pytest.raises(
         ExportError,
-        match=r"does not compute what torch computes: the largest difference is .* allowed are 5e-03.*Remedy: dtype='float32'",
+        match=r"does not compute what torch computes: the largest difference is .* and the limit is 5e-03.*Remedy: choose dtype='float32'",
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "out", "float16", example_inputs=x.half().float())
     assert not list(tmp_path.iterdir())
@@ -898,7 +916,8 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path: Path, mon
     assert json.loads((tmp_path / "out" / "oftsurgery.json").read_text())["onnx"]["verified"] is False
     net.weight.data = torch.tensor([[1e5, 1.0]])
     with pytest.raises(
-        NonFiniteError, match=r"not finite in float16 .*tensor 'down.weight'.*Remedy: export it as dtype='float32'"
+        NonFiniteError,
+        match=r"not finite in float16 .*tensor 'down.weight'.*Remedy: export the model with dtype='float32'",
     ):
         oftsurgery.export_onnx(Cancelling(), tmp_path / "large", "float16", example_inputs=x)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -908,9 +927,14 @@ def test_a_destination_that_cannot_be_is_refused_before_the_work(tmp_path: Path)
     net, x = nn.Linear(4, 4), torch.randn(2, 4)
     (tmp_path / "file").write_text("x")
     for destination, message in (
-        (tmp_path / "file", r"the destination exists.*Remedy: name another, or replace it with force=True"),
-        (tmp_path / "file" / "out", r"parent folder does not exist.*Remedy: make it first"),
-        (tmp_path / "none" / "out", r"parent folder does not exist.*Remedy: make it first"),
+        (
+            tmp_path / "file",
+            r"the destination exists.*Remedy: name another destination, or replace the destination with force=True",
+        ),
+        (
+            tmp_path / "file" / "out",
+            r"a file is in the place of a folder of the path to write.*Remedy: name a path in a",
+        ),
     ):
         stages: list[tuple[int, int, str]] = []
 
@@ -937,7 +961,18 @@ def test_a_graph_never_replaces_the_model_that_it_is_made_of(
     with pytest.raises(StateError, match=r"the destination is, or holds, the model itself"):
         oftsurgery.export_onnx(transformers.AutoModel.from_pretrained(base), tmp_path, force=True)
     for output, what in ((base, "base"), (adapter, "adapter")):
-        words = ["export", "--base", str(base), "--adapter", str(adapter), "--output", str(output), "--force"]
+        words = [
+            "export",
+            "--base",
+            str(base),
+            "--adapter",
+            str(adapter),
+            "--output",
+            str(output),
+            "--force",
+            "--trained-on",
+            "plain",
+        ]
         assert cli.main([*words, "--format", "onnx"]) == 2
         assert f"the destination is, or holds, the {what} itself" in capsys.readouterr().err
     assert file_bytes(tmp_path) == before
@@ -956,7 +991,11 @@ def test_the_command_hands_its_settings_to_the_fold(
         raise StateError("enough")
 
     monkeypatch.setattr(oftsurgery, "fold_checkpoint", fold)
-    words = ["export", "--base", "b", "--adapter", "a", "--output", str(tmp_path / "out"), "--format", "onnx-quantized"]
+    base, adapter = tmp_path / "b", tmp_path / "a"
+    build("bert").save_pretrained(base)
+    adapted(build("bert"), ["query"]).save_pretrained(adapter)
+    words = ["export", "--base", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "out")]
+    words += ["--format", "onnx-quantized"]
     assert cli.main([*words, "--calibration", str(texts)]) == 2
     assert "enough" in capsys.readouterr().err
     assert given["rounding"] == "calibrated"
@@ -1030,7 +1069,7 @@ def test_a_tokenizer_with_a_folder_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "x"
     record = read_record(tmp_path / "out")
     assert record is not None
-    assert record.files.keys() == {"model.onnx"}
+    assert record.files.keys() == {"model.onnx", "additional_chat_templates/tools.jinja"}
 
 
 @pytest.mark.slow
@@ -1051,7 +1090,9 @@ def test_a_model_that_fixes_its_length_exports_with_example_inputs(tmp_path: Pat
         vocab_size=64, block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128, num_decoder_layers=1
     )
     model = transformers.FunnelModel(config).eval()
-    with pytest.raises(ExportError, match=r"takes a batch or length for fixed Remedy: give example_inputs="):
+    with pytest.raises(
+        ExportError, match=r"the model's code fixes the batch or the length Remedy: give example_inputs="
+    ):
         oftsurgery.export_onnx(model, tmp_path / "out", "float32")
     assert not list(tmp_path.iterdir())
     given = {"input_ids": batch(2, 8)[0]}
@@ -1070,8 +1111,23 @@ def test_a_runtime_that_crashes_or_refuses_is_an_error_like_others(tmp_path: Pat
             process.run({"z": torch.ones(1, 2).numpy()})
         assert process.run({given.name: torch.ones(1, 2).numpy()})[0].shape == (1, 2)
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(ExportError, match="onnxruntime ended with code -9 when it had to run the graph: it said"):
+        with pytest.raises(
+            ExportError, match="onnxruntime ended with code -9 when it had to run the graph: the process printed"
+        ):
             process.run({given.name: torch.ones(1, 2).numpy()})
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match="onnxruntime cannot load the graph"):
         onnx_run.Process(path)
+
+
+def test_a_classifier_of_decoders_needs_a_padding_token(tmp_path: Path) -> None:
+    """The classifier takes the last token of each text in a batch that is no padding."""
+    model = build("llama", cls="LlamaForSequenceClassification", num_labels=3)
+    model.config.pad_token_id = None
+    with pytest.raises(
+        StateError, match=r"no padding token.*Remedy: name the padding token: model\.config\.pad_token_id"
+    ):
+        oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    model.config.pad_token_id = 0
+    report = oftsurgery.export_onnx(model, tmp_path / "out", "float32")
+    assert report.inputs == ("input_ids", "attention_mask")

@@ -106,7 +106,7 @@ def test_the_metadata_are_valid_and_the_tables_the_records_own(place: Path, tmp_
     assert said["versions"] == ", ".join(f"{k} {v}" for k, v in record.versions.items())
     assert said["stored as"] == f"`{next(iter(record.modules.values())).format}`"
     quantised = options.get("quantize") or (case if case in ("nf4", "int8") else None)
-    assert said["base"].startswith(f"quantised to `{quantised}`" if quantised else "as it was stored")
+    assert said["base"].startswith(f"quantised to `{quantised}`" if quantised else "the stored weights")
     rows = re.findall(r"^\| `(model[\w.]*)` \| `[^|]*` \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
     worst = sorted(record.modules.items(), key=lambda item: -item[1].error)
     assert rows == [(p, f"{m.error:.2e}", f"{m.angle:.3f}", f"{m.defect:.1e}") for p, m in worst]
@@ -119,7 +119,7 @@ def test_of_many_modules_the_worst_are_shown_and_the_others_counted() -> None:
     record = FoldRecord((AdapterInfo("a", "peft-0.21", "xxh3:0", None, None, None),), modules)
     text = card.section(record, {}, ["model.safetensors"], exact=True)
     assert re.findall(r"^\| `m\.(\d+)`", text, flags=re.MULTILINE) == [str(i) for i in range(35, 25, -1)]
-    assert "And 26 more, all in `oftsurgery.json`." in text
+    assert "The other 26 modules are in `oftsurgery.json`." in text
     assert "over 36 modules is 1.75e-02" in text
     assert "base_model" not in card.metadata(record, {}, [])
 
@@ -187,7 +187,7 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "The": 1, "quick": 2, "brown": 3, "fox": 4}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     shutil.copytree(source, folder)
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)  # noqa: S106
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
     return folder
 
 
@@ -214,7 +214,7 @@ def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatc
     data = ModelCard(text).data.to_dict()
     assert (data["library_name"], data["base_model_relation"]) == ("onnx", "merge")
     assert data["tags"] == ["oft", "oftsurgery", "onnx"]
-    assert "Nothing is folded back out of an ONNX graph" in text
+    assert "A fold cannot be taken out of an ONNX graph" in text
     monkeypatch.chdir(tmp_path / "out")
     (code,) = snippets(text, "python")
     model = load(folded, "LlamaForCausalLM")
@@ -223,7 +223,7 @@ def test_a_graph_is_run_as_its_card_says(place: Path, tmp_path: Path, monkeypatc
     assert (torch.from_numpy(run_python(code, tmp_path)["outputs"][0]) - logits).abs().max() < 1e-4
     # neither a tokenizer nor an adapter: the card says what there is to say
     bare = card.section(FoldRecord((), {}), {}, ["model.onnx"], exact=False)
-    assert "with nothing folded in" in bare
+    assert "exported this model without a fold" in bare
     assert "session" in run_python(snippets(bare, "python")[0], tmp_path)
     assert oftsurgery.push_to_hub(tmp_path / "out", "a/b", dry_run=True).files.keys() >= {"model.onnx", "README.md"}
 
@@ -261,7 +261,7 @@ def test_a_model_that_is_not_transformers_own(tmp_path: Path, place: Path, monke
     assert problems(text) == []
     (code,) = snippets(text, "python")
     assert torch.equal(run_python(code, tmp_path)["tensors"]["up.weight"], folded.up.weight)
-    assert facts(text)["base"] == "as it was in memory"
+    assert facts(text)["base"] == "the model in memory"
 
 
 # --- amending ---------------------------------------------------------------------------------------------------------

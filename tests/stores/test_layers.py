@@ -438,17 +438,17 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         FormatError,
         r"int8 layer has lost its SCB statistics \[module 'layer', tensor 'SCB', format int8\]",
     ),
-    "unknown 4-bit type": (other_type, FormatError, r"unknown 4-bit type \[module 'layer', format int4\]"),
+    "unknown 4-bit type": (other_type, FormatError, r"the 4-bit type is unknown \[module 'layer', format int4\]"),
     "saved after a CPU forward": (
         saved_after_packing,
         StateError,
-        r"absmax transposed: bitsandbytes computes noise with it now \[module 'layer', tensor 'absmax', shape 2×64\] Remedy: load the base",
+        r"absmax transposed: bitsandbytes now computes noise with the layer \[module 'layer', tensor 'absmax', shape 2×64\] Remedy: load the base",
     ),
-    "parametrised": (parametrised, StateError, r"weight is parametrised .* Remedy: remove_parametrizations"),
+    "parametrised": (parametrised, StateError, r"weight is parametrised .* Remedy: call remove_parametrizations"),
     "meta": (
         lambda: nn.Linear(64, 64, device="meta"),
         StateError,
-        r"weight is on the meta device: it has no values \[module 'layer'\]",
+        r"weight is on the meta device and has no values \[module 'layer'\]",
     ),
     "3×3 convolution": (
         lambda: nn.Conv2d(64, 64, 3),
@@ -458,12 +458,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "grouped convolution": (
         lambda: nn.Conv2d(64, 64, 1, groups=2),
         FormatError,
-        r"a grouped convolution cannot be folded \[module 'layer'\]",
+        r"a grouped convolution cannot be folded, .* \d+ groups \[module 'layer'\]",
     ),
     "another module": (
         lambda: nn.Bilinear(64, 64, 2),
         FormatError,
-        r"a Bilinear has no weight that OFT rotates and oftsurgery knows",
+        r"a Bilinear has no weight that oftsurgery can rotate",
     ),
     "integers": (
         lambda: setattr_weight(

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import (
     adapted,
+    bnb_config,
     decoded,
     differing,
     load,
@@ -20,11 +22,13 @@ from checkpoints import (
     quiet_fold,
     quiet_transformers,
     rotations_in,
+    scaled_up,
     tensors,
 )
 from independent import relative
 from old_names import MODELS, build, hand_made
 from safetensors.torch import save_file
+from warned import quietly
 
 import oftsurgery
 from oftsurgery.files.checkpoint import open_checkpoint
@@ -88,7 +92,7 @@ def test_fused_names_on_experts_held_one_by_one_are_refused(tmp_path: Path, name
         oftsurgery.FormatError,
         match=r"the model merges this weight from \d+ tensors of the checkpoint .*experts\.0\..*one by one",
     ) as caught:
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert path in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -107,7 +111,7 @@ def test_experts_that_the_checkpoint_holds_fused_are_refused(tmp_path: Path, ada
     )
     hand_made(tmp_path / "adapter", {adapter: 64})
     with pytest.raises((oftsurgery.MatchError, oftsurgery.FormatError), match="experts"):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert not (tmp_path / "out").exists()
 
 
@@ -153,6 +157,7 @@ ALIASES = {
         "language_model.model.layers.0.self_attn.q_proj",
         "model.language_model.layers.0.self_attn.q_proj",
         "language_model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.q_proj",
     ],
     "qwen2 vl": [
         "model.layers.0.self_attn.q_proj",
@@ -172,7 +177,9 @@ def test_names_of_every_generation_find_the_same_tensor(tmp_path: Path, name: st
         quiet_fold(tmp_path / "base", tmp_path / f"adapter {i}", tmp_path / f"out {i}")
         outcomes.append(tensors(tmp_path / f"out {i}"))
     assert len(differing(outcomes[0], tensors(tmp_path / "base"))) == 1
-    assert [differing(outcomes[0], other) for other in outcomes[1:]] == [[], []]
+    assert not any(differing(outcomes[0], other) for other in outcomes[1:])
+    in_memory = [oftsurgery.fold(build(name), tmp_path / f"adapter {i}").state_dict() for i in range(len(outcomes))]
+    assert not any(differing(in_memory[0], other) for other in in_memory[1:])
 
 
 # --- what cannot be resolved ------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def test_names_of_every_generation_find_the_same_tensor(tmp_path: Path, name: st
 UNKNOWN = {
     "another text layout": (
         "llava",
-        "model.layers.0.self_attn.q_proj",
+        "text.layers.0.self_attn.q_proj",
         r"model\.language_model\.layers\.0\.self_attn\.q_proj",
     ),
     "a layer too many": ("llama", "model.layers.2.self_attn.q_proj", r"model\.layers\.[01]\.self_attn\.q_proj"),
@@ -196,7 +203,7 @@ def test_what_matches_nothing_is_refused_with_the_nearest_names(tmp_path: Path, 
     build(name).save_pretrained(tmp_path / "base")
     hand_made(tmp_path / "adapter", {path: 64})
     with pytest.raises(oftsurgery.MatchError, match=rf"match nothing in the model; nearest in the model: .*{nearest}"):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +217,7 @@ def test_one_name_for_two_tensors_is_refused() -> None:
     config = MODELS["llava"][1] | {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     architecture = architecture_of(config, dict.fromkeys(names, shape))
     assert len(set(architecture.renamed.values())) == 1
-    with pytest.raises(oftsurgery.MatchError, match="two tensors by that name"):
+    with pytest.raises(oftsurgery.MatchError, match="the checkpoint has 2 tensors of this name"):
         locate([names[1]], architecture)
 
 
@@ -223,7 +230,7 @@ def test_a_config_that_its_class_cannot_take_is_refused(tmp_path: Path) -> None:
         oftsurgery.CheckpointError,
         match=r"knows the model type llama, but cannot build it from this config.*restore the config\.json",
     ):
-        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        oftsurgery.fold_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", trained_on="plain")
 
 
 @pytest.mark.parametrize(
@@ -249,9 +256,38 @@ def test_names_are_taken_as_they_are_where_the_class_is_not_known(tmp_path: Path
     )
     assert torch.equal(found["body.layers.0.q_proj.weight"], exact.float().bfloat16())
     assert found["norm.weight"].dtype == torch.bfloat16
-    assert not (tmp_path / "out" / "code.py").exists()
-    with pytest.raises(oftsurgery.StateError, match="known from the model's class alone"):
+    assert (tmp_path / "out" / "code.py").exists() == ("auto_map" in config)  # as data
+    with pytest.raises(oftsurgery.StateError, match="the model's class decides which modules"):
         oftsurgery.fold_checkpoint(base, tmp_path / "adapter", tmp_path / "other", format="nf4")
+
+
+@pytest.mark.parametrize("format_", ["same", "nf4"])
+def test_a_part_whose_config_class_has_no_auto_mapping(tmp_path: Path, format_: str) -> None:
+    """Bark's parts; its heads stand in a list, tied to embeddings in another."""
+    config = {
+        "block_size": 64,
+        "input_vocab_size": 40,
+        "output_vocab_size": 40,
+        "num_layers": 1,
+        "num_heads": 4,
+        "hidden_size": 64,
+        "n_codes_total": 3,
+        "n_codes_given": 1,
+    }
+    torch.manual_seed(0)
+    scaled_up(transformers.BarkFineModel(transformers.BarkFineConfig(**config))).save_pretrained(tmp_path / "base")
+    settings = {} if format_ == "same" else {"quantization_config": bnb_config("nf4")}
+    live = adapted(load(tmp_path / "base", "BarkFineModel", **settings), ["att_proj", "lm_heads.0"])
+    live.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base = load(tmp_path / "base", "BarkFineModel", **settings)
+    folded = quietly(oftsurgery.fold, base, tmp_path / "adapter", rounding="nearest")
+    quiet_fold(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format=format_)
+    on_disk = load(tmp_path / "out", "BarkFineModel")
+    assert differing(dict(on_disk.state_dict()), dict(folded.state_dict())) == []
+    codes = torch.randint(40, (1, 6, 3), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, wanted = (model(codebook_idx=1, input_ids=codes).logits for model in (on_disk, live))
+    assert relative(got, wanted) < (1e-5 if format_ == "same" else 0.2)
 
 
 def test_linears_are_those_that_bitsandbytes_loading_replaces(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_hessian_that_cannot_be_factorised_is_said_and_not_used() -> None:
     x = correlated(50, 128)
     folded = fold_calibrated(codecs.encode(exact, f), [rotation], f, LayerInputs(-x.t() @ x, 50, x))
     assert folded.rounding == "preserve"
-    assert folded.uncalibrated == "the Hessian of its inputs cannot be factorised"
+    assert folded.uncalibrated == "the Hessian of the inputs cannot be factorised"
 
 
 def test_a_hessian_near_the_limit_of_float32_is_factorised_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +338,8 @@ def test_after_an_error_the_model_is_as_it_was(
         bad[2] = {"hidden": torch.zeros(2, 3, 5)}
     before = snapshot(model)
     message = {
-        "NaN": r"the live model gives this layer NaN, infinity or what overflows \[module 'q'\] Remedy: check the batches",
-        "a batch that does not fit": r"the model does not take calibration batch 2: .* Remedy: give batches as its forward",
+        "NaN": r"inputs of this layer hold NaN, infinity or values that overflow \[module 'q'\] Remedy: check the calibration",
+        "a batch that does not fit": r"the model does not take calibration batch 2: .* Remedy: give batches that the model's forward takes",
     }[what]
     with pytest.raises(CalibrationError, match=message):
         oftsurgery.fold(model, adapter, calibration=bad, inplace=inplace)
@@ -386,7 +386,7 @@ def test_the_rounding_warning_states_what_it_brought(adapter: Path) -> None:
     folded = calibrated(build(), adapter, calibration=batches(2))
     measured = [m for m in folded.oftsurgery.modules.values() if m.output_error is not None]
     ours, plain = sorted(m.output_error for m in measured)[2], sorted(m.output_nearest for m in measured)[2]
-    said = f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding; per module"
+    said = f"; outputs on held-out inputs: {ours:.2%} in the median, {plain:.2%} with plain rounding; the fold's record"
     with pytest.warns(RoundingWarning, match=re.escape(said)):
         warn_of_rounding(folded.oftsurgery)
 
@@ -431,10 +431,14 @@ def test_where_it_is_worse_on_held_out_inputs_the_layer_falls_back(adapter: Path
     model = build("nf4")
     with pytest.warns(CalibrationWarning) as caught:
         folded = oftsurgery.fold(model, adapter, calibration=[{"hidden": s.unsqueeze(0)} for s in sequences])
-    worse = [p for p, m in folded.oftsurgery.modules.items() if (m.uncalibrated or "").startswith("worse on held-out")]
+    worse = [
+        p
+        for p, m in folded.oftsurgery.modules.items()
+        if (m.uncalibrated or "").startswith("the error on held-out inputs is worse")
+    ]
     assert "q" in worse
     assert f"{len(worse) + 1} of 6 weights are not calibrated, but rounded without data" in str(caught[0].message)
-    assert "q: worse on held-out inputs, " in str(caught[0].message)
+    assert "q: the error on held-out inputs is worse, " in str(caught[0].message)
     plain = oftsurgery.fold(model, adapter, rounding="preserve")
     for path in worse:
         module = folded.oftsurgery.modules[path]
@@ -459,7 +463,9 @@ def test_an_embedding_is_named(write_adapter: Callable[..., Path], oft_config: C
     }
     folder = write_adapter(tensors, oft_config(oft_block_size=32))
     ids = [torch.randint(0, 100, (4, 20)) for _ in range(8)]
-    with pytest.warns(CalibrationWarning, match=r"embed: the model never multiplies inputs by it on the calibration\)"):
+    with pytest.warns(
+        CalibrationWarning, match=r"embed: the model never multiplies inputs by this weight on the calibration\)"
+    ):
         folded = oftsurgery.fold(Words().to("cpu").eval(), folder, calibration=ids)
     rounding = {path: m.rounding for path, m in folded.oftsurgery.modules.items()}
     assert rounding == {"embed": "grid", "up": "calibrated"}
@@ -470,21 +476,26 @@ def test_a_warning_as_an_error_leaves_the_model_as_it_was(
 ) -> None:
     model = build()
     before = snapshot(model)
-    with pytest.raises(CalibrationWarning):
-        oftsurgery.fold(model, adapter, calibration=batches(2), inplace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        with pytest.raises(CalibrationWarning):
+            oftsurgery.fold(model, adapter, calibration=batches(2), inplace=True)
     assert snapshot(model) == before
 
 
-def test_a_plain_model_has_nothing_to_calibrate(
+def test_a_calibration_of_a_plain_model_is_refused(
     write_adapter: Callable[..., Path], oft_config: Callable[..., dict[str, Any]]
 ) -> None:
     folder = write_adapter(
         {"base_model.model.0.oft_R.weight": torch.full((2, 496), 0.01)}, oft_config(oft_block_size=32)
     )
     model = nn.Sequential(nn.Linear(64, 8))
-    folded = oftsurgery.fold(model, folder, calibration=torch.randn(9, 64))
-    assert torch.equal(folded[0].weight, oftsurgery.fold(model, folder)[0].weight)
-    assert folded.oftsurgery.modules["0"].rounding == "nearest"
+    before = model[0].weight.clone()
+    with pytest.raises(
+        oftsurgery.StateError, match=r"this fold writes no such weight Remedy: leave out the calibration"
+    ):
+        oftsurgery.fold(model, folder, calibration=torch.randn(9, 64), inplace=True)
+    assert torch.equal(model[0].weight, before)
 
 
 # --- what is gathered -------------------------------------------------------------------------------------------------
@@ -619,10 +630,10 @@ def test_held_out_inputs_are_bounded_and_from_all_sequences(adapter: Path, monke
     ("calibration", "message"),
     [
         ([], r"the calibration holds no batches Remedy: give at least one"),
-        ("some text", r"the calibration is text, .* Remedy: tokenise it: calibration=\[tokenizer\("),
+        ("some text", r"the calibration is text, .* Remedy: tokenise the texts: calibration=\[tokenizer\("),
         (["one text", "another"], r"the calibration is text"),
         ({"text": ["one", "another"]}, r"the calibration is text"),
-        ([{"input_ids": [1, 2, 3]}], r"calibration batch 0 holds no tensor Remedy: give what the model takes"),
+        ([{"input_ids": [1, 2, 3]}], r"calibration batch 0 holds no tensor Remedy: give the model's inputs"),
         ([{"no_such_argument": torch.zeros(1, 2, 128)}], r"does not take calibration batch 0: TypeError: "),
         (3, r"calibration batch 0 holds no tensor"),
     ],
@@ -635,12 +646,15 @@ def test_what_is_no_calibration(calibration: Any, message: str, adapter: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rounding": "calibrated"}, r"rounding='calibrated' with nothing to calibrate on Remedy: give calibration=…"),
+        (
+            {"rounding": "calibrated"},
+            r"rounding='calibrated' was asked for, but no calibration was given Remedy: give some hundred",
+        ),
         (
             {"rounding": "mse", "calibration": torch.zeros(1, 2, 128)},
-            r"rounding='mse' with a calibration Remedy: rounding='calibrated', or leave",
+            r"rounding='mse' was asked for, but also a calibration was given Remedy: choose rounding='calibrated'",
         ),
-        ({"rounding": "best"}, r"unknown rounding 'best'"),
+        ({"rounding": "best"}, r"the rounding 'best' is not known"),
     ],
 )
 def test_modes_and_calibrations_that_do_not_go_together(arguments: dict[str, Any], message: str, adapter: Path) -> None:

@@ -292,7 +292,7 @@ def test_too_small_a_rotation_for_its_format_asks_for_the_block_size() -> None:
     base = stored(weight(), "nf4")
     merged = oftsurgery.fold_weight(base, rotation(64, 32, 0.01, 1))
     with pytest.raises(
-        ExtractionError, match=r"no block size can be told: .*too small a one against the rounding.*block_size="
+        ExtractionError, match=r"no block size can be told: .*too small against the rounding.*block_size="
     ):
         extract_rotation(base, merged)
     found = extract_rotation(base, merged, block_size=32)
@@ -327,11 +327,12 @@ def test_a_lora_merge_is_no_rotation_and_says_so() -> None:
     merged = changed(base, "down.weight", lora)
     assert relative(merged.down.weight.detach(), base.down.weight.detach()) > 0.1
     with pytest.raises(
-        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*no such rotation \(a LoRA or full"
+        ExtractionError, match=r"rotations of the input features explain [\d.]+% .*not such a rotation \(a LoRA or full"
     ):
         oftsurgery.extract(base, merged)
     with pytest.warns(
-        ExtractionWarning, match=r"rotations explain [\d.]+% of the difference of 1 weights .*not what was done"
+        ExtractionWarning,
+        match=r"rotations explain [\d.]+% of the difference of 1 weights .*the difference is not a rotation alone",
     ):
         found = oftsurgery.extract(base, merged, block_size=16)
     assert found.explained < 0.2
@@ -357,14 +358,17 @@ def test_the_best_rotation_of_a_full_fine_tune_says_how_good_it_is() -> None:
 def test_other_differences_are_named_and_nothing_rotated_is_an_error() -> None:
     base = net()
     bias_only = changed(base, "up.bias", torch.ones(256))
-    with pytest.raises(ExtractionError, match=r"no weight is rotated; 1 tensors differ otherwise: up.bias"):
+    with pytest.raises(
+        ExtractionError, match=r"no weight of the merged model is rotated; 1 tensors differ otherwise: up.bias"
+    ):
         oftsurgery.extract(base, bias_only)
-    with pytest.raises(ExtractionError, match=r"no weight is rotated Remedy"):
+    with pytest.raises(ExtractionError, match=r"no weight of the merged model is rotated Remedy"):
         oftsurgery.extract(base, copy.deepcopy(base))
     adapter = OFTAdapter({"down": rotation(256, 16, 0.2, 1)})
     both = oftsurgery.fold(changed(changed(base, "up.bias", torch.ones(256)), "norm.weight", torch.ones(32)), adapter)
     with pytest.warns(
-        ExtractionWarning, match=r"^2 tensors differ by no rotation, and are not in the adapter: norm.weight, up.bias$"
+        ExtractionWarning,
+        match=r"^2 tensors differ otherwise than by a rotation, and are not in the adapter: norm.weight, up.bias$",
     ):
         found = oftsurgery.extract(base, both)
     assert found.unexplained == ("norm.weight", "up.bias")
@@ -376,7 +380,7 @@ def test_a_retrained_head_beside_rotations_is_left_out_and_named() -> None:
     base = net()
     adapter = OFTAdapter({"up": rotation(32, 8, 0.2, 1), "down": rotation(256, 8, 0.2, 2)})
     merged = changed(oftsurgery.fold(base, adapter), "head.weight", torch.randn(300, 32))
-    with pytest.warns(ExtractionWarning, match="1 tensors differ by no rotation.*: head"):
+    with pytest.warns(ExtractionWarning, match="1 tensors differ otherwise than by a rotation.*: head"):
         found = oftsurgery.extract(base, merged)
     assert found.unexplained == ("head",)
     assert found.modules.keys() == adapter.modules.keys()
@@ -459,7 +463,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, trained: OFTAdapter) -
     """BASE, and MERGED (fp32), NF4 (quantised and folded on the way)."""
     folder = tmp_path_factory.mktemp("disk")
     mini("fp32").save_pretrained(folder / "BASE", max_shard_size="20MB")
-    oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "MERGED", max_shard_size="30MB")
+    oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "MERGED", max_shard_size="30MB", trained_on="plain")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)
         oftsurgery.fold_checkpoint(folder / "BASE", trained, folder / "NF4", format="nf4", double_quant=True)
@@ -489,7 +493,7 @@ def test_differences_on_disk_are_named(checkpoints: Path, tmp_path: Path) -> Non
     tensors = load_file(file)
     tensors[name] += 1
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.warns(ExtractionWarning, match=f"1 tensors differ by no rotation.*: {name}"):
+    with pytest.warns(ExtractionWarning, match=f"1 tensors differ otherwise than by a rotation.*: {name}"):
         found = oftsurgery.extract_checkpoint(checkpoints / "BASE", tmp_path / "changed")
     assert found.unexplained == (name,)
     del tensors["encoder.layer.0.output.dense.weight"]
@@ -529,7 +533,7 @@ def test_memory_goes_with_the_largest_weight_not_with_the_model(tmp_path: Path) 
         tensors = {f"layers.{i}.weight": torch.randn(size, size) for i in range(layers)}
         save_file(tensors, base / "model.safetensors")
         turns = OFTAdapter({f"layers.{i}": rotation(size, 32, 0.1, i) for i in range(layers)})
-        oftsurgery.fold_checkpoint(base, turns, tmp_path / f"merged {layers}")
+        oftsurgery.fold_checkpoint(base, turns, tmp_path / f"merged {layers}", trained_on="plain")
         del tensors
         command = [sys.executable, "-c", MEASURE, base, tmp_path / f"merged {layers}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

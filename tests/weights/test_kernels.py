@@ -414,7 +414,7 @@ def test_unknown_and_missing_backends_are_refused():
     with (
         pytest.raises(
             StateError,
-            match=r"unknown backend 'cuda'.* Remedy: OFTSURGERY_BACKEND: auto, numba, triton, tiled, reference",
+            match=r"unknown backend 'cuda'.* Remedy: use for OFTSURGERY_BACKEND one of auto, numba, triton, tiled, reference",
         ),
         kernels.use_backend("cuda"),
     ):

@@ -334,12 +334,10 @@ def new_adapter(part: str, rows: Tensor, dense: Tensor, **config: Any) -> tuple[
 
 
 def of_case(variant: str, amplitude: float, b: int) -> tuple[Rotation, Live, tuple[int, int]]:
-    """The generators of the old dialects are (A - Aᵀ)/2."""
-    old = VARIANTS[variant][0] in ("peft-0.13", "peft-0.15")
     shape = (256, 256)
     if variant == "0.13 output side":  # r = 4
         shape = (4 * b, 65536 // (4 * b))
-    case = make_case(variant, shape[1], shape[0], size=amplitude * 2**0.5 if old else amplitude, b=b)
+    case = make_case(variant, shape[1], shape[0], size=amplitude, b=b)
     return case.adapter.modules["layer"], case.live_weight, shape
 
 

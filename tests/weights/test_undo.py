@@ -261,7 +261,9 @@ def test_tied_weights_are_one_again(target: str, tmp_path: Path) -> None:
     assert contents(back) == contents(model)
     assert (tmp_path / "u").stat().st_size < 2500  # the other one holds the values still
     folded.lm_head.weight = nn.Parameter(folded.lm_head.weight * 2)
-    with pytest.raises(IntegrityError, match="the weight, or the one that it was tied to, was changed since the fold"):
+    with pytest.raises(
+        IntegrityError, match="the weight, or a weight that was tied to this weight, has changed since the fold"
+    ):
         oftsurgery.unfold(folded, undo=tmp_path / "u")
 
 
@@ -620,10 +622,10 @@ def test_what_is_no_record(folded: Any, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "foreign")
     (tmp_path / "new").write_bytes(rewritten((tmp_path / "u").read_bytes(), lambda m: None, version="2"))
     for path, message in (
-        (tmp_path / "none", "no such file"),
-        (tmp_path, "an undo record is a plain file"),
-        (tmp_path / "foreign", "a safetensors file, but no undo record"),
-        (tmp_path / "new", "an undo record of version 2; this oftsurgery reads 1"),
+        (tmp_path / "none", "the file does not exist"),
+        (tmp_path, "the path is not a plain file"),
+        (tmp_path / "foreign", "the file is safetensors, but no undo record"),
+        (tmp_path / "new", "the undo record has version 2; this oftsurgery reads version 1"),
     ):
         with pytest.raises(UndoError, match=message):
             oftsurgery.unfold(folded, undo=path)
@@ -638,7 +640,7 @@ def test_another_model(folded: Any, real_weight: Tensor, tmp_path: Path) -> None
     with pytest.raises(IntegrityError, match="not the one that this record's fold left") as caught:
         oftsurgery.unfold(plain, undo=tmp_path / "u")
     assert "module '0'" in str(caught.value)
-    assert "take out later folds first, the last one first; or unfold with base=…" in str(caught.value)
+    assert "take out later folds first, beginning with the last; or unfold with base=…" in str(caught.value)
     with pytest.raises(MatchError, match="the model lacks 1 of the tensors that the undo record restores"):
         oftsurgery.unfold(nn.Sequential(plain[0]), undo=tmp_path / "u")
     # one code of one weight
@@ -653,9 +655,9 @@ def test_another_model(folded: Any, real_weight: Tensor, tmp_path: Path) -> None
 
 def test_a_fold_under_another(folded: Any, stacks: Mapping[int, list[OFTAdapter]], tmp_path: Path) -> None:
     twice = fold(folded, stacks[32][2], undo=tmp_path / "second")
-    with pytest.raises(StateError, match=r"the record's fold \(of mine\) is not the last one: 1 later ones lie on top"):
+    with pytest.raises(StateError, match=r"the undo record's fold \(of mine\) is not the last fold: 1 later folds"):
         oftsurgery.unfold(twice, undo=tmp_path / "u")
-    with pytest.raises(StateError, match="the undo record is of another fold"):
+    with pytest.raises(StateError, match="the undo record is of a fold of"):
         oftsurgery.unfold(folded, undo=tmp_path / "second")
     del twice.oftsurgery  # saved and loaded by somebody else
     with pytest.raises(IntegrityError, match="another fold or another change lies on top"):
@@ -667,10 +669,10 @@ def test_a_fold_under_another(folded: Any, stacks: Mapping[int, list[OFTAdapter]
 
 def test_nothing_is_written_over(folded: Any, stacks: Mapping[int, list[OFTAdapter]], tmp_path: Path) -> None:
     whole = (tmp_path / "u").read_bytes()
-    with pytest.raises(StateError, match="something is there already, and undo records are not overwritten"):
+    with pytest.raises(StateError, match="exists already, and undo records are not overwritten"):
         oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "u")
-    with pytest.raises(StateError, match="the folder for the undo record does not exist"):
-        oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "none" / "u")
+    with pytest.raises(StateError, match="a file is in the place of a folder"):
+        oftsurgery.fold(folded, stacks[32][0], undo=tmp_path / "u" / "u")
     assert (tmp_path / "u").read_bytes() == whole
 
 

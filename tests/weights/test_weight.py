@@ -169,7 +169,9 @@ def test_a_scale_and_an_output_side_do_not_commute_and_are_refused_in_one_chain(
     scaled = Rotation(generator(64, 16), scale=torch.ones(48))
     left = Rotation(generator(48, 8), side="output")
     for chain in ([scaled, left], [left, scaled]):
-        with pytest.raises(MatchError, match=r"one chain holds an oft_s .* Remedy: fold them one after the other"):
+        with pytest.raises(
+            MatchError, match=r"one chain holds an oft_s .* Remedy: fold the adapters one after the other"
+        ):
             fold_weight(normal(48, 64), chain)
 
 

@@ -1,21 +1,22 @@
-"""The fast paths behind :mod:`oftsurgery.weights.fold`, and which of them serves.
+"""The fast paths behind :mod:`oftsurgery.weights.fold`, and the choice between them.
 
 =============  ==================================================================================================================
 ``numba``      one fused pass on the CPU's threads: dense, NF4, FP4 and int8
 ``triton``     the same in one kernel on CUDA
 ``tiled``      the reference's own functions on a few rows at a time, on any device, without temporaries of the weight's size
-``reference``  the readable one: decode, rotate, encode
+``reference``  the readable path: decode, rotate, encode
 =============  ==================================================================================================================
 
-The fastest that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces one; what
-it does not take goes to those below it. All give the reference's result; where the rotation's sums, taken in another
-order, round to the other side of a midpoint, a code may differ by one.
+The fastest path that takes a weight is used. ``OFTSURGERY_BACKEND=<name>``, or :func:`use_backend` in code, forces a
+path; a weight that it does not take goes to the paths below. All paths give the reference's result, but a code may differ
+by one if the rotation's sums, taken in another order, round to the other side of a midpoint.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.notices import COMPILING, notice
 
 from .blockwise import FoldedWeight
 from .pool import start
@@ -44,11 +46,13 @@ T = TypeVar("T")
 
 _NAMES = ("numba", "triton", "tiled", "reference")
 _VARIABLE = "OFTSURGERY_BACKEND"
-#: beyond it a matrix product is faster than the fused kernels
+#: for larger blocks a matrix product is faster than the fused kernels
 _MAX_BLOCK = 512
 _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
-#: why a fast path is not to be used (again) in this process
+#: fast path → the reason why this process does not use it (again)
 _broken: dict[str, str] = {}
+#: the notices that this process has given
+_noted: set[str] = set()
 
 
 def backends() -> dict[str, str]:
@@ -91,11 +95,13 @@ def _choice() -> str | None:
     if name == "auto":
         return None
     if name not in _NAMES:
-        raise StateError(f"unknown backend {printable(name)!r}", remedy=f"{_VARIABLE}: auto, {', '.join(_NAMES)}")
+        known = ", ".join(("auto", *_NAMES))
+        raise StateError(f"unknown backend {printable(name)!r}", remedy=f"use for {_VARIABLE} one of {known}")
     problem = _missing(name)
     if problem:
         raise MissingDependencyError(
-            f"the backend {name} is forced, and cannot serve: {problem}", remedy=f"unset {_VARIABLE}"
+            f"the backend {name} is forced, and cannot serve: {problem}",
+            remedy=f"unset {_VARIABLE}, or leave out use_backend",
         )
     return name
 
@@ -120,13 +126,13 @@ def _installed(name: str) -> bool:
 def fold(
     encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
 ) -> FoldedWeight | None:
-    """The folded weight; None where the reference is to.
+    """The folded weight; None for a weight that the reference must fold.
 
     Args:
         order: the rotations in the order in which they touch the weight.
-        into: the format to store it in.
-        inverse: unfold.
-        rounding: as for :func:`oftsurgery.fold`, of those that have a part in ``into``.
+        into: the format in which the weight is stored.
+        inverse: take the rotations out.
+        rounding: as for :func:`oftsurgery.fold`, and known to ``into``.
 
     Raises:
         OFTSurgeryError: as the reference does.
@@ -156,23 +162,45 @@ def fold(
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
-    """What ``use`` gets from the driver of a fast path; None where there is none, or it fails."""
+    """The result of ``use`` with the driver of a fast path; None if there is no driver, or the driver fails."""
     problem = _problem(name)
     if problem is not None:
         if name not in _broken:
             _give_up(name, problem)
         return None
     try:
-        return use(import_module(".fold_cpu" if name == "numba" else ".fold_gpu", __name__))
+        return use(_driver(name))
     except OFTSurgeryError:
         raise
-    except Exception as error:  # a compiler's errors are of any class; the slower path has the same result
+    except Exception as error:  # a compiler may raise any error; the slower path has the same result
         _give_up(name, f"{type(error).__name__}: {printable(str(error))}")
         return None
 
 
+def _driver(name: str) -> ModuleType:
+    """The driver of a fast path. The first import compiles the CPU's kernels, unless numba's cache has them."""
+    if name != "numba":
+        return import_module(".fold_gpu", __name__)
+    if f"{__name__}.fold_cpu" in sys.modules:
+        return import_module(".fold_cpu", __name__)
+    import numba  # noqa: F401 - its parts import each other in this order alone
+    from numba.core import event
+
+    class Compiling(event.Listener):  # type: ignore[misc]
+        def on_start(self, _: object) -> None:
+            if COMPILING not in _noted:
+                _noted.add(COMPILING)
+                notice(COMPILING)
+
+        def on_end(self, _: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Compiling()):
+        return import_module(".fold_cpu", __name__)
+
+
 def _give_up(name: str, problem: str) -> None:
-    """Not again in this process, and said once."""
+    """Do not use a fast path again in this process, and warn once."""
     _broken[name] = problem
     warnings.warn(
         f"the fast path {name} cannot serve ({problem}); folds go on without it, slower, with the same result",
@@ -185,7 +213,7 @@ def _give_up(name: str, problem: str) -> None:
 
 
 def measure(rotation: Rotation) -> tuple[float, float]:
-    """``(rotation.defect, rotation.angle)``, without all of the eigenvalues where the largest decides."""
+    """``(rotation.defect, rotation.angle)``, from the largest eigenvalue alone if that decides."""
     series = _series(rotation.cayley)
     theta = _by_kernel(
         rotation, lambda driver, wide, _: driver.largest_angle(rotation.generator, rotation.block_size, wide)
@@ -194,8 +222,7 @@ def measure(rotation: Rotation) -> tuple[float, float]:
         return rotation.defect, rotation.angle
     if rotation.cayley.exact:
         return 0.0, 2 * math.atan(theta)
-    # the series at the eigenvalues iθ: where both figures are largest at the end of [0, θmax], no other eigenvalue
-    # matters
+    # the series at the eigenvalues iθ: if both figures are largest at the end of [0, θmax], no other eigenvalue matters
     power, weight = series
     x = 1j * np.linspace(0, theta, 129)
     values = np.full_like(x, weight)
@@ -221,16 +248,16 @@ def _series(cayley: Cayley) -> tuple[int, float] | None:
 
 
 def _wide(b: int, n: int) -> int:
-    """The size of the blocks that the kernels work on: a multiple of b and 16 that n blocks make up; 0 where there is
-    none of reasonable size.
+    """The size of the blocks that the kernels work on: a multiple of b and 16 into which n blocks fit; 0 if no such size
+    is small enough.
     """
     wide = math.lcm(b, 16)
     return wide if wide <= _MAX_BLOCK and (n == 1 or n * b % wide == 0) else 0
 
 
 def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, int, tuple[int, float]], T | None]) -> T | None:
-    """What ``use`` gets for a rotation's blocks from the CPU's driver, told their width and series; None where it does not
-    serve.
+    """The result of ``use`` with the CPU's driver, the width of a rotation's blocks and their series; None if the driver
+    does not serve.
     """
     wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
     on_cpu = rotation.generator.device.type == "cpu"
@@ -251,7 +278,7 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
     """``M: (n, b, b)`` float32 and ``s: (out,)`` or None, such that ``s · (W · blockdiag(M))`` is the folded weight; b
     a multiple of 16.
 
-    None where a rotation is of the rows themselves, or its blocks do not come together in reasonable ones.
+    None if a rotation turns the rows themselves, or if its blocks have no common size that is small enough.
     """
     b = math.lcm(16, *(r.block_size for r in order))
     if not order or b > _MAX_BLOCK or features % b or any(r.side == "output" for r in order):
@@ -292,10 +319,10 @@ def _single_blocks(rotation: Rotation, wide: int, *, inverse: bool) -> Tensor | 
 
 
 def _single(matrices: Tensor) -> Tensor:
-    """As contiguous float32. By numpy on the CPU: torch would wake all its threads for this little, and wait for them
-    where others compute.
+    """``matrices`` as contiguous float32. On the CPU numpy converts them: torch would wake all its threads for this little
+    work, and wait for them while other threads compute.
     """
     if matrices.device.type != "cpu":
         return matrices.to(torch.float32).contiguous()
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused with the weight
+    with np.errstate(over="ignore"):  # a value that overflows becomes infinite, and the weight is refused
         return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))

@@ -1,5 +1,5 @@
-"""What the drivers of the kernels share: the course of a fold and what it costs, tables of levels, room for the new codes
-and scales, and the end of double quantisation.
+"""Code that the drivers of the kernels share: the course and the cost of a fold, tables of levels, memory for the new
+codes and scales, and the end of double quantisation.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.levels import LEVELS, levels_of, sorted_levels
 from oftsurgery.weights import preserve
 
-#: bits of infinity: of |value| as integers, from here on not finite
+#: bits of infinity: a value is not finite if the integer bits of |value| are not below this
 NOT_FINITE = 0x7F800000
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedWeight:
-    """A folded (or unfolded) weight and what storing it cost.
+    """A folded (or unfolded) weight, and the cost of storing it.
 
     Attributes:
-        encoded: the new weight, in the format of the old one.
-        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), exact being the rotated weight before it was stored; 0 for
+        encoded: the new weight.
+        error: ``‖stored - exact‖ / ‖exact‖`` (Frobenius), where exact is the rotated weight before the storing; 0 for
             float32.
-        backend: what computed it, a key of :func:`oftsurgery.backends`.
-        rounding: how it was rounded: ``"nearest"`` where another one has no part in the format.
-        nearest: what ``error`` is with plain rounding; None where that was not measured.
-        rho: ``‖stored - exact‖ / ‖exact - base‖``, base being the weight before it was rotated; None where the rotation
+        backend: the backend that computed the weight, a key of :func:`oftsurgery.backends`.
+        rounding: the rounding of the weight: ``"nearest"`` if the format does not know the rounding that was asked for.
+        nearest: the ``error`` with plain rounding; None if it was not measured.
+        rho: ``‖stored - exact‖ / ‖exact - base‖``, where base is the weight before the rotation; None if the rotation
             changed nothing.
-        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, how much of the change is there; None likewise.
-        change: ``‖exact - base‖``; None where it was not measured.
-        relaxation: the factor by which the change was over-relaxed before it was rounded.
+        kept: ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``, the part of the change that is kept; None as for rho.
+        change: ``‖exact - base‖``; None if it was not measured.
+        relaxation: the factor by which the change was over-relaxed before the rounding.
         output_error, output_nearest, output_kept, uncalibrated: as in :class:`~oftsurgery.ModuleRecord`.
     """
 
@@ -59,13 +59,13 @@ class FoldedWeight:
 
     @property
     def kept_scales(self) -> float | None:
-        """The relaxation, where the weight has the scales that it had before; else None."""
+        """The relaxation, if the weight has kept its scales; else None."""
         return self.relaxation if self.rounding == "preserve" else None
 
 
 @dataclass
 class Sums:
-    """What a pass over a weight sums up: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
+    """The sums of a pass over a weight: ``Σ exact²``, ``Σ (stored - exact)²``, the same with plain rounding (None: not
     measured), ``Σ (exact - base)²`` and ``Σ (stored - exact) (exact - base)``.
     """
 
@@ -76,9 +76,8 @@ class Sums:
     held: float = 0.0
 
     def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
-        """``stored``, and what it cost."""
-        # quantised weights are compared in units of their scale, which rounds itself: below that there is no error to
-        # speak of
+        """``stored`` with its cost."""
+        # quantised weights are compared in units of their scale, which has a rounding error: a smaller error counts as 0
         least = self.norm * 2**-44 if stored.format.quantised else 0.0
         error, nearest = (None if e is None else 0.0 if e < least else max(0.0, e) for e in (self.error, self.nearest))
         assert error is not None  # noqa: S101 - only plain rounding may be unmeasured
@@ -101,12 +100,12 @@ class Sums:
 
 @dataclass(eq=False)
 class Fold(ABC):
-    """One fold of a weight, by a path that goes over it in passes.
+    """One fold of a weight, by a path that goes over the weight in passes.
 
     Attributes:
         encoded: the weight.
-        into: the format to store it in.
-        finite: whether all that was met so far is.
+        into: the format in which the weight is stored.
+        finite: whether all values so far are finite.
     """
 
     encoded: EncodedWeight
@@ -114,7 +113,7 @@ class Fold(ABC):
     finite: bool = field(default=True, init=False)
 
     def run(self, rounding: str) -> FoldedWeight | None:
-        """The folded weight; None where NaN or infinity came up."""
+        """The folded weight; None if NaN or infinity came up."""
         if rounding == "preserve":
             kept = self.keep() if preserve.applies(self.encoded.format, self.into) else None
             if kept is not None or not self.finite:
@@ -124,19 +123,19 @@ class Fold(ABC):
 
     @abstractmethod
     def keep(self) -> FoldedWeight | None:
-        """The base's own scales, and the change over-relaxed: see :mod:`oftsurgery.weights.preserve`. None where most blocks are
-        strong, or the base's statistics do not hold what the strong ones need.
+        """The weight with the base's own scales and an over-relaxed change, see :mod:`oftsurgery.weights.preserve`. None if most
+        blocks are strong, or if the base's statistics do not hold the scales that strong blocks need.
         """
 
     @abstractmethod
     def round(self, rounding: str) -> FoldedWeight | None:
-        """Every block scaled by its own values."""
+        """The weight with every block scaled by its own values."""
 
 
 @cache
 def tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What kernels look 4-bit codes up in: levels by code, sorted levels, bounds between them (the last one twice), codes of
-    the sorted levels; (16,) each. Zeros for the other formats.
+    """The tables of 4-bit codes for kernels: levels by code, sorted levels, bounds between them (the last bound twice), and
+    codes of the sorted levels; (16,) each. They are zeros for the other formats.
     """
     if codec not in LEVELS:
         unused = torch.zeros(16, dtype=torch.float32, device=device)
@@ -146,11 +145,11 @@ def tables(codec: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def allocate(into: WeightFormat, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Room for the new codes, their scales, and with double quantisation three moments a block."""
+    """Memory for the new codes, their scales, and with double quantisation three moments per block."""
     layout, kind = into.kind.layout(into.single), into.kind
 
     def room(dtype: torch.dtype, *shape: int) -> Tensor:
-        # both named: the caller may have set defaults of their own
+        # dtype and device are named, because the caller may have set other defaults
         return _large_pages(torch.empty(shape, dtype=dtype, device=device))
 
     dtype, shape = layout["weight"]
@@ -169,21 +168,21 @@ def _madvise() -> Any:
 
 
 def _large_pages(tensor: Tensor) -> Tensor:
-    """Ask for large pages under a tensor of the CPU that is about to be filled: the first touch of each page costs more
-    than the fold of what is in it.
+    """Ask for large pages under a CPU tensor that is about to be filled: the first touch of a small page costs more than
+    the fold of its values.
     """
     start = -(-tensor.data_ptr() // _PAGE) * _PAGE if tensor.device.type == "cpu" else 0
     length = (tensor.data_ptr() + tensor.nbytes - start) // _PAGE * _PAGE
     if start and length > 0 and _madvise() is not None:
-        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # refused, it changes nothing
+        _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a refusal changes nothing
     return tensor
 
 
 def nested_error(
     into: WeightFormat, scales: Tensor, statistics: dict[str, Tensor], moments: Tensor
 ) -> tuple[float, float]:
-    """What double quantisation of the absmax ``scales`` adds to ``Σ (stored - exact)²`` and to ``Σ (stored - exact)
-    (exact - base)`` of codes that were chosen without.
+    """The amounts that double quantisation of the absmax ``scales`` adds to ``Σ (stored - exact)²`` and to ``Σ (stored -
+    exact) (exact - base)``, for codes that were chosen before.
     """
     # stored - exact = A'c - As = A(c - s) + δc, with δ = A' - A; the kernel has summed the first part
     seen = EncodedWeight(into, statistics).scales

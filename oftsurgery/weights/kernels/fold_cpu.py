@@ -21,7 +21,7 @@ from .cpu import layout, processor, tables
 from .cpu.compiled import kernel
 from .pool import run
 
-#: of block matrices that stay in the second-level cache while rows pass by
+#: bytes of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
 _CHUNK_WEIGHTS = 1 << 19
 _MAX_SCRATCH = 48 << 20
@@ -50,7 +50,7 @@ class _Side:
 
     kind: int
     blocksize: int = 1
-    flat: bool = False  # 4-bit blocks straddle rows
+    flat: bool = False  # whether 4-bit blocks straddle rows
 
 
 def _side(f: WeightFormat) -> _Side | None:
@@ -76,7 +76,7 @@ class _Tiles:
 
 
 def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | None:
-    """How the weight is cut; None where its blocks make the scratch too large."""
+    """The tiles of a weight; None if its blocks make the scratch too large."""
     rows, features = shape
     whole = old.flat or new.flat or new.kind == layout.INT8
     inner = math.lcm(b, 1 if old.flat else old.blocksize)
@@ -90,8 +90,8 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     pad = layout.LANES  # rows at a power of two from each other would share their lines of the cache
     x_stride = 4 * (columns if old.flat or new.flat else columns + pad)
     y_stride = 4 * (columns if new.flat else columns + pad)
-    # not a matter of the threads: sums are added tile by tile, and the recorded error is to be the same on any number
-    # of them
+    # the step does not depend on the threads: sums are added tile by tile, and the recorded error must be the same for any
+    # number of threads
     row_step = max(1, min(_CHUNK_WEIGHTS // columns, -(-rows // 8)) // group) * group
     tiles = _Tiles(group, row_step, columns, x_stride, y_stride)
     return tiles if tiles.scratch <= _MAX_SCRATCH else None
@@ -100,17 +100,17 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
 def fold(
     encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> blockwise.FoldedWeight | None:
-    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and what that cost.
+    """``scale · (W · blockdiag(matrices))`` stored as ``into``, and the cost of storing it.
 
     Args:
-        encoded: on the CPU.
-        matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for one that all blocks share.
+        encoded: a weight on the CPU.
+        matrices: ``(n, b, b)`` float32, or ``(1, b, b)`` for a matrix that all blocks share.
         scale: ``(out,)`` or None.
         rounding: as for :func:`oftsurgery.weights.kernels.fold`.
 
     Returns:
-        None where the kernel does not take these shapes or formats, or met NaN or infinity: the reference has the
-        answer, or the error.
+        the weight; None if the kernel does not take these shapes or formats, or met NaN or infinity: the reference then
+        gives the answer, or the error.
     """
     f = encoded.format
     old, new = _side(f), _side(into)
@@ -294,7 +294,7 @@ class _Fold(blockwise.Fold):
                 return None
             nearest = first.error + quantise_scales(plain, self.into, room["moments"])[1]
             statistics = quantise_scales(scales, self.into, seen=seen)[0]
-            # codes for the scales that the reader will see
+            # codes for the scales that a reader will see
             after, _ = self._over_all(result, f"given_{self.by}", new_scales=seen)
         if not self.finite:
             return None
@@ -447,7 +447,7 @@ def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
 
 _SOLVE_TOLERANCE = 1e-10
 _LANCZOS_STEPS = 160
-#: the size of blocks up to which two products are cheaper than to look for the largest angle
+#: the size of blocks up to which two products are cheaper than a search for the largest angle
 _BOUNDED = 32
 #: work that is worth a task of its own, in multiplications
 _TASK_PRODUCTS = 1 << 19
@@ -460,11 +460,11 @@ def blocks(
     shared one).
 
     Args:
-        power: 0 for the exact Cayley map, else of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
+        power: 0 for the exact Cayley map, else the power of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
         dtype: float64, or float32, each transposed where ``turned``.
 
     Returns:
-        None where the solve is not right.
+        the blocks; None if the solve is not right.
     """
     v, parts, count = _parted(generator, b, wide)
     out, residuals, last = np.empty((count, wide, wide), dtype), np.zeros(len(parts)), np.array([weight])
@@ -479,7 +479,7 @@ def blocks(
 
 
 def largest_angle(generator: Tensor, b: int, wide: int) -> float:
-    """The largest θ with ±iθ an eigenvalue of a generator's block."""
+    """The largest θ for which ±iθ is an eigenvalue of a generator's block."""
     v, _, count = _parted(generator, b, wide)
     steps, best = min(wide, _LANCZOS_STEPS), np.zeros(1)
     bounds = np.empty(count) if count > 1 and wide <= _BOUNDED else None
@@ -489,7 +489,7 @@ def largest_angle(generator: Tensor, b: int, wide: int) -> float:
 
 
 def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:
-    """A generator's rows in float64, the ranges of its blocks of ``wide`` that are a task each, and their number."""
+    """A generator's rows in float64, the ranges of its blocks of ``wide`` (one task each), and the number of blocks."""
     v = generator.detach().contiguous()
     rows = (v if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32)).numpy().astype(np.float64)
     count = max(1, len(rows) * b // wide)

@@ -14,15 +14,15 @@ from oftsurgery.weights import preserve
 
 from . import blockwise, gpu, tiled
 
-#: columns a program
+#: the largest number of columns of a program
 _MAX_BLOCK = 256
 
 
 def fold(
     encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: Tensor | None, rounding: str
 ) -> blockwise.FoldedWeight | None:
-    """As :func:`oftsurgery.weights.kernels.fold_cpu.fold`, on the weight's own device; None too where scales other than absmax
-    are to be found.
+    """As :func:`oftsurgery.weights.kernels.fold_cpu.fold`, on the weight's own device; also None if scales other than absmax
+    must be found.
     """
     f = encoded.format
     kind, new_kind = (getattr(gpu, side.kind.kernel_name(side), None) for side in (f, into))
@@ -100,7 +100,7 @@ def _steps(encoded: EncodedWeight, into: WeightFormat, matrices: Tensor, scale: 
 
 
 def _any_strong(moments: Tensor, scales: Tensor, into: WeightFormat) -> bool:
-    """Whether :func:`oftsurgery.weights.preserve.is_strong` holds of any block; the kernel takes an int8 row in parts."""
+    """Whether :func:`oftsurgery.weights.preserve.is_strong` holds for any block; the kernel takes an int8 row in parts."""
     square, most = preserve.limits(into)
     moved, largest = moments.reshape(scales.numel(), -1, 2).unbind(-1)
     strong = moved.sum(-1) > square * into.block * scales.square()

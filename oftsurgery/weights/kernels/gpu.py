@@ -1,8 +1,8 @@
 """The fused kernel for CUDA, in Triton: decode → rotate → scale → absmax → encode → pack for one tile.
 
 A program takes some rows of one block of columns that holds whole rotations and whole 4-bit blocks, so only codes and
-statistics touch memory. Int8 needs a row's absmax first, hence two passes, but for the base's own scales one. On the CPU
-it runs in Triton's interpreter (``TRITON_INTERPRET=1``), which tests it.
+statistics touch memory. Int8 needs a row's absmax first, hence two passes, but one pass for the base's own scales. On the
+CPU the kernel runs in Triton's interpreter (``TRITON_INTERPRET=1``), which the tests use.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _rotated(
     codes, scales, levels, matrices, factors, row, column, features, inside,
     KIND: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, B) float32."""
+    """The rotated values, (ROWS, B) float32."""
     lanes = tl.arange(0, B)
     total = tl.zeros((ROWS, B), dtype=tl.float32)
     at = matrices if SHARED else matrices + (column // B) * B * B
@@ -60,14 +60,14 @@ def fold_tile(
     """``sums``: (programs, 4) float64, Σ exact², Σ (stored - exact)², Σ (exact - base)² and Σ (stored - exact) (exact -
     base); ``top``: integer bits of the largest \\|value\\|. ``NEW_SIZE`` is B but for 4-bit.
 
-    Int8's ``new_scales`` are integer bits: with MEASURE the rows' absmax goes there; without, it is there. With KEEP,
-    ``new_scales`` are the base's own and the change is multiplied by ``relaxation``; ``moments`` takes what tells the
-    strong blocks, Σ (exact - base)² and the largest \\|exact\\| of NEW_SIZE values each.
+    Int8's ``new_scales`` are integer bits: a pass with MEASURE writes the rows' absmax there, a pass without reads it.
+    With KEEP, ``new_scales`` are the base's own and the change is multiplied by ``relaxation``; ``moments`` gets Σ (exact -
+    base)² and the largest \\|exact\\| of each NEW_SIZE values, which show the strong blocks.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * B
     inside = row < rows
-    # rows outside are zeros, and stay so
+    # rows outside are zeros, and stay zeros
     y = _rotated(
         codes, scales, levels, matrices, factors, row, column, features, inside, KIND, SIZE, B, ROWS, STEP, SHARED, SCALED
     )  # fmt: skip
@@ -126,7 +126,7 @@ def fold_tile(
             divisor = tl.broadcast_to(tl.where(scb > 0, scb, 1.0)[:, None], (ROWS, B))
             # where 127/scb overflows, divide first
             s = tl.where((factor < float("inf"))[:, None], target * factor[:, None], tl.div_rn(target, divisor) * 127.0)
-            # rounds to even: there are no bits left for a fraction
+            # the sum rounds to even, because no bits are left for a fraction
             whole = tl.where(
                 tl.abs(s) < 127.5, (s + 12582912.0) - 12582912.0, tl.where(s > 0, 127.0, tl.where(s < 0, -127.0, 0.0))
             )

@@ -1,4 +1,4 @@
-"""The CPU's threads: a few tasks side by side, on as many threads as torch uses."""
+"""A pool of the CPU's threads: it runs tasks side by side, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def threads() -> int:
-    """Threads that a fold uses: torch's own number, at most one a processor that this process may run on."""
+    """The number of threads of a fold: torch's own number, at most one per processor that this process may run on."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), processors))
 
@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run(task: Callable[[int], None], count: int) -> None:
-    """``task(0) … task(count - 1)``, on :func:`threads` threads with this one; the first error is raised."""
+    """Run ``task(0) … task(count - 1)`` on :func:`threads` threads, this thread included; the first error is raised."""
     workers = min(threads(), count)
     left = itertools.count()
 
@@ -43,16 +43,16 @@ def run(task: Callable[[int], None], count: int) -> None:
     try:
         work()
     finally:
-        for _ in range(count if others else 0):  # after an error: nothing more is begun
+        for _ in range(count if others else 0):  # after an error no more tasks are begun
             next(left)
         for other in others:
-            if not other.cancel():  # one that has not begun would only find that nothing is left
+            if not other.cancel():  # a worker that has not begun would only find that no task is left
                 other.result()
 
 
 def start(work: Callable[[], T]) -> Callable[[], T]:
-    """Begin ``work`` on another thread, in this one's context. Returns a function that gives its result, or raises its
-    error; what no thread has begun by then is done there.
+    """Begin ``work`` on another thread, in this thread's context. Returns a function that gives the result of ``work``, or
+    raises its error; if no thread has begun ``work`` by then, that function does the work.
     """
     if threads() == 1:
         return work

@@ -1,5 +1,5 @@
-"""The tiled path: the reference's own functions on a few rows at a time, on any device, for what the fused kernels do
-not take.
+"""The tiled path: the reference's own functions on a few rows at a time, on any device, for weights that the fused kernels
+do not take.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def fold(
         rounding, inverse: as for :func:`oftsurgery.weights.kernels.fold`.
 
     Returns:
-        None for a weight of one tile, for blocks that would make tiles too large, and where NaN or infinity came up:
-        the reference has the answer, or the error.
+        the weight; None for a weight of one tile, for blocks that would make tiles too large, and after NaN or infinity:
+        the reference then gives the answer, or the error.
     """
     rows, features = encoded.format.shape
     chain = [r for r, _ in ordered]
@@ -136,7 +136,7 @@ class _Fold(Fold):
         codes = new.pop("weight")
         statistics = kind.statistics(new[kind.scales_name], into) if into.quantised else {}
         if into.nested_blocksize:
-            # for the statistics that the reader will see: the error, and with the best scales the codes
+            # the error, and with the best scales the codes, are those for the statistics that a reader will see
             seen = EncodedWeight(into, statistics).scales
             plain_seen = EncodedWeight(into, kind.statistics(torch.cat(plain), into)).scales if best else None
             for start, stop in self._tiles():
@@ -145,7 +145,9 @@ class _Fold(Fold):
         return self.sums.folded(kind.assemble(into, codes, statistics), rounding)
 
     def _nested(self, codes: Tensor, seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> float:
-        """The rows' codes and error with double quantisation's scales; the squared error of plain rounding, with its."""
+        """Compute the rows' codes and error with double quantisation's scales. Returns the squared error of plain rounding
+        with the scales of plain rounding.
+        """
         base, weight = self.exact(start, stop)
         form = self._form(weight)
         kind, nearest = form.kind, 0.0
@@ -166,7 +168,7 @@ def rows_of(encoded: EncodedWeight, start: int, stop: int) -> EncodedWeight:
 
 
 def _place(new: dict[str, Tensor], part: EncodedWeight, start: int, rows: int) -> None:
-    """Put the tensors of some rows, from row ``start`` on, into those of ``rows``, but for those that all weights share."""
+    """Put the tensors of the rows from ``start`` on into the tensors of all ``rows``, without tensors that weights share."""
     features = part.format.shape[1]
     for name, weights in part.format.kind.weights_per_entry(part.format).items():
         tensor = part.tensors[name]

@@ -243,7 +243,7 @@ store_one = operation(int32(int64, float32))(emit_store)
 store_double = operation(int32(int64, float64))(emit_store)
 store_byte = operation(int32(int64, int64))(lambda b, address, value: emit_store(b, address, b.trunc(value, BYTE)))
 store_i8 = operation(int32(int64, f32x))(lambda b, address, whole: emit_store(b, address, b.fptosi(whole, BYTES)))
-#: ask for the line at an address, which need not exist
+#: ask for the cache line at an address, which need not exist
 prefetch = operation(int32(int64))(lambda b, address: _prefetch(b, address, 0))
 prefetch_to_write = operation(int32(int64))(lambda b, address: _prefetch(b, address, 1))
 
@@ -257,7 +257,7 @@ def load_f16(b, address):
 
 @operation(f32x(int64, f32x))
 def store_f16(b, address, x):
-    """Stores x; returns what was stored."""
+    """Store x; returns the stored values."""
     if not processor.HAS_F16:
         return x  # never called
     half = b.fptrunc(x, ir.VectorType(ir.HalfType(), LANES))
@@ -267,7 +267,7 @@ def store_f16(b, address, x):
 
 @operation(f32x(int64, f32x))
 def store_bf16(b, address, x):
-    """Stores x rounded to even; returns what was stored. Not for NaN."""
+    """Store x rounded to even; returns the stored values. x must hold no NaN."""
     bits, half = b.bitcast(x, INTS), constant(16, INTS)
     odd = b.and_(b.lshr(bits, half), constant(1, INTS))
     words = b.trunc(b.lshr(b.add(b.add(bits, odd), constant(0x7FFF, INTS)), half), WORDS)

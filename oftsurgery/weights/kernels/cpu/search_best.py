@@ -97,7 +97,7 @@ def chord(a, b, error_a, error_b, power):
 
 @part(float32(float32, float32))
 def _enough(best, power):
-    """The error from which on there is nothing to gain, float32's own aside."""
+    """The error below which no scale can gain more than float32's own rounding."""
     return best * float32(1.0 - 1e-6) - power * float32(1e-8)
 
 
@@ -107,7 +107,7 @@ def _changes(n, low, high, limit, levels, work):
     change its code once at most; better ones go to BEST.
 
     Returns:
-        whether there were few enough of them.
+        whether the number of changes was small enough.
     """
     values, bounds = load(levels + LEVEL), load(levels + BOUND)
     own, factor, other = fill(-low), fill(float32(1.0) / low), fill(float32(1.0) / high)
@@ -171,7 +171,7 @@ def _changes(n, low, high, limit, levels, work):
 
 @part(types.void(int64, *[float32] * 6, int64, int64, int64))
 def _refine(n, low, high, error_low, error_high, power, limit, table, levels, work):
-    """:func:`_changes` of an interval in as many parts as it takes, but for those that cannot hold the least error.
+    """:func:`_changes` of an interval in as many parts as needed, except parts that cannot hold the least error.
     ``low`` may be 0.
     """
     widest = load_one(table + WIDEST)

@@ -13,8 +13,8 @@ from oftsurgery.weights.kernels import blockwise
 
 from . import layout, processor
 
-#: scales, in units of absmax, between which the kernel's search for the best begins: the farther from the usual best,
-#: the farther apart they may be
+#: scales, in units of absmax, between which the kernel's search for the best scale begins: far from the usual best scale
+#: they may be farther apart
 _RATIOS = (
     0.65, 0.72, 0.77, 0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.035, 1.07, 1.11, 1.155, 1.21, 1.275, 1.35, 1.45, 1.58, 1.76, 2.05, 2.5,
     3.3, 5.0, 9.0,
@@ -97,7 +97,7 @@ def search(kind: FourBit, rounding: str) -> np.ndarray:
     rows = table[layout.CELL_ROWS // 4 :].reshape(layout.CELLS, 2, lanes)
     rows[:, 0] = 1e10  # no ratio: an error beyond all others
     for j, ratio in enumerate(ratios):
-        below = np.searchsorted(bounds * ratio, edges)  # each edge
+        below = np.searchsorted(bounds * ratio, edges)  # the number of bounds below each edge
         inside, k = np.diff(below) > 0, below[:-1]
         assert (np.diff(below) < 2).all(), (kind.name, ratio)  # noqa: S101 - of the table above
         # the level on either side of the bound, or the cell's only one

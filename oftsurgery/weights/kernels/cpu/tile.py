@@ -58,8 +58,8 @@ from .layout import (
 
 @part(types.void(*[int64] * 5))
 def _ask(kind, codes, first, count, write):
-    """Have the lines of ``count`` weights from ``first`` on fetched while something else is computed: each row's are on
-    pages of their own, and the processor would not guess them.
+    """Ask for the cache lines of ``count`` weights from ``first`` on, while the kernel computes something else: each row
+    is on pages of its own, which the processor would not guess.
     """
     halves = 1 if kind == FOUR_BIT else 2 if kind == INT8 else 8 if kind == F32 else 4
     for at in range(codes + first * halves // 2, codes + (first + count) * halves // 2, 64):
