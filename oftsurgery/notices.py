@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-#: the notice of a first start: numba's cache keeps what it compiles
+#: the notice of a first start: a cache keeps the compiled kernels
 COMPILING = "compiling kernels, once"
 
 _told: ContextVar[Callable[[str], None] | None] = ContextVar("oftsurgery_notices", default=None)

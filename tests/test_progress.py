@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from functools import partial
+from pathlib import Path
 
 import pytest
-from numba.core import event
 
 from oftsurgery.notices import COMPILING, notice, notices_to
 from oftsurgery.progress import shown, without_bars
-from oftsurgery.weights import kernels
+from oftsurgery.weights.kernels.cpu import compiled
 
 
 def test_the_callers_own_function_is_told_and_nobody_where_none_is_wanted() -> None:
@@ -88,31 +87,26 @@ def test_a_warning_that_is_an_error_does_not_wait_and_recorded_warnings_are_all_
 
 
 def test_a_first_start_says_that_kernels_are_compiled_and_a_later_start_says_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where numba compiles, and not where its cache has the kernels; nobody is told who wants no progress."""
+    """A start that compiles gives the notice once, and a start with a full cache gives none; a task without progress is silent."""
 
-    def imported(compiles: bool, *_: str) -> object:
-        for _ in range(3 * compiles):
-            event.start_event("numba:compile", data={})
-            event.end_event("numba:compile", data={})
-        return sys
-
-    def start(compiles: bool) -> None:
-        monkeypatch.delitem(sys.modules, f"{kernels.__name__}.fold_cpu", raising=False)
-        monkeypatch.setattr(kernels, "import_module", partial(imported, compiles))
-        monkeypatch.setattr(kernels, "_noted", set())
-        assert kernels._driver("numba") is sys
+    def start(cache: str) -> None:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / cache))
+        monkeypatch.setattr(compiled, "_kernels", {})
+        compiled._say_once.cache_clear()
+        for name in ("decode_int8", "decode_dense"):
+            compiled.kernel(name)
 
     with shown(True, "fold"):
-        start(compiles=True)
+        start("one")
     assert capsys.readouterr().err.count(COMPILING) == 1
     with shown(True, "fold"):
-        start(compiles=False)
-    start(compiles=True)
+        start("one")
+    start("two")
     assert COMPILING not in capsys.readouterr().err
     told: list[str] = []
     with notices_to(told.append):
-        start(compiles=True)
+        start("three")
         notice("another")
     assert told == [COMPILING, "another"]

@@ -279,7 +279,7 @@ def bnb_class(obj: object, *names: str) -> bool:
     """Whether ``obj`` is of one of bitsandbytes' classes ``names``, or of a derived class. bitsandbytes is not imported:
     no object can have its classes before another program imports it.
     """
-    return _is_class(type(obj), names)
+    return _is_class(type(obj), names)  # type: ignore[arg-type] # mypy doubts that a class is hashable
 
 
 @cache

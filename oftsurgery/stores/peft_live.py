@@ -26,7 +26,7 @@ from .modules import distinct, inner_model, modules_of, tensors_in
 
 def _peft_class(obj: object, name: str) -> bool:
     """Whether the object is of peft's class ``name``, without an import of peft."""
-    return _is_class(type(obj), name)
+    return _is_class(type(obj), name)  # type: ignore[arg-type] # mypy doubts that a class is hashable
 
 
 @cache

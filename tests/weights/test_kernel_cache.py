@@ -11,7 +11,7 @@ import pytest
 from backends import in_process
 
 from oftsurgery.cli.main import main
-from oftsurgery.weights.kernels.cpu import compiled
+from oftsurgery.weights.kernels.cpu import code_cache, compiled
 
 #: decode a row of int8 by the kernel alone, a small one, and say whether numba was there
 DECODE = """
@@ -37,9 +37,9 @@ def test_a_kernel_is_compiled_once_and_read_without_numba(tmp_path: Path) -> Non
     assert decoded(NUMBA_CACHE_DIR=str(tmp_path)) == "True False"
     assert decoded("sys.modules['numba'] = None", NUMBA_CACHE_DIR=str(tmp_path)) == "True False"
     whole = file.read_bytes()
-    assert compiled.contents_of(whole) is not None
+    assert code_cache.contents_of(whole) is not None
     for damaged in (b"", whole[:-1], whole[:200], whole.replace(b"\x00", b"\x01", 1), b"\n" + whole):
-        assert compiled.contents_of(damaged) is None
+        assert code_cache.contents_of(damaged) is None
     file.write_bytes(whole[:-1])
     assert decoded(NUMBA_CACHE_DIR=str(tmp_path)) == "True True"  # compiled again
     assert file.read_bytes() == whole
@@ -51,7 +51,7 @@ def test_the_user_s_folder_serves_where_the_package_s_cannot(tmp_path: Path) -> 
     nowhere.write_text("")
     before = f"""
 from pathlib import Path
-import oftsurgery.weights.kernels.cpu.compiled as c
+import oftsurgery.weights.kernels.cpu.code_cache as c
 c.BESIDE = Path({str(nowhere)!r}) / "__pycache__"
 """
     environment = {"NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "home")}
@@ -66,7 +66,7 @@ def test_what_an_image_was_built_with_is_read_by_who_cannot_write_there(tmp_path
     assert decoded(NUMBA_CACHE_DIR=str(tmp_path / "built")) == "True True"
     before = f"""
 from pathlib import Path
-import oftsurgery.weights.kernels.cpu.compiled as c
+import oftsurgery.weights.kernels.cpu.code_cache as c
 c.BESIDE = Path({str(tmp_path / "built")!r})
 Path.write_bytes = None  # would fail
 """
@@ -76,14 +76,14 @@ Path.write_bytes = None  # would fail
 
 
 def test_the_key_follows_all_that_the_code_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = compiled.key.__wrapped__
+    key = code_cache.key.__wrapped__
     first = key()
     assert key() == first
     found = {first}
     monkeypatch.setenv("NUMBA_OPT", "1")
     found.add(key())
     monkeypatch.delenv("NUMBA_OPT")
-    monkeypatch.setattr(compiled.processor, "NAME", "another")
+    monkeypatch.setattr(code_cache.processor, "NAME", "another")
     found.add(key())
     monkeypatch.undo()
     with monkeypatch.context() as patch:
@@ -91,7 +91,7 @@ def test_the_key_follows_all_that_the_code_follows(tmp_path: Path, monkeypatch: 
         found.add(key())
     copied = tmp_path / "cpu"
     shutil.copytree(Path(compiled.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(compiled, "SOURCES", copied)
+    monkeypatch.setattr(code_cache, "SOURCES", copied)
     assert key() == first
     (copied / "keep.py").write_text((copied / "keep.py").read_text().replace("0.0", "1.0", 1))
     found.add(key())

@@ -55,8 +55,9 @@ class _Side:
 
 def _side(f: WeightFormat) -> _Side | None:
     kind = getattr(layout, f.kind.kernel_name(f), None)
-    usable = kind is not None and (kind != layout.F16 or processor.HAS_F16)
-    if not usable or f.blocksize % layout.LANES or f.blocksize > layout.MOST_BLOCK:
+    if kind is None or (kind == layout.F16 and not processor.HAS_F16):
+        return None
+    if f.blocksize % layout.LANES or f.blocksize > layout.MOST_BLOCK:
         return None
     return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
 
@@ -262,13 +263,13 @@ class _Fold(blockwise.Fold):
             "moments": None if moments is None else moments.view(3, -1),
             "moment_plane": 4 * len(scales),
         }
-        found = (self._nearest if rounding == "nearest" else self._better)(rounding, result, room)
+        found = self._nearest(result, room) if rounding == "nearest" else self._better(rounding, result, room)
         if found is None:
             return None
         statistics, sums = found
         return sums.folded(into.kind.assemble(into, result, statistics), rounding)
 
-    def _nearest(self, _: str, result: Tensor, room: dict[str, Any]) -> _Stored | None:
+    def _nearest(self, result: Tensor, room: dict[str, Any]) -> _Stored | None:
         """The statistics and sums of plain rounding, its codes in ``result``."""
         names = {layout.FOUR_BIT: f"nearest_{self.by}", layout.INT8: "encode_int8"}
         sums, _ = self._over_all(result, names.get(self.new.kind, "encode_dense"), **room)
@@ -284,12 +285,12 @@ class _Fold(blockwise.Fold):
         scales, find = room["new_scales"], f"{'best' if rounding == 'mse' else 'grid'}_{self.by}"
         room["search"] = tables.search(self.into.kind, rounding)
         if not self.into.nested_blocksize:
-            sums, _ = after, _ = self._over_all(result, find, f"given_{self.by}", **room)
-            statistics, nearest = quantise_scales(scales, self.into)[0], sums.nearest
+            after, search = self._over_all(result, find, f"given_{self.by}", **room)
+            statistics, nearest = quantise_scales(scales, self.into)[0], search.nearest
         else:
             # codes with plain rounding first, which tell its error; others come in their place
             plain, seen = torch.empty_like(scales), torch.empty_like(scales)
-            sums, first = self._over_all(result, f"nearest_{self.by}", find, **room | {"absmax": plain})
+            _, first = self._over_all(result, f"nearest_{self.by}", find, **room | {"absmax": plain})
             if not self.finite:
                 return None
             nearest = first.error + quantise_scales(plain, self.into, room["moments"])[1]
@@ -298,7 +299,7 @@ class _Fold(blockwise.Fold):
             after, _ = self._over_all(result, f"given_{self.by}", new_scales=seen)
         if not self.finite:
             return None
-        return statistics, blockwise.Sums(sums.norm, after.error, nearest, after.change, after.held)
+        return statistics, blockwise.Sums(after.norm, after.error, nearest, after.change, after.held)
 
     def _over_all(self, result: Tensor, encode: str, then: str = "", **more: Any) -> tuple[_Sums, _Sums]:
         """:meth:`_pass` over the whole weight."""
@@ -314,11 +315,11 @@ class _Fold(blockwise.Fold):
             return None
         result, scales, _ = blockwise.allocate(into.single, _CPU)
         kept["numbers"][layout.OVER // 4] = preserve.relaxation_of(steps) - 1
-        encode, room = "encode_int8", {"new_scales": scales, "keeps": 1}
+        encode, room = "encode_int8", dict[str, Any](new_scales=scales, keeps=1)
         if self.new.kind != layout.INT8:
             assert isinstance(into.kind, FourBit)  # noqa: S101 - the kernels know no third
             find, table = kernel(f"grid_{self.by}").address, tables.search(into.kind, "grid")
-            encode, room = f"keep_{self.by}", {"new_scales": scales, "find": find, "search": table}
+            encode, room = f"keep_{self.by}", dict[str, Any](new_scales=scales, find=find, search=table)
         sums, _ = self._over_all(result, encode, **room, **kept)
         if not self.finite or sums.misfits:
             return None
@@ -341,7 +342,7 @@ class _Fold(blockwise.Fold):
             here = self._places(begin, end)
             places += here
             to += [at + 4 * (before * size - begin * features)] * len(here)
-        room = {"planes": planes, "plane": plane, "weights": weights, "new_blocksize": size}
+        room = dict[str, Any](planes=planes, plane=plane, weights=weights, new_blocksize=size)
         sums, _ = self._pass(places, to, "sample", **room, **kept)
         if not self.finite or 2 * sums.strong > len(weights):
             return None
@@ -418,7 +419,7 @@ def _word(value: Any) -> int:
     """A number, or the address of a tensor or an array."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else int(value or 0)  # type: ignore[no-any-return]
+    return value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else int(value or 0)
 
 
 def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
@@ -467,7 +468,8 @@ def blocks(
         the blocks; None if the solve is not right.
     """
     v, parts, count = _parted(generator, b, wide)
-    out, residuals, last = np.empty((count, wide, wide), dtype), np.zeros(len(parts)), np.array([weight])
+    out: np.ndarray = np.empty((count, wide, wide), dtype)
+    residuals, last = np.zeros(len(parts)), np.array([weight])
     to = [_word(out), 0, 0] if dtype is np.float64 else [0, _word(out), turned]
     make, head, series = kernel("rotation_blocks"), [_word(v), len(v), b, wide], [power, _word(last)]
 

@@ -61,6 +61,14 @@ from .layout import (
 )
 
 
+@part(int64(int64, int64))
+def parts_of(count, each):
+    """The number of parts of ``each`` that hold ``count``, the last part may be smaller. A kernel has no ``range`` with a
+    variable step, because such a range can raise an error.
+    """
+    return (count + each - 1) // each
+
+
 @part(types.void(int64, int64, float64))
 def count_up(sums, which, value):
     """Add to one of a pass's sums."""

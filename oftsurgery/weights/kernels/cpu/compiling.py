@@ -1,68 +1,86 @@
-"""Compile a kernel by numba: one module of LLVM for the kernel and all of its parts, which is optimised once."""
+"""Compile a kernel: numba turns the function and its parts into LLVM, and llvmlite turns that into object code.
+
+Only the public functions of both libraries are used. The object code is a C function of 64-bit integers. It needs nothing
+of numba or Python, so a later process can load it without numba.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from inspect import Parameter, Signature
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 from numba import int64, types
-from numba.core import compiler
-from numba.core.compiler_lock import global_compiler_lock
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import typeof_impl
+
+from . import processor
+
+#: functions of C's library that object code may call
+_OF_C = ("sqrt", "memset", "memcpy")
 
 
-def compiled(function: Callable[..., None]) -> tuple[str, int, bytes]:
-    """The symbol, the number of arguments and the object code of a function of integers that gives nothing."""
-    arguments = len(inspect.signature(function).parameters)
-    with global_compiler_lock:
-        typing, target = cpu_target.typing_context, cpu_target.target_context
-        typing.refresh()
-        target.refresh()
-        library = target.codegen().create_library(function.__name__)
-        library.enable_object_caching()
-        symbol = _compile_into(library, function, types.void(*[int64] * arguments)).fndesc.mangled_name
-        for each in library._final_module.functions:
-            if not each.is_declaration and each.name != symbol:
-                each.linkage = "internal"  # of a part that is inlined wherever it is called nothing stays
-        library.finalize()
-        return symbol, arguments, library._get_compiled_object()
+class Part:
+    """A function of fixed types that kernels call. numba compiles a part when the first kernel that names it is compiled.
+
+    Args:
+        signature: numba's types of the arguments and the result.
+        function: a Python function of these types, of which numba's nopython mode knows every operation.
+    """
+
+    def __init__(self, signature: Any, function: Callable[..., Any]) -> None:
+        self._signature, self._function = signature, function
+        self._compiled: Any = None
+
+    def compiled(self) -> Any:
+        """numba's own function, compiled for the signature. Wrappers for Python and C would double the work."""
+        if self._compiled is None:
+            options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+            self._compiled = numba.njit(self._signature, **options)(self._function)
+        return self._compiled
+
+
+@typeof_impl.register(Part)
+def _type_of_part(part: Part, _context: Any) -> Any:
+    """numba asks for the type of each name in the function that numba compiles."""
+    return numba.typeof(part.compiled())
 
 
 def part(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A function of fixed types that is compiled into the kernels which call it, once each.
+    """Decorate a function that kernels call, see :class:`Part`."""
+    return lambda function: Part(signature, function)
 
-    numba's own functions are each a library, which is optimised and turned into machine code for itself, and again in all
-    that call it: several times the work.
+
+def compiled(function: Callable[..., None], symbol: str) -> tuple[int, bytes]:
+    """The number of arguments and the object code of a function of integers that returns nothing.
+
+    Args:
+        symbol: the function's name in the object code.
+
+    Raises:
+        RuntimeError: the function can raise an error, so its code would need Python.
     """
-
-    def define(function: Callable[..., Any]) -> Any:
-        def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-            library = context.active_code_library
-            known = vars(library).setdefault("_oftsurgery_parts", {})
-            if function not in known:
-                known[function] = _compile_into(library, function, signature)
-            return context.call_internal(builder, known[function].fndesc, signature, values)
-
-        def typed(_context: Any, *_arguments: Any) -> Any:
-            return signature, emit
-
-        # an intrinsic's arguments must be named
-        names = ["context", *inspect.signature(function).parameters]
-        typed.__signature__ = Signature([Parameter(n, Parameter.POSITIONAL_OR_KEYWORD) for n in names])  # type: ignore[attr-defined]
-        return intrinsic(typed)
-
-    return define
+    arguments = len(inspect.signature(function).parameters)
+    callback = numba.cfunc(types.void(*[int64] * arguments), nopython=True, error_model="numpy")(function)
+    module = llvm.parse_assembly(callback.inspect_llvm())
+    for each in [*module.functions, *module.global_variables]:
+        if not each.is_declaration and each.name != callback.native_name:
+            each.linkage = "internal"
+    module.get_function(callback.native_name).name = symbol
+    target = processor.target()
+    _without_errors(module, target)
+    foreign = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
+    if set(foreign) - set(_OF_C):
+        raise RuntimeError(f"the kernel {symbol} calls {', '.join(foreign)}, and may call only {', '.join(_OF_C)}")
+    return arguments, target.emit_object(module)
 
 
-def _compile_into(library: Any, function: Callable[..., Any], signature: Any) -> Any:
-    flags = compiler.Flags()
-    flags.error_model = "numpy"
-    flags.nrt = flags.boundscheck = False
-    flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-    typing, target = cpu_target.typing_context, cpu_target.target_context
-    return compiler.compile_internal(
-        typing, target, library, function, signature.args, signature.return_type, flags, {}
-    )
+def _without_errors(module: Any, target: Any) -> None:
+    """Take out numba's code that reports an error to Python: no kernel raises one, which LLVM finds out."""
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_ipsccp_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.add_strip_dead_prototype_pass()
+    passes.run(module, llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options()))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from numba import float32
 
-from .blocks import CELL_PARTS, RANK_PARTS, Parts, get, peaks, put, reciprocals, weigh_many
+from .blocks import CELL_PARTS, RANK_PARTS, Parts, get, parts_of, peaks, put, reciprocals, weigh_many
 from .lanes import as_float, load, load_one, load_word, store, store_one
 from .layout import (
     ABSMAX,
@@ -41,7 +41,8 @@ def _nearest(parts: Parts) -> Callable[..., None]:
         length = load_word(job + OUT) * load_word(job + FEATURES)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
-        for done in range(0, count, MANY * size):
+        for group in range(parts_of(count, MANY * size)):
+            done = group * MANY * size
             here = min(MANY * size, count - done)
             blocks = (here + size - 1) // size
             x_at, base_at, to = x + 4 * done, base + 4 * done, result + (first + done) // 2
@@ -78,7 +79,8 @@ def _given(parts: Parts) -> Callable[..., None]:
         size, scales = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
-        for done in range(0, count, MANY * size):
+        for group in range(parts_of(count, MANY * size)):
+            done = group * MANY * size
             here = min(MANY * size, count - done)
             blocks = (here + size - 1) // size
             x_at, base_at, to = x + 4 * done, base + 4 * done, result + (first + done) // 2

@@ -7,7 +7,19 @@ from typing import Any
 
 from numba import float32, float64, int64, types
 
-from .blocks import CELL_PARTS, RANK_PARTS, Parts, count_up, get, is_strong, peaks, put, reciprocals, weigh_many
+from .blocks import (
+    CELL_PARTS,
+    RANK_PARTS,
+    Parts,
+    count_up,
+    get,
+    is_strong,
+    parts_of,
+    peaks,
+    put,
+    reciprocals,
+    weigh_many,
+)
 from .codes import BY_CELLS, BY_RANKS, project_on_int8
 from .compiling import part
 from .lanes import (
@@ -112,7 +124,8 @@ def _keep(parts: Parts) -> Callable[..., None]:
         over, square, clip = load_one(numbers + OVER), load_one(numbers + SQUARE), load_one(numbers + CLIP)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
-        for done in range(0, count, MANY * size):
+        for group in range(parts_of(count, MANY * size)):
+            done = group * MANY * size
             here = min(MANY * size, count - done)
             blocks = (here + size - 1) // size
             x_at, base_at, to = x + 4 * done, base + 4 * done, result + (first + done) // 2
@@ -161,7 +174,8 @@ def sample(job, base, x, first, count, row, result, work, sums):
     size, own, plane = load_word(job + NEW_BLOCKSIZE), load_word(job + OWN), load_word(job + PLANE)
     numbers = load_word(job + NUMBERS)
     square, clip, unit = load_one(numbers + SQUARE), load_one(numbers + CLIP), load_one(numbers + UNIT)
-    for done in range(0, count, MANY * size):
+    for group in range(parts_of(count, MANY * size)):
+        done = group * MANY * size
         here = min(MANY * size, count - done)
         blocks = (here + size - 1) // size
         if peaks(x + 4 * done, here, size, work, sums) >= NOT_FINITE:

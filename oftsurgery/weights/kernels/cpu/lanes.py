@@ -216,13 +216,10 @@ def _transposed(b: Any, address: Any, vector: Any, combine: Callable[[Any, Any],
 
 
 def _call_kernel(b: Any, address: Any, *words: Any) -> Any:
-    """Call another kernel at its address, by numba's convention."""
-    pointer = BYTE.as_pointer()
-    with b.goto_entry_block():
-        unused = b.alloca(ir.ArrayType(LONG, 2))
-    function = ir.FunctionType(INT, [pointer] * 2 + [LONG] * len(words))
-    nowhere = b.bitcast(unused, pointer)
-    return b.call(b.inttoptr(address, function.as_pointer()), [nowhere, nowhere, *words])
+    """Call another kernel at its address, as C does."""
+    function = ir.FunctionType(ir.VoidType(), [LONG] * len(words))
+    b.call(b.inttoptr(address, function.as_pointer()), words)
+    return NOTHING
 
 
 # --- loads and stores -------------------------------------------------------------------------------------------------

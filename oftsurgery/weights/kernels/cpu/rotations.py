@@ -93,7 +93,8 @@ def _combine(to, x, factor, one, wide):
     """``to += factor · x``, and ``one`` on the diagonal: (wide, wide)."""
     for at in range(0, 8 * wide * wide, 8 * LANES):
         store64(to + at, fma64(load64(x + at), fill64(factor), load64(to + at)))
-    for i in range(to, to + 8 * wide * wide, 8 * wide + 8):
+    for k in range(wide):
+        i = to + 8 * k * (wide + 1)
         store_double(i, load_double(i) + one)
 
 
@@ -276,7 +277,8 @@ def _angle(v, rows, index, b, wide, steps, scratch, floor):
     for step in range(steps):
         own, after = basis + step * stride, basis + (step + 1) * stride
         _times(own, q, after, wide)
-        for other in range(basis, after, stride):
+        for earlier in range(step + 1):
+            other = basis + earlier * stride
             _add_multiple(after, other, -_product_of(after, other, wide), wide)
         norm = np.sqrt(_product_of(after, after, wide))
         if not norm > 1e-13 * scale:

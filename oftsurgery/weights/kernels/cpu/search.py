@@ -12,7 +12,7 @@ from typing import Any
 
 from numba import float32, float64, int64, types
 
-from .blocks import count_up, peaks, put
+from .blocks import count_up, parts_of, peaks, put
 from .codes import BY_CELLS, BY_RANKS, Codes, errors_of_8, least_of_8, rows_of_64, rows_of_256
 from .compiling import part
 from .lanes import (
@@ -117,7 +117,8 @@ def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
         size, scales, table = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES), load_word(job + SEARCH)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
-        for done in range(0, count, MANY * size):
+        for group in range(parts_of(count, MANY * size)):
+            done = group * MANY * size
             here, at = min(MANY * size, count - done), x + 4 * done
             blocks = (here + size - 1) // size
             if peaks(at, here, size, work, sums) >= NOT_FINITE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import int64, types
 
+from .blocks import parts_of
 from .codes import load_codes
 from .compiling import part
 from .lanes import (
@@ -73,8 +74,8 @@ def _ask(kind, codes, first, count, write):
 def _rotate(x, x_stride, y, y_stride, columns, b, matrices, step, first_block):
     """ROWS rows of ``columns`` values, rotated by blocks: y = x · blockdiag(matrices[first_block:]); strides in bytes."""
     wide = 2 * BLOCK_LANES
-    for c in range(0, columns, b):
-        m = matrices + (first_block + c // b) * step
+    for k in range(columns // b):
+        c, m = k * b, matrices + (first_block + k) * step
         for r in range(0, ROWS, BLOCK_ROWS):
             x_at, y_at = x + r * x_stride + 4 * c, y + r * y_stride + 4 * c
             done = 0
@@ -110,7 +111,8 @@ def tile(job, result, first_row, last_row, first_column, last_column, scratch, s
     work = (y + group * y_stride + 63) & ~63
     columns = last_column - first_column
     first_sums = sums + SUMS if then != 0 else sums
-    for row in range(first_row, last_row, group):
+    for number in range(parts_of(last_row - first_row, group)):
+        row = first_row + number * group
         rows = min(group, last_row - row)
         if flat:
             call_five(decode, job, row * features, rows * features, x, row)
@@ -141,7 +143,8 @@ def decode_4bit(job, first, count, out, row):
     """``count`` weights from flat index ``first`` on, a block's first, to float32 at ``out``."""
     codes, scales = load_word(job + CODES), load_word(job + SCALES)
     size, levels = load_word(job + BLOCKSIZE), load(load_word(job + LEVELS))
-    for done in range(0, count, size):
+    for block in range(parts_of(count, size)):
+        done = block * size
         scale = fill(load_one(scales + 4 * ((first + done) // size)))
         for i in range(done, min(done + size, count), LANES):
             store(out + 4 * i, mul(pick(levels, load_codes(codes + (first + i) // 2)), scale))
