@@ -298,5 +298,5 @@ def _rows_of(b: Any, x: Any, factor: Any, shift: Any, bits: int) -> Any:
     return b.shl(b.fptosi(emit_fma(b, x, factor, shift), INTS), constant(bits, INTS))
 
 
-rows_of_64 = operation(i32x(f32x, f32x, f32x))(lambda b, *args: _rows_of(b, *args, 6))
-rows_of_256 = operation(i32x(f32x, f32x, f32x))(lambda b, *args: _rows_of(b, *args, 8))
+rows_of_64 = operation(i32x(f32x, f32x, f32x))(lambda b, x, factor, shift: _rows_of(b, x, factor, shift, 6))
+rows_of_256 = operation(i32x(f32x, f32x, f32x))(lambda b, x, factor, shift: _rows_of(b, x, factor, shift, 8))
