@@ -20,9 +20,8 @@ RUN grep '^torch==' constraints.txt > torch.txt \
 COPY oftsurgery oftsurgery
 RUN pip install --constraint constraints.txt '.[gguf,onnx,parquet,peft,report]'
 
-# numba compiles the kernels at the first fold, for the CPU of this machine; another kind of CPU compiles them again
-COPY docker/warm_up.py ./
-RUN python warm_up.py && chmod -R a+rwX "$NUMBA_CACHE_DIR"
+# the kernels are compiled for the CPU of this machine; on another kind of CPU the first fold compiles what it needs
+RUN oftsurgery warmup && chmod -R a+rwX "$NUMBA_CACHE_DIR"
 
 WORKDIR /work
 ENTRYPOINT ["oftsurgery"]
