@@ -107,15 +107,15 @@ def test_a_run_gives_what_the_live_model_computes(run: Run) -> None:
     assert off["live"] == 0
     assert off["base"] > 0.5
     assert off["merged, bf16"] < 0.02 * off["base"]
-    assert off["merged, NF4"] < 0.1 * off["base"]
+    assert off["merged, NF4"] < 0.25 * off["base"]
 
 
 @pytest.mark.slow
 def test_a_run_verifies_and_undoes_the_merge(run: Run) -> None:
     assert run.printed("oftsurgery verify").count("none of them wrong") == 2
-    same, count = re.findall(r"\d+", run.printed("restored, quantised"))
-    assert same == count
-    assert int(count) > 1000
+    same, quantised, restored = re.findall(r"\d+", run.printed("restored, quantised").splitlines()[0])
+    assert same == quantised == restored
+    assert int(same) > 1000
 
 
 @pytest.mark.slow
@@ -123,5 +123,4 @@ def test_a_run_pushes_the_merged_model(run: Run) -> None:
     pushed = run.hub.files(REPO)
     for name in ("model.safetensors", "config.json", "tokenizer.json", "oftsurgery.json"):
         assert pushed[name] == (run.folder / "telegram-bf16" / name).read_bytes(), name
-    # the notebook compares this reply with the reply of the folder
     assert run.printed("transformers.pipeline").strip() == run.table("def answer(")["merged, bf16"]
