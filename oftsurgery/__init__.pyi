@@ -26,9 +26,9 @@ from .checks.checkpoint_report import WeightCheck as WeightCheck
 from .checks.doctor import doctor as doctor
 from .checks.extract_adapters import ExtractedAdapter as ExtractedAdapter
 from .checks.findings import Finding as Finding
-from .checks.verify_models import OutputError as OutputError
-from .checks.verify_models import VerifyReport as VerifyReport
 from .checks.verify_models import verify as verify
+from .checks.verify_report import OutputError as OutputError
+from .checks.verify_report import VerifyReport as VerifyReport
 from .errors import AdapterError as AdapterError
 from .errors import BackendWarning as BackendWarning
 from .errors import CalibrationError as CalibrationError

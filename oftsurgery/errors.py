@@ -35,6 +35,23 @@ def printable(text: object, limit: int = 200) -> str:
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
+#: the largest share that :func:`share` writes as it is
+_MOST = 100.0
+
+
+def share(value: float, spec: str = ".0%") -> str:
+    """A share as a percentage, for a message. A share far beyond the whole was measured against nearly nothing, so the text
+    states only that.
+
+    >>> share(0.984), share(-0.001), share(18290.98)
+    ('98%', '0%', '> 10000%')
+    """
+    if abs(value) >= _MOST:
+        return f"{'>' if value > 0 else '<'} {_MOST if value > 0 else -_MOST:.0%}"
+    text = format(value, spec)
+    return text if any(ch in "123456789" for ch in text) else format(0.0, spec)  # no minus before a zero
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error, its cause, the cause of that cause, and so on."""
     while error is not None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import warnings
+from functools import partial
 
 import pytest
+from numba.core import event
 
+from oftsurgery.notices import COMPILING, notice, notices_to
 from oftsurgery.progress import shown, without_bars
+from oftsurgery.weights import kernels
 
 
 def test_the_callers_own_function_is_told_and_nobody_where_none_is_wanted() -> None:
@@ -45,3 +51,68 @@ def test_a_librarys_bars_are_as_they_were(shown_before: bool) -> None:
         assert said == ["off"] * shown_before
         raise KeyError
     assert said == ["off", "on"] * shown_before
+
+
+def test_warnings_wait_until_the_bar_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a bar within a bar; a warning tears no line of a bar."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: sys.stderr.write(f"WARNED {message}\n")
+        with shown(True, "fold", "layer") as step, shown(True, "calibrate") as inner:
+            assert step is not None
+            assert inner is not None
+            step(1, 2, "a")
+            warnings.warn("first", UserWarning, stacklevel=1)
+            inner(1, 1, "b")
+            warnings.warn("second", UserWarning, stacklevel=1)
+            step(2, 2, "c")
+        warnings.warn("third", UserWarning, stacklevel=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "WARNED" in line] == ["WARNED first", "WARNED second", "WARNED third"]
+    assert lines[-3:] == ["WARNED first", "WARNED second", "WARNED third"]
+
+
+def test_a_warning_that_is_an_error_does_not_wait_and_recorded_warnings_are_all_there() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with shown(True, "fold"):
+            warnings.warn("held", UserWarning, stacklevel=1)
+            assert not caught
+        assert [str(w.message) for w in caught] == ["held"]
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="at once"), shown(True, "fold"):
+            warnings.warn("at once", UserWarning, stacklevel=1)
+    assert warnings.showwarning is before
+
+
+def test_a_first_start_says_that_kernels_are_compiled_and_a_later_start_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where numba compiles, and not where its cache has the kernels; nobody is told who wants no progress."""
+
+    def imported(compiles: bool, *_: str) -> object:
+        for _ in range(3 * compiles):
+            event.start_event("numba:compile", data={})
+            event.end_event("numba:compile", data={})
+        return sys
+
+    def start(compiles: bool) -> None:
+        monkeypatch.delitem(sys.modules, f"{kernels.__name__}.fold_cpu", raising=False)
+        monkeypatch.setattr(kernels, "import_module", partial(imported, compiles))
+        monkeypatch.setattr(kernels, "_noted", set())
+        assert kernels._driver("numba") is sys
+
+    with shown(True, "fold"):
+        start(compiles=True)
+    assert capsys.readouterr().err.count(COMPILING) == 1
+    with shown(True, "fold"):
+        start(compiles=False)
+    start(compiles=True)
+    assert COMPILING not in capsys.readouterr().err
+    told: list[str] = []
+    with notices_to(told.append):
+        start(compiles=True)
+        notice("another")
+    assert told == [COMPILING, "another"]

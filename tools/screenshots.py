@@ -45,7 +45,8 @@ def llama(folder: Path) -> Path:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=32, **sizes))
     model.save_pretrained(folder / "base")
     trained(model, "all-linear").save_pretrained(folder / "chat-qoft")
-    oftsurgery.fold_checkpoint(folder / "base", folder / "chat-qoft", folder / "chat-nf4", format="nf4", force=True)
+    settings = {"format": "nf4", "trained_on": "nf4", "force": True}
+    oftsurgery.fold_checkpoint(folder / "base", folder / "chat-qoft", folder / "chat-nf4", **settings)
     checked = oftsurgery.verify_checkpoint(folder / "chat-nf4", folder / "base", folder / "chat-qoft")
     (folder / "verify.json").write_text(json.dumps(checked.to_dict()))
     oftsurgery.report(folder / "chat-nf4", folder / "llama.html", verified=folder / "verify.json", force=True)

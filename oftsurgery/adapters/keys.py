@@ -58,6 +58,16 @@ def sort_keys(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Parts,
             path, end, _ = rotations[key]
             if not _equal(raw.setdefault(path, {}).setdefault(end, tensor), tensor):
                 raise MatchError("two keys name one rotation", **where, remedy="remove one of the keys")
+        elif ".token_adapter." in plain[key]:
+            message = (
+                "the adapter holds trained rows of single tokens (`trainable_token_indices`), and no release of peft saves with an OFT "
+                "adapter which tokens have these rows"
+            )
+            remedy = (
+                "fold the live model of the training, which knows the tokens: oftsurgery.fold(peft_model); or train with the embeddings "
+                "in modules_to_save"
+            )
+            raise DialectError(message, **where, remedy=remedy)
         elif other := _OTHER_TUNER.search("." + plain[key]):
             message = f"the adapter holds {printable(other[1])!r}, which is no part of an OFT adapter that peft saves"
             raise DialectError(message, **where, remedy="save OFT adapters alone, with peft's save_pretrained")

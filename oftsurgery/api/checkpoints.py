@@ -14,13 +14,17 @@ from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
 from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
+from oftsurgery.checks.verify_outputs import base_settings, compare_on_inputs
+from oftsurgery.checks.verify_report import VerifyReport
+from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.links import links_followed
-from oftsurgery.folding.disk_plan import CheckpointPlan, Format, plan_checkpoint
+from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
+from oftsurgery.folding.target import FOUR_BIT, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
@@ -61,7 +65,9 @@ def plan_fold(
         opened,
         adapters,
         format=settings.format,
-        quantization=settings.quantization(),
+        double_quant=settings.double_quant and settings.format in FOUR_BIT,
+        quantization=settings.quantization(opened, trained),
+        compute_dtype=None if settings.compute_dtype is None else float_dtype(settings.compute_dtype),
         fold_into=settings.fold_into,
         rounding="preserve" if mode == "calibrated" else mode,
         undo=None if settings.undo is None else Path(settings.undo).expanduser(),
@@ -108,6 +114,7 @@ def fold_checkpoint(
     >>> record.kept > 0.9
     True
     >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-BF16", format="bf16")     # dequantised
+    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUT-INT8", format="int8")     # rounded once, to int8
     >>> record = oftsurgery.fold_checkpoint("PLAIN", "ADAPTER", "OUT-NF4", format="nf4", double_quant=True)
 
     Args:
@@ -116,12 +123,15 @@ def fold_checkpoint(
         adapter: as for :func:`fold`; several adapters are the live chain.
         destination: a folder that does not exist yet; it appears whole, by one rename.
         format: the format that is written: ``"same"`` as the source, ``"bnb"`` as a quantised source, ``"fp32"``, ``"fp16"``,
-            ``"bf16"`` (dequantised), or from a plain source ``"nf4"``, ``"fp4"``, ``"int8"``.
+            ``"bf16"`` (dequantised), ``"nf4"``, ``"fp4"``, ``"int8"``. From any source the exactly rotated weight is rounded once.
+            The quantised formats are those of every weight that the source holds quantised, or that loading would quantise in a
+            plain source.
         quantize: quantise a plain source to this format first, exactly as transformers' bitsandbytes loading did for the
             trainer, so that the adapter meets the base that it was trained on; a quantised ``format`` implies this.
         double_quant, compute_dtype, load_dtype, skip_modules: the other settings of that loading
             (``bnb_4bit_use_double_quant``, ``bnb_4bit_compute_dtype`` (None: the dtype of the model), ``dtype`` of
-            ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``).
+            ``from_pretrained`` (None: the config's, as transformers 5 does), ``llm_int8_skip_modules``). Where ``format`` is
+            another 4-bit format than that of the base, ``double_quant`` is that of ``format``.
         fold_into: rotate the ``"quantized"`` base, or the ``"original"`` plain weights.
         trained_on: what the adapter was trained on: ``"nf4-double"``, ``"nf4"``, ``"fp4-double"``, ``"fp4"``, ``"int8"`` or
             ``"plain"``, or the file of settings of axolotl, LLaMA-Factory or ms-swift. A plain source is quantised so before
@@ -182,7 +192,7 @@ def fold_checkpoint(
         plan = plan_fold(source, adapter, settings)
         batches = None
         if mode == "calibrated":
-            batches = _calibration_batches(calibration, plan)
+            batches = _batches(calibration, plan.source.folder)
             plan = replace(plan, calibration=batches_fingerprint(batches))
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
@@ -202,12 +212,13 @@ def fold_checkpoint(
     return record
 
 
-def _calibration_batches(calibration: Any, plan: CheckpointPlan) -> list[Batch]:
-    if isinstance(calibration, (str, PathLike)):
-        calibration = read_texts(Path(calibration).expanduser())
-    if isinstance(calibration, (list, tuple)) and calibration and all(isinstance(t, str) for t in calibration):
-        return tokenise(calibration, plan.source.folder)
-    return read_batches(calibration)
+def _batches(texts: Any, folder: Path, **options: int) -> list[Batch]:
+    """The batches of texts (a file or a list) by the tokenizer in ``folder``, or batches as they are."""
+    if isinstance(texts, (str, PathLike)):
+        texts = read_texts(Path(texts).expanduser())
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
+        return tokenise(texts, folder, **options)
+    return read_batches(texts)
 
 
 @dataclass
@@ -329,6 +340,7 @@ def verify_checkpoint(
     base: str | PathLike[str] | None = None,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
+    texts: Any = None,
     tolerance: float | None = None,
     follow_links: bool = False,
 ) -> CheckpointReport:
@@ -340,6 +352,8 @@ def verify_checkpoint(
     (True, {})
     >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
     True
+    >>> print(report.verdict)
+    ok: the output computes what the adapter's live layers compute within NF4's rounding; 100% of the adapter is kept
 
     The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
     the model loads is checked against them.
@@ -349,16 +363,22 @@ def verify_checkpoint(
         base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
             that the adapter's config names for this base.
         adapter: the adapter that was folded; several in the live order.
+        texts: texts or batches, as ``calibration`` of :func:`fold_checkpoint` takes them, on which the folded model and the
+            base with the adapter live are compared too (``report.on_texts``). Only texts load the two models through
+            transformers and run them.
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
         follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
         a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
-        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass.
+        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass, and
+        ``report.verdict`` is one line about all.
 
     Raises:
-        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes.
+        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes
+            or there are ``texts``.
+        CalibrationError: there are no texts or no tokenizer.
         OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
     """
     if (base is None) != (adapter is None):
@@ -368,17 +388,28 @@ def verify_checkpoint(
         raise StateError(
             message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
         )
+    if base is None and texts is not None:
+        message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
+        raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
     with links_followed(follow_links):
         folder = find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
             return check_files(folder)
         opened = open_checkpoint(folder)
         adapters = loaded_adapters(adapter)
+        start = opened_checkpoint(base, adapters=adapters)
+        # scores of tokens are large, so few texts are run at once
+        batches = [] if texts is None else _batches(texts, folder, size=4)
+
+        def on_texts(loading: Any) -> VerifyReport:
+            return compare_on_inputs(opened, start, adapters, batches, base_settings(opened, start, loading))
+
         return check_checkpoint(
             opened,
-            opened_checkpoint(base, adapters=adapters),
+            start,
             adapters,
             tolerance=tolerance,
+            on_texts=None if texts is None else on_texts,
             idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
         )
 

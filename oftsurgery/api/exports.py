@@ -10,13 +10,18 @@ import torch
 from torch import nn
 
 from oftsurgery.files.finding import find_checkpoint
-from oftsurgery.folding.export import save_model
+from oftsurgery.files.writing import check_free
+from oftsurgery.folding.export import format_named, save_model
+from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.onnx.export import OnnxReport, export_model, load_model
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
+from oftsurgery.stores.modules import inner_model
+from oftsurgery.stores.peft_live import has_live_layers
 
 from .arguments import check_is_model, parse_size, tokenizer_choice
+from .models import fold
 
 
 def export_safetensors(
@@ -28,19 +33,23 @@ def export_safetensors(
     tokenizer: object = None,
     force: bool = False,
 ) -> FoldRecord | None:
-    """Save a live model as a checkpoint that ``from_pretrained`` loads, bitsandbytes layers included.
+    """Save a live model, with its live adapters folded in, as a checkpoint that ``from_pretrained`` loads.
 
     >>> folded = oftsurgery.fold(model, "ADAPTER")
     >>> record = oftsurgery.export_safetensors(folded, "OUTPUT")
     >>> again = type(model).from_pretrained("OUTPUT")
     >>> torch.equal(again(inputs).logits, folded(inputs).logits)
     True
-    >>> record = oftsurgery.export_safetensors(folded, "OUT-BF16", dtype=torch.bfloat16)      # dequantised
+    >>> record = oftsurgery.export_safetensors(live, "OUT-BF16", dtype=torch.bfloat16)        # dequantised, rotated, stored
+    >>> record.modules["model.layers.0.self_attn.q_proj"].format, record.worst[1].error < 0.01
+    ('bfloat16', True)
 
     Args:
-        model: plain or over bitsandbytes layers, also after CPU forwards, compiled or offloaded.
+        model: plain or over bitsandbytes layers, also after CPU forwards, compiled or offloaded; or a ``PeftModel`` or a model
+            of :func:`wrap`, whose active adapters are folded as by ``fold(model, format=…)`` in the format of ``dtype``.
         destination: a folder that does not exist yet; it appears whole, by one rename.
-        dtype: dequantise to this dtype (float32, float16 or bfloat16); None keeps every weight as it is stored.
+        dtype: dequantise to this dtype (float32, float16 or bfloat16); None keeps every weight as it is stored. A live adapter
+            rotates the exactly dequantised weights, and the result is rounded once, to ``dtype`` or to the weights' formats.
         max_shard_size: bytes, or text as the Hub's tools write sizes (``"5GB"``).
         tokenizer: the tokenizer and the chat template to write beside the weights: those of the ``"adapter"``, of the
             ``"base"``, of a folder, or of an object with ``save_pretrained``; None: those of the folded adapter where its
@@ -54,13 +63,18 @@ def export_safetensors(
         the model's record, which is ``oftsurgery.json`` in the destination too, or None where nothing was folded.
 
     Raises:
-        StateError: the model has live adapters or values that are not loaded, or the destination exists.
+        StateError: the model has values that are not loaded, or the destination exists.
         FormatError: a tensor cannot be saved.
+        OFTSurgeryError: as :func:`fold`, where the model has live adapters.
         DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
+    place, format_ = Path(destination), format_named(dtype)
+    if live_layers(model) or has_live_layers(inner_model(model)):
+        check_free("destination", place, force=force)  # before the work of the fold
+        model = fold(model, format=format_)
     return save_model(
         model,
-        Path(destination),
+        place,
         dtype=dtype,
         max_shard_bytes=parse_size(max_shard_size),
         tokenizer=tokenizer_choice(tokenizer),

@@ -14,9 +14,10 @@ from oftsurgery.adapters.trained_on import TRAINED_ON, TrainedOn, trained_on_bas
 from oftsurgery.dtypes import FORMAT_OF, float_dtype
 from oftsurgery.errors import SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.folding.disk_plan import QUANTISED, CheckpointPlan, Format
+from oftsurgery.folding.disk_plan import CheckpointPlan
+from oftsurgery.folding.target import FOUR_BIT, QUANTISED, Format
 from oftsurgery.formats.codecs import Rounding
-from oftsurgery.stores.folder import Quantization, holds_quantised_weights, load_dtype
+from oftsurgery.stores.folder import Quantization, has_quantised_weights, holds_quantised_weights, load_dtype
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,28 @@ class FoldSettings:
     partial: bool = False
     trained_on: str | PathLike[str] | None = None
 
-    def quantization(self) -> Quantization | None:
-        """The quantisation of a plain source before the fold, or None.
+    def quantization(self, source: Checkpoint, trained: TrainedOn | None) -> Quantization | None:
+        """The quantisation of a plain source before the fold, or None; ``double_quant`` is then of the output alone where
+        ``trained`` says the base's own.
 
         Raises:
             StateError: double quantisation is asked for without a quantisation, or a dtype is not known.
         """
-        codec = self.quantize or (self.format if self.format in QUANTISED else None)
+        if self.double_quant and not {self.quantize, self.format} & {*FOUR_BIT}:
+            message = "double quantisation was asked for, but nothing is to be quantised to 4 bits"
+            remedy = "name the 4-bit type too: format='nf4' (--format nf4) or quantize='nf4' (--quantize nf4)"
+            raise StateError(message, remedy=remedy)
+        plain = not has_quantised_weights(source)
+        if not plain and (self.skip_modules is not None or self.load_dtype is not None):
+            message = "the base is stored quantised, so nothing is left to say of how its plain weights are loaded and quantised"
+            remedy = "leave out skip_modules and load_dtype (--skip-modules, --load-dtype): modules that are plain in the base stay plain"
+            raise StateError(message, path=source.folder, remedy=remedy)
+        codec = self.quantize or (self.format if self.format in QUANTISED and plain else None)
         if codec is not None:
+            double = self.double_quant if trained is None or trained.format is None else trained.double_quant
             skip = tuple(self.skip_modules) if self.skip_modules is not None else None
             compute, load = (d if d is None else float_dtype(d) for d in (self.compute_dtype, self.load_dtype))
-            return Quantization(codec, self.double_quant, compute, skip, load)
-        if self.double_quant:
-            message = "double quantisation was asked for, but the checkpoint is not to be quantised"
-            raise StateError(message, remedy="name the 4-bit type too: quantize='nf4' (--quantize nf4)")
+            return Quantization(codec, double and codec in FOUR_BIT, compute, skip, load)
         return None
 
 
@@ -123,7 +132,8 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
     """The settings of a fold into a plain source for an adapter that was trained on ``trained``."""
     if trained.format is None:
         return replace(settings, fold_into="original") if settings.format in QUANTISED else settings
-    if settings.double_quant and not trained.double_quant:
+    other = settings.format in FOUR_BIT and settings.format != trained.format  # the output's own double quantisation
+    if settings.double_quant and not trained.double_quant and not other:
         message = f"double quantisation was asked for, but {printable(trained.source)} says that the adapter was trained on {trained.name}"
         remedy = (
             "leave out the double quantisation (--double-quant), or say what the adapter was trained on (--trained-on)"
@@ -141,7 +151,7 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
         settings,
         format=format_,
         quantize=trained.format,
-        double_quant=trained.double_quant,
+        double_quant=settings.double_quant if other else trained.double_quant,
         skip_modules=skip,
     )
 

@@ -19,6 +19,7 @@ from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_mo
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
 from oftsurgery.folding.plan import FoldPlan
+from oftsurgery.folding.target import LiveFormat, check_format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.folding.undo_writer import UndoWriter
 from oftsurgery.formats.codecs import Rounding, check_rounding
@@ -47,6 +48,8 @@ def fold(
     model: M,
     adapter: AdapterLike | Sequence[AdapterLike] | None = None,
     *,
+    format: LiveFormat = "same",
+    double_quant: bool = False,
     rounding: Rounding | Literal["calibrated"] | None = None,
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
@@ -54,7 +57,7 @@ def fold(
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
-    """Merge an OFT adapter into a model's weights, in the formats that the weights have.
+    """Merge an OFT adapter into a model's weights, in the formats that the weights have or in another format.
 
     >>> folded = oftsurgery.fold(model, "ADAPTER")               # a new model; `model` stays as it is
     >>> folded.oftsurgery.adapters[0].dialect                    # the record of the fold
@@ -63,10 +66,13 @@ def fold(
     >>> module.format, module.error < 0.15, module.kept > 0.9
     ('nf4 (double quantisation)', True, True)
     >>> plain = oftsurgery.fold(live)                            # a PeftModel's own adapter, into its plain base model
+    >>> half = oftsurgery.fold(live, format="bf16")              # 16 bits from 4 bits, without a second rounding to 4 bits
+    >>> type(half.get_submodule(path)).__name__, half.dtype, half.oftsurgery.worst[1].error < 0.005
+    ('Linear', torch.bfloat16, True)
 
-    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored again in its own format: NF4,
-    FP4 (double quantisation and ``quant_storage`` are kept), int8 or a float dtype. The result computes what the live
-    adapter computes, up to the rounding of that format. The fold measures the rounding of each module and states the
+    Each targeted weight is dequantised exactly, rotated by blocks in float32, and stored once, in its own format or in
+    ``format``: NF4, FP4 (double quantisation and ``quant_storage`` are kept), int8 or a float dtype. The result computes what
+    the live adapter computes, up to the rounding of that format. The fold measures the rounding of each module and states the
     total in one :class:`~oftsurgery.RoundingWarning`. After any error the model is as it was.
 
     Args:
@@ -75,7 +81,14 @@ def fold(
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`; several adapters are the live
             chain ``x · Ra · Rb`` of peft's active adapters ``[a, b]``. For a model with live adapters: None for the active
             ones, or names.
-        rounding: how quantised weights are rounded; their format stays. ``"preserve"`` keeps the adapter's change, where
+        format: the format of the result. ``"same"``: each weight keeps its format. ``"bf16"``, ``"fp16"`` or ``"fp32"``: all
+            parameters and persistent buffers of floats take this dtype, and plain layers take the place of bitsandbytes'
+            layers. ``"nf4"``, ``"fp4"`` or ``"int8"``: every quantised weight takes this format; in a model without a quantised
+            weight, these are the modules that transformers' loading would quantise. The config and the flags of a
+            transformers model follow, so that ``save_pretrained`` and ``from_pretrained`` work. Where a format changes, the
+            record's ``base`` names the format, and the base and undo records cannot restore the model.
+        double_quant: quantise the statistics of ``format="nf4"`` or ``"fp4"`` too.
+        rounding: how quantised weights are rounded in their format. ``"preserve"`` keeps the adapter's change, where
             nearest rounding would put most weights back; a weight that the adapter moves by more than half a step is
             rounded as by ``"grid"`` (int8: to nearest). ``"nearest"`` rounds as bitsandbytes does, bit for bit.
             ``"mse"`` scales each 4-bit block by the factor that makes its squared error least, in place of its absmax;
@@ -102,7 +115,8 @@ def fold(
         AdapterError, DialectError: the adapter cannot be used, or lacks modules which its own config targets.
         MatchError: an adapter's module or tensor matches nothing in the model, or two of them match one.
         ShapeError: a rotation does not fit its weight.
-        StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet …
+        StateError: the model carries this adapter already, is merged by peft, is not loaded or not quantised yet, or cannot
+            take ``format`` …
         FormatError: a targeted layer is of a kind that cannot be folded.
         NonFiniteError: the adapter, the base or the result holds NaN or infinity.
         CalibrationError: the calibration is empty, holds text, or does not fit the model's forward.
@@ -112,6 +126,7 @@ def fold(
     """
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
+    check_format(format, double_quant=double_quant)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(model, adapter, inplace=inplace, incomplete=partial) as fold_prepared,
@@ -119,7 +134,15 @@ def fold(
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
     ):
-        return fold_prepared(rounding=mode, calibrate=calibrate, undo=writer, progress=step)  # type: ignore[return-value]
+        return fold_prepared(  # type: ignore[return-value]
+            format=format,
+            double_quant=double_quant,
+            rounding=mode,
+            calibrate=calibrate,
+            undo=writer,
+            base_at_hand=not inplace,
+            progress=step,
+        )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.verify_models import VerifyReport
+from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
 from oftsurgery.files.reading import read_json, sizes_in
 from oftsurgery.files.writing import write_files

@@ -53,8 +53,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, (str, bytes))
 
 
-def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
-    """Batches of texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
+def tokenise(texts: Sequence[str], folder: Path, size: int = TEXTS) -> list[Batch]:
+    """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
 
     Raises:
         CalibrationError: transformers cannot load the tokenizer without code from the checkpoint.
@@ -71,7 +71,7 @@ def tokenise(texts: Sequence[str], folder: Path) -> list[Batch]:
     length = min(int(tokenizer.model_max_length), TEXT_TOKENS)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    size = TEXTS if tokenizer.pad_token is not None else 1
+    size = size if tokenizer.pad_token is not None else 1
     read = partial(tokenizer, padding=size > 1, truncation=True, max_length=length, return_tensors="pt")
     encoded = (read(list(texts[i : i + size])) for i in range(0, len(texts), size))
     batches: list[Batch] = [((), dict(batch)) for batch in encoded if batch["input_ids"].numel()]

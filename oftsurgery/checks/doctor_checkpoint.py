@@ -17,10 +17,11 @@ from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD, record_in
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
+from oftsurgery.stores.modules import tensors_in
 
 from .doctor_folds import examine_folds
 from .doctor_weights import examine_weights
-from .findings import FOLD, Finding, Model, Numbers, noting, of_error
+from .findings import FOLD, Finding, Model, Numbers, noting, of_error, shape_text
 
 
 def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
@@ -46,7 +47,9 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
         store = FolderStore(checkpoint)
     with noting(found, RECORD):
         record = record_in(folder)
-    return found if store is None else found + examine_folds(store, record, base, adapter)
+    if store is None:
+        return found
+    return [*found, *_other_shapes(store), *examine_folds(store, record, base, adapter)]
 
 
 def _open_or_recover(folder: Path, found: list[Finding]) -> Checkpoint | None:
@@ -146,6 +149,20 @@ def _unread_rope_settings(config: Mapping[str, Any]) -> Iterator[Finding]:
                 "use transformers ≥ 5 for this checkpoint, or add the fields that transformers 4 reads for its class"
             )
             yield Finding("warning", "rope", message, where, numbers, remedy)
+
+
+def _other_shapes(store: FolderStore) -> Iterator[Finding]:
+    """Errors on plain tensors whose shapes are not the shapes that config.json gives to the model."""
+    stated = tensors_in(store.architecture.modules)
+    for name, target in store.architecture.renamed.items():
+        held = store.entries[name].shape if name in store.entries else ()
+        if target not in stated or name in store.architecture.units or store.holds_quantised(name):
+            continue
+        if held != tuple(stated[target].shape):
+            message = "the tensor has another shape than config.json gives to the model, so transformers cannot load the checkpoint"
+            numbers: Numbers = {"shape": shape_text(held), "config_says": shape_text(stated[target].shape)}
+            remedy = "restore the config.json that was saved with these weights; of another number of tokens, correct `vocab_size`"
+            yield Finding("error", "other-shape", message, target, numbers, remedy)
 
 
 def _default_theta(model_type: object) -> float:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,14 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
-from oftsurgery.errors import MatchError
+from oftsurgery.errors import MatchError, share
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import ENOUGH, FoldRecord
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
@@ -136,6 +137,8 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
                 message = f"the {'base' if before is None else 'folded'} model does not have the adapter's module"
                 remedy = "give the base and the adapter of this fold (--base, --adapter)"
                 raise MatchError(message, module=path, remedy=remedy)
+            own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
+            before = before if own is None else codecs.dense(own)
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
             found += [] if finding is None else [finding]
@@ -145,10 +148,30 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
     found.sort(key=lambda f: -float(f.evidence.get("from_the_right_fold") or math.inf))
     # how much is kept has a meaning only for a right merge
     wrong = any(f.severity == "error" for f in found)
-    return found if wrong else found + _how_much_is_kept(kept, calibrated=not outputs.keys().isdisjoint(kept))
+    if wrong:
+        return found
+
+    def case(path: str) -> Case:
+        return _case_of(path, adapter.modules[path], base, folded, record)
+
+    return found + _how_much_is_kept(kept, case, calibrated=not outputs.keys().isdisjoint(kept))
 
 
-def _how_much_is_kept(parts: Mapping[str, tuple[float, float]], *, calibrated: bool) -> list[Finding]:
+def _case_of(path: str, rotation: Rotation, base: Store, folded: Store, record: FoldRecord | None) -> Case:
+    """The facts that decide what helps a merge that keeps too little, from its record or else from one of its weights."""
+    case = None if record is None or path not in record.modules else Case.of_record(record, path)
+    before, after = weight_at(base, path), weight_at(folded, path)
+    if case is not None or before is None or after is None:
+        return case or Case("", "nearest")
+    weight = codecs.decode(after)
+    quantised_first = not torch.equal(_rotated_from(before, after, weight, rotation), codecs.decode(before))
+    on_disk = isinstance(folded, FolderStore)
+    return Case.of_weights(before.format, after.format, quantised_first=quantised_first, on_disk=on_disk)
+
+
+def _how_much_is_kept(
+    parts: Mapping[str, tuple[float, float]], case: Callable[[str], Case], *, calibrated: bool
+) -> list[Finding]:
     """A finding on how much of the adapter's change is in the merged weights, from ``(kept, ‖exact - base‖²)`` of each
     weight. Calibrated weights are judged by their outputs.
     """
@@ -163,14 +186,12 @@ def _how_much_is_kept(parts: Mapping[str, tuple[float, float]], *, calibrated: b
         "weights": len(parts),
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
-    text = f"{round(overall, 2) + 0.0:.0%} of what the adapter changes is in the merged weights"
+    text = f"{share(overall)} of what the adapter changes is in the merged weights"
     if overall >= ENOUGH or calibrated:
         return [Finding("note", "kept", text, least, evidence)]
     text += ": rounding to the format's levels has undone the rest of the change"
     text += ", and the model computes nearly what its base computes" if overall < 0.5 else ""
-    remedy = (
-        'fold the base again with --rounding preserve (rounding="preserve"), which keeps the change in the same format'
-    )
+    remedy = "; ".join(f"({i}) {remedy}" for i, remedy in enumerate(remedies(case(least)), start=1))
     return [Finding("warning", "adapter-lost", text, least, evidence, remedy)]
 
 

@@ -20,6 +20,7 @@ from oftsurgery.errors import (
     StateError,
     module_in_errors,
     printable,
+    share,
     warn_caller,
 )
 from oftsurgery.files.checkpoint import Checkpoint
@@ -162,8 +163,8 @@ def _say(adapter: ExtractedAdapter) -> None:
     if adapter.explained < _GOOD:
         worst = min(adapter.report, key=lambda path: adapter.report[path].explained)
         said.append(
-            f"rotations explain {adapter.explained:.1%} of the difference of {len(adapter.report)} weights "
-            f"({adapter.report[worst].explained:.1%} at worst, {printable(worst)}): these are the best rotations of these block "
+            f"rotations explain {share(adapter.explained, '.1%')} of the difference of {len(adapter.report)} weights "
+            f"({share(adapter.report[worst].explained, '.1%')} at worst, {printable(worst)}): these are the best rotations of these block "
             "sizes, but the difference is not a rotation alone"
         )
     bounded = [path for path, r in adapter.report.items() if r.bounded]

@@ -253,6 +253,20 @@ class LoadedCheckpoint:
         kept = list(self.model._get_dtype_plan(self.dtype))
         return torch.float32 if kept and build_glob_alternation(kept)[0].search(name) else self._state[name].dtype
 
+    def misfit(self, name: str) -> str | None:
+        """How the shape of a plain stored tensor differs from the shape that the config gives to it, or None."""
+        source = self._from.get(name)
+        if self.model is None or name not in self._state or not isinstance(source, str) or len(self._parts[source]) > 1:
+            return None
+        stored, stated = self.checkpoint.entries[source].shape, tuple(self._state[name].shape)
+        return (
+            None if stored == stated else f"the shape is {stored}, and {stated} by config.json: the model cannot load"
+        )
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether the model holds the tensor as a buffer, which nobody trains."""
+        return self.model is not None and name in dict(self.model.named_buffers())
+
     def fits(self, name: str) -> bool:
         """Whether the config agrees with the stored weight on whether the weight is quantised."""
         if self.model is None or self.sources[name] != name or not name.endswith(".weight"):

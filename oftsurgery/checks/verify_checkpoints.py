@@ -29,12 +29,14 @@ from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
+from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 
 from . import measures
 from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
+from .verify_report import VerifyReport
 
 
 def check_files(folder: Path) -> CheckpointReport:
@@ -70,6 +72,7 @@ def check_checkpoint(
     *,
     tolerance: float | None = None,
     idle: Callable[[Any, str], bool] | None = None,
+    on_texts: Callable[[Any], VerifyReport] | None = None,
 ) -> CheckpointReport:
     """Compare every tensor of the folded model with the live result of base and adapters.
 
@@ -80,6 +83,8 @@ def check_checkpoint(
         adapters: the folded adapters, in the live order.
         tolerance: largest relative error of a rotated weight that passes; None: the error of storing the exact weight.
         idle: ``(model, path) -> bool``, whether the model never calls a module, whose rotation then has no effect.
+        on_texts: function that compares the outputs, from the way in which the base was loaded (its attributes are those of
+            ``_Loading``); None to compare the weights alone.
 
     Raises:
         MatchError, ShapeError: base and adapters do not belong together.
@@ -110,7 +115,9 @@ def check_checkpoint(
     config = None
     if turned:
         config = f"`tie_word_embeddings` is not the source's value, and {turned[0]} therefore computes something else"
-    return CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+    report = CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
+    report = report if on_texts is None else replace(report, on_texts=on_texts(loading))
+    return replace(report, remedies=comparison.remedies()) if report.weak else report
 
 
 def _in_class_of(
@@ -144,7 +151,8 @@ class _Loading:
         dtype: the dtype in which the base was loaded.
         cast: whether the base was cast to this dtype; a fold on disk casts only where it quantises.
         codec: the quantisation of the base; ``"stored"`` for the format of each stored weight; None for no quantisation.
-        format: the format of quantised weights that are stored plain; None where the checkpoint stores quantised weights.
+        format: the format of a plain base's weights that were quantised first and are stored in another format now; None where
+            no format is recorded.
         skip: ``llm_int8_skip_modules``.
         original: whether rotated weights were not quantised first.
     """
@@ -157,7 +165,7 @@ class _Loading:
         self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
         self.cast = self.codec is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
-        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec and dense else None
+        self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec not in (None, "stored") else None
         self.original = said.get("fold_into") == "original"
         try:
             self.skip = json.loads(said.get("skip_modules") or "null")
@@ -230,6 +238,17 @@ class _Comparison:
     tolerance: float | None
     modules: dict[str, WeightCheck] = field(default_factory=dict)
     done: dict[tuple[str, str], TensorCheck] = field(default_factory=dict)  # for tied tensors
+    formats: dict[str, tuple[WeightFormat, bool, WeightFormat]] = field(default_factory=dict)
+
+    def remedies(self) -> tuple[str, ...]:
+        """What helps where the weights keep too little of the adapter, from the record or else from the worst weight."""
+        path = min(self.modules, key=lambda path: k if (k := self.modules[path].kept) is not None else 1.0)
+        if self.record is not None and path in self.record.modules:
+            case = Case.of_record(self.record, path)
+        else:
+            base, first, merged = self.formats[path]
+            case = Case.of_weights(base, merged, quantised_first=first, on_disk=True)
+        return () if case is None else tuple(map(str, remedies(case)))
 
     @cached_property
     def _first(self) -> frozenset[str]:
@@ -237,6 +256,10 @@ class _Comparison:
         return self.base.linears(self.loading.skip) if self.base.model is not None else frozenset()
 
     def check(self, name: str) -> TensorCheck:
+        found = self._check(name)
+        return found if found.why is not None else replace(found, why=self.folded.misfit(name))
+
+    def _check(self, name: str) -> TensorCheck:
         source, now = self.base.sources.get(name), self.folded.sources.get(name)
         rotated, replaced = name in self.live.chains, name in self.live.values
         kind: TensorKind = "rotated" if rotated else "replaced" if replaced else "copied"
@@ -300,6 +323,8 @@ class _Comparison:
         plain = codecs.encode(exact, into)
         modules = self.record.modules if self.record is not None else {}
         module = modules.get(path, modules.get(name.removesuffix(".weight")))
+        own_base = self.base.read(name).weight.format
+        self.formats[path] = (own_base, before.weight.format.quantised and not own_base.quantised, into)
         error, changed = measures.relative(decoded, exact), measures.relative(start, exact)
         check = self.modules[path] = WeightCheck(
             error,
@@ -308,6 +333,8 @@ class _Comparison:
             calibrated=module.error if module is not None and module.rounding == "calibrated" else None,
             rho=error / changed if changed else None,
             kept=measures.kept(decoded, start, exact),
+            change=float((exact - start.to(torch.float64)).norm()),
+            format=into.label,
             steps=measures.step_error(own, exact),
         )
         if not check.passes(self.tolerance):
@@ -315,6 +342,9 @@ class _Comparison:
             return f"the relative error is {error:.2e}, and the rounding to the format explains {check.rounding:.2e}{recorded}"
         if not into.quantised:
             return self._wrong_dtype(before, into.dtype)
+        same = replace(before.weight.format, nested_blocksize=into.nested_blocksize)
+        if module is not None and module.format == into.label and same == into:
+            before = StoredTensor(plain)  # the record says that the double quantisation has changed
         if before.weight.format.codec == into.codec and before.weight.format != into:
             was = {k: v for k, v in vars(before.weight.format).items() if v != getattr(into, k)}
             return f"the weight is stored with other settings than in the source, which has {was}"
@@ -346,6 +376,8 @@ class _Comparison:
         if stored.weight.format.quantised:
             if not before.weight.format.quantised:
                 return f"the tensor is stored as {stored.weight.format.label}, but plain in the source"
+            if self._changed_format(before.weight.format, stored.weight.format):
+                before = StoredTensor(codecs.encode(codecs.decode(before.weight), stored.weight.format))
             return _parts_unlike(stored, before)
         want, got = before.weight.tensors["weight"], stored.weight.tensors["weight"]
         if before.weight.format.quantised:
@@ -353,7 +385,18 @@ class _Comparison:
             want = want.t() if self.folded.transposed(name) else want
         if want.is_floating_point() == got.is_floating_point():
             want = want.to(got.dtype)
+        if want.shape != got.shape and want.ndim == got.ndim and self.folded.is_buffer(name):
+            # resize_token_embeddings cuts off a buffer with an entry for each token, or adds zeros
+            grown = torch.zeros_like(got)
+            common = tuple(slice(min(a, b)) for a, b in zip(want.shape, got.shape, strict=True))
+            grown[common] = want[common]
+            want = grown
         return self._wrong_dtype(before, got.dtype) if _same(got, want) else "the tensor differs from the source's"
+
+    def _changed_format(self, before: WeightFormat, after: WeightFormat) -> bool:
+        """Whether the fold gave a quantised weight another quantised format: another codec, or what the record says."""
+        said = self.record.base.get("format") if self.record is not None else None
+        return before.codec != after.codec or (said == after.codec and before != after)
 
     def _wrong_dtype(self, before: StoredTensor, dtype: torch.dtype) -> str | None:
         """What is wrong with a plain tensor's dtype, or None: the source's dtype and the config's are both right."""

@@ -2,131 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.errors import MatchError, NonFiniteError, ShapeError, StateError, printable
-from oftsurgery.records.record import plain
+from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.modules import inner_model, modules_of
 
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far one output is from the reference's, over all inputs.
-
-    >>> report = oftsurgery.verify(model, model, inputs)
-    >>> report.outputs["logits"].max_abs
-    0.0
-
-    Attributes:
-        relative: ``‖a - b‖ / ‖b‖`` (Frobenius).
-        max_abs: largest absolute difference.
-        cosine_distance: mean of ``1 - cos`` over the vectors of the last dimension.
-    """
-
-    relative: float
-    max_abs: float
-    cosine_distance: float
+from .meters import Meter, measured
+from .verify_report import VerifyReport
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What :func:`~oftsurgery.verify` measured.
-
-    >>> report = oftsurgery.verify(oftsurgery.fold(model, "ADAPTER"), live, inputs)
-    >>> path, error = report.worst
-    >>> error == report.modules[path], list(report.outputs), report.batches
-    (True, ['logits'], 1)
-
-    Attributes:
-        modules: ``{path: OutputError}`` of each compared module, given the very inputs that the module gets in the
-            reference model: the error of this module, not of the modules before it.
-        outputs: ``{name: OutputError}`` of the models' outputs.
-        batches: how many inputs were run.
-        plain: ``{name: OutputError}`` of the outputs of the model ``plain``; empty without one.
-        uncalled: folded modules that the reference never called on these inputs: where their owners only read the
-            weights, a live adapter does nothing there, and a fold should not either.
-    """
-
-    modules: Mapping[str, OutputError]
-    outputs: Mapping[str, OutputError]
-    batches: int
-    plain: Mapping[str, OutputError] = field(default_factory=dict)
-    uncalled: tuple[str, ...] = ()
-
-    @property
-    def worst(self) -> tuple[str, OutputError] | None:
-        """The module with the largest relative error, or None without modules."""
-        return max(self.modules.items(), key=lambda item: item[1].relative, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain dicts, strings and numbers."""
-        return dict(plain(self))
-
-    def __str__(self) -> str:
-        rows = [
-            *self.outputs.items(),
-            *((f"{name}, plain rounding", e) for name, e in self.plain.items()),
-            *sorted(self.modules.items(), key=lambda item: -item[1].relative),
-        ]
-        width = max((len(printable(name)) for name, _ in rows), default=0)
-        lines = [f"{'':{width}}  relative   max abs    1 - cos"]
-        for name, e in rows:
-            lines.append(f"{printable(name):{width}}  {e.relative:.2e}   {e.max_abs:.2e}   {e.cosine_distance:.2e}")
-        lines += [
-            f"{printable(name)}: the reference never called this module on these inputs" for name in self.uncalled
-        ]
-        return "\n".join(lines)
-
-
-class _Meter:
-    """Accumulates one :class:`OutputError` in float64."""
-
-    def __init__(self) -> None:
-        self.difference = self.norm = self.max_abs = self.distance = 0.0
-        self.vectors = self.calls = 0
-
-    def add(self, name: str, a: Tensor, b: Tensor) -> None:
-        self.calls += 1
-        if a.shape != b.shape:
-            message, remedy = "the two models' outputs differ in shape", "give two models of the same class and size"
-            raise ShapeError(message, tensor=name, shape=a.shape, expected=b.shape, remedy=remedy)
-        a, b = a.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
-        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-            remedy = "check the inputs (is a row all padding?) and both models"
-            raise NonFiniteError("an output holds NaN or infinity", tensor=name, remedy=remedy)
-        if not a.numel():
-            return
-        self.difference += float((a - b).square().sum())
-        self.norm += float(b.square().sum())
-        self.max_abs = max(self.max_abs, float((a - b).abs().max()))
-        rows_a, rows_b = (t.reshape(-1, t.shape[-1] if t.ndim else 1) for t in (a, b))
-        lengths = rows_a.norm(dim=-1) * rows_b.norm(dim=-1)
-        cosine = (rows_a * rows_b).sum(-1) / lengths.clamp(min=1e-300)
-        cosine = torch.where(lengths > 0, cosine, (rows_a == rows_b).all(-1).to(a))
-        self.distance += float((1 - cosine).sum())
-        self.vectors += cosine.numel()
-
-    def result(self) -> OutputError:
-        relative = (self.difference / self.norm) ** 0.5 if self.norm else self.difference**0.5
-        return OutputError(relative, self.max_abs, self.distance / self.vectors if self.vectors else 0.0)
-
-
-def _measured(meters: Mapping[str, _Meter]) -> Mapping[str, OutputError]:
-    return MappingProxyType({name: meter.result() for name, meter in meters.items()})
-
-
-@torch.no_grad()
-def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Module | None = None) -> VerifyReport:
+def verify(
+    folded: nn.Module,
+    reference: nn.Module,
+    inputs: Any,
+    *,
+    plain: nn.Module | None = None,
+    base: nn.Module | None = None,
+) -> VerifyReport:
     """Run two models on the same inputs and measure how far ``folded`` is from ``reference``, per module and end to end.
 
     >>> folded = oftsurgery.fold(model, "ADAPTER")
@@ -135,6 +35,8 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
     True
     >>> report.outputs["logits"].cosine_distance < 0.05                      # end to end
     True
+    >>> report.outputs["logits"].kept > 0.9                                  # of the adapter's effect on the logits
+    True
 
     Args:
         folded: a folded model, whose record says which modules to compare, or any model.
@@ -142,62 +44,124 @@ def verify(folded: nn.Module, reference: nn.Module, inputs: Any, *, plain: nn.Mo
         inputs: a batch (a tensor, a tuple of arguments or a mapping of keyword arguments), or an iterable of batches.
         plain: a model whose outputs are set beside those of ``folded``: with the same fold by ``rounding="nearest"``, the
             report says what the rounding gained end to end.
+        base: the model without the adapter, by which the report says how much of the adapter's effect is kept. None: the
+            reference with its rotations switched off, where it has live adapters that are not merged; heads and biases that
+            the adapter trained then stay.
 
     Returns:
         a :class:`~oftsurgery.VerifyReport`.
 
-    Both models run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes'
+    All models run in eval mode, without gradients, and get their training flags back. A CPU forward of bitsandbytes'
     4-bit layers repacks them in place, here as in any other forward.
 
     Raises:
-        MatchError: a folded module is not in the reference.
+        MatchError: a folded module is not in the reference, or the base gives other outputs.
         ShapeError, NonFiniteError: outputs cannot be compared.
         StateError: there are no inputs.
     """
+    return compare(folded, reference, inputs, plain=plain, base=base)
+
+
+@torch.no_grad()
+def compare(
+    folded: nn.Module,
+    reference: nn.Module,
+    inputs: Any,
+    *,
+    plain: nn.Module | None = None,
+    base: nn.Module | None = None,
+    paths: Sequence[str] | None = None,
+) -> VerifyReport:
+    """:func:`verify` with the ``paths`` of the modules to compare; None: those of the folded model's record, or else all linear
+    layers.
+    """
     mine, theirs = modules_of(folded), modules_of(peft_live.base_of(inner_model(reference)))
-    record = record_of(folded)
-    linears = (p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear))
-    paths = list(record.modules if record is not None else linears)
-    missing = [p for p in paths if p not in theirs]
-    if missing:
-        message, remedy = "the reference model lacks a folded module", "give a model of the same architecture"
-        raise MatchError(message, module=missing[0], remedy=remedy)
-    modules = {path: _Meter() for path in paths}
-    outputs: dict[str, _Meter] = {}
-    beside: dict[str, _Meter] = {}
+    paths = _compared_paths(folded, mine, theirs, paths)
+    modules = {path: Meter() for path in paths}
+    without = WithoutAdapter(reference, base)
+    outputs: dict[str, Meter] = {}
+    others: dict[str, dict[str, Meter]] = {"plain": {}, "base": {}}
     batches = 0
-    with eval_mode(folded), eval_mode(reference), eval_mode(folded if plain is None else plain):
+    models = [folded, reference, *(m for m in (plain, base) if m is not None)]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(eval_mode(model))
         for args, kwargs in batches_of(inputs):
-            with _compared(modules, mine, theirs):
-                expected = dict(_tensors(reference(*args, **kwargs)))
-            got = dict(_tensors(folded(*args, **kwargs)))
-            if got.keys() != expected.keys() or not got:
-                names = [", ".join(map(printable, side)) or "none" for side in (got, expected)]
-                remedy = "give models of the same class, with the same output settings (use_cache, return_dict)"
-                message = f"the folded model gives other outputs ({names[0]}) than the reference ({names[1]})"
-                raise MatchError(message, remedy=remedy)
+            real = kwargs.get("attention_mask")
+            with _compared(modules, mine, theirs, without):
+                expected = _outputs(reference(*args, **kwargs), real)
+            got = _same_outputs(_outputs(folded(*args, **kwargs), real), expected, "folded model")
+            before = _outputs(without(*args, **kwargs), real) if without.known else {}
+            if before:
+                _same_outputs(before, expected, "base")
+            beside = _outputs(plain(*args, **kwargs), real) if plain is not None else {}
             for name, value in got.items():
-                outputs.setdefault(name, _Meter()).add(name, value, expected[name])
-            for name, value in _tensors(plain(*args, **kwargs)) if plain is not None else ():
-                beside.setdefault(name, _Meter()).add(name, value, expected[name])
+                tokens = _is_scores(name, value, folded)
+                outputs.setdefault(name, Meter(tokens=tokens)).add(name, value, expected[name], before.get(name))
+                for which, those in (("plain", beside), ("base", before)):
+                    if name in those:
+                        meter = others[which].setdefault(name, Meter(tokens=tokens))
+                        meter.add(name, those[name], expected[name], before.get(name))
             batches += 1
     if not batches:
         raise StateError("the inputs hold no batch to compare on", remedy="give at least one batch")
     called = {path: meter for path, meter in modules.items() if meter.calls}
     uncalled = tuple(path for path in modules if path not in called)
-    return VerifyReport(_measured(called), _measured(outputs), batches, _measured(beside), uncalled)
+    found = {which: measured(meters) for which, meters in others.items()}
+    rounds_inputs = any(type(m).__name__ == "Linear8bitLt" for model in models for m in model.modules())
+    return VerifyReport(
+        measured(called), measured(outputs), batches, found["plain"], uncalled, found["base"], rounds_inputs
+    )
+
+
+def _compared_paths(
+    folded: nn.Module,
+    mine: Mapping[str, nn.Module],
+    theirs: Mapping[str, nn.Module],
+    wanted: Sequence[str] | None,
+) -> list[str]:
+    record = record_of(folded)
+    linears = (p for p, m in mine.items() if p and p in theirs and not m._modules and isinstance(m, nn.Linear))
+    paths = list(wanted if wanted is not None else record.modules if record is not None else linears)
+    missing = [p for p in paths if p not in theirs]
+    if missing:
+        message, remedy = "the reference model lacks a folded module", "give a model of the same architecture"
+        raise MatchError(message, module=missing[0], remedy=remedy)
+    return paths
+
+
+def _same_outputs(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    if got.keys() == expected.keys() and got:
+        return got
+    names = [", ".join(map(printable, side)) or "none" for side in (got, expected)]
+    message = f"the {what} gives other outputs ({names[0]}) than the reference ({names[1]})"
+    remedy = "give models of the same class, with the same output settings (use_cache, return_dict)"
+    raise MatchError(message, remedy=remedy)
+
+
+def _is_scores(name: str, value: Tensor, model: nn.Module) -> bool:
+    """Whether an output holds scores of the tokens of a language model."""
+    config: Any = getattr(inner_model(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return name == "logits" and value.ndim == 3 and value.shape[-1] == getattr(text, "vocab_size", None)
 
 
 @contextmanager
 def _compared(
-    meters: Mapping[str, _Meter], mine: Mapping[str, nn.Module], theirs: Mapping[str, nn.Module]
+    meters: Mapping[str, Meter],
+    mine: Mapping[str, nn.Module],
+    theirs: Mapping[str, nn.Module],
+    without: WithoutAdapter,
 ) -> Iterator[None]:
-    """While the reference runs, give each of its modules' inputs to our module too."""
+    """While the reference runs, give each of its modules' inputs to our module too, and to the module without the adapter."""
 
     def hook(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        got = output if mine[path] is module else mine[path](*args, **kwargs)  # a call of itself would hook again
+        # a call of itself would hook again
+        got = output if mine[path] is module else _called(mine[path], args, kwargs)
+        before = without.module(path, module)
+        start = dict(_tensors(before(*args, **kwargs))) if before is not None else {}
         for (name, a), (_, b) in zip(_tensors(got), _tensors(output), strict=True):
-            meters[path].add(f"{path} {name}".strip(), a, b)
+            meters[path].add(f"{path} {name}".strip(), a, b, start.get(name))
 
     handles = [theirs[path].register_forward_hook(partial(hook, path), with_kwargs=True) for path in meters]
     try:
@@ -205,6 +169,76 @@ def _compared(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The module's output on another module's inputs; a plain layer gets floats in its own dtype, which a fold may change."""
+    weight = module._parameters.get("weight")
+    dtype = weight.dtype if type(weight) is nn.Parameter and weight.is_floating_point() else None
+
+    def given(value: Any) -> Any:
+        return value.to(dtype) if dtype and isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return module(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+
+
+class WithoutAdapter:
+    """The model without the adapter: ``base``, or ``live`` with its adapters switched off.
+
+    Attributes:
+        known: whether there is such a model. A live model whose adapters are merged or switched off is none.
+    """
+
+    def __init__(self, live: nn.Module, base: nn.Module | None) -> None:
+        self._base, self._live = base, live
+        self._modules = {} if base is None else modules_of(base)
+        self._switches = _switches(live) if base is None else []
+        self.known = base is not None or bool(self._switches)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._base is not None:
+            return self._base(*args, **kwargs)
+        with _switched_off(self._switches):
+            return self._live(*args, **kwargs)
+
+    def module(self, path: str, live: nn.Module) -> Callable[..., Any] | None:
+        """What the module ``live`` at ``path`` computes without the adapter; None where that is not known."""
+        if self._base is not None:
+            return self._modules.get(path)
+        switches = [(m, name) for m, name in self._switches if m is live]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _switched_off(switches):
+                return live.forward(*args, **kwargs)  # a call of the module itself would run its hooks again
+
+        return run if switches else None
+
+
+def _switches(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The attributes that switch off the live adapters of peft and of oftsurgery, which are all on; empty where an adapter is
+    merged or off. peft's own methods would also change which parameters are trained, and would unmerge.
+    """
+    found: list[tuple[nn.Module, str]] = []
+    for module in model.modules():
+        if "original_module" in module._modules:  # peft's holder of a trained head, which no rounding loses
+            continue
+        if hasattr(type(module), "_disable_adapters") or "_disable_adapters" in module.__dict__:  # peft's
+            found.append((module, "_disable_adapters"))
+        elif "disable_adapters" in module.__dict__:  # oftsurgery's
+            found.append((module, "disable_adapters"))
+    off = any(getattr(module, name) or getattr(module, "merged", False) for module, name in found)
+    return [] if off else found
+
+
+@contextmanager
+def _switched_off(switches: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    for module, name in switches:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for module, name in switches:
+            setattr(module, name, False)
 
 
 @contextmanager
@@ -228,6 +262,17 @@ def batches_of(inputs: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
             yield (), dict(batch)
         else:
             yield batch if isinstance(batch, tuple) else (batch,), {}
+
+
+def _outputs(value: Any, real: object) -> dict[str, Tensor]:
+    """The outputs by name; of an output with a vector for each position, the positions that ``real`` does not mark as padding."""
+    found = dict(_tensors(value))
+    if not isinstance(real, Tensor) or real.ndim != 2:
+        return found
+    return {
+        n: t[real.to(t.device).bool()][None] if t.ndim == 3 and t.shape[:2] == real.shape else t
+        for n, t in found.items()
+    }
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

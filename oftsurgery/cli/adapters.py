@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
-from oftsurgery.errors import StateError, printable
+from oftsurgery.errors import StateError, printable, share
 
 from .arguments import READING_FLAGS, AddCommand, Parser, Run, add_command, add_output_flags
 from .printing import Row, print_table, wants_words
@@ -82,7 +82,7 @@ def _extract(args: argparse.Namespace) -> None:
             rows.append((path, turn.side, turn.block_size, *figures, error))
         head = "module  side  block size  angle:.3f  change:.2e  residual:.2e  rounding:.2e  explained:.1%  error"
         print_table(head, rows)
-        print(f"wrote {args.output}: {len(rows)} rotations explain {adapter.explained:.1%} of the difference")
+        print(f"wrote {args.output}: {len(rows)} rotations explain {share(adapter.explained, '.1%')} of the difference")
 
 
 def _adapter_show(args: argparse.Namespace) -> None:

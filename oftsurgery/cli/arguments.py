@@ -62,7 +62,11 @@ _SHARED: Mapping[str, dict[str, Any]] = {
     ),
     "--follow-links": switch("read files that are links, wherever the links lead"),
     "output": {"metavar": "OUTPUT", "help": "folder to write, which must not exist"},
-    "--format": {"choices": FORMATS, "default": "same", "help": "format to write (default: %(default)s)"},
+    "--format": {
+        "choices": FORMATS,
+        "default": "same",
+        "help": "format to write, from a base in any format (default: %(default)s)",
+    },
     "--quantize": {
         "choices": ("nf4", "fp4", "int8"),
         "help": "quantise a plain base first, as the trainer's loading did",
@@ -73,7 +77,7 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
         "names)",
     },
-    "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant)"),
+    "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant) in the 4-bit format"),
     "--compute-dtype": {
         "choices": DTYPES,
         "help": "bnb_4bit_compute_dtype of the config (default: the dtype of the model)",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import share
 
 from .arguments import (
     FOLDING_FLAGS,
@@ -20,7 +21,7 @@ from .arguments import (
     base_of,
     keywords,
 )
-from .printing import facts_beside, print_facts, print_table, progress_for, size_text, wants_words
+from .printing import facts_beside, print_facts, print_table, progress_for, size_text, tokens_text, wants_words
 
 _BASE = (
     "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised; may be left "
@@ -81,6 +82,7 @@ def show_plan(args: argparse.Namespace) -> None:
             ("replaced by the adapter's own", str(len(facts["replaces"]))),
             ("added by the adapter", ", ".join(facts["adds"])),
             ("missing in the adapter", ", ".join(facts["missing"])),
+            ("tokens", tokens_text(facts["vocabulary"])),
             ("files carried over", ", ".join(facts["carried"]) or "none"),
             *facts_beside(facts),
             ("shards", str(len(facts["shards"]))),
@@ -127,7 +129,7 @@ def _unfold(args: argparse.Namespace) -> None:
 def print_written(args: argparse.Namespace, record: oftsurgery.FoldRecord | None) -> None:
     if wants_words(args, record):
         carried = "" if record is None else f": {len(record.modules)} weights carry {len(record.adapters)} adapter(s)"
-        kept = "" if record is None or record.kept is None else f", {record.kept:.1%} of the change kept"
+        kept = "" if record is None or record.kept is None else f", {share(record.kept, '.1%')} of the change kept"
         print(f"wrote {args.output}{carried}{kept}")
         if record is not None:
             print_facts(*facts_beside(record.to_dict()))

@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import shtab
@@ -29,6 +30,7 @@ from oftsurgery.errors import (
     without_tokens,
 )
 from oftsurgery.files.links import links_followed
+from oftsurgery.notices import notices_to
 
 from . import adapters, export, fold, show, verify
 from .arguments import ExitCode, Parser, Run, add_command, add_output_flags
@@ -96,7 +98,12 @@ def _run(args: argparse.Namespace) -> int:
             warnings.showwarning = partial(_print_warning, args)
             for category in _ALWAYS:
                 warnings.simplefilter("always", category)
-            with links_followed(getattr(args, "follow_links", False)), hub_bars(args):
+            from oftsurgery.records.advice import for_command_line  # heavy, as all that the commands import
+
+            follows = links_followed(getattr(args, "follow_links", False))
+            quiet = getattr(args, "quiet", False) or as_json
+            notices = nullcontext() if quiet else notices_to(partial(print, file=sys.stderr))
+            with follows, hub_bars(args), notices, for_command_line(_words_of(args)):
                 return run(args) or ExitCode.OK
     except KeyboardInterrupt:
         print(f"interrupted: {_what_is_kept(args)}", file=sys.stderr)
@@ -106,6 +113,17 @@ def _run(args: argparse.Namespace) -> int:
         return ExitCode.ENVIRONMENT
     except Exception as error:
         return _print_error(error, as_json=as_json)
+
+
+def _words_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The command's own words for BASE, ADAPTER, OUTPUT and the flags that the fold's record does not have, which advice repeats."""
+    folds = getattr(args, "command", None) in ("fold", "merge")
+    given = {name.upper(): getattr(args, name, None) for name in ("base", "adapter", *(["output"] if folds else []))}
+    flags = {name: getattr(args, name, None) for name in ("adapter_subfolder", "compute_dtype", "tokenizer")}
+    more = [word for name, value in flags.items() if value for word in (f"--{name.replace('_', '-')}", value)]
+    given["FLAGS"] = more + ["--follow-links"] * bool(getattr(args, "follow_links", False))
+    words = {name: [value] if isinstance(value, str) else value for name, value in given.items() if value}
+    return {"BASE": [], **words} if folds else words  # a fold's BASE may be left out
 
 
 # errors of disk, network and missing packages are also of these kinds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from oftsurgery.errors import printable
+from oftsurgery.errors import printable, share
 from oftsurgery.progress import Progress, without_bars
 
 
@@ -47,6 +46,13 @@ def facts_beside(facts: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     return [*told, *((what, ", ".join(found)) for what, found in names.items())]
 
 
+def tokens_text(vocabulary: Mapping[str, int]) -> str:
+    """The number of tokens that an adapter brought; an empty text where the number stays."""
+    return (
+        f"{vocabulary['after']}, and {vocabulary['before']} in the base" if {"before", "after"} <= {*vocabulary} else ""
+    )
+
+
 Row = Sequence[str | float | None]
 
 
@@ -59,15 +65,11 @@ def print_table(head: str, rows: Sequence[Row]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-#: the largest share that a table shows as it is: beyond, the figure it is measured by is nearly nothing
-_MOST = 100.0
-
-
 def _cell(value: str | float | None, spec: str) -> str:
     if isinstance(value, str):
         return printable(value)
-    if value is not None and spec.endswith("%") and abs(value) >= _MOST:
-        return f"{'>' if value > 0 else '<'} {math.copysign(_MOST, value):.0%}"
+    if value is not None and spec.endswith("%"):
+        return share(value, spec)
     return "-" if value is None else format(value, spec)
 
 

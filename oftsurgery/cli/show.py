@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Mapping
 
 import oftsurgery  # its names are imported when they are first used
+from oftsurgery.errors import share
 
 from .arguments import AddCommand
-from .printing import Row, facts_beside, print_facts, print_table, wants_words
+from .printing import Row, facts_beside, print_facts, print_table, tokens_text, wants_words
 
 
 def add_commands(command: AddCommand) -> None:
@@ -77,9 +78,10 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
     print_facts(
         ("base", ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)),
         ("rounding", fold.rounding),
-        ("kept of what the adapter changed", "" if fold.kept is None else f"{fold.kept:.1%}"),
+        ("kept of what the adapter changed", "" if fold.kept is None else share(fold.kept, ".1%")),
         ("replaced by the adapter's own", ", ".join(fold.saved)),
         ("missing in the adapter", ", ".join(fold.missing)),
+        ("tokens", tokens_text(fold.vocabulary)),
         ("added by the adapter", ", ".join(fold.added)),
         *facts_beside(fold.to_dict()),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),

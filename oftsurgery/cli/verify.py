@@ -27,6 +27,12 @@ def add_commands(command: AddCommand) -> None:
         help="largest relative error that passes (default: the error of storing the exact weight)",
     )
 
+    verify.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="texts on which the outputs are compared too: .txt (one text a line), .jsonl or .parquet (field 'text'); this flag "
+        "loads the folded model and the base with the adapter live, and runs them",
+    )
     verify.add_shared("--base-revision", *READING_FLAGS)
 
     text = "find and explain errors in a checkpoint or an adapter"
@@ -39,7 +45,7 @@ def add_commands(command: AddCommand) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     both = (base_of(args) if args.base else None, adapters_of(args) if args.adapter else None)
-    report = oftsurgery.verify_checkpoint(args.folded, *both, tolerance=args.tolerance)
+    report = oftsurgery.verify_checkpoint(args.folded, *both, texts=args.texts, tolerance=args.tolerance)
     if wants_words(args, report):
         _print_verified(report)
     return ExitCode.OK if report.ok else ExitCode.CHECK_FAILED
@@ -47,7 +53,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def verify_output(args: argparse.Namespace, folded: str | Path) -> int:
     """Run ``oftsurgery verify`` on the folded checkpoint and print words only: the fold prints the JSON."""
-    verify = {"folded": folded, "tolerance": None, "json": False, "quiet": args.quiet or args.json}
+    verify = {"folded": folded, "tolerance": None, "texts": None, "json": False, "quiet": args.quiet or args.json}
     return _verify(argparse.Namespace(**vars(args) | verify))
 
 
@@ -73,6 +79,15 @@ def _print_verified(report: oftsurgery.CheckpointReport) -> None:
         print(f"{printable(name)}: {state.upper()} since it was recorded")
     if report.files and not wrong:
         print(f"{len(report.files)} files are as recorded")
+    if report.on_texts is not None:
+        print(report.on_texts)
+    print("\n".join(_verdict(report)))
+
+
+def _verdict(report: oftsurgery.CheckpointReport) -> list[str]:
+    """What helps where the fold keeps too little of its adapter, and the verdict in the last line."""
+    helps = [f"  {i}. {remedy}" for i, remedy in enumerate(report.remedies, start=1)]
+    return [*(["what helps, best first:", *helps] if helps else []), report.verdict]
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -35,7 +35,11 @@ _REMEDY = "choose the base's tokenizer, tokenizer='base' (--tokenizer base), or 
 
 
 def choose_tokenizer(
-    carried: Carried, adapters: Sequence[Path], wanted: str | Path | None = None, rows: int | None = None
+    carried: Carried,
+    adapters: Sequence[Path],
+    wanted: str | Path | None = None,
+    rows: int | None = None,
+    before: int | None = None,
 ) -> Carried:
     """The files beside folded weights, with the chosen tokenizer and chat template.
 
@@ -44,6 +48,7 @@ def choose_tokenizer(
         adapters: the adapters' folders.
         wanted: ``"adapter"``, ``"base"``, or a folder; None: the adapter's files where its folder has them, else the base's.
         rows: the rows of the model's embedding, where they are known.
+        before: the rows of the base's embedding, if the fold changes their number.
 
     Raises:
         StateError: the adapter or the folder has no tokenizer, two adapters have different tokenizers, or the tokenizer has
@@ -59,30 +64,40 @@ def choose_tokenizer(
         if wanted == "adapter":
             where = ", ".join(map(str, adapters)) or None
             raise StateError("no adapter's folder has a tokenizer or a chat template", path=where, remedy=_REMEDY)
+        _check_rows(base, base, rows, before)
         return base.told()
     own = found[-1]
     if any(other.contents != own.contents for other in found):
         where = ", ".join(map(str, folders))
         raise StateError("the adapters bring different tokenizers or chat templates", path=where, remedy=_REMEDY)
+    whole = own.is_whole(base)
+    _check_rows(own if whole else base, base, rows, before)
     if wanted is None and own.contents.items() <= base.contents.items():
         return base.told()  # trainers save the base's tokenizer beside an adapter too
-    whole = own.is_whole(base)
-    if whole:
-        _check_rows(own, base, rows)
     whose = "other" if isinstance(wanted, Path) else "adapter"
     return _with(base, own, whose, tokenizer=whole, templates=own.has_template)
 
 
-def _check_rows(own: _Own, base: _Own, rows: int | None) -> None:
-    """Refuse added tokens without a row in the embedding, unless the base's tokenizer has such tokens too."""
+def _check_rows(own: _Own, base: _Own, rows: int | None, before: int | None) -> None:
+    """Refuse a tokenizer with tokens that have no row in the embedding, unless the base's tokenizer has tokens without a row in the
+    base's embedding.
+    """
     largest = max(own.token_ids(), default=-1)
-    if rows is not None and largest >= rows > max(base.token_ids(), default=-1):
-        raise StateError(
-            f"the tokenizer has a token with the number {largest}, and the model's embedding has {rows} rows",
-            path=own.carried.files[own.files[0]].parent,
-            remedy="resize the base's embeddings as in training (resize_token_embeddings) and save the base; or choose the base's "
-            "tokenizer: tokenizer='base' (--tokenizer base)",
+    if rows is None or largest < rows or max(base.token_ids(), default=-1) >= (before or rows):
+        return
+    if before is not None:
+        remedy = "give the tokenizer of the training: tokenizer=FOLDER (--tokenizer FOLDER)"
+    else:
+        remedy = (
+            "save the adapter with its resized embeddings, save_pretrained(folder, save_embedding_layers=True); or resize the base's "
+            "embeddings as in training (resize_token_embeddings) and save the base; or choose the base's tokenizer: "
+            "tokenizer='base' (--tokenizer base)"
         )
+    raise StateError(
+        f"the tokenizer has a token with the number {largest}, and the model's embedding has {rows} rows",
+        path=own.carried.files[own.files[0]].parent,
+        remedy=remedy,
+    )
 
 
 def restore_tokenizer(carried: Carried, base: Carried) -> Carried:
@@ -153,11 +168,17 @@ class _Own:
         return {str(t.get("content")): t.get("id") for t in added or () if isinstance(t, Mapping)}
 
     def token_ids(self) -> Iterator[int]:
-        """The numbers of the tokens that are added to the vocabulary."""
+        """The numbers of the tokens that are added to the vocabulary, and in ``tokenizer.json`` of the vocabulary's tokens."""
+        model = self._tokens.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+        if isinstance(vocabulary, list):  # without numbers: the first token has the number 0
+            yield len(vocabulary) - 1
+        elif isinstance(vocabulary, Mapping):
+            yield from (n for n in vocabulary.values() if isinstance(n, int))
         decoder = self.config.get("added_tokens_decoder")
         numbers = [*self._added.values(), *self._json("added_tokens.json").values()]
         numbers += [int(n) for n in (decoder if isinstance(decoder, Mapping) else ()) if str(n).isdecimal()]
-        return (n for n in numbers if isinstance(n, int))
+        yield from (n for n in numbers if isinstance(n, int))
 
     def agrees_with(self, other: _Own, name: str) -> bool:
         """Whether the other tokenizer's file ``name``, which this tokenizer lacks, contradicts nothing in this tokenizer."""

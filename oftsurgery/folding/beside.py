@@ -37,8 +37,9 @@ def beside_model(
     carried = Carried() if home is None else carried_from(home, [p.name for p in home.glob("model*.safetensors")])
     if not hasattr(tokenizer, "save_pretrained"):
         adapters = homes_of(record.adapters if record is not None else ())
-        rows = rows_of({"vocab_size": getattr(config, "vocab_size", None)})
-        yield choose_tokenizer(carried, adapters, tokenizer, rows)
+        rows = rows_of(config.to_dict() if hasattr(config, "to_dict") else {})
+        before = None if record is None else record.vocabulary.get("before")
+        yield choose_tokenizer(carried, adapters, tokenizer, rows, before)
         return
     with tempfile.TemporaryDirectory() as place:
         tokenizer.save_pretrained(Path(place))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from oftsurgery.dtypes import DENSE, DTYPES, FLOATS
+from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import FormatError, MatchError, printable
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import checkpoint_tensors
@@ -17,6 +17,7 @@ from oftsurgery.stores.folder import FolderStore
 
 from .folder_writer import Outputs
 from .plan import FoldPlan, Rotate, takes_no_values
+from .target import Target
 
 #: function of a tensor as loading has it and of the stored tensor; it raises an error where the tensor is not as expected
 Check = Callable[[EncodedWeight, EncodedWeight], None]
@@ -30,6 +31,7 @@ class Part:
         name: the tensor's name.
         output: the name under which the tensor is written.
         into: the format that is written.
+        home: the format that is written where the formats stay; None for a tensor that takes an adapter's own values.
         base: the format in which loading has a plain tensor before it changes; None for the stored format.
         matrix: whether the tensor is a weight, handled in its canonical shape; other tensors keep their shape.
         values: an adapter's own values, which replace the stored values.
@@ -42,6 +44,7 @@ class Part:
     name: str
     output: str
     into: WeightFormat
+    home: WeightFormat | None = None
     base: WeightFormat | None = None
     matrix: bool = True
     values: Tensor | None = None
@@ -53,6 +56,11 @@ class Part:
     @property
     def changes(self) -> bool:
         return self.values is not None or self.rotate is not None or self.restore is not None
+
+    @property
+    def converts(self) -> bool:
+        """Whether the format changes."""
+        return self.home is not None and self.into != self.home
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,20 +98,21 @@ class JobBuilder:
     """Makes the jobs that turn what ``store`` holds into what a folder holds after ``changes``.
 
     Attributes:
-        format: the format that is written.
+        target: the formats that are written.
         fold_into: with ``"original"``, rotated weights are not quantised first.
         touched: ``{tensor name: whether the tensor is a weight}`` of the tensors that become parts, changed or not.
     """
 
     store: FolderStore
     changes: FoldPlan
-    format: str
+    target: Target = field(default_factory=Target)
     fold_into: str = "quantized"
     touched: Mapping[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.entries = self.store.entries
         self.architecture = self.store.architecture
+        self.shapes = {} if self.changes.vocabulary is None else self.changes.vocabulary.shapes
         self.rotate = {change.name: change for change in self.changes.rotate}
         self.values = {place: change.values for change in self.changes.replace for place in change.places}
         self.touched = {**dict.fromkeys(self.values, False), **self.touched, **dict.fromkeys(self.rotate, True)}
@@ -144,7 +153,10 @@ class JobBuilder:
 
     def _converts(self, target: str, name: str) -> bool:
         """Whether a weight changes its codec without any rotation."""
-        return self.store.quantises(target) or (self.format in DENSE and self.store.holds_quantised(name))
+        if not self.store.holds_quantised(name):
+            return self.store.quantises(target)
+        stored = self.store.stored(target)
+        return self.target.weight(stored) != stored
 
     # --- one job of a kind ---
 
@@ -156,16 +168,17 @@ class JobBuilder:
         part = self._cast(target or name, output or name, WeightFormat("dense", entry.shape, stored))
         if not target and stored == part.into.dtype == (part.base or part.into).dtype:
             return copy_job(self.store.source, name)
-        return Job(name, {part.output: (part.into.dtype, entry.shape)}, entry.nbytes, (part,))
+        return Job(name, {part.output: (part.into.dtype, part.into.shape)}, entry.nbytes, (part,))
 
     def _cast(self, name: str, output: str, stored: WeightFormat) -> Part:
         """The part of a tensor that changes at most in its dtype or to an adapter's own values."""
-        loaded, into = None, stored
-        if stored.dtype in FLOATS:
-            loaded = self.store.loaded_dtype(name)
-            into = replace(stored, dtype=DENSE.get(self.format, loaded or stored.dtype))
+        loaded = self.store.loaded_dtype(name) if stored.dtype in FLOATS else None
         base = None if loaded is None else replace(stored, dtype=loaded)
-        return Part(name, output, into, base, matrix=False, values=self.values.get(name))
+        values = self.values.get(name)
+        home = base or stored
+        home = home if values is None else replace(home, shape=tuple(values.shape))
+        into = replace(home, dtype=self.target.plain(home.dtype))
+        return Part(name, output, into, home, base, matrix=False, values=values)
 
     def _of_tensor(self, target: str, name: str, output: str, group: Sequence[str], *, untied: bool = False) -> Job:
         """The job that makes the model's tensor ``target`` from the stored tensor ``name``."""
@@ -190,15 +203,15 @@ class JobBuilder:
         """The job of a weight that is stored quantised, and takes an adapter's own values: they stay plain."""
         if name in self.architecture.transposed:
             raise takes_no_values(target, self.store.stored(target).label)
-        dtype = DENSE.get(self.format) or self.architecture.loaded.get(target) or self.values[target].dtype
-        into = WeightFormat("dense", self.store.stored(target).shape, dtype)
+        dtype = self.target.dense or self.architecture.loaded.get(target) or self.values[target].dtype
+        into = WeightFormat("dense", tuple(self.values[target].shape), dtype)
         part = Part(target, output, into, values=self.values[target])
         return Job(name, {output: (dtype, into.shape)}, sum(self.entries[n].nbytes for n in group), (part,))
 
     def _added(self, name: str, shape: tuple[int, ...]) -> Job:
         """The job of a tensor that an adapter brings and the checkpoint lacks."""
         values = self.values[name]
-        dtype = DENSE.get(self.format) or self.architecture.loaded.get(name) or values.dtype
+        dtype = self.target.dense or self.architecture.loaded.get(name) or values.dtype
         part = Part(name, name, WeightFormat("dense", shape, dtype), matrix=False)
         return Job(name, {name: (dtype, shape)}, 0, (part,), values=values)
 
@@ -208,18 +221,19 @@ class JobBuilder:
         if untied:  # an output head, which loading does not quantise
             loaded = replace(stored, dtype=self.store.loaded_dtype(name) or stored.dtype)
         base = None if loaded == stored else loaded
-        into = loaded.kind.once_quantised(loaded)
-        if self.format in DENSE:
-            into = WeightFormat("dense", stored.shape, DENSE[self.format])
+        home = loaded.kind.once_quantised(loaded)
+        into = self.target.weight(home)
         if self.fold_into == "original" and name in self.rotate:
-            base = None
-        return Part(name, output, into, base, values=self.values.get(name), rotate=self.rotate.get(name))
+            home, base = stored, None
+        shape = self.shapes.get(name, home.shape)
+        home, into = replace(home, shape=shape), replace(into, shape=shape)
+        return Part(name, output, into, home, base, values=self.values.get(name), rotate=self.rotate.get(name))
 
     def _of_unit(self, unit: Unit) -> Job:
         """The job of tensors that transformers converts: the outputs have the stored names, or the model's names where
         loading quantises one of the tensors.
         """
-        split_up = self.format not in DENSE and any(self.store.quantises(name) for name in unit.model)
+        split_up = self.target.dense is None and any(self.store.quantises(name) for name in unit.model)
         path = next((n for n in unit.model if n in self.touched), next(iter(unit.model), next(iter(unit.stored))))
         check_known(unit, path.removesuffix(".weight"), back=not split_up)
         parts = [self._made(name) for name in unit.model]

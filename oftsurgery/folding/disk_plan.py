@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,29 +13,32 @@ import torch
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import homes_of
 from oftsurgery.adapters.trained_on import TrainedOn
-from oftsurgery.dtypes import DENSE, name_of
+from oftsurgery.dtypes import DENSE, NAMED
 from oftsurgery.errors import FormatError, StateError, printable
 from oftsurgery.files.carried import Carried, carried_from
 from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.files.tokenizer_files import choose_tokenizer
 from oftsurgery.formats import codecs
-from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records import card
-from oftsurgery.records.record import AdapterInfo, FoldRecord
+from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores import configs
-from oftsurgery.stores.folder import FolderStore, Quantization, holds_quantised_weights
+from oftsurgery.stores.folder import (
+    FolderStore,
+    Quantization,
+    has_quantised_weights,
+    holds_quantised_weights,
+    load_dtype,
+)
 from oftsurgery.stores.new_head import new_head
 from oftsurgery.stores.quantised_loading import loadable_config
 
+from . import engine
 from .beside import rows_of
 from .disk_jobs import Job, JobBuilder, Part
-from .engine import check_undo
 from .folder_writer import Shard, into_shards, nbytes_of
 from .plan import FoldPlan, plan_changes
+from .target import QUANTISED, Format, Target, check_format
 from .undo_reader import UndoRecord
-
-Format = Literal["same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
-QUANTISED = tuple(name for name, kind in FORMATS.items() if kind.quantised)
 
 # what docs/speed.md measured on two CPU cores: rotating in memory, then reading and writing; and the memory of the libraries
 _WEIGHTS_PER_SECOND, _BYTES_PER_SECOND, _LIBRARIES = 0.7e9, 0.34e9, 100_000_000
@@ -53,7 +55,7 @@ class CheckpointPlan:
         config: the new ``config.json``.
         carried: the files that are copied beside the weights.
         changes: the changes of the model.
-        format: the format that is written.
+        target: the formats that are written.
         fold_into: whether the ``"quantized"`` or the ``"original"`` weights of a plain source are rotated.
         unfolds: whether the plan takes the last fold out.
         rounding: the rounding of the quantised weights that are rotated.
@@ -69,7 +71,7 @@ class CheckpointPlan:
     config: Mapping[str, Any]
     carried: Carried
     changes: FoldPlan = field(default_factory=FoldPlan)
-    format: str = "same"
+    target: Target = field(default_factory=Target)
     fold_into: str = "quantized"
     unfolds: bool = True
     rounding: str = "nearest"
@@ -81,6 +83,16 @@ class CheckpointPlan:
     @property
     def source(self) -> Checkpoint:
         return self.store.source
+
+    @property
+    def format(self) -> str:
+        """The name of the format that is written."""
+        return self.target.format
+
+    @property
+    def converts(self) -> bool:
+        """Whether a tensor is written in another format than the base has after loading."""
+        return any(part.converts for part in self.parts)
 
     @property
     def rotates(self) -> str:
@@ -135,6 +147,7 @@ class CheckpointPlan:
             "replaces": [p.output for p in self.parts if p.values is not None and p.rotate is None],
             "idle": list(self.changes.idle),
             "missing": list(self.changes.missing),
+            "vocabulary": self.changes.recorded_vocabulary,
             "revision": self.source.revision,
             "shards": [
                 {"file": s.file, "bytes": sum(nbytes_of(self.jobs[i].outputs) for i in s.items)} for s in self.shards
@@ -157,7 +170,9 @@ def plan_checkpoint(
     adapters: Sequence[OFTAdapter],
     *,
     format: Format = "same",
+    double_quant: bool = False,
     quantization: Quantization | None = None,
+    compute_dtype: torch.dtype | None = None,
     fold_into: Literal["quantized", "original"] = "quantized",
     rounding: str = "nearest",
     undo: Path | None = None,
@@ -167,6 +182,12 @@ def plan_checkpoint(
 ) -> CheckpointPlan:
     """Plan a fold on disk from headers and JSON alone (and the few bytes of JSON inside 4-bit weights' states).
 
+    Args:
+        double_quant: whether the 4-bit ``format`` has double quantisation; where ``quantization`` names the same format, its
+            own ``double_quant`` decides.
+        quantization: how a plain source is quantised before the fold; None for the quantisation that ``format`` names.
+        compute_dtype: compute dtype in the config of a quantised source that takes another format.
+
     Raises:
         AdapterError: an adapter lacks modules which its own config targets, and ``partial`` is not set.
         MatchError: an adapter's module or tensor matches nothing in the checkpoint.
@@ -175,34 +196,58 @@ def plan_checkpoint(
         CheckpointError: the checkpoint cannot be used.
     """
     codecs.check_rounding(rounding)
-    if quantization is None and format in QUANTISED:
-        quantization = Quantization(format)
+    if quantization is None and format in QUANTISED and not has_quantised_weights(source):
+        quantization = Quantization(format, double_quant)
     store = FolderStore(source, quantization)
     _check_formats(store, format, fold_into)
-    written: str = format
-    if format == "bnb":
-        written = "same" if quantization is None else quantization.codec
-    if undo is not None and (format in DENSE or fold_into != "quantized"):
-        raise StateError(
-            "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
-            format=format,
-            remedy="choose format='same' or a quantised format and fold_into='quantized' (--format, --fold-into), or leave out the undo "
-            "record (--undo), keep the base, and unfold with base=… (--base)",
-        )
+    target = _target(store, format, double_quant)
+    if undo is not None and (target.dense is not None or fold_into != "quantized"):
+        raise engine.no_undo(format)
     head = new_head(store, adapters)
     if head is not None:
         store = FolderStore(source, quantization, head)
     changes = plan_changes(store, adapters, partial=partial) if adapters else FoldPlan()
     if undo is not None:
-        check_undo(changes, store.added)
-    jobs = JobBuilder(store, changes, written, fold_into).jobs()
-    config = configs.output_config(store.config, written, store.quantization, untied=changes.clears_flag)
+        engine.check_undo(changes, store.added)
+    jobs = JobBuilder(store, changes, target, fold_into).jobs()
+    kept = store.quantization is None and not any(part.converts for job in jobs for part in job.parts)
+    written = None if kept else _written_quantization(store, target, compute_dtype)
+    vocabulary = changes.vocabulary
+    config = store.config if vocabulary is None else vocabulary.in_config(store.config)
+    config = configs.output_config(config, target.format, written, untied=changes.clears_flag)
     carried = carried_from(source.folder, source.shards)
-    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(source.config))
+    before = None if vocabulary is None else vocabulary.before
+    carried = choose_tokenizer(carried, homes_of(adapters), tokenizer, rows_of(config), before)
     plan = make_plan(store, jobs, config, max_shard_bytes, carried)
+    if undo is not None and plan.converts:
+        raise engine.no_undo(format)
     return replace(
-        plan, changes=changes, format=written, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
+        plan, changes=changes, target=target, fold_into=fold_into, rounding=rounding, undo=undo, unfolds=False
     )
+
+
+def _target(store: FolderStore, format: str, double_quant: bool) -> Target:
+    q, dtype = store.quantization, load_dtype(store.source)
+    kept = "same" if q is None else q.codec
+    written = kept if format == "bnb" else format
+    if q is not None and q.codec == written:
+        double_quant = q.double_quant
+    return Target(written, double_quant, q.dtype if q is not None and q.dtype is not None else dtype)
+
+
+def _written_quantization(store: FolderStore, target: Target, compute_dtype: torch.dtype | None) -> Quantization | None:
+    """The quantisation that the output's config names; None for the source's own."""
+    q = store.quantization
+    if target.codec is None:
+        return q
+    if q is not None:
+        return replace(q, codec=target.codec, double_quant=target.double_quant)
+    old = store.source.config.get("quantization_config") or {}
+    if compute_dtype is None and old.get("load_in_4bit"):
+        compute_dtype = NAMED.get(str(old.get("bnb_4bit_compute_dtype")))
+    if compute_dtype is None and target.dtype in DENSE.values():
+        compute_dtype = target.dtype
+    return Quantization(target.codec, target.double_quant, compute_dtype)
 
 
 def make_plan(
@@ -237,26 +282,28 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
             path=store.source.folder,
             remedy="say what the adapter was trained on: trained_on='nf4-double' (--trained-on nf4-double); or choose format='bf16' (--format bf16)",
         )
-    if format not in ("same", "bnb", *DENSE, *QUANTISED):
-        raise StateError(
-            f"the format {printable(format)!r} is not known",
-            remedy=f"choose one of same, bnb, {', '.join((*DENSE, *QUANTISED))} (--format)",
-        )
+    check_format(format, others=("same", "bnb"))
     if fold_into not in ("quantized", "original"):
         message = f"the value {printable(fold_into)!r} of fold_into is not known"
         raise StateError(message, remedy="choose 'quantized' or 'original' (--fold-into)")
-    if store.quantization is not None:
-        _check_quantised_first(store, store.quantization.codec, format)
-
-
-def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
-    """Refuse a quantisation of the source that the source or the output format excludes."""
-    if any(map(store.holds_quantised, store.source.entries)):
+    if fold_into == "original" and has_quantised_weights(store.source):
         raise StateError(
-            "the checkpoint is quantised already, and cannot be quantised once more",
+            "the source is stored quantised, and does not hold the original weights that fold_into='original' rotates",
+            path=store.source.folder,
+            remedy="leave out fold_into (--fold-into), or give the plain base",
+        )
+    if store.quantization is not None:
+        _check_quantised_first(store, store.quantization.codec, format, fold_into)
+
+
+def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_into: str) -> None:
+    """Refuse a quantisation of the source that the source or the output format excludes."""
+    if has_quantised_weights(store.source):
+        raise StateError(
+            "the checkpoint is quantised already, and cannot be quantised once more before the fold",
             format=format,
             path=store.source.folder,
-            remedy="leave out the quantisation (--quantize): format 'same' keeps the formats, 'fp16', 'bf16' and 'fp32' dequantise (--format)",
+            remedy="leave out the quantisation (--quantize): format 'same' keeps the formats, and the other formats replace them (--format)",
         )
     if codec not in QUANTISED:
         message = f"the quantisation {printable(codec)!r} is not known"
@@ -264,39 +311,14 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str) -> None:
     if format == "same":
         message = f"format 'same' keeps plain weights plain, but the quantisation {codec} was asked for too"
         raise StateError(message, remedy=f"choose --format {codec} (format='{codec}') or one of fp16, bf16, fp32")
-    if format in QUANTISED and format != codec:
-        message = f"the weights are to be quantised to {codec}, but the format to write is {format}"
-        raise StateError(message, remedy="give --quantize and --format the same value, or leave out one of the two")
+    if format in QUANTISED and format != codec and fold_into == "original":
+        message = f"the base is to be quantised to {codec} first, but fold_into='original' rotates the original weights and writes {format}"
+        raise StateError(
+            message, remedy="leave out the quantisation (--quantize), or leave out fold_into (--fold-into)"
+        )
     if store.architecture.linears is None:
         raise StateError(
             "the model's class decides which modules bitsandbytes loading quantises, and transformers does not know the class or is not installed",
             path=store.source.folder,
             remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
         )
-
-
-def recorded_quantization(record: FoldRecord, config: Mapping[str, Any]) -> Quantization | None:
-    """The quantisation of a plain base before its fold, from the record or else the config; None where there was none."""
-    base = record.base
-    codec = base.get("quantize") if base.get("fold_into") == "quantized" else None
-    if codec is None:
-        return None
-    if "double_quant" in base:
-        double, skip = base["double_quant"] == "true", json.loads(base.get("skip_modules") or "null")
-    else:
-        settings = config.get("quantization_config") or {}
-        double, skip = bool(settings.get("bnb_4bit_use_double_quant")), settings.get("llm_int8_skip_modules")
-    dtype = getattr(torch, base.get("dtype") or "", None)
-    return Quantization(codec, double, skip=None if skip is None else tuple(map(str, skip)), dtype=dtype)
-
-
-def facts_of_quantization(q: Quantization | None) -> dict[str, str | None]:
-    """The mirror of :func:`recorded_quantization`."""
-    if q is None:
-        return {"quantize": None}
-    return {
-        "quantize": q.codec,
-        "double_quant": json.dumps(q.double_quant),
-        "skip_modules": None if q.skip is None else json.dumps(q.skip),
-        "dtype": None if q.dtype is None else name_of(q.dtype),
-    }

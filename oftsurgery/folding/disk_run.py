@@ -36,8 +36,9 @@ from oftsurgery.weights.fold import fold_encoded
 
 from . import engine
 from .disk_jobs import Job, Part
-from .disk_plan import QUANTISED, CheckpointPlan, facts_of_quantization
+from .disk_plan import CheckpointPlan
 from .folder_writer import Item, Shard, write_other_files, write_shard
+from .quantised_first import facts_of_quantization
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
@@ -80,7 +81,7 @@ def run_plan(
             run.shard(shard, staging)
         record = run.record()
         if not plan.unfolds and record is not None:
-            engine.finish_fold(record, plan.changes, plan.store.ties)
+            engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
         elif plan.changes.rotate:
             engine.finish_unfold(plan.changes, run.modules, plan.store.record)
         if plan.undo is not None and record is not None:
@@ -92,7 +93,7 @@ def run_plan(
             source=plan.source.folder,
             jsons={"config.json": plan.config},
             carried=plan.carried,
-            exact=plan.format in ("same", *QUANTISED),
+            exact=not plan.converts,
             # an unfolded checkpoint keeps the sizes in the earlier fold's record
             before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
         )
@@ -121,7 +122,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
     facts = {
         "source": plan.source.identity,
         "adapters": [a.fingerprint for a in plan.changes.adapters],
-        "format": plan.format,
+        "target": str(plan.target),
         "quantization": str(plan.store.quantization),
         "fold_into": plan.fold_into,
         "shards": [[s.file, [list(plan.jobs[i].outputs) for i in s.items]] for s in plan.shards],
@@ -301,6 +302,7 @@ class _Run:
             added=tuple(plan.store.added),
             base={
                 "fold_into": plan.rotates,
+                **({"format": plan.format} if plan.converts else {}),
                 **_facts_of_training(plan),
                 **facts_of_quantization(plan.store.quantization),
                 **_facts_of_revision(plan.source),

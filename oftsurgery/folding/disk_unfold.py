@@ -24,8 +24,9 @@ from oftsurgery.stores.ties import FLAG
 
 from . import engine
 from .disk_jobs import Check, Job, JobBuilder, Part, copy_job
-from .disk_plan import CheckpointPlan, make_plan, recorded_quantization
+from .disk_plan import CheckpointPlan, make_plan
 from .plan import FoldPlan, plan_changes
+from .quantised_first import recorded_quantization
 from .undo_reader import UndoRecord
 
 
@@ -46,7 +47,7 @@ def plan_unfold(
     codecs.check_rounding(rounding)
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
-    jobs = JobBuilder(store, replace(changes, replace=()), "same").jobs()
+    jobs = JobBuilder(store, replace(changes, replace=())).jobs()
     plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes, _carried(folded))
     return replace(plan, changes=changes, rounding=rounding)
 
@@ -66,18 +67,19 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
         message = f"the checkpoint has no {RECORD}"
         remedy = "give the adapter in place of the base: adapter=… (--adapter) rotates back"
         raise StateError(message, path=folded.folder, remedy=remedy)
+    if "format" in record.base:
+        raise engine.other_format("checkpoint", path=folded.folder)
     quantization = recorded_quantization(record, folded.config)
     origin = FolderStore(base, quantization)
-    written = "same" if quantization is None else quantization.codec
     store = FolderStore(folded)
     wanted: dict[str, list[engine.Original]] = {}
     for original in engine.originals(record, origin):
         wanted.setdefault(origin.architecture.tied.get(original.at, original.at), []).append(original)
     touched = {name: any(o.weight for o in found) for name, found in wanted.items()}
     jobs = []
-    for job in JobBuilder(origin, FoldPlan(), written, touched=touched).jobs():
+    for job in JobBuilder(origin, FoldPlan(), touched=touched).jobs():
+        _check_same_format(job, folded, touched)
         if any(part.name in wanted for part in job.parts):
-            _check_same_format(job, folded, touched)
             parts = tuple(replace(p, check=_original_check(p.name, wanted.get(p.name, ()), store)) for p in job.parts)
             jobs.append(replace(job, parts=parts, origin=origin))
         elif all(n in folded.entries and n not in record.added for n in job.outputs):
@@ -85,7 +87,9 @@ def plan_restore(folded: Checkpoint, base: Checkpoint, *, max_shard_bytes: int =
             jobs += [copy_job(folded, n) for n in job.outputs]
         else:
             jobs.append(replace(job, origin=origin))
-    config = configs.restored_config(folded.config, base.config, head=bool(record.added))
+    shapes = {o.name: origin.shape(o.at) for found in wanted.values() for o in found}
+    vocabulary = store.vocabulary({store.locate([n]).get(n, n): shape for n, shape in shapes.items()})
+    config = configs.restored_config(folded.config, base.config, head=bool(record.added), vocabulary=vocabulary)
     carried = carried_from(folded.folder, folded.shards)
     if _brought(record):
         carried = restore_tokenizer(carried, carried_from(base.folder, base.shards))
@@ -132,16 +136,13 @@ def _original_check(name: str, wanted: Sequence[engine.Original], folded: Folder
 
 def _check_same_format(job: Job, folded: Checkpoint, weights: Mapping[str, bool]) -> None:
     """Refuse a folded checkpoint whose formats differ from the base's."""
-    for part in job.parts:
-        name = part.output if part.output in job.outputs else next(iter(job.outputs))
+    if not any(weights.get(part.name) for part in job.parts):
+        return
+    for name, (dtype, shape) in job.outputs.items():
         there = folded.entries.get(name)
-        dtype, shape = job.outputs[name]
-        if weights.get(part.name) and (there is None or there.shape != shape or DTYPES[there.dtype] != dtype):
-            raise StateError(
-                "the folded checkpoint has another format than its base, so the base's bytes cannot be put back",
-                tensor=name,
-                remedy="use the base checkpoint itself, or rotate back with the adapter (--adapter)",
-            )
+        alike = there is not None and shape in (None, there.shape) and DTYPES[there.dtype] == dtype
+        if not alike:
+            raise engine.other_format("checkpoint", tensor=name)
 
 
 def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_000_000_000) -> CheckpointPlan:
@@ -155,7 +156,8 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
     store = FolderStore(folded)
     back = engine.undone(undo, store)
     named = store.locate([*back, *(n for group in undo.ties for n in group)])
-    restored = {named[name]: (name, read) for name, read in back.items()}
+    tied = store.architecture.tied
+    restored = {tied.get(named[name], named[name]): (name, read) for name, read in back.items()}
     # a checkpoint holds only the first of tensors that were tied
     dropped: set[str] = set()
     checks: dict[str, Check] = {}
@@ -168,7 +170,7 @@ def plan_undo(folded: Checkpoint, undo: UndoRecord, *, max_shard_bytes: int = 5_
                 checks[first] = partial(_check_shared, undo, path)
     touched = {name: given.removesuffix(".weight") in undo.weights for name, (given, _) in restored.items()}
     jobs = []
-    for job in JobBuilder(store, FoldPlan(), "same", touched=touched | dict.fromkeys(checks, True)).jobs():
+    for job in JobBuilder(store, FoldPlan(), touched=touched | dict.fromkeys(checks, True)).jobs():
         if ({p.name for p in job.parts} or {store.architecture.renamed[job.name]}) <= dropped:
             continue
         for part in job.parts:
@@ -197,6 +199,9 @@ def _undone_job(
 ) -> Job:
     """``job`` with the original in place of the folded tensor ``name``, which ``part`` holds."""
     path = name.removesuffix(".weight")
+    if job.unit is None and name in undo.tensors:
+        dtype, _ = job.outputs[part.output]
+        job = replace(job, outputs={part.output: (dtype, undo.shape(name, part.into.shape))})
     if job.unit is not None or path not in undo.weights or undo.shared_with(path) is not None:
         return _with_part(job, replace(part, restore=read))
     before = undo.format(path, part.into.shape)

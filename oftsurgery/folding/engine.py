@@ -21,11 +21,13 @@ from oftsurgery.errors import (
     UntieWarning,
     WeakAdapterWarning,
     printable,
+    share,
     warn_caller,
 )
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_tensors
+from oftsurgery.records.advice import Case, advice
 from oftsurgery.records.record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import Ties
@@ -120,8 +122,12 @@ def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
     return tensor.fingerprint if isinstance(tensor, EncodedWeight) else hash_tensors({name: tensor})
 
 
+_KEEP_BASE = "fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly"
+
+
 def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
-    """Refuse an undo record of a fold that makes quantised weights plain, or brings tensors that the base lacks.
+    """Refuse an undo record of a fold that makes quantised weights plain, brings tensors that the base lacks, or rotates weights
+    that take another number of rows.
 
     Raises:
         StateError: the plan has such tensors.
@@ -130,14 +136,32 @@ def check_undo(plan: FoldPlan, added: Collection[str] = ()) -> None:
         raise StateError(
             "the adapter brings a head that the base lacks, and an undo record has no form for tensors that come or go",
             tensor=min(added),
-            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+            remedy=_KEEP_BASE,
+        )
+    rows = {} if plan.vocabulary is None else plan.vocabulary.shapes
+    turned = next((change for change in plan.rotate if change.name in rows), None)
+    if turned is not None:
+        raise StateError(
+            "the adapter brings another number of rows for a weight and rotates the weight, and an undo record has no form for both",
+            module=turned.path,
+            remedy=_KEEP_BASE,
         )
     if plan.dequantised:
         raise StateError(
             "the adapter brings its own values for a quantised weight, and an undo record has no form for a weight that becomes plain",
             module=min(plan.dequantised).removesuffix(".weight"),
-            remedy="fold without undo=… (--undo), and keep the base: unfold with base=… restores exactly",
+            remedy=_KEEP_BASE,
         )
+
+
+def no_undo(format: str) -> StateError:
+    """The error for an undo record of a fold that changes the weights' formats."""
+    return StateError(
+        "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
+        format=format,
+        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
+        "or leave out the undo record (undo=…, --undo), and keep the base",
+    )
 
 
 # --- going back -------------------------------------------------------------------------------------------------------
@@ -216,6 +240,15 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     return [Original(n, found[n], n in weights and n not in record.saved, before[n]) for n in before]
 
 
+def other_format(what: str, **where: Any) -> StateError:
+    """The error where the base's bytes cannot be put back into a folded ``what``, a model or checkpoint."""
+    return StateError(
+        f"the folded {what} has another format than its base, so the base's bytes cannot be put back",
+        remedy=f"use the base {what} itself, or rotate back with the adapter (adapter=…, --adapter)",
+        **where,
+    )
+
+
 def undone(undo: UndoRecord, store: Store) -> dict[str, Callable[[EncodedWeight], EncodedWeight]]:
     """``{tensor name in the undo record: function from the folded tensor to its original}``. Each function checks hashes.
 
@@ -269,6 +302,7 @@ def fold_record(
         earlier=(*before.earlier, replace(before, earlier=())) if before else (),
         idle=plan.idle,
         missing=plan.missing,
+        vocabulary=plan.recorded_vocabulary,
     )
 
 
@@ -277,9 +311,9 @@ def earlier_record(record: FoldRecord | None) -> FoldRecord | None:
     return replace(record.earlier[-1], earlier=record.earlier[:-1]) if record and record.earlier else None
 
 
-def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
+def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties, *, on_disk: bool, base_at_hand: bool = True) -> None:
     """Warn of what the fold did, before its result is visible: where a filter makes the warning an error, nothing has
-    changed.
+    changed. ``base_at_hand`` says whether the model that was folded stays.
     """
     warn_of_missing(plan)
     warn_of_idle(plan)
@@ -295,7 +329,7 @@ def finish_fold(record: FoldRecord, plan: FoldPlan, ties: Ties) -> None:
         )
     _warn_of_calibration(record)
     _warn_of_rounding(record)
-    _warn_of_weak_adapter(record)
+    _warn_of_weak_adapter(record, Case.of_record(record, on_disk=on_disk, base_at_hand=base_at_hand))
 
 
 def warn_of_missing(plan: FoldPlan) -> None:
@@ -343,7 +377,7 @@ def _warn_of_rounding(record: FoldRecord) -> None:
     worst = max(errors, key=lambda path: errors[path].error)
     formats = ", ".join(sorted({m.format for m in errors.values()}))
     middle = sorted(m.error for m in errors.values())[len(errors) // 2]
-    kept = "" if record.kept is None else f"; {record.kept:.1%} of what the adapter changed is kept"
+    kept = "" if record.kept is None else f"; {share(record.kept, '.1%')} of what the adapter changed is kept"
     warn_caller(
         f"folding rounded {len(errors)} weights to {formats}: relative error {middle:.2%} in the median, {errors[worst].error:.2%} at worst "
         f"({printable(worst)}){kept}{_of_outputs(errors.values())}; the fold's record has the error of each module",
@@ -351,21 +385,17 @@ def _warn_of_rounding(record: FoldRecord) -> None:
     )
 
 
-def _warn_of_weak_adapter(record: FoldRecord) -> None:
+def _warn_of_weak_adapter(record: FoldRecord, case: Case | None) -> None:
     """Give one :class:`WeakAdapterWarning` if rounding has undone a part of the adapter's change."""
     weak = record.weak
-    if not weak:
+    if case is None:
         return
-    named = ", ".join(f"{printable(path)} ({round(kept, 2) + 0.0:.0%})" for path, kept in list(weak.items())[:3])
+    named = ", ".join(f"{printable(path)} ({share(kept)})" for path, kept in list(weak.items())[:3])
     more = ", …" if len(weak) > 3 else ""
-    overall = "" if record.kept is None else f" ({round(record.kept, 2) + 0.0:.0%} over all weights)"
-    plain = any(record.modules[path].rounding != "preserve" for path in weak) and record.rounding != "preserve"
-    remedy = (
-        'Fold with rounding="preserve", which needs no data' if plain else "Fold with a calibration (--calibration)"
-    )
+    overall = "" if record.kept is None else f" ({share(record.kept)} over all weights)"
     warn_caller(
         f"the rounding has undone the adapter's change in {len(weak)} of {len(record.modules)} weights: less than {ENOUGH:.0%} of the change "
-        f"is kept{overall}, in {named}{more}. {remedy}, fold into int8 or bfloat16, or keep the adapter live (oftsurgery.wrap)",
+        f"is kept{overall}, in {named}{more}; {advice(case)}",
         WeakAdapterWarning,
     )
 

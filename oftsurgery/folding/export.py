@@ -23,7 +23,7 @@ from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import public_place, public_record
-from oftsurgery.stores import configs, peft_live
+from oftsurgery.stores import configs
 from oftsurgery.stores.conversion import Saving
 from oftsurgery.stores.folder import Quantization
 from oftsurgery.stores.layers import Layer, offloaded
@@ -34,6 +34,7 @@ from oftsurgery.stores.ties import ties_of
 
 from .beside import beside_model
 from .folder_writer import Item, Outputs, into_shards, nbytes_of, write_other_files, write_shard
+from .target import LiveFormat
 
 
 def save_model(
@@ -47,20 +48,11 @@ def save_model(
 ) -> FoldRecord | None:
     """:func:`oftsurgery.export_safetensors`."""
     model = inner_model(model)
-    if peft_live.has_live_layers(model):
-        message = "the model carries live peft adapters"
-        remedy = "fold the adapters first: oftsurgery.export_safetensors(oftsurgery.fold(model), …)"
-        raise StateError(message, remedy=remedy)
-    if dtype is not None and dtype not in FORMAT_OF:
-        raise StateError(
-            f"the dtype {dtype} is not one of {', '.join(map(str, FORMAT_OF))}",
-            remedy="choose one of these dtypes, or None to keep the model's formats",
-        )
     items = _items(model, dtype)
     shards = into_shards([item.outputs for item in items], max_shard_bytes)
     own, home = record_of(model), source_of(model)
     record = None if own is None else public_record(own)
-    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=_format(dtype))})
+    metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=format_named(dtype))})
     needed = sum(nbytes_of(item.outputs) for item in items)
     jsons = config_files(model, dtype)
     if "config.json" in jsons:
@@ -74,14 +66,36 @@ def save_model(
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
         files = [shard.file for shard in shards]
         record = write_other_files(
-            staging, files, record, source=home, jsons=jsons, carried=carried, exact=dtype is None
+            staging,
+            files,
+            record,
+            source=home,
+            jsons=jsons,
+            carried=carried,
+            exact=dtype is None and not _converted_by(own),
         )
         staging.publish()
     return record
 
 
-def _format(dtype: torch.dtype | None) -> str:
-    return FORMAT_OF[dtype] if dtype is not None else "same"
+def format_named(dtype: torch.dtype | None) -> LiveFormat:
+    """The format of an export in ``dtype``: ``"same"`` for None.
+
+    Raises:
+        StateError: the dtype is of no format.
+    """
+    if dtype is not None and dtype not in FORMAT_OF:
+        raise StateError(
+            f"the dtype {dtype} is not one of {', '.join(map(str, FORMAT_OF))}",
+            remedy="choose one of these dtypes, or None to keep the model's formats",
+        )
+    found: Any = "same" if dtype is None else FORMAT_OF[dtype]
+    return found  # type: ignore[no-any-return]
+
+
+def _converted_by(record: FoldRecord | None) -> bool:
+    """Whether the fold has changed formats."""
+    return record is not None and "format" in record.base
 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
@@ -213,7 +227,7 @@ def config_files(model: nn.Module, dtype: torch.dtype | None) -> dict[str, dict[
         quantization = _quantization_of(model, found)
     if dtype is None and found is None:
         plain.pop("quantization_config", None)
-    files = {"config.json": configs.output_config(plain, _format(dtype), quantization, untied=False)}
+    files = {"config.json": configs.output_config(plain, format_named(dtype), quantization, untied=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         files["generation_config.json"] = json.loads(generation.to_json_string())

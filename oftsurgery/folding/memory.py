@@ -19,14 +19,16 @@ from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.progress import Progress
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
-from oftsurgery.stores.live_model import LiveStore, record_of, set_record
+from oftsurgery.stores.live_model import LiveStore, fields_in, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, tensors_in
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import FLAG
+from oftsurgery.stores.vocabulary import Vocabulary
 from oftsurgery.weights.calibrate import InputsOf
 
 from . import engine
+from .live_formats import LiveFormats, dtype_of, put_module, put_tensor
 from .plan import FoldPlan, Replace, plan_changes, takes_no_values
 from .undo_reader import UndoRecord
 from .undo_writer import UndoWriter
@@ -37,12 +39,15 @@ def fold_model(
     adapters: Sequence[OFTAdapter] | None,
     *,
     names: Sequence[str] | None = None,
+    format: str = "same",
+    double_quant: bool = False,
     already: Mapping[str, str | None] | None = None,
     rounding: str = "nearest",
     calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
     undo: UndoWriter | None = None,
     partial_adapters: bool = False,
     inplace: bool = False,
+    base_at_hand: bool = True,
     progress: Progress | None = None,
 ) -> nn.Module:
     """:func:`oftsurgery.fold` for adapters that are already loaded.
@@ -50,11 +55,13 @@ def fold_model(
     Args:
         adapters: the adapters in the live order; None for the model's live adapters.
         names: the names of live adapters, where ``adapters`` is None.
+        format, double_quant: as for :func:`oftsurgery.fold`.
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         rounding: the rounding of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: function that gives the inputs of the layers of a model that is about to be folded.
         undo: writer that takes the fold's changes and is finished after the last one.
         partial_adapters: whether to fold adapters that lack modules which their own configs target.
+        base_at_hand: whether the caller's own model stays as it is.
     """
     live = peft_live.has_live_layers(inner_model(model))
     if live and adapters is not None:
@@ -81,18 +88,21 @@ def fold_model(
             peft_live.strip(work, journal)
         store = LiveStore(work)
         ties = store.ties if live else given.ties  # the ties before anything changes
-        plan = plan or plan_changes(store, adapters)
+        formats = LiveFormats(store, format, double_quant, journal)
+        if undo is not None and formats.converts:
+            raise engine.no_undo(format)
+        plan = formats.planned(plan or plan_changes(store, adapters))
         inputs_of = calibrate(work, plan) if calibrate is not None else None
         operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
         own = {name: store.at(name).read()[0] for name in operation.brought}
-        for change in plan.replace:
-            before, after = replace_tensor(store, change, journal)
-            for name in plan.recorded(change):
-                operation.replaced(name, before, after)
-        _rotate(store, operation, journal, progress, own)
+        _replace(formats, operation)
+        done = _rotate(formats, operation, progress, own)
+        formats.convert_rest(done)
         _separate(store, plan, journal)
+        set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
-        engine.finish_fold(record, plan, ties)
+        record = formats.stated(record)
+        engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)
         set_record(work, record)
@@ -121,24 +131,35 @@ def _on_cpu() -> AbstractContextManager[object]:
 # --- applying changes -------------------------------------------------------------------------------------------------
 
 
+def _replace(formats: LiveFormats, operation: engine.Operation) -> None:
+    """Give tensors the adapters' own values."""
+    for change in operation.plan.replace:
+        dense = formats.target.dense if operation.brought.isdisjoint(change.places) else None
+        before, after = replace_tensor(formats.store, change, formats.journal, dense)
+        for name in operation.plan.recorded(change):
+            operation.replaced(name, before, after)
+
+
 def _rotate(
-    store: LiveStore,
+    formats: LiveFormats,
     operation: engine.Operation,
-    journal: list[Undo],
     progress: Progress | None,
     own: Mapping[str, EncodedWeight] = MappingProxyType({}),
-) -> None:
-    changes = operation.plan.rotate
+) -> set[nn.Module]:
+    """Rotate the weights; the result is the layers that hold the rotated weights."""
+    store, journal = formats.store, formats.journal
+    changes, layers = operation.plan.rotate, set()
     for done, change in enumerate(changes, start=1):
         if change.untied:
             separate_module(store.modules, change.path, journal)
         layer = store.at(change.name)
         with module_in_errors(change.path):
-            before, home = layer.read()
-            new = operation.rotate(change, before, home, own.get(change.name, before))
-            layer.write(new, park=not change.untied, journal=journal)
+            before, _ = layer.read()
+            new = operation.rotate(change, before, change.format, own.get(change.name, before))
+            layers.add(formats.put(layer, new, park=not change.untied))
         if progress is not None:
             progress(done, len(changes), change.path)
+    return layers
 
 
 def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
@@ -165,26 +186,58 @@ def places_of(modules: Mapping[str, nn.Module], module: nn.Module) -> int:
     return sum(inner_model(child) is module for child in children)
 
 
-def replace_tensor(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
-    """Give a parameter or buffer an adapter's own values (in the old dtype and on the old device), in all places of the
-    change; return the old tensor and the new one. The weight of a bitsandbytes layer becomes plain.
+def replace_tensor(
+    store: LiveStore, change: Replace, journal: list[Undo], dtype: torch.dtype | None = None
+) -> tuple[Tensor | EncodedWeight, Tensor]:
+    """Give a parameter or buffer an adapter's own values (on the old device, floats in ``dtype`` or else in the old dtype), in
+    all places of the change; return the old tensor and the new one. The weight of a bitsandbytes layer becomes plain.
     """
     old: Any = tensors_in(store.modules)[change.name]
     if old.is_meta:
         message = "the tensor is offloaded or not loaded, and cannot take an adapter's own values"
         raise StateError(message, tensor=change.name, remedy="load the tensor's module on a device")
     if store.in_bitsandbytes(change.name):
-        return _make_plain(store, change, journal)
+        return _make_plain(store, change, journal, dtype)
     if change.values.is_floating_point() and not old.is_floating_point():
         raise takes_no_values(change.name, name_of(old.dtype))
-    data = change.values.detach().to(device=old.device, dtype=old.dtype, copy=True)
+    into = dtype if dtype is not None and old.is_floating_point() else old.dtype
+    data = change.values.detach().to(device=old.device, dtype=into, copy=True)
     new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
     for place in change.places:
-        _put(store.modules, place, new, journal)
+        put_tensor(store.modules, place, new, journal)
+        if new.shape != old.shape:
+            _set_rows(store.modules[place.rpartition(".")[0]], int(new.shape[0]), journal)
     return old, new
 
 
-def _make_plain(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple[Tensor | EncodedWeight, Tensor]:
+#: attributes of modules that state the number of rows of the module's weight
+_ROWS = ("num_embeddings", "out_features")
+
+
+def _set_rows(module: nn.Module, rows: int, journal: list[Undo]) -> None:
+    """State the number of rows of an embedding or a linear layer whose tensors have taken another number of rows."""
+    for name in _ROWS:
+        if name in module.__dict__:
+            journal.append(partial(setattr, module, name, getattr(module, name)))
+            setattr(module, name, rows)
+
+
+def set_vocabulary(store: LiveStore, vocabulary: Vocabulary | None, journal: list[Undo]) -> None:
+    """State another number of tokens where transformers' own resizing does: in the model's config and in ``model.vocab_size``."""
+    if vocabulary is None:
+        return
+    inner: Any = inner_model(store.model)
+    fields = list(fields_in(inner.config, vocabulary))
+    if "vocab_size" in inner.__dict__:
+        fields.append((inner, "vocab_size", vocabulary.after))
+    for part, name, value in fields:
+        journal.append(partial(setattr, part, name, getattr(part, name)))
+        setattr(part, name, value)
+
+
+def _make_plain(
+    store: LiveStore, change: Replace, journal: list[Undo], dtype: torch.dtype | None
+) -> tuple[Tensor | EncodedWeight, Tensor]:
     """Put a plain linear layer with an adapter's own values in place of a bitsandbytes layer, as transformers loads the module
     where `llm_int8_skip_modules` names it. transformers does not quantise a head that the checkpoint lacks, and bitsandbytes
     cannot compute with such a layer.
@@ -195,37 +248,16 @@ def _make_plain(store: LiveStore, change: Replace, journal: list[Undo]) -> tuple
     before = store.at(change.name).read()[0] if quantised else old
     if getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D":
         raise takes_no_values(change.name, before.format.label if quantised else name_of(old.dtype))
-    dtype = bias.dtype if bias is not None and bias.is_floating_point() else _dtype_of(store)
-    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    usual = bias.dtype if bias is not None and bias.is_floating_point() else dtype_of(store)
+    linear = nn.Linear(module.in_features, change.values.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(
-        change.values.detach().to(device=old.device, dtype=dtype if quantised else old.dtype, copy=True),
+        change.values.detach().to(device=old.device, dtype=dtype or (usual if quantised else old.dtype), copy=True),
         requires_grad=False,
     )
     linear.bias = bias
     for place in change.places:
-        _put_module(store.modules, place.removesuffix(".weight"), linear.train(module.training), journal)
+        put_module(store.modules, place.removesuffix(".weight"), linear.train(module.training), journal)
     return before, linear.weight
-
-
-def _dtype_of(store: LiveStore) -> torch.dtype:
-    """The dtype of the model's plain parameters."""
-    found = (t for t in tensors_in(store.modules).values() if type(t) is nn.Parameter and t.is_floating_point())
-    return next((t.dtype for t in found), torch.float32)
-
-
-def _put_module(modules: dict[str, nn.Module], path: str, module: nn.Module, journal: list[Undo]) -> None:
-    parent, _, name = path.rpartition(".")
-    slots = inner_model(modules[parent])._modules
-    journal.append(partial(slots.__setitem__, name, slots[name]))
-    slots[name] = modules[path] = module
-
-
-def _put(modules: Mapping[str, nn.Module], name: str, tensor: Any, journal: list[Undo]) -> None:
-    path, _, local = name.rpartition(".")
-    module = modules[path]
-    slots: dict[str, Any] = module._parameters if local in module._parameters else module._buffers
-    journal.append(partial(slots.__setitem__, local, slots[local]))
-    slots[local] = tensor
 
 
 def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
@@ -241,7 +273,7 @@ def _separate(store: LiveStore, plan: FoldPlan, journal: list[Undo]) -> None:
             # transformers' save_pretrained leaves out one of two tensors that share a storage
             if id(tensor) in seen and type(tensor) is nn.Parameter:
                 tensor = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-                _put(store.modules, name, tensor, journal)
+                put_tensor(store.modules, name, tensor, journal)
             seen.add(id(tensor))
     _set_flag(store.model, value=False, journal=journal)
 
@@ -272,7 +304,7 @@ def unfold_model(
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
         operation = engine.Operation(plan, rounding)
-        _rotate(store, operation, journal, progress)
+        _rotate(LiveFormats(store, "same", double_quant=False, journal=journal), operation, progress)
         engine.finish_unfold(plan, operation.modules, store.record)
         set_record(work, engine.earlier_record(store.record))
     return work
@@ -293,10 +325,13 @@ def restore_model(folded: nn.Module, base: Store, *, inplace: bool = False) -> n
         raise StateError(
             "the model has no record of a fold", remedy="give the adapter in place of the base: unfold(model, adapter)"
         )
+    if "format" in record.base:
+        raise engine.other_format("model")
     with transaction() as journal:
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         wanted = engine.originals(record, base)
+        set_vocabulary(store, store.vocabulary({o.name: base.shape(o.at) for o in wanted}), journal)
         for original in wanted:
             if original.weight or base.is_quantised(original.at):
                 found = base.weight(original.at, store.at(original.name).read()[1])
@@ -334,8 +369,10 @@ def undo_model(folded: nn.Module, undo: UndoRecord, *, inplace: bool = False) ->
             name: (back, store.at(name).read()[0] if name in weights else dense(tensors_in(store.modules)[name]))
             for name, back in engine.undone(undo, store).items()
         }
-        for name, (back, current) in found.items():
-            _put_back(store, name, back(current), journal, weight=name in weights)
+        originals = {name: back(current) for name, (back, current) in found.items()}
+        set_vocabulary(store, store.vocabulary({n: o.format.shape for n, o in originals.items()}), journal)
+        for name, original in originals.items():
+            _put_back(store, name, original, journal, weight=name in weights)
         _tie_again(store, undo.ties, undo.tie_word_embeddings, journal)
         set_record(work, engine.earlier_record(undo.fold))
     return work
@@ -352,7 +389,7 @@ def _put_layer_back(store: LiveStore, original: engine.Original, base: Store, jo
         )
     layer = share_model(base.modules[original.at.removesuffix(".weight")])
     layer._parameters["bias"] = store.modules[path]._parameters["bias"]
-    _put_module(store.modules, path, layer, journal)
+    put_module(store.modules, path, layer, journal)
 
 
 def _put_back(store: LiveStore, name: str, before: EncodedWeight, journal: list[Undo], *, weight: bool) -> None:
@@ -394,6 +431,6 @@ def _tie_again(store: LiveStore, groups: Sequence[Sequence[str]], flag: bool | N
     for names in groups:
         there = [n for n in names if isinstance(store.tensor(n), nn.Parameter)]
         for name in there[1:]:
-            _put(store.modules, name, store.tensor(there[0]), journal)
+            put_tensor(store.modules, name, store.tensor(there[0]), journal)
     if flag is not None:
         _set_flag(store.model, value=flag, journal=journal)

@@ -20,6 +20,7 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.stores.store import LayerInfo, Store
+from oftsurgery.stores.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Rotate:
 
     Attributes:
         path: the module's path.
-        format: the format of the module's weight.
+        format: the format of the module's weight; in a fold into a live model, the format that the rotated weight takes.
         chain: the rotations in the live order.
         untied: whether another place holds the same tensor.
         inverse: whether to rotate back.
@@ -58,7 +59,7 @@ class Replace:
 
     Attributes:
         name: the tensor's name.
-        values: the adapter's values, in the tensor's shape.
+        values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
         places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
             (``modules_to_save``), else also every tensor that is still tied to ``name``.
     """
@@ -81,6 +82,7 @@ class FoldPlan:
         dequantised: names of quantised weights that become plain with an adapter's own values.
         idle: paths of layers whose rotation is left out, since the model never calls these layers.
         missing: paths of modules that the adapters' configs target and the adapters lack; these modules stay as they are.
+        vocabulary: the number of tokens that the adapters bring, where the model has another number.
     """
 
     adapters: tuple[OFTAdapter, ...] = ()
@@ -91,11 +93,18 @@ class FoldPlan:
     dequantised: frozenset[str] = frozenset()
     idle: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    vocabulary: Vocabulary | None = None
 
     @property
     def changed(self) -> set[str]:
         """Names of all tensors that change."""
         return {r.name for r in self.rotate} | {place for r in self.replace for place in r.places}
+
+    @property
+    def recorded_vocabulary(self) -> dict[str, int]:
+        """The numbers of tokens before and after the fold, as the record has them; nothing where the number stays."""
+        v = self.vocabulary
+        return {} if v is None else {"before": v.before, "after": v.after}
 
     def recorded(self, change: Replace) -> tuple[str, ...]:
         """Names of the tensors that the record lists for a replacement: all its places where the fold separates them."""
@@ -128,27 +137,11 @@ def plan_changes(
     found = _found(store, adapters)
     missing = () if inverse else _missing(store, adapters, found, partial=partial)
     chains = _chains(adapters, found)
-    order = {path: i for i, path in enumerate(store.names)}
-    layers: dict[str, LayerInfo] = {}
-    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
-        layers[name] = store.layer(name)
-        for rotation in chains[name]:
-            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
-    replaced: dict[str, Tensor] = {}
-    alone: set[str] = set()
-    for adapter in adapters:
-        own = store.locate(adapter.saved)
-        for given, values in adapter.saved.items():
-            name = _checked(given, values, own.get(given), store, adapter)
-            if name in replaced:
-                raise MatchError(
-                    "two adapters bring their own values for one tensor",
-                    tensor=name,
-                    remedy="fold one of them alone: trained biases and heads do not add up",
-                )
-            replaced[name] = values
-            if _brings_module(adapter, given):
-                alone.add(name)
+    located = [store.locate(adapter.saved) for adapter in adapters]
+    vocabulary = None if inverse else store.vocabulary(_shapes_brought(adapters, located))
+    shapes = {} if vocabulary is None else vocabulary.shapes
+    layers = _layers(store, chains, shapes)
+    replaced, alone = _own_values(store, adapters, located, shapes)
     _check_distinct(layers)
     turned = [name for name, info in layers.items() if not info.idle]
     apart = store.ties.apart([*turned, *alone])
@@ -158,6 +151,9 @@ def plan_changes(
         for name in turned
     )
     replace = _replacements(store, replaced, alone)
+    if vocabulary is not None:
+        replace += _resized_buffers(store, vocabulary, replace)
+        _check_whole(store, vocabulary, replace, adapters)
     return FoldPlan(
         adapters=tuple(adapters),
         rotate=tuple(rotate),
@@ -167,6 +163,7 @@ def plan_changes(
         dequantised=_dequantised(store, replace, layers),
         idle=tuple(name.removesuffix(".weight") for name, info in layers.items() if info.idle),
         missing=missing,
+        vocabulary=vocabulary,
     )
 
 
@@ -221,6 +218,51 @@ def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[st
     return chains
 
 
+def _layers(
+    store: Store, chains: Mapping[str, Sequence[Rotation]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LayerInfo]:
+    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order; ``shapes`` has new shapes."""
+    order = {path: i for i, path in enumerate(store.names)}
+    layers: dict[str, LayerInfo] = {}
+    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+        info = store.layer(name)
+        format_ = dataclasses.replace(info.format, shape=shapes.get(name, info.format.shape))
+        layers[name] = dataclasses.replace(info, format=format_)
+        for rotation in chains[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
+    return layers
+
+
+def _shapes_brought(adapters: Sequence[OFTAdapter], located: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
+    """``{name of the model's tensor: shape}`` of the adapters' own values."""
+    named = [(own, adapter.saved.items()) for adapter, own in zip(adapters, located, strict=True)]
+    return {own[name]: tuple(values.shape) for own, saved in named for name, values in saved if name in own}
+
+
+def _own_values(
+    store: Store,
+    adapters: Sequence[OFTAdapter],
+    located: Sequence[Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, Tensor], set[str]]:
+    """``{name of the model's tensor: an adapter's own values}``, and the names that belong to a whole module of the adapter."""
+    replaced: dict[str, Tensor] = {}
+    alone: set[str] = set()
+    for adapter, own in zip(adapters, located, strict=True):
+        for given, values in adapter.saved.items():
+            name = _checked(given, values, own.get(given), store, adapter, shapes)
+            if name in replaced:
+                raise MatchError(
+                    "two adapters bring their own values for one tensor",
+                    tensor=name,
+                    remedy="fold one of them alone: trained biases and heads do not add up",
+                )
+            replaced[name] = values
+            if _brings_module(adapter, given):
+                alone.add(name)
+    return replaced, alone
+
+
 def in_names_of(store: Store, adapter: OFTAdapter) -> OFTAdapter:
     """``adapter`` with the names of the store's model, where the model has the adapter's modules and tensors."""
     found = store.locate(f"{path}.weight" for path in adapter.modules)
@@ -240,6 +282,46 @@ def _replacements(store: Store, replaced: Mapping[str, Tensor], alone: Collectio
         first = made[places].name if places in made else name
         made[places] = Replace(first, values, places)  # the last values stay, as in peft's loading
     return tuple(made.values())
+
+
+def _resized_buffers(store: Store, vocabulary: Vocabulary, replace: Sequence[Replace]) -> tuple[Replace, ...]:
+    """The replacements of buffers that follow the number of tokens and that no adapter brings: as in transformers' own resizing, a
+    buffer is cut off or filled up with zeros.
+    """
+    made = []
+    there = {place for change in replace for place in change.places}
+    for name in sorted(vocabulary.buffers & vocabulary.shapes.keys() - there):
+        old = store.tensor(name)
+        if old is not None:
+            new = old.new_zeros(vocabulary.shapes[name])
+            kept = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            new[kept] = old[kept]
+            made.append(Replace(name, new, (name,)))
+    return tuple(made)
+
+
+def _check_whole(
+    store: Store, vocabulary: Vocabulary, replace: Sequence[Replace], adapters: Sequence[OFTAdapter]
+) -> None:
+    """Refuse adapters that bring only some of the tensors that follow the number of tokens.
+
+    Raises:
+        ShapeError: the model would have tensors of two numbers of tokens.
+    """
+    there = {place for change in replace for place in change.places}
+    lost = next((name for name in store.locate(vocabulary.shapes) if name not in there), None)
+    if lost is not None:
+        first = next(name for name in vocabulary.shapes if name in there)
+        raise ShapeError(
+            f"the adapter brings {printable(first)} for {vocabulary.after} tokens, and no values for another tensor of the model, which "
+            f"has {vocabulary.before} tokens",
+            tensor=lost,
+            shape=store.shape(lost),
+            expected=vocabulary.shapes[lost],
+            path=adapters[-1].source,
+            remedy="save the adapter with all resized tensors: save_pretrained(folder, save_embedding_layers=True), or train with the "
+            "tensor's module in modules_to_save; or save the resized base of the training (base.save_pretrained), and fold into it",
+        )
 
 
 def _dequantised(store: Store, replace: Sequence[Replace], layers: Mapping[str, LayerInfo]) -> frozenset[str]:
@@ -309,7 +391,14 @@ def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
     rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
 
 
-def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter: OFTAdapter) -> str:
+def _checked(
+    given: str,
+    values: Tensor,
+    name: str | None,
+    store: Store,
+    adapter: OFTAdapter,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> str:
     """The name of the model's tensor that takes an adapter's ``values``."""
     if name is None:
         near = difflib.get_close_matches(given, store.tensors, n=3, cutoff=0.5)
@@ -320,12 +409,13 @@ def _checked(given: str, values: Tensor, name: str | None, store: Store, adapter
             path=adapter.source,
             remedy="use a model of the same class and head as for training",
         )
-    if tuple(values.shape) != store.shape(name):
+    expected = shapes.get(name, store.shape(name))
+    if tuple(values.shape) != expected:
         raise ShapeError(
             "the adapter's own values do not fit the model's tensor",
             tensor=given,
             shape=tuple(values.shape),
-            expected=store.shape(name),
+            expected=expected,
             path=adapter.source,
             remedy="give the model the same number of labels and tokens as for training (resize_token_embeddings), with that tensor unquantised",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import lzma
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ class UndoRecord:
         """The original of the plain tensor ``name``."""
         with self._told_of(name):
             return undo.decode_tensor(self._entry(self.tensors[name], {}), current)
+
+    def shape(self, name: str, folded: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the original of the plain tensor ``name``, whose shape after the fold is ``folded``."""
+        with self._told_of(name):
+            return undo.read_shape(self.tensors[name].get("tensor"), math.prod(folded))
 
     def files(self, path: str) -> Mapping[str, Tensor | None]:
         """Tensors of the checkpoint beside the weight of ``path`` that do not follow from the weight; None for a tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +50,9 @@ class Format:
     strong_change = 0.0  #: change, in units of the scale, above which oftsurgery.weights.preserve scales a block anew
     shared_tensors: tuple[str, ...] = ()  #: local names of the tensors that are the same in many weights
     least_blocksize = 0
+    own_dtype: torch.dtype | None = (
+        None  #: :attr:`WeightFormat.dtype` of every weight in the format, whatever the model's dtype is
+    )
     width = ""  #: name of this class's formats in messages
     name_part = "\0"  #: part of a tensor's name that shows weights of this class's formats in a checkpoint
     config_fields: Mapping[str, Any] = MappingProxyType({})  #: fields of BitsAndBytesConfig that ask for the format
@@ -159,7 +163,11 @@ class Format:
 
     def once_quantised(self, f: WeightFormat) -> WeightFormat:
         """The format ``f`` of :meth:`loaded_as` after the quantisation, which may change the dtype."""
-        return f
+        return replace(f, dtype=self.own_dtype or f.dtype)
+
+    def in_place_of(self, f: WeightFormat, dtype: torch.dtype, double_quant: bool) -> WeightFormat:
+        """The format in which a weight that was stored as ``f`` is stored anew, in a model of ``dtype``."""
+        return self.once_quantised(self.loaded_as(f.shape, dtype, double_quant))
 
     # --- undo records ---
 
@@ -225,6 +233,14 @@ class Format:
 
     def parameter_of(self, encoded: EncodedWeight, old: Any, module: Any) -> nn.Parameter:
         """A Parameter of the class and settings of ``old`` that holds ``encoded``."""
+        raise NotImplementedError
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        """A linear layer without bias and without values, for a weight in ``f``.
+
+        Args:
+            compute_dtype, threshold: bitsandbytes' settings of 4-bit and of 8-bit layers.
+        """
         raise NotImplementedError
 
     def plain_parameter(self, old: Any, data: Tensor) -> nn.Parameter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oftsurgery.errors import FormatError
 
@@ -47,6 +47,9 @@ class Dense(Format):
             message = f"a weight of {dtype} is stored in a way that oftsurgery does not know"
             raise FormatError(message, tensor=weight, remedy="dequantise the weight first")
         return EncodedWeight(WeightFormat("dense", shape, dtype), {"weight": read(weight)})
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        return nn.Linear(f.shape[1], f.shape[0], bias=False, device="meta", dtype=f.dtype)
 
     def kernel_name(self, f: WeightFormat) -> str:
         return _KERNELS.get(f.dtype, "")

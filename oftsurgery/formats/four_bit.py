@@ -261,6 +261,12 @@ class FourBit(Format):
     def loaded_as(self, shape: tuple[int, ...], dtype: torch.dtype, double_quant: bool) -> WeightFormat:
         return WeightFormat(self.name, shape, dtype, 64, 256 if double_quant else 0)
 
+    def in_place_of(self, f: WeightFormat, dtype: torch.dtype, double_quant: bool) -> WeightFormat:
+        if not f.blocksize:
+            return super().in_place_of(f, dtype, double_quant)
+        nested = (f.nested_blocksize or 256) if double_quant else 0
+        return replace(f, codec=self.name, nested_blocksize=nested)  # blocks and storage of 4 bits stay
+
     # --- undo records ---
 
     def prediction_inputs(self, encoded: EncodedWeight) -> dict[str, Tensor]:
@@ -382,9 +388,22 @@ class FourBit(Format):
             settings = (f.blocksize, bool(nested), f.codec, f.storage, module)
             old = Params4bit(old.data, old.requires_grad, state, *settings, bnb_quantized=True)
         # only the constructor's own arguments are kept: __dict__ may carry torch.compile's attributes
-        names = ("requires_grad", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
-        kept = {name: getattr(old, name) for name in names}
-        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept)  # type: ignore[no-any-return]
+        kept = {name: getattr(old, name) for name in ("requires_grad", "compress_statistics", "module")}
+        if getattr(old.quant_state, "nested", bool(nested)) != bool(nested):
+            kept["compress_statistics"] = bool(nested)
+        own = {"blocksize": f.blocksize, "quant_type": f.codec, "quant_storage": f.storage}
+        return type(old)(t["weight"], quant_state=state, bnb_quantized=True, **kept, **own)  # type: ignore[no-any-return]
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear4bit
+
+        settings = {
+            "compute_dtype": compute_dtype,
+            "compress_statistics": bool(f.nested_blocksize),
+            "quant_type": f.codec,
+        }
+        rows, columns = f.shape
+        return Linear4bit(columns, rows, bias=False, quant_storage=f.storage, device="meta", **settings)  # type: ignore[no-any-return]
 
     def alias(self, parameter: Any) -> nn.Parameter:
         new: Any = copy.copy(parameter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +23,7 @@ class Int8(Format):
     scales_name = "SCB"
     unit = 127.0
     strong_change = 1 / 254
+    own_dtype = torch.float16  # Int8Params quantises the float16 rounding
     width = "int8"
     name_part = ".SCB"
     config_fields = MappingProxyType({"load_in_8bit": True})
@@ -91,9 +91,6 @@ class Int8(Format):
             raise FormatError(message, tensor=weight, format="int8", remedy="save the whole checkpoint again")
         return EncodedWeight(WeightFormat("int8", shape, torch.float16), {"weight": read(weight), "SCB": read(scb)})
 
-    def once_quantised(self, f: WeightFormat) -> WeightFormat:
-        return replace(f, dtype=torch.float16)  # Int8Params quantises the float16 rounding
-
     # --- undo records ---
 
     def codes_by_level(self, facts: Mapping[str, Any]) -> Tensor:
@@ -140,6 +137,12 @@ class Int8(Format):
     def parameter_of(self, encoded: EncodedWeight, old: Any, module: Any) -> nn.Parameter:
         codes, scb = encoded.tensors["weight"], encoded.tensors["SCB"]
         return _parameter(old, codes, CB=codes, SCB=scb)
+
+    def new_linear(self, f: WeightFormat, compute_dtype: torch.dtype, threshold: float) -> nn.Module:
+        from bitsandbytes.nn import Linear8bitLt
+
+        rows, columns = f.shape
+        return Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")  # type: ignore[no-any-return]
 
     def plain_parameter(self, old: Any, data: Tensor) -> nn.Parameter:
         return _parameter(old, data)

@@ -13,7 +13,7 @@ from oftsurgery.adapters.dialects import live_coft_radius
 from oftsurgery.adapters.targets import without_targets
 from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
-from oftsurgery.folding.memory import replace_tensor, separate_module, transaction
+from oftsurgery.folding.memory import replace_tensor, separate_module, set_vocabulary, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
@@ -90,6 +90,7 @@ def wrap_model(
                     layers[base] = live_class(base, name, rotation, radius=radius, path=path, shared=shared)
                     layers[base]._stands_for = twins.get(base)
         hashes = _put_saved_tensors(plan, store, origins, journal)
+        set_vocabulary(store, plan.vocabulary, journal)
         for name, adapter in named.items():
             saved = {key: hashes[key] for key in adapter.saved}
             origins[name] = Origin(dict(without_targets(adapter.config)), adapter.dialect, saved)

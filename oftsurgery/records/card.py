@@ -14,10 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from oftsurgery.errors import CheckpointError, StateError, needs, printable
+from oftsurgery.errors import CheckpointError, StateError, needs, printable, share
 from oftsurgery.files.reading import inside
 from oftsurgery.formats.all_formats import FORMATS
 
+from .advice import Case, remedies
 from .record import FoldRecord
 
 __all__ = [
@@ -308,9 +309,21 @@ def _template() -> Any:
     with needs("jinja2", "pip install jinja2"):
         import jinja2
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True)  # noqa: S701 - text from files is escaped for Markdown
-    environment.filters |= {"code": _code, "escaped": _escaped, "median": statistics.median}
+    environment.filters |= {
+        "code": _code,
+        "escaped": _escaped,
+        "median": statistics.median,
+        "share": share,
+        "remedies": _remedies,
+    }
     text = resources.files(__package__) / "card.md.jinja"
     return environment.from_string(text.read_text(encoding="utf-8"))
+
+
+def _remedies(fold: FoldRecord) -> list[tuple[str, str]]:
+    """What helps where a fold keeps too little of its adapter, and the call or the command that does it; best first."""
+    case = Case.of_record(fold)
+    return [] if case is None else [(remedy.what, remedy.call) for remedy in remedies(case, commands=True)]
 
 
 def _task(architecture: str) -> tuple[str | None, str | None]:

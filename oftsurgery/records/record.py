@@ -188,7 +188,7 @@ class ModuleRecord(_Stored):
     ('nf4 (double quantisation)', (16,), True, True)
 
     Attributes:
-        format: how the weight is stored, before and after: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
+        format: how the folded weight is stored: ``"nf4"``, ``"nf4 (double quantisation)"``, ``"int8"``,
             ``"bfloat16"`` …
         side: the side of the weight that the rotation is on.
         block_size: of each rotation of the chain.
@@ -258,8 +258,8 @@ class FoldRecord(_Stored):
         saved: ``{tensor name: content hash before}`` of the tensors that the adapters' trained biases and
             ``modules_to_save`` replaced; None for a bias that was trained in place, whose original nobody has.
         rounding: how quantised weights were to be rounded; each module's record says how its weight was rounded.
-        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated
-            (``fold_into``); empty in memory.
+        base: on disk, how a plain source was quantised first (``quantize``) and which weights were rotated (``fold_into``);
+            where the fold changed the formats, the ``format`` of the result. Empty in memory where the formats stayed.
         versions: of the libraries that took part.
         earlier: records of the folds that the model already carried, oldest first.
         files: on disk, ``{file name: SHA-256}`` of the folder's other files, all but the card, which people edit.
@@ -273,6 +273,8 @@ class FoldRecord(_Stored):
         left_out: on disk, the names in the source's folder that were not copied.
         missing: paths of modules that the adapters' own configs target and the adapters lack. These modules stayed as in the
             base, since the fold was ``partial``.
+        vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
+            brought another number; else empty.
         extra: fields of a newer version.
     """
 
@@ -292,6 +294,7 @@ class FoldRecord(_Stored):
     code: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

@@ -17,12 +17,13 @@ from itertools import groupby
 from typing import Any
 
 from oftsurgery._version import __version__
-from oftsurgery.errors import needs, printable
+from oftsurgery.errors import needs, printable, share
+from oftsurgery.records.advice import Case, Remedy, remedies
 from oftsurgery.records.record import ENOUGH, FoldRecord, ModuleRecord
 
 from .figures import LEVELS, Scale, check_figures, degrees, histogram, is_figure, percent, scientific, size
 from .model_layout import Layout, Stack, layout, natural
-from .verify_results import MOST_LISTED, Column, VerifyResult, verify_result
+from .verify_results import MOST_LISTED, Column, VerifyResult, verify_results
 
 # the most that a page shows, so that no record makes a page too large for a browser; no dense model reaches these limits
 _ROWS, _STACKS, _KINDS, _CELLS = 1000, 12, 24, 1200
@@ -121,7 +122,7 @@ def render(
     """
     check_figures(record)
     modules, files = record.modules, files or {}
-    checks = [verify_result(data, record) for data in verified]
+    checks = [result for data in verified for result in verify_results(data, record)]
     ranked = sorted(modules, key=lambda path: (-modules[path].error, natural(path)))
     rows = {path: f"m{i}" for i, path in enumerate(ranked[:_ROWS])}
     place = _limited(layout(modules))
@@ -134,6 +135,7 @@ def render(
         "bases": sorted(_last(base) for base in {a.base_model for a in record.adapters if a.base_model}),
         "formats": _formats(modules.values()),
         "failed": [path for check in checks for path in check.failed],
+        "remedies": _remedies(record),
         "least": min(((kept, path) for path, kept in _fields(record, "effect_kept").items()), default=None),
         "maps": maps,
         "moved": _layers_moved(modules, place),
@@ -190,6 +192,7 @@ def _template() -> Any:
         "shortened": _last,
         "counted": _count,
         "percent": percent,
+        "share": share,
         "size": size,
     }
     return environment.from_string(html)
@@ -197,6 +200,14 @@ def _template() -> Any:
 
 def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _remedies(record: FoldRecord) -> Sequence[Remedy]:
+    """What helps where the fold keeps too little of its adapter. The page depends on its inputs alone, so a fold on disk gets
+    commands, whoever draws the page.
+    """
+    case = Case.of_record(record)
+    return () if case is None else remedies(case, commands=True)
 
 
 def _adapters(record: FoldRecord) -> str:

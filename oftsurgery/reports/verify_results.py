@@ -1,4 +1,4 @@
-""":func:`verify_result` prepares a result of ``verify`` or ``verify_checkpoint`` for the page."""
+""":func:`verify_results` prepares a result of ``verify`` or ``verify_checkpoint`` for the page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oftsurgery.errors import StateError, printable
+from oftsurgery.errors import StateError, printable, share
 from oftsurgery.records.record import FoldRecord
 
 from .figures import is_figure, percent, scientific
@@ -34,7 +34,14 @@ class VerifyResult:
     facts: Mapping[str, Any]
 
 
-def verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
+def verify_results(data: Mapping[str, Any], record: FoldRecord) -> list[VerifyResult]:
+    """The results in one result of ``verify``: of the weights, and of the outputs where texts were given."""
+    found = [_verify_result(data, record)]
+    on_texts = data.get("on_texts")
+    return [*found, _verify_result(on_texts, record)] if isinstance(on_texts, Mapping) else found
+
+
+def _verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
     modules = data.get("modules")
     if not isinstance(modules, Mapping) or not all(isinstance(m, Mapping) for m in modules.values()):
         raise _no_result()
@@ -66,9 +73,27 @@ def _figure(value: object) -> float:
 def _outputs(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:
     """The result of a :class:`~oftsurgery.VerifyReport`."""
     shown = {"relative": percent, "max_abs": scientific, "cosine_distance": scientific}
-    rows = [[printable(o), *(show(_figure(of[n])) for n, show in shown.items())] for o, of in data["outputs"].items()]
+    base = {f"{name}, base": of for name, of in (data.get("base") or {}).items()}
+    rows = [
+        [printable(o), *(show(_figure(of[n])) for n, show in shown.items()), *_of_adapter(of)]
+        for o, of in {**data["outputs"], **base}.items()
+    ]
     column = Column("verified_output", {path: _figure(m["relative"]) for path, m in modules.items()})
-    return VerifyResult("outputs", column, [], {"rows": rows, "batches": int(data["batches"])})
+    facts = {
+        "rows": rows,
+        "outputs": len(data["outputs"]),
+        "batches": int(data["batches"]),
+        "verdict": data.get("verdict"),
+    }
+    return VerifyResult("outputs", column, [], facts)
+
+
+def _of_adapter(output: Mapping[str, Any]) -> list[str]:
+    """The KL divergence and the share of the adapter's effect, which older results lack."""
+    kl, kept = output.get("kl"), output.get("kept")
+    if kept is not None and not is_figure(abs(kept)):
+        raise TypeError
+    return ["–" if kl is None else scientific(max(0.0, kl)), "–" if kept is None else share(kept, ".1%")]
 
 
 def _weights(data: Mapping[str, Any], modules: Mapping[str, Any]) -> VerifyResult:

@@ -11,6 +11,7 @@ from oftsurgery.formats.all_formats import FORMATS
 
 if TYPE_CHECKING:
     from .folder import Quantization
+    from .vocabulary import Vocabulary
 
 
 def output_config(
@@ -31,7 +32,8 @@ def output_config(
             if sub is new or "dtype" in sub or "torch_dtype" in sub:
                 sub["dtype"] = sub["torch_dtype"] = name_of(DENSE[format])
     elif quantization is not None:
-        new["quantization_config"] = _bnb_config(quantization)
+        old = new.get("quantization_config")
+        new["quantization_config"] = bnb_config(quantization, old if isinstance(old, Mapping) else {})
         if quantization.dtype is not None:
             new["dtype"] = new["torch_dtype"] = name_of(quantization.dtype)
     for sub in _with_text(new):
@@ -41,10 +43,13 @@ def output_config(
     return new
 
 
-def restored_config(folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False) -> dict[str, Any]:
-    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, and
-    with its class and labels where the adapter had brought a ``head``.
+def restored_config(
+    folded: Mapping[str, Any], base: Mapping[str, Any], *, head: bool = False, vocabulary: Vocabulary | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint whose fold is taken out: the folded config, with the ties of the base's config, with its
+    class and labels where the adapter had brought a ``head``, and with its number of tokens.
     """
+    folded = folded if vocabulary is None else vocabulary.in_config(folded)
     new = copy.deepcopy(dict(folded))
     if head:
         for name in ("architectures", "id2label", "label2id"):
@@ -73,10 +78,16 @@ def readable_rope(config: dict[str, Any]) -> None:
         config.setdefault("rope_scaling", scaling)
 
 
-def _bnb_config(q: Quantization) -> dict[str, Any]:
-    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings."""
+#: settings that a new format takes over from the old config, since they are no part of the format
+_KEPT = ("bnb_4bit_quant_storage", "llm_int8_skip_modules", "llm_int8_threshold")
+
+
+def bnb_config(q: Quantization, old: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' ``BitsAndBytesConfig.to_dict()`` for the same settings, with the settings of an ``old`` config that are no
+    part of the format.
+    """
     four = "load_in_4bit" in FORMATS[q.codec].config_fields
-    return {
+    new = {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
         "bnb_4bit_compute_dtype": name_of(q.compute_dtype or DENSE["fp32"]),
@@ -91,3 +102,5 @@ def _bnb_config(q: Quantization) -> dict[str, Any]:
         "load_in_8bit": not four,
         "quant_method": "bitsandbytes",
     }
+    kept = {name: old[name] for name in _KEPT if name in old and (name != "llm_int8_skip_modules" or q.skip is None)}
+    return new | kept

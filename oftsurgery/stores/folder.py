@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names
 from .naming import architecture_of, locate
+from .resizing import resized
+from .skeleton import skeleton
 from .store import LayerInfo
 from .ties import Ties
+from .vocabulary import Vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from .new_head import NewHead
@@ -219,6 +222,16 @@ class FolderStore:
             return unit.model[self.architecture.tied.get(name, name)]
         return self.stored(name).shape if self.is_quantised(name) else self.source.entries[self.holder(name)].shape
 
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        def make(vocabulary: Vocabulary | None) -> Any:
+            config = self.config if vocabulary is None else vocabulary.in_config(self.config)
+            return skeleton(config, torch.float32, len(self.entries))
+
+        def held(name: str) -> tuple[int, ...] | None:
+            return self.shape(name) if name in self.tensors and self.unit(name) is None else None
+
+        return vocabulary_of(brought, self.shape, partial(resized, make, held))
+
     # --- formats and values ---
 
     def stored(self, name: str) -> WeightFormat:
@@ -289,8 +302,12 @@ class FolderStore:
 
 def holds_quantised_weights(source: Checkpoint) -> bool:
     """Whether the checkpoint holds quantised weights, or its config says so."""
-    named = source.config.get("quantization_config") is not None
-    return named or any(
+    return source.config.get("quantization_config") is not None or has_quantised_weights(source)
+
+
+def has_quantised_weights(source: Checkpoint) -> bool:
+    """Whether the checkpoint holds quantised weights, whatever its config says."""
+    return any(
         name.endswith("weight") and len(checkpoint_tensors.companion_names(name, source.entries)) > 1
         for name in source.entries
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from functools import cached_property
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cached_property, partial, reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -19,8 +21,11 @@ from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names, layouts_of, names_in_model
 from .modules import inner_model, modules_of, shells_of, tensors_in
+from .resizing import resized
+from .skeleton import quiet
 from .store import LayerInfo
 from .ties import Ties, ties_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 _ATTRIBUTE = "oftsurgery"
 
@@ -38,6 +43,13 @@ def set_record(model: nn.Module, record: FoldRecord | None) -> None:
             shell.__dict__.pop(_ATTRIBUTE, None)
         else:
             shell.__dict__[_ATTRIBUTE] = record
+
+
+def fields_in(config: Any, vocabulary: Vocabulary | None) -> Iterator[tuple[Any, str, int]]:
+    """``(part of the config, name of a field, its new value)`` of the fields that state the number of tokens."""
+    for path, value in vocabulary.fields.items() if vocabulary is not None else ():
+        *parts, name = path.split(".")
+        yield reduce(getattr, parts, config), name, value
 
 
 class LiveStore:
@@ -112,6 +124,23 @@ class LiveStore:
             return self.at(name).read()[1].shape
         tensor = self.tensor(name)
         return () if tensor is None else tuple(tensor.shape)
+
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        inner: Any = inner_model(self.model)
+        if not (hasattr(inner, "resize_token_embeddings") and hasattr(type(inner), "_from_config")):
+            return None
+
+        def make(vocabulary: Vocabulary | None) -> Any:
+            config = copy.deepcopy(inner.config)
+            for part, name, value in fields_in(config, vocabulary):
+                setattr(part, name, value)
+            with quiet(), torch.device("meta"):
+                return type(inner)._from_config(config)
+
+        def held(name: str) -> tuple[int, ...] | None:
+            return self.shape(name) or None
+
+        return vocabulary_of(brought, self.shape, partial(resized, make, held))
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:  # noqa: ARG002 - a live weight has its own format
         path = name.removesuffix(".weight")

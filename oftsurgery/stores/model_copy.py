@@ -54,7 +54,7 @@ def share_model(model: M, instead: Mapping[int, nn.Module] | None = None) -> M:
         if getattr(weight, "module", None) is old:
             weight.module = new
         if old._compiled_call_impl is not None:
-            _compile_like(old, new)
+            compile_like(old, new)
     return shared
 
 
@@ -78,7 +78,7 @@ def _shared_by(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     return uses
 
 
-def _compile_like(old: nn.Module, new: nn.Module) -> None:
+def compile_like(old: nn.Module, new: nn.Module) -> None:
     """Compile ``new`` as ``old`` was compiled: Module.compile() leaves a callable that is not copied, and keeps its
     arguments in the closure alone.
     """

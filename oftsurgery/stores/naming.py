@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -146,23 +146,30 @@ def names_of(
     modules = modules_of(model)
     conv1d = {path for path, m in modules.items() if type(m).__name__ == "Conv1D"}
 
-    def quantised_with(skip: Sequence[str] | None) -> frozenset[str]:
-        skipped = _not_converted(model, skip)
-        linears = (path for path, m in modules.items() if path in conv1d or type(m) is nn.Linear)
-        return frozenset(f"{path}.weight" for path in linears if not skipped(path))
-
     return Architecture(
         renamed=renamed,
         units=units,
         transposed=frozenset(n for n, target in renamed.items() if target.removesuffix(".weight") in conv1d),
-        linears=quantised_with(skip),
-        quantised_with=quantised_with,
+        linears=quantised_with(model, modules, skip),
+        quantised_with=partial(quantised_with, model, modules),
         loaded=_loaded(model, renamed, dtype),
         modules=modules,
         ties=ties_of(model),
         layouts=layouts_of(model),
         name=type(model).__name__,
     )
+
+
+def quantised_with(model: Any, modules: Mapping[str, nn.Module], skip: Sequence[str] | None) -> frozenset[str]:
+    """The names of the weights that bitsandbytes loading quantises in a model of transformers.
+
+    Args:
+        modules: ``{path: module}`` of the model.
+        skip: ``llm_int8_skip_modules``; None for transformers' own choice.
+    """
+    skipped = _not_converted(model, skip)
+    linears = (path for path, m in modules.items() if type(m).__name__ == "Conv1D" or type(m) is nn.Linear)
+    return frozenset(f"{path}.weight" for path in linears if not skipped(path))
 
 
 def _loaded(model: Any, renamed: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -208,7 +215,7 @@ def _untied(model: Any) -> Iterator[None]:
         slots = model.get_submodule(path)._parameters
         if slots.get(local) is not None:
             tied[name] = (slots, local, slots[local])
-            slots[local] = nn.Parameter(torch.empty_like(slots[local]), requires_grad=False)
+            slots[local] = nn.Parameter(torch.empty_like(slots[local], device="meta"), requires_grad=False)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from .folder import FolderStore
 from .layouts import find_names
 from .naming import names_of
 from .skeleton import skeleton
+from .vocabulary import Vocabulary
 
 Shape = tuple[int, ...]
 
@@ -54,12 +55,15 @@ def new_head(store: FolderStore, adapters: Iterable[OFTAdapter]) -> NewHead | No
     given = list(adapters)
     saved = {name: tuple(tensor.shape) for adapter in given for name, tensor in adapter.saved.items()}
     found = store.locate(saved) if saved else {}
-    if store.architecture.name is None or all(n in found and store.shape(found[n]) == saved[n] for n in saved):
+    vocabulary = store.vocabulary({found[n]: saved[n] for n in found})
+    shapes = {} if vocabulary is None else vocabulary.shapes
+    fits = all(n in found and shapes.get(found[n], store.shape(found[n])) == saved[n] for n in saved)
+    if store.architecture.name is None or fits:
         return None
     for name in dict.fromkeys(filter(None, (_class_of(adapter, store.source.config) for adapter in given))):
         # the number of labels is a dimension of one of the head's tensors
         for labels in (None, *sorted({shape[0] for shape in saved.values() if shape})):
-            headed = _Headed.built(store, name, labels)
+            headed = _Headed.built(store, name, labels, vocabulary)
             if headed is not None and headed.takes(saved):
                 return headed.head(saved)
     return None
@@ -77,17 +81,20 @@ def _class_of(adapter: OFTAdapter, config: Mapping[str, Any]) -> str | None:
 
 
 class _Headed:
-    """A checkpoint in the class with the head."""
+    """A checkpoint in the class with the head, with the number of tokens that the adapter brings."""
 
-    def __init__(self, store: FolderStore, config: Mapping[str, Any], model: Any) -> None:
+    def __init__(self, store: FolderStore, config: Mapping[str, Any], model: Any, resized: Mapping[str, Shape]) -> None:
         entries = store.source.entries
+        self.resized = resized
         self.store, self.config, self.model = store, config, model
         self.stored = {name: entry.shape for name, entry in entries.items() if not is_companion(name, entries)}
         self.names = names_of(model, self.stored)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @classmethod
-    def built(cls, store: FolderStore, name: str, labels: int | None) -> _Headed | None:
+    def built(
+        cls, store: FolderStore, name: str, labels: int | None, vocabulary: Vocabulary | None = None
+    ) -> _Headed | None:
         """The checkpoint in transformers' class ``name``; None for an unknown class, or if the class refuses the config."""
         import transformers
 
@@ -99,10 +106,12 @@ class _Headed:
             config |= {"id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
             config |= {"label2id": {f"LABEL_{i}": i for i in range(labels)}}
         try:
-            model = skeleton(config, torch.float32, len(store.source.entries))
+            fields = config if vocabulary is None else vocabulary.in_config(config)
+            model = skeleton(fields, torch.float32, len(store.source.entries))
         except OFTSurgeryError:  # the class may refuse a number of labels
             return None
-        return None if model is None else cls(store, config, model)
+        resized = {} if vocabulary is None else vocabulary.shapes
+        return None if model is None else cls(store, config, model, resized)
 
     def _located(self, saved: Mapping[str, Shape]) -> Mapping[str, str]:
         """``{name of the adapter's own tensor: name in the class with the head}``."""
@@ -139,6 +148,8 @@ class _Headed:
         if target not in self.shapes:
             return name in self.names.units
         shape = self.shapes[target]
+        if self.resized.get(self.store.architecture.renamed[name]) == shape:
+            return True  # the adapter brings the tensor with other rows
         conv1d = name in self.names.transposed
         return name in self.names.units or self._stored_shape(name) in (shape, shape[::-1] if conv1d else shape)
 

@@ -65,8 +65,9 @@ def read_adapters(model: nn.Module, names: Sequence[str] | None = None) -> list[
 
     base = base_of(model)
     layers = list(_all_of("BaseTunerLayer", base))
+    rows = {id(wrapper.token_adapter) for _, wrapper in _all_of("TrainableTokensWrapper", base)}
     for path, layer in layers:
-        if not type(layer).__module__.startswith("peft.tuners.oft."):
+        if not type(layer).__module__.startswith("peft.tuners.oft.") and id(layer) not in rows:
             message = f"the model carries a live {type(layer).__name__} of {type(layer).__module__}"
             remedy = "merge or unload that adapter first"
         elif layer.merged_adapters:
@@ -129,7 +130,8 @@ def trained_biases(model: nn.Module, names: Sequence[str] | None = None) -> list
 
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
     """Names of the active adapters, which must be the same in all layers."""
-    found = {tuple(layer.active_adapters) for _, layer in layers}
+    # an adapter without trained rows of tokens leaves the layers of these rows without an active adapter
+    found = {tuple(layer.active_adapters) for _, layer in layers if not _peft_class(layer, "TrainableTokensLayer")}
     if len(found) > 1:
         message = f"the model's layers have different active adapters: {printable(sorted(map(list, found)))}"
         raise StateError(message, remedy="name the adapters to fold: fold(model, ['a', 'b'])")
@@ -144,7 +146,8 @@ def _read(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str, config:
     fields.pop("peft_version", None)
     if tuple(int(n) for n in peft_version.split(".")[:2]) >= (0, 18):
         fields["peft_version"] = peft_version
-    fields["modules_to_save"] = list(fields.get("modules_to_save") or ()) or None
+    separate = [path for path, _, alone in _token_rows(base, name) if alone]
+    fields["modules_to_save"] = [*(fields.get("modules_to_save") or ()), *separate] or None
     return parse_adapter(fields, tensors, source=f"live adapter {name!r}")
 
 
@@ -161,12 +164,37 @@ def _live_tensors(base: nn.Module, layers: Sequence[tuple[str, Any]], name: str)
         if name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[name].state_dict().items():
                 yield f"{KEY_PREFIX}{path}.{key}", tensor.detach().clone()
+    for path, weight, _ in _token_rows(base, name):
+        yield f"{KEY_PREFIX}{path}.weight", weight
+
+
+def _token_rows(base: nn.Module, name: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """``(path, weight, alone)`` of the embeddings and heads in which an adapter trains single rows (``trainable_token_indices``):
+    the whole weight with the trained rows, and whether other places of the same parameter do not take these rows.
+    """
+    wrappers = list(_all_of("TrainableTokensWrapper", base))
+    tensors = tensors_in(modules_of(base))
+    for path, wrapper in wrappers:
+        rows = wrapper.token_adapter
+        if rows.tied_adapter is None and name in rows.trainable_tokens_delta:
+            weight = rows.base_layer.weight
+            if isinstance(rows.base_layer, nn.Linear) and rows.base_layer.bias is not None:
+                raise StateError(
+                    "peft computes a head with trained rows of single tokens (`trainable_token_indices`) without the head's bias, and no "
+                    "weight computes the same beside the bias",
+                    module=path,
+                    remedy="train with the head in modules_to_save",
+                )
+            follow = sum(w.token_adapter is rows or w.token_adapter.tied_adapter is rows for _, w in wrappers)
+            places = len({n for n, t in tensors.items() if t is weight})
+            yield path, rows.get_merged_weights([name]).detach().clone(), places > follow
 
 
 def inner_modules(base: nn.Module) -> dict[int, nn.Module]:
     """``{id of each of peft's wrappers: the base layer in it}``."""
     layers = {id(m): m.get_base_layer() for _, m in _all_of("BaseTunerLayer", base)}
-    return layers | {id(m): m.original_module for _, m in _all_of("ModulesToSaveWrapper", base)}
+    wrappers = [m for kind in ("ModulesToSaveWrapper", "TrainableTokensWrapper") for _, m in _all_of(kind, base)]
+    return layers | {id(m): m.original_module for m in wrappers}
 
 
 def strip(base: nn.Module, journal: list[Undo]) -> None:

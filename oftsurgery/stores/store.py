@@ -13,6 +13,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .ties import Ties
+from .vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Store(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
+
+    def vocabulary(self, brought: Mapping[str, tuple[int, ...]]) -> Vocabulary | None:
+        """The number of tokens by which the model's tensors have the shapes that an adapter brings, ``{name: shape}``; None if the
+        model has this number already, or if no number gives the shapes.
+        """
 
     def weight(self, name: str, home: WeightFormat) -> EncodedWeight | None:
         """A stored weight, or None. A plain weight is quantised to ``home`` if ``home`` is a quantised format."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError
+from oftsurgery.errors import ExtractionError, NonFiniteError, ShapeError, share
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight
 
@@ -353,7 +353,7 @@ def choose_block_size(curves: Sequence[Mapping[int, float]]) -> int:
     if chosen == 1 or pooled[1] <= _CLEAR * least or pooled[chosen] > _NEAR * least:
         gain = 1 - (least / pooled[1]) ** 2
         raise ExtractionError(
-            f"no block size can be told: rotations of the input features explain {gain:.1%} of the difference on rows that they "
+            f"no block size can be told: rotations of the input features explain {share(gain, '.1%')} of the difference on rows that they "
             "were not fitted to, so the difference is not such a rotation (a LoRA or full fine-tune), or the rotation is too small "
             "against the rounding of the stored weights",
             remedy="give block_size=… for the best rotation of that size and its quality, or give less coarsely stored weights",

@@ -203,7 +203,7 @@ def decode_tensor(entry: UndoEntry, after: Tensor) -> Tensor:
     facts, after = entry.facts, after.detach().cpu()
     if _hash_one(after) != facts.get("after"):
         raise changed("the tensor is not the one that this record's fold left", shape=tuple(after.shape))
-    about = _checked(facts.get("tensor"), limit=16 * after.numel() + 1024)
+    about = _checked(facts.get("tensor"), limit=_limit(after.numel()))
     io = Streams(entry.data)
     if facts.get("predicted"):
         if about != described(after) or after.dtype not in MANTISSA:
@@ -251,6 +251,18 @@ def _checked(about: Any, *, limit: int) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise damaged(why="a tensor's dtype or shape is missing or unknown") from error
     return about  # type: ignore[no-any-return]
+
+
+def _limit(numel: int) -> int:
+    """The most bytes of the original of a plain tensor, for a tensor of ``numel`` elements in its place: a fold may cut an embedding
+    off to a part of its rows.
+    """
+    return 256 * numel + 1024
+
+
+def read_shape(about: Any, numel: int) -> tuple[int, ...]:
+    """The shape of a plain tensor's original that a file names, for a tensor of ``numel`` elements in its place."""
+    return tuple(_checked(about, limit=_limit(numel))["shape"])
 
 
 def read_format(facts: Any, shape: tuple[int, ...]) -> WeightFormat:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyError, RoundingWarning
 from oftsurgery.api.checkpoints import plan_fold
+from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
@@ -85,7 +86,7 @@ def test_transformers_shows_no_bars_while_it_loads(tmp_path: Path, capsys: pytes
 
     build("llama").save_pretrained(tmp_path / "base")
     adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
-    plan = plan_fold(tmp_path / "base", tmp_path / "adapter")
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(trained_on="plain"))
     logging.enable_progress_bar()
     capsys.readouterr()
     calibrate_checkpoint.load_model(plan, "cpu")
@@ -235,7 +236,7 @@ def test_the_fold_on_disk_is_the_one_in_memory(quantisation: str, base: Path, ad
 def test_a_quantised_checkpoint_stays_one(base: Path, adapter: Path, tmp_path: Path) -> None:
     oftsurgery.export_safetensors(load(base, "nf4"), tmp_path / "nf4")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "nf4")
-    oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "a", calibration=TEXTS, trained_on="plain")
+    oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "a", calibration=TEXTS)
     oftsurgery.fold_checkpoint(
         base, adapter, tmp_path / "b", calibration=tokenised(base), format="nf4", double_quant=True
     )

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import OFTConfig, get_peft_model
 from torch import nn
+from transformers import PretrainedConfig
 
 import oftsurgery
-from oftsurgery import MatchError, NonFiniteError, RoundingWarning, ShapeError, StateError, verify
+from oftsurgery import (
+    MatchError,
+    NonFiniteError,
+    OutputError,
+    RoundingWarning,
+    ShapeError,
+    StateError,
+    VerifyReport,
+    verify,
+)
+from oftsurgery.stores import peft_live
 
 
 class Net(nn.Module):
@@ -141,3 +155,111 @@ def test_a_plain_model_that_holds_nothing_runs_in_eval_mode_too() -> None:
     plain = Empty()
     oftsurgery.verify(nn.Identity(), nn.Identity(), torch.ones(1, 2), plain=plain)
     assert (seen, plain.training) == ([False], True)
+
+
+class Scores(nn.Module):
+    """A tiny language model: the scores of 16 tokens."""
+
+    config = PretrainedConfig(vocab_size=16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up = nn.Embedding(16, 8), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.up(self.embed(input_ids)))}
+
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def live_scores() -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(Scores(), OFTConfig(oft_block_size=4, target_modules=["up"], init_weights=False)).eval()
+
+
+def test_the_share_of_the_effect_is_the_one_worked_out_by_hand() -> None:
+    """Halfway between the base and the live model, half of the effect is there; with any noise that is orthogonal to the effect too."""
+    live, base = live_scores(), Scores().eval()
+    folded = oftsurgery.fold(live)
+    whole = verify(folded, live, {"input_ids": IDS})
+    assert whole.kept == pytest.approx(1, abs=1e-5)
+    assert whole.modules["up"].kept == pytest.approx(1, abs=1e-5)
+    assert whole.outputs["logits"].kl == pytest.approx(0, abs=1e-9)
+    assert whole.verdict.startswith(
+        "ok: 100% of the adapter's effect on logits is kept; the distance to the live model is"
+    )
+    with torch.no_grad():
+        folded.up.weight.copy_((folded.up.weight + base.up.weight) / 2)
+        half = verify(folded, live, {"input_ids": IDS})
+        a, b = (m(IDS)["logits"].double().log_softmax(-1) for m in (folded, live))
+    assert half.kept == pytest.approx(0.5, abs=1e-5)
+    assert half.modules["up"].kept == pytest.approx(0.5, abs=1e-5)
+    assert half.outputs["logits"].kl == pytest.approx(float((b.exp() * (b - a)).sum(-1).mean()), rel=1e-6)
+    nothing = verify(base, live, {"input_ids": IDS})
+    assert (nothing.ok, nothing.kept) == (False, pytest.approx(0, abs=1e-6))
+    assert nothing.verdict.startswith("not ok: 0% of the adapter's effect on logits is kept")
+    assert nothing.outputs["logits"].relative == pytest.approx(nothing.base["logits"].relative, rel=1e-6)
+    data = json.loads(json.dumps(half.to_dict()))
+    assert (data["kept"], data["ok"], data["verdict"]) == (half.kept, half.ok, half.verdict)
+    assert "kept" in str(half).splitlines()[0]
+
+
+def test_the_base_is_the_live_model_with_its_adapter_switched_off() -> None:
+    """peft's and oftsurgery's live layers are switched off by their own attributes, and nothing else of them changes."""
+    live, base = live_scores(), Scores().eval()
+    folded = oftsurgery.fold(live)
+    wrapped = oftsurgery.wrap(base, next(iter(peft_live.read_adapters(live))))
+    for reference in (live, wrapped):
+        trained = {name: p.requires_grad for name, p in reference.named_parameters()}
+        before = reference(IDS)["logits"]
+        alone, given = verify(folded, reference, {"input_ids": IDS}), verify(folded, reference, IDS, base=base)
+        assert alone.kept == pytest.approx(given.kept, abs=1e-6)
+        assert alone.modules["up"].kept == pytest.approx(given.modules["up"].kept, abs=1e-6)
+        assert alone.base["logits"].relative == pytest.approx(given.base["logits"].relative, rel=1e-6)
+        assert trained == {name: p.requires_grad for name, p in reference.named_parameters()}
+        assert torch.equal(before, reference(IDS)["logits"])
+    live.merge_adapter()  # nothing can be switched off now
+    merged = verify(folded, live, {"input_ids": IDS})
+    assert (merged.kept, merged.ok, merged.base) == (None, None, {})
+    assert merged.verdict.startswith("no verdict: the reference has no live adapter")
+    assert live.base_model.model.up.merged
+
+
+def test_padding_counts_nowhere() -> None:
+    live = live_scores()
+    folded = oftsurgery.fold(live)
+    with torch.no_grad():
+        folded.up.weight.mul_(1.1)
+        folded.embed = copy.deepcopy(folded.embed)  # the live model has the same tensor
+        folded.embed.weight[0].mul_(100)  # the token of padding
+    mask = torch.ones_like(IDS)
+    mask[0, 0] = 0
+    padded = verify(folded, live, {"input_ids": IDS, "attention_mask": mask})
+    real = verify(folded, live, [{"input_ids": IDS[:1, 1:]}, {"input_ids": IDS[1:]}])
+    assert padded.outputs["logits"].relative == pytest.approx(real.outputs["logits"].relative, rel=1e-5)
+    assert padded.outputs["logits"].kl == pytest.approx(real.outputs["logits"].kl, rel=1e-5)
+    assert padded.kept == pytest.approx(real.kept, rel=1e-5)
+    assert verify(folded, live, {"input_ids": IDS}).outputs["logits"].relative > 2 * padded.outputs["logits"].relative
+
+
+def test_a_fold_of_int8_layers_has_no_verdict_below_enough() -> None:
+    report = VerifyReport(
+        {}, {"logits": OutputError(0.1, 1.0, 0.1, kept=0.7)}, 1, base={"logits": OutputError(0.15, 1.0, 0.1)}
+    )
+    assert report.ok is False
+    assert replace(report, rounds_inputs=True).ok is None
+    assert replace(report, rounds_inputs=True).verdict.startswith("no verdict: 70%")
+    assert replace(report, base={"logits": OutputError(0.2, 1.0, 0.1)}).ok  # half of the base's distance
+
+
+def test_a_base_of_another_class_is_refused() -> None:
+    with pytest.raises(MatchError, match=r"the base gives other outputs \(out\) than the reference \(logits\)"):
+        verify(Scores(), Scores(), IDS, base=Other())
+
+
+class Other(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": x.float()}

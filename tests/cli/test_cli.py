@@ -221,7 +221,7 @@ REFUSED = {
     "double quant of nothing": (
         ["plan", "BASE", "ADAPTER", "--double-quant"],
         2,
-        "but the checkpoint is not to be quantised",
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
     ),
     "a graph's flags without one": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--with-past"],

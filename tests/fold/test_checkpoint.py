@@ -616,16 +616,26 @@ def test_another_base_is_refused(sources: Sources, tmp_path: Path) -> None:
 
 #: arguments that make no sense together → message
 NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
-    "quantised again": ("nf4", {"format": "int8"}, "the checkpoint is quantised already"),
+    "quantised again": ("nf4", {"quantize": "int8", "format": "int8"}, "the checkpoint is quantised already"),
+    "original weights of a quantised base": (
+        "nf4",
+        {"fold_into": "original"},
+        "does not hold the original weights that fold_into='original' rotates",
+    ),
     "quantised and the same": (
         "plain",
         {"quantize": "nf4"},
         "format 'same' keeps plain weights plain, but the quantisation nf4 was asked for too",
     ),
+    "modules to skip in a quantised base": (
+        "nf4",
+        {"format": "int8", "skip_modules": ["o_proj"]},
+        "the base is stored quantised, so nothing is left to say of how its plain weights are loaded and quantised",
+    ),
     "two codecs": (
         "plain",
-        {"quantize": "nf4", "format": "int8"},
-        "the weights are to be quantised to nf4, but the format to write is int8",
+        {"quantize": "nf4", "format": "int8", "fold_into": "original"},
+        "the base is to be quantised to nf4 first, but fold_into='original' rotates the original weights and writes int8",
     ),
     "no such format": ("plain", {"format": "q4_k"}, "the format 'q4_k' is not known"),
     "no such codec": ("plain", {"quantize": "gptq", "format": "bf16"}, "the quantisation 'gptq' is not known"),
@@ -633,7 +643,12 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "double quantisation of nothing": (
         "plain",
         {"double_quant": True},
-        "but the checkpoint is not to be quantised",
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
+    ),
+    "double quantisation of int8": (
+        "plain",
+        {"format": "int8", "double_quant": True},
+        "double quantisation was asked for, but nothing is to be quantised to 4 bits",
     ),
     "no such compute dtype": ("plain", {"format": "nf4", "compute_dtype": "int8"}, "unknown dtype 'int8'"),
     "bitsandbytes' formats of a plain base": (

@@ -231,7 +231,7 @@ def test_a_fold_that_changes_formats_has_no_record(options: Any, sources: Source
         oftsurgery.fold_checkpoint(
             sources.base("llama"), sources.adapter("llama"), tmp_path / "out", undo=tmp_path / "u", **options
         )
-    assert "unfold with base=…" in str(caught.value)
+    assert "keep the base" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -324,8 +324,8 @@ def test_a_weak_adapter_is_named_once(rounding: str) -> None:
     share = f"{round(kept, 2) + 0.0:.0%}"
     assert f"less than 90% of the change is kept ({share} over all weights), in layer ({share})" in texts[0]
     assert (
-        'with rounding="preserve", which needs no data, fold into int8 or bfloat16, or keep the adapter live'
-        in texts[0]
+        "what helps, best first: (1) round so that the change is kept, which needs no data: "
+        'oftsurgery.fold(model, "ADAPTER", rounding="preserve"); (2)' in texts[0]
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RoundingWarning)

@@ -164,7 +164,7 @@ def said(source: object, **options: Any) -> dict[str, Any]:
 
 def is_quantised(folder: Path) -> bool:
     config = folder / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text())
+    return config.is_file() and "quantization_config" in json.loads(config.read_text())
 
 
 def quiet_fold(source: Path, adapter: Any, destination: Path, **options: Any) -> oftsurgery.FoldRecord:

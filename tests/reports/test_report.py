@@ -238,7 +238,7 @@ def test_weak_folds_are_named_with_what_helps() -> None:
     assert "Partly lost." in text
     assert "92% of what the adapter changed is kept; in 1 of 4 weights less than 90%" in text
     assert "least in h.3.up: 85%" in text
-    assert 'rounding="preserve", calibrated' in text.replace("&#34;", '"')
+    assert 'oftsurgery.fold(model, "ADAPTER", rounding="preserve")' in text.replace("&#34;", '"')
     assert text.count(" weak</b>") == 1
     strong = oftsurgery.report(record_of({p: replace(m, kept=1.01) for p, m in modules.items()}))
     assert "The adapter is still there." in strong

@@ -933,9 +933,7 @@ def disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         found[name] = save_adapter(root / name, amplitude, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
-        found["record"] = oftsurgery.fold_checkpoint(
-            root / "base", found["adapter"], root / "folded", trained_on="plain"
-        )
+        found["record"] = oftsurgery.fold_checkpoint(root / "base", found["adapter"], root / "folded")
     found["nearest record"] = quiet_fold(root / "base", found["adapter"], root / "nearest", rounding="nearest")
     quiet_fold(root / "base", found["other"], root / "of another", rounding="preserve")
     for name in ("folded", "nearest", "of another"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.notices import COMPILING, notice
 
 from .blockwise import FoldedWeight
 from .pool import start
@@ -48,6 +50,8 @@ _MAX_BLOCK = 512
 _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
 #: fast path → the reason why this process does not use it (again)
 _broken: dict[str, str] = {}
+#: the notices that this process has given
+_noted: set[str] = set()
 
 
 def backends() -> dict[str, str]:
@@ -159,12 +163,34 @@ def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
             _give_up(name, problem)
         return None
     try:
-        return use(import_module(".fold_cpu" if name == "numba" else ".fold_gpu", __name__))
+        return use(_driver(name))
     except OFTSurgeryError:
         raise
     except Exception as error:  # a compiler may raise any error; the slower path has the same result
         _give_up(name, f"{type(error).__name__}: {printable(str(error))}")
         return None
+
+
+def _driver(name: str) -> ModuleType:
+    """The driver of a fast path. The first import compiles the CPU's kernels, unless numba's cache has them."""
+    if name != "numba":
+        return import_module(".fold_gpu", __name__)
+    if f"{__name__}.fold_cpu" in sys.modules:
+        return import_module(".fold_cpu", __name__)
+    import numba  # noqa: F401 - its parts import each other in this order alone
+    from numba.core import event
+
+    class Compiling(event.Listener):  # type: ignore[misc]
+        def on_start(self, _: object) -> None:
+            if COMPILING not in _noted:
+                _noted.add(COMPILING)
+                notice(COMPILING)
+
+        def on_end(self, _: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Compiling()):
+        return import_module(".fold_cpu", __name__)
 
 
 def _give_up(name: str, problem: str) -> None:
