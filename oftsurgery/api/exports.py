@@ -1,4 +1,4 @@
-"""The public functions here export a model in memory to safetensors or to ONNX."""
+"""The public functions here export a model to safetensors, to ONNX or to GGUF."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.files.writing import check_free
 from oftsurgery.folding.export import format_named, save_model
+from oftsurgery.gguf.export import GgufReport, export_folder
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.onnx.export import OnnxReport, export_model, load_model
 from oftsurgery.progress import Progress, shown
@@ -155,6 +156,62 @@ def export_onnx(
             example_inputs=example_inputs,
             tokenizer=tokenizer_choice(tokenizer),
             record=record,
+            verify=verify,
+            force=force,
+            progress=step,
+        )
+
+
+def export_gguf(
+    folder: str | PathLike[str],
+    destination: str | PathLike[str],
+    converter: str | PathLike[str],
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    *,
+    python: str | PathLike[str] | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: bool | Progress = False,
+) -> GgufReport:
+    """Export a checkpoint as ``destination/model.gguf`` for llama.cpp and Ollama, and prove every tensor.
+
+    >>> report = oftsurgery.export_gguf("PLAIN", "OUT-GGUF", "llama.cpp/convert_hf_to_gguf.py")
+    >>> report.verified, len(report.uncompared)       # every tensor was compared
+    (True, 0)
+
+    llama.cpp's own converter writes the file, as a process of its own. Then each tensor is compared with the checkpoint, through
+    the package ``gguf``. Beside the file are a ``Modelfile`` for Ollama, a card, and ``oftsurgery.json``, which holds the report.
+
+    Args:
+        folder: a checkpoint with plain weights that transformers loads, with its tokenizer; or the Hub id of such a checkpoint.
+        destination: a folder that does not exist yet; it appears whole, by one rename.
+        converter: ``convert_hf_to_gguf.py`` of a llama.cpp repository.
+        dtype: of the weights; None: the dtype that most of the checkpoint's weights have.
+        python: the Python that runs the converter, with the packages of llama.cpp's requirements; None: the Python that runs
+            oftsurgery.
+        verify: compare the tensors. llama.cpp's reorderings are known for the common architectures; the report names
+            tensors that could not be compared.
+        force: replace what is at ``destination``.
+        progress: show a bar of the stages, or a function of (stages done, stages in all, what comes).
+
+    Returns:
+        a :class:`~oftsurgery.GgufReport`.
+
+    Raises:
+        ExportError: the converter failed, or a tensor differs or is missing. Nothing is written.
+        StateError: the converter does not exist, the checkpoint is quantised, the dtype is unknown, or the destination exists
+            or holds the checkpoint itself.
+        CheckpointError: the checkpoint cannot be read.
+        MissingDependencyError: the package of the ``gguf`` extra is not installed.
+        DiskError: the disk is full, read-only or in use; nothing is left behind.
+    """
+    with shown(progress, "export", "stage") as step:
+        return export_folder(
+            find_checkpoint(folder),
+            Path(destination),
+            Path(converter),
+            dtype=dtype,
+            python=None if python is None else str(python),
             verify=verify,
             force=force,
             progress=step,

@@ -40,6 +40,7 @@ from .arguments import (
     opened_base,
     rounding_mode,
 )
+from .trained_on import checked_live
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +55,7 @@ def fold(
     calibration: Any = None,
     undo: str | PathLike[str] | None = None,
     partial: bool = False,
+    trained_on: str | PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -104,6 +106,8 @@ def fold(
             of a bit a weight. The file appears when the fold is done; an existing file is refused.
         partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
             spread over several ranks). These modules stay as they are, and the record names them.
+        trained_on: what the adapter was trained on, as for :func:`fold_checkpoint`; the model must be it. None: a plain model
+            must be what the files of the trainer beside the adapter say, where they say it.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every unchanged tensor with ``model``.
         progress: show a bar.
@@ -129,7 +133,7 @@ def fold(
     check_format(format, double_quant=double_quant)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
-        _prepared_fold(model, adapter, inplace=inplace, incomplete=partial) as fold_prepared,
+        _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
@@ -147,7 +151,7 @@ def fold(
 
 @contextmanager
 def _prepared_fold(
-    model: nn.Module, adapter: Any, *, inplace: bool, incomplete: bool
+    model: nn.Module, adapter: Any, trained_on: Any = None, *, inplace: bool, incomplete: bool
 ) -> Iterator[Callable[..., nn.Module]]:
     """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
     folded in their present state.
@@ -155,13 +159,17 @@ def _prepared_fold(
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
         warn_of_another_commit(getattr(inner_model(model), "config", None), adapters or ())
-        yield partial(fold_model, model, adapters, names=names, partial_adapters=incomplete, inplace=inplace)
+        on = checked_live(model, adapters, trained_on)
+        yield partial(
+            fold_model, model, adapters, names=names, partial_adapters=incomplete, trained_on=on, inplace=inplace
+        )
         return
     if adapter is not None:
         raise StateError(
             "the model carries live adapters, and an adapter to fold was given too",
             remedy="call fold(wrapped) to fold the active adapters, or load the plain base model to fold an adapter from files",
         )
+    checked_live(model, None, trained_on)
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
     stripped = strip(inner_model(model)) if inplace else []
@@ -253,7 +261,13 @@ def unfold(
 
 
 def wrap(
-    model: M, adapter: AdapterLike, *, adapter_name: str = "default", partial: bool = False, inplace: bool = False
+    model: M,
+    adapter: AdapterLike,
+    *,
+    adapter_name: str = "default",
+    partial: bool = False,
+    trained_on: str | PathLike[str] | None = None,
+    inplace: bool = False,
 ) -> M:
     """Put an adapter on a model unmerged: live layers that rotate their input, train, and merge or unmerge one by one.
 
@@ -267,7 +281,7 @@ def wrap(
         model: as for :func:`fold`, or a wrapped model, which gets a further adapter by another name.
         adapter: an :class:`~oftsurgery.OFTAdapter`, or an argument of :func:`load_adapter`.
         adapter_name: the name under which the adapter is active.
-        partial: as for :func:`fold`.
+        partial, trained_on: as for :func:`fold`.
         inplace: wrap ``model`` itself; otherwise the result is a new model that shares the tensors of ``model``.
 
     Returns:
@@ -278,6 +292,7 @@ def wrap(
     """
     loaded = adapter if isinstance(adapter, OFTAdapter) else load_adapter(adapter)
     warn_of_another_commit(getattr(inner_model(model), "config", None), [loaded])
+    checked_live(model, [loaded], trained_on)
     return wrap_model(model, loaded, adapter_name=adapter_name, incomplete=partial, inplace=inplace)  # type: ignore[return-value]
 
 

@@ -73,7 +73,7 @@ def as_yaml(args: argparse.Namespace, actions: Sequence[argparse.Action]) -> str
     import yaml
 
     named = {name_of(a): getattr(args, a.dest, None) for a in actions if a.dest not in _NOT_IN_FILES}
-    given = {name: value for name, value in named.items() if value is not None and value is not False}
+    given = {name: value for name, value in named.items() if value not in (None, []) and value is not False}
     return str(yaml.safe_dump(given, sort_keys=False))
 
 

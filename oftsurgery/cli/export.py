@@ -1,4 +1,4 @@
-"""The commands ``export``, which folds and exports to a checkpoint or to ONNX in one step, and ``push``, to the Hub."""
+"""The commands ``export``, which folds and exports to a checkpoint, to ONNX or to GGUF in one step, and ``push``, to the Hub."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from oftsurgery.errors import StateError, printable
 from oftsurgery.progress import shown
 
 from .arguments import (
+    DTYPES,
     FOLDING_FLAGS,
     PUSHING_FLAGS,
     RUNNING_FLAGS,
@@ -29,9 +30,11 @@ from .printing import hub_bars, print_facts, print_table, progress_for, size_tex
 from .verify import verify_output
 
 ONNX_FORMATS = ("onnx", "onnx-quantized")
-FORMATS = ("bnb", "fp32", "fp16", "bf16", *ONNX_FORMATS)
+#: formats that are written from a model that needs no fold, and that no fold can be taken out of again
+FINAL_FORMATS = (*ONNX_FORMATS, "gguf")
+FORMATS = ("bnb", "fp32", "fp16", "bf16", *FINAL_FORMATS)
 _REPO = "owner/name, or a name of your own; by default the name is made of base, adapter and format, and you are asked"
-EXPORT_EXAMPLE = "--base BASE --adapter ADAPTER --output OUTPUT --trained-on nf4-double --format bf16 --verify"
+EXPORT_EXAMPLE = "BASE OUTPUT --adapter ADAPTER --trained-on nf4-double --format bf16 --verify"
 
 
 def add_export(command: AddCommand) -> None:
@@ -50,21 +53,41 @@ def add_push(command: AddCommand) -> None:
 def add_export_arguments(parser: Parser) -> None:
     """Add the arguments of ``export``, which ``tools/export.py`` takes too."""
     parser.add_argument(
+        "places", metavar="BASE OUTPUT", nargs="*", help="the base and the folder to write, as --base and --output"
+    )
+    parser.add_argument(
         "--base", help="folder or Hub id of the model (default: the base that the adapter's config names)"
     )
     parser.add_argument(
         "--adapter",
         nargs="+",
-        help="folder or Hub id of the adapter; several adapters in the live order. Without an adapter the ONNX formats export the base",
+        help="folder or Hub id of the adapter; several adapters in the live order. Without an adapter the formats onnx, onnx-quantized and "
+        "gguf export the base",
     )
-    parser.add_argument("--output", required=True, help="folder to write, which must not exist")
+    parser.add_argument("--output", help="folder to write, which must not exist")
     parser.add_shared("--format", choices=FORMATS, default="bnb")
     parser.add_shared(*FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
     parser.add_argument("--verify", **switch("check every weight of the output against base and adapter"))
-    onnx = parser.add_argument_group("--format onnx, onnx-quantized")
-    onnx.add_argument("--dtype", choices=("float16", "float32"), help="dtype of the graph (default: float16)")
-    onnx.add_argument("--with-past", **switch("export the key-value cache too, for generation (onnxruntime-genai)"))
-    onnx.add_argument("--no-verify", **switch("do not compare the graph with torch; the record states this"))
+    final = parser.add_argument_group("--format onnx, onnx-quantized, gguf")
+    final.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of a graph (float16, which is the default, or float32) or of a GGUF file (default: bfloat16 after a fold, else the dtype "
+        "of the base's weights)",
+    )
+    final.add_argument(
+        "--no-verify",
+        **switch("do not compare the graph with torch, or the GGUF file with the checkpoint; the record states this"),
+    )
+    final.add_argument(
+        "--with-past", **switch("ONNX: export the key-value cache too, for generation (onnxruntime-genai)")
+    )
+    final.add_argument("--converter", metavar="FILE", help="GGUF: llama.cpp's convert_hf_to_gguf.py")
+    final.add_argument(
+        "--converter-python",
+        metavar="FILE",
+        help="GGUF: the Python that runs the converter, with the packages of llama.cpp's requirements (default: the Python that runs oftsurgery)",
+    )
     parser.add_argument("--push-to-hub", metavar="REPO_ID", nargs="?", const="", help=f"push the output: {_REPO}")
     parser.add_shared(*PUSHING_FLAGS)
     add_config_flags(parser)
@@ -73,23 +96,50 @@ def add_export_arguments(parser: Parser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    onnx = args.format in ONNX_FORMATS
-    if not onnx and (args.dtype or args.with_past or args.no_verify):
-        args.usage_error("--dtype, --with-past and --no-verify belong to --format onnx and onnx-quantized")
-    if onnx and args.undo:
-        args.usage_error("a graph cannot be unfolded, so --undo belongs to the other formats: leave out --undo")
-    if not args.adapter and (not onnx or args.dry_run or args.verify or args.quantize):
-        args.usage_error("the following arguments are required: --adapter")
-    if args.base is None and not args.adapter:
-        args.usage_error("one of the following arguments is required: --base, --adapter")
+    _take_places(args)
+    _check_arguments(args)
     base_of(args)  # names the base in `args` too
     if args.dry_run:
         show_plan(args)
         if args.push_to_hub is not None and not args.json and not args.quiet:
             print(f"push to: {args.push_to_hub or 'a repository named after base, adapter and format'}")
         return ExitCode.OK
-    export = _export_onnx if onnx else _export_checkpoint
+    export = _export_final if args.format in FINAL_FORMATS else _export_checkpoint
     return export(args) if args.push_to_hub is None else _export_and_push(args, export)
+
+
+def _take_places(args: argparse.Namespace) -> None:
+    """Take BASE and OUTPUT from either of their two places."""
+    if args.places:
+        if len(args.places) != 2 or args.base is not None or args.output is not None:
+            args.usage_error("give BASE and OUTPUT, or --base BASE and --output OUTPUT")
+        args.base, args.output = args.places
+    if args.output is None:
+        args.usage_error("the following arguments are required: --output")
+    if args.base is None and not args.adapter:
+        args.usage_error("one of the following arguments is required: --base, --adapter")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuse arguments that do not belong together."""
+    final = args.format in FINAL_FORMATS
+    if not final and (args.dtype or args.no_verify):
+        args.usage_error(f"--dtype and --no-verify belong to --format {', '.join(FINAL_FORMATS)}")
+    if args.dtype == "bfloat16" and args.format in ONNX_FORMATS:
+        args.usage_error(
+            "onnxruntime's CPU has no bfloat16 kernels: choose --dtype float16 or float32 for an ONNX graph"
+        )
+    if args.with_past and args.format not in ONNX_FORMATS:
+        args.usage_error("--with-past belongs to --format onnx and onnx-quantized")
+    if (args.format == "gguf") != bool(args.converter) or (args.converter_python and not args.converter):
+        args.usage_error(
+            "--format gguf needs --converter FILE (llama.cpp's convert_hf_to_gguf.py), and no other format takes it"
+        )
+    if final and args.undo:
+        what = "a GGUF file" if args.format == "gguf" else "a graph"
+        args.usage_error(f"{what} cannot be unfolded, so --undo belongs to the other formats: leave out --undo")
+    if not args.adapter and (not final or args.dry_run or args.verify or args.quantize):
+        args.usage_error("the following arguments are required: --adapter")
 
 
 def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
@@ -115,8 +165,26 @@ def _export_checkpoint(args: argparse.Namespace) -> int:
     return verify_output(args, args.output) if args.verify else ExitCode.OK
 
 
-def _export_onnx(args: argparse.Namespace) -> int:
+def _export_final(args: argparse.Namespace) -> int:
+    """Export the base, or a fold of the base that is removed afterwards, to a format that is no checkpoint."""
     from oftsurgery.files.staging import check_apart, scratch
+
+    export = _gguf_export(args) if args.format == "gguf" else _onnx_export(args)
+    if not args.adapter:
+        export(base_of(args))
+        return ExitCode.OK
+    for what, given in (("base", [args.base]), ("adapter", args.adapter)):
+        check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
+    with scratch(Path(args.output), force=args.force) as place:
+        folded = place / Path(args.output).name  # llama.cpp's converter names the model after the folder
+        fold_into(args, folded, force=True)
+        code = verify_output(args, folded) if args.verify else ExitCode.OK
+        export(folded)
+    return code
+
+
+def _onnx_export(args: argparse.Namespace) -> Callable[[str | Path], None]:
+    """The function that exports a checkpoint to ONNX."""
     from oftsurgery.onnx.toolchain import require_onnx
 
     require_onnx()  # the check comes before the fold, which may take hours
@@ -134,16 +202,43 @@ def _export_onnx(args: argparse.Namespace) -> int:
         )
         _print_onnx(args, report)
 
-    if not args.adapter:
-        export(base_of(args))
-        return ExitCode.OK
-    for what, given in (("base", [args.base]), ("adapter", args.adapter)):
-        check_apart(Path(args.output), what, [Path(name) for name in given if Path(name).is_dir()])
-    with scratch(Path(args.output), force=args.force) as folded:
-        fold_into(args, folded, force=True)
-        code = verify_output(args, folded) if args.verify else ExitCode.OK
-        export(folded)
-    return code
+    return export
+
+
+def _gguf_export(args: argparse.Namespace) -> Callable[[str | Path], None]:
+    """The function that exports a checkpoint to GGUF."""
+    from oftsurgery.gguf.converter import check_converter, require_gguf
+
+    require_gguf()  # both checks come before the fold, which may take hours
+    check_converter(Path(args.converter))
+
+    def export(source: str | Path) -> None:
+        report = oftsurgery.export_gguf(
+            source,
+            args.output,
+            args.converter,
+            args.dtype,
+            python=args.converter_python,
+            verify=not args.no_verify,
+            force=args.force,
+            progress=False if args.quiet or args.json else _print_stage,
+        )
+        _print_gguf(args, report)
+
+    return export
+
+
+def _print_gguf(args: argparse.Namespace, report: oftsurgery.GgufReport) -> None:
+    if wants_words(args, report):
+        print(f"wrote {args.output}: {report.file}, {size_text(report.nbytes)}, weights in {report.dtype}")
+        if report.verified:
+            changed = f", {len(report.changed)} of them after llama.cpp's own changes" * bool(report.changed)
+            print(f"tensors that hold the checkpoint's values: {report.equal + len(report.changed)}{changed}")
+        for what, named in (("not compared", report.uncompared), ("not in the file", report.left_out)):
+            for name, reason in named.items():
+                print(f"{what}: {printable(name)}: {reason}")
+        if report.without_template is not None:
+            print(f"the Modelfile has no template: {report.without_template}")
 
 
 def _print_onnx(args: argparse.Namespace, report: oftsurgery.OnnxReport) -> None:

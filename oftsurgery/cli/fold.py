@@ -110,12 +110,14 @@ def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> o
 
 def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
     from oftsurgery.api.fold_settings import FoldSettings
+    from oftsurgery.dtypes import FORMAT_OF, NAMED
 
     format_ = args.format
     if format_ == "onnx-quantized":
         format_ = args.quantize or "same"
-    elif format_ == "onnx":  # the rotated weights stay plain
-        format_ = "fp32" if args.dtype == "float32" else "fp16"
+    elif format_ in ("onnx", "gguf"):  # the rotated weights stay plain
+        default = "float16" if format_ == "onnx" else "bfloat16"
+        format_ = FORMAT_OF[NAMED[args.dtype or default]]
     names = [field.name for field in fields(FoldSettings) if field.name != "revision"]  # `base_of` adds the revision
     settings = {name: getattr(args, name, None) for name in names}
     return settings | {"format": format_, "rounding": args.rounding or ("calibrated" if args.calibration else None)}

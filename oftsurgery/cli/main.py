@@ -137,7 +137,7 @@ def _what_is_kept(args: argparse.Namespace) -> str:
     resumes = (
         hasattr(args, "resume")
         and not getattr(args, "dry_run", False)
-        and getattr(args, "format", None) not in export.ONNX_FORMATS
+        and getattr(args, "format", None) not in export.FINAL_FORMATS
     )
     return "the finished work is kept; continue with --resume" if resumes else "nothing was written"
 

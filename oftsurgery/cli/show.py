@@ -66,6 +66,14 @@ def _graph_text(fold: oftsurgery.FoldRecord) -> str:
     return f"ONNX, {facts.get('dtype')}, {compared}"
 
 
+def _gguf_text(fold: oftsurgery.FoldRecord) -> str:
+    facts = fold.extra.get("gguf")
+    if not isinstance(facts, Mapping):
+        return ""
+    compared = "compared with the checkpoint" if facts.get("verified") is True else "not compared with the checkpoint"
+    return f"{facts.get('dtype')}, {compared}"
+
+
 def _print_fold(fold: oftsurgery.FoldRecord) -> None:
     for a in fold.adapters:
         print_facts(
@@ -86,7 +94,11 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
         *facts_beside(fold.to_dict()),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
         ("graph", _graph_text(fold)),
-        ("fields of a newer version, which this version cannot read", ", ".join(n for n in fold.extra if n != "onnx")),
+        ("GGUF", _gguf_text(fold)),
+        (
+            "fields of a newer version, which this version cannot read",
+            ", ".join(n for n in fold.extra if n not in ("onnx", "gguf")),
+        ),
     )
     rows: list[Row] = []
     for path, m in sorted(fold.modules.items(), key=lambda item: -item[1].error):

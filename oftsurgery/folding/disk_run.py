@@ -303,17 +303,11 @@ class _Run:
             base={
                 "fold_into": plan.rotates,
                 **({"format": plan.format} if plan.converts else {}),
-                **_facts_of_training(plan),
+                **(plan.trained_on.facts if plan.trained_on is not None else {}),
                 **facts_of_quantization(plan.store.quantization),
                 **_facts_of_revision(plan.source),
             },
         )
-
-
-def _facts_of_training(plan: CheckpointPlan) -> dict[str, str]:
-    """What the adapter was trained on, and where that is said; nothing where nobody says it."""
-    trained = plan.trained_on
-    return {} if trained is None else {"trained_on": trained.name, "trained_on_source": trained.source}
 
 
 def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:

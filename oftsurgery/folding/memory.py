@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.trained_on import TrainedOn
 from oftsurgery.dtypes import name_of
 from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import dense
@@ -46,6 +48,7 @@ def fold_model(
     calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
     undo: UndoWriter | None = None,
     partial_adapters: bool = False,
+    trained_on: TrainedOn | None = None,
     inplace: bool = False,
     base_at_hand: bool = True,
     progress: Progress | None = None,
@@ -60,6 +63,7 @@ def fold_model(
         rounding: the rounding of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: function that gives the inputs of the layers of a model that is about to be folded.
         undo: writer that takes the fold's changes and is finished after the last one.
+        trained_on: what the adapters were trained on, where somebody says it.
         partial_adapters: whether to fold adapters that lack modules which their own configs target.
         base_at_hand: whether the caller's own model stays as it is.
     """
@@ -102,6 +106,8 @@ def fold_model(
         set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
         record = formats.stated(record)
+        if trained_on is not None:
+            record = replace(record, base={**record.base, **trained_on.facts})
         engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)
         if undo is not None:
             undo.finish(record, ties=plan.apart, tie_word_embeddings=ties.flag)

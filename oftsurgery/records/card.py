@@ -113,7 +113,7 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
     """The metadata of the card's YAML block."""
     oldest = (*record.earlier, record)[0]
     bases = dict.fromkeys(a.base_model for a in oldest.adapters if a.base_model and a.base_model.count("/") == 1)
-    onnx = any(name.endswith(".onnx") for name in files)
+    onnx, gguf = (any(name.endswith(end) for name in files) for end in (".onnx", ".gguf"))
     stored = _onnx_facts(record, "quantized", {}).values() if onnx else [m.format for m in record.modules.values()]
     quantised = {str(label).partition(" ")[0] for label in stored} & _BITS.keys()
     architecture = _architecture(config)
@@ -124,7 +124,8 @@ def metadata(record: FoldRecord, config: Mapping[str, Any], files: Collection[st
         "pipeline_tag": _task(architecture)[1],
         "tags": ["oft", "oftsurgery", *sorted(quantised), *(["bitsandbytes"] if quantised and not onnx else [])]
         + sorted({_BITS[name] for name in quantised})
-        + (["onnx"] if onnx else []),
+        + ["onnx"] * onnx
+        + ["gguf"] * gguf,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -291,6 +292,7 @@ def section(record: FoldRecord, config: Mapping[str, Any], files: Collection[str
         load=_LOAD,
         folds=(*record.earlier, record),
         graph=min((name for name in files if name.endswith(".onnx")), default=None),
+        gguf=min((name for name in files if name.endswith(".gguf")), default=None),
         runs=words and tokenizer,
         model=model,
         tokenizer=tokenizer,

@@ -226,7 +226,7 @@ REFUSED = {
     "a graph's flags without one": (
         ["export", "--base", "BASE", "--adapter", "ADAPTER", "--output", "x", "--with-past"],
         2,
-        "belong to --format onnx and onnx-quantized",
+        "--with-past belongs to --format onnx and onnx-quantized",
     ),
     "no adapter": (["export", "--base", "BASE", "--output", "x"], 2, "arguments are required: --adapter"),
     "undo of a graph": (

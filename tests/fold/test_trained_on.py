@@ -296,3 +296,27 @@ def test_the_trainers_settings_from_elsewhere(
     settings.write_text("model_name_or_path: m\nfinetuning_type: oft\nquantization_bit: 4\nquantization_method: hqq\n")
     assert cli.main([*words[:3], str(tmp_path / "refused"), *words[4:]]) == 2
     assert "the file holds no settings of axolotl, LLaMA-Factory or ms-swift that say" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::oftsurgery.RoundingWarning")
+def test_a_model_in_memory_must_be_what_the_adapter_was_trained_on(trained: Trained, tmp_path: Path) -> None:
+    plain = load(trained.base, CLS)
+    text = "the adapter was trained on nf4-double, as training_args.yaml says, but the model's weights are plain"
+    for act in (oftsurgery.fold, oftsurgery.wrap):
+        with pytest.raises(oftsurgery.StateError, match=text):
+            act(plain, trained.adapter("nf4-double"))  # type: ignore[operator]
+    folded = oftsurgery.fold(plain, trained.adapter("plain"))
+    assert folded.oftsurgery.base == {"trained_on": "plain", "trained_on_source": "training_args.yaml"}
+    for name in ("nf4", "nf4-double", "int8"):
+        live = load(trained.base, CLS, **BASES[name])
+        folded = oftsurgery.fold(live, trained.adapter(name), trained_on=name, format="bf16")
+        assert folded.oftsurgery.base["trained_on"] == name
+        for other in {"nf4", "fp4", "plain", "int8"} - {name}:
+            with pytest.raises(
+                oftsurgery.StateError, match=f"trained on {other}, .* but the model's weights are in {name}"
+            ):
+                oftsurgery.fold(live, trained.adapter(name), trained_on=other)
+    said = oftsurgery.fold(plain, trained.adapter("nf4"), trained_on="plain")
+    assert said.oftsurgery.base["trained_on_source"] == "trained_on"
+    with pytest.raises(oftsurgery.StateError, match="leave out trained_on"):
+        oftsurgery.fold(adapted(load(trained.base, CLS), LINEARS), trained_on="plain")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import gguf_converter
 import torch
 from checkpoints import bnb_config, build, quiet_transformers
 from peft import OFTConfig, PeftModel, get_peft_model
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_folders(place: Path) -> Path:
-    """``place`` with ``PLAIN``, ``BASE`` (NF4, double quantisation), ``ADAPTER``, ``OLD`` and ``texts.jsonl``."""
+    """``place`` with ``PLAIN``, ``BASE`` (NF4, double quantisation), ``ADAPTER``, ``OLD``, ``texts.jsonl``, and a stand-in for
+    llama.cpp's converter in ``llama.cpp``.
+    """
     with quiet_transformers():
         build("llama").save_pretrained(place / "PLAIN")
         words = {word: i for i, word in enumerate(["[UNK]", "the", "quick", "brown", "fox"])}
@@ -43,6 +46,8 @@ def make_folders(place: Path) -> Path:
     shutil.copytree(ROOT / "tests" / "golden" / "peft-0.17.1" / "block16_exact", place / "OLD")
     texts = [json.dumps({"text": "the quick brown fox the brown quick fox the fox " * (1 + i % 4)}) for i in range(24)]
     (place / "texts.jsonl").write_text("\n".join(texts), encoding="utf-8")
+    (place / "llama.cpp").mkdir()
+    shutil.copy(gguf_converter.__file__, place / "llama.cpp" / "convert_hf_to_gguf.py")
     return place
 
 
