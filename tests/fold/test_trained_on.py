@@ -82,6 +82,7 @@ def test_the_shortest_call_is_near_the_live_model(name: str, trained: Trained, t
     said = f"the adapter was trained on {name}, as training_args.yaml says; trained_on=… (--trained-on) says"
     assert [text.startswith(said) for text in told] == [True]
     assert (record.base["trained_on"], record.base["trained_on_source"]) == (name, "training_args.yaml")
+    assert f"| trained on | `{name}` (training\\_args.yaml) |" in (tmp_path / "out" / "README.md").read_text()
     assert record.base["fold_into"] == ("original" if name == "plain" else "quantized")
     assert {t.dtype for t in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     near = trained.off(name, tmp_path / "out")
