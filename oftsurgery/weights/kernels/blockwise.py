@@ -77,12 +77,13 @@ class Sums:
 
     def folded(self, stored: EncodedWeight, rounding: str, relaxation: float = 1.0) -> FoldedWeight:
         """``stored`` with its cost."""
-        # quantised weights are compared in units of their scale, which has a rounding error: a smaller error counts as 0
+        # quantised weights are compared in units of their scale, which has a rounding error: a smaller error or change counts as 0
         least = self.norm * 2**-44 if stored.format.quantised else 0.0
+        change = 0.0 if self.change < least else self.change
         error, nearest = (None if e is None else 0.0 if e < least else max(0.0, e) for e in (self.error, self.nearest))
         assert error is not None  # noqa: S101 - only plain rounding may be unmeasured
-        rho = math.sqrt(error / self.change) if self.change else None
-        kept = 1 + self.held / self.change if self.change else None
+        rho = math.sqrt(error / change) if change else None
+        kept = 1 + self.held / change if change else None
         if kept is not None and not math.isfinite(kept):
             kept = None
         size = self.norm or 1.0
@@ -93,7 +94,7 @@ class Sums:
             nearest=None if nearest is None else math.sqrt(nearest / size),
             rho=rho,
             kept=kept,
-            change=math.sqrt(self.change),
+            change=math.sqrt(change),
             relaxation=relaxation,
         )
 

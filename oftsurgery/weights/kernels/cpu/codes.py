@@ -42,7 +42,6 @@ from .layout import BOUND, CELL_BASE, CELL_BOUND, LANES, LEVEL, ORDER
 
 #: cells a unit, a little less than 16: 1 and what rounds to a bit more is in the last of 32
 CELL_FACTOR = 15.9999
-UN = 4
 
 #: a format's levels: in order, the bounds between them, their codes
 RANKS = types.Tuple((f32x, f32x, i32x))
@@ -194,14 +193,11 @@ def _codes(levels: Any, by_cells: bool) -> Codes:
 
     def fit(b: Any, x: Any, n: Any, factor: Any, of: Any) -> list[Any]:
         def step(i: Any, *sums: Any) -> list[Any]:
-            at, sums_ = b.add(x, b.shl(i, ir.Constant(LONG, 2))), list(sums)
-            for k in range(UN):
-                s = b.fmul(emit_load(b, further(b, at, 64 * k)), factor)
-                c = level(b, number(b, s, of), of)
-                sums_[0], sums_[1] = emit_fma(b, c, s, sums_[0]), emit_fma(b, c, c, sums_[1])
-            return sums_
+            s = b.fmul(emit_load(b, b.add(x, b.shl(i, ir.Constant(LONG, 2)))), factor)
+            c = level(b, number(b, s, of), of)
+            return [emit_fma(b, c, s, sums[0]), emit_fma(b, c, c, sums[1])]
 
-        return loop(b, n, UN * LANES, [constant(0.0)] * 2, step)
+        return loop(b, n, LANES, [constant(0.0)] * 2, step)
 
     def project(b: Any, base: Any, change: Any, n: Any, omega: Any, of: Any) -> Any:
         def step(i: Any, sum_: Any) -> list[Any]:
