@@ -45,8 +45,8 @@ def as_trained(
     if settings.trained_on is not None:
         trained = trained_on_said(settings.trained_on)
         if settings.quantize is not None or settings.fold_into != "quantized":
-            message = "trained_on says how the base is quantised before the fold, and other settings say it too"
-            remedy = "give trained_on (--trained-on), or else quantize, double_quant and fold_into (--quantize, --double-quant, --fold-into)"
+            message = "trained_on=… (--trained-on) says how the base is quantised before the fold, and other arguments say it too"
+            remedy = "leave out quantize=… (--quantize) and fold_into=… (--fold-into), or leave out trained_on=… (--trained-on)"
             raise StateError(message, remedy=remedy)
         if quantised:
             return settings, _stored_so([trained], source)
@@ -60,7 +60,7 @@ def as_trained(
         return settings, None
     if not found.certain:
         warn_caller(
-            f"the adapter was trained on {found.name}, as {printable(found.source)} says; trained_on=… (--trained-on) says otherwise",
+            f"the adapter was trained on {found.name}, as {found.said_by} says; trained_on=… (--trained-on) says otherwise",
             SourceWarning,
         )
     return _with(settings, found, source), found
@@ -97,7 +97,9 @@ def checked_live(
     trained = next((one for one in found if one.name in stored), None)
     if trained is None:
         trained, held = found[0], "plain" if stored == {"plain"} else f"in {', '.join(sorted(stored))}"
-        message = f"the adapter was trained on {trained.name}, as {printable(trained.source)} says, but the model's weights are {held}"
+        message = (
+            f"the adapter was trained on {trained.name}, as {trained.said_by} says, but the model's weights are {held}"
+        )
         remedy = (
             "load the model with the BitsAndBytesConfig of the training, and choose format='bf16' for a result in 16 bits; or fold the "
             "checkpoint on disk (oftsurgery.fold_checkpoint); trained_on='plain' folds plain weights as they are"
@@ -116,7 +118,7 @@ def _found(adapters: Sequence[OFTAdapter]) -> TrainedOn | None:
     found += _in_files(adapters)
     found += [one for adapter in adapters for one in trained_on_base(adapter.config)]
     if len({(one.name, one.skip) for one in found}) > 1:
-        said = ", ".join(f"{printable(one.source)}: {one.name}" for one in found)
+        said = ", ".join(f"{one.said_by}: {one.name}" for one in found)
         message = f"the files of the trainer do not agree on what the adapter was trained on ({said})"
         raise StateError(message, remedy="say what it was trained on: trained_on=… (--trained-on)")
     return found[0] if found else None
@@ -156,10 +158,8 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
         return replace(settings, fold_into="original") if settings.format in QUANTISED else settings
     other = settings.format in FOUR_BIT and settings.format != trained.format  # the output's own double quantisation
     if settings.double_quant and not trained.double_quant and not other:
-        message = f"double quantisation was asked for, but {printable(trained.source)} says that the adapter was trained on {trained.name}"
-        remedy = (
-            "leave out the double quantisation (--double-quant), or say what the adapter was trained on (--trained-on)"
-        )
+        message = f"double quantisation was asked for, but {trained.said_by} says that the adapter was trained on {trained.name}"
+        remedy = "leave out double_quant=True (--double-quant), or say what the adapter was trained on: trained_on=… (--trained-on)"
         raise StateError(message, remedy=remedy)
     format_: Any = settings.format
     if format_ == "same":  # plain as the source
@@ -192,7 +192,7 @@ def _stored_so(found: Sequence[TrainedOn], source: Checkpoint) -> TrainedOn | No
     so = next((one for one in found if one.name == stored), None)
     if so is None:
         message = (
-            f"the adapter was trained on {found[0].name}, as {printable(found[0].source)} says, but the base is stored as "
+            f"the adapter was trained on {found[0].name}, as {found[0].said_by} says, but the base is stored as "
             f"{printable(stored)}"
         )
         remedy = "give the base that the adapter was trained on, or its plain weights"

@@ -74,7 +74,7 @@ def show_plan(args: argparse.Namespace) -> None:
         print()
         print_facts(
             ("base", facts["base"]),
-            ("trained on", "{name} ({source})".format(**facts["trained_on"]) if facts["trained_on"] else None),
+            ("trained on", _trained_text(facts["trained_on"])),
             ("rotates", f"the {facts['fold_into']} weights"),
             ("folds", str(len(facts["folds"]))),
             ("other weights converted", str(facts["converts"])),
@@ -92,6 +92,14 @@ def show_plan(args: argparse.Namespace) -> None:
             ("time", f"about {facts['seconds']:.0f} s on two CPU cores, without imports and a calibration"),
             limit=10_000,
         )
+
+
+def _trained_text(trained: dict[str, str] | None) -> str | None:
+    return (
+        None
+        if trained is None
+        else f"{trained['name']} (as {trained['source'].replace('trained_on', '--trained-on')} says)"
+    )
 
 
 def _fold(args: argparse.Namespace) -> None:

@@ -159,8 +159,7 @@ def no_undo(format: str) -> StateError:
     return StateError(
         "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
         format=format,
-        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
-        "or leave out the undo record (undo=…, --undo), and keep the base",
+        remedy="choose the format of the base: format='same' (--format same); or leave out undo=… (--undo), and keep the base",
     )
 
 
@@ -202,7 +201,7 @@ class Original:
                 format=found[0].format.label,
                 remedy="load the base again; with `module.support_avx512bf16_for_cpu = False` bitsandbytes does not repack",
             )
-        remedy = "give exactly the model that was folded (base=…, --base)"
+        remedy = "give exactly the model that was folded: base=… (--base)"
         if not self.weight:
             message = "the base's tensor is not the one that was replaced"
             raise IntegrityError(message, tensor=self.name, remedy=remedy)
@@ -231,7 +230,7 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     before = {**weights, **record.saved}
     found = base.locate(before)
     lost = next((name for name in before if name not in found), None)
-    remedy = "give the model that was folded (base=…, --base)"
+    remedy = "give the model that was folded: base=… (--base)"
     if lost in weights:
         raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
     if lost is not None:
@@ -244,7 +243,7 @@ def other_format(what: str, **where: Any) -> StateError:
     """The error where the base's bytes cannot be put back into a folded ``what``, a model or checkpoint."""
     return StateError(
         f"the folded {what} has another format than its base, so the base's bytes cannot be put back",
-        remedy=f"use the base {what} itself, or rotate back with the adapter (adapter=…, --adapter)",
+        remedy=f"use the base {what} itself, or rotate back with the adapter: adapter=… (--adapter)",
         **where,
     )
 

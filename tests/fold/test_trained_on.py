@@ -130,7 +130,8 @@ def test_a_quantised_base_must_be_stored_so(trained: Trained, tmp_path: Path) ->
     load(trained.base, CLS, **BASES["nf4"]).save_pretrained(tmp_path / "nf4")
     adapter = trained.adapter("nf4")
     with pytest.raises(
-        oftsurgery.StateError, match="was trained on nf4-double, as trained_on says, but the base is stored as nf4 "
+        oftsurgery.StateError,
+        match=r"was trained on nf4-double, as trained_on=… .--trained-on. says, but the base is stored as nf4 ",
     ):
         oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "out", trained_on="nf4-double")
     with warnings.catch_warnings():
@@ -160,11 +161,13 @@ def test_the_trainers_files_must_agree_with_a_quantised_base(trained: Trained, t
 
 @pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"fold_into": "original"}])
 def test_two_ways_to_say_it(options: Any, trained: Trained, tmp_path: Path) -> None:
-    with pytest.raises(oftsurgery.StateError, match="other settings say it too"):
+    with pytest.raises(oftsurgery.StateError, match="other arguments say it too"):
         oftsurgery.fold_checkpoint(
             trained.base, trained.adapter("nf4"), tmp_path / "out", trained_on="nf4", format="bf16", **options
         )
-    with pytest.raises(oftsurgery.StateError, match="'gptq' is nothing that an adapter is trained on"):
+    with pytest.raises(
+        oftsurgery.StateError, match="'gptq' is neither a format that adapters are trained on nor a file"
+    ):
         oftsurgery.fold_checkpoint(trained.base, trained.adapter("nf4"), tmp_path / "out", trained_on="gptq")
 
 
@@ -213,7 +216,7 @@ def test_the_command_line(trained: Trained, tmp_path: Path, capsys: pytest.Captu
     words = [str(trained.base), str(trained.adapter("nf4"))]
     assert cli.main(["plan", *words]) == 0
     said = capsys.readouterr()
-    assert "trained on: nf4 (training_args.yaml)\n" in said.out
+    assert "trained on: nf4 (as training_args.yaml says)\n" in said.out
     assert "SourceWarning: the adapter was trained on nf4, as training_args.yaml" in said.err
     assert cli.main(["plan", *words, "--trained-on", "plain", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
