@@ -418,10 +418,11 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
 
     worst = max(modules, key=total)
     known = "with the fold's own error" if record else "without the fold's own error, which no record states"
+    exact = record is not None and "format" not in record.base
+    way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
     kept = len(plan.replace)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
     warn_caller(
-        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; "
-        "unfolding with base=… (--base) restores exactly",
+        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",
         UnfoldWarning,
     )
