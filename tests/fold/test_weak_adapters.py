@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import warnings
 from collections.abc import Callable
@@ -24,10 +23,6 @@ from oftsurgery.records.advice import Case, remedies
 
 TOKENS = torch.randint(3, 64, (24, 16), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
-
-
-#: whether a fold in memory takes `format=`
-HAS_FORMAT = "format" in inspect.signature(oftsurgery.fold).parameters
 
 
 def weak_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
@@ -136,7 +131,6 @@ def test_what_the_doctor_and_verify_advise_on_disk_helps(llama: Path, tmp_path: 
     assert record.kept > 0.9
 
 
-@pytest.mark.skipif(not HAS_FORMAT, reason="folds write another quantised format where `fold` takes `format=`")
 @pytest.mark.parametrize("trained", ["nf4-double", "plain"])
 def test_commands_to_other_quantised_formats_run(llama: Path, tmp_path: Path, trained: str) -> None:
     """From a base that is quantised first, as the adapter was trained, and from a plain base."""
@@ -238,7 +232,7 @@ def test_weights_and_outputs_keep_the_same_share_and_remedies_help(
         assert report.kept == pytest.approx(kept, abs=0.2 if "bf16" in format_ or rounding == "calibrated" else 0.1)
         assert report.ok is (kept >= 0.9 or rounding == "calibrated")
     given = () if case is None else remedies(case)
-    for remedy in (r for r in given if HAS_FORMAT or "format=" not in r.call):
+    for remedy in given:
         names = {"oftsurgery": oftsurgery, "model": model, "batches": minilm.batches}
         with noted() as caught:
             helped = eval(remedy.call.replace('"ADAPTER"', repr(str(place))), names)  # noqa: S307

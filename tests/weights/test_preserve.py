@@ -1008,7 +1008,7 @@ def test_doctor_tells_how_much_is_kept_on_disk(record: str, disk: dict[str, Any]
     assert lost.evidence["kept"] == pytest.approx(disk["nearest record"].kept, abs=1e-3)
     assert lost.evidence["kept"] < 0.1
     assert lost.evidence["below_90%"] == 2
-    assert "--rounding preserve" in lost.remedy
+    assert 'rounding="preserve"' in lost.remedy
 
 
 def test_doctor_finds_damage_in_a_preserved_fold(disk: dict[str, Any], tmp_path: Path) -> None:
