@@ -27,7 +27,7 @@ from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.advice import Case, remedies
-from oftsurgery.records.record import ENOUGH, FoldRecord
+from oftsurgery.records.record import ENOUGH, HALF, FoldRecord
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
@@ -187,7 +187,7 @@ def _how_much_is_kept(
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
     text = f"{share(overall)} of what the adapter changes is in the merged weights"
-    if overall >= ENOUGH or calibrated:
+    if overall >= (HALF if calibrated else ENOUGH):
         return [Finding("note", "kept", text, least, evidence)]
     text += ": rounding to the format's levels has undone the rest of the change"
     text += ", and the model computes nearly what its base computes" if overall < 0.5 else ""

@@ -168,3 +168,14 @@ def test_a_merge_without_a_record_is_told_by_its_formats() -> None:
     qoft = Case.of_weights(plain, plain, rotated=nf4, on_disk=True)
     assert (qoft.same_levels, qoft.settings) == (False, {"trained_on": "nf4-double"})
     assert Case.of_weights(plain, plain, rotated=plain, on_disk=False).settings == {}
+
+
+@pytest.mark.parametrize(("output_kept", "weak"), [(0.0, True), (0.45, True), (0.6, False)])
+def test_a_calibration_that_puts_the_change_back_is_told(output_kept: float, *, weak: bool) -> None:
+    """Where the adapter moves the weights by far less than a step, the base's own codes can be nearest on the texts."""
+    made = replace(record({}, "calibrated", rounding="calibrated", output_kept=output_kept), rounding="calibrated")
+    assert bool(made.weak) == weak
+    case = Case.of_record(made)
+    assert (case is not None) == weak
+    if case is not None:
+        assert kinds(case) == [INT8, BF16, LIVE]
