@@ -16,7 +16,7 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError, printable
 from oftsurgery.files.checkpoint import CONFIG
-from oftsurgery.files.finding import checkpoint_place
+from oftsurgery.files.finding import checkpoint_place, hub_id_of
 from oftsurgery.files.reading import inside
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base
@@ -129,7 +129,8 @@ def trained_on_base(config: Mapping[str, Any]) -> list[TrainedOn]:
         settings = json.loads(_text(file.parent, CONFIG) or "null") if file is not None else None
         quantised = settings.get("quantization_config") if isinstance(settings, dict) else None
         if isinstance(quantised, dict) and quantised.get("quant_method", "bitsandbytes") == "bitsandbytes":
-            return list(_named(quantised, f"{CONFIG} of {base}"))
+            # a record is published, so it names no folders of this machine
+            return list(_named(quantised, f"{CONFIG} of {hub_id_of(base) or Path(base).name}"))
     return []
 
 

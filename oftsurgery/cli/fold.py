@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def show_plan(args: argparse.Namespace) -> None:
         print()
         print_facts(
             ("base", facts["base"]),
-            ("trained on", _trained_text(facts["trained_on"])),
+            ("trained on", _trained_on(facts["trained_on"])),
             ("rotates", f"the {facts['fold_into']} weights"),
             ("folds", str(len(facts["folds"]))),
             ("other weights converted", str(facts["converts"])),
@@ -94,12 +95,10 @@ def show_plan(args: argparse.Namespace) -> None:
         )
 
 
-def _trained_text(trained: dict[str, str] | None) -> str | None:
-    return (
-        None
-        if trained is None
-        else f"{trained['name']} (as {trained['source'].replace('trained_on', '--trained-on')} says)"
-    )
+def _trained_on(facts: Mapping[str, str] | None) -> str | None:
+    if facts is None:
+        return None
+    return f"{facts['name']} ({'--trained-on' if facts['source'] == 'trained_on' else facts['source']})"
 
 
 def _fold(args: argparse.Namespace) -> None:

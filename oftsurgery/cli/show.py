@@ -81,7 +81,7 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
             ("  dialect", a.dialect + (f", written by peft {a.peft_version}" if a.peft_version else "")),
             ("  fingerprint", a.fingerprint),
             ("  sha256", a.sha256),
-            ("  base model", a.base_model),
+            ("  base model in its config", a.base_model),
         )
     print_facts(
         ("base", ", ".join(f"{key} {value}" for key, value in fold.base.items() if value is not None)),
