@@ -283,8 +283,11 @@ def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, r
     def far(e: EncodedWeight) -> float:
         return relative_error(weight, rotate_chain(codecs.decode(e), [rotation]))
 
-    best = min(quantised, key=far)
-    return best if far(best) < _BETTER * far(before) else before
+    best, least = before, far(before)
+    for one in quantised:
+        if (distance := far(one)) < _BETTER * least:
+            best, least = one, distance
+    return best
 
 
 def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:
