@@ -125,7 +125,11 @@ def _no_config(place: Place, names: Collection[str]) -> AdapterError:
         message = (
             f"neither the folder nor a subfolder has {ADAPTER_CONFIG}; the folder holds a model ({printable(weights)})"
         )
-        return AdapterError(message, path=place, remedy="give the base model first, the adapter second")
+        return AdapterError(
+            message,
+            path=place,
+            remedy="give the adapter's folder in this place; the commands take BASE, ADAPTER and OUTPUT in this order",
+        )
     message = f"the folder has no {ADAPTER_CONFIG}" if names else "the folder is empty"
     return AdapterError(message, path=place, remedy=place.remedy)
 

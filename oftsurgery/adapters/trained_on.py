@@ -29,6 +29,7 @@ TRAINED_ON: Mapping[str, tuple[str | None, bool]] = {
     "plain": (None, False),
 }
 
+_ARGUMENT = "trained_on"  # the source where the caller says it
 _CARD, _ARGS, _YAML = "README.md", "args.json", ("*.yml", "*.yaml")
 #: names of the files that are read, as patterns for the Hub's client
 SETTINGS = (_CARD, _ARGS, *_YAML)
@@ -61,6 +62,11 @@ class TrainedOn:
         return TRAINED_ON[self.name][0]
 
     @property
+    def said_by(self) -> str:
+        """The source, for a message."""
+        return "trained_on=… (--trained-on)" if self.source == _ARGUMENT else printable(self.source)
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a record says of it."""
         return {"trained_on": self.name, "trained_on_source": self.source}
@@ -77,13 +83,13 @@ def trained_on_said(said: str | PathLike[str]) -> TrainedOn:
         StateError: neither of them, or the file does not say it.
     """
     if said in TRAINED_ON:
-        return TrainedOn(str(said), "trained_on")
-    remedy = (
-        f"choose one of {', '.join(TRAINED_ON)}, or give the trainer's file of settings (trained_on=…, --trained-on)"
-    )
+        return TrainedOn(str(said), _ARGUMENT)
+    remedy = f"choose one of {', '.join(TRAINED_ON)}, or give the trainer's file of settings: trained_on=… (--trained-on FILE)"
     path = Path(said).expanduser()
     if not path.is_file():
-        raise StateError(f"{printable(said)!r} is nothing that an adapter is trained on, and no file", remedy=remedy)
+        raise StateError(
+            f"{printable(said)!r} is neither a format that adapters are trained on nor a file", remedy=remedy
+        )
     found = list(_said_by(_yaml(_text(path.parent, path.name)), path.name))  # JSON is YAML too
     if not found:
         message = (

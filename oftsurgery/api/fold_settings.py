@@ -49,7 +49,7 @@ class FoldSettings:
         plain = not has_quantised_weights(source)
         if not plain and (self.skip_modules is not None or self.load_dtype is not None):
             message = "the base is stored quantised, so nothing is left to say of how its plain weights are loaded and quantised"
-            remedy = "leave out skip_modules and load_dtype (--skip-modules, --load-dtype): modules that are plain in the base stay plain"
+            remedy = "leave out skip_modules=… (--skip-modules) and load_dtype=… (--load-dtype): modules that are plain in the base stay plain"
             raise StateError(message, path=source.folder, remedy=remedy)
         codec = self.quantize or (self.format if self.format in QUANTISED and plain else None)
         if codec is not None:

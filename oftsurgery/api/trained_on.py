@@ -45,21 +45,22 @@ def as_trained(
     if settings.trained_on is not None:
         trained = trained_on_said(settings.trained_on)
         if settings.quantize is not None or settings.fold_into != "quantized":
-            message = "trained_on says how the base is quantised before the fold, and other settings say it too"
-            remedy = "give trained_on (--trained-on), or else quantize, double_quant and fold_into (--quantize, --double-quant, --fold-into)"
+            message = "trained_on=… (--trained-on) says how the base is quantised before the fold, and other arguments say it too"
+            remedy = "leave out quantize=… (--quantize) and fold_into=… (--fold-into), or leave out trained_on=… (--trained-on)"
             raise StateError(message, remedy=remedy)
         if quantised:
-            _check_stored(trained, source)
-            return settings, trained
+            return settings, _stored_so([trained], source)
         return _with(settings, trained, source), trained
-    if quantised or settings.quantize is not None or settings.fold_into != "quantized":
+    if quantised:
+        return settings, _stored_so(_in_files(adapters), source)
+    if settings.quantize is not None or settings.fold_into != "quantized":
         return settings, None
     found = _found(adapters)
     if found is None:
         return settings, None
     if not found.certain:
         warn_caller(
-            f"the adapter was trained on {found.name}, as {printable(found.source)} says; trained_on=… (--trained-on) says otherwise",
+            f"the adapter was trained on {found.name}, as {found.said_by} says; trained_on=… (--trained-on) says otherwise",
             SourceWarning,
         )
     return _with(settings, found, source), found
@@ -84,13 +85,21 @@ def checked_live(
         return None
     layers = [Layer(path, module) for path, module in distinct(modules_of(model)).items()]
     quantised = [layer for layer in layers if layer.quantised]
-    trained = trained_on_said(said) if said is not None else None if quantised else _found(adapters)
-    if trained is None:
+    if said is not None:
+        found = [trained_on_said(said)]
+    elif quantised:
+        found = _in_files(adapters)
+    else:
+        found = [one for one in [_found(adapters)] if one is not None]
+    if not found:
         return None
     stored = {_name_of(layer.read()[1]) for layer in quantised} or {"plain"}
-    if trained.name not in stored:
-        held = "plain" if stored == {"plain"} else f"in {', '.join(sorted(stored))}"
-        message = f"the adapter was trained on {trained.name}, as {printable(trained.source)} says, but the model's weights are {held}"
+    trained = next((one for one in found if one.name in stored), None)
+    if trained is None:
+        trained, held = found[0], "plain" if stored == {"plain"} else f"in {', '.join(sorted(stored))}"
+        message = (
+            f"the adapter was trained on {trained.name}, as {trained.said_by} says, but the model's weights are {held}"
+        )
         remedy = (
             "load the model with the BitsAndBytesConfig of the training, and choose format='bf16' for a result in 16 bits; or fold the "
             "checkpoint on disk (oftsurgery.fold_checkpoint); trained_on='plain' folds plain weights as they are"
@@ -106,13 +115,17 @@ def _found(adapters: Sequence[OFTAdapter]) -> TrainedOn | None:
         StateError: the files contradict each other.
     """
     found = [TrainedOn("plain", f"its dialect {a.dialect}", certain=True) for a in adapters if a.dialect in PLAIN_ONLY]
-    found += [one for home in homes_of(adapters) for one in trained_on_in(home)]
+    found += _in_files(adapters)
     found += [one for adapter in adapters for one in trained_on_base(adapter.config)]
     if len({(one.name, one.skip) for one in found}) > 1:
-        said = ", ".join(f"{printable(one.source)}: {one.name}" for one in found)
+        said = ", ".join(f"{one.said_by}: {one.name}" for one in found)
         message = f"the files of the trainer do not agree on what the adapter was trained on ({said})"
         raise StateError(message, remedy="say what it was trained on: trained_on=… (--trained-on)")
     return found[0] if found else None
+
+
+def _in_files(adapters: Sequence[OFTAdapter]) -> list[TrainedOn]:
+    return [one for home in homes_of(adapters) for one in trained_on_in(home)]
 
 
 def _name_of(stored: WeightFormat) -> str:
@@ -145,10 +158,8 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
         return replace(settings, fold_into="original") if settings.format in QUANTISED else settings
     other = settings.format in FOUR_BIT and settings.format != trained.format  # the output's own double quantisation
     if settings.double_quant and not trained.double_quant and not other:
-        message = f"double quantisation was asked for, but {printable(trained.source)} says that the adapter was trained on {trained.name}"
-        remedy = (
-            "leave out the double quantisation (--double-quant), or say what the adapter was trained on (--trained-on)"
-        )
+        message = f"double quantisation was asked for, but {trained.said_by} says that the adapter was trained on {trained.name}"
+        remedy = "leave out double_quant=True (--double-quant), or say what the adapter was trained on: trained_on=… (--trained-on)"
         raise StateError(message, remedy=remedy)
     format_: Any = settings.format
     if format_ == "same":  # plain as the source
@@ -167,15 +178,27 @@ def _with(settings: FoldSettings, trained: TrainedOn, source: Checkpoint) -> Fol
     )
 
 
-def _check_stored(trained: TrainedOn, source: Checkpoint) -> None:
-    """Refuse a source that is stored in another format than the adapter was trained on."""
+def _stored_so(found: Sequence[TrainedOn], source: Checkpoint) -> TrainedOn | None:
+    """The one of ``found`` that a quantised source is stored as; None where nothing is found.
+
+    Raises:
+        StateError: the source is stored in another format than the adapter was trained on.
+    """
     settings = source.config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return  # the plan refuses it
+    if not found or not isinstance(settings, dict):
+        return None  # without settings, the plan refuses the source
     stored = "int8" if settings.get("load_in_8bit") else str(settings.get("bnb_4bit_quant_type", "fp4"))
     stored += "-double" * bool(stored != "int8" and settings.get("bnb_4bit_use_double_quant"))
-    if stored != trained.name:
-        message = f"the adapter was trained on {trained.name}, but the base is stored as {printable(stored)}"
-        raise StateError(
-            message, path=source.folder, remedy="give the base that the adapter was trained on, or its plain weights"
+    so = next((one for one in found if one.name == stored), None)
+    if so is None:
+        message = (
+            f"the adapter was trained on {found[0].name}, as {found[0].said_by} says, but the base is stored as "
+            f"{printable(stored)}"
         )
+        remedy = "give the base that the adapter was trained on, or its plain weights"
+        if stored in TRAINED_ON:
+            remedy += (
+                f"; or say that the adapter was trained on this base: trained_on='{stored}' (--trained-on {stored})"
+            )
+        raise StateError(message, path=source.folder, remedy=remedy)
+    return so

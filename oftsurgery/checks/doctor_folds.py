@@ -18,6 +18,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.adapters.trained_on import TRAINED_ON
 from oftsurgery.errors import MatchError, share
 from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.finding import find_checkpoint
@@ -26,7 +27,7 @@ from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.advice import Case, remedies
-from oftsurgery.records.record import ENOUGH, FoldRecord
+from oftsurgery.records.record import ENOUGH, HALF, FoldRecord
 from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.live_model import LiveStore
@@ -164,9 +165,8 @@ def _case_of(path: str, rotation: Rotation, base: Store, folded: Store, record: 
     if case is not None or before is None or after is None:
         return case or Case("", "nearest")
     weight = codecs.decode(after)
-    quantised_first = not torch.equal(_rotated_from(before, after, weight, rotation), codecs.decode(before))
-    on_disk = isinstance(folded, FolderStore)
-    return Case.of_weights(before.format, after.format, quantised_first=quantised_first, on_disk=on_disk)
+    turned = _rotated_from(before, after, weight, rotation)
+    return Case.of_weights(before.format, after.format, rotated=turned.format, on_disk=isinstance(folded, FolderStore))
 
 
 def _how_much_is_kept(
@@ -187,7 +187,7 @@ def _how_much_is_kept(
         f"below_{ENOUGH:.0%}": sum(kept < ENOUGH for kept, _ in parts.values()),
     }
     text = f"{share(overall)} of what the adapter changes is in the merged weights"
-    if overall >= ENOUGH or calibrated:
+    if overall >= (HALF if calibrated else ENOUGH):
         return [Finding("note", "kept", text, least, evidence)]
     text += ": rounding to the format's levels has undone the rest of the change"
     text += ", and the model computes nearly what its base computes" if overall < 0.5 else ""
@@ -221,6 +221,8 @@ _NEAREST: Mapping[str, tuple[str, str]] = {
 
 # the relative error of a fold is about a tenth in NF4, and a little more in FP4
 _COARSEST = 0.2
+# a rounding's error that happens to lie along the change moves a distance by less than this ratio
+_BETTER = 0.97
 
 
 def _judge_weight(
@@ -230,7 +232,7 @@ def _judge_weight(
     device = before.tensors["weight"].device
     with rotations.full_precision(device.type):
         weight = codecs.decode(after).to(device)
-        start = _rotated_from(before, after, weight, rotation)
+        start = codecs.decode(_rotated_from(before, after, weight, rotation))
         right = rotate_chain(start, [rotation])
         stored = codecs.decode(codecs.encode(right, replace(after.format, shape=tuple(right.shape))))
         rounding, effect = relative_error(stored, right), relative_error(start, right)
@@ -263,15 +265,29 @@ def _judge_weight(
     return Finding(severity, code, message, path, evidence, f"fold the base again: {FOLD}"), part
 
 
-def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> Tensor:
-    """The weight that was rotated: the base's, or the quantised weight of a plain base, on which a QOFT adapter was
-    trained. The one that explains the merged weight better is taken.
+def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> EncodedWeight:
+    """The weight that was rotated: the base's, or the weight of a plain base in a format in which QOFT adapters are trained, where
+    this weight explains the merged weight clearly better.
     """
-    start = codecs.decode(before)
-    if before.format.quantised or not after.format.quantised or before.format.shape != after.format.shape:
-        return start
-    quantised = codecs.decode(codecs.encode(start, after.format))
-    return min((start, quantised), key=lambda s: relative_error(weight, rotate_chain(s, [rotation])))
+    f = before.format
+    if f.quantised or f.shape != after.format.shape:
+        return before
+    trained = [
+        WeightFormat(codec, f.shape, f.dtype, *((64, 256 * double) if codec != "int8" else ()))
+        for codec, double in TRAINED_ON.values()
+        if codec is not None
+    ]
+    start, own = codecs.decode(before), [after.format] if after.format.quantised else []
+    quantised = (codecs.encode(start, one) for one in [*own, *trained])
+
+    def far(e: EncodedWeight) -> float:
+        return relative_error(weight, rotate_chain(codecs.decode(e), [rotation]))
+
+    best, least = before, far(before)
+    for one in quantised:
+        if (distance := far(one)) < _BETTER * least:
+            best, least = one, distance
+    return best
 
 
 def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:

@@ -56,7 +56,7 @@ def non_finite(name: str, tensor: Tensor) -> Iterator[Finding]:
 
 def _missing_companion(subject: str, tensor: str, what: str) -> Finding:
     message = f"{what}, so the weight cannot be loaded"
-    remedy = f"save the whole model again, or start from its base: {FOLD} --quantize nf4"
+    remedy = f"save the whole model again, or start from its base: {FOLD} --format nf4"
     return Finding("error", "missing-companions", message, subject, {"tensor": tensor}, remedy)
 
 
@@ -117,7 +117,7 @@ def _cpu_packed(checkpoint: Checkpoint, name: str) -> list[Finding]:
     }
     remedy = (
         "start from the base again and set `module.support_avx512bf16_for_cpu = False` on its layers before any CPU forward, "
-        f"or fold on disk: {FOLD} --quantize {packed['quant_type']}"
+        f"or fold on disk: {FOLD} --format {packed['quant_type']}"
     )
     return [Finding("error", "cpu-packed" if tiled else "absmax-transposed", message, name, numbers, remedy)]
 

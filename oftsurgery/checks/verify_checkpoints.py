@@ -247,7 +247,7 @@ class _Comparison:
             case = Case.of_record(self.record, path)
         else:
             base, first, merged = self.formats[path]
-            case = Case.of_weights(base, merged, quantised_first=first, on_disk=True)
+            case = Case.of_weights(base, merged, rotated=merged if first else base, on_disk=True)
         return () if case is None else tuple(map(str, remedies(case)))
 
     @cached_property

@@ -180,18 +180,22 @@ class Parser(argparse.ArgumentParser):
     def _with_file(self, words: list[str]) -> tuple[Any, list[str]]:
         """The arguments of the command line, which go before the arguments of the file ``--config``."""
         beside = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        beside.add_argument("--config")
+        beside.add_argument("--config", nargs="?")
         path = beside.parse_known_args(words)[0].config
-        if path is None:
+        if path is None or not any("--config" in action.option_strings for action in self._actions):
             return self.parse_known_intermixed_args(words)
         try:
             flags, positional = words_of(path, self._actions, self.unused)
         except ConfigError as error:
             self.error(str(error))
         flags.append(f"--config={path}")  # ends the values of the last flag
-        parsed, rest = self.parse_known_intermixed_args([*flags, *words, *positional])
-        if self._positional(parsed) != positional:  # the command line has positional arguments too, which count
+        in_file = [text for texts in positional.values() for text in texts]
+        parsed, rest = self.parse_known_intermixed_args([*flags, *words, *in_file])
+        if self._positional(parsed) != in_file:  # the command line has positional arguments too, which count
             parsed, rest = self.parse_known_intermixed_args([*flags, *words])
+            for name, texts in positional.items():
+                if getattr(parsed, name) is None:  # BASE, which may be left out
+                    setattr(parsed, name, *texts)
         return parsed, rest
 
     def as_file(self, args: argparse.Namespace) -> str:

@@ -20,8 +20,8 @@ class ConfigError(Exception):
 
 def words_of(
     path: str, actions: Sequence[argparse.Action], unused: Collection[str] = ()
-) -> tuple[list[str], list[str]]:
-    """The flags and the positional arguments of a YAML file, as words of the command line.
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The flags of a YAML file, as words of the command line, and its positional arguments by their names.
 
     Args:
         path: the file: ``{name: value}``. A name is that of a flag without its dashes, or that of a positional argument in
@@ -35,7 +35,7 @@ def words_of(
     settings = _read(path)
     known = {name: action for action in actions for name in [name_of(action)] if action.dest not in _NOT_IN_FILES}
     flags: list[str] = []
-    positional: list[str] = []
+    positional: dict[str, list[str]] = {}
     for name in settings:
         if name not in known and name not in unused:
             names = ", ".join(sorted(known))
@@ -59,7 +59,11 @@ def words_of(
                 else [f"{action.option_strings[-1]}={texts[0]}"]
             )
         else:
-            positional += texts
+            if any(text.startswith("-") for text in texts):
+                raise ConfigError(
+                    f"{path}: the value {printable(texts[0])!r} of {name} begins as a flag; write ./ before it"
+                )
+            positional[name] = texts
     return flags, positional
 
 

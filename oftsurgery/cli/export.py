@@ -15,6 +15,7 @@ from oftsurgery.progress import shown
 from .arguments import (
     DTYPES,
     FOLDING_FLAGS,
+    FORMATS,
     PUSHING_FLAGS,
     RUNNING_FLAGS,
     AddCommand,
@@ -32,7 +33,6 @@ from .verify import verify_output
 ONNX_FORMATS = ("onnx", "onnx-quantized")
 #: formats that are written from a model that needs no fold, and that no fold can be taken out of again
 FINAL_FORMATS = (*ONNX_FORMATS, "gguf")
-FORMATS = ("bnb", "fp32", "fp16", "bf16", *FINAL_FORMATS)
 _REPO = "owner/name, or a name of your own; by default the name is made of base, adapter and format, and you are asked"
 EXPORT_EXAMPLE = "BASE OUTPUT --adapter ADAPTER --trained-on nf4-double --format bf16 --verify"
 
@@ -65,7 +65,7 @@ def add_export_arguments(parser: Parser) -> None:
         "gguf export the base",
     )
     parser.add_argument("--output", help="folder to write, which must not exist")
-    parser.add_shared("--format", choices=FORMATS, default="bnb")
+    parser.add_shared("--format", choices=(*FORMATS, *FINAL_FORMATS), default="bnb")
     parser.add_shared(*FOLDING_FLAGS, "--undo", *RUNNING_FLAGS, "--dry-run")
     parser.add_argument("--verify", **switch("check every weight of the output against base and adapter"))
     final = parser.add_argument_group("--format onnx, onnx-quantized, gguf")

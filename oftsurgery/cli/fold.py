@@ -121,7 +121,7 @@ def _fold_settings(args: argparse.Namespace) -> dict[str, Any]:
 
     format_ = args.format
     if format_ == "onnx-quantized":
-        format_ = args.quantize or "same"
+        format_ = args.quantize or "bnb"  # the format that the adapter was trained on
     elif format_ in ("onnx", "gguf"):  # the rotated weights stay plain
         default = "float16" if format_ == "onnx" else "bfloat16"
         format_ = FORMAT_OF[NAMED[args.dtype or default]]

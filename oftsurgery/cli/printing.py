@@ -22,13 +22,24 @@ def wants_words(args: argparse.Namespace, result: Any) -> bool:
     return not args.json and not args.quiet
 
 
-# an argument in Python's words, before the flag in brackets that is the same
-_IN_PYTHON = re.compile(r"\b\w+=(?:'[^']*'|…|\w+)(?: with \w+='[^']*')? \((--[^()]*)\)")
+_VALUE = r"(?:'[^']*'|…|\w+)"
+_IN_PYTHON = re.compile(
+    rf"(?P<call>\w+\([^()]*\))"  # a call stays
+    rf"|\b\w+={_VALUE}(?: with \w+='[^']*')? \((?P<flag>--[^()]*)\)"  # an argument before the flag that is the same
+    rf"|\(\w+={_VALUE}, (?P<inside>--[^()]*)\)"  # both in brackets
+    rf"|\b(?P<name>{'|'.join(('format', 'quantize', 'fold_into', 'rounding'))})='(?P<value>\w+)'"  # an argument alone
+)
 
 
 def with_flags(text: str) -> str:
     """A message in the words of the command line: ``format='bf16' (--format bf16)`` becomes ``--format bf16``."""
-    return _IN_PYTHON.sub(r"\1", text)
+
+    def flag(found: re.Match[str]) -> str:
+        if found["name"]:
+            return f"--{found['name'].replace('_', '-')} {found['value']}"
+        return found["call"] or found["flag"] or f"({found['inside']})"
+
+    return _IN_PYTHON.sub(flag, text)
 
 
 def print_facts(*rows: tuple[str, str | None], limit: int = 400) -> None:

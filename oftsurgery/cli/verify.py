@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import oftsurgery  # its names are imported when they are first used
@@ -91,9 +93,20 @@ def _verdict(report: oftsurgery.CheckpointReport) -> list[str]:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    findings = oftsurgery.doctor(args.path, base=args.base, adapter=adapters_of(args)[0])
+    found = oftsurgery.doctor(args.path, base=args.base, adapter=adapters_of(args)[0])
+    findings = [replace(finding, remedy=_in_own_words(args, finding.remedy)) for finding in found]
     if wants_words(args, [f.to_dict() for f in findings]):
         for finding in findings:
             print(f"{finding}\n")
-        print("the doctor found nothing wrong" if not findings else f"the doctor has {len(findings)} findings")
+        print("the doctor found nothing wrong" if not findings else f"findings of the doctor: {len(findings)}")
     return ExitCode.CHECK_FAILED if any(f.severity == "error" for f in findings) else ExitCode.OK
+
+
+def _in_own_words(args: argparse.Namespace, remedy: str) -> str:
+    """A remedy of the doctor with the command's own folders in its commands."""
+    from oftsurgery.checks.findings import FOLD, UNFOLD
+
+    own = {"BASE": args.base, "ADAPTER": args.adapter, "FOLDED": args.path}
+    for command in (FOLD, UNFOLD):
+        remedy = remedy.replace(command, shlex.join(own.get(word) or word for word in command.split()))
+    return remedy

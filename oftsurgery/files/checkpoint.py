@@ -212,7 +212,10 @@ def no_checkpoint(place: object, names: Collection[str], otherwise: str | None =
     pickled, converted = first(".bin", ".pt", ".pth", ".ckpt"), first(".gguf", ".onnx")
     adapters = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{ADAPTER_CONFIG}"))
     if ADAPTER_CONFIG in names:
-        message, remedy = "the folder holds an adapter, not a model", "give the base model first, the adapter second"
+        message, remedy = (
+            "the folder holds an adapter, not a model",
+            "give the model's folder in this place; the commands take BASE, ADAPTER and OUTPUT in this order",
+        )
     elif adapters:  # a trainer's output
         message = f"the folder holds no model, but adapters in subfolders: {', '.join(map(printable, adapters))}"
         remedy = "give the base model first, and one of these folders as the adapter"

@@ -278,9 +278,11 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
         )
     if format == "bnb" and method is None and store.quantization is None:
         raise StateError(
-            "the format bnb keeps bitsandbytes' formats, but the base is plain, and its quantisation in training was not given",
+            "the format bnb writes the format that the adapter was trained on, but the base is plain, and nothing says that the adapter was "
+            "trained on a quantised base",
             path=store.source.folder,
-            remedy="say what the adapter was trained on: trained_on='nf4-double' (--trained-on nf4-double); or choose format='bf16' (--format bf16)",
+            remedy="where a BitsAndBytesConfig quantised the base in training, name it, as in trained_on='nf4-double' (--trained-on nf4-double); "
+            "else choose format='bf16' (--format bf16) or format='nf4' (--format nf4)",
         )
     check_format(format, others=("same", "bnb"))
     if fold_into not in ("quantized", "original"):
@@ -290,7 +292,7 @@ def _check_formats(store: FolderStore, format: str, fold_into: str) -> None:
         raise StateError(
             "the source is stored quantised, and does not hold the original weights that fold_into='original' rotates",
             path=store.source.folder,
-            remedy="leave out fold_into (--fold-into), or give the plain base",
+            remedy="leave out fold_into='original' (--fold-into original), or give the plain base",
         )
     if store.quantization is not None:
         _check_quantised_first(store, store.quantization.codec, format, fold_into)
@@ -303,18 +305,19 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_int
             "the checkpoint is quantised already, and cannot be quantised once more before the fold",
             format=format,
             path=store.source.folder,
-            remedy="leave out the quantisation (--quantize): format 'same' keeps the formats, and the other formats replace them (--format)",
+            remedy="leave out quantize=… (--quantize): format 'same' keeps the formats, and the other formats replace them (--format)",
         )
     if codec not in QUANTISED:
         message = f"the quantisation {printable(codec)!r} is not known"
         raise StateError(message, remedy=f"choose one of {', '.join(QUANTISED)} (--quantize)")
     if format == "same":
         message = f"format 'same' keeps plain weights plain, but the quantisation {codec} was asked for too"
-        raise StateError(message, remedy=f"choose --format {codec} (format='{codec}') or one of fp16, bf16, fp32")
+        raise StateError(message, remedy=f"choose format='{codec}' (--format {codec}), or one of fp16, bf16, fp32")
     if format in QUANTISED and format != codec and fold_into == "original":
         message = f"the base is to be quantised to {codec} first, but fold_into='original' rotates the original weights and writes {format}"
         raise StateError(
-            message, remedy="leave out the quantisation (--quantize), or leave out fold_into (--fold-into)"
+            message,
+            remedy="leave out quantize=… (--quantize), or leave out fold_into='original' (--fold-into original)",
         )
     if store.architecture.linears is None:
         raise StateError(

@@ -113,7 +113,7 @@ def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
         raise StateError(
             "the undo record would be inside the destination",
             path=plan.undo,
-            remedy="name a file outside the destination (undo=…, --undo)",
+            remedy="name a file outside the destination: undo=… (--undo)",
         )
 
 

@@ -167,8 +167,7 @@ def no_undo(format: str) -> StateError:
     return StateError(
         "an undo record restores the bytes that a fold changes, and this fold also changes the weights' formats",
         format=format,
-        remedy="choose format='same' or the format of the base (--format), and rotate the quantised base (fold_into='quantized', --fold-into), "
-        "or leave out the undo record (undo=…, --undo), and keep the base",
+        remedy="choose the format of the base: format='same' (--format same); or leave out undo=… (--undo), and keep the base",
     )
 
 
@@ -210,7 +209,7 @@ class Original:
                 format=found[0].format.label,
                 remedy="load the base again; with `module.support_avx512bf16_for_cpu = False` bitsandbytes does not repack",
             )
-        remedy = "give exactly the model that was folded (base=…, --base)"
+        remedy = "give exactly the model that was folded: base=… (--base)"
         if not self.weight:
             message = "the base's tensor is not the one that was replaced"
             raise IntegrityError(message, tensor=self.name, remedy=remedy)
@@ -239,7 +238,7 @@ def originals(record: FoldRecord, base: Store) -> list[Original]:
     before = {**weights, **record.saved}
     found = base.locate(before)
     lost = next((name for name in before if name not in found), None)
-    remedy = "give the model that was folded (base=…, --base)"
+    remedy = "give the model that was folded: base=… (--base)"
     if lost in weights:
         raise MatchError("the base lacks a folded module", module=lost.removesuffix(".weight"), remedy=remedy)
     if lost is not None:
@@ -252,7 +251,7 @@ def other_format(what: str, **where: Any) -> StateError:
     """The error where the base's bytes cannot be put back into a folded ``what``, a model or checkpoint."""
     return StateError(
         f"the folded {what} has another format than its base, so the base's bytes cannot be put back",
-        remedy=f"use the base {what} itself, or rotate back with the adapter (adapter=…, --adapter)",
+        remedy=f"use the base {what} itself, or rotate back with the adapter: adapter=… (--adapter)",
         **where,
     )
 
@@ -427,10 +426,11 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
 
     worst = max(modules, key=total)
     known = "with the fold's own error" if record else "without the fold's own error, which no record states"
+    exact = record is not None and "format" not in record.base
+    way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
     kept = len(plan.replace)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
     warn_caller(
-        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; "
-        "unfolding with base=… (--base) restores exactly",
+        f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",
         UnfoldWarning,
     )

@@ -89,23 +89,24 @@ class Case:
         )
 
     @classmethod
-    def of_weights(cls, base: WeightFormat, merged: WeightFormat, *, quantised_first: bool, on_disk: bool) -> Case:
+    def of_weights(cls, base: WeightFormat, merged: WeightFormat, *, rotated: WeightFormat, on_disk: bool) -> Case:
         """The case of a merge without a record, from the formats of one weight: any tool may have made the merge.
 
         Args:
             base: the format of the base's weight.
             merged: the format of the merged weight.
-            quantised_first: whether a plain base was quantised before the merge.
+            rotated: the format of the weight that was rotated: the base's, or that of a plain base that was quantised first.
         """
         settings: dict[str, Any] = {}
         if on_disk and (merged.quantised, merged.dtype) != (base.quantised, base.dtype):
             settings["format"] = merged.codec if merged.quantised else FORMAT_OF.get(merged.dtype, "same")
         if on_disk and not base.quantised:
-            double = merged.codec != "int8" and merged.nested_blocksize > 0
-            settings["trained_on"] = f"{merged.codec}{'-double' * double}" if quantised_first else "plain"
-            if double and not quantised_first:
+            settings["trained_on"] = (
+                rotated.codec + "-double" * (rotated.nested_blocksize > 0) if rotated.quantised else "plain"
+            )
+            if merged.nested_blocksize and rotated.codec != merged.codec:
                 settings["double_quant"] = True
-        same = quantised_first or (base.quantised and base.codec == merged.codec and base.blocksize == merged.blocksize)
+        same = rotated.quantised and rotated.codec == merged.codec and rotated.blocksize == merged.blocksize
         return cls(merged.label, "nearest", same_levels=same, on_disk=on_disk, settings=settings)
 
 

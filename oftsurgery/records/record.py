@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: a weight that keeps a smaller part of the adapter's change is reported
 ENOUGH = 0.9
+#: the same for a calibrated weight, by its outputs: a calibration makes the error least, and not the loss of the change
+HALF = 0.5
 
 
 @cache  # reading packages' metadata takes longer than folding a small layer
@@ -315,18 +317,17 @@ class FoldRecord(_Stored):
 
     @property
     def weak(self) -> dict[str, float]:
-        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first. Modules
-        whose change is less than a hundredth of the largest are left out, and so are calibrated modules, which were judged by
-        their outputs.
+        """``{module path: kept}`` of the modules that keep less than :data:`ENOUGH` of the adapters' change, least first; of calibrated
+        modules, which hold what is nearest on the texts, those that keep less than :data:`HALF` of the outputs' change. Modules whose
+        change is less than a hundredth of the largest are left out.
         """
         changes = [m.change for m in self.modules.values() if m.change is not None]
         least = max(changes, default=0.0) / 100
         found = {
             path: kept
             for path, m in self.modules.items()
-            if m.rounding != "calibrated"
-            and (kept := m.effect_kept) is not None
-            and kept < ENOUGH
+            if (kept := m.effect_kept) is not None
+            and kept < (HALF if m.rounding == "calibrated" else ENOUGH)
             and (m.change is None or m.change >= least)
         }
         return dict(sorted(found.items(), key=lambda item: item[1]))

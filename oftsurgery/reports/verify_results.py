@@ -50,7 +50,7 @@ def _verify_result(data: Mapping[str, Any], record: FoldRecord) -> VerifyResult:
     if strange:
         message = "the result of verify is of another model: it has a module that the record does not have"
         raise StateError(
-            message, module=strange[0], remedy="give a result of verify for this fold (verified=…, --verified)"
+            message, module=strange[0], remedy="give a result of verify for this fold: verified=… (--verified)"
         )
     try:
         return _outputs(data, modules) if "outputs" in data else _weights(data, modules)

@@ -148,7 +148,7 @@ def test_adapters_of_several_checkpoints_or_runs_are_listed(
 
 def test_the_folder_of_a_model_in_the_place_of_an_adapter(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
-    text = r"neither the folder nor a subfolder has adapter_config.json; the folder holds a model .model.safetensors. .*Remedy: give the base model first"
+    text = r"neither the folder nor a subfolder has adapter_config.json; the folder holds a model .*Remedy: give the adapter's folder in this place"
     with pytest.raises(AdapterError, match=text):
         oftsurgery.load_adapter(tmp_path / "model")
 

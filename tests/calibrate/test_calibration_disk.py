@@ -279,10 +279,10 @@ def test_the_command_line_refuses(
 ) -> None:
     words = ["fold", str(base), str(adapter), str(tmp_path / "out"), "--format", "nf4"]
     for more, message in (
-        (["--rounding", "calibrated"], "StateError: rounding='calibrated' was asked for, but no calibration was given"),
+        (["--rounding", "calibrated"], "StateError: --rounding calibrated was asked for, but no calibration was given"),
         (
             ["--rounding", "mse", "--calibration", "x.txt"],
-            "StateError: rounding='mse' was asked for, but also a calibration was given",
+            "StateError: --rounding mse was asked for, but also a calibration was given",
         ),
         (["--calibration", "x.txt"], "CalibrationError: the calibration's file does not exist [at x.txt]"),
     ):

@@ -284,6 +284,21 @@ def test_a_fold_that_was_rounded_more_coarsely_is_a_warning(made: dict[str, Path
     assert finding.evidence["rounding"] < 1e-3 < finding.evidence["from_the_right_fold"] < 0.2
 
 
+@pytest.mark.parametrize("trained_on", ["plain", "nf4-double", "nf4", "fp4-double", "fp4", "int8"])
+@pytest.mark.parametrize("format_", ["bf16", "nf4"])
+def test_the_right_fold_of_a_plain_base_has_nothing_wrong(
+    trained_on: str, format_: Any, made: dict[str, Path], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        oftsurgery.fold_checkpoint(
+            made["plain"], made["adapter"], tmp_path / "out", format=format_, trained_on=trained_on
+        )
+    for recorded in (True, False):
+        assert not without_kept(doctor(tmp_path / "out", base=made["plain"], adapter=made["adapter"])), recorded
+        (tmp_path / "out" / "oftsurgery.json").unlink(missing_ok=True)
+
+
 def test_a_live_layer_that_peft_0_18_merged_is_found(made: dict[str, Path]) -> None:
     wide, square = make_layer("nf4", 128, 64), make_layer("nf4", 64, 64)
     model = nn.ModuleDict({"wide": wide, "square": square})

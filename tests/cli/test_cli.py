@@ -362,6 +362,15 @@ def test_bash_completes_commands_flags_and_values(capsys: pytest.CaptureFixture[
     assert done.stdout.split() == ["fold", "--rounding", "bnb", "bf16"], done.stderr
 
 
+@pytest.mark.parametrize("says", [["--trained-on", "nf4-double"], ["--quantize", "nf4", "--double-quant"]])
+def test_a_quantised_graph_has_the_format_of_the_training(
+    says: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(place / "BASE"), str(place / "GRAPH"), "--adapter", str(place / "ADAPTER"), *says]
+    assert cli.main([*words, "--format", "onnx-quantized", "--dry-run", "--json"]) == 0
+    assert {f["to"] for f in json.loads(capsys.readouterr().out)["folds"]} == {"nf4 (double quantisation)"}
+
+
 def test_merge_is_fold(place: Path, tmp_path: Path) -> None:
     for word in ("merge", "fold"):
         assert run(place, word, "BASE", "ADAPTER", str(tmp_path / "new" / word), "-q", "--trained-on", "plain") == (

@@ -43,7 +43,7 @@ def test_all_from_the_file(tmp_path: Path) -> None:
         ([], ("B", ["A1", "A2"], "OUT", "bf16")),
         (["--format", "fp16"], ("B", ["A1", "A2"], "OUT", "fp16")),
         (["C", "D", "E"], ("C", ["D"], "E", "bf16")),
-        (["D", "--format", "fp32", "E"], (None, ["D"], "E", "fp32")),
+        (["D", "--format", "fp32", "E"], ("B", ["D"], "E", "fp32")),
         (["B", "A1", "A2", "OUT"], ("B", ["A1", "A2"], "OUT", "bf16")),
     ],
 )
@@ -84,6 +84,7 @@ def test_a_token_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ({"format": ["bf16"]}, "format takes a text or a number"),
         ({"format": True}, "format takes a text or a number"),
         ({"adapter": [["A"]]}, "adapter takes texts"),
+        ({"output": "-o"}, "the value '-o' of output begins as a flag"),
         ({"format": "bf17"}, "argument --format: invalid choice: 'bf17'"),
         ("- a\n- b", "holds no names with values"),
         ("a: [", "cannot be read as YAML"),
@@ -102,12 +103,25 @@ def test_a_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/nowhere.yaml cannot be read" in capsys.readouterr().err
 
 
+def test_a_missing_name_and_a_command_without_files(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["fold", "B", "A", "OUT", "--config"], "oftsurgery fold: error: argument --config: expected one argument"),
+        (["verify", "FOLDED", "--config", "/nowhere.yaml"], "unrecognized arguments: --config"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(words)
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("choose format='bf16' (--format bf16), or undo=… (--undo FILE)", "choose --format bf16, or --undo FILE"),
         ("replace it with force=True (--force)", "replace it with --force"),
         ("format='bf16' with quantize='nf4' (--format bf16 --quantize nf4)", "--format bf16 --quantize nf4"),
+        ("give the base (base=…, --base)", "give the base (--base)"),
+        ("fold_into='original' needs rounding='grid'", "--fold-into original needs --rounding grid"),
+        ("call oftsurgery.fold(model, format='bf16')", "call oftsurgery.fold(model, format='bf16')"),
         ("a relation x=1 (see the docs)", "a relation x=1 (see the docs)"),
         ("name a subfolder: subfolder='a b' (--adapter-subfolder a b)", "name a subfolder: --adapter-subfolder a b"),
     ],

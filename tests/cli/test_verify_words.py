@@ -10,6 +10,7 @@ import pytest
 from documented import without_our_warnings
 
 import oftsurgery
+from oftsurgery.cli.arguments import FORMATS
 from oftsurgery.cli.main import main
 
 
@@ -63,3 +64,30 @@ def test_texts_need_the_base_and_the_adapter(out: Path, capsys: pytest.CaptureFi
     assert "give base and adapter (FOLDED BASE ADAPTER), or leave out the texts" in capsys.readouterr().err
     assert main(["verify", str(out), "BASE", "ADAPTER", "--texts", "none.txt"]) == 2
     assert "give a .txt, .jsonl or .parquet file of texts" in capsys.readouterr().err
+
+
+def test_the_doctors_remedies_have_the_commands_own_folders(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "BASE", "--base", "BASE", "--adapter", "ADAPTER"]) == 1
+    assert "remedy: fold the base again: oftsurgery fold BASE ADAPTER OUTPUT\n" in capsys.readouterr().out
+    (out.parent / "my adapter").symlink_to(Path("ADAPTER").resolve())
+    assert main(["doctor", str(out), "--adapter", str(out.parent / "my adapter")]) == 0
+    said = capsys.readouterr().out
+    assert f"oftsurgery unfold {out} OUTPUT --adapter '{out.parent / 'my adapter'}'\n" in said
+
+
+def test_the_way_back_that_a_warning_names_is_there(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["unfold", str(out), str(tmp_path / "1"), "--adapter", "ADAPTER"]) == 0
+    assert "unfolding with --base restores exactly" in capsys.readouterr().err
+    assert main(["unfold", str(out), str(tmp_path / "2"), "--base", "BASE"]) == 0
+    assert main(["fold", "BASE", "ADAPTER", str(tmp_path / "bf16"), "--format", "bf16"]) == 0
+    assert main(["unfold", str(tmp_path / "bf16"), str(tmp_path / "3"), "--adapter", "ADAPTER"]) == 0
+    assert "only the base itself is the exact way back" in capsys.readouterr().err
+    assert main(["unfold", str(tmp_path / "bf16"), str(tmp_path / "4"), "--base", "BASE"]) == 2
+
+
+def test_export_takes_every_format_of_fold(tmp_path: Path, out: Path) -> None:
+    for format_ in FORMATS:
+        words = ["BASE", str(out.parent / format_), "--adapter", "ADAPTER", "--format", format_]
+        assert main(["export", *words, "--dry-run", "-q"]) == 0

@@ -654,7 +654,7 @@ NONSENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "bitsandbytes' formats of a plain base": (
         "plain",
         {"format": "bnb"},
-        "the base is plain, and its quantisation in training was not given",
+        "the base is plain, and nothing says that the adapter was trained on a quantised base",
     ),
     "no size": ("plain", {"max_shard_size": "5 gigs"}, "'5 gigs' is not a size"),
 }

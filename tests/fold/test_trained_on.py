@@ -130,7 +130,10 @@ def test_quantised_outputs(name: str, format_: Any, trained: Trained, tmp_path: 
 def test_a_quantised_base_must_be_stored_so(trained: Trained, tmp_path: Path) -> None:
     load(trained.base, CLS, **BASES["nf4"]).save_pretrained(tmp_path / "nf4")
     adapter = trained.adapter("nf4")
-    with pytest.raises(oftsurgery.StateError, match="was trained on nf4-double, but the base is stored as nf4 "):
+    with pytest.raises(
+        oftsurgery.StateError,
+        match=r"was trained on nf4-double, as trained_on=… .--trained-on. says, but the base is stored as nf4 ",
+    ):
         oftsurgery.fold_checkpoint(tmp_path / "nf4", adapter, tmp_path / "out", trained_on="nf4-double")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
@@ -138,13 +141,34 @@ def test_a_quantised_base_must_be_stored_so(trained: Trained, tmp_path: Path) ->
     assert (record.base["trained_on"], record.base["fold_into"]) == ("nf4", "quantized")
 
 
+def test_the_trainers_files_must_agree_with_a_quantised_base(trained: Trained, tmp_path: Path) -> None:
+    model, base, other = load(trained.base, CLS, **BASES["nf4"]), tmp_path / "nf4", trained.adapter("nf4-double")
+    model.save_pretrained(base)
+    says = "trained on nf4-double, as training_args.yaml says, but the"
+    with pytest.raises(oftsurgery.StateError, match=rf"{says} base is stored as nf4 .*trained_on='nf4' "):
+        oftsurgery.fold_checkpoint(base, other, tmp_path / "out")
+    for changed in (oftsurgery.fold, oftsurgery.wrap):
+        with pytest.raises(oftsurgery.StateError, match=rf"{says} model's weights are in nf4 "):
+            changed(model, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oftsurgery.RoundingWarning)
+        said = oftsurgery.fold_checkpoint(base, other, tmp_path / "said", trained_on="nf4")
+        found = oftsurgery.fold_checkpoint(base, trained.adapter("nf4"), tmp_path / "found")
+        live = oftsurgery.fold(model, trained.adapter("nf4")).oftsurgery
+    assert said.base["trained_on_source"] == "trained_on"
+    for record in (found, live):
+        assert (record.base["trained_on"], record.base["trained_on_source"]) == ("nf4", "training_args.yaml")
+
+
 @pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"fold_into": "original"}])
 def test_two_ways_to_say_it(options: Any, trained: Trained, tmp_path: Path) -> None:
-    with pytest.raises(oftsurgery.StateError, match="other settings say it too"):
+    with pytest.raises(oftsurgery.StateError, match="other arguments say it too"):
         oftsurgery.fold_checkpoint(
             trained.base, trained.adapter("nf4"), tmp_path / "out", trained_on="nf4", format="bf16", **options
         )
-    with pytest.raises(oftsurgery.StateError, match="'gptq' is nothing that an adapter is trained on"):
+    with pytest.raises(
+        oftsurgery.StateError, match="'gptq' is neither a format that adapters are trained on nor a file"
+    ):
         oftsurgery.fold_checkpoint(trained.base, trained.adapter("nf4"), tmp_path / "out", trained_on="gptq")
 
 

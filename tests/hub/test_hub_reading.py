@@ -171,7 +171,8 @@ def test_a_repository_without_such_weights(server: Hub, files: dict[str, bytes],
 def test_an_adapter_in_the_place_of_a_base(place: Path, server: Hub) -> None:
     hold(server, ADAPTER, files_of(place / "adapter"))
     with pytest.raises(
-        CheckpointError, match=r"the folder holds an adapter, not a model .*Remedy: give the base model first"
+        CheckpointError,
+        match=r"the folder holds an adapter, not a model .*Remedy: give the model's folder in this place",
     ):
         oftsurgery.fold_checkpoint(ADAPTER, ADAPTER, "out", trained_on="plain")
     assert [f.code for f in oftsurgery.doctor(ADAPTER)] == []

@@ -154,15 +154,28 @@ def test_a_record_says_which_roundings_apply() -> None:
 
 def test_a_merge_without_a_record_is_told_by_its_formats() -> None:
     plain, nf4 = WeightFormat("dense", (64, 64), torch.bfloat16), WeightFormat("nf4", (64, 64), torch.bfloat16, 64, 256)
-    stored = Case.of_weights(nf4, nf4, quantised_first=False, on_disk=True)
+    stored = Case.of_weights(nf4, nf4, rotated=nf4, on_disk=True)
     assert (stored.same_levels, stored.settings) == (True, {})
-    first = Case.of_weights(plain, nf4, quantised_first=True, on_disk=True)
+    first = Case.of_weights(plain, nf4, rotated=nf4, on_disk=True)
     assert (first.same_levels, first.settings) == (True, {"format": "nf4", "trained_on": "nf4-double"})
-    turned = Case.of_weights(plain, nf4, quantised_first=False, on_disk=True)
+    turned = Case.of_weights(plain, nf4, rotated=plain, on_disk=True)
     assert (turned.same_levels, turned.settings) == (
         False,
         {"format": "nf4", "trained_on": "plain", "double_quant": True},
     )
-    dense = Case.of_weights(plain, plain, quantised_first=False, on_disk=True)
+    dense = Case.of_weights(plain, plain, rotated=plain, on_disk=True)
     assert (kinds(dense), dense.settings) == ([FP32, LIVE], {"trained_on": "plain"})
-    assert Case.of_weights(plain, plain, quantised_first=False, on_disk=False).settings == {}
+    qoft = Case.of_weights(plain, plain, rotated=nf4, on_disk=True)
+    assert (qoft.same_levels, qoft.settings) == (False, {"trained_on": "nf4-double"})
+    assert Case.of_weights(plain, plain, rotated=plain, on_disk=False).settings == {}
+
+
+@pytest.mark.parametrize(("output_kept", "weak"), [(0.0, True), (0.45, True), (0.6, False)])
+def test_a_calibration_that_puts_the_change_back_is_told(output_kept: float, *, weak: bool) -> None:
+    """Where the adapter moves the weights by far less than a step, the base's own codes can be nearest on the texts."""
+    made = replace(record({}, "calibrated", rounding="calibrated", output_kept=output_kept), rounding="calibrated")
+    assert bool(made.weak) == weak
+    case = Case.of_record(made)
+    assert (case is not None) == weak
+    if case is not None:
+        assert kinds(case) == [INT8, BF16, LIVE]
