@@ -11,7 +11,7 @@ import pytest
 from backends import in_process
 
 from oftsurgery.cli.main import main
-from oftsurgery.weights.kernels.cpu import code_cache, compiled
+from oftsurgery.weights.kernels.cpu import code_cache, compiled, compiling, lanes
 
 #: decode a row of int8 by the kernel alone, a small one, and say whether numba was there
 DECODE = """
@@ -111,3 +111,14 @@ def test_warmup_compiles_what_no_cache_holds_and_says_where(
     assert capsys.readouterr().out == f"2 kernels, 0 of them compiled now, in {tmp_path}\n"
     assert main(["warmup", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_kernel_that_can_raise_an_error_is_refused() -> None:
+    """Its code would call Python, which a process without numba does not offer to it."""
+
+    def raising(at: int, count: int, step: int) -> None:
+        for i in range(0, count, step):  # a step of 0 raises ValueError
+            lanes.store_byte(at + i, 0)
+
+    with pytest.raises(RuntimeError, match=r"the kernel raising calls .*, and may call only sqrt, memset, memcpy"):
+        compiling.compiled(raising, "raising")
