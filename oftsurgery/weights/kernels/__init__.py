@@ -282,7 +282,7 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
 
 
 def _single_blocks(rotation: Rotation, wide: int, *, inverse: bool) -> Tensor | None:
-    """:func:`_matrices` of one rotation in blocks of its own size, by the kernel alone; None where that does not serve."""
+    """:func:`_matrices` of one rotation in blocks of its own size, by the kernel alone; None if the kernel does not serve."""
     v, b = rotation.generator, rotation.block_size
     turned = (rotation.side == "input") != inverse
 

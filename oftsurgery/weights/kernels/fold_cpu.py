@@ -36,7 +36,7 @@ _CPU = torch.device("cpu")
 
 
 def _scratch(nbytes: int) -> int:
-    """Address of so many bytes of this thread's own, 64-byte aligned, kept for the next tile."""
+    """The 64-byte aligned address of this thread's own ``nbytes`` bytes, which are kept for the next tile."""
     held: tuple[int, int, np.ndarray] | None = getattr(_local, "scratch", None)
     if held is None or held[0] < nbytes:
         room = np.zeros(nbytes + 64, dtype=np.uint8)
@@ -46,7 +46,7 @@ def _scratch(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Side:
-    """One side's storage as the kernels take it."""
+    """The storage of the old or the new weight, as the kernels take it."""
 
     kind: int
     blocksize: int = 1
@@ -88,7 +88,7 @@ def _tiles(shape: tuple[int, int], b: int, old: _Side, new: _Side) -> _Tiles | N
     for side in (old, new):
         if side.flat:
             group = math.lcm(group, side.blocksize // math.gcd(features, side.blocksize))
-    pad = layout.LANES  # rows at a power of two from each other would share their lines of the cache
+    pad = layout.LANES  # rows at distances of a power of two would share lines of the cache
     x_stride = 4 * (columns if old.flat or new.flat else columns + pad)
     y_stride = 4 * (columns if new.flat else columns + pad)
     # the step does not depend on the threads: sums are added tile by tile, and the recorded error must be the same for any
@@ -138,7 +138,7 @@ def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
     blocks = -(-math.prod(f.shape) // f.blocksize)
     sizes = (blocks, 256, -(-blocks // f.nested_blocksize), 1)
     if parts[0].dtype != torch.uint8 or any(t.numel() != n for t, n in zip(parts, sizes, strict=True)):
-        return encoded  # which is refused
+        return encoded  # the reference refuses these tensors
     codes, *numbers = (t.detach().contiguous() for t in parts)
     numbers = [t.to(torch.float32) for t in numbers]
     scales = torch.empty(blocks, dtype=torch.float32, device=_CPU)
@@ -158,7 +158,7 @@ _Stored = tuple[dict[str, Tensor], blockwise.Sums]
 
 
 class _Sums(NamedTuple):
-    """What a pass has summed up, see :mod:`.cpu.layout`; ``top`` is nothing."""
+    """The sums of a pass, see :mod:`.cpu.layout`; ``top`` is no sum and has no meaning here."""
 
     norm: float
     error: float
@@ -270,7 +270,7 @@ class _Fold(blockwise.Fold):
         return sums.folded(into.kind.assemble(into, result, statistics), rounding)
 
     def _nearest(self, result: Tensor, room: dict[str, Any]) -> _Stored | None:
-        """The statistics and sums of plain rounding, its codes in ``result``."""
+        """The statistics and sums of plain rounding; the codes go to ``result``."""
         names = {layout.FOUR_BIT: f"nearest_{self.by}", layout.INT8: "encode_int8"}
         sums, _ = self._over_all(result, names.get(self.new.kind, "encode_dense"), **room)
         if not self.finite:
@@ -280,7 +280,7 @@ class _Fold(blockwise.Fold):
         return statistics, blockwise.Sums(sums.norm, error, error, sums.change, sums.held + held)
 
     def _better(self, rounding: str, result: Tensor, room: dict[str, Any]) -> _Stored | None:
-        """The same of scales that err less."""
+        """As :meth:`_nearest`, with scales that err less."""
         assert isinstance(self.into.kind, FourBit)  # noqa: S101 - no other format has such roundings
         scales, find = room["new_scales"], f"{'best' if rounding == 'mse' else 'grid'}_{self.by}"
         room["search"] = tables.search(self.into.kind, rounding)
@@ -288,7 +288,7 @@ class _Fold(blockwise.Fold):
             after, search = self._over_all(result, find, f"given_{self.by}", **room)
             statistics, nearest = quantise_scales(scales, self.into)[0], search.nearest
         else:
-            # codes with plain rounding first, which tell its error; others come in their place
+            # plain rounding comes first and gives its error; the codes of the better scales then replace its codes
             plain, seen = torch.empty_like(scales), torch.empty_like(scales)
             _, first = self._over_all(result, f"nearest_{self.by}", find, **room | {"absmax": plain})
             if not self.finite:
@@ -317,7 +317,7 @@ class _Fold(blockwise.Fold):
         kept["numbers"][layout.OVER // 4] = preserve.relaxation_of(steps) - 1
         encode, room = "encode_int8", dict[str, Any](new_scales=scales, keeps=1)
         if self.new.kind != layout.INT8:
-            assert isinstance(into.kind, FourBit)  # noqa: S101 - the kernels know no third
+            assert isinstance(into.kind, FourBit)  # noqa: S101 - the kernels know only int8 and 4-bit
             find, table = kernel(f"grid_{self.by}").address, tables.search(into.kind, "grid")
             encode, room = f"keep_{self.by}", dict[str, Any](new_scales=scales, find=find, search=table)
         sums, _ = self._over_all(result, encode, **room, **kept)
@@ -406,7 +406,7 @@ def quantise_scales(
     map_ = table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS].view(np.float32).copy()
     nested = {"nested_absmax": factors, "nested_quant_map": torch.from_numpy(map_), "nested_offset": offset}
     statistics = {"absmax": codes, **nested}
-    if misfits:  # scales so near to each other that their reciprocals are infinite: whatever bitsandbytes makes of them
+    if misfits:  # the reciprocals are infinite, because the scales differ so little: bitsandbytes decides the codes
         statistics = into.kind.statistics(scales, into)
         if seen is not None:
             seen.copy_(EncodedWeight(into, statistics).scales)
@@ -423,7 +423,7 @@ def _word(value: Any) -> int:
 
 
 def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
-    """What a job has of the base's own scales."""
+    """The part of a job for the base's own scales."""
     values = own.values.contiguous()
     square, clip = preserve.limits(into)
     largest = max(float(values.numpy().max()), -float(values.numpy().min())) or 1.0

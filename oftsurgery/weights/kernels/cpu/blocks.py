@@ -1,4 +1,4 @@
-"""Parts of the 4-bit encoders: 16 blocks at a time where float32 holds all that comes up, else one block, carefully."""
+"""Parts of the 4-bit encoders. They take 16 blocks at a time if float32 holds all intermediate values, and else one block, carefully."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ from .layout import (
 
 @part(int64(int64, int64))
 def parts_of(count, each):
-    """The number of parts of ``each`` that hold ``count``, the last part may be smaller. A kernel has no ``range`` with a
+    """The number of parts of ``each`` that hold ``count``; the last part may be smaller. A kernel has no ``range`` with a
     variable step, because such a range can raise an error.
     """
     return (count + each - 1) // each
@@ -92,7 +92,7 @@ def add_four(sums, norm, error, change, held):
 
 @part(int64(int64, f32x, f32x, f32x, f32x, float32))
 def add_squares(sums, norm, error, change, held, unit):
-    """The same in float32 and in units of ``unit``'s square, if it is finite; gives whether."""
+    """As :func:`add_four`, in float32 and in units of the square of ``unit``, if all sums are finite. Returns whether they are."""
     if not total(add(norm, add(error, change))) < float32(1e30):
         return 0
     none, weight = fill64(0.0), fill64(float64(unit) * float64(unit))
@@ -199,7 +199,7 @@ def _parts(codes: Codes) -> Parts:
             if moments != 0:
                 cross, power, along = fma(c, miss, cross), fma(c, c, power), fma(c, moved, along)
         add_four(sums, norm, error, change, held)
-        if moments != 0:  # in units of the scale; what a smaller one has to do with them is nothing
+        if moments != 0:  # in units of the scale; a scale below TINY has no moments
             unit = float32(1.0) / scale if scale >= TINY else float32(0.0)
             store_one(moments, total(cross) * unit)
             store_one(moments + plane, total(power))

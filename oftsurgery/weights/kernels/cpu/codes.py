@@ -1,4 +1,4 @@
-"""What the kernels do with 4-bit codes: from codes to levels, and from values in units of a scale to the nearest codes.
+"""Operations with 4-bit codes: from codes to levels, and from values in units of a scale to the nearest codes.
 
 Each is an operation over 64 values, or over a block of them: see :mod:`.lanes`.
 """

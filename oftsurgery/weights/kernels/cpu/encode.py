@@ -1,4 +1,4 @@
-"""4-bit encoders: by the absmax of each block, and by scales that are there."""
+"""4-bit encoders: by the absmax of each block, and by given scales."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _given(parts: Parts) -> Callable[..., None]:
     load_levels, careful, over_many = parts.codes.load_levels, parts.careful, parts.over_many
 
     def given(job, base, x, first, count, row, result, work, sums):
-        """As :func:`nearest`, by the scales that are there."""
+        """As :func:`nearest`, by the scales at NEW_SCALES."""
         size, scales = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size

@@ -68,7 +68,7 @@ def encode_int8(job, base, x, first, count, row, result, work, sums):
     overflows = as_bits(factor) >= NOT_FINITE
     step = scale / float32(127.0)
     many, few, more, divisor, limit = fill(factor), fill(step), fill(over), fill(scale), fill(float32(127.0))
-    # else a row of zeros or denormals, or one that has changed beyond float32; where 127/scb overflows, divide first
+    # other rows hold zeros or denormals, or changed beyond float32; if 127/scb overflows, the division comes first
     usual = not overflows and step >= TINY and bits < NOT_FINITE
     inside = scale == absmax and over == 0  # no code is beyond 127
     weight = fill64(float64(step) * float64(step))
@@ -102,7 +102,7 @@ def encode_int8(job, base, x, first, count, row, result, work, sums):
 
 
 def encode_dense(job, base, x, first, count, row, result, work, sums):
-    """Encode ``count`` values; the largest of the sums is of the values as stored too."""
+    """Encode ``count`` values. The largest magnitude in the sums includes the stored values."""
     kind = load_word(job + NEW_KIND)
     norm, error, change, held = fill64(0.0), fill64(0.0), fill64(0.0), fill64(0.0)
     bits = no_bits()

@@ -164,11 +164,11 @@ def _keep(parts: Parts) -> Callable[..., None]:
 keep_by_cells, keep_by_ranks = _keep(CELL_PARTS), _keep(RANK_PARTS)
 
 
-# --- what the relaxation is found from --------------------------------------------------------------------------------
+# --- the sample of the relaxation ------------------------------------------------------------------------------------
 
 
 def sample(job, base, x, first, count, row, result, work, sums):
-    """What the relaxation is found from, at ``result``: planes of the base and of the change in units of the scale; the weights
+    """Leave the sample that decides the relaxation at ``result``: planes of the base and of the change in units of the scale; the weights
     of the blocks' changes at WEIGHTS, 0 for strong ones. Adds up Σ change², by that weight, and the strong blocks.
     """
     size, own, plane = load_word(job + NEW_BLOCKSIZE), load_word(job + OWN), load_word(job + PLANE)

@@ -88,7 +88,7 @@ def emit_absolute(b: Any, x: Any) -> Any:
 
 
 def emit_rounded(b: Any, x: Any) -> Any:
-    """To even."""
+    """``x`` rounded to whole numbers, ties to even."""
     return _call_like(b, "llvm.rint", x)
 
 
@@ -97,7 +97,7 @@ def constant(value: float, vector: ir.VectorType = FLOATS) -> ir.Constant:
 
 
 def further(b: Any, address: Any, nbytes: int) -> Any:
-    """The address some bytes on."""
+    """The address ``nbytes`` after ``address``."""
     return b.add(address, ir.Constant(LONG, nbytes)) if nbytes else address
 
 
@@ -188,7 +188,7 @@ def emit_pick(b: Any, table: Any, index: Any) -> Any:
 
 
 def _mask(b: Any, lanes: Any) -> Any:
-    """A bit for each lane that holds."""
+    """A bit for each lane: whether the comparison holds there."""
     return b.zext(b.bitcast(lanes, WORD), LONG)
 
 

@@ -19,14 +19,14 @@ TINY = np.float32(1e-38)  #: bitsandbytes' bound under absmax
 #: bits of infinity: of \|value\| as integers, from here on not finite
 NOT_FINITE = 0x7F800000
 
-# --- what a pass sums up, float64, by 16 lanes each -------------------------------------------------------------------
+# --- the sums of a pass, float64, by 16 lanes each --------------------------------------------------------------------
 
 #: Σ exact², Σ (stored - exact)², the bits of the largest \|value\|, the second with plain rounding, Σ (exact - base)²,
 #: Σ (stored - exact) (exact - base), strong blocks, and those whose scale the base's statistics do not hold
 NORM, ERROR, TOP, NEAREST, CHANGE, HELD, STRONG, MISFITS = range(0, 8 * 128, 128)
 SUMS = 8 * 128
 
-# --- a job: what all tiles of a pass share, int64 ---------------------------------------------------------------------
+# --- a job: the numbers of all tiles of a pass, int64------------------------------------------------------------------
 
 #: addresses of kernels: the decoder, the encoder, one that comes after it or 0, and the one that finds a block's scale
 DECODE, ENCODE, THEN, FIND = range(0, 32, 8)

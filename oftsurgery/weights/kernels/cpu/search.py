@@ -1,4 +1,4 @@
-"""Scales of 4-bit blocks that err less than their absmax: of some ratios to it the best one, then the best for its codes.
+"""Scales of 4-bit blocks that err less than the absmax: first the best of some ratios to the absmax, then the best for its codes.
 
 The errors at all ratios are taken side by side, a lane each: a value lies in one of 64 cells of [-1, 1], and for each ratio a
 row of the job's table has the middle between the two levels on either side of the cell's bound, if it has one, and half their
@@ -82,7 +82,7 @@ def place(x, n, absmax, many, squares, values):
 
 
 def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
-    """The kernel that finds scales: the best for the codes at those that ``best_ratios`` leaves."""
+    """The kernel that finds scales: the best scales for the codes at the scales that ``best_ratios`` leaves."""
     load_levels, fit = codes.load_levels, codes.fit
 
     @part(types.void(int64, int64, int64, int64, codes.levels, int64))
@@ -104,7 +104,7 @@ def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
 
     @part(float64(int64, int64, float32, float32, codes.levels))
     def bounded_error(x, n, absmax, power, levels):
-        """The squared error of plain rounding, in units of absmax², where its codes are of bitsandbytes' bound of absmax."""
+        """The squared error of plain rounding, in units of absmax², if bitsandbytes' bound of absmax decides the codes."""
         cross, squares = fit(x, n, fill(float32(1.0) / TINY), levels)
         ratio = float64(TINY) / float64(absmax)
         return max(0.0, float64(power) + float64(total(squares)) - 2.0 * ratio * float64(total(cross)))
@@ -146,12 +146,12 @@ def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
 
 @part(types.void(*[int64] * 7))
 def _grid_ratios(x, size, here, blocks, table, levels, work):
-    """Of the table's 8 ratios the one that errs least, for each block: the scales at OWN_SCALES, the blocks' squares, by
+    """The ratio with the least error, of the table's 8 ratios, for each block: the scales at OWN_SCALES, the blocks' squares, by
     lanes, at PARTIAL, and the errors at their absmax, both in units of its square.
     """
     one = int64(load_one(table + ONE))
     store(work + OWN_SCALES, zeros())
-    # small blocks all before the first errors: what has just been stored cannot be loaded in other pieces without a wait
+    # all small blocks are stored before the first errors are computed: a load of a value that was just stored would wait
     together = MANY * size <= MOST_BLOCK
     for k in range(blocks):
         absmax, n, values = load_one(work + PEAKS + 4 * k), min(size, here - k * size), work + VALUES
@@ -170,7 +170,7 @@ def _grid_ratios(x, size, here, blocks, table, levels, work):
         if absmax > 0:
             plain = load_one(errors + 4 * one)
             store_one(work + PLAIN_ERRORS + 4 * k, plain)
-            # of equal ones the first, but 1 before all, which is behind the 8
+            # the first of equal ratios wins, but 1, which lies behind the 8, wins against all
             j = least_of_8(errors, plain) if LARGEST / absmax > load_one(table + LAST) else int64(8)
             store_one(work + OWN_SCALES + 4 * k, load_one(table + RATIOS + 4 * j) * absmax)
 

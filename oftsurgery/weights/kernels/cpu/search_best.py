@@ -229,7 +229,7 @@ def _best_ratio(n, j, power, limit, table, levels, work):
     store_one(work + BEST, load_one(errors + 4 * j))
     store_one(work + BEST + 4, load_one(ratios + 4 * j))
     store_one(errors + 4 * count, power)  # from the last ratio on all codes are zero
-    # around the best of these scales first: what is found there leaves less of the others
+    # the search begins around the best of these scales, because a small error there excludes other intervals
     widest = load_one(table + WIDEST)
     done = int64(0)
     if j > 0:
@@ -267,7 +267,7 @@ def _choose(absmax, table, work):
 
 @part(types.void(*[int64] * 7))
 def _best_ratios(x, size, here, blocks, table, levels, work):
-    """As :func:`.search._grid_ratios`, of all ratios."""
+    """As :func:`.search._grid_ratios`, with all ratios of the table."""
     one = int64(load_one(table + ONE))
     store(work + OWN_SCALES, zeros())
     for k in range(blocks):
@@ -281,5 +281,5 @@ def _best_ratios(x, size, here, blocks, table, levels, work):
             store_one(work + OWN_SCALES + 4 * k, ratio * absmax)
 
 
-# the best scale for the best one's codes is that one, to the last bits
+# for the codes of the best scale, the fitted scale is the best scale itself, to the last bits
 best_by_cells, best_by_ranks = searcher(BY_CELLS, _best_ratios), searcher(BY_RANKS, _best_ratios)

@@ -1,4 +1,4 @@
-"""The tables that the kernels look things up in, made once for each format: see :mod:`.layout`."""
+"""The tables of the kernels, made once for each format: see :mod:`.layout`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CELL_FACTOR = 15.9999
 
 
 def _aligned(nbytes: int) -> np.ndarray:
-    """Zeros at a multiple of 64."""
+    """An array of zeros whose address is a multiple of 64."""
     room = np.zeros(nbytes + 64, np.uint8)
     return room[-room.ctypes.data % 64 :][:nbytes]
 
@@ -67,7 +67,7 @@ def suffix(codec: str) -> str:
 
 @cache
 def search(kind: FourBit, rounding: str) -> np.ndarray:
-    """What :mod:`.search` and :mod:`.search_best` look up."""
+    """The table of :mod:`.search` and :mod:`.search_best`."""
     values, bounds, _ = (part.astype(np.float64) for part in _levels_of(kind.name))
     bounds = bounds[:15]
     apart = np.diff(values) > 0  # FP4 has two zeros
@@ -95,7 +95,7 @@ def search(kind: FourBit, rounding: str) -> np.ndarray:
         place(layout.RATIOS + 4 * count, 1.0)
     edges = np.arange(layout.CELLS + 1) * 2 / layout.CELLS / (1 - 1e-5) - 1 / (1 - 1e-5)
     rows = table[layout.CELL_ROWS // 4 :].reshape(layout.CELLS, 2, lanes)
-    rows[:, 0] = 1e10  # no ratio: an error beyond all others
+    rows[:, 0] = 1e10  # an unused column has an error beyond all others
     for j, ratio in enumerate(ratios):
         below = np.searchsorted(bounds * ratio, edges)  # the number of bounds below each edge
         inside, k = np.diff(below) > 0, below[:-1]
@@ -135,6 +135,6 @@ def dynamic() -> np.ndarray:
 
 
 def _of_order(order: np.ndarray) -> np.ndarray:
-    """Float32 by their order: 0 is zero, 1 the smallest positive one, -1 the smallest negative one."""
+    """Float32 values by their order: 0 is zero, 1 the smallest positive value, -1 the smallest negative value."""
     bits = np.where(order >= 0, order, -order | (1 << 31)).astype(np.uint32)
     return bits.view(np.float32)

@@ -1,4 +1,4 @@
-"""The kernel that goes over a tile of a weight, row by row: decode, rotate, and the encoder that the job names."""
+"""The kernel of a tile of a weight, row by row: decode, rotate, and the encoder that the job names."""
 
 from __future__ import annotations
 
