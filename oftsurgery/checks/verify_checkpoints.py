@@ -150,6 +150,7 @@ class _Loading:
     Attributes:
         dtype: the dtype in which the base was loaded.
         cast: whether the base was cast to this dtype; a fold on disk casts only where it quantises.
+        cast_rotated: whether rotated weights were cast too; a fold on disk rotates the original weights as they are stored.
         codec: the quantisation of the base; ``"stored"`` for the format of each stored weight; None for no quantisation.
         format: the format of a plain base's weights that were quantised first and are stored in another format now; None where
             no format is recorded.
@@ -158,12 +159,17 @@ class _Loading:
     """
 
     def __init__(self, record: FoldRecord | None, folded: Checkpoint, base: Checkpoint) -> None:
-        said = record.base if record is not None else {}
+        # a fold of a model in memory that changes no format says nothing of how the model was loaded
+        said = record.base if record is not None and "fold_into" in record.base else {}
         stored = next((DTYPES[e.dtype] for e in base.entries.values() if DTYPES[e.dtype] in FLOATS), torch.float32)
-        self.dtype = _dtype_named(said.get("dtype")) or _dtype_in_config(base if said else folded) or stored
+        in_memory = _dtype_named(said.get("loaded"))
+        self.dtype = (
+            in_memory or _dtype_named(said.get("dtype")) or _dtype_in_config(base if said else folded) or stored
+        )
         dense = not _is_quantised(folded)
         self.codec = said.get("quantize") if said else None if dense or _is_quantised(base) else "stored"
-        self.cast = self.codec is not None or (record is not None and not said)
+        self.cast_rotated = in_memory is not None or said.get("fold_into") != "original"
+        self.cast = self.codec is not None or in_memory is not None or (record is not None and not said)
         blocks = (0, 0) if self.codec == "int8" else (64, 256 if said.get("double_quant") == "true" else 0)
         self.format = WeightFormat(self.codec, (), self.dtype, *blocks) if self.codec not in (None, "stored") else None
         self.original = said.get("fold_into") == "original"
@@ -300,11 +306,13 @@ class _Comparison:
         if values is not None:
             base = StoredTensor(codecs.dense(values if quantised else values.to(base.weight.format.dtype)))
         weight = base.weight.tensors["weight"]
-        cast = how.cast and weight.is_floating_point() and not (how.original and name in self.live.chains)
-        if quantised or not cast:
+        rotated = name in self.live.chains
+        if quantised or not (how.cast and (how.cast_rotated or not rotated) and weight.is_floating_point()):
             return base
         dtype = self.base.dtype_of(name) or weight.dtype
         base = base if dtype == weight.dtype else StoredTensor(codecs.dense(weight.to(dtype)))
+        if how.original and rotated:
+            return base
         first = into if into.quantised and how.codec in ("stored", into.codec) else how.format
         if first is None or (not into.quantised and (name not in self._first or self.base.sources[name] != name)):
             return base

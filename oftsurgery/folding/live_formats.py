@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import FLOATS
+from oftsurgery.dtypes import FLOATS, name_of
 from oftsurgery.errors import StateError, module_in_errors
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import format_of_parameter
@@ -118,7 +118,8 @@ class LiveFormats:
             return record
         quantised = facts_of_quantization(self._quantization() if self.made else None)
         into = "quantized" if self.quantised else "original"
-        return replace(record, base={"fold_into": into, "format": self.target.format, **quantised})
+        loaded = name_of(self.target.dtype)
+        return replace(record, base={"fold_into": into, "format": self.target.format, "loaded": loaded, **quantised})
 
     def _into(self, name: str, home: WeightFormat) -> WeightFormat:
         return self.target.weight(home, quantises=name in self.made)

@@ -346,3 +346,28 @@ def test_a_model_in_memory_must_be_what_the_adapter_was_trained_on(trained: Trai
     assert said.oftsurgery.base["trained_on_source"] == "trained_on"
     with pytest.raises(oftsurgery.StateError, match="leave out trained_on"):
         oftsurgery.fold(adapted(load(trained.base, CLS), LINEARS), trained_on="plain")
+
+
+@pytest.mark.filterwarnings("ignore::oftsurgery.RoundingWarning")
+def test_a_model_in_memory_that_says_it_is_verified_on_disk(trained: Trained, tmp_path: Path) -> None:
+    """The model was cast while it was loaded, which its record does not say."""
+    build("llama").save_pretrained(tmp_path / "base")
+    folded = oftsurgery.fold(load(tmp_path / "base", CLS, dtype=torch.bfloat16), trained.adapter("plain"))
+    assert folded.oftsurgery.base["trained_on"] == "plain"
+    oftsurgery.export_safetensors(folded, tmp_path / "out")
+    report = oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", trained.adapter("plain"))
+    assert report.ok, report.to_dict()
+    assert "| base | the model in memory |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::oftsurgery.RoundingWarning")
+@pytest.mark.parametrize("format_", ["fp16", "fp32", "nf4", "int8"])
+def test_a_model_in_memory_that_changes_its_format_is_verified_on_disk(
+    format_: Any, trained: Trained, tmp_path: Path
+) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    live = load(tmp_path / "base", CLS, dtype=torch.bfloat16)
+    folded = oftsurgery.fold(live, trained.adapter("plain"), format=format_)
+    oftsurgery.export_safetensors(folded, tmp_path / "out")
+    report = oftsurgery.verify_checkpoint(tmp_path / "out", tmp_path / "base", trained.adapter("plain"))
+    assert report.ok, report.to_dict()
