@@ -58,20 +58,12 @@ def _show(args: argparse.Namespace) -> None:
         print("nothing is folded into this checkpoint")
 
 
-def _graph_text(fold: oftsurgery.FoldRecord) -> str:
-    facts = fold.extra.get("onnx")
+def _exported(fold: oftsurgery.FoldRecord, name: str, what: str, kind: str = "") -> str:
+    """The facts about the graph or the GGUF file (``name``) that was exported and compared with ``what``."""
+    facts = fold.extra.get(name)
     if not isinstance(facts, Mapping):
         return ""
-    compared = "compared with torch" if facts.get("verified") is True else "not compared with torch"
-    return f"ONNX, {facts.get('dtype')}, {compared}"
-
-
-def _gguf_text(fold: oftsurgery.FoldRecord) -> str:
-    facts = fold.extra.get("gguf")
-    if not isinstance(facts, Mapping):
-        return ""
-    compared = "compared with the checkpoint" if facts.get("verified") is True else "not compared with the checkpoint"
-    return f"{facts.get('dtype')}, {compared}"
+    return f"{kind}{facts.get('dtype')}, {'' if facts.get('verified') is True else 'not '}compared with {what}"
 
 
 def _print_fold(fold: oftsurgery.FoldRecord) -> None:
@@ -93,8 +85,8 @@ def _print_fold(fold: oftsurgery.FoldRecord) -> None:
         ("added by the adapter", ", ".join(fold.added)),
         *facts_beside(fold.to_dict()),
         ("versions", ", ".join(f"{name} {v}" for name, v in fold.versions.items())),
-        ("graph", _graph_text(fold)),
-        ("GGUF", _gguf_text(fold)),
+        ("graph", _exported(fold, "onnx", "torch", "ONNX, ")),
+        ("GGUF", _exported(fold, "gguf", "the checkpoint")),
         (
             "fields of a newer version, which this version cannot read",
             ", ".join(n for n in fold.extra if n not in ("onnx", "gguf")),

@@ -13,6 +13,8 @@ from typing import Any
 
 from oftsurgery.errors import needs, printable
 
+from .reading import value_in
+
 Message = Mapping[str, str]
 #: function of (messages, whether the assistant's turn begins) to the prompt; an error says that the template takes no such messages
 Render = Callable[[Sequence[Message], bool], str]
@@ -76,7 +78,7 @@ def modelfile(reader: Any, file: str) -> Modelfile:
     Args:
         reader: the file's ``gguf.GGUFReader``.
     """
-    template, tokens = _value(reader, "tokenizer.chat_template"), _tokens(reader)
+    template, tokens = value_in(reader, "tokenizer.chat_template"), _tokens(reader)
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{file}"]
     reason: str | None = "the model has no chat template"
     if isinstance(template, str):
@@ -200,18 +202,13 @@ def _without(texts: Texts, begin: str) -> Texts:
 
 def _tokens(reader: Any) -> dict[str, str]:
     entry = reader.get_field("tokenizer.ggml.tokens")
-    ids = {kind: _value(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    ids = {kind: value_in(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
     count = 0 if entry is None else len(entry.data)
     return {kind: str(entry.contents(int(i))) for kind, i in ids.items() if i is not None and 0 <= int(i) < count}
 
 
 def _adds_bos(reader: Any) -> bool:
     """Whether llama.cpp puts the first token before each prompt."""
-    told = _value(reader, "tokenizer.ggml.add_bos_token")
+    told = value_in(reader, "tokenizer.ggml.add_bos_token")
     # without the setting, llama.cpp goes by the kind of the vocabulary
-    return bool(told) if told is not None else _value(reader, "tokenizer.ggml.model") in ("llama", "bert")
-
-
-def _value(reader: Any, key: str) -> Any:
-    entry = reader.get_field(key)
-    return None if entry is None else entry.contents()
+    return bool(told) if told is not None else value_in(reader, "tokenizer.ggml.model") in ("llama", "bert")

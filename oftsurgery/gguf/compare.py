@@ -19,6 +19,8 @@ from torch import Tensor
 
 from oftsurgery.errors import ExportError, printable
 
+from .reading import value_in
+
 #: architectures whose rotary pairs GGUF stores side by side: the converter reorders the rows of q and k
 _PAIRED = frozenset(
     {"llama", "llama-embed", "llada", "deci", "olmo", "arctic", "deepseek", "minicpm", "smollm3", "arcee", "nanbeige"}
@@ -55,21 +57,6 @@ class Comparison:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def read_gguf(file: Path) -> Any:
-    """The file's ``gguf.GGUFReader``.
-
-    Raises:
-        ExportError: the file is not a whole GGUF file.
-    """
-    import gguf
-
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        message = f"the converter's file cannot be read as GGUF: {type(error).__name__}: {printable(error)}"
-        raise ExportError(message, path=file, remedy="convert again with llama.cpp's own converter") from error
-
-
 def compare(reader: Any, shards: Sequence[Path]) -> Comparison:
     """Compare each tensor of a GGUF with the checkpoint in the files ``shards``.
 
@@ -88,16 +75,16 @@ class _Comparing:
 
         self.sources = sources
         self.stored = {tensor.name: tensor for tensor in reader.tensors}
-        self.architecture = str(_value(reader, "general.architecture"))
+        self.architecture = str(value_in(reader, "general.architecture"))
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if self.architecture not in known:
             message = f"the installed gguf package does not know the architecture {printable(self.architecture)!r}"
             raise ExportError(
                 message, remedy="upgrade the package (pip install -U gguf), or leave the comparison out (--no-verify)"
             )
-        heads = _value(reader, f"{self.architecture}.attention.head_count")
-        self.heads = (heads, _value(reader, f"{self.architecture}.attention.head_count_kv") or heads)
-        count = int(_value(reader, f"{self.architecture}.block_count") or 0)
+        heads = value_in(reader, f"{self.architecture}.attention.head_count")
+        self.heads = (heads, value_in(reader, f"{self.architecture}.attention.head_count_kv") or heads)
+        count = int(value_in(reader, f"{self.architecture}.block_count") or 0)
         self.names = gguf.get_tensor_name_map(known[self.architecture], count)
         self.found = Comparison(self.architecture)
 
@@ -201,11 +188,6 @@ class _Comparing:
             if overflown
             else _REMEDY,
         )
-
-
-def _value(reader: Any, key: str) -> Any:
-    entry = reader.get_field(key)
-    return None if entry is None else entry.contents()
 
 
 def _spellings(source: str) -> Iterator[str]:

@@ -26,8 +26,9 @@ from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record, record_in
 
 from .chat import modelfile
-from .compare import Comparison, compare, read_gguf
+from .compare import Comparison, compare
 from .converter import OUTTYPES, check_converter, convert, require_gguf
+from .reading import read_gguf
 
 FILE = "model.gguf"
 MODELFILE = "Modelfile"

@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from oftsurgery.gguf.chat import find_texts, modelfile, renderer
-from oftsurgery.gguf.compare import read_gguf
+from oftsurgery.gguf.reading import read_gguf
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe nice<|im_end|>\n' }}"
