@@ -33,6 +33,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def layer_rows(case: Case, pairs: int, device: str = "cpu") -> list[dict[str, An
         for mode in case.modes:
             times = []
             for _ in range(3):  # a fold is short: three folds to each call of the other ways
-                ms, folded = timed(lambda mode=mode: oftsurgery.fold(live, rounding=mode))
+                ms, folded = timed(partial(oftsurgery.fold, live, rounding=mode))
                 times.append(ms)
                 records[mode] = folded.oftsurgery.modules["layer"]
                 del folded
@@ -89,7 +90,9 @@ def _rounds(case: Case, pairs: int) -> int:
     return min(3, pairs) if case.weights >= _LARGE else pairs * (3 if case.weights <= 1 << 20 else 1)
 
 
-def _row(case: Case, mode: str, record: Any, folds: list[list[float]], others: dict[str, list[float]]) -> dict[str, Any]:
+def _row(
+    case: Case, mode: str, record: Any, folds: list[list[float]], others: dict[str, list[float]]
+) -> dict[str, Any]:
     ours = [statistics.median(times) for times in folds]
     measured = {name: times[-len(ours) :] for name, times in others.items()}
     every = [ms for times in folds for ms in times]
@@ -113,7 +116,7 @@ def roundings(widths: Sequence[int], rounds: int, device: str = "cpu") -> list[d
         times: dict[tuple[str, str], list[float]] = {(codec, mode): [] for codec in live for mode in MODES}
         for i in range(-1, rounds):
             for (codec, mode), own in times.items():
-                ms, _ = timed(lambda codec=codec, mode=mode: oftsurgery.fold(live[codec], rounding=mode))
+                ms, _ = timed(partial(oftsurgery.fold, live[codec], rounding=mode))
                 own.extend([ms] if i >= 0 else [])
         found.append(
             {
@@ -212,8 +215,8 @@ def model(blocks: int, rounds: int, shapes: dict[str, tuple[int, int]] = _BLOCK)
     alone: dict[str, list[float]] = {mode: [] for mode in MODES[:2]}
     for _ in range(rounds):
         for mode in folds:
-            folds[mode].append(timed(lambda mode=mode: oftsurgery.fold(live, rounding=mode))[0])
-            alone[mode].append(timed(lambda mode=mode: kernels_alone(prepared, mode))[0])
+            folds[mode].append(timed(partial(oftsurgery.fold, live, rounding=mode))[0])
+            alone[mode].append(timed(partial(kernels_alone, prepared, mode))[0])
     peft, _ = timed(live.merge_and_unload)
     modes = {
         mode: {

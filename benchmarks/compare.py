@@ -44,7 +44,9 @@ class Compared:
 
     def __str__(self) -> str:
         change = f"{abs(self.loss):.0%} {'slower' if self.loss > 0 else 'faster'}"
-        return f"{self.case}, {self.mode}: {self.now:.1f} x faster than peft, committed {self.committed:.1f} x: {change}"
+        return (
+            f"{self.case}, {self.mode}: {self.now:.1f} x faster than peft, committed {self.committed:.1f} x: {change}"
+        )
 
 
 def _ratios(run: dict[str, Any]) -> dict[tuple[str, str], float]:
