@@ -22,10 +22,10 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import kernels
+from oftsurgery.weights.cpu_kernels import layout, tables
 from oftsurgery.weights.fold import fold_encoded
 from oftsurgery.weights.kernels import blockwise, fold_cpu
 from oftsurgery.weights.kernels.blockwise import FoldedWeight
-from oftsurgery.weights.kernels.cpu import layout, tables
 
 MAPS = {
     "exact": Cayley(),

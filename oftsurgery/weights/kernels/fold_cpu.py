@@ -1,4 +1,4 @@
-"""Drive the fused CPU kernels (:mod:`oftsurgery.weights.kernels.cpu`): jobs, tiles and threads."""
+"""Drive the fused CPU kernels (:mod:`oftsurgery.weights.cpu_kernels`): jobs, tiles and threads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import preserve
+from oftsurgery.weights.cpu_kernels import OF_EVERY_FOLD, layout, processor, tables
+from oftsurgery.weights.cpu_kernels.compiled import kernel
+from oftsurgery.weights.cpu_kernels.compiled import prepare as prepare_kernels
 
 from . import blockwise
-from .cpu import layout, processor, tables
-from .cpu.compiled import kernel
 from .pool import run
 
 #: bytes of block matrices that stay in the second-level cache while rows pass by
@@ -30,6 +31,8 @@ _MAX_BLOCK = 512
 _SCALES = _SAMPLE_CHUNK = 1 << 14
 #: into which the evaluations of a sample are cut
 _TASKS = 4
+
+_DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 
 _local = threading.local()
 _CPU = torch.device("cpu")
@@ -60,6 +63,26 @@ def _side(f: WeightFormat) -> _Side | None:
     if f.blocksize % layout.LANES or f.blocksize > layout.MOST_BLOCK:
         return None
     return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
+
+
+def prepare(f: WeightFormat, into: WeightFormat, rounding: str) -> None:
+    """Begin to read or to compile the kernels of a fold, while the caller does other work."""
+    old, new = _side(f), _side(into)
+    if old is None or new is None:
+        return
+    by, four_bit = tables.suffix(into.codec), new.kind == layout.FOUR_BIT
+    search = [f"best_{by}" if rounding == "mse" else f"grid_{by}"] if four_bit and rounding != "nearest" else []
+    if rounding == "preserve" and preserve.applies(f, into):
+        encode = [f"keep_{by}", "sample", f"project_{by}"] if four_bit else ["encode_int8", "sample", "project_int8"]
+    elif four_bit:
+        # the scales of a search are double-quantised after a pass of plain rounding
+        encode = [f"nearest_{by}"] * (not search or into.nested_blocksize > 0) + [f"given_{by}"] * bool(search)
+    else:
+        encode = ["encode_int8" if new.kind == layout.INT8 else "encode_dense"]
+    nested = ["quantise_scales"] * bool(into.nested_blocksize) + ["read_scales"] * bool(f.nested_blocksize)
+    # the first ones are needed first
+    decode = _DECODERS.get(old.kind, "decode_dense")
+    prepare_kernels([*OF_EVERY_FOLD, *encode, *search, decode, *nested])
 
 
 @dataclass(frozen=True)
@@ -153,12 +176,11 @@ def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
     return EncodedWeight(replace(f, nested_blocksize=0), {"weight": weight, "absmax": scales, **others})
 
 
-_DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 _Stored = tuple[dict[str, Tensor], blockwise.Sums]
 
 
 class _Sums(NamedTuple):
-    """The sums of a pass, see :mod:`.cpu.layout`; ``top`` is no sum and has no meaning here."""
+    """The sums of a pass, see :mod:`~oftsurgery.weights.cpu_kernels.layout`; ``top`` is no sum and has no meaning here."""
 
     norm: float
     error: float
@@ -213,7 +235,7 @@ class _Fold(blockwise.Fold):
 
     @staticmethod
     def _fill(job: np.ndarray, **values: Any) -> None:
-        """Put tensors and numbers into a job, by the names of their places in :mod:`.cpu.layout`, in lower case."""
+        """Put tensors and numbers into a job, by the names of their places in :mod:`~oftsurgery.weights.cpu_kernels.layout`, in lower case."""
         for name, value in values.items():
             job[getattr(layout, name.upper()) // 8] = _word(value)
 
