@@ -12,7 +12,7 @@
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
 #   make bench    times folds beside peft's own merge, bitsandbytes with torch, and cp, and writes the figures into README.md and docs/:
-#                 about nine minutes
+#                 about eight minutes
 #   make bench-check     times a few folds, and fails where a fold is more than 15 % slower against peft than in benchmarks/results: a minute
 #   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 

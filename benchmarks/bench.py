@@ -8,7 +8,7 @@ pair, in one run.
     python benchmarks/bench.py check [--out FILE]                a few layers against the committed results: `make bench-check`
     python benchmarks/bench.py plot [FILE] --out PNG             time against width
 
-`make bench` runs these commands but `check`; ``--full`` takes every case at each number of threads.
+`make bench` runs these commands but `check`; ``--full`` takes more cases.
 
 Every figure of oftsurgery is a whole ``oftsurgery.fold`` call with its record; every figure of peft is the layer's
 ``merge()``. Before each timing the benchmark drops the previous result and collects the garbage, for all ways alike. The
@@ -256,25 +256,20 @@ def kernels_alone(prepared: list[tuple[Any, Any]], mode: str) -> None:
 # --- the first fold ---------------------------------------------------------------------------------------------------
 
 
-def first(repeats: int) -> dict[str, Any]:
+def first(repeats: int, mode: str) -> dict[str, Any]:
     """Seconds of the first fold of a process after the imports, 1024 × 1024 in NF4 with double quantisation: with an empty
     cache of machine code, and with the cache that this fold has filled.
     """
-    found: dict[str, dict[str, list[float]]] = {mode: {"cold": [], "warm": []} for mode in MODES[:2]}
+    times: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(repeats):
-        for mode, times in found.items():
-            with tempfile.TemporaryDirectory() as folder:
-                for state in ("cold", "warm"):
-                    times[state].append(_apart("first-fold", "--mode", mode, NUMBA_CACHE_DIR=folder))
+        with tempfile.TemporaryDirectory() as folder:
+            for own in times.values():
+                own.append(_apart("first-fold", "--mode", mode, NUMBA_CACHE_DIR=folder))
     return {
         "machine": machine(),
-        "modes": {
-            mode: {
-                state: {"median_s": round(statistics.median(t), 3), "all_s": [round(x, 3) for x in t]}
-                for state, t in times.items()
-            }
-            for mode, times in found.items()
-        },
+        "mode": mode,
+        **{f"{state}_s": round(statistics.median(own), 3) for state, own in times.items()},
+        **{f"all_{state}_s": [round(x, 3) for x in own] for state, own in times.items()},
     }
 
 
@@ -338,10 +333,10 @@ def main() -> int:
     parser.add_argument("what", choices=["layers", "model", "first", "check", "plot", "one", "first-fold"])
     parser.add_argument("file", nargs="?", type=Path, help="of `plot` and `check`: the results")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--full", action="store_true", help="every case at each number of threads")
+    parser.add_argument("--full", action="store_true", help="more cases")
     parser.add_argument("--cases", choices=CASES, help="of `layers` and `one`: other cases")
     parser.add_argument("--only", action="append", default=[], help="of `one`: the label of a case")
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="of `first-fold`")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="of `first` and `first-fold`")
     parser.add_argument("--pairs", type=int, default=5, help="rounds of a layer of middle size, and of the model")
     parser.add_argument("--blocks", type=int, default=22, help="of the model")
     parser.add_argument("--device", default="cpu", help="of the layers")
@@ -361,13 +356,13 @@ def main() -> int:
         _write(args.out or RESULTS / f"layers_{args.device}.json", {"runs": runs})
     elif args.what == "layers":
         wanted = {1: args.cases or "quick"} | {threads: name}
-        runs = [_one(n, "full" if args.full else cases, args.pairs) for n, cases in wanted.items()]
+        runs = [_one(n, cases, args.pairs) for n, cases in wanted.items()]
         widths = (128,) if name == "tiny" else (1024, 4096)
         _write(args.out or RESULTS / "layers.json", {"runs": runs, "roundings": roundings(widths, 3 * args.pairs)})
     elif args.what == "model":
         _write(args.out or RESULTS / "model.json", model(args.blocks, args.pairs))
     elif args.what == "first":
-        _write(args.out or RESULTS / "first.json", first(min(3, args.pairs)))
+        _write(args.out or RESULTS / "first.json", first(min(3, args.pairs), args.mode))
     elif args.what == "check":
         committed = json.loads((args.file or RESULTS / "layers.json").read_text())
         return check(committed, threads, args.pairs, args.out)

@@ -53,7 +53,7 @@ def _square(codec: str, *widths: int, **more: Any) -> list[Case]:
     return [Case(codec, (n, n), **more) for n in widths]
 
 
-_QUICK = [*_square("nf4 nested", 1024, 4096), *_square("int8", 4096, modes=SHORT)]
+_QUICK = _square("nf4 nested", 1024, 4096)
 _DEFAULT = [
     *_square("nf4 nested", 1024, 2048, 4096, 8192),
     *_square("nf4", 1024, 4096),
@@ -80,7 +80,7 @@ CASES = {
         *_square("int8", 4096, modes=SHORT),
     ],
     # of no size that says anything: the tests run them
-    "tiny": [*_square("nf4 nested", 128, 256), *_square("nf4", 128), *_square("int8", 128, modes=SHORT)],
+    "tiny": [*_square("nf4 nested", 128, 256, 384), *_square("nf4", 128), *_square("int8", 128, modes=SHORT)],
 }
 
 

@@ -91,11 +91,9 @@ def _cases(run: Results) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         yield next(iter(modes.values())), modes
 
 
-def _run(results: Results, threads: int | None = None) -> Results:
-    """The run of so many threads, or of the most threads."""
-    runs: list[Results] = results["layers"]["runs"]
-    wanted = threads or max(run["machine"]["threads"] for run in runs)
-    return next(run for run in runs if run["machine"]["threads"] == wanted)
+def _run(results: Results) -> Results:
+    """The run of the most threads."""
+    return max(results["layers"]["runs"], key=lambda run: run["machine"]["threads"])
 
 
 def _threads(machine: dict[str, Any]) -> str:
@@ -186,15 +184,18 @@ def line(results: Results) -> str:
 
 def single(results: Results) -> str:
     """The figures of one thread."""
-    if all(run["machine"]["threads"] != 1 for run in results["layers"]["runs"]):
-        return ""
     said = [
         f'{_ms(row["oftsurgery"])} in {_CODECS[row["codec"]]}, `"{row["mode"]}"` '
         f"({_times(row['times_faster_than_peft'])} and "
         f"{_times(row['times_faster_than_bitsandbytes'])})"
-        for row in _run(results, 1)["layers"]
-        if (row["out"], row["in"], row["b"]) == (4096, 4096, 32) and row["mode"] in (_DEFAULT, "nearest")
+        for run in results["layers"]["runs"]
+        for row in run["layers"]
+        if run["machine"]["threads"] == 1
+        and (row["out"], row["in"], row["b"]) == (4096, 4096, 32)
+        and row["mode"] in (_DEFAULT, "nearest")
     ]
+    if not said:
+        return ""
     head = "On one thread, a layer of 4096 × 4096 takes (in brackets: how many times faster than peft, and than bitsandbytes with torch):"
     return _prose(head, "; ".join(said) + ".")
 
@@ -245,13 +246,11 @@ def first(results: Results) -> str:
     found = results.get("first")
     if not found:
         return ""
-    said = [
-        f"With {_mode(mode)}{', ' if mode == _DEFAULT else ' '}the first fold of a process takes {_seconds(own['cold']['median_s'])} with an empty "
-        f"cache, and {_seconds(own['warm']['median_s'])} with a full cache."
-        for mode, own in found["modes"].items()
-    ]
-    head = f"`python benchmarks/bench.py first` times these folds after the imports, on {_threads(found['machine'])} (NF4 with double quantisation, "
-    return _prose(head + "1024 × 1024).", *said)
+    return _prose(
+        f"`python benchmarks/bench.py first` times the first fold of a process after the imports, on {_threads(found['machine'])}",
+        f'(1024 × 1024 in NF4 with double quantisation, `"{found["mode"]}"`): {_seconds(found["cold_s"])} with an empty cache, and',
+        f"{_seconds(found['warm_s'])} with a full cache.",
+    )
 
 
 def disk(results: Results) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,20 +101,18 @@ def test_another_result_changes_the_page() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_runs_and_its_results_fill_every_table(tmp_path: Path) -> None:
-    def bench(what: str, *words: str, name: str | None = None) -> Any:
-        out = tmp_path / f"{name or what}.json"
-        script = BENCHMARKS / ("fold_checkpoint.py" if what == "fold_checkpoint" else "bench.py")
-        command = [sys.executable, script, *([] if what == "fold_checkpoint" else [what]), *words, "--out", out]
-        subprocess.run(command, check=True, capture_output=True)
-        return json.loads(out.read_text(encoding="utf-8"))
-
-    layers = bench("layers", "--cases", "tiny", "--pairs", "1")
-    bench("model", "--blocks", "1", "--pairs", "1")
-    bench("first", "--pairs", "1")
-    small = ("--layers", "1", "--hidden", "256", "--intermediate", "512", "--shards", "1", "--repeats", "1")
-    bench("fold_checkpoint", *small)
-    assert compare.verdict(layers["runs"][-1:], layers)[1] == 0
+    small = "--layers 1 --hidden 256 --intermediate 512 --shards 1 --repeats 1"
+    commands = {
+        "layers": "bench.py layers --cases tiny --pairs 1",
+        "model": "bench.py model --blocks 1 --pairs 1",
+        "first": "bench.py first --pairs 1",
+        "fold_checkpoint": f"fold_checkpoint.py {small}",
+    }
+    for name, command in commands.items():
+        script, *words = command.split()
+        whole = [sys.executable, BENCHMARKS / script, *words, "--out", tmp_path / f"{name}.json"]
+        subprocess.run(whole, check=True, capture_output=True)
     results = tables.read(tmp_path)
-    assert {name: bool(figures(results)) for name, figures in tables.FIGURES.items()} == dict.fromkeys(
-        tables.FIGURES, True
-    ) | {"single": False}  # tiny layers have no row of 4096 × 4096
+    assert compare.verdict(results["layers"]["runs"][-1:], results["layers"])[1] == 0
+    # tiny layers have no row of 4096 × 4096
+    assert [name for name, figures in tables.FIGURES.items() if not figures(results)] == ["single"]
