@@ -274,9 +274,10 @@ def disk(results: Results) -> str:
             span = f" ({min(times):.2f} to {max(times):.2f})" if len(times) > 1 else ""
             most = f"{_middle(runs, 'peak_mb'):.0f} MB" if "peak_mb" in runs[0] else ""
             rows.append([text, _seconds(statistics.median(times)) + span, most])
+    flag = " --peft" if any(name.startswith("peft") for name in found["runs"]) else ""
     head = _prose(
         f"The next table is of a checkpoint of 1.1 billion weights on disk ({found['bytes'] / 1e9:.2f} GB in NF4, {found['folded']} weights, all "
-        f'folded with `"{found["rounding"]}"`, {_threads(found)}, median and range; `python benchmarks/fold_checkpoint.py --peft`).',
+        f'folded with `"{found["rounding"]}"`, {_threads(found)}, median and range; `python benchmarks/fold_checkpoint.py{flag}`).',
         "The commands are whole processes.",
     )
     return f"{head}\n{_table(['', 'time', 'peak of memory above the imports'], rows)}"
