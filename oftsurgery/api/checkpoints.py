@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk plan, fold, unfold, extract and verify, and read the record in a folder."""
+"""The public functions on checkpoints on disk plan, fold, unfold and extract, and compare a fold with its base."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from oftsurgery.calibrate.checkpoint import calibrated_paths, checkpoint_inputs
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
-from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
+from oftsurgery.checks.verify_checkpoints import check_checkpoint
 from oftsurgery.checks.verify_outputs import base_settings, compare_on_inputs
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.dtypes import float_dtype
-from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import open_checkpoint
-from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
@@ -29,7 +27,7 @@ from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import record_in
 from oftsurgery.stores.idle import is_idle
 from oftsurgery.stores.modules import modules_of
 
@@ -336,90 +334,29 @@ def extract_checkpoint(
         return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
 
 
-def verify_checkpoint(
-    folded: str | PathLike[str],
-    base: str | PathLike[str] | None = None,
-    adapter: AdapterLike | Sequence[AdapterLike] | None = None,
+def compare_with_base(
+    folder: Path,
+    base: str | PathLike[str],
+    adapter: AdapterLike | Sequence[AdapterLike],
     *,
-    texts: Any = None,
-    tolerance: float | None = None,
-    follow_links: bool = False,
+    texts: Any,
+    tolerance: float | None,
 ) -> CheckpointReport:
-    """Check a folded checkpoint on disk, by other code than the fold's.
+    """:func:`~oftsurgery.verify_checkpoint` of a folder with its base and adapter."""
+    opened = open_checkpoint(folder)
+    adapters = loaded_adapters(adapter)
+    start = opened_checkpoint(base, adapters=adapters)
+    # scores of tokens are large, so few texts are run at once
+    batches = [] if texts is None else _batches(texts, folder, size=4)
 
-    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
-    >>> report = oftsurgery.verify_checkpoint("OUTPUT", "BASE", "ADAPTER")
-    >>> report.ok, report.wrong
-    (True, {})
-    >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
-    True
-    >>> print(report.verdict)
-    ok: the output computes what the adapter's live layers compute within NF4's rounding; 100% of the adapter is kept
+    def on_texts(loading: Any) -> VerifyReport:
+        return compare_on_inputs(opened, start, adapters, batches, base_settings(opened, start, loading))
 
-    The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
-    the model loads is checked against them.
-
-    Args:
-        folded: a folder or Hub id, in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
-            that the adapter's config names for this base.
-        adapter: the adapter that was folded; several in the live order.
-        texts: texts or batches, as ``calibration`` of :func:`fold_checkpoint` takes them, on which the folded model and the
-            base with the adapter live are compared too (``report.on_texts``). Only texts load the two models through
-            transformers and run them.
-        tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
-            costs.
-        follow_links: as for :func:`fold_checkpoint`.
-
-    Returns:
-        a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
-        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass, and
-        ``report.verdict`` is one line about all.
-
-    Raises:
-        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes
-            or there are ``texts``.
-        CalibrationError: there are no texts or no tokenizer.
-        OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
-    """
-    if (base is None) != (adapter is None):
-        message = (
-            f"the {'adapter' if base is None else 'base'} was given without the {'base' if base is None else 'adapter'}"
-        )
-        raise StateError(
-            message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
-        )
-    if base is None and texts is not None:
-        message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
-        raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
-    with links_followed(follow_links):
-        folder = find_checkpoint(folded, whole=True)
-        if base is None or adapter is None:
-            return check_files(folder)
-        opened = open_checkpoint(folder)
-        adapters = loaded_adapters(adapter)
-        start = opened_checkpoint(base, adapters=adapters)
-        # scores of tokens are large, so few texts are run at once
-        batches = [] if texts is None else _batches(texts, folder, size=4)
-
-        def on_texts(loading: Any) -> VerifyReport:
-            return compare_on_inputs(opened, start, adapters, batches, base_settings(opened, start, loading))
-
-        return check_checkpoint(
-            opened,
-            start,
-            adapters,
-            tolerance=tolerance,
-            on_texts=None if texts is None else on_texts,
-            idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-        )
-
-
-def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
-    """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
-
-    Raises:
-        CheckpointError: the folder does not exist, or its record cannot be read.
-    """
-    place = checkpoint_place(folder)
-    return record_in(place.fetch([RECORD]))
+    return check_checkpoint(
+        opened,
+        start,
+        adapters,
+        tolerance=tolerance,
+        on_texts=None if texts is None else on_texts,
+        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
+    )

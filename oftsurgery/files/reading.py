@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from oftsurgery.dtypes import DTYPES
+from oftsurgery.dtype_names import SAFETENSORS
 from oftsurgery.errors import CheckpointError, printable
 
 from .links import check_link
@@ -139,7 +139,7 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
         start, end = facts["data_offsets"]
         shape = tuple(facts["shape"])
         entries.append(TensorEntry(name, path.name, str(facts["dtype"]), shape, 8 + length + start, end - start))
-    strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
+    strange = next((e for e in entries if e.dtype not in SAFETENSORS or max(e.shape, default=0) > _MAX_SIZE), None)
     if strange is not None:
         raise CheckpointError(
             f"oftsurgery does not know the tensor's dtype or shape, {printable(strange.dtype)} {printable(list(strange.shape))}",
