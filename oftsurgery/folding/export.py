@@ -64,6 +64,7 @@ def save_model(
     ):
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
+            staging.finish(shard.file, {})
         files = [shard.file for shard in shards]
         record = write_other_files(
             staging,
