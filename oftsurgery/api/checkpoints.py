@@ -22,6 +22,7 @@ from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
+from oftsurgery.folding.remembered import plan_remembered
 from oftsurgery.folding.target import FOUR_BIT, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
@@ -60,7 +61,7 @@ def plan_fold(
     base = source if source is not None else named_base(adapters)
     opened = opened_checkpoint(base, settings.revision, adapters)
     settings, trained = as_trained(settings, opened, adapters)
-    plan = plan_checkpoint(
+    plan = (plan_checkpoint if mode == "calibrated" or settings.undo is not None else plan_remembered)(
         opened,
         adapters,
         format=settings.format,
