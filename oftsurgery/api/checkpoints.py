@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk plan, fold, unfold and extract, and compare a fold with its base."""
+"""The public functions on checkpoints on disk plan, fold and unfold."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
-from oftsurgery.calibrate.checkpoint import calibrated_paths, checkpoint_inputs
-from oftsurgery.calibrate.texts import read_texts
-from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
-from oftsurgery.checks.verify_checkpoints import check_checkpoint
-from oftsurgery.checks.verify_outputs import base_settings, compare_on_inputs
-from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.dtypes import float_dtype
-from oftsurgery.files.checkpoint import open_checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
@@ -29,8 +20,6 @@ from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
-from oftsurgery.stores.idle import is_idle
-from oftsurgery.stores.modules import modules_of
 
 from .arguments import (
     AdapterLike,
@@ -78,6 +67,8 @@ def plan_fold(
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
     if mode == "calibrated":
+        from oftsurgery.calibrate.checkpoint import calibrated_paths
+
         calibrated_paths(plan)
     return plan
 
@@ -192,12 +183,16 @@ def fold_checkpoint(
         plan = plan_fold(source, adapter, settings)
         batches = None
         if mode == "calibrated":
-            batches = _batches(calibration, plan.source.folder)
-            plan = replace(plan, calibration=batches_fingerprint(batches))
+            from oftsurgery.calibrate import batches as calibrate  # a fold without a calibration runs no model
+
+            batches = calibrate.given_batches(calibration, plan.source.folder)
+            plan = replace(plan, calibration=calibrate.batches_fingerprint(batches))
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
             inputs_of = None
             if batches is not None:
+                from oftsurgery.calibrate.checkpoint import checkpoint_inputs
+
                 inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
             record = run_plan(
                 plan,
@@ -210,15 +205,6 @@ def fold_checkpoint(
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record
-
-
-def _batches(texts: Any, folder: Path, **options: int) -> list[Batch]:
-    """The batches of texts (a file or a list) by the tokenizer in ``folder``, or batches as they are."""
-    if isinstance(texts, (str, PathLike)):
-        texts = read_texts(Path(texts).expanduser())
-    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
-        return tokenise(texts, folder, **options)
-    return read_batches(texts)
 
 
 @dataclass
@@ -297,67 +283,3 @@ def unfold_checkpoint(
             plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
         with shown(progress, "unfold") as step:
             return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
-
-
-def extract_checkpoint(
-    base: str | PathLike[str],
-    merged: str | PathLike[str],
-    block_size: int | None = None,
-    *,
-    follow_links: bool = False,
-    progress: bool | Progress = False,
-) -> ExtractedAdapter:
-    """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
-
-    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", format="bf16")
-    >>> found = oftsurgery.extract_checkpoint("BASE", "OUTPUT")
-    >>> found.explained > 0.99
-    True
-
-    Args:
-        base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
-        block_size: as for :func:`extract`.
-        follow_links: as for :func:`fold_checkpoint`.
-        progress: show a bar, or a function of (weights done, weights in all, module path).
-
-    Returns:
-        as :func:`extract`.
-
-    Raises:
-        CheckpointError: files cannot be used.
-        OFTSurgeryError: as :func:`extract`.
-    Warns:
-        ExtractionWarning: as :func:`extract`.
-    """
-    with links_followed(follow_links):
-        here, there = opened_checkpoint(base), opened_checkpoint(merged)
-    with shown(progress, "extract", "layer") as step:
-        return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
-
-
-def compare_with_base(
-    folder: Path,
-    base: str | PathLike[str],
-    adapter: AdapterLike | Sequence[AdapterLike],
-    *,
-    texts: Any,
-    tolerance: float | None,
-) -> CheckpointReport:
-    """:func:`~oftsurgery.verify_checkpoint` of a folder with its base and adapter."""
-    opened = open_checkpoint(folder)
-    adapters = loaded_adapters(adapter)
-    start = opened_checkpoint(base, adapters=adapters)
-    # scores of tokens are large, so few texts are run at once
-    batches = [] if texts is None else _batches(texts, folder, size=4)
-
-    def on_texts(loading: Any) -> VerifyReport:
-        return compare_on_inputs(opened, start, adapters, batches, base_settings(opened, start, loading))
-
-    return check_checkpoint(
-        opened,
-        start,
-        adapters,
-        tolerance=tolerance,
-        on_texts=None if texts is None else on_texts,
-        idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-    )

@@ -76,6 +76,6 @@ def verify_checkpoint(
         folder = find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
             return check_files(folder)
-        from .checkpoints import compare_with_base  # imports torch
+        from .comparisons import compare_with_base  # imports torch
 
         return compare_with_base(folder, base, adapter, texts=texts, tolerance=tolerance)
