@@ -42,8 +42,8 @@ def plan_remembered(source: Checkpoint, adapters: Sequence[OFTAdapter], **settin
     """:func:`plan_checkpoint`, with the same arguments, result and errors. An undo record and a calibration read facts of the
     class that no plan holds, so their plans come from :func:`plan_checkpoint` itself.
     """
-    folder = _folder()
-    if folder is None or _loaded() or "model_type" not in source.config or not has_quantised_weights(source):
+    folder, known = _folder(), "transformers" in versions() and "model_type" in source.config
+    if folder is None or not known or _loaded() or not has_quantised_weights(source):
         return plan_checkpoint(source, adapters, **settings)
     note = _Note(folder, source, adapters, settings)
     return note.plan() or note.asked()
