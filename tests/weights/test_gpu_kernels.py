@@ -53,7 +53,9 @@ def check(encoded, chain, into=None, rounding="preserve", inverse=False, strong=
         return got
     scales, wanted = got.encoded.scales, want.encoded.scales
     if strong or want.rounding == "grid":  # the last bits of a fitted scale depend on the order of a sum
-        assert torch.allclose(scales, wanted, rtol=1e-5, atol=0)
+        # double quantisation may leave small differences of large numbers
+        nested = bool(want.encoded.format.nested_blocksize) * 1e-6 * float(wanted.abs().max())
+        assert torch.allclose(scales, wanted, rtol=1e-5, atol=nested)
         assert not strong or int((scales != codecs.grid_of(encoded).scales).sum()) == strong
     else:
         assert all(torch.equal(t, got.encoded.tensors[k]) for k, t in want.encoded.tensors.items() if k != "weight")

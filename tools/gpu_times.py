@@ -1,0 +1,128 @@
+"""The steps of :mod:`gpu_check` that take times: kernels alone, whole calls, a checkpoint on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_step import Step, rotation_of, weight_in
+
+import oftsurgery
+from oftsurgery import EncodedWeight, WeightFormat
+from oftsurgery.weights import kernels as backends
+from oftsurgery.weights.kernels import fold_gpu, gpu
+
+
+def benchmarked(step: Step, call: Callable[[], Any]) -> float:
+    """The median of milliseconds that ``call`` takes on the device."""
+    if step.small:
+        return step.timed(call)[0] * 1e3
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=10, rep=60, return_mode="median"))
+
+
+class Replayed:
+    """A kernel whose launches are kept, to be launched again alone."""
+
+    def __init__(self, kernel: Any, launches: list[Callable[[], Any]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any, **how: Any) -> Any:
+            call = partial(self.kernel[grid], *args, **how)
+            self.launches.append(call)
+            return call()
+
+        return launch
+
+
+def kernels(step: Step) -> None:
+    copied = torch.ones((1 << 20) if step.small else (1 << 28), device=step.device)
+    to = torch.empty_like(copied)
+    copy_ms = benchmarked(step, lambda: to.copy_(copied))
+    step.note("copy_gigabytes_per_second", 2 * copied.nbytes / copy_ms / 1e6)
+    size = 128 if step.small else 4096
+    cases = {
+        "nf4": (WeightFormat("nf4", (size, size), torch.float16, 64), ("nearest", "grid", "preserve")),
+        "nf4 nested": (WeightFormat("nf4", (size, size), torch.float16, 64, 256), ("nearest", "grid", "preserve")),
+        "int8": (WeightFormat("int8", (size, size), torch.float16), ("nearest", "preserve")),
+        "bfloat16": (WeightFormat("dense", (size, size), torch.bfloat16), ("nearest",)),
+    }
+    usual = fold_gpu.tile_of
+    tiles = [usual(64), (16, 4), (32, 4), (64, 8)]
+    named = {name: getattr(gpu, name) for name in ("fold_four_bit", "fold_rows", "quantise_scales")}
+    for name, (f, roundings) in cases.items():
+        encoded = weight_in(f)
+        encoded = EncodedWeight(f, {k: t.to(step.device) for k, t in encoded.tensors.items()})
+        order = [rotation_of(size, 0.0005)]
+        for rounding in roundings:
+            for tile in tiles[:1] if step.small else tiles:
+                with step.case(f"{name}, {rounding}, {tile}") as figures, contextlib.ExitStack() as stack:
+                    fold_gpu.tile_of = lambda _, tile=tile: tile
+                    stack.callback(setattr, fold_gpu, "tile_of", usual)
+                    launches: list[Callable[[], Any]] = []
+                    for kernel_name, kernel in named.items():
+                        setattr(gpu, kernel_name, Replayed(kernel, launches))
+                        stack.callback(setattr, gpu, kernel_name, kernel)
+                    with oftsurgery.use_backend("triton"):
+                        result = backends.fold(encoded, order, f, inverse=False, rounding=rounding)
+                    assert result is not None, "the kernel does not take the weight"
+                    kept = list(launches)
+                    each = [benchmarked(step, call) for call in kept]
+                    moved = sum(t.nbytes for e in (encoded, result.encoded) for t in e.tensors.values())
+                    figures |= {"ms": each, "gigabytes_per_second": moved / sum(each) / 1e6, "backend": result.backend}
+                    whole = partial(backends.fold, encoded, order, f, inverse=False, rounding=rounding)
+                    with oftsurgery.use_backend("triton"):
+                        whole()
+                        figures["call_ms"] = min(step.timed(whole)[0] for _ in range(1 if step.small else 5)) * 1e3
+
+
+def times(step: Step) -> None:
+    from bench import layer_case
+
+    cases = [("nf4", 256, 256, 32)] if step.small else [
+        ("nf4", 4096, 4096, 32), ("nf4 nested", 4096, 4096, 32), ("int8", 4096, 4096, 32), ("nf4", 1024, 1024, 32),
+        ("nf4", 4096, 11008, 32), ("nf4", 4096, 4096, 128), ("fp4", 4096, 4096, 32), ("nf4", 8192, 8192, 32),
+    ]  # fmt: skip
+    start = time.monotonic()
+    for case in cases:
+        if time.monotonic() - start > 0.8 * step.seconds:
+            step.note("left_out", [str(c) for c in cases[cases.index(case) :]])
+            return
+        with step.case("{} {}×{} b={}".format(*case)) as figures:
+            figures |= layer_case(*case, pairs=1 if step.small else 3, device=step.device)
+
+
+def checkpoint(step: Step) -> None:
+    from big import linears, write_adapter, write_checkpoint
+    from safetensors import safe_open
+
+    sizes = {"hidden": 256, "intermediate": 512} if step.small else {"hidden": 2048, "intermediate": 5632}
+    depth = 1 if step.small else 4
+    with tempfile.TemporaryDirectory() as temporary:
+        base, adapter = Path(temporary) / "base", Path(temporary) / "adapter"
+        step.note("bytes", write_checkpoint(base, layers=depth, shards=1, **sizes))
+        paths = {f"model.layers.{i}.{p}": s[1] for i in range(depth) for p, s in linears(**sizes).items()}
+        write_adapter(adapter, paths)
+        for rounding in ("nearest", "preserve"):
+            with step.case(rounding) as figures:
+                read = []
+                for device in ("cpu", step.device):
+                    for turn in ("first_seconds", "seconds"):
+                        out = Path(temporary) / f"{rounding}-{len(read)}-{turn}"
+                        fold = partial(oftsurgery.fold_checkpoint, base, adapter, out, device=device, rounding=rounding)
+                        figures[f"{turn} on {device}"] = step.timed(fold)[0]
+                    with safe_open(next(out.glob("*.safetensors")), "pt") as file:
+                        read.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                codes_ = [
+                    (t != read[1][n]).double().mean().item() for n, t in read[0].items() if t.dtype == torch.uint8
+                ]
+                figures["other_codes"] = max(codes_)
+                assert figures["other_codes"] < 1e-4, "the codes differ"
