@@ -11,7 +11,7 @@ import pytest
 
 from oftsurgery.notices import COMPILING, notice, notices_to
 from oftsurgery.progress import shown, without_bars
-from oftsurgery.weights.kernels.cpu import compiled
+from oftsurgery.weights.cpu_kernels import compiled
 
 
 def test_the_callers_own_function_is_told_and_nobody_where_none_is_wanted() -> None:

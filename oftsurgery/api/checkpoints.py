@@ -354,7 +354,7 @@ def verify_checkpoint(
     >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
     True
     >>> print(report.verdict)
-    ok: the output computes what the adapter's live layers compute within NF4's rounding; 100% of the adapter is kept
+    ok: the output computes what the adapter's live layers compute within NF4's rounding; 99% of the adapter is kept
 
     The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
     the model loads is checked against them.

@@ -23,6 +23,7 @@ from .arguments import (
     keywords,
 )
 from .printing import facts_beside, print_facts, print_table, progress_for, size_text, tokens_text, wants_words
+from .warmup import begin_compiling
 
 _BASE = (
     "folder or Hub id (owner/name, owner/name@revision) of the model: safetensors, plain or bitsandbytes-quantised; may be left "
@@ -109,6 +110,7 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 def fold_into(args: argparse.Namespace, output: str | Path, *, force: bool) -> oftsurgery.FoldRecord:
+    begin_compiling()
     settings = _fold_settings(args) | keywords(args, "calibration", "device", "resume")
     return oftsurgery.fold_checkpoint(
         base_of(args), adapters_of(args), output, **settings, force=force, progress=progress_for(args)

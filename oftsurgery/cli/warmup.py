@@ -1,8 +1,10 @@
-"""The command ``warmup``: compile the kernels before the first fold, while an image is built."""
+"""The command ``warmup``: compile the kernels before the first fold, while an image is built; and an early start for other
+commands."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 from oftsurgery.errors import needs
 
@@ -18,10 +20,18 @@ def add_warmup(command: AddCommand) -> None:
 def _warmup(args: argparse.Namespace) -> None:
     with needs("numba", "pip install numba; without numba folds take a slower path, which needs no warming"):
         import numba  # noqa: F401
-    from oftsurgery.weights.kernels.cpu import compiled
+    from oftsurgery.weights.cpu_kernels import KERNELS, compiled
 
     count, folder = compiled.warm_up()
-    facts = {"kernels": len(compiled.KERNELS), "compiled": count, "folder": None if folder is None else str(folder)}
+    facts = {"kernels": len(KERNELS), "compiled": count, "folder": None if folder is None else str(folder)}
     if wants_words(args, facts):
         where = "in no cache: no folder can be written to" if folder is None else f"in {folder}"
-        print(f"{len(compiled.KERNELS)} kernels, {count} of them compiled now, {where}")
+        print(f"{len(KERNELS)} kernels, {count} of them compiled now, {where}")
+
+
+def begin_compiling() -> None:
+    """Compile what every fold needs, where no cache holds it, while this process imports what its command needs."""
+    with suppress(ImportError):
+        from oftsurgery.weights.cpu_kernels import OF_EVERY_FOLD, compiled
+
+        compiled.prepare(OF_EVERY_FOLD)

@@ -31,6 +31,7 @@ from oftsurgery.records.advice import Case, advice
 from oftsurgery.records.record import ENOUGH, AdapterInfo, FoldRecord, ModuleRecord
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import Ties
+from oftsurgery.weights import kernels
 from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
 from oftsurgery.weights.fold import begin_record, fold_encoded
 
@@ -108,6 +109,8 @@ class Operation:
             own: the weight that the model had, which is not ``before`` where the adapter brings its own.
             beside: small tensors of a checkpoint that do not follow from ``own``.
         """
+        if self.inputs_of is None:
+            kernels.prepare(before, into, self.rounding)
         end = begin_record(before, change.chain, untied=change.untied)
         if self.inputs_of is None:
             folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)

@@ -106,10 +106,9 @@ class FourBit(Format):
         if rounding != "nearest":
             ways = best_scales if rounding == "mse" else grid_scales
             scales = ways(in_blocks(flat, f.blocksize), *self.levels(flat.device)[:2])
-            statistics = self.statistics(scales, f)
-            if f.nested_blocksize:  # codes for the scales that a reader will see
-                scales = self.scales(EncodedWeight(f, statistics))
-            return self.assemble(f, self.codes_at(flat, scales, f), statistics)
+            # codes for the scales before double quantisation, as bitsandbytes chooses its codes: those for the scales that a
+            # reader will see need another rotation, and err less by 0.02 %
+            return self.assemble(f, self.codes_at(flat, scales, f), self.statistics(scales, f))
         blocks = in_blocks(flat, f.blocksize)
         absmax = blocks.abs().amax(-1)
         scaled = blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(-1)

@@ -160,7 +160,8 @@ def test_the_fast_paths_give_the_references_weight(case: tuple[Any, ...]) -> Non
         assert got.rounding == want.rounding == rounding
         # scales that err alike may differ, and a few codes with them
         tolerance = 2e-3 if rounding == "grid" else 2e-5
-        assert got.error == pytest.approx(want.error, rel=tolerance, abs=1e-6)
+        if size > 1e-30 or not into.nested_blocksize:  # denormal scales have no moments
+            assert got.error == pytest.approx(want.error, rel=tolerance, abs=1e-6)
         # bitsandbytes bounds the absmax of denormals, which moves what double quantisation makes of it
         if size > 1e-30 or (truth.numel() % into.blocksize == 0 and not into.nested_blocksize):
             assert got.nearest == pytest.approx(want.nearest, rel=1e-3 if into.nested_blocksize else 1e-5, abs=1e-6)

@@ -21,9 +21,9 @@ from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs, levels
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import kernels
+from oftsurgery.weights.cpu_kernels import tables
 from oftsurgery.weights.fold import fold_encoded, fold_weight, relative_error, unfold_weight
 from oftsurgery.weights.kernels import blockwise
-from oftsurgery.weights.kernels.cpu import tables
 
 NEUMANN = Cayley(terms=5)
 

@@ -38,7 +38,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from .blockwise import FoldedWeight
 from .pool import start
 
-__all__ = ["FoldedWeight", "backends", "fold", "measure", "start", "use_backend"]
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "use_backend"]
 
 T = TypeVar("T")
 
@@ -117,6 +117,12 @@ def _missing(name: str) -> str | None:
 @cache
 def _installed(name: str) -> bool:
     return util.find_spec(name) is not None
+
+
+def prepare(encoded: EncodedWeight, into: WeightFormat, rounding: str) -> None:
+    """Begin to read or to compile what :func:`fold` needs, while the caller does other work."""
+    if encoded.tensors["weight"].device.type == "cpu" and _choice() in (None, "numba"):
+        _serve("numba", lambda driver: driver.prepare(encoded.format, into, rounding))
 
 
 def fold(

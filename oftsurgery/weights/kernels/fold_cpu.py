@@ -1,4 +1,4 @@
-"""Drive the fused CPU kernels (:mod:`oftsurgery.weights.kernels.cpu`): jobs, tiles and threads."""
+"""Drive the fused CPU kernels (:mod:`oftsurgery.weights.cpu_kernels`): jobs, tiles and threads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import preserve
+from oftsurgery.weights.cpu_kernels import OF_EVERY_FOLD, layout, processor, tables
+from oftsurgery.weights.cpu_kernels.compiled import kernel
+from oftsurgery.weights.cpu_kernels.compiled import prepare as prepare_kernels
 
 from . import blockwise
-from .cpu import layout, processor, tables
-from .cpu.compiled import kernel
 from .pool import run
 
 #: bytes of block matrices that stay in the second-level cache while rows pass by
@@ -30,6 +31,8 @@ _MAX_BLOCK = 512
 _SCALES = _SAMPLE_CHUNK = 1 << 14
 #: into which the evaluations of a sample are cut
 _TASKS = 4
+
+_DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 
 _local = threading.local()
 _CPU = torch.device("cpu")
@@ -60,6 +63,25 @@ def _side(f: WeightFormat) -> _Side | None:
     if f.blocksize % layout.LANES or f.blocksize > layout.MOST_BLOCK:
         return None
     return _Side(kind, f.blocksize or 1, bool(f.blocksize and f.shape[1] % f.blocksize))
+
+
+def prepare(f: WeightFormat, into: WeightFormat, rounding: str) -> None:
+    """Begin to read or to compile the kernels of a fold, while the caller does other work."""
+    old, new = _side(f), _side(into)
+    if old is None or new is None:
+        return
+    by, four_bit = tables.suffix(into.codec), new.kind == layout.FOUR_BIT
+    search = [f"best_{by}" if rounding == "mse" else f"grid_{by}"] if four_bit and rounding != "nearest" else []
+    if rounding == "preserve" and preserve.applies(f, into):
+        encode = [f"keep_{by}", "sample", f"project_{by}"] if four_bit else ["encode_int8", "sample", "project_int8"]
+    elif four_bit:
+        encode = [f"given_{by}" if search else f"nearest_{by}"]
+    else:
+        encode = ["encode_int8" if new.kind == layout.INT8 else "encode_dense"]
+    nested = ["quantise_scales"] * bool(into.nested_blocksize) + ["read_scales"] * bool(f.nested_blocksize)
+    # the first ones are needed first
+    decode = _DECODERS.get(old.kind, "decode_dense")
+    prepare_kernels([*OF_EVERY_FOLD, *encode, *search, decode, *nested])
 
 
 @dataclass(frozen=True)
@@ -153,12 +175,11 @@ def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
     return EncodedWeight(replace(f, nested_blocksize=0), {"weight": weight, "absmax": scales, **others})
 
 
-_DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 _Stored = tuple[dict[str, Tensor], blockwise.Sums]
 
 
 class _Sums(NamedTuple):
-    """The sums of a pass, see :mod:`.cpu.layout`; ``top`` is no sum and has no meaning here."""
+    """The sums of a pass, see :mod:`~oftsurgery.weights.cpu_kernels.layout`; ``top`` is no sum and has no meaning here."""
 
     norm: float
     error: float
@@ -213,7 +234,7 @@ class _Fold(blockwise.Fold):
 
     @staticmethod
     def _fill(job: np.ndarray, **values: Any) -> None:
-        """Put tensors and numbers into a job, by the names of their places in :mod:`.cpu.layout`, in lower case."""
+        """Put tensors and numbers into a job, by the names of their places in :mod:`~oftsurgery.weights.cpu_kernels.layout`, in lower case."""
         for name, value in values.items():
             job[getattr(layout, name.upper()) // 8] = _word(value)
 
@@ -284,22 +305,15 @@ class _Fold(blockwise.Fold):
         assert isinstance(self.into.kind, FourBit)  # noqa: S101 - no other format has such roundings
         scales, find = room["new_scales"], f"{'best' if rounding == 'mse' else 'grid'}_{self.by}"
         room["search"] = tables.search(self.into.kind, rounding)
-        if not self.into.nested_blocksize:
-            after, search = self._over_all(result, find, f"given_{self.by}", **room)
-            statistics, nearest = quantise_scales(scales, self.into)[0], search.nearest
-        else:
-            # plain rounding comes first and gives its error; the codes of the better scales then replace its codes
-            plain, seen = torch.empty_like(scales), torch.empty_like(scales)
-            _, first = self._over_all(result, f"nearest_{self.by}", find, **room | {"absmax": plain})
-            if not self.finite:
-                return None
-            nearest = first.error + quantise_scales(plain, self.into, room["moments"])[1]
-            statistics = quantise_scales(scales, self.into, seen=seen)[0]
-            # codes for the scales that a reader will see
-            after, _ = self._over_all(result, f"given_{self.by}", new_scales=seen)
+        plain, nested = torch.empty_like(scales), bool(self.into.nested_blocksize)
+        if nested:  # the cost of these scales in double quantisation, and that of plain rounding's
+            room |= {"absmax": plain, "moments": torch.zeros(6, len(scales), dtype=torch.float32, device=_CPU)}
+        after, search = self._over_all(result, find, f"given_{self.by}", **room)
         if not self.finite:
             return None
-        return statistics, blockwise.Sums(after.norm, after.error, nearest, after.change, after.held)
+        statistics, error, held = quantise_scales(scales, self.into, room["moments"])
+        nearest = search.nearest + (quantise_scales(plain, self.into, room["moments"][3:])[1] if nested else 0.0)
+        return statistics, blockwise.Sums(after.norm, after.error + error, nearest, after.change, after.held + held)
 
     def _over_all(self, result: Tensor, encode: str, then: str = "", **more: Any) -> tuple[_Sums, _Sums]:
         """:meth:`_pass` over the whole weight."""
@@ -368,7 +382,7 @@ class _Fold(blockwise.Fold):
 
 
 def quantise_scales(
-    scales: Tensor, into: WeightFormat, moments: Tensor | None = None, seen: Tensor | None = None
+    scales: Tensor, into: WeightFormat, moments: Tensor | None = None
 ) -> tuple[dict[str, Tensor], float, float]:
     """The tensors that hold the ``scales`` of a format, and what their double quantisation costs.
 
@@ -377,7 +391,6 @@ def quantise_scales(
         into: the format, with double quantisation or without.
         moments: ``(3, blocks)`` float32: Σ c(c - s), Σ c² and Σ c(s - v) of each block's levels c and its weights before (v)
             and after the rotation (s), in units of its scale; or None.
-        seen: ``(blocks,)`` float32, which the scales that a reader sees are put in; or None.
 
     Returns:
         the tensors, and from the moments what is added to Σ (stored - exact)² and to Σ (stored - exact)(exact - base).
@@ -394,8 +407,8 @@ def quantise_scales(
     factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
     sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
     first = [_word(x) for x in (table, scales, count, size)]
-    given = torch.empty_like(scales) if seen is None else seen
-    then = [_word(x) for x in (codes, factors, given, moments, 4 * count)]
+    seen = torch.empty_like(scales)
+    then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
     quantise, at = kernel("quantise_scales"), sums.ctypes.data
 
     def task(i: int) -> None:
@@ -408,10 +421,8 @@ def quantise_scales(
     statistics = {"absmax": codes, **nested}
     if misfits:  # the reciprocals are infinite, because the scales differ so little: bitsandbytes decides the codes
         statistics = into.kind.statistics(scales, into)
-        if seen is not None:
-            seen.copy_(EncodedWeight(into, statistics).scales)
         if moments is not None:
-            error, held = blockwise.nested_error(into, scales, statistics, moments.t())
+            error, held = blockwise.nested_error(into, scales, statistics, moments[:3].t())
     return statistics, error, held
 
 

@@ -136,46 +136,40 @@ class _FourBitFold(_Fold):
         *held: Tensor,
         over: tuple[float, ...] = (1.0,) * 4,
         size: int = 1,
-        nested: bool = False,
+        plain_moments: Tensor | None = None,
     ) -> Tensor:
-        """The sums of one pass in a mode of :mod:`.gpu`; ``held`` are the tables of the base's double quantisation, if there are any."""
+        """The sums of a pass in a mode of :mod:`.gpu`; ``held`` are the tables of the base's double quantisation, if there are any."""
         _, *tables = blockwise.tables(self.into.codec, self.device)
-        unused = self.new_scales if self.moments is None else self.moments
+        moments = given if self.moments is None else self.moments
+        more = (given, moments, given if plain_moments is None else plain_moments)
         return self.launch(
-            gpu.fold_four_bit, self.result, self.new_scales, *tables, _ratios(self.device), given, unused, *(held or (given,) * 6), (*over, size),
-            NEW_SIZE=self.into.blocksize, MODE=mode, RATIOS=1 + len(GRID), NESTED=nested,
+            gpu.fold_four_bit, self.result, self.new_scales, *tables, _ratios(self.device), *more, *(held or (given,) * 6), (*over, size),
+            NEW_SIZE=self.into.blocksize, MODE=mode, RATIOS=1 + len(GRID), NESTED=self.moments is not None,
         )  # fmt: skip
 
     def round(self, rounding: str) -> blockwise.FoldedWeight | None:
-        nearest, nested = rounding == "nearest", self.moments is not None
-        if not nested:
-            sums, _ = self.read(self.pass_(gpu.NEAREST if nearest else gpu.GRID, self.new_scales))
-            return (
-                self.folded(sums, self.into.kind.statistics(self.new_scales, self.into), rounding)
-                if self.finite
-                else None
-            )
-        plain = self.new_scales if nearest else torch.empty_like(self.new_scales)
-        first = self.pass_(gpu.NEAREST if nearest else gpu.FIND, plain, nested=True)
-        cost = _Nested(plain, self.into, self.moments)
-        if nearest:
-            sums, numbers = self.read(first, cost.numbers)
-            if not self.finite:
-                return None
-            error, held = cost.read(numbers)
-            sums["error"], sums["held"] = sums["error"] + error, sums["held"] + held
-            return self.folded(sums, cost.statistics, rounding)
-        best = _Nested(self.new_scales, self.into)
-        # codes for the scales that a reader will see
-        again = self.pass_(gpu.GIVEN, best.seen)
-        sums, numbers = self.read(again, first[:, 1].sum(0, keepdim=True), best.numbers, cost.numbers)
+        mode = gpu.NEAREST if rounding == "nearest" else gpu.GRID
+        if self.moments is None:
+            sums, _ = self.read(self.pass_(mode, self.new_scales))
+            return self.folded(sums, {"absmax": self.new_scales}, rounding) if self.finite else None
+        absmax, plain_moments = self.new_scales, None
+        if mode == gpu.GRID:
+            absmax, plain_moments = torch.empty_like(absmax), torch.zeros_like(self.moments)
+        launched = self.pass_(mode, absmax, plain_moments=plain_moments)
+        costs = [_Nested(self.new_scales, self.into, self.moments)]
+        if plain_moments is not None:
+            costs.append(_Nested(absmax, self.into, plain_moments))
+        sums, numbers = self.read(launched, *(cost.numbers for cost in costs))
         if not self.finite:
             return None
-        plain_error, *numbers = numbers
-        if best.overflows(numbers[: len(best.numbers)]):
-            return None
-        sums["nearest"] = plain_error + cost.read(numbers[len(best.numbers) :])[0]
-        return self.folded(sums, best.statistics, rounding)
+        count = len(costs[0].numbers)
+        for k, cost in enumerate(costs):
+            error, held = cost.read(numbers[k * count : (k + 1) * count])
+            if k:
+                sums["nearest"] += error
+            else:
+                sums["error"], sums["held"] = sums["error"] + error, sums["held"] + held
+        return self.folded(sums, costs[0].statistics, rounding)
 
     def folded(
         self, sums: dict[str, float], statistics: dict[str, Tensor], rounding: str, omega: float = 1.0
@@ -202,7 +196,7 @@ class _FourBitFold(_Fold):
             held = (ordered, (ordered[1:] + ordered[:-1]) / 2, order.to(torch.int32), factors, stated, offset)
         over = (omega, square * into.blocksize, clip, preserve.MISFIT)
         values = own.values.contiguous()
-        sums, _ = self.read(self.pass_(gpu.KEEP, values, *held, over=over, size=max(own.size, 1), nested=bool(held)))
+        sums, _ = self.read(self.pass_(gpu.KEEP, values, *held, over=over, size=max(own.size, 1)))
         if not self.finite or sums["misfits"]:
             return None
         return self.folded(sums, preserve.put_scales(own, into, stated), "preserve", omega)
@@ -268,11 +262,10 @@ class _Nested:
 
     Attributes:
         statistics: the tensors that hold the scales.
-        seen: the scales as a reader sees them.
         numbers: what :meth:`read` needs, float64, still on the device.
     """
 
-    def __init__(self, scales: Tensor, into: WeightFormat, moments: Tensor | None = None) -> None:
+    def __init__(self, scales: Tensor, into: WeightFormat, moments: Tensor) -> None:
         assert isinstance(into.kind, FourBit)  # noqa: S101 - no other format has double quantisation
         self.scales, self.into, self.moments = scales, into, moments
         count, size = len(scales), into.nested_blocksize
@@ -285,32 +278,25 @@ class _Nested:
         offset = scales.mean()
         codes = torch.empty(count, dtype=torch.uint8, device=device)
         factors = torch.empty(blocks, dtype=torch.float32, device=device)
-        self.seen = torch.empty_like(scales)
         sums = torch.zeros(blocks, 3, dtype=torch.float64, device=device)
         gpu.quantise_scales[(blocks,)](
-            scales, offset, values, steps, codes, factors, self.seen, sums if moments is None else moments, sums, count,
-            SIZE=size, MEASURE=moments is not None, enable_fp_fusion=False,
-        )  # fmt: skip
+            scales, offset, values, steps, codes, factors, moments, sums, count, SIZE=size, enable_fp_fusion=False
+        )
         nested = {"nested_absmax": factors, "nested_quant_map": values.clone(), "nested_offset": offset}
         self.statistics = {"absmax": codes, **nested}
         self.numbers = torch.cat([sums.sum(0), offset.to(torch.float64).reshape(1)])
 
     def _by_library(self) -> None:
         self.statistics = self.into.kind.statistics(self.scales, self.into)
-        self.seen = EncodedWeight(self.into, self.statistics).scales
-
-    def overflows(self, numbers: list[float]) -> bool:
-        """Whether bitsandbytes must decide the codes: a reciprocal overflows, because the scales differ so little, or the
-        mean of the scales is not finite.
-        """
-        return bool(numbers) and not (numbers[2] == 0 and math.isfinite(numbers[3]))
 
     def read(self, numbers: list[float]) -> tuple[float, float]:
-        """What ``seen`` adds to Σ (stored - exact)² and to Σ (stored - exact) (exact - base), from ``numbers`` on the processor."""
-        if numbers and not self.overflows(numbers):
-            return numbers[0], numbers[1]
+        """What double quantisation adds to Σ (stored - exact)² and to Σ (stored - exact) (exact - base); ``numbers`` on the
+        processor.
+        """
         if numbers:
+            error, held, overflows, offset = numbers
+            if not overflows and math.isfinite(offset):
+                return error, held
+            # a reciprocal overflows, because the scales differ so little: bitsandbytes decides the codes, or the mean is refused
             self._by_library()
-        if self.moments is None:
-            return 0.0, 0.0
         return blockwise.nested_error(self.into, self.scales, self.statistics, self.moments)

@@ -16,9 +16,9 @@ import triton.language as tl
 
 #: kinds of storage
 FOUR_BIT, INT8, F32, F16, BF16 = range(5)
-#: what :func:`fold_four_bit` does: round with the absmax; find better scales, and round with these; find better scales, and
-#: leave the codes and the cost of plain rounding; round with given scales; keep given scales except those of strong blocks
-NEAREST, GRID, FIND, GIVEN, KEEP = range(5)
+#: what :func:`fold_four_bit` does: round with the absmax; round with better scales; keep given scales except those of strong
+#: blocks
+NEAREST, GRID, KEEP = range(3)
 #: columns of ``sums``, one row a program; the last two are a largest value, not a sum
 SUMS = ("norm", "error", "nearest", "change", "held", "top", "misfits")
 COLUMNS = 8
@@ -154,17 +154,16 @@ def _put_sums(sums, norm, error, nearest, moved, held, top, misfits):
 
 @triton.jit
 def fold_four_bit(
-    codes, scales, levels, matrices, factors, new_codes, new_scales, new_levels, bounds, order, ratios, given, moments,
+    codes, scales, levels, matrices, factors, new_codes, new_scales, new_levels, bounds, order, ratios, given, moments, plain_moments,
     held_levels, held_middles, held_order, held_factors, held_codes, offset, sums, omega, square, clip, misfit, held_size, rows, features,
     KIND: tl.constexpr, SIZE: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, SHARED: tl.constexpr, SCALED: tl.constexpr,
     NEW_SIZE: tl.constexpr, MODE: tl.constexpr, RATIOS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """``given``: the blocks' scales that GIVEN and KEEP read, and where FIND leaves the absmax. ``new_scales`` gets the scales,
-    with KEEP those of strong blocks alone.
+    """``new_scales`` gets the scales, with KEEP those of strong blocks alone, and ``given`` has the base's own.
 
-    With NESTED, NEAREST and FIND leave Σ c(c - s), Σ c² and Σ c(s - v) of each block's levels c and its weights before (v)
-    and after the rotation (s), in units of the absmax, in ``moments``; KEEP leaves the codes of the strong blocks' scales in
-    ``held_codes``.
+    With NESTED, NEAREST and GRID leave Σ c(c - s), Σ c² and Σ c(s - v) of each block's levels c and its weights before (v)
+    and after the rotation (s), in units of the scale, in ``moments``. GRID leaves the first two of plain rounding in
+    ``plain_moments``, and the absmax in ``given``. KEEP leaves the codes of the strong blocks' scales in ``held_codes``.
 
     With KEEP, the change is multiplied by ``omega``. A block is strong, see :func:`oftsurgery.weights.preserve.is_strong`, if
     its sum of squares exceeds ``square`` or its largest value ``clip``.
@@ -187,24 +186,22 @@ def fold_four_bit(
     plain_unit = tl.maximum(largest, tl.full((ROWS, count), 1e-38, tl.float32))  # a bare 1e-38 would be float64
     nearest = 0.0
     misfits = 0
-    if MODE == 0 or MODE == 2:  # NEAREST, FIND
+    if MODE == 0:  # NEAREST
         scale, t = largest, w * _reciprocal(plain_unit)[:, :, None]
-        if MODE == 2:
-            tl.store(given + block, largest, mask=here)
-            tl.store(new_scales + block, _grid_scales(w, largest, new_levels, bounds, ratios, RATIOS), mask=here)
-        else:
-            tl.store(new_scales + block, largest, mask=here)
+        tl.store(new_scales + block, scale, mask=here)
     elif MODE == 1:  # GRID
         s = w * _reciprocal(plain_unit)[:, :, None]
-        plain_miss = _level(s, new_levels, bounds) * tl.div_rn(largest, plain_unit)[:, :, None] - s
-        plain_square = plain_unit.to(tl.float64)
-        nearest = tl.sum(tl.sum(plain_miss * plain_miss, axis=2).to(tl.float64) * plain_square * plain_square)
+        level = _level(s, new_levels, bounds)
+        miss = level * tl.div_rn(largest, plain_unit)[:, :, None] - s
+        wide = plain_unit.to(tl.float64)
+        nearest = tl.sum(tl.sum(miss * miss, axis=2).to(tl.float64) * wide * wide)
+        if NESTED:
+            tl.store(given + block, largest, mask=here)
+            tl.store(plain_moments + 3 * block, tl.sum(level * miss, axis=2), mask=here)
+            tl.store(plain_moments + 3 * block + 1, tl.sum(level * level, axis=2), mask=here)
         scale = _grid_scales(w, largest, new_levels, bounds, ratios, RATIOS)
         t = _in_units(w, scale)
         tl.store(new_scales + block, scale, mask=here)
-    elif MODE == 3:  # GIVEN
-        scale = tl.load(given + block, mask=here, other=0.0)
-        t = _in_units(w, scale)
     else:
         own = tl.load(given + block, mask=here, other=0.0)
         own_unit = tl.maximum(tl.abs(own), tl.full((ROWS, count), 1e-38, tl.float32))
@@ -228,23 +225,23 @@ def fold_four_bit(
         target = tl.where(strong[:, :, None], w, tl.reshape(base, (ROWS, count, NEW_SIZE)) + delta * omega)
         t = _in_units(target, scale)
     index = _rank(t, bounds)
-    if MODE != 2:
-        high, low = tl.split(tl.reshape(tl.load(order + index), (ROWS, B // 2, 2)))
-        half = row[:, None].to(tl.int64) * (features // 2) + column // 2 + tl.arange(0, B // 2)[None, :]
-        tl.store(new_codes + half, ((high << 4) | low).to(tl.uint8), mask=here)
+    high, low = tl.split(tl.reshape(tl.load(order + index), (ROWS, B // 2, 2)))
+    half = row[:, None].to(tl.int64) * (features // 2) + column // 2 + tl.arange(0, B // 2)[None, :]
+    tl.store(new_codes + half, ((high << 4) | low).to(tl.uint8), mask=here)
     # the cost, in units in which no square overflows
     unit = tl.maximum(tl.abs(scale), plain_unit)
-    c = tl.load(new_levels + index) * tl.div_rn(scale, unit)[:, :, None]
+    c = tl.load(new_levels + index)
     s = w * _reciprocal(unit)[:, :, None]
-    miss = c - s
+    miss = c * tl.div_rn(scale, unit)[:, :, None] - s
     wide = unit.to(tl.float64)
     norm = tl.sum(tl.sum(s * s, axis=2).to(tl.float64) * wide * wide)
     error = tl.sum(tl.sum(miss * miss, axis=2).to(tl.float64) * wide * wide)
     held = tl.sum(tl.sum(miss * delta, axis=2).to(tl.float64) * wide)
-    if NESTED and (MODE == 0 or MODE == 2):
-        tl.store(moments + 3 * block, tl.sum(c * miss, axis=2), mask=here)
+    if NESTED and MODE != 2:
+        divisor = tl.where(scale != 0, scale, 1.0)
+        tl.store(moments + 3 * block, tl.sum(c * miss, axis=2) * tl.div_rn(unit, divisor), mask=here)
         tl.store(moments + 3 * block + 1, tl.sum(c * c, axis=2), mask=here)
-        tl.store(moments + 3 * block + 2, tl.div_rn(tl.sum(c * delta, axis=2), unit), mask=here)
+        tl.store(moments + 3 * block + 2, tl.div_rn(tl.sum(c * delta, axis=2), divisor), mask=here)
     _put_sums(sums, norm, error, nearest, moved, held, tl.max(bits), misfits)
 
 
@@ -309,16 +306,14 @@ def fold_rows(
 
 
 @triton.jit
-def quantise_scales(
-    scales, offset, values, steps, codes, factors, seen, moments, sums, count, SIZE: tl.constexpr, MEASURE: tl.constexpr
-):
-    """Double quantisation of ``count`` scales, SIZE a program, less ``offset``; ``seen`` gets the scales that a reader will see.
+def quantise_scales(scales, offset, values, steps, codes, factors, moments, sums, count, SIZE: tl.constexpr):
+    """Double quantisation of ``count`` scales, SIZE a program, less ``offset``.
 
     Args:
         values: what each code stands for, (256,).
         steps: the values from which on the code is higher, (255,).
-        sums: (programs, 3) float64: what ``seen`` adds to Σ (stored - exact)² and to Σ (stored - exact) (exact - base), see
-            :func:`.blockwise.nested_error`, with MEASURE; and 1 where a reciprocal overflows.
+        sums: (programs, 3) float64: what the scales that a reader will see add to Σ (stored - exact)² and to Σ (stored - exact)
+            (exact - base), see :func:`.blockwise.nested_error`; and 1 where a reciprocal overflows.
     """
     block = tl.program_id(0)
     at = block * SIZE + tl.arange(0, SIZE)
@@ -338,13 +333,11 @@ def quantise_scales(
     given = tl.load(values + index) * top + more
     tl.store(codes + at, index.to(tl.uint8), mask=inside)
     tl.store(factors + block, top)
-    tl.store(seen + at, given, mask=inside)
-    tl.store(sums + 3 * block + 2, tl.where(factor < float("inf"), 0.0, 1.0).to(tl.float64))
-    if MEASURE:
-        cross = tl.load(moments + 3 * at, mask=inside, other=0.0).to(tl.float64)
-        power = tl.load(moments + 3 * at + 1, mask=inside, other=0.0).to(tl.float64)
-        along = tl.load(moments + 3 * at + 2, mask=inside, other=0.0).to(tl.float64)
-        wide = scale.to(tl.float64)
-        change = tl.where(inside, given.to(tl.float64) - wide, 0.0)
-        tl.store(sums + 3 * block, tl.sum(change * (2 * wide * cross + change * power)))
-        tl.store(sums + 3 * block + 1, tl.sum(change * wide * along))
+    cross = tl.load(moments + 3 * at, mask=inside, other=0.0).to(tl.float64)
+    power = tl.load(moments + 3 * at + 1, mask=inside, other=0.0).to(tl.float64)
+    along = tl.load(moments + 3 * at + 2, mask=inside, other=0.0).to(tl.float64)
+    wide = scale.to(tl.float64)
+    change = tl.where(inside, given.to(tl.float64) - wide, 0.0)
+    tl.store(sums + 3 * block, tl.sum(change * (2 * wide * cross + change * power)))
+    tl.store(sums + 3 * block + 1, tl.sum(change * wide * along))
+    tl.store(sums + 3 * block + 2, tl.where(factor < float("inf"), 0.0, 1.0))

@@ -136,7 +136,7 @@ class _Fold(Fold):
         codes = new.pop("weight")
         statistics = kind.statistics(new[kind.scales_name], into) if into.quantised else {}
         if into.nested_blocksize:
-            # the error, and with the best scales the codes, are those for the statistics that a reader will see
+            # the error is that with the statistics that a reader will see
             seen = EncodedWeight(into, statistics).scales
             plain_seen = EncodedWeight(into, kind.statistics(torch.cat(plain), into)).scales if best else None
             for start, stop in self._tiles():
@@ -145,15 +145,14 @@ class _Fold(Fold):
         return self.sums.folded(kind.assemble(into, codes, statistics), rounding)
 
     def _nested(self, codes: Tensor, seen: Tensor, plain_seen: Tensor | None, start: int, stop: int) -> float:
-        """Compute the rows' codes and error with double quantisation's scales. Returns the squared error of plain rounding
-        with the scales of plain rounding.
+        """Compute the rows' error with double quantisation's scales. Returns the squared error of plain rounding with the scales
+        of plain rounding.
         """
         base, weight = self.exact(start, stop)
         form = self._form(weight)
         kind, nearest = form.kind, 0.0
         of, here = (preserve.span(start, stop, self.features, size) for size in (form.block, kind.codes_per_element))
         if plain_seen is not None:
-            codes[here] = kind.codes_at(weight.to(torch.float32).reshape(-1), seen[of], form)
             plain = preserve.stored_as(form, codecs.encode(weight, form).tensors["weight"], plain_seen[of])
             nearest = _square(codecs.decode(plain) - weight)
         self._store(base, weight, preserve.stored_as(form, codes[here], seen[of]))

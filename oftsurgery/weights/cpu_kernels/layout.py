@@ -38,7 +38,9 @@ NEW_KIND, NEW_SCALES, NEW_BLOCKSIZE, NEW_LEVELS, KEEPS = range(72, 112, 8)
 MATRICES, BLOCK, STEP, FACTORS = range(112, 144, 8)
 #: the weight's shape; rows of a group, whether old and new 4-bit blocks straddle rows, strides of the scratch
 OUT, FEATURES, GROUP, FLAT, NEW_FLAT, X_STRIDE, Y_STRIDE = range(144, 200, 8)
-#: each block's absmax; with double quantisation three planes of a float32 a block, and their bytes, else 0
+#: each block's absmax; with double quantisation three planes of a float32 a block, and their bytes, else 0: Σ c(c - s), Σ c² and
+#: Σ c(s - v) of a block's levels c and its weights before (v) and after the rotation (s); behind them, for a search, the first
+#: two of plain rounding
 ABSMAX, MOMENTS, MOMENT_PLANE = range(200, 224, 8)
 #: the table of a search
 SEARCH = 224
@@ -82,7 +84,7 @@ CELLS = 64
 
 #: of 16 blocks: the largest magnitudes, scales, factors, weights, room for a vector, errors of plain rounding
 PEAKS, OWN_SCALES, UNITS, SHARES, ASIDE, PLAIN_ERRORS = range(0, 384, 64)
-#: a vector a block, six times
+#: a vector a block, seven times
 PARTIAL = 1024
 #: the scratch of the kernel that finds a strong block's scale, and sums that nobody reads
 FINDING, UNREAD = 8192, 65536

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from numba import float32
 
-from .blocks import CELL_PARTS, RANK_PARTS, Parts, get, parts_of, peaks, put, reciprocals, weigh_many
+from .blocks import CELL_PARTS, RANK_PARTS, Parts, get, parts_of, peaks, put, put_moments, reciprocals, weigh_many
 from .lanes import as_float, load, load_one, load_word, store, store_one
 from .layout import (
     ABSMAX,
@@ -20,6 +20,7 @@ from .layout import (
     NOT_FINITE,
     OUT,
     OWN_SCALES,
+    PARTIAL,
     PEAKS,
     TINY,
 )
@@ -72,11 +73,12 @@ def _nearest(parts: Parts) -> Callable[..., None]:
 
 
 def _given(parts: Parts) -> Callable[..., None]:
-    load_levels, careful, over_many = parts.codes.load_levels, parts.careful, parts.over_many
+    load_levels, careful, over_many, any_many = parts.codes.load_levels, parts.careful, parts.over_many, parts.any_many
 
     def given(job, base, x, first, count, row, result, work, sums):
         """As :func:`nearest`, by the scales at NEW_SCALES."""
         size, scales = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES)
+        moments, plane = load_word(job + MOMENTS), load_word(job + MOMENT_PLANE)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
         for group in range(parts_of(count, MANY * size)):
@@ -87,15 +89,20 @@ def _given(parts: Parts) -> Callable[..., None]:
             store(work + OWN_SCALES, get(scales + 4 * block, blocks, work))
             unit = reciprocals(size, work)
             added = 0
+            of_moments = 0 if moments == 0 else moments + 4 * block
             if here % size == 0 and unit > 0:
-                over_many(x_at, base_at, size, blocks, float32(0.0), to, levels, work)
+                if moments == 0:
+                    over_many(x_at, base_at, size, blocks, float32(0.0), to, levels, work)
+                else:
+                    any_many(x_at, base_at, size, blocks, to, levels, work)
+                    put_moments(work + PARTIAL + 4096, of_moments, plane, blocks, work)
                 added = weigh_many(blocks, 0, unit, work, sums)
             if not added:
                 for k in range(blocks):
                     scale, n, at = load_one(scales + 4 * (block + k)), min(size, here - k * size), 4 * k * size
                     careful(
                         x_at + at, base_at + at, n, scale, scale, abs(scale) < TINY, float32(0.0), to + at // 8, levels,
-                        sums, 0, 0,
+                        sums, 0 if of_moments == 0 else of_moments + 4 * k, plane,
                     )  # fmt: skip
             block += blocks
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numba import float32, float64, int32, int64, types
 
-from .codes import BY_CELLS, BY_RANKS, Codes
+from .codes import BY_CELLS, BY_RANKS, SIX, Codes
 from .compiling import part
 from .lanes import (
     absolute,
@@ -169,16 +169,35 @@ class Parts(NamedTuple):
             ``top`` the largest of them; gives whether all sums are finite: if not, nothing is added to them.
         over_many: ``(x, base, size, blocks, over, to, levels, work)``: encode blocks by the reciprocals of their scales at
             UNITS, the change times 1 + ``over``; leaves four partial sums of each.
+        any_many: ``(x, base, size, blocks, to, levels, work)``: as over_many, without ``over``; leaves moments behind the sums.
     """
 
     codes: Codes
     careful: Any
     by_peaks: Any
     over_many: Any
+    any_many: Any
+
+
+@part(types.void(SIX, int64))
+def leave_moments(six, at):
+    """Leave a block's Σ c(c - s), Σ c² and Σ c(s - v) by lanes at three places, 1024 bytes apart: c is s + (c - s)."""
+    square, miss, along, _, crossed, turned = six
+    cross = add(crossed, miss)
+    store(at, cross)
+    store(at + 1024, add(add(square, crossed), cross))
+    store(at + 2048, add(turned, along))
+
+
+@part(types.void(*[int64] * 5))
+def put_moments(at, moments, plane, blocks, work):
+    """Put what :func:`leave_moments` left for 16 blocks into the three planes."""
+    for q in range(3):
+        put(totals(at + 1024 * q), moments + q * plane, blocks, work)
 
 
 def _parts(codes: Codes) -> Parts:
-    encode_one, encode, encode_moments, encode_over = codes[2:6]
+    encode_one, encode, encode_moments, encode_over, encode_any = codes[2:7]
     levels_type = codes.levels
 
     @part(types.void(int64, int64, int64, float32, float32, int64, float32, int64, levels_type, int64, int64, int64))
@@ -222,21 +241,16 @@ def _parts(codes: Codes) -> Parts:
                 else:
                     six = encode_moments(x + i, base + i, factor, levels, to, six)
                 to += 32
-            if moments != 0:  # with c = s + (c - s)
-                square, miss, along, moved, crossed, turned = six
-                four = (square, miss, along, moved)
-                cross = add(crossed, miss)
-                store(work + PARTIAL + 64 * k, cross)
-                store(work + PARTIAL + 1024 + 64 * k, add(add(square, crossed), cross))
-                store(work + PARTIAL + 2048 + 64 * k, add(turned, along))
+            if moments != 0:
+                leave_moments(six, work + PARTIAL + 64 * k)
+                four = (six[0], six[1], six[2], six[3])
             square, miss, along, moved = four
             norm, error = fma(square, weight, norm), fma(miss, weight, error)
             held, change = fma(along, weight, held), fma(moved, weight, change)
             x += 4 * size
             base += 4 * size
         if moments != 0:
-            for q in range(3):
-                put(totals(work + PARTIAL + 1024 * q), moments + q * plane, blocks, work)
+            put_moments(work + PARTIAL, moments, plane, blocks, work)
         return add_squares(sums, norm, error, change, held, top)
 
     @part(types.void(int64, int64, int64, int64, float32, int64, levels_type, int64))
@@ -257,7 +271,22 @@ def _parts(codes: Codes) -> Parts:
             x += 4 * size
             base += 4 * size
 
-    return Parts(codes, careful, by_peaks, over_many)
+    @part(types.void(*[int64] * 5, levels_type, int64))
+    def any_many(x, base, size, blocks, to, levels, work):
+        for k in range(blocks):
+            factor = fill(load_one(work + UNITS + 4 * k))
+            six = (zeros(), zeros(), zeros(), zeros(), zeros(), zeros())
+            for i in range(0, 4 * size, 256):
+                six = encode_any(x + i, base + i, factor, levels, to, six)
+                to += 32
+            at = work + PARTIAL + 64 * k
+            for q in range(4):
+                store(at + 1024 * q, six[q])
+            leave_moments(six, at + 4096)
+            x += 4 * size
+            base += 4 * size
+
+    return Parts(codes, careful, by_peaks, over_many, any_many)
 
 
 CELL_PARTS, RANK_PARTS = _parts(BY_CELLS), _parts(BY_RANKS)

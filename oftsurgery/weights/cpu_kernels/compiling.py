@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -15,7 +16,7 @@ import numba
 from numba import int64, types
 from numba.extending import typeof_impl
 
-from . import processor
+from . import KERNELS, processor, symbol
 
 #: functions of C's library that object code may call
 _OF_C = ("sqrt", "memset", "memcpy")
@@ -52,6 +53,11 @@ def part(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: Part(signature, function)
 
 
+def compile_kernel(name: str) -> tuple[int, bytes]:
+    """The number of arguments and the object code of a kernel, as :func:`compiled` gives them."""
+    return compiled(getattr(import_module(f".{KERNELS[name]}", __package__), name), symbol(name))
+
+
 def compiled(function: Callable[..., None], symbol: str) -> tuple[int, bytes]:
     """The number of arguments and the object code of a function of integers that returns nothing.
 
@@ -69,18 +75,22 @@ def compiled(function: Callable[..., None], symbol: str) -> tuple[int, bytes]:
             each.linkage = "internal"
     module.get_function(callback.native_name).name = symbol
     target = processor.target()
-    _without_errors(module, target)
+    _optimise(module, target)
     foreign = [f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")]
     if set(foreign) - set(_OF_C):
         raise RuntimeError(f"the kernel {symbol} calls {', '.join(foreign)}, and may call only {', '.join(_OF_C)}")
     return arguments, target.emit_object(module)
 
 
-def _without_errors(module: Any, target: Any) -> None:
-    """Take out numba's code that reports an error to Python: no kernel raises one, which LLVM finds out."""
+def _optimise(module: Any, target: Any) -> None:
+    """Optimise a kernel with all its parts, and take out numba's code that reports an error to Python: no kernel raises one,
+    which LLVM finds out.
+    """
+    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
     passes = llvm.create_new_module_pass_manager()
     passes.add_ipsccp_pass()
     passes.add_simplify_cfg_pass()
     passes.add_global_dead_code_eliminate_pass()
     passes.add_strip_dead_prototype_pass()
-    passes.run(module, llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options()))
+    passes.run(module, builder)

@@ -127,6 +127,7 @@ class Codes(NamedTuple):
         encode: ``(x, base, factor, levels, to, sums: FOUR)``: of 64 values at ``x`` within ±1 in units of their scale.
         encode_moments: the same with ``sums: SIX``.
         encode_over: ``(x, base, factor, over, levels, to, sums: FOUR)``: of any values, the change times 1 + ``over``.
+        encode_any: ``(x, base, factor, levels, to, sums: SIX)``: of any values.
         fit: ``(x, n, factor, levels)``: Σ c s and Σ c² of a block of n values.
         project: ``(base, change, n, omega, levels)``: Σ change (c - base) of a block, with c nearest to base + ω change.
     """
@@ -137,6 +138,7 @@ class Codes(NamedTuple):
     encode: Any
     encode_moments: Any
     encode_over: Any
+    encode_any: Any
     fit: Any
     project: Any
 
@@ -168,14 +170,14 @@ def _codes(levels: Any, by_cells: bool) -> Codes:
         put(b, to, [index], of)
         return level(b, index, of)
 
-    def encoder(count: int, over: Any) -> Callable[..., list[Any]]:
+    def encoder(count: int, over: Any = None, *, within: bool = False) -> Callable[..., list[Any]]:
         def encode(b: Any, x: Any, base: Any, factor: Any, of: Any, to: Any, begin: Any) -> list[Any]:
             sums = [b.extract_value(begin, i) for i in range(count)]
             indices = []
             for at in range(0, 256, 64):
                 s = b.fmul(emit_load(b, further(b, x, at)), factor)
                 moved = emit_fma(b, emit_load(b, further(b, base, at)), b.fneg(factor), s)
-                if over is None and by_cells:
+                if within and by_cells:
                     index = _number_by_cell(b, s, *(b.extract_value(of, i) for i in range(1, 5)))
                 else:
                     index = number(b, s if over is None else emit_fma(b, moved, over, s), of)
@@ -213,9 +215,10 @@ def _codes(levels: Any, by_cells: bool) -> Codes:
         levels,
         operation(levels(int64))(load_levels),
         operation(f32x(f32x, levels, int64))(encode_one),
-        operation(FOUR(*places, levels, int64, FOUR))(encoder(4, None)),
-        operation(SIX(*places, levels, int64, SIX))(encoder(6, None)),
+        operation(FOUR(*places, levels, int64, FOUR))(encoder(4, within=True)),
+        operation(SIX(*places, levels, int64, SIX))(encoder(6, within=True)),
         operation(FOUR(*places, f32x, levels, int64, FOUR))(encode_over),
+        operation(SIX(*places, levels, int64, SIX))(encoder(6)),
         operation(TWO(int64, int64, f32x, levels))(fit),
         operation(f32x(int64, int64, int64, f32x, levels))(project),
     )

@@ -28,11 +28,13 @@ from .lanes import (
     store,
     store_ints,
     store_one,
+    sub,
     total,
     totals,
     zeros,
 )
 from .layout import (
+    ABSMAX,
     ASIDE,
     CELL_ROWS,
     CELLS,
@@ -41,6 +43,8 @@ from .layout import (
     LARGEST,
     LAST,
     MANY,
+    MOMENT_PLANE,
+    MOMENTS,
     MOST_BLOCK,
     NEAREST,
     NEW_BLOCKSIZE,
@@ -109,12 +113,26 @@ def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
         ratio = float64(TINY) / float64(absmax)
         return max(0.0, float64(power) + float64(total(squares)) - 2.0 * ratio * float64(total(cross)))
 
+    @part(types.void(int64, int64, int64, int64, codes.levels, int64, int64, int64))
+    def plain_moments(x, size, here, blocks, levels, to, plane, work):
+        """Σ c(c - s) and Σ c² of blocks with plain rounding, in units of their absmax, which has no moments below TINY."""
+        for k in range(blocks):
+            absmax, n = load_one(work + PEAKS + 4 * k), min(size, here - k * size)
+            unit = float32(1.0) / absmax if absmax >= TINY else float32(0.0)
+            cross, power = fit(x + 4 * k * size, n, fill(unit), levels)
+            store(work + PARTIAL + 64 * k, cross)
+            store(work + PARTIAL + 1024 + 64 * k, power)
+        power = totals(work + PARTIAL + 1024)
+        put(sub(power, totals(work + PARTIAL)), to, blocks, work)
+        put(power, to + plane, blocks, work)
+
     def find(job, base, x, first, count, row, result, work, sums):
         """Find a scale for each block of ``count`` values at ``x``, the flat weights ``first`` and on, a block's first.
 
         ``base``, ``row`` and ``result`` are what an encoder takes.
         """
         size, scales, table = load_word(job + NEW_BLOCKSIZE), load_word(job + NEW_SCALES), load_word(job + SEARCH)
+        plain_scales, moments, plane = load_word(job + ABSMAX), load_word(job + MOMENTS), load_word(job + MOMENT_PLANE)
         levels = load_levels(load_word(job + NEW_LEVELS))
         block = first // size
         for group in range(parts_of(count, MANY * size)):
@@ -137,6 +155,9 @@ def searcher(codes: Codes, best_ratios: Any) -> Callable[..., None]:
                     error += square * plain
             count_up(sums, NORM, norm)
             count_up(sums, NEAREST, error)
+            if moments != 0:
+                put(load(work + PEAKS), plain_scales + 4 * block, blocks, work)
+                plain_moments(at, size, here, blocks, levels, moments + 3 * plane + 4 * block, plane, work)
             fit_many(at, size, here, blocks, levels, work)
             put(load(work + OWN_SCALES), scales + 4 * block, blocks, work)
             block += blocks
