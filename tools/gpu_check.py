@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 TREE = Path(__file__).resolve().parent.parent
+STEPS = TREE / "tools" / "gpu_steps.py"
 #: seconds for everything, and the seconds that each step may take, in the order in which the steps run
 BUDGET = 465
 LIMITS = {
@@ -156,7 +157,7 @@ def run_step(name: str, args: argparse.Namespace, site: Path, seconds: float) ->
     """One step in a process of its own; the figures that it wrote, and what became of it."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        command = [sys.executable, str(TREE / "tools" / "gpu_steps.py"), name, args.device, str(found), str(seconds)]
+        command = [sys.executable, str(STEPS), name, args.device, str(found), str(seconds)]
         paths = [str(site), str(TREE), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TMPDIR": folder}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
