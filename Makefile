@@ -12,6 +12,7 @@
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
 #   make bench    times a fold beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
+#   make gpu-check   rehearses tools/gpu_check.py on the CPU: about four minutes; on a machine with a GPU run the tool itself
 #   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-quality browser
+.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -88,6 +89,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py plot --out docs/pictures/width.png
 	$(BIN)/python benchmarks/bench.py model
 	$(BIN)/python benchmarks/fold_checkpoint.py
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py --device cpu --out $(or $(OUT),/tmp/gpu_check.json)
 
 bench-quality: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py

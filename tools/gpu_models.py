@@ -116,7 +116,7 @@ def language_model(step: Step, folder: Path) -> str:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if not step.small:
-        with contextlib.suppress(Exception):  # the package or `gguf` may be missing
+        with contextlib.suppress(Exception, SystemExit):  # the package or `gguf` may be missing
             from quality import smollm2_gguf
 
             file = smollm2_gguf()

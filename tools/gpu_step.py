@@ -70,9 +70,9 @@ class Step:
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def formats(small: bool) -> dict[str, Any]:
+def formats(small: bool, rows: int = 1024) -> dict[str, Any]:
     """The formats of the steps, by name."""
-    shape = (40, 128) if small else (1024, 4096)
+    shape = (40, 128) if small else (rows, 4096)
     quantised = {
         "nf4": ("nf4", torch.float16, 64, 0),
         "nf4 nested": ("nf4", torch.float16, 64, 256),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from gpu_step import Step, rotation_of, weight_in
 
@@ -55,33 +56,35 @@ def kernels(step: Step) -> None:
         "int8": (WeightFormat("int8", (size, size), torch.float16), ("nearest", "preserve")),
         "bfloat16": (WeightFormat("dense", (size, size), torch.bfloat16), ("nearest",)),
     }
-    usual = fold_gpu.tile_of
-    tiles = [usual(64), (16, 4), (32, 4), (64, 8)]
-    named = {name: getattr(gpu, name) for name in ("fold_four_bit", "fold_rows", "quantise_scales")}
-    for name, (f, roundings) in cases.items():
-        encoded = weight_in(f)
-        encoded = EncodedWeight(f, {k: t.to(step.device) for k, t in encoded.tensors.items()})
-        order = [rotation_of(size, 0.0005)]
+    weights = {}
+    for name, (f, _) in cases.items():
+        weights[name] = EncodedWeight(f, {k: t.to(step.device) for k, t in weight_in(f).tensors.items()})
+    usual, start = fold_gpu.tile_of(64), time.monotonic()
+    tiles = [usual] if step.small else [usual, (16, 4), (32, 4), (64, 8)]
+    for tile, (name, (_, roundings)) in itertools.product(tiles, cases.items()):
         for rounding in roundings:
-            for tile in tiles[:1] if step.small else tiles:
-                with step.case(f"{name}, {rounding}, {tile}") as figures, contextlib.ExitStack() as stack:
-                    fold_gpu.tile_of = lambda _, tile=tile: tile
-                    stack.callback(setattr, fold_gpu, "tile_of", usual)
-                    launches: list[Callable[[], Any]] = []
-                    for kernel_name, kernel in named.items():
-                        setattr(gpu, kernel_name, Replayed(kernel, launches))
-                        stack.callback(setattr, gpu, kernel_name, kernel)
-                    with oftsurgery.use_backend("triton"):
-                        result = backends.fold(encoded, order, f, inverse=False, rounding=rounding)
-                    assert result is not None, "the kernel does not take the weight"
-                    kept = list(launches)
-                    each = [benchmarked(step, call) for call in kept]
-                    moved = sum(t.nbytes for e in (encoded, result.encoded) for t in e.tensors.values())
-                    figures |= {"ms": each, "gigabytes_per_second": moved / sum(each) / 1e6, "backend": result.backend}
-                    whole = partial(backends.fold, encoded, order, f, inverse=False, rounding=rounding)
-                    with oftsurgery.use_backend("triton"):
-                        whole()
-                        figures["call_ms"] = min(step.timed(whole)[0] for _ in range(1 if step.small else 5)) * 1e3
+            if tile != usual and time.monotonic() - start > 0.7 * step.seconds:
+                return
+            with step.case(f"{name}, {rounding}, {tile}") as figures:
+                figures |= kernel_case(step, weights[name], rounding, tile)
+
+
+def kernel_case(step: Step, encoded: EncodedWeight, rounding: str, tile: tuple[int, int]) -> dict[str, Any]:
+    """Milliseconds of each launch of a fold alone, and of the fold's whole call."""
+    f, order, launches = encoded.format, [rotation_of(encoded.format.shape[1], 0.0005)], []
+    fold = partial(backends.fold, encoded, order, f, inverse=False, rounding=rounding)
+    with pytest.MonkeyPatch.context() as patch, oftsurgery.use_backend("triton"):
+        patch.setattr(fold_gpu, "tile_of", lambda _: tile)
+        with patch.context() as kept:
+            for name in ("fold_four_bit", "fold_rows", "quantise_scales"):
+                kept.setattr(gpu, name, Replayed(getattr(gpu, name), launches))
+            result = fold()
+        assert result is not None, "the kernel does not take the weight"
+        each = [benchmarked(step, call) for call in launches]
+        moved = sum(t.nbytes for e in (encoded, result.encoded) for t in e.tensors.values())
+        call = min(step.timed(fold)[0] for _ in range(1 if step.small else 5))
+    rate = moved / sum(each) / 1e6
+    return {"ms": each, "gigabytes_per_second": rate, "call_ms": call * 1e3, "backend": result.backend}
 
 
 def times(step: Step) -> None:
@@ -125,4 +128,5 @@ def checkpoint(step: Step) -> None:
                     (t != read[1][n]).double().mean().item() for n, t in read[0].items() if t.dtype == torch.uint8
                 ]
                 figures["other_codes"] = max(codes_)
-                assert figures["other_codes"] < 1e-4, "the codes differ"
+                # the factor of `preserve` comes from sums, and may be another by a 2048th of an octave
+                assert figures["other_codes"] < (1e-4 if rounding == "nearest" else 1e-3), "the codes differ"

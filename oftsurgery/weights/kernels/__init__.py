@@ -2,7 +2,7 @@
 
 =============  ==================================================================================================================
 ``numba``      one fused pass on the CPU's threads: dense, NF4, FP4 and int8
-``triton``     the same in one kernel on CUDA
+``triton``     the same on CUDA, without the rounding ``mse``
 ``tiled``      the reference's own functions on a few rows at a time, on any device, without temporaries of the weight's size
 ``reference``  the readable path: decode, rotate, encode
 =============  ==================================================================================================================
