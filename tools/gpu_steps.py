@@ -16,7 +16,8 @@ layers       per bitsandbytes layer: whether folds before and after forwards giv
 training     losses of some steps of a wrapped model, whether merge and unmerge keep outputs and bytes
 undo         whether each way between the devices gives every byte back
 model        a fold of a language model: seconds, distance of the logits from the live adapter's, of the base's too
-kernels      per kernel: milliseconds alone, by tile (rows, warps); gigabytes a second beside the device's own copy
+kernels      the device's own copy, gigabytes read and written a second; per format, rounding and tile (rows, warps): milliseconds
+             of each launch alone, gigabytes a second of the stored weights, milliseconds of the whole call
 times        per layer: the whole call beside peft's merge and bitsandbytes with torch, as benchmarks/bench.py measures
 checkpoint   seconds of a fold on disk on the device and on the CPU, tensors that differ
 tests        the last lines of ``pytest -m gpu``

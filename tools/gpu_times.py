@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 import time
@@ -20,13 +21,18 @@ from oftsurgery.weights import kernels as backends
 from oftsurgery.weights.kernels import fold_gpu, gpu
 
 
-def benchmarked(step: Step, call: Callable[[], Any]) -> float:
-    """The median of milliseconds that ``call`` takes on the device."""
+def benchmarked(step: Step, call: Callable[[], Any]) -> dict[str, Any]:
+    """The median of milliseconds that ``call`` takes on the device: with an empty cache, and replayed as a graph, without the
+    processor's part and with the cache as the call leaves it.
+    """
     if step.small:
-        return step.timed(call)[0] * 1e3
-    from triton.testing import do_bench
+        return {"ms": step.timed(call)[0] * 1e3, "graph_ms": None}
+    from triton.testing import do_bench, do_bench_cudagraph
 
-    return float(do_bench(call, warmup=10, rep=60, return_mode="median"))
+    found: dict[str, Any] = {"ms": do_bench(call, warmup=10, rep=60, return_mode="median"), "graph_ms": None}
+    with contextlib.suppress(Exception):  # not every call can be captured
+        found["graph_ms"] = do_bench_cudagraph(call, rep=10, return_mode="median")
+    return found
 
 
 class Replayed:
@@ -47,7 +53,7 @@ class Replayed:
 def kernels(step: Step) -> None:
     copied = torch.ones((1 << 20) if step.small else (1 << 28), device=step.device)
     to = torch.empty_like(copied)
-    copy_ms = benchmarked(step, lambda: to.copy_(copied))
+    copy_ms = benchmarked(step, lambda: to.copy_(copied))["ms"]
     step.note("copy_gigabytes_per_second", 2 * copied.nbytes / copy_ms / 1e6)
     size = 128 if step.small else 4096
     cases = {
@@ -83,8 +89,8 @@ def kernel_case(step: Step, encoded: EncodedWeight, rounding: str, tile: tuple[i
         each = [benchmarked(step, call) for call in launches]
         moved = sum(t.nbytes for e in (encoded, result.encoded) for t in e.tensors.values())
         call = min(step.timed(fold)[0] for _ in range(1 if step.small else 5))
-    rate = moved / sum(each) / 1e6
-    return {"ms": each, "gigabytes_per_second": rate, "call_ms": call * 1e3, "backend": result.backend}
+    rate = moved / sum(one["ms"] for one in each) / 1e6
+    return {"launches": each, "gigabytes_per_second": rate, "call_ms": call * 1e3, "backend": result.backend}
 
 
 def times(step: Step) -> None:
