@@ -193,11 +193,12 @@ def relaxation(
         strong = is_strong(v, w, scales, base.numel(), f)
         strong_blocks.append(strong.sum())
         blocks += strong.numel()
-        weak = ~strong & (scales != 0)
-        s = scales[weak].unsqueeze(-1)
-        values.append(v[weak] / s)
-        moves.append((w[weak] - v[weak]) / s)
-        powers.append(s.to(torch.float64).square().expand_as(values[-1]))
+        # the other blocks' changes count as 0; to leave the blocks out, the processor would wait for a GPU
+        weak = (~strong & (scales != 0)).unsqueeze(-1)
+        s = torch.where(weak, scales.unsqueeze(-1), 1.0)
+        values.append(v / s)
+        moves.append(torch.where(weak, (w - v) / s, 0.0))
+        powers.append(s.to(torch.float64).square().expand_as(v))
     if 2 * int(torch.stack(strong_blocks).sum()) > blocks:
         return None
     v, d, power = (torch.cat([x.reshape(-1) for x in parts_]) for parts_ in (values, moves, powers))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.formats.scales import GRID
@@ -114,7 +113,8 @@ class _Fold(blockwise.Fold):
         single = self.encoded.single()
 
         def rows_of(start: int, stop: int) -> tuple[Tensor, Tensor]:
-            base = codecs.decode(tiled.rows_of(single, start, stop))
+            rows = tiled.rows_of(single, start, stop)
+            base = rows.format.kind.decode(rows)  # the kernel looks for NaN and infinity
             exact = rotations.apply_blocks(base, self.matrices)
             return base, exact if self.factors is None else exact.mul_(self.factors[start:stop].unsqueeze(-1))
 
