@@ -1,9 +1,12 @@
-"""The Triton kernels in their interpreter, against the readable reference: what is kept of a rotation, the grid, double quantisation."""
+"""The Triton kernels, in their interpreter and on a GPU, against the readable reference: what is kept, the grid, double quantisation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
 from backends import in_process
 
 FORMATS = {
@@ -24,10 +27,14 @@ from dataclasses import replace
 import pytest
 import torch
 from backends import codes_of, exact
-from oftsurgery import Cayley, Rotation, WeightFormat
+from oftsurgery import Cayley, EncodedWeight, Rotation, WeightFormat
 from oftsurgery.formats import codecs
 from oftsurgery.weights import kernels
 from oftsurgery.weights.fold import fold_encoded
+
+where = "DEVICE"
+def moved(encoded, device):
+    return EncodedWeight(encoded.format, dict((k, t.to(device)) for k, t in encoded.tensors.items()))
 
 gen = torch.Generator().manual_seed(0)
 def weight_of(f):
@@ -39,10 +46,12 @@ def chain_of(amplitude, features=128, b=32, scale=None):
     return (Rotation(generator=generator, cayley=Cayley(5), scale=scale),)
 def check(encoded, chain, into=None, rounding="preserve", inverse=False, strong=0):
     results = []
-    for name in ("reference", "triton"):
+    for name, device in (("reference", "cpu"), ("triton", where)):
         with kernels.use_backend(name):
-            results.append(fold_encoded(encoded, chain, into, rounding, inverse=inverse))
+            results.append(fold_encoded(moved(encoded, device), chain, into, rounding, inverse=inverse))
     want, got = results
+    assert all(t.device.type == where for t in got.encoded.tensors.values())
+    got = replace(got, encoded=got.encoded.cpu())
     assert got.backend == "triton"
     assert (got.rounding, got.relaxation, got.encoded.format) == (want.rounding, want.relaxation, want.encoded.format)
     for name in ("error", "rho", "kept", "change"):
@@ -70,11 +79,23 @@ def check(encoded, chain, into=None, rounding="preserve", inverse=False, strong=
 """
 
 
-def run(code: str) -> None:
-    assert in_process(f"{BEGIN}\n{code}\nprint('same')", TRITON_INTERPRET="1") == "same"
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
 
-def test_a_weak_change_is_kept_as_by_the_reference():
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=on_a_gpu)])
+def run(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Run code that ends without an error in a process of its own: in the interpreter, or on a GPU."""
+    device = request.param
+
+    def run(code: str) -> None:
+        environment = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+        begin = BEGIN.replace("DEVICE", device)
+        assert in_process(f"{begin}\n{code}\nprint('same')", **environment) == "same"
+
+    return run
+
+
+def test_a_weak_change_is_kept_as_by_the_reference(run):
     run(f"""
 for form in {[*FORMATS.values()]}:
     f = format_of(*form)
@@ -91,7 +112,7 @@ for form in {[*FORMATS.values()]}:
 """)
 
 
-def test_blocks_of_zeros_stay_zeros():
+def test_blocks_of_zeros_stay_zeros(run):
     run(f"""
 for form in {[*FORMATS.values()]}:
     f = format_of(*form)
@@ -103,7 +124,7 @@ for form in {[*FORMATS.values()]}:
 """)
 
 
-def test_strong_blocks_are_scaled_anew_as_by_the_reference():
+def test_strong_blocks_are_scaled_anew_as_by_the_reference(run):
     run(f"""
 for form in {[*FORMATS.values()]}:
     f = format_of(*form)
@@ -115,7 +136,7 @@ for form in {[*FORMATS.values()]}:
 """)
 
 
-def test_statistics_of_the_base_that_would_clip_a_strong_block_are_made_anew():
+def test_statistics_of_the_base_that_would_clip_a_strong_block_are_made_anew(run):
     run("""
 f = format_of("nf4", 64, 256)
 scale = torch.ones(37)
@@ -124,7 +145,7 @@ assert check(codecs.encode(weight_of(f), f), chain_of(0.0005, scale=scale)).roun
 """)
 
 
-def test_the_grid_finds_the_scales_of_the_reference():
+def test_the_grid_finds_the_scales_of_the_reference(run):
     run(f"""
 for form in {[form for name, form in FORMATS.items() if name != "int8"]}:
     f = format_of(*form, shape=(20, 128))
@@ -135,7 +156,7 @@ for form in {[form for name, form in FORMATS.items() if name != "int8"]}:
 """)
 
 
-def test_double_quantisation_can_be_left_out():
+def test_double_quantisation_can_be_left_out(run):
     run("""
 f = format_of("nf4", 64, 256)
 got = check(codecs.encode(weight_of(f), f), chain_of(0.0005), replace(f, nested_blocksize=0))
@@ -143,7 +164,7 @@ assert got.rounding == "preserve"
 """)
 
 
-def test_where_scales_cannot_be_kept_int8_is_rounded_to_nearest_and_4_bits_by_the_grid():
+def test_where_scales_cannot_be_kept_int8_is_rounded_to_nearest_and_4_bits_by_the_grid(run):
     run("""
 nf4, int8 = format_of("nf4", 64, 0), format_of("int8", 0, 0)
 encoded = codecs.encode(weight_of(nf4), nf4)
@@ -153,19 +174,20 @@ assert check(encoded, chain_of(0.05)).rounding == "grid"
 """)
 
 
-def test_the_base_is_left_as_it_was():
+def test_the_base_is_left_as_it_was(run):
     run("""
 for f in (format_of("nf4", 64, 256), format_of("fp4", 64, 0), format_of("int8", 0, 0)):
     encoded = codecs.encode(weight_of(f), f)
-    before = encoded.fingerprint
-    got = check(encoded, chain_of(0.0005))
+    there = moved(encoded, where)
+    with kernels.use_backend("triton"):
+        got = fold_encoded(there, chain_of(0.0005), None, "preserve")
     for name, tensor in got.encoded.tensors.items():
         tensor.zero_()
-    assert encoded.fingerprint == before
+    assert there.fingerprint == encoded.fingerprint
 """)
 
 
-def test_what_nearest_rounding_keeps_is_measured():
+def test_what_nearest_rounding_keeps_is_measured(run):
     run(f"""
 for codec, blocksize, nested in {[*FORMATS.values()]}:
     for amplitude in (0.002, 0.02):
@@ -177,7 +199,7 @@ for dtype in (torch.float32, torch.float16):  # the interpreter cuts bfloat16 of
 """)
 
 
-def test_double_quantisation_is_the_references():
+def test_double_quantisation_is_the_references(run):
     run("""
 from oftsurgery.weights.kernels import blockwise
 from oftsurgery.weights.kernels.fold_gpu import _Nested
@@ -188,12 +210,15 @@ for count, size in ((1, 64), (700, 256), (2049, 1024), (300, 4096)):
              torch.where(torch.arange(count) == count // 2, 1e4, scales)]
     for number, scales in enumerate(kinds):
         f = WeightFormat("nf4", (count, 64), torch.float16, 64, size)
+        scales, moments = scales.to(where), moments.to(where)
         got, want = _Nested(scales, f, moments), f.kind.statistics(scales, f)
         cost = got.read(got.numbers.tolist())
         assert got.statistics.keys() == want.keys()
         for name, tensor in want.items():
             assert (got.statistics[name].dtype, got.statistics[name].shape) == (tensor.dtype, tensor.shape)
-            assert torch.equal(got.statistics[name], tensor), (name, number, size)
-        wanted = blockwise.nested_error(f, scales, want, moments)
+            # on a GPU bitsandbytes multiplies by a reciprocal that is rounded otherwise: a value on a step may have another code
+            other = int((got.statistics[name] != tensor).sum())
+            assert other <= (count // 100 if (name, where) == ("absmax", "cuda") else 0), (name, number, size)
+        wanted = blockwise.nested_error(f, scales, got.statistics, moments)
         assert cost == pytest.approx(wanted, rel=1e-9, abs=1e-9 * float(scales.abs().max()) ** 2)
 """)
