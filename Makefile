@@ -11,7 +11,9 @@
 #   make families folds every class of the table in tests/families and writes docs/model-families.md: hours; a stopped sweep goes on;
 #                 ONLY=llama,bert selects classes, COMPARE=OLD.json says what has changed since another sweep
 #   make docs     builds the site of docs/
-#   make bench    times a fold beside peft's own merge, bitsandbytes with torch, and cp: about eight minutes
+#   make bench    times folds beside peft's own merge, bitsandbytes with torch, and cp, and writes the figures into README.md and docs/:
+#                 about eight minutes
+#   make bench-check     times a few folds, and fails where a fold is more than 15 % slower against peft than in benchmarks/results: a minute
 #   make gpu-check   rehearses tools/gpu_check.py on the CPU: about four minutes; on a machine with a GPU run the tool itself
 #   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 
@@ -24,7 +26,7 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-quality browser
+.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-check bench-quality browser
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py
@@ -88,7 +90,12 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py layers
 	$(BIN)/python benchmarks/bench.py plot --out docs/pictures/width.png
 	$(BIN)/python benchmarks/bench.py model
+	$(BIN)/python benchmarks/bench.py first
 	$(BIN)/python benchmarks/fold_checkpoint.py
+	$(BIN)/python benchmarks/tables.py
+
+bench-check: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py check
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python tools/gpu_check.py --device cpu --out $(or $(OUT),/tmp/gpu_check.json)

@@ -1,18 +1,21 @@
-"""This benchmark times a fold on disk, beside a copy of the files and beside peft. ``make bench`` runs the benchmark in
-about three minutes on two cores.
+"""This benchmark times a fold on disk as users run it, beside a copy of the files, the imports alone, and peft. ``make bench``
+runs the benchmark in about two minutes on two cores.
 
 The benchmark writes a llama of 1.1 billion weights in NF4 (random bytes) to a temporary folder, with an adapter on every
-linear. Then it runs three ways in turn, in ``--repeats`` rounds:
+linear that moves the weights by 3 %. Then it runs these ways in turn, in ``--repeats`` rounds:
 
 * ``cp -r`` of the checkpoint, which does not wait for the disk;
-* ``oftsurgery.fold_checkpoint``, which waits for the disk (fsync) and leaves a whole checkpoint;
-* transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory: this way saves nothing, because
-  transformers cannot save such a model.
+* the whole commands ``oftsurgery plan``, ``fold``, ``show`` and ``report``, from the start of the process to its end; the fold
+  has the default rounding, and waits for the disk (fsync);
+* ``oftsurgery fold`` in a fresh environment: the cache of machine code (``NUMBA_CACHE_DIR``) is an empty folder;
+* the imports that a fold on disk cannot do without: a process that imports torch and transformers' modelling class;
+* ``oftsurgery.fold_checkpoint`` in a process that reports the time without imports and without the loading of the kernels,
+  and the peak of memory above both;
+* with ``--peft``, once: transformers' loading, ``PeftModel.from_pretrained`` and ``merge_and_unload``, in memory, reported in
+  the same way. This way takes minutes, and saves nothing, because transformers cannot save such a model.
 
-The last two ways run in processes of their own. These processes report their time without imports and without the loading of
-the kernels, and their peak of memory above both. The files are in the page cache for all three ways; one fold and one copy
-before the first round do not count. Medians and ranges go to the terminal, and all figures to
-``benchmarks/results/fold_checkpoint.json``.
+The files are in the page cache for all ways; one fold and one copy before the first round do not count. Medians and ranges
+go to the terminal, and all figures to ``benchmarks/results/fold_checkpoint.json``.
 """
 
 from __future__ import annotations
@@ -32,12 +35,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import peak, processor, resident
 
 import oftsurgery
 from oftsurgery.records.record import versions
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
+
+IMPORTS = "import torch; from transformers import LlamaForCausalLM"
+#: of the generators: weights are moved by 3 %
+TURN = 0.0026
+Figures = dict[str, float]
 
 
 def arguments() -> argparse.Namespace:
@@ -46,22 +55,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peft-repeats", type=int, default=1, help="rounds that time peft too, which takes minutes")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peft", action="store_true", help="time peft too, once: minutes")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fold_checkpoint.json")
     parser.add_argument("--alone", nargs=5, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def copy(base: Path, out: Path) -> dict[str, float]:
+def whole(command: list[str], **environment: str) -> Figures:
+    """The time of a whole process."""
     start = time.perf_counter()
-    subprocess.run(["cp", "-r", base, out], check=True)  # noqa: S607
+    subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=True)
     return {"seconds": time.perf_counter() - start}
-
-
-def resident(what: str) -> int:
-    """Bytes of this process; ``what`` is VmRSS (now) or VmHWM (at most)."""
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(what))
-    return int(line.split()[1]) * 1024
 
 
 def alone(way: str, base: Path, adapter: Path, out: Path, shard_size: str) -> None:
@@ -75,21 +80,55 @@ def alone(way: str, base: Path, adapter: Path, out: Path, shard_size: str) -> No
     else:
         small = oftsurgery.Rotation(generator=torch.zeros(1, 496))
         oftsurgery.fold_weight(torch.eye(32), small)  # loads the kernels
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = resident(), time.perf_counter()
     if way == "peft":
         model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
         folded = sum("oft_R" in name for name, _ in model.named_parameters())
         assert folded == 7 * model.config.num_hidden_layers
         model.merge_and_unload()
     else:
-        oftsurgery.fold_checkpoint(base, adapter, out, max_shard_size=shard_size, rounding="nearest")
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": (resident("VmHWM") - before) / 2**20}))
+        oftsurgery.fold_checkpoint(base, adapter, out, max_shard_size=shard_size)
+    print(json.dumps({"seconds": time.perf_counter() - start, "peak_mb": (peak() - before) / 2**20}))
 
 
-def apart(way: str, *args: object) -> dict[str, float]:
+def apart(way: str, *args: object) -> Figures:
     command = [sys.executable, __file__, "--alone", way, *map(str, args)]
-    found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    found: Figures = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     return found
+
+
+def ways_of(base: Path, adapter: Path, out: Path, size: str, cache: Path) -> dict[str, Callable[[], Figures]]:
+    """The ways in the order of a round. ``show`` and ``report`` read what the fold before them has written."""
+
+    def command(*words: object, code: Path = cache) -> Figures:
+        return whole([sys.executable, "-m", "oftsurgery", *map(str, words), "-q"], NUMBA_CACHE_DIR=str(code))
+
+    def fold(code: Path = cache) -> Figures:
+        shutil.rmtree(out, ignore_errors=True)
+        return command("fold", base, adapter, out, "--max-shard-size", size, code=code)
+
+    def fresh() -> Figures:
+        with tempfile.TemporaryDirectory() as empty:
+            return fold(Path(empty))
+
+    def copy() -> Figures:
+        shutil.rmtree(out, ignore_errors=True)
+        return whole(["cp", "-r", str(base), str(out)])
+
+    def without_imports() -> Figures:
+        shutil.rmtree(out, ignore_errors=True)
+        return apart("fold", base, adapter, out, size)
+
+    return {
+        "cp -r": copy,
+        "imports alone": lambda: whole([sys.executable, "-c", IMPORTS]),
+        "oftsurgery plan": lambda: command("plan", base, adapter),
+        "oftsurgery fold, fresh": fresh,
+        "oftsurgery fold": fold,
+        "oftsurgery show": lambda: command("show", out),
+        "oftsurgery report": lambda: command("report", out, "--html", out.parent / "report.html", "--force"),
+        "oftsurgery.fold_checkpoint": without_imports,
+    }
 
 
 def main() -> None:
@@ -103,48 +142,42 @@ def main() -> None:
     from big import linears, write_adapter, write_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
-        base, adapter, out = (Path(temporary) / name for name in ("base", "adapter", "out"))
+        base, adapter, out, cache = (Path(temporary) / name for name in ("base", "adapter", "out", "cache"))
         sizes = {"hidden": args.hidden, "intermediate": args.intermediate}
         nbytes = write_checkpoint(base, layers=args.layers, shards=args.shards, **sizes)
         shapes = linears(args.hidden, args.intermediate)
         paths = {f"model.layers.{i}.{path}": shape[1] for i in range(args.layers) for path, shape in shapes.items()}
-        write_adapter(adapter, paths)
+        write_adapter(adapter, paths, turn=TURN)
         size = f"{nbytes // args.shards // 1_000_000 + 1}MB"
-        ways: dict[str, Callable[[], dict[str, float]]] = {
-            "cp -r": lambda: copy(base, out),
-            "oftsurgery.fold_checkpoint": lambda: apart("fold", base, adapter, out, size),
-            "peft: load, merge, nothing saved": lambda: apart("peft", base, adapter, out, size),
-        }
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-        for i in range(-1, args.repeats):  # the first round warms up
+        ways = ways_of(base, adapter, out, size, cache)
+        for name in ("cp -r", "oftsurgery fold"):  # files and machine code are in their caches from here on
+            ways[name]()
+        found: dict[str, list[Figures]] = {name: [] for name in ways}
+        for _ in range(args.repeats):
             for name, work in ways.items():
-                if not name.startswith("peft") or 0 <= i < args.peft_repeats:
-                    shutil.rmtree(out, ignore_errors=True)
-                    figures = work()
-                    found[name].extend([figures] if i >= 0 else [])
-    ours = found["oftsurgery.fold_checkpoint"]
+                found[name].append(work())
+        if args.peft:
+            found["peft: load, merge, nothing saved"] = [apart("peft", base, adapter, out, size)]
     print(
         f"{nbytes / 1e9:.2f} GB in NF4, {len(paths)} weights, {torch.get_num_threads()} threads; {args.repeats} rounds"
     )
-    for name, runs in ((name, runs) for name, runs in found.items() if runs):
+    for name, runs in found.items():
         times = [run["seconds"] for run in runs]
-        ratio = statistics.median(o["seconds"] / t for o, t in zip(ours, times, strict=False))
-        peak = f"; peak {statistics.median(run['peak_mb'] for run in runs):.0f} MB" if "peak_mb" in runs[0] else ""
-        print(
-            f"{name:<36}{statistics.median(times):8.2f} s ({min(times):.2f} to {max(times):.2f})   ours takes {ratio:6.3f} ×{peak}"
-        )
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
+        most = f"; peak {statistics.median(run['peak_mb'] for run in runs):.0f} MB" if "peak_mb" in runs[0] else ""
+        print(f"{name:<36}{statistics.median(times):8.2f} s ({min(times):.2f} to {max(times):.2f}){most}")
     facts = {
+        "cpu": processor(),
         "bytes": nbytes,
         "folded": len(paths),
+        "rounding": "preserve",
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        **{name: value for name, value in vars(args).items() if name != "alone"},
+        **{name: getattr(args, name) for name in ("layers", "hidden", "intermediate", "shards", "repeats")},
         "runs": {name: [{k: round(v, 3) for k, v in run.items()} for run in runs] for name, runs in found.items()},
         "versions": versions(),
     }
-    (results / "fold_checkpoint.json").write_text(json.dumps(facts, indent=2) + "\n")
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,19 @@ def kernel_case(step: Step, encoded: EncodedWeight, rounding: str, tile: tuple[i
 
 
 def times(step: Step) -> None:
-    from bench import layer_case
+    from bench import layer_rows
+    from cases import CASES
 
-    cases = [("nf4", 256, 256, 32)] if step.small else [
-        ("nf4", 4096, 4096, 32), ("nf4 nested", 4096, 4096, 32), ("int8", 4096, 4096, 32), ("nf4", 1024, 1024, 32),
-        ("nf4", 4096, 11008, 32), ("nf4", 4096, 4096, 128), ("fp4", 4096, 4096, 32), ("nf4", 8192, 8192, 32),
-    ]  # fmt: skip
-    start = time.monotonic()
-    for case in cases:
-        if time.monotonic() - start > 0.8 * step.seconds:
-            step.note("left_out", [str(c) for c in cases[cases.index(case) :]])
+    cases, start = CASES["tiny" if step.small else "full"], time.monotonic()
+    for i, case in enumerate(cases):
+        if time.monotonic() - start > 0.7 * step.seconds:
+            step.note("left_out", [c.label for c in cases[i:]])
             return
-        with step.case("{} {}×{} b={}".format(*case)) as figures:
-            figures |= layer_case(*case, pairs=1 if step.small else 3, device=step.device)
+        with step.case(case.label) as figures:
+            modes = [
+                mode for mode in case.modes if mode != "mse"
+            ]  # torch's operations search these scales, for seconds
+            figures["rows"] = layer_rows(replace(case, modes=modes), 1 if step.small else 3, step.device)
 
 
 def checkpoint(step: Step) -> None:

@@ -95,12 +95,12 @@ def _quantised(formats: dict[str, WeightFormat], generator: torch.Generator) -> 
         yield from f.kind.to_checkpoint(weight, EncodedWeight(f, tensors)).items()
 
 
-def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32) -> None:
-    """An adapter on ``{module path: in_features}``."""
+def write_adapter(folder: Path, paths: dict[str, int], *, block: int = 32, turn: float = 0.01) -> None:
+    """An adapter on ``{module path: in_features}``; ``turn`` is the standard deviation of the generators."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
     rows = {
-        f"base_model.model.{path}.oft_R.weight": 0.01
+        f"base_model.model.{path}.oft_R.weight": turn
         * torch.randn(n // block, block * (block - 1) // 2, generator=generator)
         for path, n in paths.items()
     }

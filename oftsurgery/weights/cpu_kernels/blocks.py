@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numba import float32, float64, int32, int64, types
 
-from .codes import BY_CELLS, BY_RANKS, SIX, Codes
+from .codes import BY_CELLS, BY_RANKS, FOUR, SIX, Codes
 from .compiling import part
 from .lanes import (
     absolute,
@@ -169,7 +169,8 @@ class Parts(NamedTuple):
             ``top`` the largest of them; gives whether all sums are finite: if not, nothing is added to them.
         over_many: ``(x, base, size, blocks, over, to, levels, work)``: encode blocks by the reciprocals of their scales at
             UNITS, the change times 1 + ``over``; leaves four partial sums of each.
-        any_many: ``(x, base, size, blocks, to, levels, work)``: as over_many, without ``over``; leaves moments behind the sums.
+        any_many: ``(x, base, size, blocks, to, levels, work, moments)``: as over_many, without ``over``; leaves moments behind the
+            sums if ``moments`` is not 0.
     """
 
     codes: Codes
@@ -177,6 +178,16 @@ class Parts(NamedTuple):
     by_peaks: Any
     over_many: Any
     any_many: Any
+
+
+@part(types.void(FOUR, int64))
+def leave_sums(four, at):
+    """Leave a block's sums by lanes at four places, 1024 bytes apart."""
+    square, miss, along, moved = four
+    store(at, square)
+    store(at + 1024, miss)
+    store(at + 2048, along)
+    store(at + 3072, moved)
 
 
 @part(types.void(SIX, int64))
@@ -197,7 +208,7 @@ def put_moments(at, moments, plane, blocks, work):
 
 
 def _parts(codes: Codes) -> Parts:
-    encode_one, encode, encode_moments, encode_over, encode_any = codes[2:7]
+    encode_one, encode, encode_moments, encode_over, encode_any, encode_any_moments = codes[2:8]
     levels_type = codes.levels
 
     @part(types.void(int64, int64, int64, float32, float32, int64, float32, int64, levels_type, int64, int64, int64))
@@ -262,27 +273,26 @@ def _parts(codes: Codes) -> Parts:
             for i in range(0, 4 * size, 256):
                 four = encode_over(x + i, base + i, factor, more, levels, to, four)
                 to += 32
-            square, miss, along, moved = four
-            at = work + PARTIAL + 64 * k
-            store(at, square)
-            store(at + 1024, miss)
-            store(at + 2048, along)
-            store(at + 3072, moved)
+            leave_sums(four, work + PARTIAL + 64 * k)
             x += 4 * size
             base += 4 * size
 
-    @part(types.void(*[int64] * 5, levels_type, int64))
-    def any_many(x, base, size, blocks, to, levels, work):
+    @part(types.void(*[int64] * 5, levels_type, int64, int64))
+    def any_many(x, base, size, blocks, to, levels, work, moments):
         for k in range(blocks):
-            factor = fill(load_one(work + UNITS + 4 * k))
+            factor, at = fill(load_one(work + UNITS + 4 * k)), work + PARTIAL + 64 * k
+            four = (zeros(), zeros(), zeros(), zeros())
             six = (zeros(), zeros(), zeros(), zeros(), zeros(), zeros())
             for i in range(0, 4 * size, 256):
-                six = encode_any(x + i, base + i, factor, levels, to, six)
+                if moments == 0:
+                    four = encode_any(x + i, base + i, factor, levels, to, four)
+                else:
+                    six = encode_any_moments(x + i, base + i, factor, levels, to, six)
                 to += 32
-            at = work + PARTIAL + 64 * k
-            for q in range(4):
-                store(at + 1024 * q, six[q])
-            leave_moments(six, at + 4096)
+            if moments != 0:
+                leave_moments(six, at + 4096)
+                four = (six[0], six[1], six[2], six[3])
+            leave_sums(four, at)
             x += 4 * size
             base += 4 * size
 

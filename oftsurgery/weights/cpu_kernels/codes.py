@@ -127,7 +127,8 @@ class Codes(NamedTuple):
         encode: ``(x, base, factor, levels, to, sums: FOUR)``: of 64 values at ``x`` within ±1 in units of their scale.
         encode_moments: the same with ``sums: SIX``.
         encode_over: ``(x, base, factor, over, levels, to, sums: FOUR)``: of any values, the change times 1 + ``over``.
-        encode_any: ``(x, base, factor, levels, to, sums: SIX)``: of any values.
+        encode_any: ``(x, base, factor, levels, to, sums: FOUR)``: of any values.
+        encode_any_moments: the same with ``sums: SIX``.
         fit: ``(x, n, factor, levels)``: Σ c s and Σ c² of a block of n values.
         project: ``(base, change, n, omega, levels)``: Σ change (c - base) of a block, with c nearest to base + ω change.
     """
@@ -139,6 +140,7 @@ class Codes(NamedTuple):
     encode_moments: Any
     encode_over: Any
     encode_any: Any
+    encode_any_moments: Any
     fit: Any
     project: Any
 
@@ -218,6 +220,7 @@ def _codes(levels: Any, by_cells: bool) -> Codes:
         operation(FOUR(*places, levels, int64, FOUR))(encoder(4, within=True)),
         operation(SIX(*places, levels, int64, SIX))(encoder(6, within=True)),
         operation(FOUR(*places, f32x, levels, int64, FOUR))(encode_over),
+        operation(FOUR(*places, levels, int64, FOUR))(encoder(4)),
         operation(SIX(*places, levels, int64, SIX))(encoder(6)),
         operation(TWO(int64, int64, f32x, levels))(fit),
         operation(f32x(int64, int64, int64, f32x, levels))(project),

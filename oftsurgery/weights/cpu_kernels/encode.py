@@ -73,7 +73,7 @@ def _nearest(parts: Parts) -> Callable[..., None]:
 
 
 def _given(parts: Parts) -> Callable[..., None]:
-    load_levels, careful, over_many, any_many = parts.codes.load_levels, parts.careful, parts.over_many, parts.any_many
+    load_levels, careful, any_many = parts.codes.load_levels, parts.careful, parts.any_many
 
     def given(job, base, x, first, count, row, result, work, sums):
         """As :func:`nearest`, by the scales at NEW_SCALES."""
@@ -91,10 +91,8 @@ def _given(parts: Parts) -> Callable[..., None]:
             added = 0
             of_moments = 0 if moments == 0 else moments + 4 * block
             if here % size == 0 and unit > 0:
-                if moments == 0:
-                    over_many(x_at, base_at, size, blocks, float32(0.0), to, levels, work)
-                else:
-                    any_many(x_at, base_at, size, blocks, to, levels, work)
+                any_many(x_at, base_at, size, blocks, to, levels, work, moments)
+                if moments != 0:
                     put_moments(work + PARTIAL + 4096, of_moments, plane, blocks, work)
                 added = weigh_many(blocks, 0, unit, work, sums)
             if not added:

@@ -192,6 +192,16 @@ def _mask(b: Any, lanes: Any) -> Any:
     return b.zext(b.bitcast(lanes, WORD), LONG)
 
 
+def _store_some(b: Any, address: Any, x: Any, bits: Any) -> Any:
+    """Store the lanes of x that have a bit in ``bits``, one after the other. 16 floats at the address may change."""
+    lanes = b.bitcast(b.trunc(bits, WORD), ir.VectorType(ir.IntType(1), LANES))
+    if processor.AVX512:  # in a register: the instruction that stores to memory is slow on some processors
+        return emit_store(b, address, call(b, "llvm.x86.avx512.mask.compress.v16f32", FLOATS, x, constant(0.0), lanes))
+    pointer = b.inttoptr(address, FLOAT.as_pointer())
+    call(b, "llvm.masked.compressstore.v16f32", ir.VoidType(), x, pointer, lanes)
+    return NOTHING
+
+
 def _wide(b: Any, words: Any) -> Any:
     """bfloat16 as float32."""
     return b.bitcast(b.shl(b.zext(words, INTS), constant(16, INTS)), FLOATS)
@@ -240,6 +250,7 @@ store_one = operation(int32(int64, float32))(emit_store)
 store_double = operation(int32(int64, float64))(emit_store)
 store_byte = operation(int32(int64, int64))(lambda b, address, value: emit_store(b, address, b.trunc(value, BYTE)))
 store_i8 = operation(int32(int64, f32x))(lambda b, address, whole: emit_store(b, address, b.fptosi(whole, BYTES)))
+store_some = operation(int32(int64, f32x, int64))(_store_some)
 #: ask for the cache line at an address, which need not exist
 prefetch = operation(int32(int64))(lambda b, address: _prefetch(b, address, 0))
 prefetch_to_write = operation(int32(int64))(lambda b, address: _prefetch(b, address, 1))
@@ -305,6 +316,7 @@ top_bits = operation(int32(i32x))(lambda b, bits: _halves(b, bits, lambda u, v: 
 pick = operation(f32x(f32x, i32x))(emit_pick)
 which_below = operation(int64(f32x, f32x))(lambda b, x, y: _mask(b, b.fcmp_ordered("<", x, y)))
 which_differ = operation(int64(i32x, i32x))(lambda b, x, y: _mask(b, b.icmp_signed("!=", x, y)))
+bits_in = operation(int64(int64))(lambda b, bits: b.ctpop(bits))
 first_bit = operation(int64(int64))(lambda b, bits: b.cttz(bits, ir.Constant(ir.IntType(1), 1)))
 cells_of = operation(i32x(f32x, f32x, f32x))(lambda b, *args: b.fptosi(emit_fma(b, *args), INTS))
 #: the totals, or the largest, of 16 vectors at an address, one after the other: by lanes

@@ -19,6 +19,7 @@ from .lanes import (
     add_up_to,
     as_bits,
     as_float,
+    bits_in,
     choose_less,
     div,
     fill,
@@ -33,6 +34,7 @@ from .lanes import (
     pick,
     store,
     store_one,
+    store_some,
     sub,
     total,
     which_below,
@@ -126,16 +128,12 @@ def _changes(n, low, high, limit, levels, work):
                 return 0
             inner = pick(values, code_after)
             after = fma(inner, own, v)
-            store(each, div(add(v, v), add(outer, inner)))  # the scale at which v is midway
-            store(each + 64, sub(mul(after, after), mul(miss, miss)))
-            store(each + 128, sub(mul(inner, after), mul(outer, miss)))
-            store(each + 192, sub(mul(inner, inner), mul(outer, outer)))
-            while bits != 0:
-                lane = 4 * first_bit(bits)
-                bits &= bits - 1
-                for k in range(4):
-                    store_one(at + k * _STRIDE + 4 * count, load_one(each + 64 * k + lane))
-                count += 1
+            to = at + 4 * count
+            store_some(to, div(add(v, v), add(outer, inner)), bits)  # the scale at which v is midway
+            store_some(to + _STRIDE, sub(mul(after, after), mul(miss, miss)), bits)
+            store_some(to + 2 * _STRIDE, sub(mul(inner, after), mul(outer, miss)), bits)
+            store_some(to + 3 * _STRIDE, sub(mul(inner, inner), mul(outer, outer)), bits)
+            count += bits_in(bits)
     error, cross, power = total(errors), total(crosses), total(powers)
     best = load_one(work + BEST)
     if power > float32(1e-5):
