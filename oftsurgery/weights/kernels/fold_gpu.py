@@ -35,9 +35,7 @@ def fold(
     # Triton's tiles are powers of two
     if kind is None or new_kind is None or b > _MAX_BLOCK or b & (b - 1) or f.shape[1] % b or 0 in f.shape:
         return None
-    if rounding == "mse":
-        return None
-    source = f.kind.kernel_operands(encoded)
+    source = None if rounding == "mse" else f.kind.kernel_operands(encoded)
     if source is None:
         return None
     matrices = rotations.block_diagonal(matrices, b, shared=len(matrices) == 1).contiguous()
@@ -49,11 +47,10 @@ def fold(
 
 
 def tile_of(b: int) -> tuple[int, int]:
-    """The rows and the warps of a program with b columns."""
-    return (
-        16 if b > 64 else 32,
-        8,
-    )  # with more values a warp, no two programs of 4-bit kernels fit a multiprocessor's registers
+    """The rows and the warps of a program with b columns: with more values a warp, no two programs of the 4-bit kernels fit into
+    the registers of a multiprocessor.
+    """
+    return 16 if b > 64 else 32, 8
 
 
 @cache
