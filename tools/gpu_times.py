@@ -80,7 +80,7 @@ def kernel_case(step: Step, encoded: EncodedWeight, rounding: str, tile: tuple[i
     """Milliseconds of each launch of a fold alone, and of the fold's whole call."""
     f, order, launches = encoded.format, [rotation_of(encoded.format.shape[1], 0.0005)], []
     fold = partial(backends.fold, encoded, order, f, inverse=False, rounding=rounding)
-    with pytest.MonkeyPatch.context() as patch, oftsurgery.use_backend("triton"):
+    with pytest.MonkeyPatch.context() as patch, oftsurgery.use_backend("triton" if step.small else "auto"):
         patch.setattr(fold_gpu, "tile_of", lambda _: tile)
         with patch.context() as kept:
             for name in ("fold_four_bit", "fold_rows", "quantise_scales"):

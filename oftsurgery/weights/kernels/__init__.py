@@ -241,7 +241,7 @@ def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, Tensor, int, tuple
     the CPU.
     """
     wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
-    if not wide or series is None or _choice() not in (None, "numba", "triton"):
+    if not wide or series is None or _choice() not in (None, "numba"):
         return None
     return _serve("numba", lambda driver: use(driver, rotation.generator.detach().cpu(), wide, series))
 
