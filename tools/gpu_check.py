@@ -56,7 +56,7 @@ LIMITS = {
     "kernels": 80,
     "times": 90,
     "checkpoint": 60,
-    "tests": 120,
+    "tests": 170,
 }
 #: packages besides the dependencies: `pip` must not take torch, which fits the machine's driver
 OF_STEPS = ("triton>=3.2", "pytest>=8.3", "hypothesis>=6.100")
