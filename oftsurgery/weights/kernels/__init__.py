@@ -163,15 +163,15 @@ def fold(
     return None if tiles is None else replace(tiles, backend="tiled")
 
 
-def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
-    """The result of ``use`` with the driver of a fast path; None if there is no driver, or the driver fails."""
+def _serve(name: str, use: Callable[[ModuleType], T | None], driver: str = "") -> T | None:
+    """The result of ``use`` with a fast path's driver of folds, or another; None if there is no driver, or the driver fails."""
     problem = _problem(name)
     if problem is not None:
         if name not in _broken:
             _give_up(name, problem)
         return None
     try:
-        return use(import_module(".fold_cpu" if name == "numba" else ".fold_gpu", __name__))
+        return use(import_module(driver or (".fold_cpu" if name == "numba" else ".fold_gpu"), __name__))
     except OFTSurgeryError:
         raise
     except Exception as error:  # a compiler may raise any error; the slower path has the same result
@@ -243,7 +243,8 @@ def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, Tensor, int, tuple
     wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
     if not wide or series is None or _choice() not in (None, "numba"):
         return None
-    return _serve("numba", lambda driver: use(driver, rotation.generator.detach().cpu(), wide, series))
+    generator = rotation.generator.detach().cpu()
+    return _serve("numba", lambda driver: use(driver, generator, wide, series), ".rotations_cpu")
 
 
 def _blocks(rotation: Rotation, wide: int) -> Tensor:
