@@ -47,6 +47,8 @@ _VARIABLE = "OFTSURGERY_BACKEND"
 #: for larger blocks a matrix product is faster than the fused kernels
 _MAX_BLOCK = 512
 _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
+#: 129 steps from 0 to i
+_TO_ONE = 1j * np.linspace(0, 1, 129)
 #: fast path → the reason why this process does not use it (again)
 _broken: dict[str, str] = {}
 
@@ -202,7 +204,7 @@ def measure(rotation: Rotation) -> tuple[float, float]:
         return 0.0, 2 * math.atan(theta)
     # the series at the eigenvalues iθ: if both figures are largest at the end of [0, θmax], no other eigenvalue matters
     power, weight = series
-    x = 1j * np.linspace(0, theta, 129)
+    x = theta * _TO_ONE
     values = np.full_like(x, weight)
     for coefficient in (*[2.0] * (power - 1), 1.0):
         values = values * x + coefficient
