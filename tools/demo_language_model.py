@@ -115,7 +115,7 @@ def table_of(rows: Sequence[LanguageRow]) -> str:
             f"{row.sources.divergence:.4f}",
             f"{row.prose.divergence:.4f}",
             f"{row.sources.same:.1%}",
-            f"{row.sources.perplexity:.2f}",
+            f"{row.sources.perplexity:.2f}" if row.sources.perplexity < 1e4 else "noise",
             "" if row.kept is None else f"{row.kept:.1%}",
         )
         padded = (cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True))

