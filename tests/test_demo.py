@@ -81,6 +81,7 @@ def test_text_is_prose_and_held_out_sentences_are_not_trained_on(demo: ModuleTyp
     assert held_out >= set(demo.held_out(128))
 
 
+@pytest.mark.slow
 def test_a_language_model_beside_its_live_adapter() -> None:
     """The shipped adapter, on two windows: the table's order of models, and what each row says."""
     from demo_language_model import compare_language_models, table_of, texts_of
