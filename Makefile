@@ -28,8 +28,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-check bench-quality browser
 
+# transformers would show a bar while it unpacks the language model
 demo: $(INSTALLED)
-	$(BIN)/python tools/demo.py
+	TQDM_DISABLE=1 $(BIN)/python tools/demo.py
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)

@@ -22,7 +22,7 @@ PROMPT = '''def read_lines(path):
     """Return the lines of a file."""
 '''
 #: windows of each held-out text, tokens of each window, windows of the calibration, tokens that each model writes
-WINDOWS, LENGTH, CALIBRATION, NEW = 5, 128, 16, 20
+WINDOWS, LENGTH, CALIBRATION, NEW = 4, 128, 8, 16
 
 
 @dataclass(frozen=True)
