@@ -110,7 +110,8 @@ def _by_its_shards(folder: Path, index: Path, found: list[Finding]) -> Checkpoin
     remedy = "download the checkpoint again, or restore the index that belongs to these shards"
     counts = {"shards": len(shards), "tensors_listed": len(weight_map)} | {k: len(v) for k, v in troubles.items()}
     found.append(Finding("error", "index", message, wrong[0], counts, remedy, tuple(wrong[1:])))
-    return Checkpoint(folder, index.parent, entries, tuple(sorted({e.file for e in entries.values()})), config)
+    files = tuple(sorted({e.file for e in entries.values()}))
+    return Checkpoint(folder, index.parent, entries, files, config, layout=layout_of(folder) or LAYOUTS[0])
 
 
 def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -118,7 +119,7 @@ def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
     message = "the file of weights is not a part of the checkpoint, and nothing reads the file"
     remedy = "remove the file, or restore the index where the index is wrong"
     own = {checkpoint.weights / file for file in checkpoint.files}
-    patterns = [f"{layout.single.removesuffix('.safetensors')}*.safetensors" for layout in LAYOUTS]
+    patterns = [layout.shards.format(suffix="*") for layout in LAYOUTS]
     for path in sorted(path for pattern in patterns for path in checkpoint.folder.glob(pattern)):
         if path not in own and path.is_file():
             yield Finding("note", "stray-shard", message, path.name, {"bytes": path.stat().st_size}, remedy)

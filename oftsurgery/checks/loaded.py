@@ -1,4 +1,4 @@
-"""A :class:`LoadedCheckpoint` holds the tensors that transformers would load from a folder, by the model's own names.
+"""A :class:`LoadedCheckpoint` holds the tensors that transformers or diffusers would load from a folder, by the model's own names.
 
 The checks use this file, which shares no code with the files that plan or write a fold. The model's class is built on the
 meta device (with names and shapes, without weights and without code of the checkpoint); transformers' conversion tables
@@ -90,14 +90,22 @@ class LoadedCheckpoint:
             self._from.update((name, name) for name in stored)
             self.sources.update((name, name) for name in stored)
             return
+        self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+        self._of_diffusers = not hasattr(self.model, "all_tied_weights_keys")
+        if self._of_diffusers:  # the names in the files are those of the class, and no tensors are tied
+            self._pairs: dict[str, str] = {}
+            self._held = {name: id(tensor) for name, tensor in self._state.items()}
+            self._from.update((name, name) for name in stored)
+            self.sources.update((name, name if name in self._from else None) for name in self._state)
+            self.sources.update((name, name) for name in stored)
+            return
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
         tables = get_model_conversion_mapping(self.model) or []
         self._renamings = [t for t in tables if isinstance(t, WeightRenaming)]
         self._converters = [t for t in tables if isinstance(t, WeightConverter)]
-        self._state = {n: t for n, t in self.model.state_dict().items() if isinstance(t, Tensor)}
-        self._pairs: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self._pairs = dict(self.model.all_tied_weights_keys)
         groups: dict[str, list[tuple[str, str]]] = {}
         for name in sorted(stored, key=dot_natural_key):
             target, pattern = self._rename(name)
@@ -117,6 +125,8 @@ class LoadedCheckpoint:
 
     def _rename(self, name: str) -> tuple[str, str | None]:
         """A stored tensor's name in the model, and the pattern of its conversion, as transformers' loading finds both."""
+        if self._of_diffusers:
+            return name, None
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -245,9 +255,13 @@ class LoadedCheckpoint:
         return name in self._state and type(self._holder(name)[0]).__name__ == "Conv1D" and name.endswith("weight")
 
     def dtype_of(self, name: str) -> torch.dtype | None:
-        """The dtype in which transformers holds a plain tensor; None where the dtype is not known."""
+        """The dtype in which the model holds a plain tensor; None where the dtype is not known."""
         if self.model is None or name not in self._state:
             return None
+        if self._of_diffusers:
+            own = self._state[name].dtype
+            whole = any(segment in self._kept for segment in name.split("."))
+            return torch.float32 if whole else self.dtype if own.is_floating_point else own
         from transformers.core_model_loading import build_glob_alternation
 
         kept = list(self.model._get_dtype_plan(self.dtype))
@@ -281,6 +295,12 @@ class LoadedCheckpoint:
         return self.linears(settings.get("llm_int8_skip_modules")) if isinstance(settings, Mapping) else frozenset()
 
     @functools.cached_property
+    def _kept(self) -> tuple[str, ...]:
+        """The segments of names whose tensors a class of diffusers keeps in float32."""
+        kept = type(self.model)._keep_in_fp32_modules or ()
+        return (kept,) if isinstance(kept, str) else tuple(kept)
+
+    @functools.cached_property
     def _before_tying(self) -> Any:
         """The model as transformers' quantizer sees it: the last of its parameters is the last one of the untied model."""
         model = copy.deepcopy(self.model)
@@ -296,6 +316,11 @@ class LoadedCheckpoint:
         Args:
             skip: ``llm_int8_skip_modules``, a list that replaces transformers' own choice.
         """
+        if self._of_diffusers:
+            keys = [*(map(str, skip) if isinstance(skip, list) else ()), *self._kept]
+            plain = re.compile("|".join(rf"^(.*\.)?{k}$|{k}\." for k in map(re.escape, keys)) or "(?!)")
+            own = (path for path, module in self.model.named_modules() if isinstance(module, nn.Linear))
+            return frozenset(f"{path}.weight" for path in own if not plain.search(path))
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 

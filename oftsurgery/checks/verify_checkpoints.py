@@ -431,7 +431,13 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
 
 
 def _dtype_in_config(checkpoint: Checkpoint) -> torch.dtype | None:
-    """The dtype that a config names."""
+    """The dtype that a config names; for diffusers, whose configs name none, the dtype of the most bytes of plain floats."""
+    if "_class_name" in checkpoint.config:
+        held: dict[torch.dtype, int] = {}
+        for name, entry in checkpoint.entries.items():
+            if DTYPES[entry.dtype] in FLOATS and name.rpartition(".")[2] in ("weight", "bias"):
+                held[DTYPES[entry.dtype]] = held.get(DTYPES[entry.dtype], 0) + entry.nbytes
+        return max(held, key=lambda dtype: held[dtype], default=None)
     return _dtype_named(checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, printable, warn_caller
 
-from .layout import CONFIG, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import TensorEntry, damaged, inside, read_header, read_json
 from .wrappers import plain_names
 
@@ -35,6 +35,7 @@ class Checkpoint:
         config: the parsed ``config.json``; empty if the folder has no such file.
         wrapped: whether the files have names with segments of wrappers, which transformers does not load.
         revision: the revision of a Hub repository that was asked for, or None.
+        layout: how the files are called.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     wrapped: bool = False
     revision: str | None = None
+    layout: Layout = LAYOUTS[0]
 
     @property
     def shards(self) -> list[str]:
@@ -87,8 +89,8 @@ class Checkpoint:
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of the checkpoint in ``folder``.
+def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
+    """Read the headers of the checkpoint in ``folder``, and of its ``variant`` (``"fp16"``) where a variant is named.
 
     Raises:
         CheckpointError: the folder has no safetensors checkpoint, the index disagrees with the shards, a file lies
@@ -100,7 +102,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             path=folder,
             remedy="give a folder with config.json and *.safetensors, or a Hub id 'owner/name'",
         )
-    layout = layout_of(folder)
+    layout = layout_of(folder, variant)
     if layout is None:
         names = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("*/*"))]
         raise no_checkpoint(folder, names)
@@ -124,6 +126,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tuple(sorted(files)),
         MappingProxyType(config),
         wrapped=plain.keys() != entries.keys(),
+        layout=layout,
     )
 
 

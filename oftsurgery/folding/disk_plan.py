@@ -258,7 +258,11 @@ def make_plan(
     config = loadable_config(config, outputs)
     card.own_card(store.source.folder)  # a card that cannot be read is refused now
     return CheckpointPlan(
-        store, tuple(jobs), into_shards([job.outputs for job in jobs], max_shard_bytes), config, carried
+        store,
+        tuple(jobs),
+        into_shards([job.outputs for job in jobs], max_shard_bytes, store.source.layout.output),
+        config,
+        carried,
     )
 
 

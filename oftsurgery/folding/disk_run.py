@@ -96,6 +96,7 @@ def run_plan(
             exact=not plan.converts,
             # an unfolded checkpoint keeps the sizes in the earlier fold's record
             before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
+            layout=plan.source.layout.output,
         )
         staging.publish()
     return record

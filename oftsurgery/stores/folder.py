@@ -4,6 +4,7 @@ by weight, without building the model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from oftsurgery.records.record_file import record_in
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
 from .idle import is_idle
+from .image_models import is_of_diffusers
 from .layers import Layer
 from .layouts import find_names
 from .naming import architecture_of, locate
@@ -314,9 +316,16 @@ def has_quantised_weights(source: Checkpoint) -> bool:
 
 
 def load_dtype(source: Checkpoint) -> torch.dtype:
-    """The dtype in which transformers 5 loads the checkpoint by default: the config's dtype, or else the dtype of the first
-    float tensor.
+    """The dtype in which the checkpoint is loaded. transformers 5 takes the config's dtype by default, or else the dtype of the first
+    float tensor. The configs of diffusers name no dtype, and its trainers load a model as it is stored: the dtype is that of the
+    most bytes of float tensors, without the statistics of quantised weights.
     """
+    if is_of_diffusers(source.config):
+        held: Counter[torch.dtype] = Counter()
+        for name, entry in source.entries.items():
+            if DTYPES[entry.dtype] in FLOATS and not checkpoint_tensors.is_companion(name, source.entries):
+                held[DTYPES[entry.dtype]] += entry.nbytes
+        return held.most_common(1)[0][0] if held else torch.float32
     named = source.config.get("dtype", source.config.get("torch_dtype"))
     dtype = getattr(torch, named, None) if isinstance(named, str) else None
     if isinstance(dtype, torch.dtype):
