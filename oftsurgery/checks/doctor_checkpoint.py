@@ -12,7 +12,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.carried import carried_from
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
-from oftsurgery.files.layout import CONFIG, LAYOUTS, layout_of
+from oftsurgery.files.layout import CONFIG, LAYOUTS, is_of_variant, layout_of
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD, record_in
@@ -121,7 +121,7 @@ def _stray_shards(checkpoint: Checkpoint) -> Iterator[Finding]:
     own = {checkpoint.weights / file for file in checkpoint.files}
     patterns = [layout.shards.format(suffix="*") for layout in LAYOUTS]
     for path in sorted(path for pattern in patterns for path in checkpoint.folder.glob(pattern)):
-        if path not in own and path.is_file():
+        if path not in own and path.is_file() and not is_of_variant(path.name):
             yield Finding("note", "stray-shard", message, path.name, {"bytes": path.stat().st_size}, remedy)
 
 

@@ -34,13 +34,13 @@ PATTERNS = [
 _NEVER = re.compile(
     r"\..*|adapter_.*"  # hidden files, and an adapter's files
     r"|(?i:.*\.(bin|pth?|ckpt|pkl|pickle|joblib|dill|npz|h5|keras|msgpack|pb|tflite|onnx|gguf|ot|undo))"  # other weights
-    r"|(?i:.*\.(bin|h5|msgpack)\.index\.json)"
+    r"|(?i:.*\.(bin|h5|msgpack)\.index(\.\w+)?\.json)"
     r"|(?i:(optimizer|scheduler|rng_state|random_states|training_args).*)"  # the state of a training
     r"|(?i:trainer_state\.json|(all|train|eval|predict|test)_results\.json)"
     r"|(?i:.*\.(py|pyc|so|dll|dylib|exe|sh|bat))",  # code; an index names the code that is copied
     re.DOTALL,
 )
-_WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index\.json)?)", re.DOTALL)
+_WEIGHTS = re.compile(r"(?i:.*\.safetensors(\.index(\.\w+)?\.json)?)", re.DOTALL)
 _PICKLE = "pytorch_model.bin"  # the weights of a module that was saved without safetensors
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
 _IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\S+)[ \t]*$|from[ \t]+\.(\S+)[ \t]+import)", re.MULTILINE)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from oftsurgery.errors import CheckpointError, printable
 
@@ -85,6 +86,11 @@ def layout_of(folder: Path, variant: str | None = None) -> Layout | None:
     return next(iter(found.values()), None)
 
 
+def layout_for(config: Mapping[str, Any]) -> Layout:
+    """The layout in which the library of a ``config.json`` looks for a model's weights: transformers, or diffusers."""
+    return LAYOUTS[1] if "_class_name" in config and "model_type" not in config else LAYOUTS[0]
+
+
 def variants_in(names: Collection[str]) -> dict[str, Layout]:
     """``{name of a variant: its layout}`` of the files of these ``names``."""
     found: dict[str, Layout] = {}
@@ -96,6 +102,12 @@ def variants_in(names: Collection[str]) -> dict[str, Layout]:
                 if name == f"{before}.{middle}.{after}" and _VARIANT.fullmatch(middle) and name not in layout.names:
                     found.setdefault(middle, layout.variant(middle))
     return found
+
+
+def is_of_variant(name: str) -> bool:
+    """Whether a file of weights belongs to a variant, by its name."""
+    stems = "|".join(re.escape(layout.single.removesuffix(_WEIGHTS)) for layout in LAYOUTS)
+    return re.fullmatch(rf"({stems})\.\w+(-\d+-of-\d+)?{re.escape(_WEIGHTS)}", name) is not None
 
 
 #: the index of a pipeline of diffusers: the names and the classes of its components
