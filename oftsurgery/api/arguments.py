@@ -20,6 +20,7 @@ from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
 from oftsurgery.files.links import links_followed
+from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding
 from oftsurgery.records.record import FoldRecord
 
@@ -173,6 +174,29 @@ def opened_checkpoint(
     )
 
 
+def opened_model(
+    source: str | PathLike[str],
+    revision: str | None = None,
+    adapters: Iterable[OFTAdapter] = (),
+    *,
+    variant: str | None = None,
+    component: str | None = None,
+) -> Checkpoint | Pipeline:
+    """The checkpoint or the pipeline in a folder or a Hub repository, as :func:`opened_checkpoint`.
+
+    Raises:
+        StateError: a ``component`` is named, and the folder holds one model.
+    """
+    at = base_revision(source, revision, trained_at(adapters))
+    folder = find_checkpoint(source, revision=at, variant=variant)
+    if is_pipeline(folder):
+        return open_pipeline(folder, variant)
+    if component is not None:
+        message = f"the component {printable(component)!r} was named, but the folder holds one model and no pipeline"
+        raise StateError(message, path=folder, remedy="leave out component=… (--component)")
+    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(source, at).revision)
+
+
 def named_base(adapters: Sequence[OFTAdapter]) -> str:
     """The base that the adapters' configs name.
 
@@ -197,10 +221,21 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
     return base
 
 
-def opened_base(base: str | PathLike[str], record: FoldRecord | None) -> Checkpoint:
+def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: str | None = None) -> Checkpoint:
     """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
     named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
-    return opened_checkpoint(base, base_revision(base, None, named, "the fold's record"))
+    at = base_revision(base, None, named, "the fold's record")
+    folder = find_checkpoint(base, revision=at, variant=variant)
+    return replace(open_checkpoint(folder, variant), revision=checkpoint_place(base, at).revision)
+
+
+def opened_pipeline(base: str | PathLike[str], variant: str | None = None) -> Pipeline:
+    """The pipeline in a folder or a Hub repository.
+
+    Raises:
+        CheckpointError: the folder holds no pipeline.
+    """
+    return open_pipeline(find_checkpoint(base, variant=variant), variant)
 
 
 def check_one_way_back(given: Sequence[object], remedy: str) -> None:

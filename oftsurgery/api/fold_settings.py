@@ -34,6 +34,8 @@ class FoldSettings:
     revision: str | None = None
     partial: bool = False
     trained_on: str | PathLike[str] | None = None
+    component: str | None = None
+    variant: str | None = None
 
     def quantization(self, source: Checkpoint, trained: TrainedOn | None) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None; ``double_quant`` is then of the output alone where

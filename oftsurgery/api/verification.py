@@ -7,9 +7,11 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
+from oftsurgery.checks.pipeline_files import check_pipeline_files
 from oftsurgery.checks.verify_files import check_files
 from oftsurgery.errors import StateError
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import PIPELINE
 from oftsurgery.files.links import links_followed
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ def verify_checkpoint(
     *,
     texts: Any = None,
     tolerance: float | None = None,
+    component: str | None = None,
+    variant: str | None = None,
     follow_links: bool = False,
 ) -> CheckpointReport:
     """Check a folded checkpoint on disk, by other code than the fold's.
@@ -49,7 +53,8 @@ def verify_checkpoint(
             transformers and run them.
         tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
             costs.
-        follow_links: as for :func:`fold_checkpoint`.
+        component: the model of a pipeline to check; None: all models that carry a fold, and the other files.
+        variant, follow_links: as for :func:`fold_checkpoint`.
 
     Returns:
         a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
@@ -75,7 +80,11 @@ def verify_checkpoint(
     with links_followed(follow_links):
         folder = find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
+            if (folder / PIPELINE).is_file():
+                return check_pipeline_files(folder, component)
             return check_files(folder)
         from .comparisons import compare_with_base  # imports torch
 
-        return compare_with_base(folder, base, adapter, texts=texts, tolerance=tolerance)
+        return compare_with_base(
+            folder, base, adapter, texts=texts, tolerance=tolerance, component=component, variant=variant
+        )

@@ -110,6 +110,14 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "tokenizer and chat template to write beside the weights: those of the adapter, the base or a folder "
         "(default: those of the adapter where its folder has them)",
     },
+    "--component": {
+        "metavar": "NAME",
+        "help": "model of a pipeline of diffusers, such as unet or text_encoder_2 (default: names and shapes decide)",
+    },
+    "--variant": {
+        "metavar": "NAME",
+        "help": "variant of the weights, such as fp16 (default: the files without a variant's name, or else the only variant)",
+    },
     "--undo": {
         "metavar": "FILE",
         "help": "undo record to write: `oftsurgery unfold --undo FILE` then restores exactly",
@@ -143,6 +151,7 @@ _QUANTISING = (
     "--fold-into",
 )
 READING_FLAGS = ("--adapter-subfolder", "--follow-links")
+PIPELINE_FLAGS = ("--component", "--variant")
 FOLDING_FLAGS = (
     *_QUANTISING,
     "--rounding",
@@ -151,6 +160,7 @@ FOLDING_FLAGS = (
     "--tokenizer",
     "--base-revision",
     "--partial",
+    *PIPELINE_FLAGS,
     *READING_FLAGS,
 )
 RUNNING_FLAGS = ("--device", "--resume", "--force")

@@ -376,3 +376,14 @@ def _auto_maps(configs: Iterable[Any]) -> Iterator[str]:
         for part in _parts(config):
             if isinstance(part, Mapping) and "auto_map" in part:
                 yield from _texts(part["auto_map"])
+
+
+def never_copied(name: str) -> bool:
+    """Whether a file of a pipeline is not copied, by its name: pickles, weights of other libraries, the state of a training, and a
+    single file of weights beside the components.
+    """
+    base = name.rpartition("/")[2]
+    kept = base == "scheduler_config.json" or base.endswith(".py")  # a pipeline's own code is data here
+    return (_NEVER.fullmatch(base) is not None and not kept) or (
+        "/" not in name and _WEIGHTS.fullmatch(base) is not None
+    )

@@ -47,8 +47,8 @@ class Layout:
 
     def variant(self, name: str) -> Layout:
         """The layout of a variant (``"fp16"``), whose name stands before the ending, as in diffusers and transformers."""
-        names = (f"{file.rpartition('.')[0]}.{name}.{file.rpartition('.')[2]}" for file in self.names)
-        return Layout(*names, written=True)
+        single, index = (f"{file.rpartition('.')[0]}.{name}.{file.rpartition('.')[2]}" for file in self.names)
+        return Layout(single, index, written=True)
 
 
 _WEIGHTS = ".safetensors"

@@ -35,7 +35,9 @@ def beside_model(
         StateError: the chosen tokenizer does not exist.
         CheckpointError: a file cannot be used.
     """
-    weights = [p.name for layout in LAYOUTS for p in ([] if home is None else home.glob(layout.shards.format(suffix="*")))]
+    weights = [
+        p.name for layout in LAYOUTS for p in ([] if home is None else home.glob(layout.shards.format(suffix="*")))
+    ]
     carried = Carried() if home is None else carried_from(home, weights)
     if not hasattr(tokenizer, "save_pretrained"):
         adapters = homes_of(record.adapters if record is not None else ())

@@ -68,42 +68,58 @@ def run_plan(
             nor ``force`` is set.
         OFTSurgeryError: as for a fold in memory.
     """
-    _check_destination(plan, destination)
-    if plan.undo is not None and not (resume and plan.undo.is_file()):
-        check_place(plan.undo, force=force)
-    key = _fingerprint(plan)
+    check_destination(plan, destination, resume=resume, force=force)
+    key = fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, inputs_of)
-        if resume and plan.undo is not None and plan.undo.is_file():
-            with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
-                run.written = open_undo(plan.undo)
-        for shard in plan.shards:
-            run.shard(shard, staging)
-        record = run.record()
-        if not plan.unfolds and record is not None:
-            engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
-        elif plan.changes.rotate:
-            engine.finish_unfold(plan.changes, run.modules, plan.store.record)
-        if plan.undo is not None and record is not None:
-            run.write_undo(plan.undo, record, staging, force=force)
-        record = write_other_files(
-            staging,
-            [shard.file for shard in plan.shards],
-            record,
-            source=plan.source.folder,
-            jsons={"config.json": plan.config},
-            carried=plan.carried,
-            exact=not plan.converts,
-            # an unfolded checkpoint keeps the sizes in the earlier fold's record
-            before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
-            layout=plan.source.layout.output,
+        record = write_plan(
+            plan, staging, device=device, resume=resume, force=force, progress=progress, inputs_of=inputs_of
         )
         staging.publish()
     return record
 
 
-def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
-    """Refuse a destination whose writing would change or remove the folders that are read."""
+def write_plan(
+    plan: CheckpointPlan,
+    staging: Staging,
+    *,
+    device: str,
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+    inputs_of: InputsOf | None = None,
+) -> FoldRecord | None:
+    """Write everything of ``plan`` into the unfinished output ``staging``, which the caller publishes."""
+    run = _Run(plan, torch.device(device), progress, inputs_of)
+    if resume and plan.undo is not None and plan.undo.is_file():
+        with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
+            run.written = open_undo(plan.undo)
+    for shard in plan.shards:
+        run.shard(shard, staging)
+    record = run.record()
+    if not plan.unfolds and record is not None:
+        engine.finish_fold(record, plan.changes, plan.store.ties, on_disk=True)
+    elif plan.changes.rotate:
+        engine.finish_unfold(plan.changes, run.modules, plan.store.record)
+    if plan.undo is not None and record is not None:
+        run.write_undo(plan.undo, record, staging, force=force)
+    return write_other_files(
+        staging,
+        [shard.file for shard in plan.shards],
+        record,
+        source=plan.source.folder,
+        jsons={"config.json": plan.config},
+        carried=plan.carried,
+        exact=not plan.converts,
+        # an unfolded checkpoint keeps the sizes in the earlier fold's record
+        before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
+        layout=plan.source.layout.output,
+    )
+
+
+def check_destination(plan: CheckpointPlan, destination: Path, *, resume: bool, force: bool) -> None:
+    """Refuse a destination whose writing would change or remove the folders that are read, and a place of the undo record where
+    something is.
+    """
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
     sources = {s.source.folder.resolve() for s in stores if s is not None}
@@ -116,9 +132,11 @@ def _check_destination(plan: CheckpointPlan, destination: Path) -> None:
             path=plan.undo,
             remedy="name a file outside the destination: undo=… (--undo)",
         )
+    if plan.undo is not None and not (resume and plan.undo.is_file()):
+        check_place(plan.undo, force=force)
 
 
-def _fingerprint(plan: CheckpointPlan) -> str:
+def fingerprint(plan: CheckpointPlan) -> str:
     """Hash of everything that decides the output: unfinished work with another fingerprint is not resumed."""
     facts = {
         "source": plan.source.identity,

@@ -135,7 +135,7 @@ def write_other_files(
         before: bytes of the source's tensors, for the record; None keeps the record's sizes.
         layout: how the files of weights are called.
     """
-    _warn_of_lost(carried)
+    warn_of_lost(carried.lost)
     held = {file: read_header(staging.folder / file)[0] for file in files}
     total = sum(e.nbytes for entries in held.values() for e in entries)
     if len(files) > 1:
@@ -164,13 +164,13 @@ def write_other_files(
     return record
 
 
-def _warn_of_lost(carried: Carried) -> None:
+def warn_of_lost(lost: Mapping[str, str]) -> None:
     """One :class:`LeftOutWarning` that names files of the whole model that the output lacks, if there are any."""
-    if carried.lost:
-        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(carried.lost.items())[:3])
-        more = f"; and {len(carried.lost) - 3} more" if len(carried.lost) > 3 else ""
+    if lost:
+        named = "; ".join(f"{printable(name)} ({why})" for name, why in list(lost.items())[:3])
+        more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
         warn_caller(
-            f"the output lacks {len(carried.lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
+            f"the output lacks {len(lost)} files that loading the whole model reads: {named}{more}. Save the source again with "
             "safe_serialization=True, or copy the files if you trust them",
             LeftOutWarning,
         )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.finding import HUB
+from oftsurgery.files.layout import PIPELINE
 from oftsurgery.files.reading import inside, read_json
 
-from .record import AdapterInfo, FoldRecord
+from .record import AdapterInfo, FoldRecord, joined
 
 if TYPE_CHECKING:
     from oftsurgery.files.staging import Staging
@@ -49,6 +50,19 @@ def record_at(path: Path) -> FoldRecord:
     except (TypeError, RecursionError) as error:
         message = f"the record of an earlier fold cannot be read ({printable(error)})"
         raise CheckpointError(message, path=path, remedy=_RESTORE) from error
+
+
+def records_in(folder: Path) -> FoldRecord | None:
+    """The record in a checkpoint's folder, or of a pipeline the records of its models as one; or None.
+
+    Raises:
+        CheckpointError: a record cannot be read.
+    """
+    if not (folder / PIPELINE).is_file():
+        return record_in(folder)
+    below = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))
+    found = {name: record for name in below if (record := record_in(folder / name)) is not None}
+    return joined(found) if found else None
 
 
 def public_info(info: AdapterInfo) -> AdapterInfo:

@@ -93,7 +93,9 @@ def _hands_itself_over(cls: type[Any]) -> bool:
     forward = inspect.unwrap(getattr(cls, "forward", None) or (lambda: None))
     calls = (node for node in ast.walk(_parsed(forward)) if isinstance(node, ast.Call))
     return any(
-        isinstance(node.func, ast.Attribute) and _is_of(node.func.value, None) and any(_is_of(a, None) for a in node.args)
+        isinstance(node.func, ast.Attribute)
+        and _is_of(node.func.value, None)
+        and any(_is_of(a, None) for a in node.args)
         for node in calls
     )
 

@@ -47,7 +47,8 @@ def image_model(config: Mapping[str, Any]) -> nn.Module | None:
         return None
     try:
         with _quiet():
-            made: nn.Module = found.from_config({k: v for k, v in config.items() if k not in _BESIDE})
+            make: Any = found.from_config
+            made: nn.Module = make({k: v for k, v in config.items() if k not in _BESIDE})
             return made
     except Exception as error:  # a config may hold any data, and its class may raise any error
         raise CheckpointError(
