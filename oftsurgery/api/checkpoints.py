@@ -58,6 +58,12 @@ def plan_fold(
     opened = opened_model(base, settings.revision, adapters, variant=settings.variant, component=settings.component)
     plan = partial(_plan_model, settings)
     if isinstance(opened, Pipeline):
+        if settings.rounding == "calibrated":
+            raise StateError(
+                "a calibration runs one model on texts, and the source is a pipeline of diffusers",
+                path=opened.folder,
+                remedy="leave out calibration=… (--calibration): the rounding 'preserve' needs no data",
+            )
         return plan_pipeline(opened, adapters, settings.component, plan, undo=settings.undo is not None)
     return plan(opened, adapters)
 
@@ -206,7 +212,7 @@ def fold_checkpoint(
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)
         if isinstance(plan, PipelinePlan):
-            return _fold_pipeline(plan, Path(destination), mode, device, resume=resume, force=force, progress=progress)
+            return _fold_pipeline(plan, Path(destination), device, resume=resume, force=force, progress=progress)
         batches = None
         if mode == "calibrated":
             from oftsurgery.calibrate import batches as calibrate  # a fold without a calibration runs no model
@@ -236,20 +242,12 @@ def fold_checkpoint(
 def _fold_pipeline(
     plan: PipelinePlan,
     destination: Path,
-    mode: RoundingMode,
     device: str,
     *,
     resume: bool,
     force: bool,
     progress: bool | Progress,
 ) -> FoldRecord:
-    if mode == "calibrated":
-        message = "a calibration runs one model on texts, and the source is a pipeline of diffusers"
-        raise StateError(
-            message,
-            path=plan.source.folder,
-            remedy="leave out calibration=… (--calibration): the rounding 'preserve' needs no data",
-        )
     with shown(progress, "fold") as step:
         record = run_pipeline(plan, destination, device=device, resume=resume, force=force, progress=step)
     assert record is not None  # noqa: S101 - a fold has one

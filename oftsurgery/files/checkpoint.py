@@ -15,7 +15,7 @@ from torch import Tensor
 from oftsurgery.dtypes import DTYPES
 from oftsurgery.errors import CheckpointError, SourceWarning, not_gathered, printable, warn_caller
 
-from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, no_variant, two_checkpoints, weight_map_in
 from .reading import TensorEntry, damaged, inside, read_header, read_json
 from .wrappers import plain_names
 
@@ -104,6 +104,8 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
         )
     layout = layout_of(folder, variant)
     if layout is None:
+        if variant is not None and layout_of(folder) is not None:
+            raise no_variant(folder, variant)
         names = [p.relative_to(folder).as_posix() for p in (*folder.iterdir(), *folder.glob("*/*"))]
         raise no_checkpoint(folder, names)
     single, index = folder / layout.single, folder / layout.index

@@ -153,6 +153,15 @@ def no_checkpoint(place: object, names: Collection[str], otherwise: str | None =
     return CheckpointError(message, path=place, remedy=remedy)
 
 
+def no_variant(folder: Path, variant: str) -> CheckpointError:
+    """The error for a folder whose weights have no such variant."""
+    there = ", ".join(map(printable, variants_in({path.name for path in folder.iterdir()}))) or "none"
+    message = f"the folder has no variant {printable(variant)!r} of the weights; its variants: {there}"
+    return CheckpointError(
+        message, path=folder, remedy="name one of these variants, or leave out variant=… (--variant)"
+    )
+
+
 def two_checkpoints(place: object, layout: Layout) -> CheckpointError:
     """The error for a folder or repository with a checkpoint of one file and another checkpoint of shards."""
     message = (

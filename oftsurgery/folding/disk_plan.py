@@ -325,7 +325,8 @@ def _check_quantised_first(store: FolderStore, codec: str, format: str, fold_int
         )
     if store.architecture.linears is None:
         raise StateError(
-            "the model's class decides which modules bitsandbytes loading quantises, and transformers does not know the class or is not installed",
+            "the model's class decides which modules bitsandbytes loading quantises, and its library (transformers or diffusers) does not "
+            "know the class or is not installed",
             path=store.source.folder,
-            remedy="pip install 'oftsurgery[peft]', or quantise the model with transformers first",
+            remedy="pip install 'oftsurgery[peft]', or 'oftsurgery[diffusers]' for a model of diffusers; or quantise the model with its library first",
         )
