@@ -26,11 +26,17 @@ from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
+from oftsurgery.stores.image_layouts import pairs_of
 from oftsurgery.stores.skeleton import quiet, skeleton
 
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+# the prefixes by which image tools name the component of a module
+_COMPONENT = re.compile(
+    r"^((lora|oft)_(unet|transformer|te\d?)_|lycoris_|(model\.)?diffusion_model\.|transformer\.|unet\.|text_encoder(_\d)?\."
+    r"|text_encoders\.\w+\.transformer\.)"
+)
 # the part of a tensor's name in a multimodal model up to the language model's own name
 _AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
@@ -194,6 +200,8 @@ class LoadedCheckpoint:
             as ``apart``; or None.
         """
         found = self._place(name)
+        if found is None:
+            found = self._by_image_tool(name)
         if found is None and ".module." in f".{name}":  # DDP puts `module.` in front of the names of its module
             found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
         return found
@@ -207,6 +215,28 @@ class LoadedCheckpoint:
             return target if target in self.sources else self._in_language_model(name)
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
+
+    def _by_image_tool(self, name: str) -> str | None:
+        """The name here of a tensor as image tools write it: behind a component's prefix, flattened, in either layout."""
+        path, _, leaf = name.rpartition(".")
+        found = self._flattened.get(_COMPONENT.sub("", path).replace(".", "_"), set())
+        there = [f"{own}.{leaf}" for own in found if f"{own}.{leaf}" in self.sources]
+        return there[0] if len(there) == 1 else None
+
+    @functools.cached_property
+    def _flattened(self) -> dict[str, set[str]]:
+        """``{flattened path: paths here}``; a path of the other layout counts where no path here is the same when flattened."""
+        weights = [name.removesuffix(".weight") for name in self.sources if name.endswith(".weight")]
+        own: dict[str, set[str]] = {}
+        for path in weights:
+            for alias in (path, f"text_model.{path}", path.removeprefix("text_model.")):
+                own.setdefault(alias.replace(".", "_"), set()).add(path)
+        other: dict[str, set[str]] = {}
+        for pair in pairs_of(weights):
+            for here, there in ((pair.parts[0], pair.original), (pair.original, pair.parts[0])):
+                if len(pair.parts) == 1 and here in weights:
+                    other.setdefault(there.replace(".", "_"), set()).add(here)
+        return other | own
 
     def _in_language_model(self, name: str) -> str | None:
         """The name here of a language model's tensor, if ``name`` is the tensor's name in another class: a multimodal class has

@@ -22,7 +22,7 @@ from oftsurgery.formats.checkpoint_tensors import owner_of
 
 from . import image_models
 from .conversion import Unit, unit_of
-from .layouts import Layout, find_names, layouts_of
+from .layouts import Layout, find_names, image_layouts, layouts_of
 from .modules import modules_of
 from .skeleton import skeleton
 from .ties import Ties, ties_of
@@ -106,8 +106,11 @@ def architecture_of(
     model = skeleton(config, dtype, len(shapes))
     if model is None:
         ends = _CONV1D_NAMES if config.get("model_type") in _CONV1D_TYPES else ()
+        weights = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
         return Architecture(
-            {name: name for name in shapes}, transposed=frozenset(n for n in shapes if n.endswith(ends))
+            {name: name for name in shapes},
+            transposed=frozenset(n for n in shapes if n.endswith(ends)),
+            layouts=(str, *image_layouts(weights, encoder="model_type" in config)),
         )
     return names_of(model, shapes, dtype, skip)
 
