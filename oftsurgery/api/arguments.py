@@ -17,7 +17,7 @@ from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
 from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
-from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.checkpoint import Checkpoint, is_single_file, open_checkpoint, open_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
@@ -187,14 +187,21 @@ def opened_model(
     Raises:
         StateError: a ``component`` is named, and the folder holds one model.
     """
+    if is_single_file(source):
+        _check_one_model(component, Path(source))
+        return open_single_file(Path(source))
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
         return open_pipeline(folder, variant)
-    if component is not None:
-        message = f"the component {printable(component)!r} was named, but the folder holds one model and no pipeline"
-        raise StateError(message, path=folder, remedy="leave out component=… (--component)")
+    _check_one_model(component, folder)
     return replace(open_checkpoint(folder, variant), revision=checkpoint_place(source, at).revision)
+
+
+def _check_one_model(component: str | None, place: Path) -> None:
+    if component is not None:
+        message = f"the component {printable(component)!r} was named, but the place holds one model and no pipeline"
+        raise StateError(message, path=place, remedy="leave out component=… (--component)")
 
 
 def named_base(adapters: Sequence[OFTAdapter]) -> str:
@@ -224,6 +231,8 @@ def named_base(adapters: Sequence[OFTAdapter]) -> str:
 def opened_base(base: str | PathLike[str], record: FoldRecord | None, variant: str | None = None) -> Checkpoint:
     """The checkpoint that was folded, at the revision that the fold's ``record`` names."""
     named = [(a.base_model, record.base.get("revision")) for a in record.adapters] if record is not None else []
+    if is_single_file(base):
+        return open_single_file(Path(base))
     at = base_revision(base, None, named, "the fold's record")
     folder = find_checkpoint(base, revision=at, variant=variant)
     return replace(open_checkpoint(folder, variant), revision=checkpoint_place(base, at).revision)

@@ -25,7 +25,7 @@ from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import record_beside
 
 from .arguments import (
     AdapterLike,
@@ -336,7 +336,7 @@ def unfold_checkpoint(
             with shown(progress, "unfold") as step:
                 return run_pipeline(back, Path(destination), device=device, resume=resume, force=force, progress=step)
         if base is not None:
-            plain = opened_base(base, record_in(source.folder), variant)
+            plain = opened_base(base, record_beside(source), variant)
             plan = plan_restore(source, plain, max_shard_bytes=size)
         elif undo is not None:
             plan = plan_undo(source, open_undo(Path(undo).expanduser()), max_shard_bytes=size)

@@ -16,7 +16,7 @@ from oftsurgery.checks.verify_checkpoints import check_checkpoint
 from oftsurgery.checks.verify_outputs import base_settings, compare_on_inputs
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError, printable
-from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.progress import Progress, shown
@@ -95,7 +95,8 @@ def compare_with_base(
     if isinstance(start, Pipeline):
         message = "the base is a pipeline of diffusers, but the folded checkpoint is one model"
         raise StateError(message, path=start.folder, remedy="give the folder of the same model in the base")
-    return _check(open_checkpoint(folder, variant), start, adapters, texts=texts, tolerance=tolerance)
+    opened = open_single_file(folder) if folder.is_file() else open_checkpoint(folder, variant)
+    return _check(opened, start, adapters, texts=texts, tolerance=tolerance)
 
 
 def _check(

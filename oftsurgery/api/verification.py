@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.pipeline_files import check_pipeline_files
 from oftsurgery.checks.verify_files import check_files
 from oftsurgery.errors import StateError
+from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import find_checkpoint
-from oftsurgery.files.layout import PIPELINE
 from oftsurgery.files.links import links_followed
 
 if TYPE_CHECKING:
@@ -78,11 +78,9 @@ def verify_checkpoint(
         message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
         raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
     with links_followed(follow_links):
-        folder = find_checkpoint(folded, whole=True)
+        folder = Path(folded).expanduser() if is_single_file(folded) else find_checkpoint(folded, whole=True)
         if base is None or adapter is None:
-            if (folder / PIPELINE).is_file():
-                return check_pipeline_files(folder, component)
-            return check_files(folder)
+            return check_files(folder if component is None else folder / component)
         from .comparisons import compare_with_base  # imports torch
 
         return compare_with_base(

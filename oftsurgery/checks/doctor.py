@@ -17,6 +17,7 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import find_adapter, read_adapter
+from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, variants_in
 from oftsurgery.files.pipeline import is_pipeline, open_pipeline
@@ -63,6 +64,8 @@ def doctor(
         adapter = read_adapter(adapter)
     if isinstance(path_or_model, nn.Module):
         found = examine_model(path_or_model, base, adapter)
+    elif is_single_file(path_or_model):
+        found = examine_checkpoint(Path(path_or_model).expanduser(), base, adapter)
     elif (folder := _folder_of_adapter(path_or_model)) is not None:
         found = examine_adapter(folder, base)
     else:

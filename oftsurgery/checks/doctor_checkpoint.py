@@ -11,11 +11,11 @@ from typing import Any
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.carried import carried_from
-from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.layout import CONFIG, LAYOUTS, is_of_variant, layout_of
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, record_beside
 from oftsurgery.stores import configs
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.modules import tensors_in
@@ -26,7 +26,12 @@ from .findings import FOLD, Finding, Model, Numbers, noting, of_error, shape_tex
 
 
 def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    """What is wrong with the checkpoint in a folder or in a single file."""
     found: list[Finding] = []
+    if folder.is_file():
+        with noting(found):
+            found += _examine(open_single_file(folder), base, adapter)
+        return found
     checkpoint = _open_or_recover(folder, found)
     if checkpoint is None:
         return found
@@ -42,12 +47,17 @@ def examine_checkpoint(folder: Path, base: Model | None, adapter: OFTAdapter | N
         )
     found += _unread_rope_settings(checkpoint.config)
     found += _stale_config(checkpoint)
-    found += examine_weights(checkpoint)
+    return found + _examine(checkpoint, base, adapter)
+
+
+def _examine(checkpoint: Checkpoint, base: Model | None, adapter: OFTAdapter | None) -> list[Finding]:
+    """What is wrong with the weights and the folds of a checkpoint."""
+    found = list(examine_weights(checkpoint))
     store = record = None
     with noting(found):
         store = FolderStore(checkpoint)
     with noting(found, RECORD):
-        record = record_in(folder)
+        record = record_beside(checkpoint)
     if store is None:
         return found
     return [*found, *_other_shapes(store), *examine_folds(store, record, base, adapter)]

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.trained_on import TRAINED_ON
 from oftsurgery.errors import MatchError, share
-from oftsurgery.files.checkpoint import open_checkpoint
+from oftsurgery.files.checkpoint import is_single_file, open_checkpoint, open_single_file
 from oftsurgery.files.finding import find_checkpoint
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
@@ -322,6 +323,8 @@ def _lacking(adapter: OFTAdapter, base: Store, record: FoldRecord | None) -> Ite
 def open_store(base: Model) -> Store:
     if isinstance(base, nn.Module):
         return LiveStore(base, plain_paths(base))
+    if is_single_file(base):
+        return FolderStore(open_single_file(Path(base)))
     return FolderStore(open_checkpoint(find_checkpoint(base)))
 
 

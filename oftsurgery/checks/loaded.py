@@ -37,6 +37,15 @@ _COMPONENT = re.compile(
     r"^((lora|oft)_(unet|transformer|te\d?)_|lycoris_|(model\.)?diffusion_model\.|transformer\.|unet\.|text_encoder(_\d)?\."
     r"|text_encoders\.\w+\.transformer\.)"
 )
+_OF_ENCODER, _OF_DENOISER = (
+    ("lora_te", "text_encoder"),
+    ("lora_unet_", "lora_transformer_", "oft_unet_", "unet.", "transformer."),
+)
+# the beginnings of names in checkpoints of image models in a single file
+_ENCODER_IN_FILE = re.compile(
+    r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.(transformer|model)\."
+)
+_IN_FILE = re.compile(rf"{_ENCODER_IN_FILE.pattern}|^(model\.)?diffusion_model\.")
 # the part of a tensor's name in a multimodal model up to the language model's own name
 _AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
@@ -220,7 +229,16 @@ class LoadedCheckpoint:
         """The name here of a tensor as image tools write it: behind a component's prefix, flattened, in either layout."""
         path, _, leaf = name.rpartition(".")
         found = self._flattened.get(_COMPONENT.sub("", path).replace(".", "_"), set())
-        there = [f"{own}.{leaf}" for own in found if f"{own}.{leaf}" in self.sources]
+        if path.startswith(_OF_DENOISER) or path.startswith(_OF_ENCODER):
+            found = {
+                p
+                for p in found
+                if (_ENCODER_IN_FILE.match(p) is not None) == path.startswith(_OF_ENCODER) or not _IN_FILE.match(p)
+            }
+        there = sorted(f"{own}.{leaf}" for own in found if f"{own}.{leaf}" in self.sources)
+        number = re.match(r"(?:lora_te|text_encoder_?)(\d?)[_.]", name)
+        if len(there) > 1 and number is not None:
+            there = there[int(number[1] or 1) - 1 :][:1]
         return there[0] if len(there) == 1 else None
 
     @functools.cached_property
@@ -229,13 +247,15 @@ class LoadedCheckpoint:
         weights = [name.removesuffix(".weight") for name in self.sources if name.endswith(".weight")]
         own: dict[str, set[str]] = {}
         for path in weights:
-            for alias in (path, f"text_model.{path}", path.removeprefix("text_model.")):
+            plain = _IN_FILE.sub("", path)
+            for alias in (path, plain, f"text_model.{plain}", plain.removeprefix("text_model.")):
                 own.setdefault(alias.replace(".", "_"), set()).add(path)
         other: dict[str, set[str]] = {}
-        for pair in pairs_of(weights):
+        denoiser = {_IN_FILE.sub("", path): path for path in weights if not _ENCODER_IN_FILE.match(path)}
+        for pair in pairs_of(denoiser):
             for here, there in ((pair.parts[0], pair.original), (pair.original, pair.parts[0])):
-                if len(pair.parts) == 1 and here in weights:
-                    other.setdefault(there.replace(".", "_"), set()).add(here)
+                if len(pair.parts) == 1 and here in denoiser:
+                    other.setdefault(there.replace(".", "_"), set()).add(denoiser[here])
         return other | own
 
     def _in_language_model(self, name: str) -> str | None:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oftsurgery.errors import StateError
 from oftsurgery.files.reading import inside, sha256_of
-from oftsurgery.records.record_file import RECORD
 
 from .checkpoint_report import CheckpointReport, FileCheck
-from .verify_files import check_files
 
 if TYPE_CHECKING:
     from oftsurgery.files.pipeline import Pipeline
-
-
-def check_pipeline_files(folder: Path, component: str | None) -> CheckpointReport:
-    """Compare the files of a pipeline's models that have records with the hashes in the records, or those of one ``component``.
-
-    Raises:
-        StateError: no model has a record.
-    """
-    folded = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}")) if component is None else [component]
-    if not folded:
-        message = f"no model of the pipeline has an {RECORD}"
-        raise StateError(message, path=folder, remedy="give a pipeline that oftsurgery folded")
-    return joined_reports({name: check_files(folder / name) for name in folded})
 
 
 def joined_reports(reports: Mapping[str, CheckpointReport]) -> CheckpointReport:

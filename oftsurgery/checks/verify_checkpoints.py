@@ -28,7 +28,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
 from oftsurgery.records.advice import Case, remedies
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
+from oftsurgery.records.record_file import RECORD, record_beside
 
 from . import measures
 from .checkpoint_report import CheckpointReport, TensorCheck, TensorKind, WeightCheck
@@ -70,7 +70,7 @@ def check_checkpoint(
         )
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
-    record = record_in(folded.folder)
+    record = record_beside(folded)
     loading = _Loading(record, folded, base)
     base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
     before = LoadedCheckpoint(base, loading.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,8 @@ class Checkpoint:
         wrapped: whether the files have names with segments of wrappers, which transformers does not load.
         revision: the revision of a Hub repository that was asked for, or None.
         layout: how the files are called.
+        metadata: the metadata of the files that an output keeps.
+        single: whether the checkpoint is a file of its own, without a config; the folder then holds other things too.
     """
 
     folder: Path
@@ -46,6 +48,13 @@ class Checkpoint:
     wrapped: bool = False
     revision: str | None = None
     layout: Layout = LAYOUTS[0]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    single: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder, or its single file."""
+        return self.folder / self.files[0] if self.single else self.folder
 
     @property
     def shards(self) -> list[str]:
@@ -87,6 +96,30 @@ class Checkpoint:
         """Sizes and times of the checkpoint's files, and its config. A checkpoint with an equal identity counts as unchanged."""
         stats = {name: (self.weights / name).stat() for name in self.files}
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
+
+
+def is_single_file(path: object) -> bool:
+    """Whether ``path`` names a file of safetensors."""
+    return str(path).endswith(".safetensors") and Path(str(path)).expanduser().is_file()
+
+
+def open_single_file(path: Path) -> Checkpoint:
+    """Read the header of a checkpoint in a single file.
+
+    Raises:
+        CheckpointError: the file is no safetensors file, or is damaged.
+    """
+    path = path.expanduser()
+    entries = _entries(path.parent, [path.name], own=True)
+    metadata = {name: text for name, text in read_header(path)[1].items() if name != _RECORD}
+    layout = Layout(path.name, f"{path.name}.index.json", written=True)
+    folder, held = path.parent, MappingProxyType(entries)
+    return Checkpoint(
+        folder, folder, held, (path.name,), MappingProxyType({}), layout=layout, metadata=metadata, single=True
+    )
+
+
+_RECORD = "oftsurgery"  # the field of a file's metadata that each fold writes anew
 
 
 def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -289,8 +289,24 @@ class Staging:
 
     def publish(self) -> None:
         """Make the folder the destination."""
+        self._publish(())
+
+    def publish_files(self, files: Mapping[str, Path]) -> None:
+        """Move ``{name: path}`` of the written files to their places in this order, and drop the folder; the last file is the
+        destination itself.
+        """
+        self._publish(tuple(files.items()))
+
+    def _publish(self, files: Sequence[tuple[str, Path]]) -> None:
         self.settle()
         with disk_errors(self.destination):
+            for name, path in files:
+                sync_file(self.folder / name)
+                (self.folder / name).replace(path)
+            if files:
+                sync_folder(self.destination.parent)
+                self.state["shards"] = {}  # nothing is left to resume
+                return
             (self.folder / _STATE).unlink()
             for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):
                 sync_folder(folder)

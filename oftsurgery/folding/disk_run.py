@@ -39,6 +39,7 @@ from .disk_jobs import Job, Part
 from .disk_plan import CheckpointPlan
 from .folder_writer import Item, Shard, write_other_files, write_shard
 from .quantised_first import facts_of_quantization
+from .single_file_writer import check_single_destination, publish_single_file, with_sizes
 from .undo_reader import UndoRecord, open_undo
 from .undo_writer import UndoCollector, UndoWriter, check_place, tensor_as_json
 
@@ -74,6 +75,8 @@ def run_plan(
         record = write_plan(
             plan, staging, device=device, resume=resume, force=force, progress=progress, inputs_of=inputs_of
         )
+        if plan.source.single:
+            return publish_single_file(staging, plan.shards[0].file, record)
         staging.publish()
     return record
 
@@ -102,6 +105,10 @@ def write_plan(
         engine.finish_unfold(plan.changes, run.modules, plan.store.record)
     if plan.undo is not None and record is not None:
         run.write_undo(plan.undo, record, staging, force=force)
+    # an unfolded checkpoint keeps the sizes in the earlier fold's record
+    before = None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values())
+    if plan.source.single:
+        return record if record is None or before is None else with_sizes(staging, plan.shards[0].file, record, before)
     return write_other_files(
         staging,
         [shard.file for shard in plan.shards],
@@ -110,8 +117,7 @@ def write_plan(
         jsons={"config.json": plan.config},
         carried=plan.carried,
         exact=not plan.converts,
-        # an unfolded checkpoint keeps the sizes in the earlier fold's record
-        before=None if plan.unfolds else sum(e.nbytes for e in plan.source.entries.values()),
+        before=before,
         layout=plan.source.layout.output,
     )
 
@@ -122,7 +128,9 @@ def check_destination(plan: CheckpointPlan, destination: Path, *, resume: bool, 
     """
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
-    sources = {s.source.folder.resolve() for s in stores if s is not None}
+    sources = {s.source.path.resolve() for s in stores if s is not None}
+    if plan.source.single:
+        check_single_destination(destination, force=force)
     adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
     check_apart(destination, "source", sources)
     check_apart(destination, "adapter", filter(Path.is_dir, adapters))
@@ -209,7 +217,9 @@ class _Run:
 
     def _write(self, file: str, jobs: Sequence[Job], operation: engine.Operation, staging: Staging) -> None:
         record = self.record()
-        metadata = {"format": "pt"} | ({} if record is None else {"oftsurgery": record.header(format=self.plan.format)})
+        metadata = dict(self.plan.source.metadata) | (
+            {} if record is None else {"oftsurgery": record.header(format=self.plan.format)}
+        )
         items = [
             Item(_label(job), job.outputs, job.nbytes, partial(self._load, job), partial(self._make, operation, job))
             for job in jobs

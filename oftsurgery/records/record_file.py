@@ -15,6 +15,7 @@ from oftsurgery.files.reading import inside, read_json
 from .record import AdapterInfo, FoldRecord, joined
 
 if TYPE_CHECKING:
+    from oftsurgery.files.checkpoint import Checkpoint
     from oftsurgery.files.staging import Staging
 
 RECORD = "oftsurgery.json"
@@ -52,12 +53,32 @@ def record_at(path: Path) -> FoldRecord:
         raise CheckpointError(message, path=path, remedy=_RESTORE) from error
 
 
+def sidecar_of(file: Path) -> Path:
+    """The file that holds the record of a checkpoint in a single file."""
+    return file.with_name(f"{file.name}.{RECORD}")
+
+
+def record_beside(checkpoint: Checkpoint) -> FoldRecord | None:
+    """The record of a checkpoint, in its folder or beside its single file; or None.
+
+    Raises:
+        CheckpointError: the record cannot be read.
+    """
+    if not checkpoint.single:
+        return record_in(checkpoint.folder)
+    name = sidecar_of(checkpoint.path).name
+    return record_at(inside(checkpoint.folder, name)) if os.path.lexists(checkpoint.folder / name) else None
+
+
 def records_in(folder: Path) -> FoldRecord | None:
-    """The record in a checkpoint's folder, or of a pipeline the records of its models as one; or None.
+    """The record in a checkpoint's folder or beside its single file, or of a pipeline the records of its models as one; or None.
 
     Raises:
         CheckpointError: a record cannot be read.
     """
+    if folder.is_file():
+        sidecar = sidecar_of(folder)
+        return record_at(sidecar) if sidecar.is_file() else None
     if not (folder / PIPELINE).is_file():
         return record_in(folder)
     below = sorted(path.parent.name for path in folder.glob(f"[!.]*/{RECORD}"))

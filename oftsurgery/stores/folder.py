@@ -21,7 +21,7 @@ from oftsurgery.formats import checkpoint_tensors, codecs
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_in
+from oftsurgery.records.record_file import record_beside
 
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
@@ -97,7 +97,7 @@ class FolderStore:
 
     @cached_property
     def record(self) -> FoldRecord | None:
-        return record_in(self.source.folder)
+        return record_beside(self.source)
 
     @property
     def ties(self) -> Ties:

@@ -122,9 +122,13 @@ class ImageNames:
         """The name of a tensor in the model, of a name in an adapter; an unknown name, and a name of several tensors or of rows of a
         tensor, stay unchanged.
         """
+        return self.find(name, layout) or name
+
+    def find(self, name: str, layout: int) -> str | None:
+        """:meth:`in_model`, with None for a name that stays unchanged there."""
         path, _, leaf = name.rpartition(".")
         meaning = self._meaning(path, layout, "")
-        return name if meaning is None or meaning.whole is None else f"{meaning.whole}.{leaf}"
+        return None if meaning is None or meaning.whole is None else f"{meaning.whole}.{leaf}"
 
     def _meaning(self, path: str, layout: int, prefix: str) -> Meaning | None:
         for name in self._without_prefix(path.removeprefix(prefix)):

@@ -24,6 +24,7 @@ from . import image_models
 from .conversion import Unit, unit_of
 from .layouts import Layout, find_names, image_layouts, layouts_of
 from .modules import modules_of
+from .single_file import single_file_layouts
 from .skeleton import skeleton
 from .ties import Ties, ties_of
 
@@ -110,7 +111,10 @@ def architecture_of(
         return Architecture(
             {name: name for name in shapes},
             transposed=frozenset(n for n in shapes if n.endswith(ends)),
-            layouts=(str, *image_layouts(weights, encoder="model_type" in config)),
+            layouts=(
+                str,
+                *(image_layouts(weights, encoder=True) if "model_type" in config else single_file_layouts(weights)),
+            ),
         )
     return names_of(model, shapes, dtype, skip)
 
