@@ -164,16 +164,6 @@ def check_is_model(model: object) -> None:
         raise StateError(message, remedy="load the model first; the functions …_checkpoint take folders")
 
 
-def opened_checkpoint(
-    source: str | PathLike[str], revision: str | None = None, adapters: Iterable[OFTAdapter] = ()
-) -> Checkpoint:
-    """The checkpoint in a folder or a Hub repository, at ``revision``, or at the revision at which ``adapters`` were trained."""
-    at = base_revision(source, revision, trained_at(adapters))
-    return replace(
-        open_checkpoint(find_checkpoint(source, revision=at)), revision=checkpoint_place(source, at).revision
-    )
-
-
 def opened_model(
     source: str | PathLike[str],
     revision: str | None = None,
@@ -182,7 +172,8 @@ def opened_model(
     variant: str | None = None,
     component: str | None = None,
 ) -> Checkpoint | Pipeline:
-    """The checkpoint or the pipeline in a folder or a Hub repository, as :func:`opened_checkpoint`.
+    """The checkpoint or the pipeline in a folder, a single file or a Hub repository, at ``revision``, or at the revision at which
+    ``adapters`` were trained.
 
     Raises:
         StateError: a ``component`` is named, and the folder holds one model.

@@ -46,7 +46,7 @@ def examine_folds(
 ) -> list[Finding]:
     found = [] if record is None else _against_record(record, store, adapter if base is None else None)
     if adapter is not None and base is not None:
-        if not isinstance(base, nn.Module):  # its errors are raised, not noted
+        if not (isinstance(base, nn.Module) or is_single_file(base)):  # its errors are raised, not noted
             base = find_checkpoint(base, revision=base_revision(base, None, trained_at([adapter])))
         with noting(found):
             there = open_store(base)

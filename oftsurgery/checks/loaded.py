@@ -235,7 +235,8 @@ class LoadedCheckpoint:
                 for p in found
                 if (_ENCODER_IN_FILE.match(p) is not None) == path.startswith(_OF_ENCODER) or not _IN_FILE.match(p)
             }
-        there = sorted(f"{own}.{leaf}" for own in found if f"{own}.{leaf}" in self.sources)
+        there = [f"{own}.{leaf}" for own in sorted(found) if f"{own}.{leaf}" in self.sources]
+        there.sort(key=lambda place: "clip_g" in place)  # after clip_l, in all tools
         number = re.match(r"(?:lora_te|text_encoder_?)(\d?)[_.]", name)
         if len(there) > 1 and number is not None:
             there = there[int(number[1] or 1) - 1 :][:1]

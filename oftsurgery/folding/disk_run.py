@@ -129,10 +129,10 @@ def check_destination(plan: CheckpointPlan, destination: Path, *, resume: bool, 
     there = destination.resolve()
     stores = [plan.store, *(j.origin for j in plan.jobs)]
     sources = {s.source.path.resolve() for s in stores if s is not None}
-    if plan.source.single:
-        check_single_destination(destination, force=force)
     adapters = [Path(a.source) for a in plan.changes.adapters if a.source is not None]
     check_apart(destination, "source", sources)
+    if plan.source.single:
+        check_single_destination(destination, force=force)
     check_apart(destination, "adapter", filter(Path.is_dir, adapters))
     if plan.undo is not None and plan.undo.resolve().is_relative_to(there):
         raise StateError(

@@ -22,6 +22,7 @@ def check_single_destination(destination: Path, *, force: bool) -> None:
     if destination.is_dir() or not destination.name.endswith(".safetensors"):
         message = "the source is a single file, so the destination is a file too, and its name ends in .safetensors"
         raise StateError(message, path=destination, remedy="name the new file: OUTPUT.safetensors")
+    check_free("destination", destination, force=force)
     check_free("record of the destination", sidecar_of(destination), force=force)
 
 

@@ -58,7 +58,8 @@ class SingleFileNames:
             parts = self._parts
         found = [beginning + there for beginning, _, names in parts if (there := names.find(name, layout)) is not None]
         if len(found) > 1 and (number := _NUMBER.match(name)) is not None:
-            # several CLIP encoders have the path: all tools number these two in the same order
+            # several CLIP encoders have the path: all tools number these two in the same order, the smaller one first
+            found = sorted(found, key=lambda path: ("clip_g" in path, path))
             found = found[int(number[1] or 1) - 1 :][:1]
         if len(found) > 1:
             raise MatchError(
