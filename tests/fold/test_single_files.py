@@ -159,7 +159,6 @@ def test_the_commands_take_a_single_file(place: Path, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another ending": ("out", {}, r"the destination is a file too.*OUTPUT\.safetensors"),
-    "a folder": (".", {}, r"the destination is a file too"),
     "the source": ("sd.safetensors", {}, r"the destination is, or holds, the source itself"),
     "a quantised format": ("out.safetensors", {"format": "nf4"}, r"a single file has no class.*from_single_file"),
     "quantised first": ("out.safetensors", {"trained_on": "nf4"}, r"a single file has no class"),
