@@ -6,7 +6,7 @@ peft is imported only to read an adapter: a model without peft's classes needs n
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,21 +18,11 @@ from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.targets import without_targets
 from oftsurgery.adapters.to_peft import KEY_PREFIX
 from oftsurgery.errors import StateError, printable
+from oftsurgery.other_libraries import is_of
 
 from .conversion import CONVERSIONS, of_adapter
 from .layers import Undo, swap_modules
 from .modules import distinct, inner_model, modules_of, tensors_in
-
-
-def _peft_class(obj: object, name: str) -> bool:
-    """Whether the object is of peft's class ``name``, without an import of peft."""
-    return _is_class(type(obj), name)  # type: ignore[arg-type] # mypy doubts that a class is hashable
-
-
-@cache
-def _is_class(type_: type, name: str) -> bool:
-    return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type_.__mro__)
-
 
 #: peft's classes around a module: a live layer, a module that an adapter brings, an embedding or head with rows that it trains
 _WRAPPERS = ("BaseTunerLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper")
@@ -45,7 +35,7 @@ _AROUND = MappingProxyType({"PeftModel": "base_model", "PeftMixedModel": "base_m
 def base_of(model: nn.Module) -> nn.Module:
     """The base model inside all of peft's own classes; a model with adapters added by transformers is its own base model."""
     inner = inner_model(model)
-    held = next((inner._modules[name] for cls, name in _AROUND.items() if _peft_class(inner, cls)), None)
+    held = next((inner._modules[name] for cls, name in _AROUND.items() if is_of("peft", inner, cls)), None)
     return model if held is None else base_of(held)
 
 
@@ -64,7 +54,7 @@ class LiveAdapters:
         alone = distinct(self.modules)
 
         def found(name: str) -> list[tuple[str, Any]]:
-            return [(path, module) for path, module in alone.items() if _peft_class(module, name)]
+            return [(path, module) for path, module in alone.items() if is_of("peft", module, name)]
 
         self._layers, self._saved, self._rows = map(found, _WRAPPERS)
 
@@ -205,7 +195,7 @@ def _configs(model: nn.Module) -> dict[str, Any]:
 def _active(layers: Sequence[tuple[str, Any]]) -> list[str]:
     """Names of the active adapters, which must be the same in all layers."""
     # an adapter without trained rows of tokens leaves the layers of these rows without an active adapter
-    found = {tuple(layer.active_adapters) for _, layer in layers if not _peft_class(layer, "TrainableTokensLayer")}
+    found = {tuple(layer.active_adapters) for _, layer in layers if not is_of("peft", layer, "TrainableTokensLayer")}
     if len(found) > 1:
         message = f"the model's layers have different active adapters: {printable(sorted(map(list, found)))}"
         raise StateError(message, remedy="name the adapters to fold: fold(model, ['a', 'b'])")
