@@ -37,13 +37,16 @@ __all__ = [
     "block_size_of",
     "cayley",
     "eigen_angles",
+    "even_chunks_first",
     "full_precision",
     "generator_norm",
     "generator_of",
+    "interleaved",
     "inverse_blocks",
     "map_eigenvalues",
     "nearest_rotation",
     "neumann",
+    "power_of",
     "rotate_weight",
     "skew",
     "vector",
@@ -350,3 +353,38 @@ def block_diagonal(blocks: Tensor, size: int, *, shared: bool) -> Tensor:
     for i in range(k):
         out[:, i, :, i, :] = blocks[i::k]
     return out.reshape(n // k, size, size)
+
+
+# --- butterflies ------------------------------------------------------------------------------------------------------
+
+
+def interleaved(size: int, half: int) -> Tensor:
+    """LyCORIS' order for a factor of BOFT: inside groups of ``2·half`` entries, new entry ``2t + u`` is old entry ``u·half + t``.
+
+    >>> interleaved(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return torch.arange(size).reshape(-1, 2, half).transpose(1, 2).reshape(-1)
+
+
+def even_chunks_first(size: int, group: int, chunk: int) -> Tensor:
+    """peft's order for a factor of BOFT: inside groups of ``group`` entries, in chunks of ``chunk``, the even chunks come first.
+
+    >>> even_chunks_first(8, 8, 2).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    return torch.arange(size).reshape(size // group, -1, 2, chunk).transpose(1, 2).reshape(-1)
+
+
+def power_of(q: Tensor, exponent: float) -> Tensor:
+    """The skew-symmetric generator, ``(n, b, b)`` float64, of ``cayley(q)`` to the power ``exponent``: the same planes, and
+    ``exponent`` times the angles.
+
+    Raises:
+        NonFiniteError: an angle of the result is π or more, where the exact Cayley map has no generator.
+    """
+    largest = 2 * math.atan(float(eigen_angles(q).max()))
+    if abs(exponent) * largest > 2 * math.atan(MAX_NORM):
+        message = f"the result is a rotation by {abs(exponent) * largest:.4f} rad: at π and beyond there is no exact Cayley generator"
+        raise NonFiniteError(message, remedy="use a smaller strength")
+    return map_eigenvalues(q.to(torch.float64), lambda x: torch.tan(exponent * torch.atan(x)))
