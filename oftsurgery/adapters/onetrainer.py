@@ -13,7 +13,7 @@ from torch import Tensor
 from oftsurgery import rotations
 
 from .rotation import Cayley, Rotation, check_blocks
-from .weight_map import WeightMap
+from .weight_map import LINEAR, WeightMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class OneTrainerBlocks(WeightMap):
     turns_bias = False
     family = "OFT of OneTrainer"
     modes = ("oftv2-node",)
+    asks_layer = True
 
     @property
     def block_size(self) -> int:
@@ -80,6 +81,6 @@ class OneTrainerBlocks(WeightMap):
         return super().facts() | {"blocks": len(self.vectors), "scaled_oft": self.scaled}
 
     def at_strength(self, strength: float, mode: str) -> WeightMap:
-        if mode in self.modes:
-            mode = "linear"
+        if mode in self.modes:  # the node knows today's series alone
+            return replace(self, first_days=False).at_strength(strength, LINEAR)
         return self if strength == 1 else self.resolved().at_strength(strength, mode)

@@ -118,8 +118,11 @@ class OutputBlocks(WeightMap):
             rotations.vector(-q), side="output", scale=scale, shared=False, whole=True, turns_bias=self.turns_bias
         )
 
-    def resolved(self) -> Rotation:
-        return self._rotation(self.generator(), checked_scale(self.scale))
+    def resolved(self) -> WeightMap:
+        scale = checked_scale(self.scale)
+        if self.block_size == 1:  # a block of one row has no angle
+            return StepMap(self, () if scale is None else (Scale(scale),), "")
+        return self._rotation(self.generator(), scale)
 
     def fold_into(self, weight: Tensor) -> Tensor:
         return self.resolved().fold_into(weight)
@@ -149,7 +152,7 @@ class OutputBlocks(WeightMap):
         scale = checked_scale(self.scale)
         if strength == 1 and mode not in ("comfyui", "webui"):
             return self
-        if mode == ANGLE:
+        if mode == ANGLE and self.block_size > 1:
             q = rotations.power_of(self.generator(), strength)
             return self._rotation(q, powered_scale(scale, strength))
         how = f"{strength!r} {mode}"

@@ -26,12 +26,14 @@ class WeightMap(ABC):
         turns_bias: whether the live layer turns the bias with the rows of the weight.
         family: the kind of the map, in words.
         modes: the modes of ``strength`` beside ``"angle"`` and ``"linear"`` that some tool has for this kind of map.
+        asks_layer: whether the map is another one on a convolution than on a linear layer.
     """
 
     side: rotations.Side
     turns_bias: bool
     family: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ()
+    asks_layer: ClassVar[bool] = False
 
     # --- what the map is ---
 

@@ -33,9 +33,13 @@ def load_adapter(
     dialect: Dialect | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    filename: str | None = None,
+    bias: Literal["kept", "rotated"] | None = None,
+    constraint: float | None = None,
     follow_links: bool = False,
 ) -> OFTAdapter:
-    """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
+    """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote, a BOFT, HRA or RoAd adapter of peft, or the single
+    file of an image tool (kohya's sd-scripts, LyCORIS, OneTrainer, diffusers).
 
     >>> adapter = oftsurgery.load_adapter("ADAPTER")
     >>> adapter.dialect, len(adapter.modules)
@@ -46,11 +50,18 @@ def load_adapter(
     Args:
         path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
             ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
-            an adapter that is not called "default", and trainers save their checkpoints.
+            an adapter that is not called "default", and trainers save their checkpoints. Or a ``.safetensors`` file of an image
+            tool.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: the branch, tag or commit of a Hub repository.
         subfolder: the folder inside ``path_or_repo`` that holds the adapter.
+        filename: the file in a folder or a Hub repository, for the single files of image tools.
+        bias: what the live layers of the training did to biases, for the files of image tools that do not tell: ``"kept"``
+            leaves them, ``"rotated"`` turns them with the rows of the weights (kohya before 2024-09-13, LyCORIS in bypass mode).
+            None: ``"kept"``, and a file that hints at the other way is refused.
+        constraint: the limit of the training (LyCORIS' argument ``constraint``, 0 for none) where a file of LyCORIS 2.1.0 to
+            2.1.0.post2 does not hold the limit.
         follow_links: read files that are links, wherever the links lead.
 
     Returns:
@@ -65,7 +76,15 @@ def load_adapter(
         SourceWarning: the adapter is in a subfolder that the caller did not name, or its files are links.
     """
     with links_followed(follow_links):
-        return read_adapter(path_or_repo, dialect=dialect, revision=revision, subfolder=subfolder)
+        return read_adapter(
+            path_or_repo,
+            dialect=dialect,
+            revision=revision,
+            subfolder=subfolder,
+            filename=filename,
+            bias=bias,
+            constraint=constraint,
+        )
 
 
 def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
