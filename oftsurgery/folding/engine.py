@@ -33,7 +33,7 @@ from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import Ties
 from oftsurgery.weights import kernels
 from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
-from oftsurgery.weights.fold import begin_record, fold_encoded
+from oftsurgery.weights.fold import begin_record, fold_encoded, resolved
 
 from .plan import FoldPlan, Rotate
 from .undo_reader import UndoRecord
@@ -111,12 +111,13 @@ class Operation:
         """
         if self.inputs_of is None:
             kernels.prepare(before, into, self.rounding)
-        end = begin_record(before, change.chain, untied=change.untied)
+        chain = resolved(change.chain)
+        end = begin_record(before, chain, untied=change.untied)
         if self.inputs_of is None:
-            folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)
+            folded = fold_encoded(before, chain, into, self.rounding, inverse=change.inverse)
         else:
             inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
-            folded = fold_calibrated(before, change.chain, into, inputs)
+            folded = fold_calibrated(before, chain, into, inputs)
         new = folded.encoded
         self._records[change.path] = end(folded)
         if self.undo is not None:
@@ -124,7 +125,7 @@ class Operation:
             if same is not None:
                 self.undo.shared(change.path, same, before, new)
             else:
-                self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
+                self.undo.weight(change.path, own, new, chain, folded.error, folded.kept_scales, beside)
         return new
 
 
@@ -431,7 +432,7 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
     known = "with the fold's own error" if record else "without the fold's own error, which no record states"
     exact = record is not None and "format" not in record.base
     way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
-    kept = len(plan.replace)
+    kept = len(plan.replace) - len(plan.turned)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
     warn_caller(
         f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",

@@ -309,8 +309,11 @@ def unfold_model(
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
+        formats = LiveFormats(store, "same", double_quant=False, journal=journal)
+        for change in plan.turned:
+            replace_tensor(store, change, journal)
         operation = engine.Operation(plan, rounding)
-        _rotate(LiveFormats(store, "same", double_quant=False, journal=journal), operation, progress)
+        _rotate(formats, operation, progress)
         engine.finish_unfold(plan, operation.modules, store.record)
         set_record(work, engine.earlier_record(store.record))
     return work

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
+from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
+from oftsurgery.weights.fold import in_weight_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +39,7 @@ class Rotate:
 
     path: str
     format: WeightFormat
-    chain: tuple[Rotation, ...]
+    chain: tuple[WeightMap, ...]
     untied: bool = False
     inverse: bool = False
 
@@ -62,11 +64,14 @@ class Replace:
         values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
         places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
             (``modules_to_save``), else also every tensor that is still tied to ``name``.
+        turned: whether the values are the model's own bias, turned with the rows of its weight; unfolding turns such values
+            back.
     """
 
     name: str
     values: Tensor
     places: tuple[str, ...]
+    turned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +99,11 @@ class FoldPlan:
     idle: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
+
+    @property
+    def turned(self) -> tuple[Replace, ...]:
+        """The replacements of biases that are turned with the rows of their weights."""
+        return tuple(r for r in self.replace if r.turned)
 
     @property
     def changed(self) -> set[str]:
@@ -133,6 +143,7 @@ def plan_changes(
         FormatError: a module cannot be folded.
         StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
+    adapters = _at_folded_strength(store, adapters) if inverse else adapters
     _check_given(store, adapters, inverse=inverse)
     found = _found(store, adapters)
     missing = () if inverse else _missing(store, adapters, found, partial=partial)
@@ -140,17 +151,18 @@ def plan_changes(
     located = [store.locate(adapter.saved) for adapter in adapters]
     vocabulary = None if inverse else store.vocabulary(_shapes_brought(adapters, located))
     shapes = {} if vocabulary is None else vocabulary.shapes
-    layers = _layers(store, chains, shapes)
+    layers, bound = _layers(store, chains, shapes)
     replaced, alone = _own_values(store, adapters, located, shapes)
     _check_distinct(layers)
     turned = [name for name, info in layers.items() if not info.idle]
     apart = store.ties.apart([*turned, *alone])
     broken = {name for group in apart for name in group}
     rotate = (
-        Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
+        Rotate(name.removesuffix(".weight"), layers[name].format, bound[name], name in broken, inverse)
         for name in turned
     )
     replace = _replacements(store, replaced, alone)
+    replace += _turned_biases(store, {name: bound[name] for name in turned}, replaced, inverse=inverse)
     if vocabulary is not None:
         replace += _resized_buffers(store, vocabulary, replace)
         _check_whole(store, vocabulary, replace, adapters)
@@ -205,9 +217,47 @@ def _missing(
     return tuple(missing)
 
 
-def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[Rotation]]:
-    """``{name of a weight: its rotations in the live order}``."""
-    chains: dict[str, list[Rotation]] = {}
+def _at_folded_strength(store: Store, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
+    """The adapters at the strengths at which the store's last fold has them, where they were given as they were read."""
+    infos = store.record.adapters if store.record is not None else ()
+    if len(infos) != len(adapters):
+        return list(adapters)
+
+    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
+        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
+        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
+
+    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]
+
+
+def _turned_biases(
+    store: Store, chains: Mapping[str, Sequence[WeightMap]], replaced: Collection[str], *, inverse: bool
+) -> tuple[Replace, ...]:
+    """The replacements of biases that the live layers turn with the rows of their weights.
+
+    Raises:
+        MatchError: an adapter brings its own values for such a bias.
+    """
+    made = []
+    for name, chain in chains.items():
+        bias = f"{name.removesuffix('.weight')}.bias"
+        if not any(r.turns_bias for r in chain):
+            continue
+        if bias in replaced:
+            message = "an adapter brings its own values for a bias that another adapter turns with the rows of the weight"
+            raise MatchError(message, tensor=bias, remedy="fold the adapters one after the other")
+        values = store.tensor(bias)
+        if values is None:
+            continue
+        for r in in_weight_order(chain, inverse=inverse):
+            values = r.unfold_bias(values) if inverse else r.fold_bias(values)
+        made.append(Replace(bias, values, (bias,), turned=True))
+    return tuple(made)
+
+
+def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[WeightMap]]:
+    """``{name of a weight: its maps in the live order}``."""
+    chains: dict[str, list[WeightMap]] = {}
     for adapter in adapters:
         mine: dict[str, str] = {}
         for path, rotation in adapter.modules.items():
@@ -219,18 +269,24 @@ def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[st
 
 
 def _layers(
-    store: Store, chains: Mapping[str, Sequence[Rotation]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, LayerInfo]:
-    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order; ``shapes`` has new shapes."""
+    store: Store, chains: Mapping[str, Sequence[WeightMap]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, LayerInfo], dict[str, tuple[WeightMap, ...]]]:
+    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order, and ``{name: the maps as the
+    layer has them}``; ``shapes`` has new shapes.
+    """
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
+    bound: dict[str, tuple[WeightMap, ...]] = {}
     for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
         info = store.layer(name)
         format_ = dataclasses.replace(info.format, shape=shapes.get(name, info.format.shape))
         layers[name] = dataclasses.replace(info, format=format_)
-        for rotation in chains[name]:
-            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
-    return layers
+        path = name.removesuffix(".weight")
+        kernel = () if info.idle else info.kernel  # the model never calls an idle layer, whatever it is
+        bound[name] = tuple(r.for_layer(kernel, path) for r in chains[name])
+        for rotation in bound[name]:
+            _check_kind(path, rotation, layers[name])
+    return layers, bound
 
 
 def _shapes_brought(adapters: Sequence[OFTAdapter], located: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
@@ -379,7 +435,7 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
     )
 
 
-def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
+def _check_kind(path: str, rotation: WeightMap, info: LayerInfo) -> None:
     """Refuse a rotation that does not fit the kind or the shape of its module."""
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"

@@ -4,6 +4,7 @@ by weight, without building the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -162,8 +163,7 @@ class FolderStore:
         if self.holds_quantised(holder):
             return True
         entry = self.source.entries[holder]
-        matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
-        return matrix and DTYPES[entry.dtype] in FLOATS
+        return len(entry.shape) in (2, 4) and DTYPES[entry.dtype] in FLOATS
 
     def is_quantised(self, name: str) -> bool:
         return self.holds_quantised(self.holder(name))
@@ -197,13 +197,8 @@ class FolderStore:
         if path in modules:
             quantised = self.quantization is not None or "quantization_config" in self.source.config
             idle = is_idle(modules, path, quantised=quantised)
-            return LayerInfo(None if idle else Layer(path, modules[path]).kind, format_, id(modules[path]), idle)
-        if len(shape) == 4 and shape[2:] != (1, 1):
-            raise FormatError(
-                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight computes the same",
-                module=path,
-                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
-            )
+            layer = Layer(path, modules[path])
+            return LayerInfo(None if idle else layer.kind, format_, id(modules[path]), idle, layer.kernel)
         if name in self.architecture.units and len(shape) != 2:
             raise FormatError(
                 "the checkpoint holds this weight fused with other weights",
@@ -212,7 +207,7 @@ class FolderStore:
                 shape=shape,
                 remedy="load the model with transformers, fold it in memory, and save it",
             )
-        return LayerInfo(None, format_, hash(name))
+        return LayerInfo(None, format_, hash(name), kernel=tuple(shape[2:]) if len(shape) == 4 else ())
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.added:
@@ -243,7 +238,7 @@ class FolderStore:
         dtype, shape = self.dtype(holder), entries[holder].shape
         if not checkpoint_tensors.format_by_names(holder, entries, dtype).quantised:
             turned = shape[::-1] if holder in self.architecture.transposed else shape
-            shape = turned[:2] if turned[2:] == (1, 1) else turned
+            shape = (turned[0], math.prod(turned[1:])) if len(turned) == 4 else turned
         return checkpoint_tensors.stored_format(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:

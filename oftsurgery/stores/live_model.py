@@ -17,6 +17,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .adaptable import adaptable_of
+from .flat_names import find_flat
 from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names, layouts_of, names_in_model
@@ -99,7 +100,9 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        return find_names(wanted, called, layouts_of(inner))
+        found = find_names(wanted, called, layouts_of(inner))
+        rest = [name.removesuffix(".weight") for name in wanted if name not in found and name.endswith(".weight")]
+        return found | {f"{name}.weight": f"{path}.weight" for name, path in find_flat(rest, self.modules).items()}
 
     def layer(self, name: str) -> LayerInfo:
         layer, tensor = self.at(name), self.tensor(name)
@@ -107,7 +110,8 @@ class LiveStore:
             raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
-        return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
+        kind = None if idle else layer.kind
+        return LayerInfo(kind, layer.read()[1], id(layer.module), idle, layer.kernel)
 
     def is_quantised(self, name: str) -> bool:
         path, _, local = name.rpartition(".")

@@ -25,12 +25,14 @@ class LayerInfo:
         format: format in which the weight is rotated.
         identity: number that is equal for two paths to one module.
         idle: whether the owner reads the weight and never calls the layer.
+        kernel: ``(kh, kw)`` of a convolution, else empty.
     """
 
     kind: Literal["linear", "embedding", "conv"] | None
     format: WeightFormat
     identity: int
     idle: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 class Store(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
@@ -24,7 +24,7 @@ W = TypeVar("W", Tensor, EncodedWeight)
 
 
 def begin_record(
-    encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
+    encoded: EncodedWeight, chain: Sequence[WeightMap], *, untied: bool = False
 ) -> Callable[[FoldedWeight], Callable[[], ModuleRecord]]:
     """Begin the record of a fold of ``encoded`` before the fold: another thread computes the facts that are known already.
     The returned function takes the folded weight: another thread then computes the rest, and the function that comes back
@@ -55,7 +55,7 @@ def begin_record(
     return end
 
 
-def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+def fold_weight(weight: W, rotation: WeightMap | Sequence[WeightMap], *, rounding: Rounding = "preserve") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
     >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # R = [[0, 1], [-1, 0]]: a quarter turn
@@ -63,7 +63,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     [[4.0, -3.0]]
 
     Args:
-        weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
+        weight: a plain tensor ``(out, in)``, a convolution's ``(out, in, kh, kw)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
         rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
             ``[a, b]``.
         rounding: of a quantised weight, as for :func:`oftsurgery.fold`.
@@ -80,7 +80,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     return _apply(weight, rotation, rounding, inverse=False)
 
 
-def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+def unfold_weight(weight: W, rotation: WeightMap | Sequence[WeightMap], *, rounding: Rounding = "preserve") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
     >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))
@@ -92,16 +92,24 @@ def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, roundin
     return _apply(weight, rotation, rounding, inverse=True)
 
 
-def _apply(weight: W, rotation: Rotation | Sequence[Rotation], rounding: str, *, inverse: bool) -> W:
-    chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
+def _apply(weight: W, rotation: WeightMap | Sequence[WeightMap], rounding: str, *, inverse: bool) -> W:
+    given = (rotation,) if isinstance(rotation, WeightMap) else tuple(rotation)
     if isinstance(weight, EncodedWeight):
-        return fold_encoded(weight, chain, rounding=rounding, inverse=inverse).encoded
-    return fold_encoded(codecs.dense(weight), chain, rounding=rounding, inverse=inverse).encoded.tensors["weight"]
+        return fold_encoded(weight, resolved(given, ()), rounding=rounding, inverse=inverse).encoded
+    kernel = tuple(weight.shape[2:]) if weight.ndim == 4 else ()
+    rows = weight.reshape(weight.shape[0], -1) if kernel else weight
+    folded = fold_encoded(codecs.dense(rows), resolved(given, kernel), rounding=rounding, inverse=inverse)
+    return folded.encoded.tensors["weight"].reshape(weight.shape)
+
+
+def resolved(chain: Sequence[WeightMap], kernel: tuple[int, ...] | None = None) -> tuple[WeightMap, ...]:
+    """The maps in the form that the kernels know; with ``kernel``, as a layer with this kernel has the maps."""
+    return tuple((r if kernel is None else r.for_layer(kernel, "weight")).resolved() for r in chain)
 
 
 def fold_encoded(
     encoded: EncodedWeight,
-    chain: Sequence[Rotation],
+    chain: Sequence[WeightMap],
     into: WeightFormat | None = None,
     rounding: str = "nearest",
     *,
@@ -137,7 +145,7 @@ def fold_encoded(
 
 
 def _preserved(
-    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
+    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[WeightMap], into: WeightFormat
 ) -> FoldedWeight | None:
     """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
@@ -172,14 +180,14 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
     )
 
 
-def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
+def rotate_chain(weight: Tensor, chain: Sequence[WeightMap], *, inverse: bool = False) -> Tensor:
     """``weight`` with all of a chain's rotations in it, or (``inverse``) out of it, in float32 or better."""
     for r in in_weight_order(chain, inverse=inverse):
         weight = r.unfold_from(weight) if inverse else r.fold_into(weight)
     return weight
 
 
-def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
+def in_weight_order(chain: Sequence[WeightMap], *, inverse: bool) -> list[WeightMap]:
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
@@ -193,7 +201,8 @@ def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotatio
 
 def check_chain(chain: Sequence[Any]) -> None:
     """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
-    if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
+    scales_inputs = any(r.side == "input" and getattr(r, "scale", None) is not None for r in chain)
+    if any(r.side == "output" for r in chain) and scales_inputs:
         raise MatchError(
             "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
             remedy="fold the adapters one after the other, in the order that you mean",

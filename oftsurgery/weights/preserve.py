@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
@@ -145,7 +145,7 @@ def span(start: int, stop: int, features: int, size: int) -> slice:
     return slice(start * features // size, -(-stop * features // size))
 
 
-def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
+def whole_rows(f: WeightFormat, chain: Sequence[WeightMap] = ()) -> int:
     """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows, whole rotations."""
     features = f.shape[1]
     rows = f.blocksize // math.gcd(features, f.blocksize) if f.blocksize else 1
@@ -172,7 +172,7 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightForm
 
 
 def relaxation(
-    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[Rotation] = ()
+    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[WeightMap] = ()
 ) -> int | None:
     """The steps of the ω that keeps the change of the weak blocks of a sample; None if most of its blocks are strong.
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
@@ -128,7 +129,7 @@ def prepare(encoded: EncodedWeight, into: WeightFormat, rounding: str) -> None:
 
 
 def fold(
-    encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
+    encoded: EncodedWeight, order: Sequence[WeightMap], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
 ) -> FoldedWeight | None:
     """The folded weight; None for a weight that the reference must fold.
 
@@ -142,14 +143,15 @@ def fold(
         OFTSurgeryError: as the reference does.
     """
     forced = _choice()
-    if forced == "reference":
+    known = [r for r in order if isinstance(r, Rotation)]
+    if forced == "reference" or len(known) < len(order):
         return None
     device = encoded.tensors["weight"].device
     if forced != "tiled":
         name = forced or ("numba" if device.type == "cpu" else "triton")
 
         def use(driver: ModuleType) -> FoldedWeight | None:
-            matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
+            matrices = _matrices(known, encoded.format.shape[1], inverse=inverse)
             if matrices is None:
                 return None
             placed = (None if m is None else m.to(device) for m in matrices)
@@ -160,7 +162,7 @@ def fold(
             return replace(result, backend=name)
     from . import tiled
 
-    blocks = [(r, r.blocks.to(device)) for r in order]
+    blocks = [(r, r.blocks.to(device)) for r in known]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
 
@@ -194,8 +196,10 @@ def _give_up(name: str, problem: str) -> None:
 # --- rotations --------------------------------------------------------------------------------------------------------
 
 
-def measure(rotation: Rotation) -> tuple[float, float]:
+def measure(rotation: WeightMap) -> tuple[float, float]:
     """``(rotation.defect, rotation.angle)``, from the largest eigenvalue alone if that decides."""
+    if not isinstance(rotation, Rotation):
+        return rotation.defect, rotation.angle
     series = _series(rotation.cayley)
     theta = _by_kernel(rotation, lambda driver, v, wide, _: driver.largest_angle(v, rotation.block_size, wide))
     if theta is None or series is None:
