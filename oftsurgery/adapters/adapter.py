@@ -249,10 +249,7 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
         "base_model": adapter.config.get("base_model_name_or_path"),
         "fingerprint": adapter.fingerprint,
         "sha256": adapter.sha256,
-        "modules": {
-            path: r.facts() | {"angle": r.angle, "defect": r.defect}
-            for path, r in adapter.modules.items()
-        },
+        "modules": {path: r.facts() | {"angle": r.angle, "defect": r.defect} for path, r in adapter.modules.items()},
         "saved": sorted(adapter.saved),
     }
 
@@ -310,7 +307,9 @@ def _rotation(weight_map: WeightMap) -> Rotation:
     """
     if not _has_algebra(weight_map):
         message = f"the map ({weight_map.family}) is no block rotation for every kind of layer, and has no products, means or inverses"
-        raise AdapterError(message, remedy="fold the adapters one after the other; strength=… (--strength) weakens an adapter")
+        raise AdapterError(
+            message, remedy="fold the adapters one after the other; strength=… (--strength) weakens an adapter"
+        )
     return cast(Rotation, weight_map.resolved())
 
 

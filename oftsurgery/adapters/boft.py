@@ -13,7 +13,7 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError
 
 from .output_blocks import checked_scale, limited_by_kohya, limited_by_lycoris, powered_scale, skew_of
-from .steps import Blocks, Mixed, Permute, Relaid, Scale, Step, Stepped, StepMap, mixed
+from .steps import Blocks, Mixed, Permute, Relaid, Scale, Step, StepMap, Stepped, mixed
 from .weight_map import ANGLE, LINEAR, WeightMap, check_rows
 
 #: how a factor's matrix ``(n, b, b)`` is weakened, by the factor's number

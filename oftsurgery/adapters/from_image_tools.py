@@ -123,7 +123,9 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 def _network_args(metadata: Mapping[str, str]) -> dict[str, Any]:
-    return _json_object(metadata.get("ss_network_args", "")) or {}
+    """The arguments of the training, as sd-scripts or SimpleTuner store them."""
+    texts = (metadata.get(key, "") for key in ("ss_network_args", "lycoris_config"))
+    return next((found for text in texts if (found := _json_object(text))), {})
 
 
 # --- which dialect ----------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def _dialect_of(parts: Parts, metadata: Mapping[str, str], named: str | None, so
     """
     found: dict[str, str] = {}
     for path, own in parts.items():
-        for dialect in _candidates(path, own, metadata, source):
+        for dialect in _candidates(path, own, source):
             found.setdefault(dialect, path)
     ends = {_kind(own) for own in parts.values()}
     if len(ends - {"lone"}) > 1:
@@ -165,7 +167,7 @@ def _kind(own: Mapping[str, Tensor]) -> str:
     return "oft_blocks.0" if any(end.startswith("oft_blocks.") for end in own) else "lone"
 
 
-def _candidates(path: str, own: Mapping[str, Tensor], metadata: Mapping[str, str], source: str | None) -> list[str]:
+def _candidates(path: str, own: Mapping[str, Tensor], source: str | None) -> list[str]:
     """The dialects that write a module with these tensors."""
     kind = _kind(own)
     if kind == "oft_blocks":
@@ -188,7 +190,7 @@ def _tells(dialect: str, path: str, own: Mapping[str, Tensor], metadata: Mapping
     """Whether the file shows that the module is of this dialect, among the dialects that write such tensors."""
     trainer = metadata.get("ss_network_module", "")
     if dialect in ("kohya", "lycoris") and _kind(own) == "oft_blocks":
-        if len(_candidates(path, own, metadata, None)) == 1:
+        if len(_candidates(path, own, None)) == 1:
             return dialect == "lycoris"
         kohya = [path.startswith("oft_unet_")] + ([trainer == "networks.oft"] if trainer else [])
         # a preset of LyCORIS may set any prefix
@@ -233,7 +235,11 @@ def _alpha(own: Mapping[str, Tensor]) -> float | None:
         return None
     if alpha.numel() != 1:
         raise _misshapen("alpha must be one number", "alpha", alpha)
-    return float(alpha.reshape(()).double())
+    value = float(alpha.reshape(()).double())
+    if value < 0:
+        message = f"alpha is {value:g}, and a limit is not negative"
+        raise AdapterError(message, tensor="alpha", remedy="restore the file that the tool saved")
+    return value
 
 
 def _misshapen(message: str, part: str, tensor: Tensor) -> ShapeError:
@@ -292,7 +298,7 @@ def _stated_constraint(file: _File) -> float | None:
     raise DialectError(message, tensor="alpha", path=file.source, remedy=remedy)
 
 
-def _read_finished(own: Mapping[str, Tensor], file: _File) -> WeightMap:
+def _read_finished(own: Mapping[str, Tensor], file: _File) -> WeightMap:  # noqa: ARG001 - one signature for all
     _only(own, ("oft_diag",))
     if own["oft_diag"].ndim == 4:
         message = "oft_diag has four dimensions, and no release of LyCORIS computes with such blocks"

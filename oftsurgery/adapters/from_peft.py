@@ -64,13 +64,15 @@ def _other_adapter(
     sha256: str | None,
 ) -> OFTAdapter:
     """An adapter of a relative of OFT."""
-    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith(tuple(f".{end}" for end in kind.ignored))}
+    kept = {
+        key: tensor for key, tensor in tensors.items() if not key.endswith(tuple(f".{end}" for end in kind.ignored))
+    }
     raw, saved = sort_keys(kept, source, kind.ends)
     modules: dict[str, WeightMap] = {}
     for path, parts in sorted(raw.items()):
         with module_in_errors(path):
             modules[path] = kind.read(parts, config, named)
-    name = dialect_of(kind, modules, config, named)
+    name = dialect_of(kind, modules, named)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
@@ -111,7 +113,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         message = "the adapter's config has no `peft_type`"
         remedy = "give a folder that peft's save_pretrained wrote"
         raise AdapterError(message, tensor="adapter_config.json", remedy=remedy)
-    if kind != "OFT" and kind not in OTHER_KINDS:
+    if kind not in ("OFT", *OTHER_KINDS):
         message = f"the adapter is a {printable(kind)} adapter, not an OFT adapter"
         if kind == "PSOFT":
             message += ": its other matrices come from a decomposition of the base's weights and are not stored, and their signs decide"

@@ -57,7 +57,9 @@ def _read_boft(parts: Parts, config: Config, named: str | None) -> WeightMap:
         raise _misshapen("boft_s must be (out, 1), or (1, out) for a convolution", "boft_s", scale)
     factors, n, b = blocks.shape[:3]
     if factors > 1 and (b % 2 or n % 2 ** (factors - 1)):
-        message = f"{factors} factors of BOFT need blocks of an even size, and a multiple of {2 ** (factors - 1)} of them"
+        message = (
+            f"{factors} factors of BOFT need blocks of an even size, and a multiple of {2 ** (factors - 1)} of them"
+        )
         raise _misshapen(message, "boft_R", blocks)
     convolution = scale.shape[0] == 1 and scale.shape[1] > 1
     return PeftBoft(blocks, scale, relaid=convolution and _before_0_14(config, named))
@@ -114,7 +116,7 @@ OTHER_KINDS: Mapping[str, OtherKind] = {
 }
 
 
-def dialect_of(kind: OtherKind, modules: Mapping[str, WeightMap], config: Config, named: str | None) -> str:
+def dialect_of(kind: OtherKind, modules: Mapping[str, WeightMap], named: str | None) -> str:
     """The dialect of an adapter whose modules are read.
 
     Raises:

@@ -37,7 +37,7 @@ class Householder(Stepped):
         units: list[Tensor] = []
         for column in columns:
             for unit in units if self.orthogonal else []:
-                column = column - (unit @ column) * unit  # noqa: PLW2901 - the usual way to write Gram-Schmidt
+                column = column - (unit @ column) * unit
             units.append(column / torch.linalg.vector_norm(column))
         if self.orthogonal:
             return (Reflect(torch.stack(units, dim=1)),)

@@ -47,7 +47,9 @@ def sort_image_keys(tensors: Mapping[str, Tensor], source: str | None) -> Parts:
                 remedy = _SAVE_ALONE if "beside" in why else _TRAIN_PLAIN
                 raise DialectError(why, **where, remedy=remedy)
         match = _END.fullmatch(key)
-        if match is None or (match["end"].startswith("oft_R.") and match["end"] not in ("oft_R.weight", "oft_R.scaled_oft")):
+        if match is None or (
+            match["end"].startswith("oft_R.") and match["end"] not in ("oft_R.weight", "oft_R.scaled_oft")
+        ):
             message = f"the key {printable(key)!r} belongs to no OFT adapter: the file mixes kinds of adapters, or is of another kind"
             raise DialectError(message, **where, remedy=_SAVE_ALONE)
         if match["end"] != "oft_R.scaled_oft":  # a mere mark, of any dtype

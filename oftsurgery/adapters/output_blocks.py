@@ -18,7 +18,7 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError, NonFiniteError
 
 from .rotation import Rotation
-from .steps import Blocks, Scale, Step, Stepped, StepMap, mixed
+from .steps import Blocks, Scale, Step, StepMap, Stepped, mixed
 from .weight_map import ANGLE, LINEAR, WeightMap, check_rows, no_angle
 
 #: the tools add this number to a norm before they divide by it
@@ -265,19 +265,19 @@ class FinishedBlocks(Stepped):
         return self if strength == 1 else self._powered(strength)
 
     def _powered(self, strength: float) -> WeightMap:
-        """The matrices are a scale of the rows times a rotation; both have powers."""
+        """The rows are scaled first and then rotated; both have powers."""
         m = self.matrices.detach().to("cpu", torch.float64).mT
-        scale = torch.linalg.vector_norm(m, dim=-1)
+        scale = torch.linalg.vector_norm(m, dim=-2)
         if bool((scale == 0).any()):
-            raise no_angle(self.family, "a row of a block is zero")
-        turned = m / scale.unsqueeze(-1)
+            raise no_angle(self.family, "a column of a block is zero")
+        turned = m / scale.unsqueeze(-2)
         eye = torch.eye(m.shape[-1], dtype=torch.float64)
-        if float((turned @ turned.mT - eye).abs().max()) > 1e-2:  # beyond what 16 bits round
+        if float((turned.mT @ turned - eye).abs().max()) > 1e-2:  # beyond what 16 bits round
             raise no_angle(self.family, "a block is no scaled rotation")
         try:
             nearest, _ = rotations.nearest_rotation(turned)
             q = rotations.power_of(rotations.generator_of(nearest), strength)
         except NonFiniteError as error:
             raise no_angle(self.family, error.message) from error
-        steps = (Blocks(0, rotations.cayley(q)), Scale(scale.reshape(-1) ** strength))
+        steps = (Scale(scale.reshape(-1) ** strength), Blocks(0, rotations.cayley(q)))
         return StepMap(self, steps, f"{strength!r} {ANGLE}")

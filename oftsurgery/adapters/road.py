@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .steps import Blocks, Permute, Step, Stepped, StepMap
+from .steps import Blocks, Permute, Step, StepMap, Stepped
 from .weight_map import ANGLE, WeightMap, check_rows, no_angle
 
 

@@ -115,9 +115,7 @@ class Rotation(WeightMap):
         check_blocks(n, b, self.side, shape, module, shared=shared, whole=self.whole)
         if self.scale is not None and self.scale.shape != shape[:1]:
             message, found = "oft_s does not fit the output features", tuple(self.scale.shape)
-            raise ShapeError(
-                message, module=module, tensor="oft_s", shape=found, expected=shape[:1], remedy=TRAINED_ON
-            )
+            raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=shape[:1], remedy=TRAINED_ON)
 
     def for_layer(self, kernel: tuple[int, ...], module: str) -> Rotation:
         """This rotation, which a convolution with a larger kernel than 1×1 does not take."""
@@ -247,8 +245,12 @@ def check_blocks(
         r = -(-out // b) if shared else n
         fits = b == -(-out // r)  # r blocks of size ⌈out/r⌉; the last blocks may lie outside
         if fits and whole and r * b != out:
-            message = f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
-            remedy = "fold the adapters themselves, one after the other, instead of an adapter that was computed from them"
+            message = (
+                f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
+            )
+            remedy = (
+                "fold the adapters themselves, one after the other, instead of an adapter that was computed from them"
+            )
             raise ShapeError(message, module=module, shape=shape, remedy=remedy)
         rotated, width = "output features", out
     else:

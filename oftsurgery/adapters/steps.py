@@ -294,12 +294,15 @@ def mixed(of: WeightMap, steps: Sequence[Step], strength: float) -> StepMap:
 
 def block_matrix(steps: Sequence[Step]) -> Blocks | None:
     """The one block-diagonal matrix that the steps are: blocks, whose rows may be scaled; else None."""
-    if len(steps) == 1 and isinstance(steps[0], Blocks):
-        return steps[0] if steps[0].start == 0 else None
-    if len(steps) == 2 and isinstance(steps[0], Blocks) and isinstance(steps[1], Scale):
-        blocks, scale = steps
+    blocks, *rest = steps or (None,)
+    if not isinstance(blocks, Blocks) or blocks.start != 0:
+        return None
+    if not rest:
+        return blocks
+    scale = rest[0]
+    if len(rest) == 1 and isinstance(scale, Scale):
         n, b, _ = blocks.matrices.shape
-        if blocks.dim == scale.dim == 0 and blocks.start == 0 and len(scale.factors) == n * b:
+        if blocks.dim == scale.dim == 0 and len(scale.factors) == n * b:
             return replace(blocks, matrices=scale.factors.to(torch.float64).reshape(n, b, 1) * blocks.matrices)
     return None
 

@@ -16,6 +16,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
+from oftsurgery.adapters.strength import StrengthMode, check_strength
 from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
@@ -96,6 +97,24 @@ def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAda
             remedy="give load_adapter(path), which reads an adapter from files; fold(peft_model) folds live adapters",
         )
     return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
+
+
+def at_strengths(adapters: list[OFTAdapter], strength: float | Sequence[float], mode: StrengthMode) -> list[OFTAdapter]:
+    """The adapters at one strength, or each at its own.
+
+    Raises:
+        StateError: there are other numbers of strengths and adapters, or a strength or the mode is not known.
+    """
+    several = isinstance(strength, (list, tuple))
+    given: list[float] = list(strength) if isinstance(strength, (list, tuple)) else [strength] * len(adapters)  # type: ignore[list-item]
+    if several and len(given) == 1:
+        given *= len(adapters)
+    if len(given) != len(adapters):
+        message = f"{len(given)} strengths were given for {len(adapters)} adapters"
+        raise StateError(message, remedy="give one strength, or one for each adapter: strength=[0.8, 0.5] (--strength)")
+    for one in given:
+        check_strength(one, mode)
+    return [adapter.at_strength(one, mode) for adapter, one in zip(adapters, given, strict=True)]
 
 
 def parse_size(size: int | str) -> int:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
@@ -24,6 +25,7 @@ from oftsurgery.records.record_file import record_in
 from .arguments import (
     AdapterLike,
     RoundingMode,
+    at_strengths,
     check_one_way_back,
     loaded_adapters,
     named_base,
@@ -46,7 +48,7 @@ def plan_fold(
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     settings = settings or FoldSettings()
     mode: RoundingMode = settings.rounding or "preserve"
-    adapters = loaded_adapters(adapter)
+    adapters = at_strengths(loaded_adapters(adapter), settings.strength, settings.strength_mode)
     base = source if source is not None else named_base(adapters)
     opened = opened_checkpoint(base, settings.revision, adapters)
     settings, trained = as_trained(settings, opened, adapters)
@@ -93,6 +95,8 @@ def fold_checkpoint(
     revision: str | None = None,
     partial: bool = False,
     trained_on: str | PathLike[str] | None = None,
+    strength: float | Sequence[float] = 1.0,
+    strength_mode: StrengthMode = "angle",
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -143,6 +147,7 @@ def fold_checkpoint(
             revision that the adapter's config names for this base, else the main branch.
         partial: fold an adapter that lacks modules which its own config targets. These modules stay as they are, and the
             record names them.
+        strength, strength_mode: as for :func:`fold`.
         follow_links: read files that are links, wherever the links lead. Otherwise the rules of
             :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
@@ -177,6 +182,8 @@ def fold_checkpoint(
         revision=revision,
         partial=partial,
         trained_on=trained_on,
+        strength=strength,
+        strength_mode=strength_mode,
     )
     usable_device(device)
     with links_followed(follow_links):

@@ -244,7 +244,9 @@ def _turned_biases(
         if not any(r.turns_bias for r in chain):
             continue
         if bias in replaced:
-            message = "an adapter brings its own values for a bias that another adapter turns with the rows of the weight"
+            message = (
+                "an adapter brings its own values for a bias that another adapter turns with the rows of the weight"
+            )
             raise MatchError(message, tensor=bias, remedy="fold the adapters one after the other")
         values = store.tensor(bias)
         if values is None:

@@ -185,5 +185,7 @@ def _facts_of_part(part: Part) -> list[Any]:
     absent = [value is None for value in (part.values, part.check, part.restore)]
     if part.rotate is None:
         return [named, absent]
-    chain = [[r.settings(), *(f"{name} {tuple(t.shape)}" for name, t in r.tensors().items())] for r in part.rotate.chain]
+    chain = [
+        [r.settings(), *(f"{name} {tuple(t.shape)}" for name, t in r.tensors().items())] for r in part.rotate.chain
+    ]
     return [named, absent, part.rotate.path, str(part.rotate.format), part.rotate.untied, part.rotate.inverse, chain]

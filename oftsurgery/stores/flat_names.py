@@ -35,8 +35,10 @@ def find_flat(wanted: Iterable[str], paths: Collection[str]) -> dict[str, str]:
         MatchError: two modules of the model have the flat name.
     """
     names, flat = list(wanted), flat_names(paths)
-    found: dict[str, str] = {}
+    found = {name: name for name in names if name in paths}
     for name in names:
+        if name in found:
+            continue
         for prefix in (*DOTTED_PREFIXES, *FLAT_PREFIXES):
             path = _there(name.removeprefix(prefix), paths, flat) if name.startswith(prefix) else None
             if path is not None:
@@ -53,7 +55,9 @@ def _there(name: str, paths: Collection[str], flat: Mapping[str, list[str]]) -> 
         return None
     found = flat.get(name, [])
     if len(found) > 1:
-        message = f"the flat name {printable(name)!r} stands for two modules of the model: {', '.join(map(printable, found))}"
+        message = (
+            f"the flat name {printable(name)!r} stands for two modules of the model: {', '.join(map(printable, found))}"
+        )
         raise MatchError(message, module=name, remedy="rename the adapter's key to the dotted path of the module")
     return found[0] if found else None
 
