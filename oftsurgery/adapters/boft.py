@@ -140,6 +140,7 @@ class PeftBoft(Stepped):
     side = "input"
     family = "BOFT of peft"
     turns_bias = False
+    scales_rows = True
 
     @property
     def features(self) -> int:

@@ -151,6 +151,10 @@ class Rotation(WeightMap):
 
     # --- as a weight map ---
 
+    @property
+    def scales_rows(self) -> bool:
+        return self.side != "output" and self.scale is not None
+
     def tensors(self) -> Mapping[str, Tensor]:
         return {"generator": self.generator} | ({} if self.scale is None else {"scale": self.scale})
 

@@ -263,6 +263,10 @@ class StepMap(Stepped):
         return self.of.turns_bias
 
     @property
+    def scales_rows(self) -> bool:
+        return self.of.scales_rows
+
+    @property
     def block_size(self) -> int:
         return self.of.block_size
 

@@ -85,6 +85,10 @@ class AtStrength(WeightMap):
         return self.of.modes
 
     @property
+    def scales_rows(self) -> bool:
+        return self.of.scales_rows
+
+    @property
     def block_size(self) -> int:
         return self.of.block_size
 

@@ -38,6 +38,11 @@ class WeightMap(ABC):
     # --- what the map is ---
 
     @property
+    def scales_rows(self) -> bool:
+        """Whether a map of the inputs also scales the rows, so that the map does not commute with maps of the outputs."""
+        return False
+
+    @property
     @abstractmethod
     def block_size(self) -> int:
         """The size of the blocks."""

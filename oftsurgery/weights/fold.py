@@ -123,7 +123,7 @@ def fold_encoded(
     codecs.check_rounding(rounding)
     used = codecs.rounding_of(into, rounding)
     if len(f.shape) != 2:
-        remedy = "reshape a 1×1 convolution to (out, in)"
+        remedy = "give a linear layer's weight (out, in), or a convolution's (out, in, kh, kw)"
         raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
@@ -137,11 +137,55 @@ def fold_encoded(
         if not bool(torch.isfinite(exact).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
-        folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
-        if folded is None:
-            used = codecs.rounding_of(into, "grid") if used == "preserve" else used
-            folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
-        return measured(folded, base, exact)
+        return _stored(encoded, base, exact, chain, into, used)
+
+
+def fold_group(
+    group: Sequence[EncodedWeight],
+    chain: Sequence[WeightMap],
+    into: Sequence[WeightFormat] | None = None,
+    rounding: str = "nearest",
+    *,
+    inverse: bool = False,
+) -> list[FoldedWeight]:
+    """:func:`fold_encoded` of weights that were one weight in training: the maps act on the rows of all of them together, as on
+    ``qkv`` where the model holds ``to_q``, ``to_k`` and ``to_v``. Each weight keeps a format of its own.
+    """
+    codecs.check_rounding(rounding)
+    formats = [e.format for e in group]
+    into = list(into or formats)
+    if len({f.shape[1] for f in formats}) != 1:
+        message = (
+            f"weights of one group need one number of inputs, but have {', '.join(str(f.shape[1]) for f in formats)}"
+        )
+        raise ShapeError(message, remedy="use the base model that the adapter was trained on")
+    rows = [f.shape[0] for f in formats]
+    for r in chain:
+        r.check_fits((sum(rows), formats[0].shape[1]), "weight")
+    with rotations.full_precision(group[0].tensors["weight"].device.type):
+        bases = [codecs.decode(e) for e in group]
+        whole = rotate_chain(torch.cat(bases), chain, inverse=inverse)
+        if not bool(torch.isfinite(whole).all()):
+            remedy = "check the adapter: its rotation or scale is not finite"
+            raise NonFiniteError("the rotated weights hold NaN or infinity", format=formats[0].label, remedy=remedy)
+        parts = zip(group, bases, torch.split(whole, rows), into, strict=True)
+        return [_stored(e, b, x.contiguous(), (), f, codecs.rounding_of(f, rounding)) for e, b, x, f in parts]
+
+
+def _stored(
+    encoded: EncodedWeight,
+    base: Tensor,
+    exact: Tensor,
+    chain: Sequence[WeightMap],
+    into: WeightFormat,
+    used: str,
+) -> FoldedWeight:
+    """``exact`` in the format ``into``, by the rounding ``used``, and the cost of storing."""
+    folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
+    if folded is None:
+        used = codecs.rounding_of(into, "grid") if used == "preserve" else used
+        folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
+    return measured(folded, base, exact)
 
 
 def _preserved(
@@ -201,12 +245,15 @@ def in_weight_order(chain: Sequence[WeightMap], *, inverse: bool) -> list[Weight
 
 def check_chain(chain: Sequence[Any]) -> None:
     """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
-    scales_inputs = any(r.side == "input" and getattr(r, "scale", None) is not None for r in chain)
-    if any(r.side == "output" for r in chain) and scales_inputs:
+    if any(r.side == "output" for r in chain) and any(map(_scales_rows, chain)):
         raise MatchError(
-            "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
+            "one chain holds a scale (oft_s, boft_s) and a rotation on the output side: they do not commute, and no tool computes both live",
             remedy="fold the adapters one after the other, in the order that you mean",
         )
+
+
+def _scales_rows(r: Any) -> bool:
+    return r.scales_rows if isinstance(r, WeightMap) else r.side != "output" and r.scale is not None
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:
