@@ -188,4 +188,6 @@ def _facts_of_part(part: Part) -> list[Any]:
     chain = [
         [r.settings(), *(f"{name} {tuple(t.shape)}" for name, t in r.tensors().items())] for r in part.rotate.chain
     ]
-    return [named, absent, part.rotate.path, str(part.rotate.format), part.rotate.untied, part.rotate.inverse, chain]
+    change = part.rotate
+    own = [change.path, str(change.format), change.untied, change.inverse, list(change.group)]
+    return [named, absent, *own, chain]

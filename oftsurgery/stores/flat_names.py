@@ -7,8 +7,27 @@ ambiguous, so the model's own names are flattened and looked up.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from oftsurgery.errors import MatchError, printable
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The weights of a model that one module of an adapter means.
+
+    Attributes:
+        modules: paths in the model, in the order of the rows; several where the model splits the adapter's module.
+        part: where the model fuses modules, the number of the adapter's module among them; else None.
+        of: the names of all modules that the model fuses, in the adapter's layout; empty elsewhere.
+        swapped: whether the halves of the rows are in the other order in the model.
+    """
+
+    modules: tuple[str, ...]
+    part: int | None = None
+    of: tuple[str, ...] = ()
+    swapped: bool = False
+
 
 #: the prefixes of flattened names
 FLAT_PREFIXES = (

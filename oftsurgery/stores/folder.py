@@ -25,6 +25,7 @@ from oftsurgery.records.record_file import record_in
 
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
+from .flat_names import Meaning, find_flat
 from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names
@@ -124,6 +125,9 @@ class FolderStore:
             found |= find_names(rest, lambda name: {name} & self.added.keys(), self.architecture.layouts)
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
+
+    def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
+        return {name: Meaning((path,)) for name, path in find_flat(names, self.names).items()}
 
     def _check_not_merged(self, paths: Iterable[str]) -> None:
         """Refuse an adapter on a weight that transformers merges from several tensors of the checkpoint (fused experts):

@@ -17,7 +17,7 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .adaptable import adaptable_of
-from .flat_names import find_flat
+from .flat_names import Meaning, find_flat
 from .idle import is_idle
 from .layers import Layer
 from .layouts import find_names, layouts_of, names_in_model
@@ -100,9 +100,10 @@ class LiveStore:
         def called(name: str) -> set[str]:
             return {n for n in ({name} if there(name) else {renamed(name)}) if there(n)}
 
-        found = find_names(wanted, called, layouts_of(inner))
-        rest = [name.removesuffix(".weight") for name in wanted if name not in found and name.endswith(".weight")]
-        return found | {f"{name}.weight": f"{path}.weight" for name, path in find_flat(rest, self.modules).items()}
+        return find_names(wanted, called, layouts_of(inner))
+
+    def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
+        return {name: Meaning((path,)) for name, path in find_flat(names, self.modules).items()}
 
     def layer(self, name: str) -> LayerInfo:
         layer, tensor = self.at(name), self.tensor(name)

@@ -140,20 +140,11 @@ def fold_encoded(
         return _stored(encoded, base, exact, chain, into, used)
 
 
-def fold_group(
-    group: Sequence[EncodedWeight],
-    chain: Sequence[WeightMap],
-    into: Sequence[WeightFormat] | None = None,
-    rounding: str = "nearest",
-    *,
-    inverse: bool = False,
-) -> list[FoldedWeight]:
-    """:func:`fold_encoded` of weights that were one weight in training: the maps act on the rows of all of them together, as on
-    ``qkv`` where the model holds ``to_q``, ``to_k`` and ``to_v``. Each weight keeps a format of its own.
+def rotate_group(group: Sequence[EncodedWeight], chain: Sequence[WeightMap], *, inverse: bool = False) -> list[Tensor]:
+    """The exact values of weights that were one weight in training, with the maps in them: the maps act on the rows of all
+    weights together, as on ``qkv`` where the model holds ``to_q``, ``to_k`` and ``to_v``.
     """
-    codecs.check_rounding(rounding)
     formats = [e.format for e in group]
-    into = list(into or formats)
     if len({f.shape[1] for f in formats}) != 1:
         message = (
             f"weights of one group need one number of inputs, but have {', '.join(str(f.shape[1]) for f in formats)}"
@@ -163,13 +154,26 @@ def fold_group(
     for r in chain:
         r.check_fits((sum(rows), formats[0].shape[1]), "weight")
     with rotations.full_precision(group[0].tensors["weight"].device.type):
-        bases = [codecs.decode(e) for e in group]
-        whole = rotate_chain(torch.cat(bases), chain, inverse=inverse)
+        whole = rotate_chain(torch.cat([codecs.decode(e) for e in group]), chain, inverse=inverse)
         if not bool(torch.isfinite(whole).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weights hold NaN or infinity", format=formats[0].label, remedy=remedy)
-        parts = zip(group, bases, torch.split(whole, rows), into, strict=True)
-        return [_stored(e, b, x.contiguous(), (), f, codecs.rounding_of(f, rounding)) for e, b, x, f in parts]
+        return [part.contiguous() for part in torch.split(whole, rows)]
+
+
+def fold_group(
+    group: Sequence[EncodedWeight], chain: Sequence[WeightMap], rounding: str = "nearest", *, inverse: bool = False
+) -> list[FoldedWeight]:
+    """:func:`fold_encoded` of the weights of a group; each weight keeps its own format."""
+    exact = rotate_group(group, resolved(chain), inverse=inverse)
+    return [store_exact(e, x, e.format, rounding) for e, x in zip(group, exact, strict=True)]
+
+
+def store_exact(encoded: EncodedWeight, exact: Tensor, into: WeightFormat, rounding: str) -> FoldedWeight:
+    """``exact``, the values of ``encoded`` after a rotation, in the format ``into``, and the cost of storing."""
+    codecs.check_rounding(rounding)
+    with rotations.full_precision(exact.device.type):
+        return _stored(encoded, codecs.decode(encoded), exact, (), into, codecs.rounding_of(into, rounding))
 
 
 def _stored(
