@@ -255,7 +255,7 @@ DIALECTS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 
 #: dialects of releases whose live layers compute with plain weights only: they multiply `weight.data`, whatever it stores
-PLAIN_ONLY = frozenset({"peft-0.15"})
+PLAIN_ONLY = frozenset({"peft-0.15", "peft-boft", "peft-boft-0.13", "peft-hra", "kohya", "kohya-flux"})
 
 #: ends of all keys that hold a rotation
 ROTATION_KEYS: tuple[str, ...] = tuple(sorted({end for rules in _RULES.values() for end in rules.ends}))
