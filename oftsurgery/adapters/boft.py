@@ -13,18 +13,15 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError
 
 from .output_blocks import checked_scale, limited_by_kohya, limited_by_lycoris, powered_scale, skew_of
-from .steps import Blocks, Mixed, Permute, Relaid, Scale, Step, StepMap, Stepped, mixed
+from .steps import Blocks, Mixed, Permute, Relaid, Scale, Step, StepMap, Stepped, cayley_blocks, mixed
 from .weight_map import ANGLE, LINEAR, WeightMap, check_rows
 
-#: how a factor's matrix ``(n, b, b)`` is weakened, by the factor's number
-Weaken = Callable[[int, Tensor], Tensor]
+#: how a factor is weakened, by the factor's number
+Weaken = Callable[[int, Blocks], Blocks]
 
 
 def _linearly(strength: float) -> Weaken:
-    def weaken(_: int, m: Tensor) -> Tensor:
-        return (1 - strength) * torch.eye(m.shape[-1], dtype=m.dtype) + strength * m
-
-    return weaken
+    return lambda _, blocks: blocks.mixed(strength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +62,9 @@ class LycorisBoft(Stepped):
     def _factors(self, q: Tensor, weaken: Weaken | None = None) -> tuple[Step, ...]:
         steps: list[Step] = []
         for i, q_i in enumerate(q):
-            matrices = rotations.cayley(-q_i)
+            blocks = cayley_blocks(0, -q_i)
             order = Permute(0, rotations.interleaved(self.rows, 2**i * self.block_size // 2))
-            steps += [order, Blocks(0, matrices if weaken is None else weaken(i, matrices)), order.inverse()]
+            steps += [order, blocks if weaken is None else weaken(i, blocks), order.inverse()]
         return tuple(steps)
 
     def _scaled(self) -> tuple[Step, ...]:
@@ -107,8 +104,8 @@ class LycorisBoft(Stepped):
             return StepMap(self, self._factors(self.generator(), _linearly(strength)) + self._scaled(), how)
         if mode == "lycoris-2":  # LyCORIS 2.x weakens the first factor alone
 
-            def first(i: int, m: Tensor) -> Tensor:
-                return _linearly(strength)(i, m) if i == 0 else m
+            def first(i: int, blocks: Blocks) -> Blocks:
+                return blocks.mixed(strength) if i == 0 else blocks
 
             return StepMap(self, self._factors(self.generator(), first) + self._scaled(), how)
         if mode == "comfyui":
@@ -155,12 +152,12 @@ class PeftBoft(Stepped):
         steps: list[Step] = []
         for i, a in enumerate(self.blocks):
             q = skew_of(a) / 2
-            matrices = rotations.cayley(q if exponent == 1 else rotations.power_of(q, exponent))
+            q = q if exponent == 1 else rotations.power_of(q, exponent)
             order = torch.arange(self.features)
             if len(self.blocks) > 1:
                 order = rotations.even_chunks_first(self.features, self.block_size * 2**i, self.block_size // 2)
             # Bᵢ x over the rows, x Bᵢᵀ over the columns
-            turned = Blocks(side, matrices if side == 0 else matrices.mT.contiguous())
+            turned = cayley_blocks(side, q if side == 0 else -q)
             steps += [Permute(side, torch.argsort(order)), turned, Permute(side, order)]
         factors = powered_scale(checked_scale(self.scale), exponent) if exponent != 1 else checked_scale(self.scale)
         assert factors is not None  # noqa: S101 - the adapter has a scale

@@ -18,7 +18,7 @@ from oftsurgery import rotations
 from oftsurgery.errors import AdapterError, NonFiniteError
 
 from .rotation import Rotation
-from .steps import Blocks, Scale, Step, StepMap, Stepped, mixed
+from .steps import Blocks, Scale, Step, StepMap, Stepped, cayley_blocks, mixed
 from .weight_map import ANGLE, LINEAR, WeightMap, check_rows, no_angle
 
 #: the tools add this number to a norm before they divide by it
@@ -158,7 +158,7 @@ class OutputBlocks(WeightMap):
         how = f"{strength!r} {mode}"
         factor = strength**2 if mode == "comfyui" else strength  # ComfyUI multiplies twice
         own = mode if mode in ("comfyui", "webui") else self.tool
-        rotation: tuple[Step, ...] = (Blocks(0, rotations.cayley(self.generator(own))),)
+        rotation: tuple[Step, ...] = (cayley_blocks(0, self.generator(own)),)
         scaled: tuple[Step, ...] = () if scale is None else (Scale(scale),)
         if mode in (LINEAR, "webui"):
             return replace(mixed(self, rotation + scaled, strength), how=how)
@@ -201,7 +201,7 @@ class FluxParts(Stepped):
         return found
 
     def steps(self) -> tuple[Step, ...]:
-        return tuple(Blocks(0, rotations.cayley(q), start) for start, q in self.generators())
+        return tuple(cayley_blocks(0, q, start) for start, q in self.generators())
 
     def check_fits(self, shape: tuple[int, int], module: str) -> None:
         check_rows(self.rows, f"{len(self.parts)} parts", shape, module)
@@ -221,10 +221,9 @@ class FluxParts(Stepped):
         made = []
         for start, q in self.generators():
             if mode == ANGLE:
-                made.append(Blocks(0, rotations.cayley(rotations.power_of(q, strength)), start))
+                made.append(cayley_blocks(0, rotations.power_of(q, strength), start))
             else:
-                eye = torch.eye(q.shape[-1], dtype=torch.float64)
-                made.append(Blocks(0, (1 - strength) * eye + strength * rotations.cayley(q), start))
+                made.append(cayley_blocks(0, q, start).mixed(strength))
         return StepMap(self, tuple(made), how)
 
 
@@ -279,5 +278,5 @@ class FinishedBlocks(Stepped):
             q = rotations.power_of(rotations.generator_of(nearest), strength)
         except NonFiniteError as error:
             raise no_angle(self.family, error.message) from error
-        steps = (Scale(scale.reshape(-1) ** strength), Blocks(0, rotations.cayley(q)))
+        steps = (Scale(scale.reshape(-1) ** strength), cayley_blocks(0, q))
         return StepMap(self, steps, f"{strength!r} {ANGLE}")

@@ -44,11 +44,16 @@ class Blocks:
         dim: 0 for rows, 1 for columns.
         matrices: ``(n, b, b)`` float64; over columns one matrix serves all columns.
         start: the first row.
+        generator: the ``Q: (n, b, b)`` of which ``matrices`` are the Cayley map, or that map mixed with the identity; None for other
+            matrices.
+        mix: the strength of the mix with the identity.
     """
 
     dim: int
     matrices: Tensor
     start: int = 0
+    generator: Tensor | None = None
+    mix: float = 1.0
 
     def apply(self, w: Tensor) -> Tensor:
         m = self.matrices.to(w)
@@ -60,7 +65,34 @@ class Blocks:
         return torch.cat([w[: self.start], turned, w[end:]]) if n * b < len(w) else turned
 
     def inverse(self) -> Blocks:
-        return replace(self, matrices=rotations.inverse_blocks(self.matrices))
+        return replace(self, matrices=rotations.inverse_blocks(self.matrices), generator=None)
+
+    def mixed(self, strength: float) -> Blocks:
+        """``(1 - strength) I + strength · matrices``."""
+        eye = torch.eye(self.matrices.shape[-1], dtype=torch.float64)
+        made = (1 - strength) * eye + strength * self.matrices
+        return replace(self, matrices=made, mix=strength, generator=self.generator if self.mix == 1 else None)
+
+    def figures(self) -> tuple[float, float]:
+        """The largest ``‖RᵀR - I‖₂`` and the largest angle of a block."""
+        if self.generator is not None:
+            return mixed_figures(rotations.largest_angle(self.generator), self.mix)
+        m = self.matrices
+        eye = torch.eye(m.shape[-1], dtype=m.dtype)
+        defect = float(torch.linalg.matrix_norm(m.mT @ m - eye, ord=2).max())
+        return defect, float(torch.linalg.eigvals(m).angle().abs().max())
+
+
+def cayley_blocks(dim: int, q: Tensor, start: int = 0) -> Blocks:
+    """The blocks of the Cayley map of ``q: (n, b, b)``."""
+    return Blocks(dim, rotations.cayley(q), start, q)
+
+
+def mixed_figures(angle: float, strength: float) -> tuple[float, float]:
+    """The defect and the angle of ``(1 - strength) I + strength · R`` for a rotation ``R`` by ``angle``."""
+    s = strength
+    defect = abs(2 * s * (1 - s)) * (1 - math.cos(angle))
+    return defect, abs(math.atan2(s * math.sin(angle), 1 - s + s * math.cos(angle)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,10 +252,8 @@ def figures_of(steps: Sequence[Step]) -> tuple[float, float]:
     defect = angle = 0.0
     for step in steps:
         if isinstance(step, Blocks):
-            m = step.matrices
-            eye = torch.eye(m.shape[-1], dtype=m.dtype)
-            defect = max(defect, float(torch.linalg.matrix_norm(m.mT @ m - eye, ord=2).max()))
-            angle = max(angle, float(torch.linalg.eigvals(m).angle().abs().max()))
+            own = step.figures()
+            defect, angle = max(defect, own[0]), max(angle, own[1])
         elif isinstance(step, Reflect):
             angle = math.pi
         elif isinstance(step, Relaid):
@@ -232,9 +262,8 @@ def figures_of(steps: Sequence[Step]) -> tuple[float, float]:
         elif isinstance(step, Mixed):
             inner = figures_of(step.steps)
             whole = min(math.pi, sum(figures_of([s])[1] for s in step.steps))
-            s = step.strength
-            defect = max(defect, inner[0], abs(2 * s * (1 - s)) * (1 - math.cos(whole)))
-            angle = max(angle, abs(math.atan2(s * math.sin(whole), 1 - s + s * math.cos(whole))))
+            own = mixed_figures(whole, step.strength)
+            defect, angle = max(defect, inner[0], own[0]), max(angle, own[1])
     return defect, angle
 
 
@@ -291,8 +320,7 @@ def mixed(of: WeightMap, steps: Sequence[Step], strength: float) -> StepMap:
     how = f"{strength!r} {LINEAR}"
     one = block_matrix(steps)
     if one is not None:
-        eye = torch.eye(one.matrices.shape[-1], dtype=torch.float64)
-        return StepMap(of, (replace(one, matrices=(1 - strength) * eye + strength * one.matrices),), how)
+        return StepMap(of, (one.mixed(strength),), how)
     return StepMap(of, (Mixed(tuple(steps), strength, dim_of(steps)),), how)
 
 
@@ -307,7 +335,9 @@ def block_matrix(steps: Sequence[Step]) -> Blocks | None:
     if len(rest) == 1 and isinstance(scale, Scale):
         n, b, _ = blocks.matrices.shape
         if blocks.dim == scale.dim == 0 and len(scale.factors) == n * b:
-            return replace(blocks, matrices=scale.factors.to(torch.float64).reshape(n, b, 1) * blocks.matrices)
+            return replace(
+                blocks, matrices=scale.factors.to(torch.float64).reshape(n, b, 1) * blocks.matrices, generator=None
+            )
     return None
 
 

@@ -35,6 +35,7 @@ from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.weights import preserve
 
 from .blockwise import FoldedWeight
 from .pool import start
@@ -143,7 +144,7 @@ def fold(
         OFTSurgeryError: as the reference does.
     """
     forced = _choice()
-    known = [r for r in order if isinstance(r, Rotation)]
+    known = [r for r in order if isinstance(r, Rotation) and not _turns_many_rows(r)]
     if forced == "reference" or len(known) < len(order):
         return None
     device = encoded.tensors["weight"].device
@@ -165,6 +166,11 @@ def fold(
     blocks = [(r, r.blocks.to(device)) for r in known]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
+
+
+def _turns_many_rows(r: Rotation) -> bool:
+    """Whether the rotation is of so many rows that the weight is rotated as a whole."""
+    return r.side == "output" and r.block_size > preserve.MOST_ROWS
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None], driver: str = "") -> T | None:
@@ -200,6 +206,8 @@ def measure(rotation: WeightMap) -> tuple[float, float]:
     """``(rotation.defect, rotation.angle)``, from the largest eigenvalue alone if that decides."""
     if not isinstance(rotation, Rotation):
         return rotation.defect, rotation.angle
+    if rotation.cayley.exact and rotation.block_size > _MAX_BLOCK // 2:
+        return 0.0, rotations.largest_angle(rotations.skew(rotation.generator.detach().cpu()))
     series = _series(rotation.cayley)
     theta = _by_kernel(rotation, lambda driver, v, wide, _: driver.largest_angle(v, rotation.block_size, wide))
     if theta is None or series is None:
