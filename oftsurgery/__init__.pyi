@@ -8,6 +8,8 @@ from .adapters.adapter import blend as blend
 from .adapters.dialects import DIALECTS as DIALECTS
 from .adapters.rotation import Cayley as Cayley
 from .adapters.rotation import Rotation as Rotation
+from .adapters.strength import STRENGTH_MODES as STRENGTH_MODES
+from .adapters.weight_map import WeightMap as WeightMap
 from .api.arguments import load_adapter as load_adapter
 from .api.checkpoints import fold_checkpoint as fold_checkpoint
 from .api.checkpoints import unfold_checkpoint as unfold_checkpoint

@@ -37,13 +37,17 @@ __all__ = [
     "block_size_of",
     "cayley",
     "eigen_angles",
+    "even_chunks_first",
     "full_precision",
     "generator_norm",
     "generator_of",
+    "interleaved",
     "inverse_blocks",
+    "largest_angle",
     "map_eigenvalues",
     "nearest_rotation",
     "neumann",
+    "power_of",
     "rotate_weight",
     "skew",
     "vector",
@@ -63,6 +67,7 @@ _TRAINED_ON = "use the base model that the adapter was trained on"
 
 # blocks of this size and more are solved one by one on the CPU (batched solves were right up to 144 rows)
 _LARGE = 128
+_LANCZOS = 40
 
 
 @contextlib.contextmanager
@@ -273,6 +278,34 @@ def eigen_angles(q: Tensor) -> Tensor:
     return squares.clamp(min=0).sqrt()
 
 
+def largest_angle(q: Tensor) -> float:
+    """The largest angle of ``cayley(q)`` for skew-symmetric ``q: (n, b, b)``, in radians.
+
+    The eigenvalues of large blocks would take longer than the fold. Of these blocks, Lanczos' iteration for ``-Q²`` from a
+    fixed start finds the largest eigenvalue to about five digits.
+    """
+    n, b, _ = q.shape
+    if b <= _LARGE:
+        return 2 * math.atan(float(eigen_angles(q).max()))
+    q = q.to(torch.float32)
+    v = torch.linspace(-1, 1, b, device=q.device).cos_().mul_(torch.arange(b, device=q.device) % 7 + 1).expand(n, b)
+    basis = [v / torch.linalg.vector_norm(v, dim=1, keepdim=True)]
+    rows: list[Tensor] = []
+    for _ in range(_LANCZOS):
+        w = torch.bmm(q, torch.bmm(q, basis[-1].unsqueeze(2))).squeeze(2).neg_()
+        spanned = torch.stack(basis, dim=1)  # (n, k, b)
+        here = torch.bmm(spanned, w.unsqueeze(2))
+        rows.append(torch.nn.functional.pad(here.squeeze(2), (0, _LANCZOS - len(basis))))
+        for _ in range(2):  # once more, since one orthogonalisation loses digits
+            w = w - torch.bmm(spanned.mT, torch.bmm(spanned, w.unsqueeze(2))).squeeze(2)
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        basis.append(torch.where(norm > 0, w / norm.clamp(min=1e-30), 0.0))
+    projected = torch.stack(rows, dim=2).to(torch.float64)  # the upper triangle of the projection
+    projected = projected.triu() + projected.triu(1).mT
+    largest: Tensor = torch.linalg.eigvalsh(projected)[:, -1].clamp(min=0).sqrt().max()
+    return 2 * math.atan(float(largest))
+
+
 # --- the algebra of rotations -----------------------------------------------------------------------------------------
 
 
@@ -350,3 +383,38 @@ def block_diagonal(blocks: Tensor, size: int, *, shared: bool) -> Tensor:
     for i in range(k):
         out[:, i, :, i, :] = blocks[i::k]
     return out.reshape(n // k, size, size)
+
+
+# --- butterflies ------------------------------------------------------------------------------------------------------
+
+
+def interleaved(size: int, half: int) -> Tensor:
+    """LyCORIS' order for a factor of BOFT: inside groups of ``2·half`` entries, new entry ``2t + u`` is old entry ``u·half + t``.
+
+    >>> interleaved(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return torch.arange(size).reshape(-1, 2, half).transpose(1, 2).reshape(-1)
+
+
+def even_chunks_first(size: int, group: int, chunk: int) -> Tensor:
+    """peft's order for a factor of BOFT: inside groups of ``group`` entries, in chunks of ``chunk``, the even chunks come first.
+
+    >>> even_chunks_first(8, 8, 2).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    return torch.arange(size).reshape(size // group, -1, 2, chunk).transpose(1, 2).reshape(-1)
+
+
+def power_of(q: Tensor, exponent: float) -> Tensor:
+    """The skew-symmetric generator, ``(n, b, b)`` float64, of ``cayley(q)`` to the power ``exponent``: the same planes, and
+    ``exponent`` times the angles.
+
+    Raises:
+        NonFiniteError: an angle of the result is π or more, where the exact Cayley map has no generator.
+    """
+    largest = 2 * math.atan(float(eigen_angles(q).max()))
+    if abs(exponent) * largest > 2 * math.atan(MAX_NORM):
+        message = f"the result is a rotation by {abs(exponent) * largest:.4f} rad: at π and beyond there is no exact Cayley generator"
+        raise NonFiniteError(message, remedy="use a smaller strength")
+    return map_eigenvalues(q.to(torch.float64), lambda x: torch.tan(exponent * torch.atan(x)))

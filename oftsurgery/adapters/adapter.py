@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from oftsurgery.errors import (
     ConversionWarning,
     DialectError,
     MatchError,
+    StateError,
     module_in_errors,
     printable,
     warn_caller,
@@ -24,8 +25,10 @@ from oftsurgery.hashing import hash_tensors
 from .algebra import inverse, product, weighted_mean
 from .dialects import DIALECTS
 from .rotation import Rotation
+from .strength import AtStrength, StrengthMode, changes_nothing, check_strength
 from .targets import TARGETS
 from .to_peft import CARRIED, config_and_tensors
+from .weight_map import WeightMap
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -41,7 +44,8 @@ class OFTAdapter:
     >>> errors = half.save("HALF")                               # as peft's current release loads it
 
     Attributes:
-        modules: ``{module path as the base model names it: Rotation}``.
+        modules: ``{module path as the base model names it: Rotation}``. The modules of other adapters than peft's OFT have the
+            names and the kinds of maps that the adapter's own tool gave them.
         saved: ``{tensor name in the base model: tensor}``: trained biases, ``modules_to_save`` and saved embeddings,
             which replace the model's own.
         dialect: a key of :data:`~oftsurgery.adapters.dialects.DIALECTS`.
@@ -50,14 +54,21 @@ class OFTAdapter:
             places.
         source: folder, repository or live model that the adapter came from.
         sha256: of the tensors' file, where there is one.
+        bias: whether the live layers of training left the biases as they are (``"kept"``) or turned them with the rows of the
+            weights (``"rotated"``); None for the dialects of peft, which tell.
+        strength: the strength at which the adapter is folded; ``modules`` have this strength.
+        strength_mode: how a strength other than 1 weakens the maps, see :func:`oftsurgery.fold`.
     """
 
-    modules: Mapping[str, Rotation]
+    modules: Mapping[str, WeightMap]
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     dialect: str = "peft-0.21"
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
+    bias: str | None = None
+    strength: float = 1.0
+    strength_mode: str = "angle"
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,10 +79,39 @@ class OFTAdapter:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         parts = dict(self.saved)
         for path, r in self.modules.items():
+            if not isinstance(r, Rotation):
+                parts |= {f"{path}\0{r.settings()}\0{name}": tensor for name, tensor in r.tensors().items()}
+                continue
             parts[f"{path}\0{r.side}\0{r.cayley}"] = r.generator
             if r.scale is not None:
                 parts[f"{path}\0scale"] = r.scale
         object.__setattr__(self, "fingerprint", hash_tensors(parts))
+
+    def at_strength(self, strength: float, mode: StrengthMode = "angle") -> OFTAdapter:
+        """The adapter at another strength, as ``fold(…, strength=…, strength_mode=…)`` folds the adapter.
+
+        >>> weaker = oftsurgery.load_adapter("ADAPTER").at_strength(0.8, "linear")
+
+        The maps are computed when they are folded. :meth:`scaled` computes the mode ``"angle"`` at once.
+
+        Raises:
+            StateError: the strength is not finite, the mode is unknown, or the adapter has a strength already.
+            AdapterError: the mode has no meaning for this adapter, or the adapter brings biases or other tensors.
+        """
+        check_strength(strength, mode)
+        if changes_nothing(strength, mode):
+            return self
+        if self.strength != 1 or self.strength_mode != "angle":
+            message = f"the adapter has a strength already ({self.strength:g}, {self.strength_mode})"
+            raise StateError(
+                message, path=self.source, remedy="give the strength once, with the adapter as it was read"
+            )
+        _check_no_saved([self])
+        modules: dict[str, WeightMap] = {}
+        for path, weight_map in self.modules.items():
+            with module_in_errors(path):
+                modules[path] = AtStrength(weight_map, float(strength), mode)
+        return replace(self, modules=modules, strength=float(strength), strength_mode=mode)
 
     # --- algebra, in float64 ---
 
@@ -90,7 +130,11 @@ class OFTAdapter:
         Warns:
             ConversionWarning: truncated Neumann series were replaced by their nearest rotations.
         """
-        return self if alpha == 1 else _mean_of([(self, alpha)], f"scaled({self.source}, {alpha:g})")
+        if alpha == 1:
+            return self
+        if not all(map(_has_algebra, self.modules.values())):
+            return self.at_strength(alpha)
+        return _mean_of([(self, alpha)], f"scaled({self.source}, {alpha:g})")
 
     def inverse(self) -> OFTAdapter:
         """The adapter that undoes this adapter: ``a.compose(a.inverse())`` is the identity.
@@ -100,7 +144,7 @@ class OFTAdapter:
         The errors are those of :meth:`scaled`, but any scale ``oft_s`` without zeros has an inverse.
         """
         _check_no_saved([self])
-        return _derived([self], f"inverse({self.source})", lambda path: inverse(self.modules[path]))
+        return _derived([self], f"inverse({self.source})", lambda path: inverse(_rotation(self.modules[path])))
 
     def compose(self, other: OFTAdapter) -> OFTAdapter:
         """One adapter for the live chain ``x · Ra · Rb`` of this adapter (a) and then ``other`` (b), peft's active adapters
@@ -127,7 +171,7 @@ class OFTAdapter:
             raise MatchError(message, tensor=twice[0], remedy=remedy)
 
         def chained(path: str) -> tuple[Rotation, float]:
-            chain = [a.modules[path] for a in (self, other) if path in a.modules]
+            chain = [_rotation(a.modules[path]) for a in (self, other) if path in a.modules]
             return product(*chain) if len(chain) == 2 else (chain[0], 0.0)
 
         composed = _derived([self, other], f"compose({self.source}, {other.source})", chained)
@@ -199,22 +243,13 @@ def describe(adapter: OFTAdapter) -> dict[str, Any]:
     return {
         "source": adapter.source,
         "dialect": adapter.dialect,
+        "bias": adapter.bias,
+        "strength": adapter.strength,
+        "strength_mode": adapter.strength_mode,
         "base_model": adapter.config.get("base_model_name_or_path"),
         "fingerprint": adapter.fingerprint,
         "sha256": adapter.sha256,
-        "modules": {
-            path: {
-                "side": r.side,
-                "blocks": r.generator.shape[0],
-                "block_size": r.block_size,
-                "shared": r._one_for_all,
-                "map": "exact Cayley" if r.cayley.exact else f"Neumann, {r.cayley.terms} terms",
-                "angle": r.angle,
-                "defect": r.defect,
-                "scale": r.scale is not None,
-            }
-            for path, r in adapter.modules.items()
-        },
+        "modules": {path: r.facts() | {"angle": r.angle, "defect": r.defect} for path, r in adapter.modules.items()},
         "saved": sorted(adapter.saved),
     }
 
@@ -228,7 +263,7 @@ def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapt
     _check_no_saved(adapters)
 
     def mean(path: str) -> tuple[Rotation, float]:
-        exact = [(a.modules[path].exact(), w) for a, w in parts if path in a.modules]
+        exact = [(_rotation(a.modules[path]).exact(), w) for a, w in parts if path in a.modules]
         return weighted_mean([(r, w) for (r, _), w in exact]), max(residual for (_, residual), _ in exact)
 
     return _derived(adapters, source, mean)
@@ -237,7 +272,7 @@ def _mean_of(parts: Sequence[tuple[OFTAdapter, float]], source: str) -> OFTAdapt
 def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], tuple[Rotation, float]]) -> OFTAdapter:
     """An adapter from others: ``make`` gives a module's rotation, and its distance from the exact result."""
     residuals: dict[str, float] = {}
-    modules: dict[str, Rotation] = {}
+    modules: dict[str, WeightMap] = {}
     for path in dict.fromkeys(path for a in origins for path in a.modules):
         with module_in_errors(path):
             modules[path], residuals[path] = make(path)
@@ -250,13 +285,36 @@ def _derived(origins: Sequence[OFTAdapter], source: str, make: Callable[[str], t
     saved = [name for a in origins if a.saved for name in a.config.get("modules_to_save") or ()]
     config["modules_to_save"] = list(dict.fromkeys(saved)) or None
     config["bias"] = next((b for b in ("all", "oft_only") for a in origins if a.config.get("bias") == b), "none")
-    sizes = {(path, r.block_size, r._one_for_all) for path, r in modules.items()}
-    if all(sizes == {(p, r.block_size, r._one_for_all) for p, r in a.modules.items()} for a in origins):
+    sizes = _sizes(modules)
+    if all(sizes == _sizes(a.modules) for a in origins):
         config |= {n: origins[0].config[n] for n in ("r", "oft_block_size") if n in origins[0].config}
     output = any(r.side == "output" for r in modules.values())
-    scaled = any(r.scale is not None for r in modules.values())
+    scaled = any(getattr(r, "scale", None) is not None for r in modules.values())
     dialect = "peft-0.13" if output else "peft-0.15" if scaled else "peft-0.21"
-    return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source)
+    bias = next((a.bias for a in origins if a.bias is not None), None)
+    return OFTAdapter(modules=modules, dialect=dialect, config=config, source=source, bias=bias)
+
+
+def _sizes(modules: Mapping[str, WeightMap]) -> set[tuple[str, int, bool]]:
+    return {(path, r.block_size, isinstance(r, Rotation) and r._one_for_all) for path, r in modules.items()}
+
+
+def _rotation(weight_map: WeightMap) -> Rotation:
+    """The map as a rotation.
+
+    Raises:
+        AdapterError: the map is none.
+    """
+    if not _has_algebra(weight_map):
+        message = f"the map ({weight_map.family}) is no block rotation for every kind of layer, and has no products, means or inverses"
+        raise AdapterError(
+            message, remedy="fold the adapters one after the other; strength=… (--strength) weakens an adapter"
+        )
+    return cast(Rotation, weight_map.resolved())
+
+
+def _has_algebra(weight_map: WeightMap) -> bool:
+    return not weight_map.asks_layer and isinstance(weight_map.resolved(), Rotation)
 
 
 def _warn_converted(residuals: Mapping[str, float]) -> None:

@@ -19,6 +19,9 @@ def _common(parts: Sequence[Rotation]) -> tuple[int, bool]:
     if len({r.side for r in parts}) > 1:
         message = f"the adapters rotate different sides of one weight: {', '.join(r.side for r in parts)}"
         raise MatchError(message, remedy="fold the adapters one after the other")
+    if len({r.turns_bias for r in parts}) > 1:
+        message = "one adapter turns the bias with the rows of a weight, and another adapter does not"
+        raise MatchError(message, remedy="fold the adapters one after the other")
     widths = {r.generator.shape[0] * r.block_size for r in parts if not r._one_for_all}
     if len(widths) > 1:
         message = f"the adapters have rotations of {' and of '.join(map(str, sorted(widths)))} features"
@@ -40,8 +43,9 @@ def product(a: Rotation, b: Rotation) -> tuple[Rotation, float]:
         singular = "the product of truncated series is singular"
         chained, residual = nearest_and_distance(chained, singular, "fold the adapters one after the other")
     scale = a.scale if b.scale is None else b.scale if a.scale is None else a.scale.double() * b.scale.double()
-    whole = a.side == "output"
-    return Rotation(bounded_generator(chained), side=a.side, scale=scale, shared=shared, whole=whole), residual
+    whole, turns_bias = a.side == "output", a.turns_bias
+    generator = bounded_generator(chained)
+    return Rotation(generator, side=a.side, scale=scale, shared=shared, whole=whole, turns_bias=turns_bias), residual
 
 
 def inverse(r: Rotation) -> tuple[Rotation, float]:
@@ -72,5 +76,5 @@ def weighted_mean(parts: Sequence[tuple[Rotation, float]]) -> Rotation:
         raise AdapterError(message, tensor="oft_s", remedy="fold the adapter as it is")
     powers = [w * scale.log() for scale, w in scales]
     scale = sum(powers[1:], start=powers[0]).exp() if powers else None
-    side = members[0].side
-    return Rotation(generator, side=side, scale=scale, shared=shared, whole=side == "output")
+    side, turns_bias = members[0].side, members[0].turns_bias
+    return Rotation(generator, side=side, scale=scale, shared=shared, whole=side == "output", turns_bias=turns_bias)

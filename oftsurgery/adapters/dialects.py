@@ -19,7 +19,10 @@ from oftsurgery.errors import AdapterError, DialectError, ShapeError, printable
 
 from .rotation import Cayley, Rotation
 
-Dialect = Literal["peft-0.13", "peft-0.15", "peft-0.17", "peft-0.21"]
+Dialect = Literal[
+    "peft-0.13", "peft-0.15", "peft-0.17", "peft-0.21", "peft-boft", "peft-boft-0.13", "peft-hra", "peft-road",
+    "kohya", "kohya-flux", "lycoris", "lycoris-2.0", "onetrainer", "onetrainer-2025-11-14",
+]  # fmt: skip
 
 Config = Mapping[str, Any]
 Parts = Mapping[str, Tensor]  # a module's tensors by the ends of their keys
@@ -54,8 +57,9 @@ def detect_dialect(config: Config, modules: Modules, named: str | None, source: 
         DialectError: the files mix dialects, contradict the ``named`` dialect, or do not show their dialect.
         AdapterError: tensors are missing.
     """
-    if named is not None and named not in DIALECTS:
-        raise DialectError(f"unknown dialect {printable(named)!r}", remedy=f"use one of {', '.join(DIALECTS)}")
+    if named is not None and named not in _RULES:
+        message = f"the named dialect is {printable(named)!r}, but the files are of an OFT adapter of peft"
+        raise DialectError(message, path=source, remedy=f"use one of {', '.join(_RULES)}, or leave the dialect out")
     ends = {part for parts in modules.values() for part in parts}
     possible = {dialect: rules for dialect, rules in _RULES.items() if ends <= rules.ends}
     if not possible:
@@ -235,11 +239,23 @@ _RULES: Mapping[str, _Rules] = {
         "peft ≥ 0.18: input side and embeddings, the second Neumann series", _TRIANGLES, _wrote_0_21, partial(_rotation_of_triangles, since_0_18=True)),
 }  # fmt: skip
 
-#: dialect → the peft releases that write it
-DIALECTS: Mapping[str, str] = MappingProxyType({dialect: rules.releases for dialect, rules in _RULES.items()})
+#: dialect → the releases that write it
+DIALECTS: Mapping[str, str] = MappingProxyType({
+    **{dialect: rules.releases for dialect, rules in _RULES.items()},
+    "peft-boft": "peft ≥ 0.14: BOFT",
+    "peft-boft-0.13": "peft ≤ 0.13: BOFT, whose convolutions are laid out otherwise",
+    "peft-hra": "peft: HRA",
+    "peft-road": "peft: RoAd",
+    "kohya": "kohya's sd-scripts: `networks.oft`",
+    "kohya-flux": "kohya's sd-scripts: `networks.oft_flux`",
+    "lycoris": "LyCORIS ≥ 2.1: diag-oft and BOFT",
+    "lycoris-2.0": "LyCORIS 2.0: finished matrices (`oft_diag`)",
+    "onetrainer": "OneTrainer: OFT_2",
+    "onetrainer-2025-11-14": "OneTrainer from 14 to 16 November 2025: OFT_2 with the first series",
+})  # fmt: skip
 
 #: dialects of releases whose live layers compute with plain weights only: they multiply `weight.data`, whatever it stores
-PLAIN_ONLY = frozenset({"peft-0.15"})
+PLAIN_ONLY = frozenset({"peft-0.15", "peft-boft", "peft-boft-0.13", "peft-hra", "kohya", "kohya-flux"})
 
 #: ends of all keys that hold a rotation
 ROTATION_KEYS: tuple[str, ...] = tuple(sorted({end for rules in _RULES.values() for end in rules.ends}))

@@ -11,9 +11,10 @@ from torch import Tensor
 from oftsurgery.errors import AdapterError, DialectError, module_in_errors, printable
 
 from .adapter import OFTAdapter
-from .dialects import Dialect, detect_dialect, rotation_of
+from .dialects import DIALECTS, Dialect, detect_dialect, rotation_of
+from .from_peft_others import OTHER_KINDS, OtherKind, dialect_of
 from .keys import sort_keys
-from .rotation import Rotation
+from .weight_map import WeightMap
 
 
 def parse_adapter(
@@ -36,24 +37,52 @@ def parse_adapter(
         AdapterError: keys are missing, unknown or of a wrong type.
         ShapeError, NonFiniteError: no peft release writes such tensors.
     """
+    if dialect is not None and dialect not in DIALECTS:
+        raise DialectError(f"unknown dialect {printable(dialect)!r}", remedy=f"use one of {', '.join(DIALECTS)}")
     _check_config(config)
     if not tensors:
         message = "the adapter holds no tensor"
         raise AdapterError(message, path=source, remedy="save it again with peft's save_pretrained")
+    kind = OTHER_KINDS.get(str(config["peft_type"]))
+    if kind is not None:
+        return _other_adapter(kind, config, tensors, dialect, source, sha256)
     raw, saved = sort_keys(tensors, source)
     name = detect_dialect(config, raw, dialect, source)
-    modules: dict[str, Rotation] = {}
+    modules: dict[str, WeightMap] = {}
     for path, parts in sorted(raw.items()):
         with module_in_errors(path):
             modules[path] = rotation_of(name, parts, config)
     return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
 
 
+def _other_adapter(
+    kind: OtherKind,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    named: str | None,
+    source: str | None,
+    sha256: str | None,
+) -> OFTAdapter:
+    """An adapter of a relative of OFT."""
+    kept = {
+        key: tensor for key, tensor in tensors.items() if not key.endswith(tuple(f".{end}" for end in kind.ignored))
+    }
+    raw, saved = sort_keys(kept, source, kind.ends)
+    modules: dict[str, WeightMap] = {}
+    for path, parts in sorted(raw.items()):
+        with module_in_errors(path):
+            modules[path] = kind.read(parts, config, named)
+    name = dialect_of(kind, modules, named)
+    return OFTAdapter(modules=modules, saved=saved, dialect=name, config=config, source=source, sha256=sha256)
+
+
+# the fields are those of OFT's configs; configs of other kinds have some of these fields
 # field → (types, function that finds wrong values, what a right value is)
 _FIELDS: Mapping[str, tuple[tuple[type, ...], Callable[[Any], bool] | None, str]] = {
     **dict.fromkeys(("block_share", "coft", "use_cayley_neumann", "fan_in_fan_out"), ((bool,), None, "")),
     **dict.fromkeys(("r", "oft_block_size"), ((int,), None, "")),
     "bias": ((str,), None, ""),
+    "apply_GS": ((bool,), None, ""),
     "peft_version": ((str, type(None)), None, ""),
     "eps": ((int, float), lambda eps: not 0 <= eps < math.inf, "a finite number from 0 on"),  # NaN is wrong too
     # peft's default is 5; a file with a huge number could keep a fold busy for ever
@@ -84,9 +113,11 @@ def _check_config(config: Mapping[str, Any]) -> None:
         message = "the adapter's config has no `peft_type`"
         remedy = "give a folder that peft's save_pretrained wrote"
         raise AdapterError(message, tensor="adapter_config.json", remedy=remedy)
-    if kind != "OFT":
+    if kind not in ("OFT", *OTHER_KINDS):
         message = f"the adapter is a {printable(kind)} adapter, not an OFT adapter"
-        remedy = "oftsurgery folds OFT, OFTv2 and QOFT adapters only; merge others with peft's merge_and_unload"
+        if kind == "PSOFT":
+            message += ": its other matrices come from a decomposition of the base's weights and are not stored, and their signs decide"
+        remedy = "oftsurgery folds OFT, OFTv2, QOFT, BOFT, HRA and RoAd adapters only; merge others with peft's merge_and_unload"
         raise DialectError(message, remedy=remedy)
     for name, (types, wrong, right) in _FIELDS.items():
         value = config.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ from oftsurgery.files.wrappers import without_peft
 from .dialects import ROTATION_KEYS
 from .to_peft import KEY_PREFIX
 
-# end of a key → pattern of the key; in a model's whole state the adapter's name stands within the end
-_ROTATIONS = {
-    end: re.compile(rf"(?P<path>.+)\.{re.escape(part)}(?:\.(?P<adapter>[^.]+))?{re.escape(dot + rest)}", re.DOTALL)
-    for end in ROTATION_KEYS
-    for part, dot, rest in [end.partition(".")]
-}
+
+@cache
+def _patterns(ends: tuple[str, ...]) -> dict[str, re.Pattern[str]]:
+    """``{end of a key: pattern of the key}``; in a model's whole state the adapter's name stands within the end."""
+    return {
+        end: re.compile(rf"(?P<path>.+)\.{re.escape(part)}(?:\.(?P<adapter>[^.]+))?{re.escape(dot + rest)}", re.DOTALL)
+        for end in ends
+        for part, dot, rest in [end.partition(".")]
+    }
+
+
 _OTHER_TUNER = re.compile(
     r"\.(lora_[a-zA-Z_]+|boft_[A-Za-z]+|hada_\w+|lokr_\w+|vera_\w+|ia3_l|hra_u|oft_[A-Za-z_]+)(\.|$)"
 )
@@ -36,9 +42,11 @@ _GATHER = (
 Parts = dict[str, dict[str, Tensor]]
 
 
-def sort_keys(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Parts, dict[str, Tensor]]:
+def sort_keys(
+    tensors: Mapping[str, Tensor], source: str | None, ends: tuple[str, ...] = ROTATION_KEYS
+) -> tuple[Parts, dict[str, Tensor]]:
     """Sort tensors by their keys into ``({module path: {part: tensor}}, {model tensor name: tensor})``. The names that
-    wrappers of a model leave in keys are taken out.
+    wrappers of a model leave in keys are taken out. ``ends`` are the ends of keys that hold rotations.
 
     Raises:
         AdapterError: a key is unknown, the file holds several adapters, a rotation holds no floats, or a tensor is empty.
@@ -49,7 +57,7 @@ def sort_keys(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Parts,
     raw: Parts = {}
     saved: dict[str, Tensor] = {}
     plain = {key: _without_prefix(key, source) for key in tensors}
-    rotations = {key: found for key, name in plain.items() if (found := _rotation_of(name)) is not None}
+    rotations = {key: found for key, name in plain.items() if (found := _rotation_of(name, ends)) is not None}
     adapter = _only_name({name for _, _, name in rotations.values() if name is not None}, source)
     for key, tensor in tensors.items():
         where: dict[str, Any] = {"tensor": key, "path": source}
@@ -78,7 +86,7 @@ def sort_keys(tensors: Mapping[str, Tensor], source: str | None) -> tuple[Parts,
             if not _equal(saved.setdefault(target.replace(".base_layer.", "."), tensor), tensor):
                 raise MatchError("two keys name one tensor of the model", **where, remedy="remove one of the keys")
     if not raw:
-        message = f"the adapter has {len(saved)} tensors, but none is a rotation ({', '.join(ROTATION_KEYS)})"
+        message = f"the adapter has {len(saved)} tensors, but none is a rotation ({', '.join(ends)})"
         remedy = "check that the adapter was saved after training, from the rank that holds the weights"
         raise AdapterError(message, path=source, remedy=remedy)
     return raw, saved
@@ -93,9 +101,9 @@ def _without_prefix(key: str, source: str | None) -> str:
     return name
 
 
-def _rotation_of(name: str) -> tuple[str, str, str | None] | None:
+def _rotation_of(name: str, ends: tuple[str, ...]) -> tuple[str, str, str | None] | None:
     """``(module path, end of the key, adapter's name within it or None)`` of a rotation's key; None for another key."""
-    matches = ((end, pattern.fullmatch(name)) for end, pattern in _ROTATIONS.items())
+    matches = ((end, pattern.fullmatch(name)) for end, pattern in _patterns(ends).items())
     return next(((match["path"], end, match["adapter"]) for end, match in matches if match is not None), None)
 
 

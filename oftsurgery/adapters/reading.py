@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from oftsurgery.files.tokenizer_files import PATTERNS
 
 from .adapter import OFTAdapter
 from .dialects import Dialect
+from .from_image_tools import Bias, parse_image_adapter
 from .from_peft import parse_adapter
 from .trained_on import SETTINGS
 
@@ -28,6 +31,8 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 # peft's configs are a few kB; a much larger file is no config
 _MAX_CONFIG_BYTES = 4 << 20
+#: the name of diffusers' files of adapters
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # the most adapters that an error names
 _NAMED = 8
 
@@ -38,11 +43,90 @@ def read_adapter(
     dialect: Dialect | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    filename: str | None = None,
+    bias: Bias | None = None,
+    constraint: float | None = None,
 ) -> OFTAdapter:
-    """The adapter in a folder or a Hub repository: :func:`oftsurgery.load_adapter`."""
+    """The adapter in a folder, a file or a Hub repository: :func:`oftsurgery.load_adapter`."""
+    if bias not in (None, "kept", "rotated"):
+        message = f"bias is {printable(bias)!r}"
+        raise AdapterError(message, remedy="choose bias='kept' or bias='rotated' (--bias)")
+    if constraint is not None and not 0 <= constraint < math.inf:
+        raise AdapterError(
+            f"the constraint is {printable(constraint)}",
+            remedy="give the limit of the training, a finite number from 0 on (0: no limit)",
+        )
+    single = _single_file(path_or_repo, revision, subfolder, filename)
+    if single is not None:
+        source, path = single
+        with _told_of_adapter():
+            path = inside(path.parent, path.name, own=True)
+        tensors, metadata = _read_file(path)
+        return parse_image_adapter(
+            tensors,
+            metadata,
+            dialect=dialect,
+            bias=bias,
+            constraint=constraint,
+            source=source,
+            sha256=sha256_of(path),
+        )
+    if bias is not None or constraint is not None:
+        message = "bias=… and constraint=… say what the single files of image tools do not tell, but the adapter is a folder of peft"
+        raise AdapterError(message, path=path_or_repo, remedy="leave bias and constraint out")
     place, folder = find_adapter(path_or_repo, revision=revision, subfolder=subfolder)
     config, tensors, sha256 = read_files(folder)
     return parse_adapter(config, tensors, dialect=dialect, source=str(place), sha256=sha256)
+
+
+def _single_file(
+    given: str | PathLike[str], revision: str | None, subfolder: str | None, filename: str | None
+) -> tuple[str, Path] | None:
+    """``(source, path)`` of the adapter's single file, local or in the Hub's cache; None for a folder of peft.
+
+    Raises:
+        AdapterError: there is no such file, or the file is no safetensors file.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        if path.name == ADAPTER_TENSORS and (path.parent / ADAPTER_CONFIG).is_file():
+            message = f"the path is the tensors' file of an adapter's folder, beside {ADAPTER_CONFIG}"
+            raise AdapterError(message, path=path, remedy="give the folder")
+        if filename is not None or subfolder is not None:
+            message = "the path is a file, and a filename or a subfolder was given too"
+            raise AdapterError(message, path=path, remedy="give the file alone")
+        _check_suffix(path.name, path)
+        return str(given), path
+    where = "give an adapter's file or folder, or a Hub id 'owner/name'"
+    if filename is None:
+        if not path.is_dir() or (path / ADAPTER_CONFIG).is_file() or not (path / DIFFUSERS_FILE).is_file():
+            return None
+        if subfolder is not None:
+            return None
+        return str(path / DIFFUSERS_FILE), path / DIFFUSERS_FILE
+    _check_suffix(filename, given)
+    place = place_of(given, AdapterError, where, revision=revision)
+    if subfolder is not None:
+        place = place.below(subfolder)
+    *above, name = filename.replace("\\", "/").split("/")
+    if above:
+        place = place.below("/".join(above))
+    folder = place.fetch([glob.escape(name)])
+    if not (folder / name).is_file():
+        message = f"there is no file {printable(name)!r}"
+        raise AdapterError(message, path=place, remedy="name a file of the folder or the repository: filename=…")
+    return f"{place}/{name}" if place.folder is None else str(folder / name), folder / name
+
+
+def _check_suffix(name: str, where: object) -> None:
+    if not name.endswith(".safetensors"):
+        pickle = name.endswith((".ckpt", ".pt", ".pth", ".bin"))
+        message = (
+            f"the file {printable(name)!r} is a pickle, which could run code when read; oftsurgery reads safetensors only"
+            if pickle
+            else f"the file {printable(name)!r} is no safetensors file"
+        )
+        raise AdapterError(message, path=where, remedy="save the adapter as .safetensors with the tool that trained it")
 
 
 def find_adapter(
@@ -177,11 +261,18 @@ def _told_of_adapter() -> Iterator[None]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's safetensors file."""
-    from safetensors import SafetensorError
+    return _read_file(path)[0]
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``(tensors, metadata)`` of an adapter's safetensors file."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+        return dict(load_file(path)), metadata
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         message = f"the tensors cannot be read: the file is truncated, or is no safetensors file ({printable(error)})"
         raise AdapterError(message, path=path, remedy="copy or download the file again") from error

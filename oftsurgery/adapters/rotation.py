@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.errors import AdapterError, NonFiniteError, ShapeError
+from oftsurgery.errors import AdapterError, FormatError, NonFiniteError, ShapeError
+
+from .steps import Blocks, Mixed, Scale, Step, StepMap, mixed
+from .weight_map import ANGLE, LINEAR, TRAINED_ON, WeightMap
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Cayley:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotation:
+class Rotation(WeightMap):
     """One module's rotation.
 
     >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # one block, 2 × 2: a quarter turn
@@ -58,6 +63,7 @@ class Rotation:
             cover the features alone.
         whole: on the output side, whether a last block that reaches beyond the outputs is refused. peft ≤ 0.13 crops
             such a block; a cropped block is not a rotation, and its products and powers are not cropped blocks.
+        turns_bias: on the output side, whether the live layer turns the bias with the rows of the weight.
     """
 
     generator: Tensor
@@ -66,6 +72,9 @@ class Rotation:
     scale: Tensor | None = None
     shared: bool = True
     whole: bool = False
+    turns_bias: bool = False
+
+    family = "block rotation"
 
     @property
     def block_size(self) -> int:
@@ -102,26 +111,22 @@ class Rotation:
         """Raise :class:`ShapeError` unless this rotation fits a weight of ``shape`` = ``(out, in)``, or ``(tokens,
         features)`` for an embedding.
         """
-        n, b = self.generator.shape[0], self.block_size
-        out, features = shape
-        remedy = "use the base model that the adapter was trained on (its `base_model_name_or_path`)"
-        if self.side == "output":
-            r = -(-out // b) if self._one_for_all else n
-            fits = b == -(-out // r)  # r blocks of size ⌈out/r⌉; the last blocks may lie outside
-            if fits and self.whole and r * b != out:
-                message = f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
-                remedy = "fold the adapters themselves, one after the other, instead of an adapter that was computed from them"
-                raise ShapeError(message, module=module, shape=shape, remedy=remedy)
-            rotated, width = "output features", out
-        else:
-            fits = features % b == 0 and (self._one_for_all or n == features // b)
-            rotated, width = "features" if self.side == "embedding" else "input features", features
-        if not fits:
-            message = f"{n} blocks of size {b} do not cover the {width} {rotated}"
-            raise ShapeError(message, module=module, shape=shape, remedy=remedy)
-        if self.scale is not None and self.scale.shape != (out,):
+        n, b, shared = self.generator.shape[0], self.block_size, self._one_for_all
+        check_blocks(n, b, self.side, shape, module, shared=shared, whole=self.whole)
+        if self.scale is not None and self.scale.shape != shape[:1]:
             message, found = "oft_s does not fit the output features", tuple(self.scale.shape)
-            raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=(out,), remedy=remedy)
+            raise ShapeError(message, module=module, tensor="oft_s", shape=found, expected=shape[:1], remedy=TRAINED_ON)
+
+    def for_layer(self, kernel: tuple[int, ...], module: str) -> Rotation:
+        """This rotation, which a convolution with a larger kernel than 1×1 does not take."""
+        if kernel not in ((), (1, 1)):
+            raise FormatError(
+                f"a {kernel[0]}×{kernel[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
+                "so no weight computes the same",
+                module=module,
+                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
+            )
+        return self
 
     def fold_into(self, weight: Tensor) -> Tensor:
         """The weight with which a plain layer computes what the live layer computes with ``weight: (out, in)`` (or
@@ -143,6 +148,47 @@ class Rotation:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             weight = weight / self.scale.to(weight).unsqueeze(-1)
         return rotations.rotate_weight(weight, self.blocks.to(weight.device), self.side, inverse=True)
+
+    # --- as a weight map ---
+
+    @property
+    def scales_rows(self) -> bool:
+        return self.side != "output" and self.scale is not None
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"generator": self.generator} | ({} if self.scale is None else {"scale": self.scale})
+
+    def settings(self) -> str:
+        return f"{super().settings()}\0{self.cayley}\0{self.shared}\0{self.whole}"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "side": self.side,
+            "blocks": self.generator.shape[0],
+            "block_size": self.block_size,
+            "shared": self._one_for_all,
+            "map": "exact Cayley" if self.cayley.exact else f"Neumann, {self.cayley.terms} terms",
+            "scale": self.scale is not None,
+        }
+
+    def at_strength(self, strength: float, mode: str) -> WeightMap:
+        if mode == ANGLE:
+            from .algebra import weighted_mean
+
+            return self if strength == 1 else weighted_mean([(self.exact()[0], strength)])
+        if mode != LINEAR:
+            raise self.no_mode(mode)
+        if strength == 1:
+            return self
+        if self.side == "output" and not (self.whole and not self._one_for_all):
+            step = Mixed((_Whole(self),), strength, 0)  # the number of rows decides the blocks
+            return StepMap(self, (step,), f"{strength!r} {mode}")
+        dim, turned = (0, True) if self.side == "output" else (1, self.side == "input")
+        blocks = self.blocks.cpu()
+        steps: list[Step] = [Blocks(dim, blocks.mT.contiguous() if turned else blocks)]
+        if self.scale is not None:
+            steps.append(Scale(self.scale.detach().cpu().to(torch.float64)))
+        return mixed(self, steps, strength)
 
     # --- algebra, in float64 ---
 
@@ -171,6 +217,52 @@ class Rotation:
         """The generators of an exact rotation, ``(n, size, size)`` float64, in larger blocks."""
         q = rotations.skew(self.generator.detach().to("cpu", torch.float64))
         return rotations.block_diagonal(q, size, shared=self._one_for_all)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A rotation as one step."""
+
+    rotation: Rotation
+    back: bool = False
+
+    def apply(self, w: Tensor) -> Tensor:
+        return self.rotation.unfold_from(w) if self.back else self.rotation.fold_into(w)
+
+    def inverse(self) -> _Whole:
+        return replace(self, back=not self.back)
+
+
+def check_blocks(
+    n: int,
+    b: int,
+    side: rotations.Side,
+    shape: tuple[int, int],
+    module: str,
+    *,
+    shared: bool,
+    whole: bool = False,
+) -> None:
+    """Raise :class:`ShapeError` unless ``n`` blocks of size ``b`` (one for all, if ``shared``) fit a weight of ``shape``."""
+    out, features = shape
+    if side == "output":
+        r = -(-out // b) if shared else n
+        fits = b == -(-out // r)  # r blocks of size ⌈out/r⌉; the last blocks may lie outside
+        if fits and whole and r * b != out:
+            message = (
+                f"{r} blocks of size {b} reach beyond the {out} outputs, and a cropped block has no products or powers"
+            )
+            remedy = (
+                "fold the adapters themselves, one after the other, instead of an adapter that was computed from them"
+            )
+            raise ShapeError(message, module=module, shape=shape, remedy=remedy)
+        rotated, width = "output features", out
+    else:
+        fits = features % b == 0 and (shared or n == features // b)
+        rotated, width = "features" if side == "embedding" else "input features", features
+    if not fits:
+        message = f"{n} blocks of size {b} do not cover the {width} {rotated}"
+        raise ShapeError(message, module=module, shape=shape, remedy=TRAINED_ON)
 
 
 def nearest_and_distance(r: Tensor, singular: str, remedy: str) -> tuple[Tensor, float]:

@@ -14,6 +14,7 @@ from oftsurgery.errors import AdapterError, module_in_errors
 
 from .rotation import Rotation
 from .targets import saved_targets
+from .weight_map import WeightMap
 
 if TYPE_CHECKING:
     from .adapter import OFTAdapter
@@ -28,9 +29,9 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
     """The mirror of :func:`~oftsurgery.adapters.from_peft.parse_adapter`: ``(config, tensors, residuals)`` as :meth:`OFTAdapter.save` writes them."""
     residuals: dict[str, float] = {}
     exact: dict[str, Rotation] = {}
-    for path, r in adapter.modules.items():
+    for path, weight_map in adapter.modules.items():
         with module_in_errors(path):
-            _check_expressible(r)
+            r = _expressible(weight_map)
             exact[path], residuals[path] = r.exact()
     settings = _block_settings(exact, adapter.config)
     tensors: dict[str, Tensor] = {}
@@ -62,8 +63,15 @@ def config_and_tensors(adapter: OFTAdapter) -> tuple[dict[str, Any], dict[str, T
     return dict(sorted(config.items())), tensors, residuals
 
 
-def _check_expressible(r: Rotation) -> None:
-    """Refuse a rotation that peft 0.21 cannot store."""
+def _expressible(r: WeightMap) -> Rotation:
+    """The map as a rotation.
+
+    Raises:
+        AdapterError: peft 0.21 cannot store the map.
+    """
+    if not isinstance(r, Rotation):
+        message = f"the adapter's map ({r.family}) is none that peft 0.21 can store as OFT"
+        raise AdapterError(message, remedy="fold the adapter as it is: a fold needs no conversion")
     if r.side == "output":
         lack = "peft 0.21 can store rotations of inputs and embeddings alone"
         message = f"the adapter has a rotation of the outputs (peft ≤ 0.13): {lack}"
@@ -72,6 +80,7 @@ def _check_expressible(r: Rotation) -> None:
         message = "the adapter has a trained scale of the outputs (peft 0.14 and 0.15): peft 0.21 cannot store a scale"
         remedy = "fold the adapter; or leave out the scale on purpose: dataclasses.replace(rotation, scale=None)"
         raise AdapterError(message, tensor="oft_s", remedy=remedy)
+    return r
 
 
 def _block_settings(modules: Mapping[str, Rotation], config: Mapping[str, Any]) -> dict[str, Any]:

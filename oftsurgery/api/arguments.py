@@ -16,6 +16,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
+from oftsurgery.adapters.strength import StrengthMode, check_strength
 from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
 from oftsurgery.files.checkpoint import Checkpoint, is_single_file, open_checkpoint, open_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
@@ -34,9 +35,13 @@ def load_adapter(
     dialect: Dialect | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
+    filename: str | None = None,
+    bias: Literal["kept", "rotated"] | None = None,
+    constraint: float | None = None,
     follow_links: bool = False,
 ) -> OFTAdapter:
-    """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote.
+    """Read an OFT adapter that any peft release from 0.12 to 0.21 wrote, a BOFT, HRA or RoAd adapter of peft, or the single
+    file of an image tool (kohya's sd-scripts, LyCORIS, OneTrainer, diffusers).
 
     >>> adapter = oftsurgery.load_adapter("ADAPTER")
     >>> adapter.dialect, len(adapter.modules)
@@ -47,11 +52,18 @@ def load_adapter(
     Args:
         path_or_repo: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id: ``owner/name``,
             ``owner/name/subfolder``, ``owner/name@revision``. A folder may hold its one adapter in a subfolder, as peft saves
-            an adapter that is not called "default", and trainers save their checkpoints.
+            an adapter that is not called "default", and trainers save their checkpoints. Or a ``.safetensors`` file of an image
+            tool.
         dialect: the releases whose arithmetic the adapter follows, where its files do not tell (a key of
             :data:`oftsurgery.DIALECTS`).
         revision: the branch, tag or commit of a Hub repository.
         subfolder: the folder inside ``path_or_repo`` that holds the adapter.
+        filename: the file in a folder or a Hub repository, for the single files of image tools.
+        bias: what the live layers of the training did to biases, for the files of image tools that do not tell: ``"kept"``
+            leaves them, ``"rotated"`` turns them with the rows of the weights (kohya before 2024-09-13, LyCORIS in bypass mode).
+            None: ``"kept"``, and a file that hints at the other way is refused.
+        constraint: the limit of the training (LyCORIS' argument ``constraint``, 0 for none) where a file of LyCORIS 2.1.0 to
+            2.1.0.post2 does not hold the limit.
         follow_links: read files that are links, wherever the links lead.
 
     Returns:
@@ -66,7 +78,15 @@ def load_adapter(
         SourceWarning: the adapter is in a subfolder that the caller did not name, or its files are links.
     """
     with links_followed(follow_links):
-        return read_adapter(path_or_repo, dialect=dialect, revision=revision, subfolder=subfolder)
+        return read_adapter(
+            path_or_repo,
+            dialect=dialect,
+            revision=revision,
+            subfolder=subfolder,
+            filename=filename,
+            bias=bias,
+            constraint=constraint,
+        )
 
 
 def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAdapter]:
@@ -78,6 +98,24 @@ def loaded_adapters(adapter: AdapterLike | Sequence[AdapterLike]) -> list[OFTAda
             remedy="give load_adapter(path), which reads an adapter from files; fold(peft_model) folds live adapters",
         )
     return [a if isinstance(a, OFTAdapter) else load_adapter(a) for a in given]
+
+
+def at_strengths(adapters: list[OFTAdapter], strength: float | Sequence[float], mode: StrengthMode) -> list[OFTAdapter]:
+    """The adapters at one strength, or each at its own.
+
+    Raises:
+        StateError: there are other numbers of strengths and adapters, or a strength or the mode is not known.
+    """
+    several = isinstance(strength, (list, tuple))
+    given: list[float] = list(strength) if isinstance(strength, (list, tuple)) else [strength] * len(adapters)  # type: ignore[list-item]
+    if several and len(given) == 1:
+        given *= len(adapters)
+    if len(given) != len(adapters):
+        message = f"{len(given)} strengths were given for {len(adapters)} adapters"
+        raise StateError(message, remedy="give one strength, or one for each adapter: strength=[0.8, 0.5] (--strength)")
+    for one in given:
+        check_strength(one, mode)
+    return [adapter.at_strength(one, mode) for adapter, one in zip(adapters, given, strict=True)]
 
 
 def parse_size(size: int | str) -> int:

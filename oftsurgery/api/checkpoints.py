@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oftsurgery.adapters.adapter import OFTAdapter
+from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
 from oftsurgery.files.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ from oftsurgery.records.record_file import record_beside
 from .arguments import (
     AdapterLike,
     RoundingMode,
+    at_strengths,
     check_one_way_back,
     loaded_adapters,
     named_base,
@@ -53,7 +55,7 @@ def plan_fold(
 ) -> CheckpointPlan | PipelinePlan:
     """The plan of :func:`fold_checkpoint`, from headers and JSON alone; it raises the same errors and writes nothing."""
     settings = settings or FoldSettings()
-    adapters = loaded_adapters(adapter)
+    adapters = at_strengths(loaded_adapters(adapter), settings.strength, settings.strength_mode)
     base = source if source is not None else named_base(adapters)
     opened = opened_model(base, settings.revision, adapters, variant=settings.variant, component=settings.component)
     plan = partial(_plan_model, settings)
@@ -117,6 +119,8 @@ def fold_checkpoint(
     trained_on: str | PathLike[str] | None = None,
     component: str | None = None,
     variant: str | None = None,
+    strength: float | Sequence[float] = 1.0,
+    strength_mode: StrengthMode = "angle",
     follow_links: bool = False,
     device: str = "cpu",
     resume: bool = False,
@@ -171,6 +175,7 @@ def fold_checkpoint(
             record names them.
         component: the model of a pipeline that takes the adapter (``"text_encoder_2"``); the other models are copied.
         variant: the variant of the weights (``"fp16"``). None: the files without a variant's name, or else the only variant.
+        strength, strength_mode: as for :func:`fold`.
         follow_links: read files that are links, wherever the links lead. Otherwise the rules of
             :func:`~oftsurgery.files.links.check_link` say which links are followed.
         device: where the arithmetic runs.
@@ -207,6 +212,8 @@ def fold_checkpoint(
         trained_on=trained_on,
         component=component,
         variant=variant,
+        strength=strength,
+        strength_mode=strength_mode,
     )
     usable_device(device)
     with links_followed(follow_links):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Literal
 
+from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.adapters.trained_on import TrainedOn
 from oftsurgery.dtypes import float_dtype
 from oftsurgery.errors import StateError
@@ -36,6 +37,8 @@ class FoldSettings:
     trained_on: str | PathLike[str] | None = None
     component: str | None = None
     variant: str | None = None
+    strength: float | Sequence[float] = 1.0
+    strength_mode: StrengthMode = "angle"
 
     def quantization(self, source: Checkpoint, trained: TrainedOn | None) -> Quantization | None:
         """The quantisation of a plain source before the fold, or None; ``double_quant`` is then of the output alone where

@@ -13,6 +13,7 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
+from oftsurgery.adapters.strength import StrengthMode
 from oftsurgery.calibrate.batches import Batch, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
@@ -33,6 +34,7 @@ from oftsurgery.weights.calibrate import InputsOf
 
 from .arguments import (
     AdapterLike,
+    at_strengths,
     check_is_model,
     check_one_way_back,
     load_adapter,
@@ -56,6 +58,8 @@ def fold(
     undo: str | PathLike[str] | None = None,
     partial: bool = False,
     trained_on: str | PathLike[str] | None = None,
+    strength: float | Sequence[float] = 1.0,
+    strength_mode: StrengthMode = "angle",
     inplace: bool = False,
     progress: bool = False,
 ) -> M:
@@ -108,6 +112,11 @@ def fold(
             spread over several ranks). These modules stay as they are, and the record names them.
         trained_on: what the adapter was trained on, as for :func:`fold_checkpoint`; the model must be it. None: a plain model
             must be what the files of the trainer beside the adapter say, where they say it.
+        strength: how strongly the adapter is folded: 1 as it was trained; for several adapters, one strength or one for each.
+        strength_mode: what a strength s other than 1 means, a key of :data:`oftsurgery.STRENGTH_MODES`. ``"angle"``: each
+            rotation by s times its angles, which stays a rotation. ``"linear"``: ``W + s·(W' - W)``. The others are what an
+            image tool computes: ``"kohya"``, ``"lycoris"``, ``"lycoris-2"``, ``"webui"``, ``"comfyui"``, ``"oftv2-node"``; the last
+            three also do at strength 1 what the tool does there.
         inplace: change ``model`` itself, layer by layer on its device. Replaced weights wait in CPU memory until the
             last layer is done. Otherwise the result is a new model that shares every unchanged tensor with ``model``.
         progress: show a bar.
@@ -133,7 +142,15 @@ def fold(
     check_format(format, double_quant=double_quant)
     batches = read_batches(calibration) if mode == "calibrated" else None
     with (
-        _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
+        _prepared_fold(
+            model,
+            adapter,
+            trained_on,
+            inplace=inplace,
+            incomplete=partial,
+            strength=strength,
+            strength_mode=strength_mode,
+        ) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
         _calibrator(batches, progress) as calibrate,
@@ -151,13 +168,24 @@ def fold(
 
 @contextmanager
 def _prepared_fold(
-    model: nn.Module, adapter: Any, trained_on: Any = None, *, inplace: bool, incomplete: bool
+    model: nn.Module,
+    adapter: Any,
+    trained_on: Any = None,
+    *,
+    inplace: bool,
+    incomplete: bool,
+    strength: Any,
+    strength_mode: StrengthMode,
 ) -> Iterator[Callable[..., nn.Module]]:
     """``fold_model`` for a model and its adapters; a model that :func:`wrap` gave is unwrapped, and its active adapters are
     folded in their present state.
     """
     if not live_layers(model):
         names, adapters = _names_or_adapters(model, adapter)
+        if adapters is None:
+            _check_whole(strength, strength_mode)
+        else:
+            adapters = at_strengths(adapters, strength, strength_mode)
         warn_of_another_commit(getattr(inner_model(model), "config", None), adapters or ())
         on = checked_live(model, adapters, trained_on)
         yield partial(
@@ -170,6 +198,7 @@ def _prepared_fold(
             remedy="call fold(wrapped) to fold the active adapters, or load the plain base model to fold an adapter from files",
         )
     checked_live(model, None, trained_on)
+    _check_whole(strength, strength_mode)
     trained, already = read_live(model), original_hashes(model)
     base = model if inplace else unwrap(model)
     stripped = strip(inner_model(model)) if inplace else []
@@ -179,6 +208,19 @@ def _prepared_fold(
         for step_back in reversed(stripped):
             step_back()
         raise
+
+
+def _check_whole(strength: Any, mode: str) -> None:
+    """Refuse a strength for live adapters.
+
+    Raises:
+        StateError: as said.
+    """
+    if strength != 1 or mode != "angle":
+        raise StateError(
+            "the model carries live adapters, which compute at strength 1, and another strength was given",
+            remedy="load the plain base model, and fold the adapter's files: fold(base, adapter, strength=…)",
+        )
 
 
 @contextmanager

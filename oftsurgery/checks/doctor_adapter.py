@@ -41,7 +41,9 @@ def examine_adapter(folder: Path, base: Model | None) -> list[Finding]:
 
 def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:
     """Findings on what other releases of peft compute with the adapter."""
-    modules = adapter.modules.values()
+    modules = [m for m in adapter.modules.values() if isinstance(m, Rotation)]
+    if len(modules) < len(adapter.modules):
+        return []  # other tools' adapters
     turns = any(r.angle > 1e-7 or (r.scale is not None and bool((r.scale != 1).any())) for r in modules)
     angle = max((r.angle for r in modules), default=0.0)
     numbers: Numbers = {"modules": len(adapter.modules), "largest_angle": angle, "dialect": adapter.dialect}
@@ -63,7 +65,7 @@ def other_releases(adapter: OFTAdapter, subject: str) -> list[Finding]:
         code = "refused-by-newer-peft"
         message = "peft ≤ 0.13 wrote the adapter: newer peft refuses the adapter and asks to train it again"
     elif adapter.dialect == "peft-0.17":
-        apart = {path: _series_apart(r) for path, r in adapter.modules.items()}
+        apart = {path: _series_apart(r) for path, r in zip(adapter.modules, modules, strict=True)}
         worst = max(apart, key=lambda path: apart[path])
         if apart[worst] <= 1e-6:
             return []

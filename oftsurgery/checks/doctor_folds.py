@@ -20,6 +20,7 @@ from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.trained_on import TRAINED_ON
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import MatchError, share
 from oftsurgery.files.checkpoint import is_single_file, open_checkpoint, open_single_file
 from oftsurgery.files.finding import find_checkpoint
@@ -74,7 +75,7 @@ def obstacles(adapter: OFTAdapter, store: Store) -> list[Finding]:
 
 def large_kernels(adapter: OFTAdapter, store: Store) -> Iterator[Finding]:
     names = store.locate([f"{path}.weight" for path in adapter.modules])
-    for path in adapter.modules:
+    for path in (path for path, m in adapter.modules.items() if isinstance(m, Rotation)):
         shape = store.shape(names[f"{path}.weight"]) if f"{path}.weight" in names else ()
         if len(shape) == 4 and shape[2:] != (1, 1):
             yield large_kernel(path, shape[2:])
@@ -142,6 +143,8 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
                 raise MatchError(message, module=path, remedy=remedy)
             own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
             before = before if own is None else codecs.dense(own)
+            shape = base.shape(f"{path}.weight")
+            rotation = rotation.for_layer(tuple(shape[2:]) if len(shape) == 4 else (), path).resolved()
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
             found += [] if finding is None else [finding]
@@ -160,7 +163,7 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
     return found + _how_much_is_kept(kept, case, calibrated=not outputs.keys().isdisjoint(kept))
 
 
-def _case_of(path: str, rotation: Rotation, base: Store, folded: Store, record: FoldRecord | None) -> Case:
+def _case_of(path: str, rotation: WeightMap, base: Store, folded: Store, record: FoldRecord | None) -> Case:
     """The facts that decide what helps a merge that keeps too little, from its record or else from one of its weights."""
     case = None if record is None or path not in record.modules else Case.of_record(record, path)
     before, after = weight_at(base, path), weight_at(folded, path)
@@ -228,7 +231,7 @@ _BETTER = 0.97
 
 
 def _judge_weight(
-    path: str, rotation: Rotation, before: EncodedWeight, after: EncodedWeight
+    path: str, rotation: WeightMap, before: EncodedWeight, after: EncodedWeight
 ) -> tuple[Finding | None, tuple[float, float] | None]:
     """The finding on a merged weight, if any, and how much of the change the weight holds, with ``‖exact - base‖²``."""
     device = before.tensors["weight"].device
@@ -267,7 +270,7 @@ def _judge_weight(
     return Finding(severity, code, message, path, evidence, f"fold the base again: {FOLD}"), part
 
 
-def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: Rotation) -> EncodedWeight:
+def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, rotation: WeightMap) -> EncodedWeight:
     """The weight that was rotated: the base's, or the weight of a plain base in a format in which QOFT adapters are trained, where
     this weight explains the merged weight clearly better.
     """
@@ -292,7 +295,7 @@ def _rotated_from(before: EncodedWeight, after: EncodedWeight, weight: Tensor, r
     return best
 
 
-def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: Rotation) -> dict[str, float]:
+def _distances(weight: Tensor, start: Tensor, right: Tensor, rotation: WeightMap) -> dict[str, float]:
     """The distances of a merged weight to the base, to the right fold, and to the results of wrong merges."""
     far: dict[str, float] = {}
     if weight.shape == right.shape:

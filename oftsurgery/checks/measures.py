@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight
+
+from .dense_maps import live_weight
 
 
 def rotation_blocks(rotation: Rotation) -> Tensor:
@@ -45,9 +48,14 @@ def rotation_blocks(rotation: Rotation) -> Tensor:
     return r
 
 
-def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -> Tensor:
+def rotated(
+    weight: Tensor, chain: Sequence[WeightMap], module: str = "weight", kernel: tuple[int, ...] | None = None
+) -> Tensor:
     """The float64 weight of a live layer over ``weight: (out, in)`` (or ``(tokens, features)``): for ``chain = [a, b]`` the
     layer computes ``y = (x Ra Rb) Wᵀ``, on the output side ``y = (x Wᵀ) Ra Rb``, and for an embedding ``E Ra Rb``.
+
+    Args:
+        kernel: ``(kh, kw)`` where ``weight`` is a convolution's, as ``(out, in·kh·kw)``; None: as the shape of ``weight`` has it.
 
     Raises:
         ShapeError: a rotation does not fit.
@@ -56,27 +64,45 @@ def rotated(weight: Tensor, chain: Sequence[Rotation], module: str = "weight") -
     >>> rotated(torch.tensor([[3.0, 4.0]]), [quarter]).tolist()
     [[4.0, -3.0]]
     """
-    if weight.ndim != 2:
-        message = f"a rotation needs a weight of two dimensions, and this weight has {weight.ndim}"
+    if weight.ndim not in (2, 4):
+        message = f"a rotation needs a weight of two or four dimensions, and this weight has {weight.ndim}"
         remedy = "give the base model that the adapter was trained on"
         raise ShapeError(message, module=module, shape=weight.shape, remedy=remedy)
-    w = weight.to(torch.float64)
+    kernel = tuple(weight.shape[2:]) if kernel is None else kernel
+    w = weight.reshape(len(weight), -1).to("cpu", torch.float64)
     inputs = [r for r in chain if r.side == "input"]
-    for rotation in [r for r in chain if r.side != "input"] + inputs[::-1]:
-        out, features = w.shape
-        rotation.check_fits((out, features), module)
-        r = rotation_blocks(rotation)
-        b, over = r.shape[-1], out if rotation.side == "output" else features
-        count = -(-over // b)
-        r = r.expand(count, b, b) if len(r) == 1 else r[:count]
-        if rotation.side == "output":  # Rᵀ W; the last block is cropped where it is larger than the outputs left
-            padded = torch.nn.functional.pad(w, (0, 0, 0, count * b - out)).reshape(count, b, features)
-            w = torch.einsum("nba,nbi->nai", r, padded).reshape(count * b, features)[:out]
-        else:
-            turn = r if rotation.side == "embedding" else r.mT
-            w = torch.einsum("onb,nba->ona", w.reshape(out, count, b), turn).reshape(out, features)
-        w = w if rotation.scale is None else w * rotation.scale.detach().to(torch.float64).unsqueeze(1)
-    return w
+    for weight_map in [r for r in chain if r.side != "input"] + inputs[::-1]:
+        weight_map.check_fits((w.shape[0], w.shape[1]), module)
+        if kernel not in ((), (1, 1)) and isinstance(weight_map, Rotation):
+            message = "peft's live layer overlaps the patches of such a convolution, so no weight computes the same"
+            remedy = "give the adapter that was folded"
+            raise ShapeError(message, module=module, shape=weight.shape, remedy=remedy)
+        w = live_weight(w, weight_map, kernel, _rotated_once)
+    return w.reshape(weight.shape)
+
+
+def _rotated_once(w: Tensor, rotation: Rotation) -> Tensor:
+    out, features = w.shape
+    r = rotation_blocks(rotation)
+    b, over = r.shape[-1], out if rotation.side == "output" else features
+    count = -(-over // b)
+    r = r.expand(count, b, b) if len(r) == 1 else r[:count]
+    if rotation.side == "output":  # Rᵀ W; the last block is cropped where it is larger than the outputs left
+        padded = torch.nn.functional.pad(w, (0, 0, 0, count * b - out)).reshape(count, b, features)
+        w = torch.einsum("nba,nbi->nai", r, padded).reshape(count * b, features)[:out]
+    else:
+        turn = r if rotation.side == "embedding" else r.mT
+        w = torch.einsum("onb,nba->ona", w.reshape(out, count, b), turn).reshape(out, features)
+    return w if rotation.scale is None else w * rotation.scale.detach().to(torch.float64).unsqueeze(1)
+
+
+def rotated_bias(bias: Tensor, chain: Sequence[WeightMap]) -> Tensor:
+    """The float64 bias ``(out,)`` of a live layer: maps that turn biases do to the bias what they do to a column of the weight."""
+    column = bias.to("cpu", torch.float64).unsqueeze(1)
+    for weight_map in chain:
+        if weight_map.turns_bias:
+            column = live_weight(column, weight_map, (), _rotated_once)
+    return column.squeeze(1)
 
 
 def relative(stored: Tensor, exact: Tensor) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
@@ -71,6 +71,7 @@ def check_checkpoint(
     if not any(adapter.modules for adapter in adapters):
         raise StateError("the adapter has no rotation", path=folded.folder, remedy="give the adapter that was folded")
     record = record_beside(folded)
+    adapters = _at_recorded_strength(adapters, record)
     loading = _Loading(record, folded, base)
     base, other_head = _in_class_of(folded, base, adapters, loading.dtype)
     before = LoadedCheckpoint(base, loading.dtype)
@@ -90,6 +91,17 @@ def check_checkpoint(
     report = CheckpointReport(MappingProxyType(comparison.modules), tolerance, files, tensors, config)
     report = report if on_texts is None else replace(report, on_texts=on_texts(loading))
     return replace(report, remedies=comparison.remedies()) if report.weak else report
+
+
+def _at_recorded_strength(adapters: Sequence[OFTAdapter], record: FoldRecord | None) -> Sequence[OFTAdapter]:
+    """The adapters at the strengths that the record names, where they were given as they were read."""
+    if record is None or len(record.adapters) != len(adapters):
+        return adapters
+    found = []
+    for adapter, info in zip(adapters, record.adapters, strict=True):
+        as_read = adapter.strength == 1 and adapter.strength_mode == "angle"
+        found.append(adapter.at_strength(info.strength, info.strength_mode) if as_read else adapter)  # type: ignore[arg-type]
+    return found
 
 
 def _in_class_of(
@@ -163,12 +175,13 @@ class _AdapterEffects:
             on tensors that are tied to it.
         values: ``{name: the adapter's own values}``: peft copies a module of ``modules_to_save``, so these values count
             only at this name; other trained values count at every name that is tied to this name.
+        biases: ``{name of a bias: maps in the live order}`` of the biases that the live layers turn.
     """
 
     def __init__(
         self, base: LoadedCheckpoint, adapters: Sequence[OFTAdapter], idle: Callable[[Any, str], bool] | None
     ) -> None:
-        self.chains: dict[str, tuple[str, list[Rotation]]] = {}
+        self.chains: dict[str, tuple[str, list[WeightMap]]] = {}
         self.values: dict[str, Tensor] = {}
         for adapter in adapters:
             for path, rotation in adapter.modules.items():
@@ -184,6 +197,11 @@ class _AdapterEffects:
             for name in sorted(places, key=lambda name: (_in_modules_to_save(name, adapter), order[places[name]])):
                 where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
                 self.values |= dict.fromkeys(where, adapter.saved[name])
+        self.biases = {
+            f"{place.rpartition('.')[0]}.bias": chain
+            for place, (_, chain) in self.chains.items()
+            if any(weight_map.turns_bias for weight_map in chain)
+        }
 
 
 def _place_of(base: LoadedCheckpoint, name: str, adapter: OFTAdapter) -> str:
@@ -264,8 +282,9 @@ class _Comparison:
         before = self._before(name, stored.weight.format)
         if decoded is not None:
             return TensorCheck(kind, self._as_rotated(name, before, stored, decoded))
-        if replaced:
-            return TensorCheck(kind, self._as_replaced(name, before, stored))
+        if replaced or name in self.live.biases:
+            check = self._as_replaced if replaced else self._as_turned
+            return TensorCheck("replaced", check(name, before, stored))
         same = before.parts is not None and before.weight.format == stored.weight.format
         kind = kind if kind == "tied" else "copied" if same else "converted"
         found = self.done[source, now] = TensorCheck(kind, self._unchanged(name, before, stored))
@@ -297,7 +316,9 @@ class _Comparison:
     def _as_rotated(self, name: str, before: StoredTensor, stored: StoredTensor, decoded: Tensor) -> str | None:
         path, chain = self.live.chains[name]
         start, own = codecs.decode(_linear(self.base, name, before.weight)), _linear(self.folded, name, stored.weight)
-        exact, into = measures.rotated(start, chain, path), own.format
+        shape = self.base.read(name).weight.format.shape
+        kernel = tuple(shape[2:]) if len(shape) == 4 else ()
+        exact, into = measures.rotated(start, chain, path, kernel), own.format
         if decoded.shape != exact.shape:
             return f"the weight's shape is {tuple(decoded.shape)}, but {tuple(exact.shape)} in the source"
         plain = codecs.encode(exact, into)
@@ -338,6 +359,19 @@ class _Comparison:
             return f"the tensor is stored as {stored.weight.format.label}, but the adapter's own values are plain"
         if not any(_same(got, v.to(got.dtype)) for v in (values, values.to(before.weight.format.dtype))):
             return "the tensor does not hold the adapter's own values"
+        return self._wrong_dtype(before, got.dtype)
+
+    def _as_turned(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
+        """What is wrong with a bias that the live layer turns with the rows of its weight, or None."""
+        got = stored.weight.tensors["weight"]
+        exact = measures.rotated_bias(before.weight.tensors["weight"], self.live.biases[name])
+        if got.shape != exact.shape:
+            return f"the bias has the shape {tuple(got.shape)}, but {tuple(exact.shape)} in the source"
+        error, rounding = measures.relative(got, exact), measures.relative(exact.to(got.dtype), exact)
+        if not error <= 2 * rounding + 1e-6:
+            return (
+                f"the relative error of the bias is {error:.2e}, and the rounding to its format explains {rounding:.2e}"
+            )
         return self._wrong_dtype(before, got.dtype)
 
     def _as_brought(self, name: str, now: str | None) -> str | None:
@@ -394,7 +428,7 @@ def _linear(loaded: LoadedCheckpoint, name: str, encoded: EncodedWeight) -> Enco
     weight = encoded.tensors["weight"]
     if encoded.format.quantised:
         return encoded
-    if weight.ndim == 4 and weight.shape[2:] == (1, 1):
+    if weight.ndim == 4:
         return codecs.dense(weight.flatten(1))
     return codecs.dense(weight.t()) if loaded.transposed(name) else encoded
 

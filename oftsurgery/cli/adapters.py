@@ -48,9 +48,6 @@ def _add_adapter_commands(adapter: Parser) -> None:
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
     text = "write an adapter of any peft release as peft 0.21 reads it"
     convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
-    convert.add_argument(
-        "--dialect", help="releases of peft that trained the adapter, where its files do not tell (peft-0.17 …)"
-    )
     output(convert)
     text = "multiply each angle of an adapter by a factor; -1 gives the inverse"
     scale = verb("scale", text, "ADAPTER 0.5 OUTPUT", _adapter_scale)

@@ -14,6 +14,7 @@ from .config_file import ConfigError, as_yaml, words_of
 FORMATS = ("same", "bnb", "fp32", "fp16", "bf16", "nf4", "fp4", "int8")
 ROUNDINGS = ("preserve", "nearest", "grid", "mse")
 TRAINED_ON = ("nf4-double", "nf4", "fp4-double", "fp4", "int8", "plain")
+STRENGTH_MODES = ("angle", "linear", "kohya", "lycoris", "lycoris-2", "webui", "comfyui", "oftv2-node")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -76,6 +77,32 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "help": "what the adapter was trained on, or the file of the trainer's settings that says it: a plain base is quantised so "
         "before the fold (default: what the files of the trainer beside the adapter say, or a quantised base that the adapter's config "
         "names)",
+    },
+    "--strength": {
+        "type": float,
+        "nargs": "+",
+        "default": [1.0],
+        "metavar": "S",
+        "help": "how strongly the adapter is folded, for several adapters one number or one for each (default: 1)",
+    },
+    "--strength-mode": {
+        "choices": STRENGTH_MODES,
+        "default": "angle",
+        "help": "what a strength other than 1 means: angle turns by a part of the angles, linear mixes weights, the others do what "
+        "an image tool does (default: %(default)s)",
+    },
+    "--dialect": {
+        "help": "tool or releases of peft that trained the adapter, where its files do not tell (peft-0.17, kohya …)"
+    },
+    "--adapter-file": {"metavar": "NAME", "help": "file of an image tool in the adapter's folder or repository"},
+    "--bias": {
+        "choices": ("kept", "rotated"),
+        "help": "what the training did to biases, for files of image tools that do not tell (default: kept)",
+    },
+    "--constraint": {
+        "type": float,
+        "metavar": "C",
+        "help": "LyCORIS' limit of the training, for files of LyCORIS 2.1.0 to 2.1.0.post2 (0: none)",
     },
     "--double-quant": switch("use double quantisation (bnb_4bit_use_double_quant) in the 4-bit format"),
     "--compute-dtype": {
@@ -150,10 +177,12 @@ _QUANTISING = (
     "--skip-modules",
     "--fold-into",
 )
-READING_FLAGS = ("--adapter-subfolder", "--follow-links")
+READING_FLAGS = ("--adapter-subfolder", "--adapter-file", "--dialect", "--bias", "--constraint", "--follow-links")
 PIPELINE_FLAGS = ("--component", "--variant")
 FOLDING_FLAGS = (
     *_QUANTISING,
+    "--strength",
+    "--strength-mode",
     "--rounding",
     "--calibration",
     "--max-shard-size",
@@ -267,13 +296,21 @@ def base_of(args: argparse.Namespace) -> str:
 
 
 def adapters_of(args: argparse.Namespace) -> list[Any]:
-    """The adapters that a command was given, in ``--adapter-subfolder``."""
+    """The adapters that a command was given, as its flags say to read them."""
     import oftsurgery
 
     given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
-    if args.adapter_subfolder is None:
+    flags = {
+        "subfolder": "adapter_subfolder",
+        "filename": "adapter_file",
+        "dialect": "dialect",
+        "bias": "bias",
+        "constraint": "constraint",
+    }
+    how: dict[str, Any] = {name: getattr(args, flag, None) for name, flag in flags.items()}
+    if all(value is None for value in how.values()):
         return given
-    return [oftsurgery.load_adapter(adapter, subfolder=args.adapter_subfolder) for adapter in given]
+    return [oftsurgery.load_adapter(adapter, **how) for adapter in given]
 
 
 def keywords(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class _Run:
             for job in jobs:
                 self.step(_label(job), job.nbytes)
             return
-        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of)
+        operation = engine.Operation(self.plan.changes, self.plan.rounding, self.inputs_of, sibling=self._sibling)
         if self.plan.undo is None:
             self._write(shard.file, jobs, operation, staging)
         else:
@@ -289,9 +289,7 @@ class _Run:
 
     def _changed(self, operation: engine.Operation, job: Job, part: Part, stored: EncodedWeight) -> EncodedWeight:
         """The changed tensor of one part."""
-        before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
-        if part.base is not None:
-            before = codecs.as_loaded(before, part.base)
+        before = self._before(part, stored)
         if part.check is not None:
             part.check(before, stored)
         if part.restore is not None:
@@ -306,6 +304,16 @@ class _Run:
         if part.matrix:
             return fold_encoded(new, (), part.into, "nearest").encoded
         return codecs.encode(new.tensors["weight"], part.into)
+
+    def _before(self, part: Part, stored: EncodedWeight) -> EncodedWeight:
+        """A part as loading has it, on the device."""
+        before = EncodedWeight(stored.format, {k: t.to(self.device) for k, t in stored.tensors.items()})
+        return before if part.base is None else codecs.as_loaded(before, part.base)
+
+    def _sibling(self, name: str) -> EncodedWeight:
+        """The weight ``name`` before the fold, which another weight's rotation needs."""
+        job, i = next((job, i) for job in self.plan.jobs for i, part in enumerate(job.parts) if part.name == name)
+        return self._before(job.parts[i], self._load(job)[i])
 
     def _replaced(
         self, operation: engine.Operation, job: Job, part: Part, own: Tensor, before: EncodedWeight

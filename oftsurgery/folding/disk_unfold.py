@@ -47,7 +47,7 @@ def plan_unfold(
     codecs.check_rounding(rounding)
     store = FolderStore(folded)
     changes = plan_changes(store, adapters, inverse=True)
-    jobs = JobBuilder(store, replace(changes, replace=())).jobs()
+    jobs = JobBuilder(store, replace(changes, replace=changes.turned)).jobs()
     plan = make_plan(store, jobs, dict(folded.config), max_shard_bytes, _carried(folded))
     return replace(plan, changes=changes, rounding=rounding)
 

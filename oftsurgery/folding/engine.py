@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import (
     CalibrationWarning,
     IdleWarning,
@@ -33,7 +34,7 @@ from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import Ties
 from oftsurgery.weights import kernels
 from oftsurgery.weights.calibrate import InputsOf, fold_calibrated
-from oftsurgery.weights.fold import begin_record, fold_encoded
+from oftsurgery.weights.fold import begin_record, fold_encoded, resolved, rotate_group, store_exact
 
 from .plan import FoldPlan, Rotate
 from .undo_reader import UndoRecord
@@ -59,6 +60,7 @@ class Operation:
             fold; the fold does not change these tensors.
         saved: ``{tensor name: content hash before, or None}`` of the replaced tensors.
         brought: names of weights that take an adapter's own values and are then rotated.
+        sibling: function that reads another weight of a group by its name.
     """
 
     plan: FoldPlan
@@ -66,10 +68,12 @@ class Operation:
     inputs_of: InputsOf | None = None
     undo: UndoCollector | None = None
     already: Mapping[str, str | None] = field(default_factory=dict)
+    sibling: Callable[[str], EncodedWeight] | None = None
 
     def __post_init__(self) -> None:
         self._records: dict[str, Callable[[], ModuleRecord]] = {}
         self._modules: dict[str, ModuleRecord] = {}
+        self._exact: dict[str, Tensor] = {}  # of weights whose group is rotated already
         self.saved = dict(self.already)
         rotated = {r.name for r in self.plan.rotate}
         self.brought = {place for r in self.plan.replace for place in r.places if place in rotated}
@@ -111,12 +115,16 @@ class Operation:
         """
         if self.inputs_of is None:
             kernels.prepare(before, into, self.rounding)
-        end = begin_record(before, change.chain, untied=change.untied)
-        if self.inputs_of is None:
-            folded = fold_encoded(before, change.chain, into, self.rounding, inverse=change.inverse)
+        chain = resolved(change.chain)
+        end = begin_record(before, chain, untied=change.untied)
+        if change.group:
+            folded = store_exact(before, self._of_group(change, before, chain), into, self.rounding)
+            chain = ()  # an undo record of one weight does not know the others
+        elif self.inputs_of is None:
+            folded = fold_encoded(before, chain, into, self.rounding, inverse=change.inverse)
         else:
             inputs = self.inputs_of(change.path) if change.takes_inputs(into) else None
-            folded = fold_calibrated(before, change.chain, into, inputs)
+            folded = fold_calibrated(before, chain, into, inputs)
         new = folded.encoded
         self._records[change.path] = end(folded)
         if self.undo is not None:
@@ -124,8 +132,16 @@ class Operation:
             if same is not None:
                 self.undo.shared(change.path, same, before, new)
             else:
-                self.undo.weight(change.path, own, new, change.chain, folded.error, folded.kept_scales, beside)
+                self.undo.weight(change.path, own, new, chain, folded.error, folded.kept_scales, beside)
         return new
+
+    def _of_group(self, change: Rotate, before: EncodedWeight, chain: Sequence[WeightMap]) -> Tensor:
+        """The exact values of a weight of a group; the whole group is rotated when its first weight is asked for."""
+        if change.name not in self._exact:
+            assert self.sibling is not None  # noqa: S101 - each applier sets the function
+            group = [before if name == change.name else self.sibling(name) for name in change.group]
+            self._exact |= dict(zip(change.group, rotate_group(group, chain, inverse=change.inverse), strict=True))
+        return self._exact.pop(change.name)
 
 
 def content_hash(name: str, tensor: Tensor | EncodedWeight) -> str:
@@ -431,7 +447,7 @@ def finish_unfold(plan: FoldPlan, modules: Mapping[str, ModuleRecord], record: F
     known = "with the fold's own error" if record else "without the fold's own error, which no record states"
     exact = record is not None and "format" not in record.base
     way = "unfolding with base=… (--base) restores exactly" if exact else "only the base itself is the exact way back"
-    kept = len(plan.replace)
+    kept = len(plan.replace) - len(plan.turned)
     stay = f"; {kept} tensors that the adapter had replaced (biases, modules_to_save) are not restored" if kept else ""
     warn_caller(
         f"rotating back is not bit-exact: the largest relative error is {total(worst):.2e} ({printable(worst)}), {known}{stay}; {way}",

@@ -97,7 +97,7 @@ def fold_model(
             raise engine.no_undo(format)
         plan = formats.planned(plan or plan_changes(store, adapters))
         inputs_of = calibrate(work, plan) if calibrate is not None else None
-        operation = engine.Operation(plan, rounding, inputs_of, undo, already or {})
+        operation = engine.Operation(plan, rounding, inputs_of, undo, already or {}, sibling_in(store))
         own = {name: store.at(name).read()[0] for name in operation.brought}
         _replace(formats, operation)
         done = _rotate(formats, operation, progress, own)
@@ -166,6 +166,11 @@ def _rotate(
         if progress is not None:
             progress(done, len(changes), change.path)
     return layers
+
+
+def sibling_in(store: LiveStore) -> Callable[[str], EncodedWeight]:
+    """A function that reads a weight by its name."""
+    return lambda name: store.at(name).read()[0]
 
 
 def separate_module(modules: dict[str, nn.Module], path: str, journal: list[Undo]) -> None:
@@ -309,8 +314,11 @@ def unfold_model(
         work = folded if inplace else share_model(folded)
         store = LiveStore(work)
         plan = plan_changes(store, adapters, inverse=True)
-        operation = engine.Operation(plan, rounding)
-        _rotate(LiveFormats(store, "same", double_quant=False, journal=journal), operation, progress)
+        formats = LiveFormats(store, "same", double_quant=False, journal=journal)
+        for change in plan.turned:
+            replace_tensor(store, change, journal)
+        operation = engine.Operation(plan, rounding, sibling=sibling_in(store))
+        _rotate(formats, operation, progress)
         engine.finish_unfold(plan, operation.modules, store.record)
         set_record(work, engine.earlier_record(store.record))
     return work

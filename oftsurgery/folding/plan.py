@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
-from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import missing_modules
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
+from oftsurgery.records.record import AdapterInfo
+from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
+
+from .chains import Chains, chains_of, one_module, turned_biases
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +37,15 @@ class Rotate:
         chain: the rotations in the live order.
         untied: whether another place holds the same tensor.
         inverse: whether to rotate back.
+        group: names of the weights that the chain acts on together, in the order of the rows; empty for this weight alone.
     """
 
     path: str
     format: WeightFormat
-    chain: tuple[Rotation, ...]
+    chain: tuple[WeightMap, ...]
     untied: bool = False
     inverse: bool = False
+    group: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,11 +68,14 @@ class Replace:
         values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
         places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
             (``modules_to_save``), else also every tensor that is still tied to ``name``.
+        turned: whether the values are the model's own bias, turned with the rows of its weight; unfolding turns such values
+            back.
     """
 
     name: str
     values: Tensor
     places: tuple[str, ...]
+    turned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +103,11 @@ class FoldPlan:
     idle: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     vocabulary: Vocabulary | None = None
+
+    @property
+    def turned(self) -> tuple[Replace, ...]:
+        """The replacements of biases that are turned with the rows of their weights."""
+        return tuple(r for r in self.replace if r.turned)
 
     @property
     def changed(self) -> set[str]:
@@ -133,24 +147,33 @@ def plan_changes(
         FormatError: a module cannot be folded.
         StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
+    adapters = _at_folded_strength(store, adapters) if inverse else adapters
     _check_given(store, adapters, inverse=inverse)
-    found = _found(store, adapters)
-    missing = () if inverse else _missing(store, adapters, found, partial=partial)
-    chains = _chains(adapters, found)
+    meanings = _meanings(store, adapters)
+    missing = () if inverse else _missing(store, adapters, meanings, partial=partial)
+    chains = chains_of(adapters, meanings, store.shape)
     located = [store.locate(adapter.saved) for adapter in adapters]
     vocabulary = None if inverse else store.vocabulary(_shapes_brought(adapters, located))
     shapes = {} if vocabulary is None else vocabulary.shapes
-    layers = _layers(store, chains, shapes)
+    layers, bound = _layers(store, chains, shapes)
     replaced, alone = _own_values(store, adapters, located, shapes)
     _check_distinct(layers)
     turned = [name for name, info in layers.items() if not info.idle]
     apart = store.ties.apart([*turned, *alone])
     broken = {name for group in apart for name in group}
     rotate = (
-        Rotate(name.removesuffix(".weight"), layers[name].format, tuple(chains[name]), name in broken, inverse)
+        Rotate(
+            name.removesuffix(".weight"),
+            layers[name].format,
+            bound[name],
+            name in broken,
+            inverse,
+            chains.groups.get(name, ()),
+        )
         for name in turned
     )
     replace = _replacements(store, replaced, alone)
+    replace += _turned_biases(store, {name: bound[name] for name in turned}, chains, replaced, inverse=inverse)
     if vocabulary is not None:
         replace += _resized_buffers(store, vocabulary, replace)
         _check_whole(store, vocabulary, replace, adapters)
@@ -167,18 +190,21 @@ def plan_changes(
     )
 
 
-def _found(store: Store, adapters: Sequence[OFTAdapter]) -> Mapping[str, str]:
-    """``{name of a module's weight in the adapters: name of the model's tensor}``, for all modules of the adapters."""
-    found = store.locate(f"{path}.weight" for path in dict.fromkeys(path for a in adapters for path in a.modules))
+def _meanings(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, Meaning]:
+    """``{module's name in the adapters: what the name means in the model}``, for all modules of the adapters."""
+    paths = list(dict.fromkeys(path for a in adapters for path in a.modules))
+    found = store.locate(f"{path}.weight" for path in paths)
+    own = {p: Meaning((found[f"{p}.weight"].removesuffix(".weight"),)) for p in paths if f"{p}.weight" in found}
+    meanings = own | dict(store.meanings(path for path in paths if path not in own))
     for adapter in adapters:
-        lost = [path for path in adapter.modules if f"{path}.weight" not in found]
+        lost = [path for path in adapter.modules if path not in meanings]
         if lost:
             raise _not_found(lost, store.names, adapter)
-    return found
+    return meanings
 
 
 def _missing(
-    store: Store, adapters: Sequence[OFTAdapter], found: Mapping[str, str], *, partial: bool
+    store: Store, adapters: Sequence[OFTAdapter], meanings: Mapping[str, Meaning], *, partial: bool
 ) -> tuple[str, ...]:
     """Paths of the modules that the adapters' configs target and the adapters lack.
 
@@ -189,7 +215,7 @@ def _missing(
     for adapter in adapters:
         if not adapter.config.get("target_modules"):
             continue
-        mine = {path: found[f"{path}.weight"].removesuffix(".weight") for path in adapter.modules}
+        mine = {path: meanings[path].modules[0] for path in adapter.modules}
         lost = missing_modules(adapter, mine, store.adaptable)
         if lost and not partial:
             named = ", ".join(map(printable, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
@@ -205,32 +231,61 @@ def _missing(
     return tuple(missing)
 
 
-def _chains(adapters: Sequence[OFTAdapter], found: Mapping[str, str]) -> dict[str, list[Rotation]]:
-    """``{name of a weight: its rotations in the live order}``."""
-    chains: dict[str, list[Rotation]] = {}
-    for adapter in adapters:
-        mine: dict[str, str] = {}
-        for path, rotation in adapter.modules.items():
-            name = found[f"{path}.weight"]
-            if mine.setdefault(name, path) != path:
-                raise _one_module(mine[name], path)
-            chains.setdefault(name, []).append(rotation)
-    return chains
+def _at_folded_strength(store: Store, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
+    """The adapters at the strengths at which the store's last fold has them, where they were given as they were read."""
+    infos = store.record.adapters if store.record is not None else ()
+    if len(infos) != len(adapters):
+        return list(adapters)
+
+    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
+        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
+        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
+
+    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]
+
+
+def _turned_biases(
+    store: Store,
+    bound: Mapping[str, Sequence[WeightMap]],
+    chains: Chains,
+    replaced: Collection[str],
+    *,
+    inverse: bool,
+) -> tuple[Replace, ...]:
+    """The replacements of biases that the live layers turn with the rows of their weights.
+
+    Raises:
+        MatchError: an adapter brings its own values for such a bias.
+    """
+    turned = turned_biases(bound, chains.groups, store.tensor, inverse=inverse)
+    both = next((name for name in turned if name in replaced), None)
+    if both is not None:
+        message = "an adapter brings its own values for a bias that another adapter turns with the rows of the weight"
+        raise MatchError(message, tensor=both, remedy="fold the adapters one after the other")
+    return tuple(Replace(name, values, (name,), turned=True) for name, values in turned.items())
 
 
 def _layers(
-    store: Store, chains: Mapping[str, Sequence[Rotation]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, LayerInfo]:
-    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order; ``shapes`` has new shapes."""
+    store: Store, chains: Chains, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, LayerInfo], dict[str, tuple[WeightMap, ...]]]:
+    """``{name of a weight: the facts about its layer}`` of the rotated weights in the model's order, and ``{name: the maps as the
+    layer has them}``; ``shapes`` has new shapes.
+    """
     order = {path: i for i, path in enumerate(store.names)}
     layers: dict[str, LayerInfo] = {}
-    for name in sorted(chains, key=lambda n: order[n.removesuffix(".weight")]):
+    bound: dict[str, tuple[WeightMap, ...]] = {}
+    for name in sorted(chains.of, key=lambda n: order[n.removesuffix(".weight")]):
         info = store.layer(name)
         format_ = dataclasses.replace(info.format, shape=shapes.get(name, info.format.shape))
         layers[name] = dataclasses.replace(info, format=format_)
-        for rotation in chains[name]:
-            _check_kind(name.removesuffix(".weight"), rotation, layers[name])
-    return layers
+        path = name.removesuffix(".weight")
+        kernel = () if info.idle else info.kernel  # the model never calls an idle layer, whatever it is
+        bound[name] = tuple(r.for_layer(kernel, path) for r in chains.of[name])
+    for name, info in layers.items():
+        rows = sum(layers[n].format.shape[0] for n in chains.groups.get(name, (name,)))
+        for rotation in bound[name]:
+            _check_kind(name.removesuffix(".weight"), rotation, info, rows)
+    return layers, bound
 
 
 def _shapes_brought(adapters: Sequence[OFTAdapter], located: Sequence[Mapping[str, str]]) -> dict[str, tuple[int, ...]]:
@@ -379,8 +434,8 @@ def _not_found(lost: Sequence[str], names: Collection[str], adapter: OFTAdapter)
     )
 
 
-def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
-    """Refuse a rotation that does not fit the kind or the shape of its module."""
+def _check_kind(path: str, rotation: WeightMap, info: LayerInfo, rows: int) -> None:
+    """Refuse a rotation that does not fit the kind or the shape of its module, or of its group of ``rows`` rows."""
     if info.kind is not None and (info.kind == "embedding") != (rotation.side == "embedding"):
         message = f"the adapter's rotation is on the {rotation.side} side, but the module's kind is {info.kind}"
         raise MatchError(message, module=path, remedy="use the base model that the adapter was trained on")
@@ -388,7 +443,7 @@ def _check_kind(path: str, rotation: Rotation, info: LayerInfo) -> None:
         message = "the module's weight does not have the two dimensions (out, in)"
         remedy = "use the base model that the adapter was trained on"
         raise ShapeError(message, module=path, shape=info.format.shape, remedy=remedy)
-    rotation.check_fits((info.format.shape[0], info.format.shape[1]), path)
+    rotation.check_fits((rows, info.format.shape[1]), path)
 
 
 def _checked(
@@ -448,12 +503,4 @@ def _check_distinct(layers: Mapping[str, LayerInfo]) -> None:
         path = name.removesuffix(".weight")
         other = seen.setdefault(info.identity, path)
         if other != path:
-            raise _one_module(other, path)
-
-
-def _one_module(other: str, path: str) -> MatchError:
-    return MatchError(
-        f"two of the adapter's modules, {printable(other)!r} and {printable(path)!r}, are one module of the model",
-        module=path,
-        remedy="train the adapter on one of the two names: the model shares the module between the two places",
-    )
+            raise one_module(other, path)

@@ -185,5 +185,9 @@ def _facts_of_part(part: Part) -> list[Any]:
     absent = [value is None for value in (part.values, part.check, part.restore)]
     if part.rotate is None:
         return [named, absent]
-    chain = [[str(r.cayley), r.side, *r.generator.shape, r.scale is None, r.shared, r.whole] for r in part.rotate.chain]
-    return [named, absent, part.rotate.path, str(part.rotate.format), part.rotate.untied, part.rotate.inverse, chain]
+    chain = [
+        [r.settings(), *(f"{name} {tuple(t.shape)}" for name, t in r.tensors().items())] for r in part.rotate.chain
+    ]
+    change = part.rotate
+    own = [change.path, str(change.format), change.untied, change.inverse, list(change.group)]
+    return [named, absent, *own, chain]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import StateError
 from oftsurgery.files.shard_writer import header_bytes
 from oftsurgery.files.writing import Replacement, disk_errors, folders_above, missing_above, to_disk
@@ -62,7 +62,7 @@ class UndoCollector:
         path: str,
         before: EncodedWeight,
         after: EncodedWeight,
-        chain: Sequence[Rotation],
+        chain: Sequence[WeightMap],
         noise: float,
         relaxation: float | None,
         files: Mapping[str, Any] | None = None,

@@ -10,8 +10,9 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.dialects import live_coft_radius
+from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.adapters.targets import without_targets
-from oftsurgery.errors import MatchError, StateError, printable
+from oftsurgery.errors import AdapterError, MatchError, StateError, printable
 from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
 from oftsurgery.folding.memory import replace_tensor, separate_module, set_vocabulary, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
@@ -68,6 +69,8 @@ def wrap_model(
         swap_modules(work, {id(layer): layer.base_layer for layer in before.values()}, journal)
         store = LiveStore(work)
         plan = plan_changes(store, list(named.values()), partial=incomplete)
+        for adapter in named.values():
+            _check_has_live_layers(adapter)
         named = {name: in_names_of(store, adapter) for name, adapter in named.items()}
         ties = store.ties
         layers = {layer.base_layer: layer for layer in before.values()}
@@ -78,6 +81,7 @@ def wrap_model(
                 if path in plan.idle:
                     continue
                 base = modules[path]
+                assert isinstance(rotation, Rotation)  # noqa: S101 - it was checked
                 radius = live_coft_radius(adapter.dialect, adapter.config, rotation)
                 if base in layers:
                     layers[base].add_adapter(name, rotation, radius=radius)
@@ -101,6 +105,20 @@ def wrap_model(
         warn_of_missing(plan)
         warn_of_idle(plan)
     return work
+
+
+def _check_has_live_layers(adapter: OFTAdapter) -> None:
+    """Refuse an adapter whose maps no live layer here computes.
+
+    Raises:
+        AdapterError: as said.
+    """
+    path = next((path for path, m in adapter.modules.items() if not isinstance(m, Rotation)), None)
+    if path is not None:
+        message = f"oftsurgery has no live layer for this kind of adapter ({adapter.modules[path].family})"
+        raise AdapterError(
+            message, module=path, path=adapter.source, remedy="fold the adapter without a calibration: oftsurgery.fold"
+        )
 
 
 def _put_saved_tensors(

@@ -154,6 +154,9 @@ class AdapterInfo(_Stored):
         sha256: of its file of tensors, where the adapter came from a file.
         base_model: the base that its config names.
         peft_version: the release that its config names.
+        strength: the strength at which the adapter was folded.
+        strength_mode: how a strength other than 1 weakens the adapter, a key of :data:`oftsurgery.STRENGTH_MODES`.
+        bias: for adapters of image tools, what the fold did to biases: ``"kept"`` or ``"rotated"``; else None.
         extra: fields of a newer version.
     """
 
@@ -163,6 +166,9 @@ class AdapterInfo(_Stored):
     sha256: str | None
     base_model: str | None
     peft_version: str | None
+    strength: float = 1.0
+    strength_mode: str = "angle"
+    bias: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @classmethod
@@ -175,6 +181,9 @@ class AdapterInfo(_Stored):
             sha256=adapter.sha256,
             base_model=_named(config.get("base_model_name_or_path")),
             peft_version=_named(config.get("peft_version")),
+            strength=adapter.strength,
+            strength_mode=adapter.strength_mode,
+            bias=adapter.bias,
         )
 
 

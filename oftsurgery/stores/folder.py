@@ -4,6 +4,7 @@ by weight, without building the model.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,12 +26,15 @@ from oftsurgery.records.record_file import record_beside
 
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
+from .flat_names import Meaning
 from .idle import is_idle
 from .image_models import is_of_diffusers
+from .image_names import ImageNames
 from .layers import Layer
 from .layouts import find_names
 from .naming import architecture_of, locate
 from .resizing import resized
+from .single_file import SingleFileNames
 from .skeleton import skeleton
 from .store import LayerInfo
 from .ties import Ties
@@ -126,6 +130,17 @@ class FolderStore:
         self._check_not_merged(n.removesuffix(".weight") for n in wanted if n not in found)
         return found
 
+    def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
+        return self._tool_names.meanings(names)
+
+    @cached_property
+    def _tool_names(self) -> ImageNames | SingleFileNames:
+        """The names of the modules with weights, as image tools write them."""
+        paths = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
+        if not self.architecture.modules:
+            return SingleFileNames(paths)
+        return ImageNames(paths, encoder=not is_of_diffusers(self.config))
+
     def _check_not_merged(self, paths: Iterable[str]) -> None:
         """Refuse an adapter on a weight that transformers merges from several tensors of the checkpoint (fused experts):
         no single module can take the fold.
@@ -164,8 +179,7 @@ class FolderStore:
         if self.holds_quantised(holder):
             return True
         entry = self.source.entries[holder]
-        matrix = len(entry.shape) == 2 or (len(entry.shape) == 4 and entry.shape[2:] == (1, 1))
-        return matrix and DTYPES[entry.dtype] in FLOATS
+        return len(entry.shape) in (2, 4) and DTYPES[entry.dtype] in FLOATS
 
     def is_quantised(self, name: str) -> bool:
         return self.holds_quantised(self.holder(name))
@@ -199,13 +213,8 @@ class FolderStore:
         if path in modules:
             quantised = self.quantization is not None or "quantization_config" in self.source.config
             idle = is_idle(modules, path, quantised=quantised)
-            return LayerInfo(None if idle else Layer(path, modules[path]).kind, format_, id(modules[path]), idle)
-        if len(shape) == 4 and shape[2:] != (1, 1):
-            raise FormatError(
-                f"a {shape[2]}×{shape[3]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, so no weight computes the same",
-                module=path,
-                remedy="train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine",
-            )
+            layer = Layer(path, modules[path])
+            return LayerInfo(None if idle else layer.kind, format_, id(modules[path]), idle, layer.kernel)
         if name in self.architecture.units and len(shape) != 2:
             raise FormatError(
                 "the checkpoint holds this weight fused with other weights",
@@ -214,7 +223,7 @@ class FolderStore:
                 shape=shape,
                 remedy="load the model with transformers, fold it in memory, and save it",
             )
-        return LayerInfo(None, format_, hash(name))
+        return LayerInfo(None, format_, hash(name), kernel=tuple(shape[2:]) if len(shape) == 4 else ())
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.added:
@@ -245,7 +254,7 @@ class FolderStore:
         dtype, shape = self.dtype(holder), entries[holder].shape
         if not checkpoint_tensors.format_by_names(holder, entries, dtype).quantised:
             turned = shape[::-1] if holder in self.architecture.transposed else shape
-            shape = turned[:2] if turned[2:] == (1, 1) else turned
+            shape = (turned[0], math.prod(turned[1:])) if len(turned) == 4 else turned
         return checkpoint_tensors.stored_format(holder, entries, self.source.read, shape, dtype)
 
     def loaded(self, name: str) -> WeightFormat:

@@ -27,8 +27,6 @@ class Pair:
     >>> (pair,) = pairs_of(["double_blocks.0.img_attn.qkv"])
     >>> pair.parts
     ('transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.to_k', 'transformer_blocks.0.attn.to_v')
-    >>> pair.rows(out=12, features=4)
-    (slice(0, 4, None), slice(4, 8, None), slice(8, 12, None))
 
     Attributes:
         original: the path in the original layout.
@@ -39,15 +37,6 @@ class Pair:
     original: str
     parts: tuple[str, ...]
     swapped: bool = False
-
-    def rows(self, *, out: int, features: int) -> tuple[slice, ...]:
-        """The rows of the parts in the original weight, which has the shape ``(out, features)``: equal parts, but for Flux' fourth
-        part, the MLP after three projections of ``features`` rows.
-        """
-        count = len(self.parts)
-        sizes = [features, features, features, out - 3 * features] if count == 4 else [out // count] * count
-        ends = [sum(sizes[: i + 1]) for i in range(count)]
-        return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 def _projections(attention: str, *ends: str) -> tuple[str, ...]:

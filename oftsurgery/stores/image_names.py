@@ -7,11 +7,11 @@ path cannot be turned back by itself; the model's own paths, in both layouts, ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 
 from oftsurgery.errors import MatchError, printable
 
+from .flat_names import Meaning
 from .image_layouts import pairs_of
 
 #: prefixes of a denoiser's modules
@@ -25,28 +25,6 @@ ENCODER = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Meaning:
-    """The weights of a model that one module of an adapter means.
-
-    Attributes:
-        modules: paths in the model, in the order of the rows; several where the model splits the adapter's module.
-        part: where the model fuses modules, the number of the adapter's module among them; else None.
-        of: the paths of all modules that the model fuses, in the adapter's layout; empty elsewhere.
-        swapped: whether the halves of the rows are in the other order in the model.
-    """
-
-    modules: tuple[str, ...]
-    part: int | None = None
-    of: tuple[str, ...] = ()
-    swapped: bool = False
-
-    @property
-    def whole(self) -> str | None:
-        """The path of the one module whose rows are the adapter's, in the same order; None elsewhere."""
-        return self.modules[0] if len(self.modules) == 1 and self.part is None and not self.swapped else None
-
-
 class ImageNames:
     """The names of a model's modules in both layouts.
 
@@ -56,13 +34,14 @@ class ImageNames:
 
     Attributes:
         modules: the paths of the model's modules.
-        encoder: whether the model is a text encoder, and not a denoiser.
-        prefixes: the prefixes that the names may have: :data:`ENCODER` or :data:`DENOISER`.
+        encoder: whether the model is a text encoder, and not a denoiser; None where nobody knows.
+        prefixes: the prefixes that the names may have: those of :data:`ENCODER`, of :data:`DENOISER`, or both.
     """
 
-    def __init__(self, modules: Iterable[str], *, encoder: bool = False) -> None:
+    def __init__(self, modules: Iterable[str], *, encoder: bool | None = None) -> None:
         self._given, self.encoder = modules, encoder
-        self.prefixes = tuple(sorted(ENCODER if encoder else DENOISER, key=len, reverse=True))
+        own = () if encoder else DENOISER
+        self.prefixes = tuple(sorted((*own, *(ENCODER if encoder is not False else ())), key=len, reverse=True))
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -73,7 +52,7 @@ class ImageNames:
         """``{path: its meaning}`` in the model's own layout, and in the other one."""
         own = {path: Meaning((path,)) for path in self.modules}
         other: dict[str, Meaning] = {}
-        for path in self.modules if self.encoder else ():
+        for path in self.modules if self.encoder is not False else ():
             # CLIP's text model by itself, and as the only part of transformers 4's class
             alias = path.removeprefix("text_model.") if path.startswith("text_model.") else f"text_model.{path}"
             if alias not in own:

@@ -1,6 +1,6 @@
 """Layers of a live model: find out how a layer's weight is stored, read the weight, and put another in its place.
 
-One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``, 1×1
+One :class:`Layer` wraps a module and knows its kind (plain, bitsandbytes 4-bit or 8-bit, GPT-2's ``Conv1D``,
 convolution, embedding) and where its weight lives (the module, its int8 state, or accelerate's offload map). Weights
 are read and written as :class:`~oftsurgery.EncodedWeight` of the canonical two-dimensional shape: ``(out, in)``, or
 ``(tokens, features)``. The code here does no arithmetic.
@@ -48,12 +48,6 @@ class Layer:
         if isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear):
             message = "nn.MultiheadAttention reads this weight and never calls the layer, so a live adapter does nothing, but a fold would"
             remedy = "leave the layer out of the adapter (`exclude_modules`)"
-        elif isinstance(m, nn.Conv2d) and tuple(m.kernel_size) != (1, 1):
-            message = (
-                f"a {m.kernel_size[0]}×{m.kernel_size[1]} convolution cannot be folded: peft 0.16 to 0.21's live layer overlaps its patches, "
-                "so no weight computes the same"
-            )
-            remedy = "train the adapter without this convolution (`exclude_modules`); 1×1 convolutions are fine"
         elif isinstance(m, nn.Conv2d) and m.groups != 1:
             message = f"a grouped convolution cannot be folded, and this convolution has {m.groups} groups"
             remedy = "train the adapter without this convolution (`exclude_modules`)"
@@ -63,8 +57,13 @@ class Layer:
             return "linear"
         else:
             message = f"a {type(m).__name__} has no weight that oftsurgery can rotate"
-            remedy = "rotate torch's Linear, Embedding and 1×1 Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers alone"
+            remedy = "rotate torch's Linear, Embedding and Conv2d, transformers' Conv1D, and bitsandbytes' 4-bit and 8-bit layers alone"
         raise FormatError(message, module=self.path, remedy=remedy)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """``(kh, kw)`` of a convolution, else empty."""
+        return tuple(self.module.kernel_size) if isinstance(self.module, nn.Conv2d) else ()
 
     @property
     def _is_conv1d(self) -> bool:
@@ -146,7 +145,10 @@ class Layer:
         """The mirror of :meth:`_canonical`."""
         if self._is_conv1d:
             return weight.t().contiguous()
-        return weight.reshape(*weight.shape, 1, 1) if isinstance(self.module, nn.Conv2d) else weight
+        module = self.module
+        if not isinstance(module, nn.Conv2d):
+            return weight
+        return weight.reshape(weight.shape[0], module.in_channels // module.groups, *module.kernel_size)
 
     # --- putting another weight in its place ---
 

@@ -17,9 +17,11 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .adaptable import adaptable_of
+from .flat_names import Meaning
 from .idle import is_idle
+from .image_names import ImageNames
 from .layers import Layer
-from .layouts import find_names, layouts_of, names_in_model
+from .layouts import find_names, is_encoder, layouts_of, names_in_model
 from .modules import inner_model, modules_of, shells_of, tensors_in
 from .resizing import resized
 from .skeleton import quiet
@@ -101,13 +103,18 @@ class LiveStore:
 
         return find_names(wanted, called, layouts_of(inner))
 
+    def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
+        paths = (path for path, module in self.modules.items() if module._parameters.get("weight") is not None)
+        return ImageNames(paths, encoder=is_encoder(inner_model(self.model))).meanings(names)
+
     def layer(self, name: str) -> LayerInfo:
         layer, tensor = self.at(name), self.tensor(name)
         if tensor is not None and not is_lazy(tensor) and 0 in self.shape(name):  # `read` refuses a lazy layer
             raise not_gathered(StateError, "the model's weight", GATHER_MODEL, module=layer.path)
         config: Any = getattr(inner_model(self.model), "config", None)
         idle = is_idle(self.modules, layer.path, quantised=hasattr(config, "_is_quantized"))
-        return LayerInfo(None if idle else layer.kind, layer.read()[1], id(layer.module), idle)
+        kind = None if idle else layer.kind
+        return LayerInfo(kind, layer.read()[1], id(layer.module), idle, layer.kernel)
 
     def is_quantised(self, name: str) -> bool:
         path, _, local = name.rpartition(".")

@@ -6,12 +6,17 @@ The names in the file are the names of the model; nothing is renamed. A part is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from oftsurgery.errors import MatchError, printable
 
+from .flat_names import Meaning
 from .image_names import DENOISER, ENCODER, ImageNames
+
+T = TypeVar("T")
 
 #: the beginnings of names; a name without such a beginning belongs to a denoiser
 _DENOISER = re.compile(r"(model\.)?diffusion_model\.")
@@ -50,24 +55,44 @@ class SingleFileNames:
         Raises:
             MatchError: several parts of the file have the module.
         """
-        if name.startswith(DENOISER):
-            parts = [part for part in self._parts if not part[1]]
-        elif name.startswith(ENCODER):
-            parts = [part for part in self._parts if part[1]]
-        else:
-            parts = self._parts
-        found = [beginning + there for beginning, _, names in parts if (there := names.find(name, layout)) is not None]
-        if len(found) > 1 and (number := _NUMBER.match(name)) is not None:
-            # several CLIP encoders have the path: all tools number these two in the same order, the smaller one first
-            found = sorted(found, key=lambda path: ("clip_g" in path, path))
-            found = found[int(number[1] or 1) - 1 :][:1]
-        if len(found) > 1:
-            raise MatchError(
-                f"several models in the file have this module: {', '.join(map(printable, found))}",
-                module=name.rpartition(".")[0],
-                remedy="name the module in a copy of the adapter's file as the checkpoint names it",
-            )
-        return found[0] if found else name
+        there = {b: b + own for b, names in self._parts_for(name) if (own := names.find(name, layout)) is not None}
+        return name if not there else _chosen(name, there)
+
+    def meanings(self, paths: Iterable[str]) -> dict[str, Meaning]:
+        """As :meth:`~oftsurgery.stores.image_names.ImageNames.meanings`."""
+        found: dict[str, dict[str, Meaning]] = {}
+        wanted = list(paths)
+        for beginning, _, names in self._parts:
+            own = names.meanings(p for p in wanted if (beginning, names) in self._parts_for(p))
+            for path, meaning in own.items():
+                modules = tuple(beginning + module for module in meaning.modules)
+                found.setdefault(path, {})[beginning] = replace(meaning, modules=modules)
+        return {path: _chosen(path, there) for path, there in found.items()}
+
+    def _parts_for(self, name: str) -> list[tuple[str, ImageNames]]:
+        """``(beginning, names)`` of the parts to which a name in an adapter may belong."""
+        kinds = [True] if name.startswith(ENCODER) else [False] if name.startswith(DENOISER) else [True, False]
+        return [(beginning, names) for beginning, encoder, names in self._parts if encoder in kinds]
+
+
+def _chosen(name: str, there: Mapping[str, T]) -> T:
+    """The one of ``{beginning of a part: value}`` that a name in an adapter means.
+
+    Raises:
+        MatchError: several parts have the module, and the name does not tell which is meant.
+    """
+    # all tools number the two CLIP encoders in the same order, the smaller one first
+    order = sorted(there, key=lambda beginning: ("clip_g" in beginning, beginning))
+    number = _NUMBER.match(name)
+    if len(order) > 1 and number is not None:
+        order = order[int(number[1] or 1) - 1 :][:1]
+    if len(order) == 1:
+        return there[order[0]]
+    raise MatchError(
+        f"several models in the file have this module: {', '.join(map(printable, there))}",
+        module=name,
+        remedy="name the module in a copy of the adapter's file as the checkpoint names it",
+    )
 
 
 def single_file_layouts(paths: Iterable[str]) -> tuple[partial[str], ...]:

@@ -12,6 +12,7 @@ from oftsurgery.adapters.targets import Adaptable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
+from .flat_names import Meaning
 from .ties import Ties
 from .vocabulary import Vocabulary
 
@@ -25,12 +26,14 @@ class LayerInfo:
         format: format in which the weight is rotated.
         identity: number that is equal for two paths to one module.
         idle: whether the owner reads the weight and never calls the layer.
+        kernel: ``(kh, kw)`` of a convolution, else empty.
     """
 
     kind: Literal["linear", "embedding", "conv"] | None
     format: WeightFormat
     identity: int
     idle: bool = False
+    kernel: tuple[int, ...] = ()
 
 
 class Store(Protocol):
@@ -62,6 +65,9 @@ class Store(Protocol):
 
     def locate(self, names: Iterable[str]) -> Mapping[str, str]:
         """``{name in an adapter: name of the model's tensor}``, without names that the model lacks."""
+
+    def meanings(self, names: Iterable[str]) -> Mapping[str, Meaning]:
+        """``{module's name in an image tool's adapter: what the name means in the model}``, without names that mean nothing there."""
 
     def layer(self, name: str) -> LayerInfo:
         """The facts about the module whose weight is the tensor ``name``. Raises FormatError if it cannot be folded."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
@@ -64,7 +64,7 @@ InputsOf = Callable[[str], LayerInputs | None]
 
 
 def fold_calibrated(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, inputs: LayerInputs | None
+    encoded: EncodedWeight, chain: Sequence[WeightMap], into: WeightFormat, inputs: LayerInputs | None
 ) -> FoldedWeight:
     """:func:`~oftsurgery.weights.fold.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import MatchError, NonFiniteError, ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.codecs import Rounding
@@ -24,7 +24,7 @@ W = TypeVar("W", Tensor, EncodedWeight)
 
 
 def begin_record(
-    encoded: EncodedWeight, chain: Sequence[Rotation], *, untied: bool = False
+    encoded: EncodedWeight, chain: Sequence[WeightMap], *, untied: bool = False
 ) -> Callable[[FoldedWeight], Callable[[], ModuleRecord]]:
     """Begin the record of a fold of ``encoded`` before the fold: another thread computes the facts that are known already.
     The returned function takes the folded weight: another thread then computes the rest, and the function that comes back
@@ -55,7 +55,7 @@ def begin_record(
     return end
 
 
-def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+def fold_weight(weight: W, rotation: WeightMap | Sequence[WeightMap], *, rounding: Rounding = "preserve") -> W:
     """The weight with which a plain layer computes what the live OFT layer computes with ``weight``.
 
     >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # R = [[0, 1], [-1, 0]]: a quarter turn
@@ -63,7 +63,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     [[4.0, -3.0]]
 
     Args:
-        weight: a plain tensor ``(out, in)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
+        weight: a plain tensor ``(out, in)``, a convolution's ``(out, in, kh, kw)``, or an :class:`~oftsurgery.EncodedWeight` of any codec.
         rotation: one, or several in the live order: ``[a, b]`` is the chain ``x · Ra · Rb`` of peft's active adapters
             ``[a, b]``.
         rounding: of a quantised weight, as for :func:`oftsurgery.fold`.
@@ -80,7 +80,7 @@ def fold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding:
     return _apply(weight, rotation, rounding, inverse=False)
 
 
-def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, rounding: Rounding = "preserve") -> W:
+def unfold_weight(weight: W, rotation: WeightMap | Sequence[WeightMap], *, rounding: Rounding = "preserve") -> W:
     """The inverse of :func:`fold_weight`, by the rotations' true inverses; quantised weights are rounded once more.
 
     >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))
@@ -92,16 +92,24 @@ def unfold_weight(weight: W, rotation: Rotation | Sequence[Rotation], *, roundin
     return _apply(weight, rotation, rounding, inverse=True)
 
 
-def _apply(weight: W, rotation: Rotation | Sequence[Rotation], rounding: str, *, inverse: bool) -> W:
-    chain = (rotation,) if isinstance(rotation, Rotation) else tuple(rotation)
+def _apply(weight: W, rotation: WeightMap | Sequence[WeightMap], rounding: str, *, inverse: bool) -> W:
+    given = (rotation,) if isinstance(rotation, WeightMap) else tuple(rotation)
     if isinstance(weight, EncodedWeight):
-        return fold_encoded(weight, chain, rounding=rounding, inverse=inverse).encoded
-    return fold_encoded(codecs.dense(weight), chain, rounding=rounding, inverse=inverse).encoded.tensors["weight"]
+        return fold_encoded(weight, resolved(given, ()), rounding=rounding, inverse=inverse).encoded
+    kernel = tuple(weight.shape[2:]) if weight.ndim == 4 else ()
+    rows = weight.reshape(weight.shape[0], -1) if kernel else weight
+    folded = fold_encoded(codecs.dense(rows), resolved(given, kernel), rounding=rounding, inverse=inverse)
+    return folded.encoded.tensors["weight"].reshape(weight.shape)
+
+
+def resolved(chain: Sequence[WeightMap], kernel: tuple[int, ...] | None = None) -> tuple[WeightMap, ...]:
+    """The maps in the form that the kernels know; with ``kernel``, as a layer with this kernel has the maps."""
+    return tuple((r if kernel is None else r.for_layer(kernel, "weight")).resolved() for r in chain)
 
 
 def fold_encoded(
     encoded: EncodedWeight,
-    chain: Sequence[Rotation],
+    chain: Sequence[WeightMap],
     into: WeightFormat | None = None,
     rounding: str = "nearest",
     *,
@@ -115,7 +123,7 @@ def fold_encoded(
     codecs.check_rounding(rounding)
     used = codecs.rounding_of(into, rounding)
     if len(f.shape) != 2:
-        remedy = "reshape a 1×1 convolution to (out, in)"
+        remedy = "give a linear layer's weight (out, in), or a convolution's (out, in, kh, kw)"
         raise ShapeError("a rotation needs a weight of two dimensions", shape=f.shape, remedy=remedy)
     for r in chain:
         r.check_fits((f.shape[0], f.shape[1]), "weight")
@@ -129,15 +137,63 @@ def fold_encoded(
         if not bool(torch.isfinite(exact).all()):
             remedy = "check the adapter: its rotation or scale is not finite"
             raise NonFiniteError("the rotated weight holds NaN or infinity", format=f.label, remedy=remedy)
-        folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
-        if folded is None:
-            used = codecs.rounding_of(into, "grid") if used == "preserve" else used
-            folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
-        return measured(folded, base, exact)
+        return _stored(encoded, base, exact, chain, into, used)
+
+
+def rotate_group(group: Sequence[EncodedWeight], chain: Sequence[WeightMap], *, inverse: bool = False) -> list[Tensor]:
+    """The exact values of weights that were one weight in training, with the maps in them: the maps act on the rows of all
+    weights together, as on ``qkv`` where the model holds ``to_q``, ``to_k`` and ``to_v``.
+    """
+    formats = [e.format for e in group]
+    if len({f.shape[1] for f in formats}) != 1:
+        message = (
+            f"weights of one group need one number of inputs, but have {', '.join(str(f.shape[1]) for f in formats)}"
+        )
+        raise ShapeError(message, remedy="use the base model that the adapter was trained on")
+    rows = [f.shape[0] for f in formats]
+    for r in chain:
+        r.check_fits((sum(rows), formats[0].shape[1]), "weight")
+    with rotations.full_precision(group[0].tensors["weight"].device.type):
+        whole = rotate_chain(torch.cat([codecs.decode(e) for e in group]), chain, inverse=inverse)
+        if not bool(torch.isfinite(whole).all()):
+            remedy = "check the adapter: its rotation or scale is not finite"
+            raise NonFiniteError("the rotated weights hold NaN or infinity", format=formats[0].label, remedy=remedy)
+        return [part.contiguous() for part in torch.split(whole, rows)]
+
+
+def fold_group(
+    group: Sequence[EncodedWeight], chain: Sequence[WeightMap], rounding: str = "nearest", *, inverse: bool = False
+) -> list[FoldedWeight]:
+    """:func:`fold_encoded` of the weights of a group; each weight keeps its own format."""
+    exact = rotate_group(group, resolved(chain), inverse=inverse)
+    return [store_exact(e, x, e.format, rounding) for e, x in zip(group, exact, strict=True)]
+
+
+def store_exact(encoded: EncodedWeight, exact: Tensor, into: WeightFormat, rounding: str) -> FoldedWeight:
+    """``exact``, the values of ``encoded`` after a rotation, in the format ``into``, and the cost of storing."""
+    codecs.check_rounding(rounding)
+    with rotations.full_precision(exact.device.type):
+        return _stored(encoded, codecs.decode(encoded), exact, (), into, codecs.rounding_of(into, rounding))
+
+
+def _stored(
+    encoded: EncodedWeight,
+    base: Tensor,
+    exact: Tensor,
+    chain: Sequence[WeightMap],
+    into: WeightFormat,
+    used: str,
+) -> FoldedWeight:
+    """``exact`` in the format ``into``, by the rounding ``used``, and the cost of storing."""
+    folded = _preserved(encoded, base, exact, chain, into) if used == "preserve" else None
+    if folded is None:
+        used = codecs.rounding_of(into, "grid") if used == "preserve" else used
+        folded = FoldedWeight(codecs.encode(exact, into, used), 0.0, rounding=used)
+    return measured(folded, base, exact)
 
 
 def _preserved(
-    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[Rotation], into: WeightFormat
+    encoded: EncodedWeight, base: Tensor, exact: Tensor, chain: Sequence[WeightMap], into: WeightFormat
 ) -> FoldedWeight | None:
     """The weight by :mod:`oftsurgery.weights.preserve`, not measured yet; None if that rounding does not apply."""
     if not preserve.applies(encoded.format, into):
@@ -172,14 +228,14 @@ def measured(folded: FoldedWeight, base: Tensor, exact: Tensor) -> FoldedWeight:
     )
 
 
-def rotate_chain(weight: Tensor, chain: Sequence[Rotation], *, inverse: bool = False) -> Tensor:
+def rotate_chain(weight: Tensor, chain: Sequence[WeightMap], *, inverse: bool = False) -> Tensor:
     """``weight`` with all of a chain's rotations in it, or (``inverse``) out of it, in float32 or better."""
     for r in in_weight_order(chain, inverse=inverse):
         weight = r.unfold_from(weight) if inverse else r.fold_into(weight)
     return weight
 
 
-def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotation]:
+def in_weight_order(chain: Sequence[WeightMap], *, inverse: bool) -> list[WeightMap]:
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
@@ -193,11 +249,15 @@ def in_weight_order(chain: Sequence[Rotation], *, inverse: bool) -> list[Rotatio
 
 def check_chain(chain: Sequence[Any]) -> None:
     """Refuse, with MatchError, a chain of rotations (frozen or live) that has no right order."""
-    if any(r.side == "output" for r in chain) and any(r.scale is not None for r in chain):
+    if any(r.side == "output" for r in chain) and any(map(_scales_rows, chain)):
         raise MatchError(
-            "one chain holds an oft_s and a rotation on the output side: they do not commute, and no peft release computes both live",
+            "one chain holds a scale (oft_s, boft_s) and a rotation on the output side: they do not commute, and no tool computes both live",
             remedy="fold the adapters one after the other, in the order that you mean",
         )
+
+
+def _scales_rows(r: Any) -> bool:
+    return r.scales_rows if isinstance(r, WeightMap) else r.side != "output" and r.scale is not None
 
 
 def relative_error(stored: Tensor, exact: Tensor) -> float:

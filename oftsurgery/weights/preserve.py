@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.formats.base import in_blocks
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
@@ -42,6 +42,8 @@ CLIP = 1.1
 SAMPLE = 1 << 19
 #: the rows of a sample come in units of this number
 ROWS = 16
+#: the largest rotation of rows for which some rows at a time are rotated
+MOST_ROWS = 64
 #: the least number of units, however wide the rows
 _FEWEST = 8
 #: the base's statistics of double quantisation may not hold the scale that a strong block should have, so that the block's
@@ -145,12 +147,14 @@ def span(start: int, stop: int, features: int, size: int) -> slice:
     return slice(start * features // size, -(-stop * features // size))
 
 
-def whole_rows(f: WeightFormat, chain: Sequence[Rotation] = ()) -> int:
-    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows, whole rotations."""
+def whole_rows(f: WeightFormat, chain: Sequence[WeightMap] = ()) -> int:
+    """The fewest rows that hold whole bytes, whole 4-bit blocks and, for rotations of the rows, whole rotations. A weight with
+    larger rotations of the rows is rotated as a whole, so a sample of its rows need not hold whole rotations.
+    """
     features = f.shape[1]
     rows = f.blocksize // math.gcd(features, f.blocksize) if f.blocksize else 1
     rows = math.lcm(rows, 2 if f.blocksize and features % 2 else 1)
-    return math.lcm(rows, *(r.block_size for r in chain if r.side == "output"))
+    return math.lcm(rows, *(r.block_size for r in chain if r.side == "output" and r.block_size <= MOST_ROWS))
 
 
 def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightFormat) -> Tensor:
@@ -172,7 +176,7 @@ def is_strong(base: Tensor, exact: Tensor, scales: Tensor, n: int, f: WeightForm
 
 
 def relaxation(
-    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[Rotation] = ()
+    rows_of: Callable[[int, int], tuple[Tensor, Tensor]], own: Scales, f: WeightFormat, chain: Sequence[WeightMap] = ()
 ) -> int | None:
     """The steps of the ω that keeps the change of the weak blocks of a sample; None if most of its blocks are strong.
 

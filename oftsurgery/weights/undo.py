@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.dtype_names import name_of
 from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, printable
@@ -74,7 +74,7 @@ def evidence(folded: EncodedWeight) -> str:
 def encode_weight(
     before: EncodedWeight,
     after: EncodedWeight,
-    chain: Sequence[Rotation],
+    chain: Sequence[WeightMap],
     *,
     noise: float,
     relaxation: float | None = None,

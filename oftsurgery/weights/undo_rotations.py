@@ -25,6 +25,8 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.adapters.steps import Blocks, Permute, Scale, Stepped
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import NonFiniteError, printable
 
 from .fold import in_weight_order
@@ -48,6 +50,7 @@ class Stage:
     matrix: Tensor | None = None  # (n, b, b) integers in float64; one block serves all where n is 1
     bits: int = 0
     scale: Tensor | None = None  # (rows,) float64
+    index: Tensor | None = None  # an order of the columns or rows
 
 
 def power_of_two(exponent: int) -> float:
@@ -68,6 +71,8 @@ def apply_stage(x: Tensor, stage: Stage, first: int = 0) -> Tensor:
     if stage.scale is not None:
         scale = stage.scale[first : first + len(x)]
         return x / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
+    if stage.index is not None:
+        return x.index_select(stage.dim, stage.index)
     m = stage.matrix
     assert m is not None  # noqa: S101 - a stage has a matrix or a scale
     turned = x.t() if stage.dim == 0 else x
@@ -104,24 +109,43 @@ def exact_cayley(g: Tensor, bits: int) -> tuple[Tensor, int] | None:
     return 2 * y - eye, fraction
 
 
-def _inverse_matrices(r: Rotation, shape: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
-    """``(dim, first feature, blocks (n, b, b) float64)``: ``x · blockdiag(blocks)`` takes the rotation out."""
+def _steps_back(r: WeightMap, shape: tuple[int, ...]) -> list[Blocks | Permute | Scale]:
+    """The steps that take a map out of a weight.
+
+    Raises:
+        NonFiniteError: a record has no form for the map's steps.
+    """
+    if isinstance(r, Rotation):
+        return [*_scale_back(r), *_blocks_back(r, shape)]
+    steps = r.back if isinstance(r, Stepped) else ()
+    found = [s for s in steps if isinstance(s, (Blocks, Permute)) or (isinstance(s, Scale) and s.dim == 0)]
+    if not steps or len(found) < len(steps):
+        message = "an undo record has no form for the steps of this map"
+        raise NonFiniteError(message, remedy="the record then holds the original weight")
+    return found
+
+
+def _scale_back(r: Rotation) -> list[Scale]:
+    return [] if r.scale is None else [Scale(r.scale.detach().cpu().to(torch.float64)).inverse()]
+
+
+def _blocks_back(r: Rotation, shape: tuple[int, ...]) -> list[Blocks]:
     blocks = r.blocks.cpu()
     if r.side == "embedding":
-        return [(1, 0, rotations.inverse_blocks(blocks))]
+        return [Blocks(1, rotations.inverse_blocks(blocks))]
     if r.side == "input":
-        return [(1, 0, rotations.inverse_blocks(blocks).transpose(-2, -1))]
-    # W = R⁻ᵀ W', so Wᵀ = W'ᵀ R⁻¹; peft ≤ 0.13 crops the last block if out is no multiple
+        return [Blocks(1, rotations.inverse_blocks(blocks).mT)]
+    # W = R⁻ᵀ W'; peft ≤ 0.13 crops the last block if out is no multiple
     count, rest = divmod(shape[0], blocks.shape[-1])
     body, last = (blocks, blocks) if len(blocks) == 1 else (blocks[:count], blocks[count : count + 1])
-    parts = [(0, 0, rotations.inverse_blocks(body))] if count else []
+    parts = [Blocks(0, rotations.inverse_blocks(body).mT)] if count else []
     if rest:
-        parts.append((0, shape[0] - rest, rotations.inverse_blocks(last[:, :rest, :rest])))
+        parts.append(Blocks(0, rotations.inverse_blocks(last[:, :rest, :rest]).mT, shape[0] - rest))
     return parts
 
 
 def write_stages(
-    io: Streams, chain: Sequence[Rotation], shape: tuple[int, ...], noise: float
+    io: Streams, chain: Sequence[WeightMap], shape: tuple[int, ...], noise: float
 ) -> tuple[list[dict[str, Any]], list[Stage]]:
     """Write the stages that rotate ``chain`` out of a weight, as coarse as ``noise`` (the folded weight's relative
     rounding error) allows.
@@ -129,16 +153,24 @@ def write_stages(
     facts: list[dict[str, Any]] = []
     stages: list[Stage] = []
     for r in in_weight_order(chain, inverse=True):
-        if r.scale is not None:
-            scale = r.scale.detach().cpu().to(torch.float64)
-            facts.append({"kind": "scale"})
-            io.raw(scale.numpy().tobytes(), scale.nbytes)
-            stages.append(Stage(scale=scale))
-        for dim, start, matrix in _inverse_matrices(r, shape):
-            kind, bits, whole = _quantised(matrix, noise)
-            n, b, _ = matrix.shape
-            facts.append({"kind": kind, "dim": dim, "start": start, "blocks": n, "size": b, "bits": bits})
-            stages.append(_code_blocks(io, facts[-1], whole))
+        for step in _steps_back(r, shape):
+            if isinstance(step, Permute):
+                facts.append({"kind": "order", "dim": step.dim})
+                index = step.index.cpu().numpy().astype(np.int32)
+                io.raw(index.tobytes(), index.nbytes)
+                stages.append(Stage(step.dim, index=step.index.cpu()))
+            elif isinstance(step, Scale):
+                factors = (1 / step.factors.detach().cpu().to(torch.float64)).contiguous()
+                facts.append({"kind": "scale"})
+                io.raw(factors.numpy().tobytes(), factors.nbytes)
+                stages.append(Stage(scale=factors))
+            else:
+                # a stage of rows is a product from the right with the transposed weight
+                matrix = step.matrices.mT.contiguous() if step.dim == 0 else step.matrices
+                kind, bits, whole = _quantised(matrix, noise)
+                n, b, _ = matrix.shape
+                facts.append({"kind": kind, "dim": step.dim, "start": step.start, "blocks": n, "size": b, "bits": bits})
+                stages.append(_code_blocks(io, facts[-1], whole))
     return facts, stages
 
 
@@ -176,6 +208,16 @@ def _code_blocks(io: Streams, facts: Mapping[str, Any], true: Tensor | None) -> 
     return Stage(facts["dim"], facts["start"], *made)
 
 
+def _read_order(io: Streams, dim: object, shape: tuple[int, ...]) -> Stage:
+    if dim not in (0, 1):
+        raise damaged(why="an order is neither of rows nor of columns")
+    size = shape[0] if dim == 0 else math.prod(shape) // shape[0]
+    index = torch.from_numpy(np.frombuffer(io.raw(None, 4 * size), np.int32).astype(np.int64))
+    if not torch.equal(index.sort().values, torch.arange(size)):
+        raise damaged(why="an order does not name each row or column once")
+    return Stage(0 if dim == 0 else 1, index=index)
+
+
 def read_stages(io: Streams, facts: object, shape: tuple[int, ...]) -> list[Stage]:
     """The mirror of :func:`write_stages`, for untrusted facts."""
     if not isinstance(facts, list) or not all(isinstance(f, dict) for f in facts):
@@ -185,6 +227,9 @@ def read_stages(io: Streams, facts: object, shape: tuple[int, ...]) -> list[Stag
         if f.get("kind") == "scale":
             scale = np.frombuffer(io.raw(None, 8 * shape[0]), np.float64)
             stages.append(Stage(scale=torch.from_numpy(scale.copy())))
+            continue
+        if f.get("kind") == "order":
+            stages.append(_read_order(io, f.get("dim"), shape))
             continue
         numbers: list[Any] = [f.get(name) for name in ("dim", "start", "blocks", "size", "bits")]
         if f.get("kind") not in ("generator", "matrix") or not all(type(n) is int for n in numbers):

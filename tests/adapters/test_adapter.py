@@ -498,7 +498,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], type[OFTSurgeryError], str]] = {
         DialectError,
         "the adapter is a LORA adapter, not an OFT adapter Remedy: .* merge others with peft's merge_and_unload",
     ),
-    "BOFT": ({"peft_type": "BOFT"}, DialectError, "the adapter is a BOFT adapter, not an OFT adapter"),
+    "LoHa": ({"peft_type": "LOHA"}, DialectError, "the adapter is a LOHA adapter, not an OFT adapter"),
+    "PSOFT": (
+        {"peft_type": "PSOFT"},
+        DialectError,
+        "the adapter is a PSOFT adapter, not an OFT adapter: .* are not stored",
+    ),
     "a type that is a list": ({"peft_type": ["OFT"]}, DialectError, r"the adapter is a \['OFT'\] adapter"),
     "eps a string": (
         {"eps": "small"},

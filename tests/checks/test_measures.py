@@ -58,8 +58,10 @@ def test_series(terms: int, since_0_18: bool) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ShapeError, match="do not cover"):
         measures.rotated(torch.ones(4, 6), [Rotation(torch.zeros(2, 1))])
-    with pytest.raises(ShapeError, match="two dimensions"):
-        measures.rotated(torch.ones(4, 4, 3, 3), [Rotation(torch.zeros(2, 1))])
+    with pytest.raises(ShapeError, match="two or four dimensions"):
+        measures.rotated(torch.ones(4, 4, 3), [Rotation(torch.zeros(2, 1))])
+    with pytest.raises(ShapeError, match="overlaps the patches"):
+        measures.rotated(torch.ones(4, 4, 3, 3), [Rotation(torch.zeros(18, 1))])
     with pytest.raises(NonFiniteError, match="a block's generator is too large"):
         measures.rotated(torch.ones(4, 4), [Rotation(torch.full((1, 6), float("nan")))])
 

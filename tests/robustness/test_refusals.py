@@ -118,7 +118,7 @@ def _(t: Bench) -> Callable[[], object]:
 @case(
     "a file instead of its folder",
     e.AdapterError,
-    r"an adapter is a folder, but the path is a file .*Remedy: give the folder that holds adapter_config",
+    r"the path is the tensors' file of an adapter's folder, beside adapter_config\.json .*Remedy: give the folder",
 )
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter() / "adapter_model.safetensors")
@@ -218,7 +218,9 @@ def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.tmp / "lora")
 
 
-@case("a BOFT adapter", e.DialectError, r"the adapter is a BOFT adapter, not an OFT adapter")
+@case(
+    "half a BOFT adapter", e.AdapterError, r"the module lacks boft_s .*Remedy: restore the whole file that peft saved"
+)
 def _(t: Bench) -> Callable[[], object]:
     return t.fold(t.adapter({"base_model.model.layers.0.q_proj.boft_R": torch.ones(1, 2, 4, 4)}, peft_type="BOFT"))
 

@@ -13,8 +13,10 @@ from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor
 
 import oftsurgery
+from oftsurgery.folding.chains import part_rows
+from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.stores.image_layouts import Pair, pairs_of
-from oftsurgery.stores.image_names import ImageNames, Meaning
+from oftsurgery.stores.image_names import ImageNames
 
 #: file of names → (layers_per_block of a U-Net, or None)
 FAMILIES = {"flux_transformer": None, "sd3_transformer": None, "sd15_unet": 2, "sdxl_unet": 2}
@@ -62,6 +64,13 @@ def _parts(weight: Tensor) -> set[tuple[int, int, int]]:
     return {(start >> 20, start & 0xFFFFF, length) for start, length in runs}
 
 
+def rows_of(pair: Pair, out: int) -> list[slice]:
+    """The rows of the parts of a pair in the original weight."""
+    sizes = part_rows(len(pair.parts), (out, FLUX_WIDTH))
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
 def _convert(family: str, tagged: dict[str, Tensor]) -> dict[str, Tensor]:
     if family == "flux_transformer":
         for i in range(2):  # the function asks for the norms too, which are no modules with weights
@@ -104,7 +113,7 @@ def test_the_tables_are_those_of_diffusers_own_conversion(names: tuple[str, dict
     seen = 0
     for pair in pairs:
         out = sizes[pair.original]
-        for part, rows in zip(pair.parts, pair.rows(out=out, features=FLUX_WIDTH), strict=True):
+        for part, rows in zip(pair.parts, rows_of(pair, out), strict=True):
             if f"{part}.weight" not in converted:  # a pair of names of another family (SD3's names in Flux)
                 continue
             length, number = rows.stop - rows.start, numbers[pair.original]
@@ -181,7 +190,7 @@ def test_names_in_adapters(case: str) -> None:
 
 def test_the_layout_with_all_names_counts() -> None:
     """`proj_out` of diffusers' layout is another module than the flattened `proj_out` of a block."""
-    names = ImageNames(DIFFUSERS)
+    names = ImageNames(DIFFUSERS, encoder=False)
     found = names.meanings(["lora_unet_single_blocks_0_linear2", "lora_unet_final_layer_linear"])
     assert [meaning.whole for meaning in found.values()] == ["single_transformer_blocks.0.proj_out", "proj_out"]
     assert ImageNames(TEXT, encoder=True).meanings(["lora_unet_x", "lora_te_encoder_layers_0_mlp_fc1"]).keys() == {

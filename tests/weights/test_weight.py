@@ -349,9 +349,9 @@ def test_refusals() -> None:
         fold_weight(normal(8, 60), Rotation(generator(64, 16)))
     with pytest.raises(
         ShapeError,
-        match=r"a rotation needs a weight of two dimensions \[shape 8×64×1×1\] Remedy: reshape a 1×1 convolution",
+        match=r"a rotation needs a weight of two dimensions \[shape 8×64×1\] Remedy: give a linear layer's weight",
     ):
-        fold_weight(normal(8, 64, 1, 1), Rotation(generator(64, 16)))
+        fold_weight(normal(8, 64, 1), Rotation(generator(64, 16)))
     with pytest.raises(
         ShapeError,
         match=r"oft_s does not fit the output features \[module 'weight', tensor 'oft_s', shape 9, expected 8\]",

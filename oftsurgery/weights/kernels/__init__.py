@@ -32,8 +32,10 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
+from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.weights import preserve
 
 from .blockwise import FoldedWeight
 from .pool import start
@@ -128,7 +130,7 @@ def prepare(encoded: EncodedWeight, into: WeightFormat, rounding: str) -> None:
 
 
 def fold(
-    encoded: EncodedWeight, order: Sequence[Rotation], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
+    encoded: EncodedWeight, order: Sequence[WeightMap], into: WeightFormat, *, inverse: bool, rounding: str = "nearest"
 ) -> FoldedWeight | None:
     """The folded weight; None for a weight that the reference must fold.
 
@@ -142,14 +144,15 @@ def fold(
         OFTSurgeryError: as the reference does.
     """
     forced = _choice()
-    if forced == "reference":
+    known = [r for r in order if isinstance(r, Rotation) and not _turns_many_rows(r)]
+    if forced == "reference" or len(known) < len(order):
         return None
     device = encoded.tensors["weight"].device
     if forced != "tiled":
         name = forced or ("numba" if device.type == "cpu" else "triton")
 
         def use(driver: ModuleType) -> FoldedWeight | None:
-            matrices = _matrices(order, encoded.format.shape[1], inverse=inverse)
+            matrices = _matrices(known, encoded.format.shape[1], inverse=inverse)
             if matrices is None:
                 return None
             placed = (None if m is None else m.to(device) for m in matrices)
@@ -160,9 +163,14 @@ def fold(
             return replace(result, backend=name)
     from . import tiled
 
-    blocks = [(r, r.blocks.to(device)) for r in order]
+    blocks = [(r, r.blocks.to(device)) for r in known]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
+
+
+def _turns_many_rows(r: Rotation) -> bool:
+    """Whether the rotation is of so many rows that the weight is rotated as a whole."""
+    return r.side == "output" and r.block_size > preserve.MOST_ROWS
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None], driver: str = "") -> T | None:
@@ -194,8 +202,12 @@ def _give_up(name: str, problem: str) -> None:
 # --- rotations --------------------------------------------------------------------------------------------------------
 
 
-def measure(rotation: Rotation) -> tuple[float, float]:
+def measure(rotation: WeightMap) -> tuple[float, float]:
     """``(rotation.defect, rotation.angle)``, from the largest eigenvalue alone if that decides."""
+    if not isinstance(rotation, Rotation):
+        return rotation.defect, rotation.angle
+    if rotation.cayley.exact and rotation.block_size > _MAX_BLOCK // 2:
+        return 0.0, rotations.largest_angle(rotations.skew(rotation.generator.detach().cpu()))
     series = _series(rotation.cayley)
     theta = _by_kernel(rotation, lambda driver, v, wide, _: driver.largest_angle(v, rotation.block_size, wide))
     if theta is None or series is None:

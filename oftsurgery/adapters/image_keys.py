@@ -1,0 +1,71 @@
+"""Sort the keys of an adapter's single file, as image tools write such files, into modules and their tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftsurgery.dtypes import FLOATS
+from oftsurgery.errors import AdapterError, DialectError, NonFiniteError, printable
+
+Parts = dict[str, dict[str, Tensor]]
+
+_END = re.compile(r"(?P<path>.+?)\.(?P<end>oft_blocks(?:\.\d+)?|oft_diag|oft_R\.\w+|alpha|rescale)", re.DOTALL)
+
+#: ends of keys, and why no adapter with such a key is read
+_REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"oft_R\.(clipped_oft|cans_oft)$"), "an unreleased branch of OneTrainer wrote the file, and no release says what it computes"),
+    (re.compile(r"dora_scale$"), "the file has a DoRA scale, and the tools do not agree on what a DoRA of an OFT computes"),
+    (re.compile(r"(initial_norm|dora_(log_)?multiplier)$"), "an unreleased branch of OneTrainer wrote the file (DoRA of an OFT)"),
+    (re.compile(r"(^|\.)(psoft_\w+|[AB]\.psoft)"), "the file is of PSOFT, whose other matrices come from a decomposition of the base and are not stored"),
+    (re.compile(r"^bundle_emb\."), "the file holds embeddings for a tokenizer beside the rotations (`bundle_emb`)"),
+    (re.compile(r"\.(w_norm|b_norm)$"), "the file holds changes of normalisation layers beside the rotations (`w_norm`, `b_norm`)"),
+)  # fmt: skip
+
+_TRAIN_PLAIN = "fold a file that a release of the tool wrote"
+_SAVE_ALONE = "save the OFT parts as a file of their own (a copy of the file without these keys)"
+
+
+def sort_image_keys(tensors: Mapping[str, Tensor], source: str | None) -> Parts:
+    """``{module's name in the file: {end of the key: tensor}}``.
+
+    Raises:
+        DialectError: the file has keys of other kinds of adapters, or of kinds that are not read.
+        AdapterError: a tensor has no floats, or is empty.
+        NonFiniteError: a tensor holds NaN or infinity.
+    """
+    found: Parts = {}
+    for key, tensor in tensors.items():
+        where: dict[str, Any] = {"tensor": key, "path": source}
+        for pattern, why in _REFUSED:
+            if pattern.search(key):
+                remedy = _SAVE_ALONE if "beside" in why else _TRAIN_PLAIN
+                raise DialectError(why, **where, remedy=remedy)
+        match = _END.fullmatch(key)
+        if match is None or (
+            match["end"].startswith("oft_R.") and match["end"] not in ("oft_R.weight", "oft_R.scaled_oft")
+        ):
+            message = f"the key {printable(key)!r} belongs to no OFT adapter: the file mixes kinds of adapters, or is of another kind"
+            raise DialectError(message, **where, remedy=_SAVE_ALONE)
+        if match["end"] != "oft_R.scaled_oft":  # a mere mark, of any dtype
+            _check_values(tensor, where)
+        found.setdefault(match["path"], {})[match["end"]] = tensor
+    if not found:
+        raise AdapterError("the file holds no tensor", path=source, remedy="give the file that the tool saved")
+    return found
+
+
+def _check_values(tensor: Tensor, where: Mapping[str, Any]) -> None:
+    if tensor.numel() == 0:
+        raise AdapterError("the adapter's tensor is empty", **where, remedy="save the adapter again")
+    if tensor.dtype not in FLOATS:
+        message = f"the tensor must be float32, float16, bfloat16 or float64, but is {tensor.dtype}"
+        raise AdapterError(message, **where, remedy="restore the file of the adapter")
+    if not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+        message = "the adapter's tensor holds NaN or infinity"
+        raise NonFiniteError(message, **where, remedy="retrain from an earlier checkpoint")

@@ -1,0 +1,422 @@
+"""The single files of image tools: dialects, names, and each refusal with its remedy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from image_goldens import GOLDENS, IMAGE, model_of
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import oftsurgery
+from oftsurgery import AdapterError, DialectError, FormatError, MatchError, NonFiniteError, ShapeError, StateError
+from oftsurgery.stores.flat_names import find_flat
+
+DIALECTS = {
+    "kohya-sd-scripts-flux": "kohya-flux",
+    "kohya-sd-scripts": "kohya",
+    "lycoris-2.0": "lycoris-2.0",
+    "lycoris": "lycoris",
+    "onetrainer-2025": "onetrainer-2025-11-14",
+    "onetrainer": "onetrainer",
+    "peft-0.13.2": "peft-boft-0.13",
+    "peft-0.21.2/boft": "peft-boft",
+    "peft-0.21.2/hra": "peft-hra",
+    "peft-0.21.2/road": "peft-road",
+    "diffusers": "peft-0.21",
+}
+
+TURNED = {"lycoris_a.oft_blocks": torch.randn(4, 2, 2), "lycoris_a.alpha": torch.tensor(0.0)}
+KOHYA = {"oft_unet_a.oft_blocks": torch.randn(4, 2, 2), "oft_unet_a.alpha": torch.tensor(0.01)}
+VECTORS = torch.randn(2, 6)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def written(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+        save_file(dict(tensors), tmp_path / "adapter.safetensors", dict(metadata or {}))
+        return tmp_path / "adapter.safetensors"
+
+    return written
+
+
+@pytest.mark.parametrize("golden", [g for g in GOLDENS if not g.always], ids=lambda g: g.folder)
+def test_the_file_shows_its_dialect(golden: Any) -> None:
+    adapter = golden.adapter()
+    assert adapter.dialect == next(d for start, d in DIALECTS.items() if golden.folder.startswith(start))
+    assert adapter.bias == (golden.how.get("bias", "kept") if adapter.dialect in ("kohya", "lycoris") else None)
+    assert adapter.fingerprint == golden.adapter().fingerprint
+
+
+def test_whole_networks_are_read() -> None:
+    one = oftsurgery.load_adapter(IMAGE / "lycoris-4.1.3-names" / "kohya_two.safetensors")
+    assert one.dialect == "lycoris"
+    assert {name.split("_")[1] for name in one.modules} == {"unet", "te1", "te2"}
+    assert len(oftsurgery.load_adapter(IMAGE / "lycoris-4.1.3-names" / "wrapper_boft.safetensors").modules) == 4
+
+
+def test_a_file_in_a_folder(write: Callable[..., Path]) -> None:
+    path = write(TURNED)
+    by_name = oftsurgery.load_adapter(path.parent, filename=path.name)
+    assert by_name.fingerprint == oftsurgery.load_adapter(path).fingerprint
+    assert by_name.sha256 == oftsurgery.load_adapter(path).sha256
+    assert by_name.source == str(path)
+    with pytest.raises(AdapterError, match=r"there is no file 'other\.safetensors'"):
+        oftsurgery.load_adapter(path.parent, filename="other.safetensors")
+    with pytest.raises(AdapterError, match=r"the file 'adapter\.ckpt' is a pickle.*save the adapter as \.safetensors"):
+        oftsurgery.load_adapter(path.parent, filename="adapter.ckpt")
+    with pytest.raises(AdapterError, match="no path inside the folder"):
+        oftsurgery.load_adapter(path.parent, filename="../adapter.safetensors")
+
+
+FIRST = {"ot_revision": "1336b9b8aa", "ot_branch": "master"}
+REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], Mapping[str, Any], type[Exception], str]] = {
+    "a DoRA scale": (
+        TURNED | {"lycoris_a.dora_scale": torch.ones(8, 1)},
+        {},
+        {},
+        DialectError,
+        "has a DoRA scale.*Remedy: fold a file that a release",
+    ),
+    "the norms of an unreleased DoRA": (
+        TURNED | {"lycoris_a.initial_norm": torch.ones(1)},
+        {},
+        {},
+        DialectError,
+        r"unreleased branch of OneTrainer wrote.*DoRA",
+    ),
+    "a DoRA multiplier": (
+        TURNED | {"lycoris_a.dora_log_multiplier": torch.ones(1)},
+        {},
+        {},
+        DialectError,
+        r"unreleased branch",
+    ),
+    "a clipped OFT": (
+        {"transformer.a.oft_R.weight": VECTORS, "transformer.a.oft_R.clipped_oft": torch.ones(1)},
+        {},
+        {},
+        DialectError,
+        "unreleased branch of OneTrainer",
+    ),
+    "CANS": (
+        {"transformer.a.oft_R.weight": VECTORS, "transformer.a.oft_R.cans_oft": torch.ones(1)},
+        {},
+        {},
+        DialectError,
+        "unreleased branch of OneTrainer",
+    ),
+    "a scale of one dimension": (
+        TURNED | {"lycoris_a.rescale": torch.ones(8)},
+        {},
+        {},
+        DialectError,
+        "scaled the columns of square layers.*train the adapter with a later",
+    ),
+    "no alpha": (
+        {"lycoris_a.oft_blocks": torch.randn(4, 2, 2)},
+        {},
+        {},
+        DialectError,
+        r"have no alpha.*load_adapter\(…, constraint=0\.01\)",
+    ),
+    "no alpha for BOFT": ({"lycoris_a.oft_blocks": torch.randn(2, 2, 4, 4)}, {}, {}, DialectError, "have no alpha"),
+    "finished BOFT": (
+        {"lycoris_a.oft_diag": torch.randn(2, 2, 4, 4)},
+        {},
+        {},
+        DialectError,
+        "oft_diag has four dimensions",
+    ),
+    "PSOFT": (
+        {"a.psoft_R": torch.ones(2, 2)},
+        {},
+        {},
+        DialectError,
+        "PSOFT, whose other matrices come from a decomposition",
+    ),
+    "LoRA beside it": (
+        TURNED | {"lycoris_b.lora_down.weight": torch.ones(2, 2)},
+        {},
+        {},
+        DialectError,
+        "belongs to no OFT adapter: the file mixes kinds.*a file of their own",
+    ),
+    "LoKr beside it": (
+        TURNED | {"lycoris_b.lokr_w1": torch.ones(2, 2)},
+        {},
+        {},
+        DialectError,
+        "'lycoris_b.lokr_w1' belongs to no OFT adapter",
+    ),
+    "norms beside it": (
+        TURNED | {"lycoris_b.w_norm": torch.ones(2)},
+        {},
+        {},
+        DialectError,
+        r"changes of normalisation layers.*a file of their own",
+    ),
+    "embeddings beside it": (
+        TURNED | {"bundle_emb.word.string_to_param.*": torch.ones(2, 2)},
+        {},
+        {},
+        DialectError,
+        r"embeddings for a tokenizer.*a copy of the file",
+    ),
+    "bare oft_R": (
+        {"blocks.0.to_q.oft_R.weight": VECTORS},
+        {},
+        {},
+        DialectError,
+        "does not tell the dialect.*onetrainer or onetrainer-2025-11-14.*dialect='onetrainer'",
+    ),
+    "OneTrainer's first days": (
+        {"transformer.a.oft_R.weight": VECTORS},
+        {"modelspec.date": "2025-11-15T10:00:00"},
+        {},
+        DialectError,
+        "does not tell the dialect",
+    ),
+    "kohya's file under another prefix": (
+        {"lora_unet_a.oft_blocks": torch.randn(4, 2, 2), "lora_unet_a.alpha": torch.tensor(0.0)},
+        {"ss_network_module": "networks.oft"},
+        {},
+        DialectError,
+        "it is kohya or lycoris",
+    ),
+    "kohya before its biases stayed": (
+        KOHYA,
+        {"ss_training_started_at": "1720000000.0", "ss_network_module": "networks.oft"},
+        {},
+        DialectError,
+        r"trained on 2024-07-03.*load_adapter\(…, bias='kept'\) or load_adapter\(…, bias='rotated'\)",
+    ),
+    "bypass mode": (
+        TURNED,
+        {"ss_network_args": '{"bypass_mode": "True"}'},
+        {},
+        DialectError,
+        "trained in bypass mode.*bias='kept'",
+    ),
+    "biases of OneTrainer": (
+        {"transformer.a.oft_R.weight": VECTORS},
+        {},
+        {"bias": "rotated"},
+        DialectError,
+        "no release of the tool .onetrainer. turns biases",
+    ),
+    "an unknown bias": (TURNED, {}, {"bias": "both"}, AdapterError, "bias is 'both'.*choose bias='kept'"),
+    "an infinite constraint": (
+        TURNED,
+        {},
+        {"constraint": float("inf")},
+        AdapterError,
+        "the constraint is inf.*a finite number",
+    ),
+    "a contradiction": (
+        TURNED,
+        {},
+        {"dialect": "onetrainer"},
+        DialectError,
+        "named dialect is onetrainer, but the file is of kohya or lycoris",
+    ),
+    "two kinds": (
+        TURNED | {"transformer.a.oft_R.weight": VECTORS},
+        {},
+        {},
+        DialectError,
+        "modules of several kinds: oft_R.weight, oft_blocks",
+    ),
+    "NaN": (
+        {"lycoris_a.oft_blocks": torch.full((4, 2, 2), float("nan")), "lycoris_a.alpha": torch.tensor(0.0)},
+        {},
+        {},
+        NonFiniteError,
+        "NaN or infinity.*earlier checkpoint",
+    ),
+    "an infinite alpha": (
+        TURNED | {"lycoris_a.alpha": torch.tensor(float("inf"))},
+        {},
+        {},
+        NonFiniteError,
+        "NaN or infinity",
+    ),
+    "a negative alpha": (
+        TURNED | {"lycoris_a.alpha": torch.tensor(-1.0)},
+        {},
+        {},
+        AdapterError,
+        "alpha is -1, and a limit is not negative",
+    ),
+    "an alpha of two numbers": (
+        TURNED | {"lycoris_a.alpha": torch.ones(2)},
+        {},
+        {},
+        ShapeError,
+        "alpha must be one number",
+    ),
+    "integers": (
+        TURNED | {"lycoris_a.alpha": torch.ones((), dtype=torch.int64)},
+        {},
+        {},
+        AdapterError,
+        "must be float32, float16",
+    ),
+    "blocks that are not square": (
+        {"lycoris_a.oft_blocks": torch.randn(4, 2, 3), "lycoris_a.alpha": torch.tensor(0.0)},
+        {},
+        {},
+        ShapeError,
+        r"the blocks must be \(n, b, b\)",
+    ),
+    "BOFT of three blocks": (
+        {"lycoris_a.oft_blocks": torch.randn(2, 3, 4, 4), "lycoris_a.alpha": torch.tensor(0.0)},
+        {},
+        {},
+        ShapeError,
+        "a power of two of them",
+    ),
+    "a scale of other rows": (
+        TURNED | {"lycoris_a.rescale": torch.ones(9, 1)},
+        {},
+        {},
+        ShapeError,
+        r"the scale must be \(8, 1\)",
+    ),
+    "a part that is missing": (
+        {"oft_unet_a.oft_blocks.1": torch.randn(2, 2, 2), "oft_unet_a.alpha": torch.tensor(1.0)},
+        {},
+        {},
+        DialectError,
+        "also has oft_blocks.1",
+    ),
+    "no rotation": ({"lycoris_a.alpha": torch.tensor(1.0)}, {}, {}, AdapterError, "has alpha and no rotation"),
+    "a generator of another size": (
+        {"transformer.a.oft_R.weight": torch.randn(2, 7)},
+        {},
+        {},
+        ShapeError,
+        "7 elements is no upper triangle",
+    ),
+    "metadata that is no config": (
+        {"a.oft_R.weight": VECTORS},
+        {"lora_adapter_metadata": "[]"},
+        {},
+        AdapterError,
+        "is no config of peft",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case: str, write: Callable[..., Path]) -> None:
+    tensors, metadata, how, error, message = REFUSED[case]
+    with pytest.raises(error, match="(?s)" + message) as caught:
+        oftsurgery.load_adapter(write(tensors, metadata), **how)
+    assert caught.value.remedy  # type: ignore[attr-defined]
+
+
+def test_what_the_caller_says_settles_a_refusal(write: Callable[..., Path]) -> None:
+    bare = {"lycoris_a.oft_blocks": torch.randn(4, 2, 2)}
+    assert oftsurgery.load_adapter(write(bare), constraint=0).modules["lycoris_a"].facts()["limit"] == 0
+    path = write(bare, {"ss_network_args": json.dumps({"constrain": "0.01"})})
+    assert oftsurgery.load_adapter(path).modules["lycoris_a"].facts()["limit"] == pytest.approx(0.08)
+    path = write({"a.to_q.oft_R.weight": VECTORS})
+    assert oftsurgery.load_adapter(path, dialect="onetrainer").dialect == "onetrainer"
+    assert (
+        oftsurgery.load_adapter(write({"a.to_q.oft_R.weight": VECTORS}, {"ot_branch": "master"})).dialect
+        == "onetrainer"
+    )
+    path = write({"transformer.a.oft_R.weight": VECTORS}, FIRST)
+    assert oftsurgery.load_adapter(path).dialect == "onetrainer-2025-11-14"
+    path = write(KOHYA, {"ss_training_started_at": "1720000000.0"})
+    assert oftsurgery.load_adapter(path, bias="rotated").modules["oft_unet_a"].turns_bias
+    assert oftsurgery.load_adapter(path, bias="kept").bias == "kept"
+
+
+def test_a_convolution_of_peft_boft_needs_a_version() -> None:
+    with pytest.raises(
+        DialectError, match=r"formula changed in peft 0\.14.*'peft-boft' \(≥ 0\.14\) or 'peft-boft-0\.13'"
+    ):
+        oftsurgery.load_adapter(IMAGE / "peft-0.13.2-boft" / "conv1")
+    old, new = (
+        oftsurgery.load_adapter(IMAGE / "peft-0.13.2-boft" / "conv1", dialect=d)
+        for d in ("peft-boft-0.13", "peft-boft")
+    )  # type: ignore[arg-type]
+    assert old.fingerprint != new.fingerprint
+
+
+def test_a_convolution_with_peft_oft_stays_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    adapter = oftsurgery.OFTAdapter({"0": oftsurgery.Rotation(torch.randn(9, 6))})
+    with pytest.raises(FormatError, match="a 3×3 convolution cannot be folded: peft"):
+        oftsurgery.fold(model, adapter)
+
+
+def test_a_module_that_the_model_lacks(write: Callable[..., Path]) -> None:
+    adapter = oftsurgery.load_adapter(
+        write(TURNED | {"lycoris_b_c.oft_blocks": torch.randn(4, 2, 2), "lycoris_b_c.alpha": torch.tensor(0.0)})
+    )
+    model = model_of({"a.weight": torch.randn(8, 4), "b.d.weight": torch.randn(8, 4)})
+    with pytest.raises(MatchError, match=r"1 of the adapter's 2 modules match nothing.*lycoris_b_c"):
+        oftsurgery.fold(model, adapter)
+
+
+def test_rows_that_do_not_fit(write: Callable[..., Path]) -> None:
+    adapter = oftsurgery.load_adapter(write(TURNED))
+    with pytest.raises(ShapeError, match="4 blocks of size 2 cover 8 output features, but the weight has 6"):
+        oftsurgery.fold(model_of({"a.weight": torch.randn(6, 4)}), adapter)
+
+
+def test_flat_names() -> None:
+    paths = ["down_blocks.0.proj_in", "down_blocks.0.attn.to_q", "mid.block"]
+    assert find_flat(["lora_unet_down_blocks_0_proj_in", "transformer.mid.block"], paths) == {
+        "lora_unet_down_blocks_0_proj_in": "down_blocks.0.proj_in", "transformer.mid.block": "mid.block",
+    }  # fmt: skip
+    assert find_flat(["my_own_down_blocks_0_proj_in", "my_own_mid_block"], paths)["my_own_mid_block"] == "mid.block"
+    assert find_flat(["my_own_mid_block", "other_mid_block"], paths) == {}
+    with pytest.raises(MatchError, match=r"stands for two modules of the model: a\.b_c, a_b\.c"):
+        find_flat(["lora_unet_a_b_c"], ["a.b_c", "a_b.c"])
+
+
+def test_strengths_are_checked(write: Callable[..., Path]) -> None:
+    adapter = oftsurgery.load_adapter(write(TURNED))
+    model = model_of({"a.weight": torch.randn(8, 4)})
+    with pytest.raises(StateError, match=r"the strength mode 'half' is not known.*choose one of 'angle', 'linear'"):
+        oftsurgery.fold(model, adapter, strength=0.5, strength_mode="half")  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="the strength 'nan' is no finite number"):
+        oftsurgery.fold(model, adapter, strength=float("nan"))
+    with pytest.raises(
+        AdapterError, match=r"'kohya' has no meaning for this kind of adapter.*'lycoris', 'webui', 'comfyui'"
+    ):
+        oftsurgery.fold(model, adapter, strength=0.5, strength_mode="kohya")
+    with pytest.raises(StateError, match=r"2 strengths were given for 1 adapters.*one for each adapter"):
+        oftsurgery.fold(model, adapter, strength=[0.5, 0.2])
+
+
+def test_each_adapter_has_a_strength_of_its_own(write: Callable[..., Path]) -> None:
+    a = oftsurgery.load_adapter(write(TURNED))
+    b = oftsurgery.load_adapter(
+        write({"lycoris_a.oft_blocks": torch.randn(2, 4, 4), "lycoris_a.alpha": torch.tensor(0.0)})
+    )
+    model = model_of({"a.weight": torch.randn(8, 4)})
+    both = oftsurgery.fold(model, [a, b], strength=[0.5, 0.25])
+    after = oftsurgery.fold(oftsurgery.fold(model, a, strength=0.5), b, strength=0.25)
+    assert torch.allclose(both.a.weight, after.a.weight, atol=1e-6)  # type: ignore[union-attr, arg-type]
+    assert [(info.strength, info.strength_mode) for info in both.oftsurgery.adapters] == [
+        (0.5, "angle"),
+        (0.25, "angle"),
+    ]
+    scaled = oftsurgery.fold(model, [a.scaled(0.5), b.scaled(0.25)])
+    assert torch.allclose(both.a.weight, scaled.a.weight, atol=1e-6)  # type: ignore[union-attr, arg-type]
+
+
+def test_no_live_layer_computes_these_maps(write: Callable[..., Path]) -> None:
+    adapter = oftsurgery.load_adapter(write(TURNED))
+    with pytest.raises(AdapterError, match=r"no live layer for this kind of adapter \(diag-oft\).*fold the adapter"):
+        oftsurgery.wrap(model_of({"a.weight": torch.randn(8, 4)}), adapter)
