@@ -26,26 +26,13 @@ from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import format_by_names, read_weight
 from oftsurgery.formats.encoded_weight import EncodedWeight
-from oftsurgery.stores.image_layouts import pairs_of
 from oftsurgery.stores.skeleton import quiet, skeleton
+
+from .tool_names import Rows, ToolNames
 
 # transformers' model types whose linears are `Conv1D`, held (in, out); used where the class is not known
 _CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
-# the prefixes by which image tools name the component of a module
-_COMPONENT = re.compile(
-    r"^((lora|oft)_(unet|transformer|te\d?)_|lycoris_|(model\.)?diffusion_model\.|transformer\.|unet\.|text_encoder(_\d)?\."
-    r"|text_encoders\.\w+\.transformer\.)"
-)
-_OF_ENCODER, _OF_DENOISER = (
-    ("lora_te", "text_encoder"),
-    ("lora_unet_", "lora_transformer_", "oft_unet_", "unet.", "transformer."),
-)
-# the beginnings of names in checkpoints of image models in a single file
-_ENCODER_IN_FILE = re.compile(
-    r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.(transformer|model)\."
-)
-_IN_FILE = re.compile(rf"{_ENCODER_IN_FILE.pattern}|^(model\.)?diffusion_model\.")
 # the part of a tensor's name in a multimodal model up to the language model's own name
 _AROUND_TEXT = re.compile(r"^(.+\.)?(language_model|text_model)\.")
 
@@ -210,7 +197,10 @@ class LoadedCheckpoint:
         """
         found = self._place(name)
         if found is None:
-            found = self._by_image_tool(name)
+            path, _, leaf = name.rpartition(".")
+            rows = self.tool_names.rows(path)
+            found = f"{rows.paths[0]}.{leaf}" if rows is not None and rows.plain else None
+            found = found if found in self.sources else None
         if found is None and ".module." in f".{name}":  # DDP puts `module.` in front of the names of its module
             found = self._place(f".{name}".replace(".module.", ".").removeprefix("."))
         return found
@@ -225,39 +215,15 @@ class LoadedCheckpoint:
         prefix = f"{self.model.base_model_prefix}."
         return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._parts), None)
 
-    def _by_image_tool(self, name: str) -> str | None:
-        """The name here of a tensor as image tools write it: behind a component's prefix, flattened, in either layout."""
-        path, _, leaf = name.rpartition(".")
-        found = self._flattened.get(_COMPONENT.sub("", path).replace(".", "_"), set())
-        if path.startswith(_OF_DENOISER) or path.startswith(_OF_ENCODER):
-            found = {
-                p
-                for p in found
-                if (_ENCODER_IN_FILE.match(p) is not None) == path.startswith(_OF_ENCODER) or not _IN_FILE.match(p)
-            }
-        there = [f"{own}.{leaf}" for own in sorted(found) if f"{own}.{leaf}" in self.sources]
-        there.sort(key=lambda place: "clip_g" in place)  # after clip_l, in all tools
-        number = re.match(r"(?:lora_te|text_encoder_?)(\d?)[_.]", name)
-        if len(there) > 1 and number is not None:
-            there = there[int(number[1] or 1) - 1 :][:1]
-        return there[0] if len(there) == 1 else None
-
     @functools.cached_property
-    def _flattened(self) -> dict[str, set[str]]:
-        """``{flattened path: paths here}``; a path of the other layout counts where no path here is the same when flattened."""
-        weights = [name.removesuffix(".weight") for name in self.sources if name.endswith(".weight")]
-        own: dict[str, set[str]] = {}
-        for path in weights:
-            plain = _IN_FILE.sub("", path)
-            for alias in (path, plain, f"text_model.{plain}", plain.removeprefix("text_model.")):
-                own.setdefault(alias.replace(".", "_"), set()).add(path)
-        other: dict[str, set[str]] = {}
-        denoiser = {_IN_FILE.sub("", path): path for path in weights if not _ENCODER_IN_FILE.match(path)}
-        for pair in pairs_of(denoiser):
-            for here, there in ((pair.parts[0], pair.original), (pair.original, pair.parts[0])):
-                if len(pair.parts) == 1 and here in denoiser:
-                    other.setdefault(there.replace(".", "_"), set()).add(denoiser[here])
-        return other | own
+    def tool_names(self) -> ToolNames:
+        """The names here as image tools write them."""
+        return ToolNames(self.sources)
+
+    def rows(self, path: str) -> Rows | None:
+        """The rows that an adapter's module ``path`` means, of one weight or of several; None for an unknown name."""
+        place = self.place(f"{path}.weight")
+        return self.tool_names.rows(path) if place is None else Rows((place.removesuffix(".weight"),))
 
     def _in_language_model(self, name: str) -> str | None:
         """The name here of a language model's tensor, if ``name`` is the tensor's name in another class: a multimodal class has

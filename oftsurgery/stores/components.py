@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from oftsurgery.adapters.adapter import OFTAdapter
@@ -82,12 +83,19 @@ def _fitting(adapter: OFTAdapter, store: FolderStore) -> set[str]:
     except OFTSurgeryError:
         return set()
     fitting = {name for name, at in own.items() if store.shape(at) == tuple(adapter.saved[name].shape)}
-    for path, rotation in adapter.modules.items():
-        if f"{path}.weight" in found:
-            out, *rest = store.shape(found[f"{path}.weight"])
-            try:
-                rotation.check_fits((out, math.prod(rest)), path)
-            except OFTSurgeryError:
-                continue
-            fitting.add(path)
+    try:
+        others = store.meanings(path for path in adapter.modules if f"{path}.weight" not in found)
+    except OFTSurgeryError:
+        others = {}
+    for path, weight_map in adapter.modules.items():
+        if path in others and others[path].whole is None:
+            fitting.add(path)  # rows of a weight, or of several weights: the plan checks their sizes
+            continue
+        name = f"{others[path].whole}.weight" if path in others else found.get(f"{path}.weight")
+        if name is not None:
+            out, *rest = store.shape(name)
+            with suppress(OFTSurgeryError):
+                own_map = weight_map.for_layer(tuple(rest[1:]), path)
+                own_map.check_fits((out, math.prod(rest)), path)
+                fitting.add(path)
     return fitting

@@ -9,7 +9,7 @@ import pytest
 import torch
 from image_goldens import IMAGE, model_of, relative
 from models import quantise, state_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from warned import quietly
 
@@ -112,3 +112,37 @@ def test_two_modules_for_one_weight() -> None:
         model: nn.Module = model_of(layout(load_file(FLUX / "base.safetensors"), which))
         with pytest.raises(MatchError, match=r"two of the adapter's modules, .* are one module of the model"):
             oftsurgery.fold(model, adapter)
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file"])
+@pytest.mark.parametrize("which", ["original", "diffusers"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_hold_what_memory_holds(variant: str, which: str, kind: str, tmp_path: Path) -> None:
+    tensors = layout(load_file(FLUX / "base.safetensors"), which)
+    beginning = "" if kind == "folder" else "model.diffusion_model."
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if kind == "folder":
+        base, out = tmp_path / "base", tmp_path / "out"
+        base.mkdir()
+    save_file({beginning + n: t for n, t in tensors.items()}, base / FILE if kind == "folder" else base)
+    adapter = FLUX / variant / "adapter.safetensors"
+    undo = tmp_path / "fold.undo"
+    record = quietly(oftsurgery.fold_checkpoint, base, adapter, out, trained_on="plain", undo=undo)
+    folded = load_file(out / FILE if kind == "folder" else out)
+    in_memory = oftsurgery.fold(model_of(tensors), oftsurgery.load_adapter(adapter)).state_dict()
+    assert all(torch.equal(folded[beginning + n], t) for n, t in in_memory.items())
+    report = quietly(oftsurgery.verify_checkpoint, out, base, adapter)
+    assert report.ok, (report.verdict, report.wrong)
+    assert len(report.modules) == len(record.modules)
+    for way, given in (("base", base), ("undo", undo)):
+        back = tmp_path / f"{way} back.safetensors"
+        quietly(oftsurgery.unfold_checkpoint, out, back, **{way: given})
+        restored = load_file(back / FILE if kind == "folder" else back)
+        assert all(torch.equal(restored[beginning + n], t) for n, t in tensors.items())
+    # a wrong weight is seen
+    name = next(iter(record.modules)) + ".weight"
+    save_file(folded | {name: folded[name] * 1.01}, out / FILE if kind == "folder" else out)
+    assert name in quietly(oftsurgery.verify_checkpoint, out, base, adapter).wrong
+
+
+FILE = "diffusion_pytorch_model.safetensors"
