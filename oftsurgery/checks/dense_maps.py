@@ -17,6 +17,7 @@ from oftsurgery.adapters.boft import LycorisBoft, PeftBoft
 from oftsurgery.adapters.hra import Householder
 from oftsurgery.adapters.onetrainer import OneTrainerBlocks
 from oftsurgery.adapters.output_blocks import FinishedBlocks, FluxParts, OutputBlocks
+from oftsurgery.adapters.parts import RowParts, SwappedHalves
 from oftsurgery.adapters.road import Pairs
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.adapters.strength import AtStrength
@@ -33,6 +34,13 @@ def live_weight(
         kernel: ``(kh, kw)`` of a convolution, else empty.
         rotate: the same for a :class:`~oftsurgery.Rotation`, a rotation of peft.
     """
+    if isinstance(weight_map, RowParts):
+        pieces = torch.split(w, [rows for _, rows in weight_map.parts])
+        each = zip(pieces, weight_map.parts, strict=True)
+        return torch.cat([x if m is None else live_weight(x, m, kernel, rotate) for x, (m, _) in each])
+    if isinstance(weight_map, SwappedHalves):
+        half = len(w) // 2
+        return live_weight(w.roll(half, 0), weight_map.of, kernel, rotate).roll(half, 0)
     m, s, mode = weight_map, 1.0, "trainer"
     if isinstance(weight_map, AtStrength):
         m, s, mode = weight_map.of, weight_map.strength, weight_map.mode

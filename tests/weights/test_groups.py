@@ -14,6 +14,7 @@ from oftsurgery.adapters.hra import Householder
 from oftsurgery.adapters.output_blocks import OutputBlocks
 from oftsurgery.adapters.parts import RowParts, SwappedHalves
 from oftsurgery.adapters.weight_map import WeightMap
+from oftsurgery.checks import measures
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import WeightFormat
 from oftsurgery.weights.fold import fold_encoded, fold_group
@@ -64,6 +65,7 @@ def test_a_split_adapter_on_a_fused_weight(fused: str, variant: str, base: dict[
     folded = oftsurgery.fold_weight(weight, RowParts(parts))
     assert relative(folded, effective[f"original.{fused}.weight"]) < 2e-6
     assert relative(oftsurgery.unfold_weight(folded, RowParts(parts)), weight) < 1e-6
+    assert relative(measures.rotated(weight, [RowParts(parts)]), effective[f"original.{fused}.weight"]) < 1e-6
     half = RowParts(parts).at_strength(0.5, "lycoris")
     expected = torch.cat(
         [
@@ -89,6 +91,7 @@ def test_swapped_halves(variant: str, base: dict[str, Tensor]) -> None:
         folded = oftsurgery.fold_weight(base[name], here)
         assert relative(folded, effective[name]) < 2e-6
         assert relative(oftsurgery.unfold_weight(folded, here), base[name]) < 1e-6
+        assert relative(measures.rotated(base[name], [here]), effective[name]) < 1e-6
 
 
 def test_a_fused_rotation_of_the_inputs_is_each_parts_own() -> None:
