@@ -20,7 +20,17 @@ from pathlib import Path
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
 from .carried import PATTERNS, missing_in, never_copied
-from .layout import CONFIG, LAYOUTS, PIPELINE, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .layout import (
+    CONFIG,
+    LAYOUTS,
+    PIPELINE,
+    Layout,
+    layout_of,
+    no_checkpoint,
+    two_checkpoints,
+    weight_map_in,
+    without_other_variants,
+)
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # patterns of the files that a fold needs beside the weights
@@ -290,10 +300,11 @@ def find_checkpoint(
         place.fetch([ADAPTER_TENSORS])  # the repository holds an adapter; the caller's error says so
         return folder
     if (folder / PIPELINE).is_file():  # whose components all are a part of the output
-        names = (
-            name for name in place.names() if "/" in name and not name.startswith(tuple(f[:-1] for f in OTHER_FORMATS))
-        )
-        place.fetch([glob.escape(name) for name in names if not never_copied(name)])
+        other = tuple(pattern.removesuffix("*") for pattern in OTHER_FORMATS)
+        names = [
+            name for name in place.names() if "/" in name and not name.startswith(other) and not never_copied(name)
+        ]
+        place.fetch([glob.escape(name) for name in without_other_variants(names, variant)])
         return folder
     _fetch_what_it_names(place, folder)
     layout = layout_of(folder, variant)  # the weights are not downloaded yet, so a layout is found by its index

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,34 @@ def is_of_variant(name: str) -> bool:
     """Whether a file of weights belongs to a variant, by its name."""
     stems = "|".join(re.escape(layout.single.removesuffix(_WEIGHTS)) for layout in LAYOUTS)
     return re.fullmatch(rf"({stems})\.\w+(-\d+-of-\d+)?{re.escape(_WEIGHTS)}", name) is not None
+
+
+_FILE = re.compile(
+    r"(?:.*/)?(?:diffusion_pytorch_)?model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors"
+    r"|(?:.*/)?(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<index>\w+))?\.json"
+)
+
+
+def without_other_variants(names: Iterable[str], variant: str | None) -> list[str]:
+    """The files of these ``names``, with ``/``, without the weights of other variants: of each folder the weights of the ``variant``,
+    or else those without a variant's name, or else all.
+
+    >>> without_other_variants(["unet/model.safetensors", "unet/model.fp16.safetensors", "unet/config.json"], "fp16")
+    ['unet/model.fp16.safetensors', 'unet/config.json']
+    """
+    listed = list(names)
+    matches = {name: match for name in listed if (match := _FILE.fullmatch(name)) is not None}
+    of = {name: match["variant"] or match["index"] for name, match in matches.items()}
+    there: dict[str, set[str | None]] = {}
+    for name, own in of.items():
+        there.setdefault(name.rpartition("/")[0], set()).add(own)
+
+    def kept(name: str) -> bool:
+        found = there.get(name.rpartition("/")[0], set())
+        chosen = variant if variant in found else None
+        return name not in of or chosen not in found or of[name] == chosen
+
+    return [name for name in listed if kept(name)]
 
 
 #: the index of a pipeline of diffusers: the names and the classes of its components
