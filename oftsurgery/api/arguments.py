@@ -222,7 +222,8 @@ def opened_model(
     at = base_revision(source, revision, trained_at(adapters))
     folder = find_checkpoint(source, revision=at, variant=variant)
     if is_pipeline(folder):
-        return open_pipeline(folder, variant)
+        pipeline, named = open_pipeline(folder, variant), checkpoint_place(source, at).revision
+        return replace(pipeline, models={n: replace(m, revision=named) for n, m in pipeline.models.items()})
     _check_one_model(component, folder)
     return replace(open_checkpoint(folder, variant), revision=checkpoint_place(source, at).revision)
 

@@ -350,7 +350,8 @@ class _Run:
 
 def _facts_of_revision(source: Checkpoint) -> dict[str, str | None]:
     """The revision that was asked for of a Hub repository, and the commit that was folded; nothing for a local folder."""
-    facts = {"revision": source.revision, "commit": commit_of(source.folder)}
+    commits = (commit_of(folder) for folder in (source.folder, *source.folder.parents))
+    facts = {"revision": source.revision, "commit": next((commit for commit in commits if commit is not None), None)}
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
