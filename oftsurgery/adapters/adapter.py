@@ -213,7 +213,8 @@ class OFTAdapter:
         """Write a rotation of outputs as one ``.safetensors`` file of an image tool.
 
         >>> blocks = {"lora_unet_a.oft_blocks": torch.randn(4, 8, 8), "lora_unet_a.alpha": torch.tensor(0.01)}
-        >>> safetensors.torch.save_file(blocks, "style.safetensors")
+        >>> from safetensors.torch import save_file
+        >>> save_file(blocks, "style.safetensors")
         >>> oftsurgery.load_adapter("style.safetensors").save_for("comfyui", "style-comfyui.safetensors")
 
         Args:
