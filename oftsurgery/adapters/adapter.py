@@ -27,6 +27,7 @@ from .dialects import DIALECTS
 from .rotation import Rotation
 from .strength import AtStrength, StrengthMode, changes_nothing, check_strength
 from .targets import TARGETS
+from .to_image_tools import FORMS, ImageForm, image_tensors, metadata_of
 from .to_peft import CARRIED, config_and_tensors
 from .weight_map import WeightMap
 
@@ -207,6 +208,33 @@ class OFTAdapter:
         saving.write_adapter(folder, config, tensors, force=force)
         _warn_converted(residuals)
         return MappingProxyType(residuals)
+
+    def save_for(self, form: ImageForm, file: str | PathLike[str], *, force: bool = False) -> None:
+        """Write a rotation of outputs as one ``.safetensors`` file of an image tool.
+
+        >>> blocks = {"lora_unet_a.oft_blocks": torch.randn(4, 8, 8), "lora_unet_a.alpha": torch.tensor(0.01)}
+        >>> from safetensors.torch import save_file
+        >>> save_file(blocks, "style.safetensors")
+        >>> oftsurgery.load_adapter("style.safetensors").save_for("comfyui", "style-comfyui.safetensors")
+
+        Args:
+            form: ``"comfyui"``: ComfyUI and A1111's web UI compute at strength 1 what the trainer's live layers computed, with limits
+                and scales. ``"lycoris"``: LyCORIS 3.0 and later read the file.
+            file: the file to write.
+            force: replace the file.
+
+        Raises:
+            AdapterError: the form has no place for the adapter's maps: rotations of inputs, turned biases, a linear strength, a
+                scaled diag-oft with blocks of an odd size.
+            StateError: the file exists.
+            DiskError: the disk is full or read-only; nothing is left behind.
+        """
+        from . import saving
+
+        if form not in FORMS:
+            message = f"the form {printable(form)!r} is not known"
+            raise StateError(message, remedy=f"choose one of {', '.join(map(repr, FORMS))}, or save(folder) for peft")
+        saving.write_file(file, image_tensors(self, form), metadata_of(form), force=force)
 
     def __repr__(self) -> str:
         sizes = sorted({r.block_size for r in self.modules.values()})

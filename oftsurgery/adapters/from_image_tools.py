@@ -277,8 +277,10 @@ def _read_lycoris(own: Mapping[str, Tensor], file: _File) -> WeightMap:
     if blocks.ndim == 3:
         return OutputBlocks(blocks, alpha, "lycoris", scale, file.turns_bias)
     factors, n, b = blocks.shape[:3]
-    if b % 2 or n != 2 ** (n.bit_length() - 1) or factors > n.bit_length():
-        message = "BOFT needs blocks of an even size, a power of two of them, and at most log₂ n + 1 factors"
+    if b % 2 or n % 2 ** (factors - 1):
+        message = (
+            f"{factors} factors of BOFT need blocks of an even size, and a multiple of {2 ** (factors - 1)} of them"
+        )
         raise _misshapen(message, "oft_blocks", blocks)
     return LycorisBoft(blocks, alpha, scale, file.turns_bias)
 

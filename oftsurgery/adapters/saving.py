@@ -11,9 +11,29 @@ from typing import Any
 
 from torch import Tensor
 
+from oftsurgery.errors import StateError
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging
+from oftsurgery.files.writing import write_files
+
+
+def write_file(
+    path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, force: bool
+) -> None:
+    """Write a single safetensors file, whole or not at all.
+
+    Raises:
+        StateError: the file exists and ``force`` is not set, or its name is no safetensors file's.
+        DiskError: the file could not be written.
+    """
+    from safetensors.torch import save
+
+    destination = Path(path).expanduser()
+    if destination.suffix != ".safetensors":
+        message = "this form is one file, and the name is no safetensors file's"
+        raise StateError(message, path=destination, remedy="name a file: style.safetensors")
+    write_files({destination: save(dict(tensors), dict(metadata))}, force=force)
 
 
 def write_adapter(

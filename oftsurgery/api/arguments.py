@@ -18,8 +18,9 @@ from oftsurgery.adapters.dialects import Dialect
 from oftsurgery.adapters.reading import read_adapter
 from oftsurgery.adapters.strength import StrengthMode, check_strength
 from oftsurgery.errors import AdapterError, SourceWarning, StateError, printable, warn_caller
-from oftsurgery.files.checkpoint import Checkpoint, is_single_file, open_checkpoint, open_single_file
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint, open_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint, hub_id_of
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 from oftsurgery.files.pipeline import Pipeline, is_pipeline, open_pipeline
 from oftsurgery.formats.codecs import ROUNDINGS, Rounding

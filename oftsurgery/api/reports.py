@@ -10,9 +10,8 @@ from typing import Any
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
-from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import checkpoint_place
-from oftsurgery.files.layout import PIPELINE
+from oftsurgery.files.layout import PIPELINE, is_single_file
 from oftsurgery.files.reading import read_json, sizes_in
 from oftsurgery.files.writing import write_files
 from oftsurgery.records.record import FoldRecord

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_files import check_files
 from oftsurgery.errors import StateError
-from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.files.links import links_followed
 
 if TYPE_CHECKING:

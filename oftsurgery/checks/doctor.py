@@ -17,9 +17,8 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import find_adapter, read_adapter
-from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
-from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, variants_in
+from oftsurgery.files.layout import CONFIG, LAYOUTS, PIPELINE, is_single_file, variants_in
 from oftsurgery.files.pipeline import is_pipeline, open_pipeline
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 from oftsurgery.stores.components import split_adapters

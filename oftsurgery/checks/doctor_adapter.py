@@ -13,8 +13,8 @@ from oftsurgery.adapters.base_revision import base_revision, trained_at
 from oftsurgery.adapters.from_peft import parse_adapter
 from oftsurgery.adapters.reading import read_files
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.files.checkpoint import is_single_file
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 
 from .doctor_folds import obstacles, open_store
 from .doctor_weights import non_finite

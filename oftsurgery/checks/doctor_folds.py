@@ -22,8 +22,9 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.trained_on import TRAINED_ON
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import MatchError, share
-from oftsurgery.files.checkpoint import is_single_file, open_checkpoint, open_single_file
+from oftsurgery.files.checkpoint import open_checkpoint, open_single_file
 from oftsurgery.files.finding import find_checkpoint
+from oftsurgery.files.layout import is_single_file
 from oftsurgery.folding.disk_plan import plan_checkpoint
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs

@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import reduce
-from typing import Any
 
 import oftsurgery  # its names are imported when they are first used
 from oftsurgery.errors import StateError, printable, share
 
-from .arguments import PIPELINE_FLAGS, READING_FLAGS, AddCommand, Parser, Run, add_command, add_output_flags, keywords
+from .arguments import (
+    PIPELINE_FLAGS,
+    READING_FLAGS,
+    AddCommand,
+    Parser,
+    Run,
+    adapters_of,
+    add_command,
+    add_output_flags,
+    keywords,
+)
 from .printing import Row, print_table, wants_words
 
 
@@ -46,8 +55,15 @@ def _add_adapter_commands(adapter: Parser) -> None:
         parser.add_shared("--force", help="replace the output folder")
 
     verb("show", "print what an adapter does to each module", "ADAPTER", _adapter_show)
-    text = "write an adapter of any peft release as peft 0.21 reads it"
+    text = "write an adapter as peft 0.21 reads it, or as LyCORIS or ComfyUI read it"
     convert = verb("convert", text, "ADAPTER OUTPUT", _adapter_convert)
+    convert.add_argument(
+        "--to",
+        choices=("peft", "lycoris", "comfyui"),
+        default="peft",
+        help="form to write: peft's folder; a file that LyCORIS reads; or a file from which ComfyUI and the web UI compute at "
+        "strength 1 what the trainer computed (default: %(default)s)",
+    )
     output(convert)
     text = "multiply each angle of an adapter by a factor; -1 gives the inverse"
     scale = verb("scale", text, "ADAPTER 0.5 OUTPUT", _adapter_scale)
@@ -90,8 +106,11 @@ def _adapter_show(args: argparse.Namespace) -> None:
     if wants_words(args, facts):
         rows = []
         for path, m in facts["modules"].items():
-            blocks = f"{m['blocks']}×{m['block_size']}" + " shared" * m["shared"]
-            rows.append((path, m["side"], blocks, m["map"], m["angle"], m["defect"], "oft_s" if m["scale"] else ""))
+            count = f"{m['blocks']}×" if "blocks" in m else f"{m['factors']} factors, " if "factors" in m else ""
+            blocks = f"{count}{m['block_size']}" + " shared" * m.get("shared", False)
+            rows.append(
+                (path, m["side"], blocks, m["map"], m["angle"], m["defect"], "scaled" if m.get("scale") else "")
+            )
         print_table("module  side  blocks  map  angle:.4f  defect:.1e  scale", rows)
         print(f"dialect: {facts['dialect']}\nbase model: {facts['base_model']}\nfingerprint: {facts['fingerprint']}")
         if facts["saved"]:
@@ -99,7 +118,14 @@ def _adapter_show(args: argparse.Namespace) -> None:
 
 
 def _adapter_convert(args: argparse.Namespace) -> None:
-    _write_adapter(args, _loaded(args, dialect=args.dialect)[0])
+    adapter = _loaded(args)[0]
+    if args.to == "peft":
+        _write_adapter(args, adapter)
+        return
+    adapter.save_for(args.to, args.output, force=args.force)
+    facts = {"output": args.output, "form": args.to, "modules": len(adapter.modules)}
+    if wants_words(args, facts):
+        print(f"wrote {args.output}: {len(adapter.modules)} modules, for {args.to}")
 
 
 def _adapter_scale(args: argparse.Namespace) -> None:
@@ -117,10 +143,11 @@ def _adapter_blend(args: argparse.Namespace) -> None:
     _write_adapter(args, oftsurgery.blend(zip(_loaded(args), args.weights, strict=True)))
 
 
-def _loaded(args: argparse.Namespace, **named: Any) -> list[oftsurgery.OFTAdapter]:
-    """The adapters that a command was given, read with the options of :func:`oftsurgery.load_adapter` in ``named``."""
-    given = args.adapter if isinstance(args.adapter, list) else [args.adapter]
-    return [oftsurgery.load_adapter(place, subfolder=args.adapter_subfolder, **named) for place in given]
+def _loaded(args: argparse.Namespace) -> list[oftsurgery.OFTAdapter]:
+    """The adapters that a command was given."""
+    from oftsurgery.api.arguments import loaded_adapters
+
+    return loaded_adapters(adapters_of(args))
 
 
 def _write_adapter(args: argparse.Namespace, adapter: oftsurgery.OFTAdapter) -> None:

@@ -283,8 +283,8 @@ def add_config_flags(parser: Parser) -> None:
 
 def base_of(args: argparse.Namespace) -> str:
     """The base that a command was given, at ``--base-revision``, or else the base that the adapter's config names."""
-    from oftsurgery.files.checkpoint import is_single_file
     from oftsurgery.files.finding import checkpoint_place
+    from oftsurgery.files.layout import is_single_file
 
     if is_single_file(args.base):
         return str(args.base)

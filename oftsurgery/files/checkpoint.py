@@ -98,11 +98,6 @@ class Checkpoint:
         return {"files": {n: [s.st_size, s.st_mtime_ns] for n, s in stats.items()}, "config": dict(self.config)}
 
 
-def is_single_file(path: object) -> bool:
-    """Whether ``path`` names a file of safetensors."""
-    return str(path).endswith(".safetensors") and Path(str(path)).expanduser().is_file()
-
-
 def open_single_file(path: Path) -> Checkpoint:
     """Read the header of a checkpoint in a single file.
 

@@ -142,6 +142,11 @@ def without_other_variants(names: Iterable[str], variant: str | None) -> list[st
 PIPELINE = "model_index.json"
 
 
+def is_single_file(path: object) -> bool:
+    """Whether ``path`` names a file of safetensors."""
+    return str(path).endswith(".safetensors") and Path(str(path)).expanduser().is_file()
+
+
 def no_checkpoint(place: object, names: Collection[str], otherwise: str | None = None) -> CheckpointError:
     """The error for a folder or repository that holds files of these ``names`` and no weights that are read; the message is
     ``otherwise`` where the names tell nothing.

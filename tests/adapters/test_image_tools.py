@@ -279,7 +279,7 @@ REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], Mapping[str, A
         {},
         {},
         ShapeError,
-        "a power of two of them",
+        "2 factors of BOFT need blocks of an even size, and a multiple of 2 of them",
     ),
     "a scale of other rows": (
         TURNED | {"lycoris_a.rescale": torch.ones(9, 1)},

@@ -1,0 +1,78 @@
+"""Files for ComfyUI, the web UI and LyCORIS from the adapters of other tools: what the tools compute from these files is what the
+trainers' own live layers computed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from image_goldens import GOLDENS, Golden, model_of, relative
+
+import oftsurgery
+from oftsurgery import AdapterError, StateError
+from oftsurgery.adapters.output_blocks import OutputBlocks
+
+#: goldens of rotations of the outputs whose live layers leave the biases
+CONVERTIBLE = [
+    g
+    for g in GOLDENS
+    if not g.always
+    and g.folder.startswith(("kohya", "lycoris"))
+    and not g.folder.startswith(("lycoris-2.0", "kohya-sd-scripts-0.8.8"))
+    and "bypass" not in g.folder
+]
+
+
+@pytest.mark.parametrize("golden", CONVERTIBLE, ids=lambda g: g.folder)
+@pytest.mark.parametrize(("form", "mode"), [("comfyui", "comfyui"), ("comfyui", "webui"), ("lycoris", "angle")])
+def test_the_tools_compute_what_the_trainer_computed(golden: Golden, form: str, mode: str, tmp_path: Path) -> None:
+    adapter, effective, model = golden.adapter(), golden.effective(1), model_of(golden.base_tensors())
+    odd = any(getattr(m, "scale", None) is not None and m.block_size % 2 for m in adapter.modules.values())
+    if odd and form == "comfyui":
+        with pytest.raises(AdapterError, match="needs blocks of an even size"):
+            adapter.save_for("comfyui", tmp_path / "new.safetensors")
+        return
+    adapter.save_for(form, tmp_path / "new.safetensors")  # type: ignore[arg-type]
+    new = oftsurgery.load_adapter(tmp_path / "new.safetensors")
+    assert new.dialect == "lycoris"
+    assert all(name.startswith("lora_unet_" if form == "comfyui" else "lycoris_") for name in new.modules)
+    folded = oftsurgery.fold(model, new, strength_mode=mode).state_dict()
+    for name, exact in (effective or {}).items():
+        assert relative(folded[name], exact) <= 2e-6, name
+
+
+def test_a_strength_is_kept_where_it_is_a_rotation(tmp_path: Path) -> None:
+    golden = next(g for g in GOLDENS if g.folder == "lycoris-4.1.3/diag-oft_rescaled")
+    half = golden.adapter().at_strength(0.5)
+    half.save_for("comfyui", tmp_path / "half.safetensors")
+    model = model_of(golden.base_tensors())
+    one = oftsurgery.fold(model, oftsurgery.load_adapter(tmp_path / "half.safetensors"), strength_mode="comfyui")
+    other = oftsurgery.fold(model, half)
+    assert all(relative(t, other.state_dict()[name]) < 1e-6 for name, t in one.state_dict().items())
+    with pytest.raises(AdapterError, match=r"no place for this map \(steps of the output side\)"):
+        golden.adapter().at_strength(0.5, "linear").save_for("comfyui", tmp_path / "linear.safetensors")
+
+
+def test_what_has_no_place(tmp_path: Path) -> None:
+    file = tmp_path / "new.safetensors"
+    onetrainer = next(g for g in GOLDENS if g.folder == "onetrainer-2026-08/block8").adapter()
+    with pytest.raises(
+        AdapterError, match=r"no place for this map \(OFT of OneTrainer of the input side\).*fold the adapter"
+    ):
+        onetrainer.save_for("comfyui", file)
+    turned = next(g for g in GOLDENS if "0.8.8" in g.folder).adapter()
+    with pytest.raises(AdapterError, match=r"turned biases, which this form does not store.*bias='kept' on purpose"):
+        turned.save_for("lycoris", file)
+    adapter = oftsurgery.OFTAdapter({"oft_unet_a": OutputBlocks(torch.randn(2, 4, 4), 0.1, "kohya")}, dialect="kohya")
+    with pytest.raises(StateError, match="the form 'forge' is not known"):
+        adapter.save_for("forge", file)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="no safetensors file's"):
+        adapter.save_for("comfyui", tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
+    adapter.save_for("comfyui", file)
+    with pytest.raises(StateError, match="exists"):
+        adapter.save_for("comfyui", file)
+    with pytest.raises(AdapterError, match=r"the adapter's map \(diag-oft\) is none that peft 0\.21 can store"):
+        adapter.save(tmp_path / "peft")
