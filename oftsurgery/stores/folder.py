@@ -26,12 +26,12 @@ from oftsurgery.records.record_file import record_beside
 
 from .adaptable import adaptable_of
 from .conversion import Unit, check_known
-from .flat_names import Meaning
 from .idle import is_idle
 from .image_models import is_of_diffusers
 from .image_names import ImageNames
 from .layers import Layer
 from .layouts import find_names
+from .meaning import Meaning
 from .naming import architecture_of, locate
 from .resizing import resized
 from .single_file import SingleFileNames

@@ -11,8 +11,8 @@ from functools import cached_property
 
 from oftsurgery.errors import MatchError, printable
 
-from .flat_names import Meaning
 from .image_layouts import pairs_of
+from .meaning import Meaning
 
 #: prefixes of a denoiser's modules
 DENOISER = (

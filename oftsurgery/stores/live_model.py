@@ -17,11 +17,11 @@ from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.records.record import FoldRecord
 
 from .adaptable import adaptable_of
-from .flat_names import Meaning
 from .idle import is_idle
 from .image_names import ImageNames
 from .layers import Layer
 from .layouts import find_names, is_encoder, layouts_of, names_in_model
+from .meaning import Meaning
 from .modules import inner_model, modules_of, shells_of, tensors_in
 from .resizing import resized
 from .skeleton import quiet

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from oftsurgery.errors import MatchError, printable
 
-from .flat_names import Meaning
 from .image_names import DENOISER, ENCODER, ImageNames
+from .meaning import Meaning
 
 T = TypeVar("T")
 

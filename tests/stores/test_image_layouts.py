@@ -14,9 +14,9 @@ from torch import Tensor
 
 import oftsurgery
 from oftsurgery.folding.chains import part_rows
-from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.stores.image_layouts import Pair, pairs_of
 from oftsurgery.stores.image_names import ImageNames
+from oftsurgery.stores.meaning import Meaning
 
 #: file of names → (layers_per_block of a U-Net, or None)
 FAMILIES = {"flux_transformer": None, "sd3_transformer": None, "sd15_unet": 2, "sdxl_unet": 2}
