@@ -142,7 +142,7 @@ def _against_base(adapter: OFTAdapter, base: Store, folded: Store, record: FoldR
                 raise MatchError(message, module=path, remedy=remedy)
             own = adapter.saved.get(f"{path}.weight")  # the live layer rotates the adapter's own values
             before = before if own is None else codecs.dense(own)
-            shape = base.shape(f"{path}.weight")
+            shape = base.shape(base.locate([f"{path}.weight"]).get(f"{path}.weight", f"{path}.weight"))
             rotation = rotation.for_layer(tuple(shape[2:]) if len(shape) == 4 else (), path).resolved()
             rotation.check_fits((before.format.shape[0], before.format.shape[1]), path)
             finding, part = _judge_weight(path, rotation, before, after)
