@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.parts import RowParts, SwappedHalves
-from oftsurgery.adapters.weight_map import WeightMap
+from oftsurgery.adapters.weight_map import TRAINED_ON, WeightMap
 from oftsurgery.errors import MatchError, ShapeError, printable
 from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.weights.fold import in_weight_order
@@ -179,4 +179,44 @@ def turned_biases(
         for r in in_weight_order(chain, inverse=inverse):
             whole = r.unfold_bias(whole) if inverse else r.fold_bias(whole)
         found |= dict(zip(names, torch.split(whole, [len(b) for b in there]), strict=True))
+    return found
+
+
+def summed(
+    adapters: Sequence[OFTAdapter],
+    meanings: Mapping[str, Meaning],
+    tensor: Callable[[str], Tensor | None],
+    *,
+    inverse: bool,
+) -> dict[str, Tensor]:
+    """``{name of a tensor: its new values}`` of the tensors to which adapters add their own (normalisation layers).
+
+    Raises:
+        MatchError: the model has no such tensor.
+        ShapeError: the values do not fit.
+    """
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        factor = -adapter.strength if inverse else adapter.strength
+        for given, values in adapter.sums.items():
+            module, _, leaf = given.rpartition(".")
+            meaning = meanings[module]
+            if len(meaning.modules) > 1 or meaning.part is not None or meaning.swapped:
+                message = "the adapter adds to a tensor whose rows the model holds otherwise"
+                raise MatchError(
+                    message, tensor=given, path=adapter.source, remedy="use the base that the adapter was trained on"
+                )
+            name = f"{meaning.modules[0]}.{leaf}"
+            old = found.get(name, tensor(name))
+            if old is None:
+                message = "the adapter adds to a tensor that the model does not have"
+                raise MatchError(
+                    message, tensor=given, path=adapter.source, remedy="use the base that the adapter was trained on"
+                )
+            if old.shape != values.shape:
+                message, expected = "what the adapter adds does not fit the model's tensor", tuple(old.shape)
+                raise ShapeError(message, tensor=given, shape=tuple(values.shape), expected=expected, remedy=TRAINED_ON)
+            found[name] = old.to(torch.promote_types(old.dtype, torch.float32)) + factor * values.to(
+                old.device, torch.float32
+            )
     return found
