@@ -33,12 +33,13 @@ from torch import Tensor
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
+from oftsurgery.formats.codecs import Grid
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
 from .blockwise import FoldedWeight
 from .pool import start
 
-__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "use_backend"]
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "sweep", "use_backend"]
 
 T = TypeVar("T")
 
@@ -161,6 +162,13 @@ def fold(
     blocks = [(r, r.blocks.to(device)) for r in order]
     tiles = tiled.fold(encoded, into, blocks, rounding, inverse=inverse)
     return None if tiles is None else replace(tiles, backend="tiled")
+
+
+def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Tensor) -> Tensor | None:
+    """:func:`oftsurgery.weights.sweep.sweep` by the CPU's kernel; None where the kernel does not serve."""
+    if points.device.type != "cpu" or _choice() not in (None, "numba"):
+        return None
+    return _serve("numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored))
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oftsurgery.formats.codecs import Grid
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import preserve
@@ -20,7 +21,7 @@ from oftsurgery.weights.cpu_kernels.compiled import kernel
 from oftsurgery.weights.cpu_kernels.compiled import prepare as prepare_kernels
 
 from . import blockwise
-from .pool import run
+from .pool import run, threads
 
 #: bytes of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
@@ -424,6 +425,26 @@ def quantise_scales(
         if moments is not None:
             error, held = blockwise.nested_error(into, scales, statistics, moments[:3].t())
     return statistics, error, held
+
+
+def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Tensor) -> Tensor | None:
+    """:func:`oftsurgery.weights.sweep.sweep`; None for a number of rows that the kernel does not take."""
+    (columns, rows), lanes = points.shape, layout.LANES
+    if rows % lanes:
+        return None
+    table = torch.cat([grid.levels, grid.bounds])
+    chosen = torch.empty_like(points)
+    given = [t.contiguous() for t in (stored, scales, matrix)]
+    head = [_word(t) for t in (points, *given, table, len(grid.levels), chosen, columns, rows)]
+    tasks = min(threads(), rows // lanes)
+    each = -(-rows // (lanes * tasks)) * lanes
+    apply = kernel("sweep")
+
+    def task(i: int) -> None:
+        apply(*head, i * each, min(i * each + each, rows), _scratch(4 * lanes * (columns + 2)))
+
+    run(task, -(-rows // each))
+    return chosen.to(torch.int32)
 
 
 def _word(value: Any) -> int:

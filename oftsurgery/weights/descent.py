@@ -1,0 +1,96 @@
+"""Coordinate descent on what a calibration makes least: ``tr(Δ H Δᵀ)`` with Δ = stored - exact, over codes and scales.
+
+With all other weights of a row fixed, the error is a parabola in one weight v_j, whose lowest point is
+
+    v_j - (Δ H)_j / H_jj.
+
+The level nearest to this point is the best level, so a step never raises the error; a sweep visits each column once. With
+all levels ℓ of a row fixed, the error is a quadratic in the scales s of the row's blocks, which is least where
+
+    A s = r,    A_bc = Σ_{j∈b, k∈c} ℓ_j H_jk ℓ_k,    r_b = Σ_{j∈b} ℓ_j (w H)_j.
+
+The functions are pure and use no random number: equal inputs give equal codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oftsurgery.formats.encoded_weight import EncodedWeight
+
+from .sweep import GROUP, Rows, in_weight_order, order_of, sweep
+
+#: number of rows whose systems of equations are in memory at once
+_ROWS = 256
+
+
+def quadratic(rows: Rows, hessian: Tensor, numbers: Tensor) -> float:
+    """The error ``tr(Δ H Δᵀ)``."""
+    difference = rows.values(numbers) - rows.exact
+    return float(((difference @ hessian).to(torch.float64) * difference).sum())
+
+
+def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) -> Tensor:
+    """The numbers of the levels after ``sweeps`` sweeps from ``numbers``, or after fewer where nothing changes any more.
+
+    Args:
+        hessian: ``(in, in)`` float32, positive semidefinite, damped.
+        numbers: ``(out, in)``.
+        sweeps: the most sweeps over the columns.
+    """
+    order = order_of(hessian)
+    h = hessian[order][:, order]
+    size = h.diagonal().unsqueeze(1)
+    moves = torch.where(size.t() > 0, -h / size.t(), 0.0)  # a change of column j moves the lowest point of column k
+    scales, exact, stored = (t[:, order].t().contiguous() for t in (rows.scales, rows.exact, rows.values(numbers)))
+    chosen = numbers.t()[order].contiguous()  # (in, out), as the other matrices are: a column is contiguous
+    gradient = h @ (stored - exact)
+    for _ in range(sweeps):
+        before = chosen.clone()
+        for begin in range(0, len(order), GROUP):
+            group = slice(begin, begin + GROUP)
+            points = torch.where(size[group] > 0, stored[group] - gradient[group] / size[group], stored[group])
+            chosen[group] = sweep(rows.grid, points, scales[group], moves[group, group], stored[group])
+            gradient.addmm_(h[:, group], points)  # the points have become changes
+            stored[group] = rows.grid.levels[chosen[group]] * scales[group]
+        if torch.equal(chosen, before):
+            break
+    return in_weight_order(chosen, order)
+
+
+def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor) -> EncodedWeight:
+    """``start`` with the scales that err least for the levels ``numbers``, all scales of a row together.
+
+    Double quantisation rounds the new scales, so the error can become larger: the caller compares. The scales of a weight
+    whose 4-bit blocks lie on two rows stay.
+    """
+    f, old = start.format, rows.grid.scales
+    features = f.shape[1]
+    if features % rows.grid.blocksize:
+        return start
+    scales = old.reshape(len(rows.exact), -1).clone()
+    levels = rows.grid.levels[numbers]
+    for begin in range(0, len(scales), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        scales[part] = _best_scales(levels[part], scales[part], rows.exact[part], hessian)
+    return EncodedWeight(f, {**start.tensors, **f.kind.statistics(scales.reshape(-1), f)})
+
+
+def _best_scales(levels: Tensor, scales: Tensor, exact: Tensor, hessian: Tensor) -> Tensor:
+    """The solutions s of ``A s = r``, ``(rows, blocks)``; a row keeps its ``scales`` if a solution is not positive."""
+    rows, blocks = scales.shape
+    size = levels.shape[1] // blocks
+
+    def sums(products: Tensor) -> Tensor:
+        return products.reshape(rows, blocks, size).sum(2).to(torch.float64)
+
+    parts = [slice(b * size, (b + 1) * size) for b in range(blocks)]
+    a = torch.stack([sums((levels[:, own] @ hessian[own]) * levels) for own in parts], dim=1)
+    old = scales.to(torch.float64)
+    missing = sums((exact @ hessian) * levels) - (a @ old.unsqueeze(2)).squeeze(2)
+    # the small part of the diagonal decides where the codes of a block are all zero: its scale stays
+    a.diagonal(dim1=1, dim2=2).add_(1e-6 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
+    new = (old + torch.linalg.solve(a, missing)).to(scales.dtype)
+    good = (torch.isfinite(new) & ((new > 0) | (scales == 0))).all(1, keepdim=True)
+    return torch.where(good, new, scales)
