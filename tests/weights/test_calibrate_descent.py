@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_descent_goes_down_to_where_no_single_code_helps(name: str) -> None:
         if torch.equal(before, numbers):
             break
     assert torch.equal(before, numbers)
-    assert all(b < a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.7 * errors[0]
     # every other code of every weight, by brute force
     h, difference = hessian.double(), rows.values(numbers).double() - exact.double()

@@ -30,10 +30,9 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.levels import LEVELS
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.weights.calibrate import DAMPINGS, LayerInputs, best_damping, fold_calibrated, make_least
-from oftsurgery.weights.descent import descend, quadratic, refit
-from oftsurgery.weights.sweep import Rows, damp
 from oftsurgery.weights import sweep
+from oftsurgery.weights.calibrate import LayerInputs, fold_calibrated, make_least
+from oftsurgery.weights.sweep import Rows, damp
 
 FORMATS = {
     "nf4": WeightFormat("nf4", (24, 128), blocksize=64),
