@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
-from oftsurgery.calibrate.checkpoint import calibrated_paths, checkpoint_inputs
+from oftsurgery.calibrate.checkpoint import calibrated_jobs, checkpoint_inputs
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
@@ -79,7 +79,7 @@ def plan_fold(
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
     if mode == "calibrated":
-        calibrated_paths(plan)
+        calibrated_jobs(plan)
     return plan
 
 

@@ -192,9 +192,9 @@ def _calibrator(
     with shown(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
-            paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
-            check_wanted(paths)
-            return Calibration(model, plan.adapters, paths, batches, progress=step)
+            jobs = {r.path: (r.chain, r.format) for r in plan.rotate if r.takes_inputs(r.format)}
+            check_wanted(jobs)
+            return Calibration(model, plan.adapters, list(jobs), batches, progress=step, jobs=jobs)
 
         yield calibrate
 

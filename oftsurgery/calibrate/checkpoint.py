@@ -17,6 +17,7 @@ from oftsurgery.stores.skeleton import quiet, readable_config
 from oftsurgery.weights.calibrate import InputsOf
 
 from .batches import TRANSFORMERS, Batch, batches_on
+from .block_folds import Job
 from .layer_inputs import Calibration, check_wanted
 
 
@@ -32,25 +33,27 @@ def checkpoint_inputs(
         CalibrationError: transformers does not know the model's class, or cannot load the checkpoint.
         MissingDependencyError: transformers is not installed.
     """
-    wanted = calibrated_paths(plan)
+    jobs = calibrated_jobs(plan)
 
     @cache
     def calibration() -> Calibration:
         adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
-        return Calibration(load_model(plan, device), adapters, wanted, batches_on(batches, device), progress=progress)
+        moved = batches_on(batches, device)
+        return Calibration(load_model(plan, device), adapters, list(jobs), moved, progress=progress, jobs=jobs)
 
     return lambda path: calibration()(path)
 
 
-def calibrated_paths(plan: CheckpointPlan) -> list[str]:
-    """The modules' paths in the model whose rounding a calibration decides.
+def calibrated_jobs(plan: CheckpointPlan) -> dict[str, Job]:
+    """The modules' paths in the model whose rounding a calibration decides, and what becomes of each module.
 
     Raises:
         StateError: there is none.
     """
-    wanted = [p.rotate.path for p in plan.parts if p.rotate is not None and p.rotate.takes_inputs(p.into)]
-    check_wanted(wanted)
-    return wanted
+    rotated = [(p.rotate, p.into) for p in plan.parts if p.rotate is not None]
+    jobs: dict[str, Job] = {rotate.path: (rotate.chain, into) for rotate, into in rotated if rotate.takes_inputs(into)}
+    check_wanted(jobs)
+    return jobs
 
 
 def load_model(plan: CheckpointPlan, device: str) -> nn.Module:

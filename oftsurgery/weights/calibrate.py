@@ -53,19 +53,42 @@ class LayerInputs:
         hessian: ``XᵀX`` of the inputs X, ``(in, in)`` float32.
         tokens: number of rows of X.
         held_out: other inputs, ``(n, in)`` float32, which are not in X.
+        drift: ``(Y - X)ᵀ X``, ``(in, in)``, where Y are the same inputs in the live model, and X the inputs in the model whose
+            earlier blocks are folded; None where X are the inputs in the live model.
+        live: ``held_out`` in the live model; None where ``drift`` is None.
     """
 
     hessian: Tensor
     tokens: int
     held_out: Tensor
+    drift: Tensor | None = None
+    live: Tensor | None = None
 
 
-#: function from a layer's path to its inputs, or None for a layer without inputs
-InputsOf = Callable[[str], LayerInputs | None]
+@dataclass(frozen=True, eq=False)
+class FoldedAlready:
+    """A weight that a calibration has folded itself, because the inputs of later layers depend on it.
+
+    Attributes:
+        before: the fingerprint of the weight before the fold.
+        folded: the folded weight.
+        again: function that gives the layer's inputs, for another weight.
+    """
+
+    before: str
+    folded: FoldedWeight
+    again: Callable[[], LayerInputs | None]
+
+
+#: function from a layer's path to its inputs or to the folded weight, or None for a layer without inputs
+InputsOf = Callable[[str], LayerInputs | FoldedAlready | None]
 
 
 def fold_calibrated(
-    encoded: EncodedWeight, chain: Sequence[Rotation], into: WeightFormat, inputs: LayerInputs | None
+    encoded: EncodedWeight,
+    chain: Sequence[Rotation],
+    into: WeightFormat,
+    inputs: LayerInputs | FoldedAlready | None,
 ) -> FoldedWeight:
     """:func:`~oftsurgery.weights.fold.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
 
@@ -78,6 +101,10 @@ def fold_calibrated(
         into: format of the result; a dense format has no codes to choose.
         inputs: inputs of this layer, without the rotation; None for a layer without inputs.
     """
+    if isinstance(inputs, FoldedAlready):
+        if inputs.before == encoded.fingerprint and inputs.folded.encoded.format == into:
+            return inputs.folded
+        inputs = inputs.again()
     plain = fold_encoded(encoded, chain, into, "preserve")
     if not into.quantised:
         return plain
@@ -88,7 +115,8 @@ def fold_calibrated(
         base = codecs.decode(encoded)
         exact = rotate_chain(base, chain).to(torch.float32)
         held_out = inputs.held_out.to(device)
-        reference = held_out @ exact.t()
+        live = held_out if inputs.live is None else inputs.live.to(device)
+        reference = live @ exact.t()
         if not bool(reference.any()):
             return replace(
                 plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
@@ -100,7 +128,8 @@ def fold_calibrated(
         before = judge(plain.encoded)
         nearest = before if plain.rounding == "nearest" else judge(codecs.encode(exact, into))
         plain = replace(plain, output_error=before, output_nearest=nearest)
-        new = make_least(exact, plain.encoded, inputs.hessian.to(device), held_out)
+        drift = None if inputs.drift is None else inputs.drift.to(device)
+        new = make_least(exact, plain.encoded, inputs.hessian.to(device), held_out, live, drift)
         if new is None:
             return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
         after = judge(new)
@@ -120,7 +149,14 @@ def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor)
     return float((got * change).sum()) / size if size else None
 
 
-def make_least(exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: Tensor) -> EncodedWeight | None:
+def make_least(
+    exact: Tensor,
+    start: EncodedWeight,
+    hessian: Tensor,
+    held_out: Tensor,
+    live: Tensor | None = None,
+    drift: Tensor | None = None,
+) -> EncodedWeight | None:
     """``start`` with codes and scales that make the error of the outputs small.
 
     Args:
@@ -128,6 +164,7 @@ def make_least(exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: T
         start: ``exact`` as it is stored: a quantised format and its statistics.
         hessian: ``XᵀX`` of the layer's inputs, ``(in, in)``.
         held_out: other inputs, ``(n, in)``, which choose the damping.
+        live, drift: as in :class:`LayerInputs`.
 
     Returns:
         the weight; None if the damped Hessian is not positive definite in float64 either (inputs that are all zero …).
@@ -143,11 +180,13 @@ def make_least(exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: T
             expected=(features, features),
             remedy="give XᵀX of this layer's own inputs",
         )
-    values = Rows.of(start, exact)
-    damping = best_damping(values, hessian, held_out)
+    live = held_out if live is None else live
+    damping = best_damping(Rows.of(start, exact), hessian, held_out, live, drift)
     if damping is None:
         return None
     damped = damp(hessian, damping)
+    exact = target(exact, damped, drift)
+    values = Rows.of(start, exact)
     numbers = compensate(values, damped)
     assert numbers is not None  # noqa: S101 - the choice of the damping has swept with this Hessian
     numbers = descend(values, damped, numbers)
@@ -159,7 +198,23 @@ def make_least(exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: T
     return codecs.with_levels(start, numbers)
 
 
-def best_damping(rows: Rows, hessian: Tensor, held_out: Tensor) -> float | None:
+def target(exact: Tensor, hessian: Tensor, drift: Tensor | None) -> Tensor:
+    """The weight W* that is rounded in place of the exact weight W where the inputs X have drifted from the live inputs Y.
+
+    ``‖X Vᵀ - (X + ½ (Y - X)) Wᵀ‖²`` is least at ``W* = W + ½ W (Y - X)ᵀX (XᵀX)⁻¹``, which makes up for half of the drift. With
+    the whole drift as the aim, W* would follow the calibration's own texts too closely.
+    """
+    if drift is None:
+        return exact
+    factor, failed = torch.linalg.cholesky_ex(hessian)
+    if int(failed):
+        return exact
+    return exact + 0.5 * torch.cholesky_solve((exact @ drift).t(), factor).t()
+
+
+def best_damping(
+    rows: Rows, hessian: Tensor, held_out: Tensor, live: Tensor, drift: Tensor | None = None
+) -> float | None:
     """The damping with the least error of some rows' outputs on the held-out inputs; None if no Hessian can be factorised.
 
     The search begins at the middle of the list, and goes to the better neighbour until no neighbour is better.
@@ -167,12 +222,18 @@ def best_damping(rows: Rows, hessian: Tensor, held_out: Tensor) -> float | None:
     count = min(_TRIED_ROWS, len(rows.exact))
     tried = rows.some(torch.linspace(0, len(rows.exact) - 1, count, device=hessian.device).to(torch.int64))
 
+    outputs = live @ tried.exact.t()
+
     @cache
     def error(i: int) -> float:
-        numbers = compensate(tried, damp(hessian, DAMPINGS[i])) if 0 <= i < len(DAMPINGS) else None
+        if not 0 <= i < len(DAMPINGS):
+            return math.inf
+        damped = damp(hessian, DAMPINGS[i])
+        aimed = replace(tried, exact=target(tried.exact, damped, drift))
+        numbers = compensate(aimed, damped)
         if numbers is None:
             return math.inf
-        return float((held_out @ (tried.values(numbers) - tried.exact).t()).square().sum())
+        return float((held_out @ tried.values(numbers).t() - outputs).square().sum())
 
     at = len(DAMPINGS) // 2
     while (better := min((at, at - 1, at + 1), key=error)) != at:

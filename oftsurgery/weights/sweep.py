@@ -113,7 +113,7 @@ def _unit_factor(hessian: Tensor, order: Tensor) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(hessian[back][:, back].to(dtype))
         if int(failed):
             continue
-        factor = (lower / lower.diagonal()).flip(0, 1).to(torch.float32)
+        factor: Tensor = (lower / lower.diagonal()).flip(0, 1).to(torch.float32)
         if bool(torch.isfinite(factor).all()):
             return factor
     return None

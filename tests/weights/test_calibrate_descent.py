@@ -144,7 +144,7 @@ def test_few_tokens_are_damped_more() -> None:
     few, many = other[:60], other
     _, _, _, held_out = case("nf4", tokens=500)
     held_out = held_out[60:]
-    parts = [best_damping(Rows.of(start, exact), x.t() @ x, held_out) for x in (few, many)]
+    parts = [best_damping(Rows.of(start, exact), x.t() @ x, held_out, held_out) for x in (few, many)]
     assert None not in parts
     assert set(parts) <= set(DAMPINGS)
     assert parts[0] > parts[1]  # type: ignore[operator]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError
-from oftsurgery.calibrate import layer_inputs
+from oftsurgery.calibrate import layer_inputs, recorder
 from oftsurgery.calibrate.batches import read_batches
 from oftsurgery.folding.engine import _warn_of_rounding as warn_of_rounding
 from oftsurgery.folding.plan import plan_changes
@@ -429,7 +429,7 @@ def test_two_adapters_are_calibrated_on_their_chain(
 def test_where_it_is_worse_on_held_out_inputs_the_layer_falls_back(adapter: Path) -> None:
     """What is gathered lies in a few directions that what is held out avoids: learnt by heart, of no use."""
     count = 16
-    held_out = layer_inputs.held_out_sequences(count)
+    held_out = recorder.held_out_sequences(count)
     assert int(held_out.sum()) == 2
     known = torch.randn(8, 128)
     sequences = [
@@ -539,7 +539,7 @@ def test_inputs_are_those_of_the_live_layers_without_padding_and_without_what_is
         batch["attention_mask"] = (torch.arange(24) < lengths.unsqueeze(1)).to(torch.int64)
     found = gathered(model, adapter, data)
     assert found["idle"] is None
-    held_out = layer_inputs.held_out_sequences(24)
+    held_out = recorder.held_out_sequences(24)
     assert int(held_out.sum()) == 3
     for path in ("q", "v", "down"):
         sequences = [x for batch in listened(model, adapter, data, path) for x in batch]
@@ -620,12 +620,12 @@ def test_a_single_sequence_is_divided_by_tokens(adapter: Path) -> None:
 
 
 def test_held_out_inputs_are_bounded_and_from_all_sequences(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_inputs, "HELD_OUT_TOKENS", 40)
+    monkeypatch.setattr(recorder, "HELD_OUT_TOKENS", 40)
     data = [{"hidden": torch.full((4, 100, 128), float(i + 1))} for i in range(10)]
     found = gathered(build(), adapter, data)["q"]
     assert found is not None
     assert len(found.held_out) <= 40
-    held = {i // 4 + 1 for i in layer_inputs.held_out_sequences(40).nonzero().flatten().tolist()}
+    held = {i // 4 + 1 for i in recorder.held_out_sequences(40).nonzero().flatten().tolist()}
     assert {int(row[0]) for row in found.held_out} == held
     assert len(held) > 2
 

@@ -168,7 +168,8 @@ def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Te
     """:func:`oftsurgery.weights.sweep.sweep` by the CPU's kernel; None where the kernel does not serve."""
     if points.device.type != "cpu" or _choice() not in (None, "numba"):
         return None
-    return _serve("numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored))
+    done: Tensor | None = _serve("numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored))
+    return done
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:

@@ -1,0 +1,221 @@
+"""A :class:`BlockFolds` folds the layers of a model's blocks in the order in which the model calls the blocks.
+
+The inputs of a layer are those in the model whose earlier blocks are folded, and the aim are the live model's outputs, so a
+block makes up for a part of what the blocks before it lost. The memory holds the inputs of one block's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oftsurgery import rotations
+from oftsurgery.adapters.rotation import Rotation
+from oftsurgery.formats import codecs
+from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
+from oftsurgery.stores.layers import Layer
+from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs, fold_calibrated
+from oftsurgery.weights.fold import rotate_chain
+
+from .batches import Batch
+from .blocks import Call, are_chained, block_paths, first_call, hidden_of, running, weights_of
+from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite
+
+#: the chain of rotations of a layer, and the format of its folded weight
+Job = tuple[Sequence[Rotation], WeightFormat]
+
+
+@dataclass(eq=False)
+class _Pair:
+    """The inputs of one layer, or of layers with the same inputs, in the folded and in the live model."""
+
+    hessian: Tensor
+    drift: Tensor | None
+    tokens: int = 0
+    held_out: list[Tensor] = field(default_factory=list)
+    live: list[Tensor] = field(default_factory=list)
+
+    def add(self, own: tuple[Tensor, Tensor], live: tuple[Tensor, Tensor]) -> None:
+        """Add rows of inputs that are summed up, and rows that are held out."""
+        x, y = (rows[0].to(torch.float32) for rows in (own, live))
+        if own[0].shape != live[0].shape or own[1].shape != live[1].shape:
+            self.drift = None  # the layer is one of several experts, and takes other tokens in the folded model
+        with rotations.full_precision(x.device.type):
+            self.hessian.addmm_(x.t(), x)
+            if self.drift is not None:
+                self.drift.addmm_((y - x).t(), x)
+        self.tokens += x.shape[0]
+        for kept, rows in ((self.held_out, own[1]), (self.live, live[1])):
+            kept.append(rows.to(torch.float32, copy=True))
+
+    def inputs(self, path: str) -> LayerInputs:
+        held_out, live = (torch.cat(rows)[:HELD_OUT_TOKENS] for rows in (self.held_out, self.live))
+        check_finite(path, self.hessian, held_out)
+        if self.drift is None:
+            return LayerInputs(self.hessian, self.tokens, held_out)
+        return LayerInputs(self.hessian, self.tokens, held_out, self.drift, live)
+
+
+class _RowRecorder(InputRecorder):
+    """An :class:`InputRecorder` that keeps the rows of one batch."""
+
+    rows: dict[str, tuple[Tensor, Tensor]]
+
+    def start_batch(self, number: int, batch: Batch) -> None:
+        super().start_batch(number, batch)
+        self.rows = {}
+
+    def take(self, path: str, kept: Tensor, held_out: Tensor) -> None:
+        if path in self.rows:
+            kept, held_out = (torch.cat(both) for both in zip(self.rows[path], (kept, held_out), strict=True))
+        self.rows[path] = kept, held_out
+
+
+@dataclass(eq=False)
+class BlockFolds:
+    """The folded weights of a model's blocks.
+
+    Attributes:
+        model: the live model.
+        modules: the modules of the live model by path.
+        jobs: what becomes of each layer.
+        blocks: the paths of the blocks.
+        batches, held_out: the batches, and the sequences that are held out in each.
+        calls: the first block's calls, one a batch.
+        again: function that gives the inputs of a layer in the live model.
+        step: function that is called after each batch of a block.
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    jobs: Mapping[str, Job]
+    blocks: Sequence[str]
+    batches: Sequence[Batch]
+    held_out: Sequence[Tensor]
+    calls: Sequence[Call]
+    again: Callable[[str], LayerInputs | None]
+    step: Callable[[], None]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        jobs: Mapping[str, Job],
+        batches: Sequence[Batch],
+        held_out: Sequence[Tensor],
+        forward: Callable[[int, Batch], None],
+        again: Callable[[str], LayerInputs | None],
+        step: Callable[[], None],
+    ) -> BlockFolds | None:
+        """None for a model whose blocks cannot be run one by one."""
+        paths = block_paths(modules, jobs)
+        if not paths:
+            return None
+        blocks = [modules[path] for path in paths]
+        with running(model):
+            if not are_chained(blocks, partial(forward, 0, batches[0])):
+                return None
+            calls = [first_call(blocks[0], partial(forward, i, batch)) for i, batch in enumerate(batches)]
+        known = [call for call in calls if call is not None]
+        if len(known) < len(calls):
+            return None
+        return cls(model, modules, jobs, paths, batches, held_out, known, again, step)
+
+    def __post_init__(self) -> None:
+        self.paths = {path: i for i, at in enumerate(self.blocks) for path in self.jobs if path.startswith(f"{at}.")}
+        self.count = 1 + max(self.paths.values())  # the later blocks have no layer to fold
+        self._live = [call.hidden for call in self.calls]
+        self._own = list(self._live)
+        self._done = 0
+        self._ready: dict[str, FoldedAlready | None] = {}
+
+    def __call__(self, path: str) -> FoldedAlready | None:
+        """The folded weight of the layer at ``path``; None where no batch reached the layer."""
+        while self._done <= self.paths[path]:
+            with running(self.model):
+                self._fold(self._done)
+            self._done += 1
+        return self._ready.pop(path)
+
+    def _fold(self, number: int) -> None:
+        """Fold the layers of a block, and run the block."""
+        paths = [path for path, i in self.paths.items() if i == number]
+        before = {path: Layer(path, self.modules[path].base_layer).read()[0] for path in paths}  # type: ignore[arg-type]
+        plain = [path for path in paths if _is_plain(self.modules[path], self.jobs[path][0])]
+        weights = {path: self._exact(path, before[path]) for path in plain}
+        with weights_of(self.modules, weights):
+            found = self._gather(number, paths, share=True) or self._gather(number, paths, share=False)
+        assert found is not None  # noqa: S101 - layers that share nothing are not wrongly shared
+        pairs, leaders, self._live = found
+        for path in paths:
+            pair = pairs.get(leaders.get(path, path))
+            if pair is None:
+                self._ready[path] = None
+                continue
+            chain, into = self.jobs[path]
+            folded = fold_calibrated(before[path], chain, into, pair.inputs(path))
+            self._ready[path] = FoldedAlready(before[path].fingerprint, folded, partial(self.again, path))
+            if path in weights:
+                weights[path] = codecs.decode(folded.encoded).to(weights[path].dtype)
+        if number + 1 < self.count:
+            with weights_of(self.modules, weights):
+                self._own = [self._run(number, i, hidden) for i, hidden in enumerate(self._own)]
+
+    def _exact(self, path: str, before: EncodedWeight) -> Tensor:
+        with rotations.full_precision(before.tensors["weight"].device.type):
+            exact = rotate_chain(codecs.decode(before), self.jobs[path][0])
+        return exact.to(torch.promote_types(self._live[0].dtype, torch.bfloat16))
+
+    def _gather(
+        self, number: int, paths: Sequence[str], *, share: bool
+    ) -> tuple[dict[str, _Pair], dict[str, str], list[Tensor]] | None:
+        """The inputs of a block's layers, the paths under which layers share inputs, and the hidden values after the block in
+        the live model; None if layers that seemed to share their inputs do not.
+        """
+        live, own = (_RowRecorder(self.held_out, share=share) for _ in range(2))
+        pairs: dict[str, _Pair] = {}
+        after = []
+        for i, batch in enumerate(self.batches):
+            after.append(self._listen(number, i, self._live[i], live, paths, batch))
+            rows = live.rows
+            if number:
+                self._listen(number, i, self._own[i], own, paths, batch)
+                rows = own.rows
+            for path, found in rows.items():
+                if path not in pairs:
+                    square = found[0].new_zeros((found[0].shape[1],) * 2, dtype=torch.float32)
+                    pairs[path] = _Pair(square, square.clone() if number else None)
+                pairs[path].add(found, live.rows.get(path, found))
+            self.step()
+        if share and (live.wrongly_shared or own.wrongly_shared or (number and own.leaders != live.leaders)):
+            return None
+        return pairs, live.leaders, after
+
+    def _listen(
+        self, number: int, i: int, hidden: Tensor, recorder: _RowRecorder, paths: Sequence[str], batch: Batch
+    ) -> Tensor:
+        recorder.start_batch(i, batch)
+        with ExitStack() as hooks:
+            for path in paths:
+                module = self.modules[path]
+                hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
+            return self._run(number, i, hidden)
+
+    def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:
+        """The hidden values after a block, for batch ``i``."""
+        call = self.calls[i]
+        result: Tensor = hidden_of(self.modules[self.blocks[number]](hidden, *call.args, **call.kwargs))
+        return result
+
+
+def _is_plain(module: Any, chain: Sequence[Rotation]) -> bool:
+    """Whether the layer computes ``x Wᵀ + bias`` with the folded weight as W."""
+    linear = isinstance(module.base_layer, nn.Linear) and all(type(r) is Rotation for r in chain)
+    return linear and all(r.side == "input" for r in chain) and not module.base_layer.weight.is_meta
