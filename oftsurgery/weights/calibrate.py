@@ -30,7 +30,7 @@ from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
-from .descent import descend, quadratic, refit
+from .descent import descend, refit
 from .fold import fold_encoded, measured, relative_error, rotate_chain
 from .kernels.blockwise import FoldedWeight
 from .sweep import Rows, compensate, damp
@@ -189,12 +189,11 @@ def make_least(
     values = Rows.of(start, exact)
     numbers = compensate(values, damped)
     assert numbers is not None  # noqa: S101 - the choice of the damping has swept with this Hessian
-    numbers = descend(values, damped, numbers)
+    numbers, error = descend(values, damped, numbers)
     refitted = refit(start, values, damped, numbers)
-    again = Rows.of(refitted, exact)
-    better = descend(again, damped, numbers)
-    if quadratic(again, damped, better) < quadratic(values, damped, numbers):
-        start, numbers = refitted, better
+    again, error_again = descend(Rows.of(refitted, exact), damped, numbers)
+    if error_again < error:
+        start, numbers = refitted, again
     return codecs.with_levels(start, numbers)
 
 

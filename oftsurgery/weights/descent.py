@@ -25,14 +25,9 @@ from .sweep import GROUP, Rows, in_weight_order, order_of, sweep
 _ROWS = 256
 
 
-def quadratic(rows: Rows, hessian: Tensor, numbers: Tensor) -> float:
-    """The error ``tr(Δ H Δᵀ)``."""
-    difference = rows.values(numbers) - rows.exact
-    return float(((difference @ hessian).to(torch.float64) * difference).sum())
-
-
-def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) -> Tensor:
-    """The numbers of the levels after ``sweeps`` sweeps from ``numbers``, or after fewer where nothing changes any more.
+def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) -> tuple[Tensor, float]:
+    """The numbers of the levels after ``sweeps`` sweeps from ``numbers``, or after fewer where nothing changes any more; and
+    the error ``tr(Δ H Δᵀ)`` then.
 
     Args:
         hessian: ``(in, in)`` float32, positive semidefinite, damped.
@@ -56,7 +51,8 @@ def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) ->
             stored[group] = rows.grid.levels[chosen[group]] * scales[group]
         if torch.equal(chosen, before):
             break
-    return in_weight_order(chosen, order)
+    error = float((gradient.to(torch.float64) * (stored - exact)).sum())
+    return in_weight_order(chosen, order), error
 
 
 def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor) -> EncodedWeight:
