@@ -100,3 +100,30 @@ def batches_on(batches: Sequence[Batch], device: str) -> list[Batch]:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in batches]
+
+
+def sequences_of(batch: Batch) -> int:
+    """The number of sequences in a batch: the first dimension of its first tensor."""
+    first = _first(batch)
+    return first.shape[0] if first.ndim else 1
+
+
+def length_of(batch: Batch) -> int:
+    """The length of a batch's sequences: the second dimension of its first tensor."""
+    first = _first(batch)
+    return first.shape[1] if first.ndim > 1 else 1
+
+
+def one_sequence(batch: Batch) -> Batch:
+    """The first sequence of a batch."""
+    count = sequences_of(batch)
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
+
+    args, kwargs = batch
+    return tuple(map(first, args)), {key: first(value) for key, value in kwargs.items()}
+
+
+def _first(batch: Batch) -> Tensor:
+    return next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))

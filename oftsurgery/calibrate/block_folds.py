@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from oftsurgery.stores.layers import Layer
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs, fold_calibrated
 from oftsurgery.weights.fold import rotate_chain
 
-from .batches import Batch
+from .batches import Batch, length_of, one_sequence
 from .blocks import Call, are_chained, block_paths, first_call, hidden_of, running, weights_of
 from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite
 
@@ -59,6 +59,7 @@ class _Pair:
         check_finite(path, self.hessian, held_out)
         if self.drift is None:
             return LayerInputs(self.hessian, self.tokens, held_out)
+        check_finite(path, self.drift, live)
         return LayerInputs(self.hessian, self.tokens, held_out, self.drift, live)
 
 
@@ -120,7 +121,8 @@ class BlockFolds:
             return None
         blocks = [modules[path] for path in paths]
         with running(model):
-            if not are_chained(blocks, partial(forward, 0, batches[0])):
+            longest = max(range(len(batches)), key=lambda i: length_of(batches[i]))  # masks depend on the length
+            if not are_chained(blocks, partial(forward, longest, one_sequence(batches[longest]))):
                 return None
             calls = [first_call(blocks[0], partial(forward, i, batch)) for i, batch in enumerate(batches)]
         known = [call for call in calls if call is not None]
@@ -132,6 +134,7 @@ class BlockFolds:
         self.paths = {path: i for i, at in enumerate(self.blocks) for path in self.jobs if path.startswith(f"{at}.")}
         self.count = 1 + max(self.paths.values())  # the later blocks have no layer to fold
         self._live = [call.hidden for call in self.calls]
+        self.calls = [replace(call, hidden=call.hidden.new_empty(0)) for call in self.calls]
         self._own = list(self._live)
         self._done = 0
         self._ready: dict[str, FoldedAlready | None] = {}
@@ -211,7 +214,8 @@ class BlockFolds:
     def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:
         """The hidden values after a block, for batch ``i``."""
         call = self.calls[i]
-        result: Tensor = hidden_of(self.modules[self.blocks[number]](hidden, *call.args, **call.kwargs))
+        block = self.modules[self.blocks[number]]
+        result: Tensor = hidden_of(block(hidden.clone(), *call.args, **call.kwargs))  # a block may write to its inputs
         return result
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.targets import without_targets
@@ -23,7 +23,7 @@ from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs
 
-from .batches import Batch
+from .batches import Batch, sequences_of
 from .block_folds import BlockFolds, Job
 from .blocks import running
 from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_sequences
@@ -76,7 +76,7 @@ class Calibration:
         # the paths that nobody has asked for yet, in a list for each pass
         self._waiting: list[list[str]] | None = None
         self._paths = list(paths)
-        sizes = [_length(batch) for batch in batches]
+        sizes = [sequences_of(batch) for batch in batches]
         self._held_out = torch.split(held_out_sequences(sum(sizes)), sizes)
         self._blocks: BlockFolds | None = None
         for module in self._live.modules():
@@ -163,9 +163,3 @@ def _passes(features: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(path)
         size += nbytes
     return groups
-
-
-def _length(batch: Batch) -> int:
-    """The number of sequences in a batch: the first dimension of its first tensor."""
-    first = next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))
-    return first.shape[0] if first.ndim else 1
