@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import oftsurgery
 from oftsurgery import RoundingWarning
 from oftsurgery.calibrate import block_folds, blocks
-from oftsurgery.calibrate.batches import read_batches
+from oftsurgery.calibrate.batches import one_sequence, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
@@ -209,3 +209,11 @@ def test_what_a_block_may_be_called_with() -> None:
     assert not call.same_arguments(other)
     assert blocks._call((mask,), {"cache": copy}) is None
     assert blocks._call((), {"hidden": mask}) is None
+
+
+def test_one_sequence_of_a_batch() -> None:
+    ids, positions = torch.arange(12).reshape(3, 4), torch.arange(4).reshape(1, 4)
+    args, kwargs = one_sequence(((ids,), {"attention_mask": ids, "position_ids": positions, "flag": True}))
+    assert args[0].tolist() == [[0, 1, 2, 3]]
+    assert kwargs["attention_mask"].shape == (1, 4)
+    assert (kwargs["position_ids"] is positions, kwargs["flag"]) == (True, True)
