@@ -40,6 +40,8 @@ _UNCALLED = "the model never multiplies inputs by this weight on the calibration
 
 #: parts of the mean diagonal of H that may be added to the diagonal: fewer tokens give a less certain H, which needs more
 DAMPINGS = (0.0005, 0.002, 0.01, 0.05, 0.2)
+#: the same, where the drift of the inputs moves the weight that is to be stored
+DRIFT_DAMPING = 0.05
 
 #: number of rows on which dampings are tried
 _TRIED_ROWS = 128
@@ -128,8 +130,9 @@ def fold_calibrated(
         before = judge(plain.encoded)
         nearest = before if plain.rounding == "nearest" else judge(codecs.encode(exact, into))
         plain = replace(plain, output_error=before, output_nearest=nearest)
-        drift = None if inputs.drift is None else inputs.drift.to(device)
-        new = make_least(exact, plain.encoded, inputs.hessian.to(device), held_out, live, drift)
+        hessian = inputs.hessian.to(device)
+        aim = exact if inputs.drift is None else make_up_for(exact, hessian, inputs.drift.to(device))
+        new = make_least(aim, plain.encoded, hessian, held_out, reference)
         if new is None:
             return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
         after = judge(new)
@@ -150,21 +153,16 @@ def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor)
 
 
 def make_least(
-    exact: Tensor,
-    start: EncodedWeight,
-    hessian: Tensor,
-    held_out: Tensor,
-    live: Tensor | None = None,
-    drift: Tensor | None = None,
+    exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: Tensor, reference: Tensor
 ) -> EncodedWeight | None:
     """``start`` with codes and scales that make the error of the outputs small.
 
     Args:
-        exact: ``(out, in)`` float32.
-        start: ``exact`` as it is stored: a quantised format and its statistics.
+        exact: the weight to be stored, ``(out, in)`` float32.
+        start: the weight as it is stored: a quantised format and its statistics.
         hessian: ``XᵀX`` of the layer's inputs, ``(in, in)``.
         held_out: other inputs, ``(n, in)``, which choose the damping.
-        live, drift: as in :class:`LayerInputs`.
+        reference: the outputs that the layer should have for these inputs, ``(n, out)``.
 
     Returns:
         the weight; None if the damped Hessian is not positive definite in float64 either (inputs that are all zero …).
@@ -180,13 +178,11 @@ def make_least(
             expected=(features, features),
             remedy="give XᵀX of this layer's own inputs",
         )
-    live = held_out if live is None else live
-    damping = best_damping(Rows.of(start, exact), hessian, held_out, live, drift)
+    values = Rows.of(start, exact)
+    damping = best_damping(values, hessian, held_out, reference)
     if damping is None:
         return None
     damped = damp(hessian, damping)
-    exact = target(exact, damped, drift)
-    values = Rows.of(start, exact)
     numbers = compensate(values, damped)
     assert numbers is not None  # noqa: S101 - the choice of the damping has swept with this Hessian
     numbers, error = descend(values, damped, numbers)
@@ -197,42 +193,31 @@ def make_least(
     return codecs.with_levels(start, numbers)
 
 
-def target(exact: Tensor, hessian: Tensor, drift: Tensor | None) -> Tensor:
-    """The weight W* that is rounded in place of the exact weight W where the inputs X have drifted from the live inputs Y.
+def make_up_for(exact: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """The weight W* that takes the place of the exact weight W where the inputs X have drifted from the live inputs Y.
 
     ``‖X Vᵀ - (X + ½ (Y - X)) Wᵀ‖²`` is least at ``W* = W + ½ W (Y - X)ᵀX (XᵀX)⁻¹``, which makes up for half of the drift. With
-    the whole drift as the aim, W* would follow the calibration's own texts too closely.
+    the whole drift as the aim, or less damping, W* would follow the calibration's own texts too closely.
     """
-    if drift is None:
-        return exact
-    factor, failed = torch.linalg.cholesky_ex(hessian)
+    factor, failed = torch.linalg.cholesky_ex(damp(hessian, DRIFT_DAMPING))
     if int(failed):
         return exact
     return exact + 0.5 * torch.cholesky_solve((exact @ drift).t(), factor).t()
 
 
-def best_damping(
-    rows: Rows, hessian: Tensor, held_out: Tensor, live: Tensor, drift: Tensor | None = None
-) -> float | None:
+def best_damping(rows: Rows, hessian: Tensor, held_out: Tensor, reference: Tensor) -> float | None:
     """The damping with the least error of some rows' outputs on the held-out inputs; None if no Hessian can be factorised.
 
     The search begins at the middle of the list, and goes to the better neighbour until no neighbour is better.
     """
     count = min(_TRIED_ROWS, len(rows.exact))
-    tried = rows.some(torch.linspace(0, len(rows.exact) - 1, count, device=hessian.device).to(torch.int64))
-
-    outputs = live @ tried.exact.t()
+    which = torch.linspace(0, len(rows.exact) - 1, count, device=hessian.device).to(torch.int64)
+    tried, outputs = rows.some(which), reference[:, which]
 
     @cache
     def error(i: int) -> float:
-        if not 0 <= i < len(DAMPINGS):
-            return math.inf
-        damped = damp(hessian, DAMPINGS[i])
-        aimed = replace(tried, exact=target(tried.exact, damped, drift))
-        numbers = compensate(aimed, damped)
-        if numbers is None:
-            return math.inf
-        return float((held_out @ tried.values(numbers).t() - outputs).square().sum())
+        numbers = compensate(tried, damp(hessian, DAMPINGS[i])) if 0 <= i < len(DAMPINGS) else None
+        return math.inf if numbers is None else float((held_out @ tried.values(numbers).t() - outputs).square().sum())
 
     at = len(DAMPINGS) // 2
     while (better := min((at, at - 1, at + 1), key=error)) != at:

@@ -134,7 +134,7 @@ def test_the_whole_is_better_than_the_sweep(name: str) -> None:
     start, exact, hessian, other = case(name)
     rows = Rows.of(start, exact)
     swept = sweep.compensate(rows, damp(hessian, 0.01))
-    new = make_least(exact, start, hessian, other)
+    new = make_least(exact, start, hessian, other, other @ exact.t())
     assert swept is not None
     assert new is not None
     assert new.format == start.format
@@ -147,7 +147,7 @@ def test_few_tokens_are_damped_more() -> None:
     few, many = other[:60], other
     _, _, _, held_out = case("nf4", tokens=500)
     held_out = held_out[60:]
-    parts = [best_damping(Rows.of(start, exact), x.t() @ x, held_out, held_out) for x in (few, many)]
+    parts = [best_damping(Rows.of(start, exact), x.t() @ x, held_out, held_out @ exact.t()) for x in (few, many)]
     assert None not in parts
     assert set(parts) <= set(DAMPINGS)
     assert parts[0] > parts[1]  # type: ignore[operator]
@@ -159,7 +159,7 @@ def test_any_number_of_threads_gives_the_same() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            new = make_least(exact, start, hessian, other)
+            new = make_least(exact, start, hessian, other, other @ exact.t())
             assert new is not None
             found.append(new.fingerprint)
     finally:

@@ -183,7 +183,7 @@ def test_the_hessian_must_fit() -> None:
     f = FORMATS["nf4"]
     exact = torch.randn(f.shape)
     with pytest.raises(oftsurgery.ShapeError, match=r"does not fit the weight \[shape 96×96, expected 128×128\]"):
-        make_least(exact, codecs.encode(exact, f), torch.eye(96), torch.eye(96))
+        make_least(exact, codecs.encode(exact, f), torch.eye(96), torch.eye(96), torch.eye(96))
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
