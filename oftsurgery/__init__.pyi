@@ -9,10 +9,9 @@ from .adapters.dialects import DIALECTS as DIALECTS
 from .adapters.rotation import Cayley as Cayley
 from .adapters.rotation import Rotation as Rotation
 from .api.arguments import load_adapter as load_adapter
-from .api.checkpoints import extract_checkpoint as extract_checkpoint
 from .api.checkpoints import fold_checkpoint as fold_checkpoint
 from .api.checkpoints import unfold_checkpoint as unfold_checkpoint
-from .api.checkpoints import verify_checkpoint as verify_checkpoint
+from .api.comparisons import extract_checkpoint as extract_checkpoint
 from .api.exports import export_gguf as export_gguf
 from .api.exports import export_onnx as export_onnx
 from .api.exports import export_safetensors as export_safetensors
@@ -21,6 +20,7 @@ from .api.models import fold as fold
 from .api.models import unfold as unfold
 from .api.models import wrap as wrap
 from .api.reports import report as report
+from .api.verification import verify_checkpoint as verify_checkpoint
 from .checks.checkpoint_report import CheckpointReport as CheckpointReport
 from .checks.checkpoint_report import TensorCheck as TensorCheck
 from .checks.checkpoint_report import WeightCheck as WeightCheck

@@ -1,4 +1,4 @@
-"""One table of the names that torch, safetensors, configs and the command line have for dtypes."""
+"""One table of torch's dtypes under the names of :mod:`~oftsurgery.dtype_names`."""
 
 from __future__ import annotations
 
@@ -7,51 +7,21 @@ from types import MappingProxyType
 
 import torch
 
+from .dtype_names import SAFETENSORS, SHORT, name_of
 from .errors import StateError, printable
 
 #: safetensors' name → dtype, for every dtype that oftsurgery reads
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "C64": torch.complex64,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-    }
-)
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, own) for name, own in SAFETENSORS.items()})
 #: dtype → safetensors' name
 DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 #: dtypes of plain weights
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-#: the command line's name of a dense format → dtype
-DENSE: Mapping[str, torch.dtype] = MappingProxyType(
-    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-)
 #: dtype → the command line's name of a dense format
-FORMAT_OF: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DENSE.items()})
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """The name of a dtype in configs and records.
-
-    >>> name_of(torch.bfloat16)
-    'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")
-
+FORMAT_OF: Mapping[torch.dtype, str] = MappingProxyType({getattr(torch, own): name for own, name in SHORT.items()})
+#: the command line's name of a dense format → dtype
+DENSE: Mapping[str, torch.dtype] = MappingProxyType({name: dtype for dtype, name in FORMAT_OF.items()})
 
 #: torch's name → dtype, for every dtype in which a tensor can be saved
 NAMED: Mapping[str, torch.dtype] = MappingProxyType(

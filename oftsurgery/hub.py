@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ._version import __version__
-from .checks import verify_checkpoints
+from .checks.verify_files import check_files
 from .errors import (
     CheckpointError,
     HubError,
@@ -184,7 +184,7 @@ def _manifest(folder: Path) -> tuple[FoldRecord, dict[str, int], tuple[str, ...]
             path=folder,
             remedy="export the model with this version of oftsurgery, or send the whole folder with `hf upload`",
         )
-    state = verify_checkpoints.check_files(folder).files
+    state = check_files(folder).files
     for wrong, verb in (("missing", "are missing"), ("changed", "have changed since the export")):
         names = [n for n, s in state.items() if s == wrong and (wrong == "missing" or n.endswith(_TENSORS))]
         if names:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -68,10 +67,4 @@ def snapshot() -> Callable[[nn.Module], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def demo() -> ModuleType:
     """tools/demo.py."""
-    spec = importlib.util.spec_from_file_location("demo", Path(__file__).parent.parent / "tools" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("demo")

@@ -79,3 +79,26 @@ def test_text_is_prose_and_held_out_sentences_are_not_trained_on(demo: ModuleTyp
     assert len(demo.held_out(128)) == len(set(demo.held_out(128)))
     assert not set(demo.held_out(128)) & trained
     assert held_out >= set(demo.held_out(128))
+
+
+@pytest.mark.slow
+def test_a_language_model_beside_its_live_adapter() -> None:
+    """The shipped adapter, on two windows: the table's order of models, and what each row says."""
+    from demo_language_model import compare_language_models, table_of, texts_of
+
+    rows = {row.model: row for row in compare_language_models("of now", windows=1, calibration=2)}
+    base, live, peft, noise, ours, calibrated = rows.values()
+    assert live.sources.divergence < 1e-6
+    assert (base.kept, live.kept, live.sources.same) == (0.0, 1.0, 1.0)
+    for text in ("sources", "prose"):
+        nearest, kept, more = (getattr(row, text).divergence for row in (peft, ours, calibrated))
+        assert max(kept, more) < 0.6 * nearest
+        assert nearest < 1.5 * getattr(base, text).divergence
+    assert ours.kept == pytest.approx(1, abs=0.02)
+    assert peft.kept is not None
+    assert peft.kept < 0.2
+    if has_avx512bf16():
+        assert noise.sources.divergence > 1
+    table = table_of(list(rows.values()))
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert all(name in table and name in texts_of(list(rows.values())) for name in rows)

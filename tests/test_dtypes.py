@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from oftsurgery import StateError, dtypes
+from oftsurgery import StateError, dtype_names, dtypes
 from oftsurgery.cli import arguments
 
 
@@ -27,7 +27,7 @@ def test_each_column_is_the_mirror_of_its_other() -> None:
 
 
 def test_the_command_line_offers_those_there_are() -> None:
-    assert tuple(map(dtypes.name_of, dtypes.DENSE.values())) == arguments.DTYPES
+    assert tuple(map(dtype_names.name_of, dtypes.DENSE.values())) == arguments.DTYPES
     assert [dtypes.float_dtype(name) for name in arguments.DTYPES] == list(dtypes.DENSE.values())
     assert set(dtypes.DENSE) < set(arguments.FORMATS)
 

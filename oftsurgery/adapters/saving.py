@@ -33,5 +33,6 @@ def write_adapter(
         with staging.writing(ADAPTER_TENSORS) as path, ShardWriter(path, shapes, {"format": "pt"}) as writer:
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
+        staging.finish(ADAPTER_TENSORS, {})
         staging.put_json(ADAPTER_CONFIG, config)
         staging.publish()

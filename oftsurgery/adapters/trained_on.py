@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, StateError, printable
-from oftsurgery.files.checkpoint import CONFIG
 from oftsurgery.files.finding import checkpoint_place, hub_id_of
+from oftsurgery.files.layout import CONFIG
 from oftsurgery.files.reading import inside
 
 #: ``{name: (format, double quantisation)}`` of what an adapter can be trained on; the format None is a plain base

@@ -1,4 +1,4 @@
-"""The public functions on checkpoints on disk plan, fold, unfold, extract and verify, and read the record in a folder."""
+"""The public functions on checkpoints on disk plan, fold and unfold."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from oftsurgery.calibrate.batches import Batch, batches_fingerprint, read_batches, tokenise
-from oftsurgery.calibrate.checkpoint import calibrated_jobs, checkpoint_inputs
-from oftsurgery.calibrate.texts import read_texts
-from oftsurgery.checks.checkpoint_report import CheckpointReport
-from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_checkpoints
-from oftsurgery.checks.verify_checkpoints import check_checkpoint, check_files
-from oftsurgery.checks.verify_outputs import base_settings, compare_on_inputs
-from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.dtypes import float_dtype
-from oftsurgery.errors import StateError
-from oftsurgery.files.checkpoint import open_checkpoint
-from oftsurgery.files.finding import checkpoint_place, find_checkpoint
 from oftsurgery.files.links import links_followed
 from oftsurgery.folding.disk_plan import CheckpointPlan, plan_checkpoint
 from oftsurgery.folding.disk_run import run_plan
 from oftsurgery.folding.disk_unfold import plan_restore, plan_undo, plan_unfold
+from oftsurgery.folding.remembered import plan_remembered
 from oftsurgery.folding.target import FOUR_BIT, Format
 from oftsurgery.folding.undo_reader import open_undo
 from oftsurgery.formats.codecs import Rounding
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import RECORD, record_in
-from oftsurgery.stores.idle import is_idle
-from oftsurgery.stores.modules import modules_of
+from oftsurgery.records.record_file import record_in
 
 from .arguments import (
     AdapterLike,
@@ -62,7 +50,7 @@ def plan_fold(
     base = source if source is not None else named_base(adapters)
     opened = opened_checkpoint(base, settings.revision, adapters)
     settings, trained = as_trained(settings, opened, adapters)
-    plan = plan_checkpoint(
+    plan = (plan_checkpoint if mode == "calibrated" or settings.undo is not None else plan_remembered)(
         opened,
         adapters,
         format=settings.format,
@@ -79,6 +67,8 @@ def plan_fold(
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
     if mode == "calibrated":
+        from oftsurgery.calibrate.checkpoint import calibrated_jobs
+
         calibrated_jobs(plan)
     return plan
 
@@ -193,12 +183,16 @@ def fold_checkpoint(
         plan = plan_fold(source, adapter, settings)
         batches = None
         if mode == "calibrated":
-            batches = _batches(calibration, plan.source.folder)
-            plan = replace(plan, calibration=batches_fingerprint(batches))
+            from oftsurgery.calibrate import batches as calibrate  # a fold without a calibration runs no model
+
+            batches = calibrate.given_batches(calibration, plan.source.folder)
+            plan = replace(plan, calibration=calibrate.batches_fingerprint(batches))
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
             inputs_of = None
             if batches is not None:
+                from oftsurgery.calibrate.checkpoint import checkpoint_inputs
+
                 inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
             record = run_plan(
                 plan,
@@ -211,15 +205,6 @@ def fold_checkpoint(
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record
-
-
-def _batches(texts: Any, folder: Path, **options: int) -> list[Batch]:
-    """The batches of texts (a file or a list) by the tokenizer in ``folder``, or batches as they are."""
-    if isinstance(texts, (str, PathLike)):
-        texts = read_texts(Path(texts).expanduser())
-    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
-        return tokenise(texts, folder, **options)
-    return read_batches(texts)
 
 
 @dataclass
@@ -298,128 +283,3 @@ def unfold_checkpoint(
             plan = plan_unfold(source, loaded_adapters(adapter), rounding=rounding, max_shard_bytes=size)
         with shown(progress, "unfold") as step:
             return run_plan(plan, Path(destination), device=device, resume=resume, force=force, progress=step)
-
-
-def extract_checkpoint(
-    base: str | PathLike[str],
-    merged: str | PathLike[str],
-    block_size: int | None = None,
-    *,
-    follow_links: bool = False,
-    progress: bool | Progress = False,
-) -> ExtractedAdapter:
-    """:func:`extract` from two checkpoints on disk, without building a model: two weights are in memory at a time.
-
-    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT", format="bf16")
-    >>> found = oftsurgery.extract_checkpoint("BASE", "OUTPUT")
-    >>> found.explained > 0.99
-    True
-
-    Args:
-        base, merged: folders or Hub ids, plain or bitsandbytes-quantised, each in its own format.
-        block_size: as for :func:`extract`.
-        follow_links: as for :func:`fold_checkpoint`.
-        progress: show a bar, or a function of (weights done, weights in all, module path).
-
-    Returns:
-        as :func:`extract`.
-
-    Raises:
-        CheckpointError: files cannot be used.
-        OFTSurgeryError: as :func:`extract`.
-    Warns:
-        ExtractionWarning: as :func:`extract`.
-    """
-    with links_followed(follow_links):
-        here, there = opened_checkpoint(base), opened_checkpoint(merged)
-    with shown(progress, "extract", "layer") as step:
-        return extract_from_checkpoints(here, there, block_size, base_name=str(base), progress=step)
-
-
-def verify_checkpoint(
-    folded: str | PathLike[str],
-    base: str | PathLike[str] | None = None,
-    adapter: AdapterLike | Sequence[AdapterLike] | None = None,
-    *,
-    texts: Any = None,
-    tolerance: float | None = None,
-    follow_links: bool = False,
-) -> CheckpointReport:
-    """Check a folded checkpoint on disk, by other code than the fold's.
-
-    >>> record = oftsurgery.fold_checkpoint("BASE", "ADAPTER", "OUTPUT")
-    >>> report = oftsurgery.verify_checkpoint("OUTPUT", "BASE", "ADAPTER")
-    >>> report.ok, report.wrong
-    (True, {})
-    >>> oftsurgery.verify_checkpoint("OUTPUT").ok                # the files alone, against the record's hashes
-    True
-    >>> print(report.verdict)
-    ok: the output computes what the adapter's live layers compute within NF4's rounding; 99% of the adapter is kept
-
-    The files are checked against the hashes in ``oftsurgery.json``. Where base and adapter are given, every tensor that
-    the model loads is checked against them.
-
-    Args:
-        folded: a folder or Hub id, in any format.
-        base: the checkpoint that was folded, or None to check the hashes alone. A base on the Hub is read at the revision
-            that the adapter's config names for this base.
-        adapter: the adapter that was folded; several in the live order.
-        texts: texts or batches, as ``calibration`` of :func:`fold_checkpoint` takes them, on which the folded model and the
-            base with the adapter live are compared too (``report.on_texts``). Only texts load the two models through
-            transformers and run them.
-        tolerance: the largest relative error that passes; None: the error that storing the exact weight in that format
-            costs.
-        follow_links: as for :func:`fold_checkpoint`.
-
-    Returns:
-        a :class:`~oftsurgery.CheckpointReport` with the state of each file, an error for each rotated weight, and the kind
-        of each tensor (``report.tensors``; ``report.wrong`` names what is wrong); ``report.ok`` says whether all pass, and
-        ``report.verdict`` is one line about all.
-
-    Raises:
-        StateError: one of ``base`` and ``adapter`` is given without the other, or neither is given and there are no hashes
-            or there are ``texts``.
-        CalibrationError: there are no texts or no tokenizer.
-        OFTSurgeryError: as :func:`fold_checkpoint`, for inputs that do not belong together.
-    """
-    if (base is None) != (adapter is None):
-        message = (
-            f"the {'adapter' if base is None else 'base'} was given without the {'base' if base is None else 'adapter'}"
-        )
-        raise StateError(
-            message, remedy="give base and adapter (FOLDED BASE ADAPTER), or only FOLDED to check the hashes"
-        )
-    if base is None and texts is not None:
-        message = "texts compare the folded model with its base and the live adapter, and neither of the two was given"
-        raise StateError(message, remedy="give base and adapter (FOLDED BASE ADAPTER), or leave out the texts")
-    with links_followed(follow_links):
-        folder = find_checkpoint(folded, whole=True)
-        if base is None or adapter is None:
-            return check_files(folder)
-        opened = open_checkpoint(folder)
-        adapters = loaded_adapters(adapter)
-        start = opened_checkpoint(base, adapters=adapters)
-        # scores of tokens are large, so few texts are run at once
-        batches = [] if texts is None else _batches(texts, folder, size=4)
-
-        def on_texts(loading: Any) -> VerifyReport:
-            return compare_on_inputs(opened, start, adapters, batches, base_settings(opened, start, loading))
-
-        return check_checkpoint(
-            opened,
-            start,
-            adapters,
-            tolerance=tolerance,
-            on_texts=None if texts is None else on_texts,
-            idle=lambda model, path: is_idle(modules_of(model), path, quantised="quantization_config" in opened.config),
-        )
-
-
-def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
-    """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
-
-    Raises:
-        CheckpointError: the folder does not exist, or its record cannot be read.
-    """
-    place = checkpoint_place(folder)
-    return record_in(place.fetch([RECORD]))

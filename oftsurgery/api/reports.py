@@ -1,4 +1,4 @@
-""":func:`report` draws a fold's record as a page and as pictures."""
+"""These public functions read a fold's record: :func:`report` draws a page and pictures. They need no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 from oftsurgery.checks.checkpoint_report import CheckpointReport
 from oftsurgery.checks.verify_report import VerifyReport
 from oftsurgery.errors import StateError
+from oftsurgery.files.finding import checkpoint_place
 from oftsurgery.files.reading import read_json, sizes_in
 from oftsurgery.files.writing import write_files
 from oftsurgery.records.record import FoldRecord
-from oftsurgery.records.record_file import record_at, record_in
+from oftsurgery.records.record_file import RECORD, record_at, record_in
 from oftsurgery.reports.drawing import figures
 from oftsurgery.reports.page import render
 
@@ -65,6 +66,16 @@ def report(
         outputs |= {Path(png) / name: data for name, data in figures(record).items()}
     write_files(outputs, force=force)
     return text
+
+
+def read_record(folder: str | PathLike[str]) -> FoldRecord | None:
+    """The record in a checkpoint's ``oftsurgery.json``, or None where nothing is folded in.
+
+    Raises:
+        CheckpointError: the folder does not exist, or its record cannot be read.
+    """
+    place = checkpoint_place(folder)
+    return record_in(place.fetch([RECORD]))
 
 
 def record_of(source: object) -> tuple[FoldRecord, Path | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from oftsurgery.checks.verify_models import batches_of
 from oftsurgery.errors import CalibrationError, needs, printable
 from oftsurgery.hashing import hash_tensors
+
+from .texts import read_texts
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -47,6 +50,15 @@ def read_batches(calibration: Any) -> list[Batch]:
             remedy = "give the model's inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments"
             raise CalibrationError(f"calibration batch {i} holds no tensor", remedy=remedy)
     return batches
+
+
+def given_batches(texts: Any, folder: Path, **options: int) -> list[Batch]:
+    """The batches of texts (a file or a list) by the tokenizer in ``folder``, or batches as they are."""
+    if isinstance(texts, (str, PathLike)):
+        texts = read_texts(Path(texts).expanduser())
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(t, str) for t in texts):
+        return tokenise(texts, folder, **options)
+    return read_batches(texts)
 
 
 def _is_text(value: object) -> bool:

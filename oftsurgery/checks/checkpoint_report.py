@@ -11,7 +11,6 @@ from typing import Any, Literal
 from oftsurgery.errors import printable, share
 from oftsurgery.records.record import ENOUGH
 
-from . import measures
 from .verify_report import VerifyReport
 
 #: the formats' names in a sentence
@@ -24,6 +23,10 @@ FileCheck = Literal["ok", "changed", "missing"]
 #: and unchanged; ``"copied"`` from the source; ``"converted"`` from the source to another format or dtype; ``"absent"``
 #: in both folders, since the model makes the tensor itself; ``"added"``, since the source does not have the tensor
 TensorKind = Literal["rotated", "replaced", "tied", "copied", "converted", "absent", "added"]
+
+#: a weight holds a change where ``kept`` differs from 1 by at most this: in a weight of few elements and with a small
+#: change, a single element can make this difference
+WHOLE = 0.25
 
 # the factor by which the error of storing the right weight may differ: rounding ties, and the last bits of float32 products
 _SLACK = 1.05
@@ -72,7 +75,7 @@ class WeightCheck:
         """The part of the error that neither plain rounding nor the calibration explains, nor, where the change is kept,
         the format's steps.
         """
-        whole = self.kept is not None and abs(self.kept - 1) <= measures.WHOLE
+        whole = self.kept is not None and abs(self.kept - 1) <= WHOLE
         return max(0.0, self.error - max(self.rounding, self.calibrated or 0.0, self.steps if whole else 0.0) * _SLACK)
 
     def passes(self, tolerance: float | None) -> bool:

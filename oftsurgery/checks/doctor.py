@@ -17,8 +17,8 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.reading import find_adapter, read_adapter
-from oftsurgery.files.checkpoint import CONFIG, LAYOUTS
 from oftsurgery.files.finding import checkpoint_place, find_checkpoint
+from oftsurgery.files.layout import CONFIG, LAYOUTS
 from oftsurgery.files.reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 from .doctor_adapter import examine_adapter

@@ -11,7 +11,8 @@ from typing import Any
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.errors import CheckpointError, printable
 from oftsurgery.files.carried import carried_from
-from oftsurgery.files.checkpoint import CONFIG, LAYOUTS, Checkpoint, layout_of, open_checkpoint
+from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
+from oftsurgery.files.layout import CONFIG, LAYOUTS, layout_of
 from oftsurgery.files.reading import TensorEntry, inside, read_header, read_json
 from oftsurgery.formats.all_formats import FORMATS
 from oftsurgery.records.record_file import RECORD, record_in

@@ -36,6 +36,7 @@ from oftsurgery.stores.store import Store
 from oftsurgery.weights.fold import relative_error, rotate_chain
 
 from . import measures
+from .checkpoint_report import WHOLE
 from .findings import FOLD, UNFOLD, Finding, Model, Numbers, Severity, noting, shape_text
 
 
@@ -246,14 +247,14 @@ def _judge_weight(
     off, nearest = far.get("right_fold", math.inf), min(far, key=lambda k: far[k], default="none")
     if off <= limit and (nearest == "right_fold" or effect <= 1e-6):
         return None, part
-    whole = kept is not None and abs(kept - 1) <= measures.WHOLE
+    whole = kept is not None and abs(kept - 1) <= WHOLE
     # rounding that keeps the change may err by more than nearest rounding, but by no more than the format's steps
     if whole and off <= max(limit, 1.1 * measures.step_error(after, right)):
         return None, part
     if kept is not None and nearest == "base" and far["base"] <= limit and not torch.equal(weight, start):
         # a right merge to the nearest level would also undo the change: one finding tells this of all weights together
         of_nearest = measures.kept(stored, start, right)
-        if of_nearest is not None and of_nearest < 1 - measures.WHOLE:
+        if of_nearest is not None and of_nearest < 1 - WHOLE:
             return None, part
     if far.get(nearest, math.inf) > (_COARSEST if nearest == "right_fold" else limit):
         nearest = "none"

@@ -85,11 +85,6 @@ def relative(stored: Tensor, exact: Tensor) -> float:
     return difference / norm if norm else difference
 
 
-#: a weight holds a change where ``kept`` differs from 1 by at most this: in a weight of few elements and with a small
-#: change, a single element can make this difference
-WHOLE = 0.25
-
-
 def kept(stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
     """The share of a change that a stored weight holds, ``⟨stored - base, exact - base⟩ / ‖exact - base‖²``: 1 is the
     whole change, 0 is nothing. None where the exact weight is the base.

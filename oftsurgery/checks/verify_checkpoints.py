@@ -9,11 +9,9 @@ each tensor.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +23,6 @@ from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.dtypes import DTYPES, FLOATS
 from oftsurgery.errors import CheckpointError, MatchError, OFTSurgeryError, StateError
 from oftsurgery.files.checkpoint import Checkpoint
-from oftsurgery.files.reading import inside, is_nested_name, sha256_of
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.quant_state import unpack_state
@@ -34,35 +31,10 @@ from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import RECORD, record_in
 
 from . import measures
-from .checkpoint_report import CheckpointReport, FileCheck, TensorCheck, TensorKind, WeightCheck
+from .checkpoint_report import CheckpointReport, TensorCheck, TensorKind, WeightCheck
 from .loaded import LoadedCheckpoint, StoredTensor
+from .verify_files import file_checks
 from .verify_report import VerifyReport
-
-
-def check_files(folder: Path) -> CheckpointReport:
-    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
-
-    Raises:
-        StateError: the folder has no record, or the record has no hashes.
-        CheckpointError: the record cannot be read.
-    """
-    record = record_in(folder)
-    if record is None or not record.files:
-        message = f"the folder has no {RECORD}" if record is None else "the record has no hashes of files"
-        remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
-        raise StateError(message, path=folder, remedy=remedy)
-    return CheckpointReport(MappingProxyType({}), None, _file_checks(folder, record))
-
-
-def _file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
-    """The state of each file that the record names, by the recorded hashes."""
-    found: dict[str, FileCheck] = {}
-    for name, sha256 in sorted(record.files.items()):
-        if is_nested_name(name) and not os.path.lexists(folder / name):
-            found[name] = "missing"
-        else:  # `inside` refuses a name or a link that leaves the folder
-            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
-    return MappingProxyType(found)
 
 
 def check_checkpoint(
@@ -109,7 +81,7 @@ def check_checkpoint(
     comparison = _Comparison(before, after, _AdapterEffects(before, adapters, idle), loading, record, tolerance)
     names = [n for n in {**before.sources, **after.sources} if n not in before.left_out | other_head]
     tensors = MappingProxyType({name: comparison.check(name) for name in names})
-    files = _file_checks(folded.folder, record) if record is not None else {}
+    files = file_checks(folded.folder, record) if record is not None else {}
     flags, now = before.tie_readers(), after.tie_readers()
     turned = [path or "the model" for path, flag in flags.items() if now.get(path) is not flag]
     config = None

@@ -143,7 +143,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _export_and_push(args: argparse.Namespace, export: Callable[[argparse.Namespace], int]) -> int:
-    from oftsurgery.api.checkpoints import read_record
+    from oftsurgery.api.reports import read_record
     from oftsurgery.hub import login
 
     # check before the fold, which may take hours, that the push can begin

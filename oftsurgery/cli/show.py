@@ -43,7 +43,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from oftsurgery.api.checkpoints import read_record
+    from oftsurgery.api.reports import read_record
 
     record = read_record(args.folder)
     if wants_words(args, record) and record is not None:

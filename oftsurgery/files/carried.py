@@ -16,7 +16,7 @@ from typing import Any
 
 from oftsurgery.errors import CheckpointError, printable
 
-from .checkpoint import CONFIG, LAYOUTS
+from .layout import CONFIG, LAYOUTS
 from .reading import inside, is_nested_name, is_plain_name, read_json_value
 
 #: names of files that loaders read (configs, vocabularies, templates), and of a model's terms

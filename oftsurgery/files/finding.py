@@ -20,7 +20,7 @@ from pathlib import Path
 from oftsurgery.errors import CheckpointError, OFTSurgeryError, needs, printable
 
 from .carried import PATTERNS, missing_in
-from .checkpoint import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
+from .layout import CONFIG, LAYOUTS, Layout, layout_of, no_checkpoint, two_checkpoints, weight_map_in
 from .reading import ADAPTER_CONFIG, ADAPTER_TENSORS
 
 # patterns of the files that a fold needs beside the weights

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from oftsurgery.dtypes import DTYPES
+from oftsurgery.dtype_names import SAFETENSORS
 from oftsurgery.errors import CheckpointError, printable
 
 from .links import check_link
@@ -27,7 +27,7 @@ _MAX_JSON_BYTES = 64 << 20
 _MAX_JSON_PARTS = 2_000_000  # objects and lists: an empty list takes about two bytes of a file and 60 of memory
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _MAX_SIZE = 1 << 48  # of a dimension: an empty tensor's header may state any size
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20  # a processor's cache holds this much
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def read_header(path: Path) -> tuple[list[TensorEntry], Mapping[str, str]]:
         start, end = facts["data_offsets"]
         shape = tuple(facts["shape"])
         entries.append(TensorEntry(name, path.name, str(facts["dtype"]), shape, 8 + length + start, end - start))
-    strange = next((e for e in entries if e.dtype not in DTYPES or max(e.shape, default=0) > _MAX_SIZE), None)
+    strange = next((e for e in entries if e.dtype not in SAFETENSORS or max(e.shape, default=0) > _MAX_SIZE), None)
     if strange is not None:
         raise CheckpointError(
             f"oftsurgery does not know the tensor's dtype or shape, {printable(strange.dtype)} {printable(list(strange.shape))}",
@@ -166,10 +166,10 @@ def _no_duplicates(path: Path) -> Any:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from oftsurgery.dtypes import DTYPE_NAMES
 
-from .writing import to_disk
-
 
 class ShardWriter:
     """Writes one safetensors file tensor by tensor, in any order, with one tensor at a time in memory.
@@ -73,7 +71,7 @@ class ShardWriter:
         self._left.discard(name)
 
     def close(self) -> None:
-        """Write the late tensors and the header, and flush the file to the disk."""
+        """Write the late tensors and the header; :meth:`~oftsurgery.files.staging.Staging.finish` brings the file to the disk."""
         if self._left:
             raise AssertionError(f"{len(self._left)} tensors were not written")
         for name, data in self._late.items():
@@ -82,7 +80,6 @@ class ShardWriter:
             self._place(name, torch.uint8, (len(data),))
         self._file.seek(0)
         self._file.write(header_bytes(self._header, self._room))
-        to_disk(self._file)
         self._file.close()
 
     def abort(self) -> None:

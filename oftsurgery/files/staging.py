@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,17 @@ from typing import Any
 from oftsurgery.errors import CheckpointError, DiskError, StateError
 
 from .reading import read_json, sha256_of
-from .writing import Replacement, check_free, disk_errors, exists, folders_above, sync_folder, to_disk, write_synced
+from .writing import (
+    Replacement,
+    check_free,
+    disk_errors,
+    exists,
+    folders_above,
+    sync_file,
+    sync_folder,
+    to_disk,
+    write_synced,
+)
 
 _STATE = ".state.json"
 
@@ -50,6 +62,10 @@ class Staging:
         self.replaced = self.destination.parent / f".{self.destination.name}.replaced"
         self.state: dict[str, Any] = {"key": self.key, "shards": {}}
         self._ours = False  # whether this run may remove the folder's contents
+        self._hashes: dict[str, str] = {}  # of small files, taken while they were written
+        # a shard is hashed on one thread and synced on the other, while the run works on
+        self._threads = ThreadPoolExecutor(2, "oftsurgery-finish")
+        self._finishing: Future[None] | None = None
 
     def __enter__(self) -> Staging:
         check_free("destination", self.destination, force=self.force)
@@ -82,6 +98,9 @@ class Staging:
 
     def _leave(self) -> None:
         """Remove work that is not worth resuming, and release the lock."""
+        if self._finishing is not None:
+            self._finishing.exception()  # waits: the run's error has not made the last whole shard worthless
+        self._threads.shutdown()
         if self._ours and not (self.resumable and self.state["shards"]):
             shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -166,7 +185,7 @@ class Staging:
     # --- writing ---
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The facts that :meth:`finish` noted for a whole shard; None for a shard that is not finished."""
+        """The facts that :meth:`finish` noted for a whole shard; None for a shard whose note is not on the disk yet."""
         entry = self.state["shards"].get(name)
         return None if entry is None else dict(entry["facts"])
 
@@ -174,6 +193,7 @@ class Staging:
     def writing(self, name: str) -> Iterator[Path]:
         """The path at which to write the file ``name``; the file is removed if the body fails."""
         path = self.folder / name
+        self._hashes.pop(name, None)
         with disk_errors(path):
             try:
                 yield path
@@ -182,10 +202,33 @@ class Staging:
                 raise
 
     def finish(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Note that the shard ``name`` is whole and on the disk."""
-        with disk_errors(self.folder):
-            self.state["shards"][name] = {"sha256": sha256_of(self.folder / name), "facts": dict(facts)}
+        """Note that the shard ``name`` is whole, as soon as its hash is known and its bytes are on the disk. The caller works on
+        meanwhile; the next call waits for the note, so that a kill costs one shard at most.
+
+        Raises:
+            DiskError: the bytes of the shard before did not reach the disk.
+        """
+        self.settle()
+        self._finishing = self._threads.submit(self._finish, name, {"facts": dict(facts)})
+
+    def _finish(self, name: str, entry: dict[str, Any]) -> None:
+        path = self.folder / name
+        with self.writing(name):
+            synced = self._threads.submit(sync_file, path)
+            entry["sha256"] = sha256_of(path)
+            synced.result()
+            self.state["shards"][name] = entry
             self._save_state()
+
+    def settle(self) -> None:
+        """Wait until the last shard given to :meth:`finish` is noted.
+
+        Raises:
+            DiskError: the bytes of the shard did not reach the disk.
+        """
+        last, self._finishing = self._finishing, None
+        if last is not None:
+            last.result()
 
     def _save_state(self) -> None:
         with Replacement(self.folder / _STATE) as new:
@@ -200,14 +243,19 @@ class Staging:
         """Write ``text`` as the file ``name``."""
         with self.writing(name) as path:
             write_synced(path, text.encode())
+        self._hashes[name] = hashlib.sha256(text.encode()).hexdigest()
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file's contents to the file ``name``, which may lie in a folder of the output."""
         with disk_errors(self.folder):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
         with self.writing(name) as path, source.open("rb") as reader, path.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+            while chunk := reader.read(1 << 20):
+                writer.write(chunk)
+                digest.update(chunk)
             to_disk(writer)
+        self._hashes[name] = digest.hexdigest()
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of the file ``name``, a few megabytes at a time."""
@@ -217,6 +265,7 @@ class Staging:
 
     def drop(self, name: str) -> None:
         """Remove the finished file ``name``, which does not belong to the output."""
+        self.settle()
         with disk_errors(self.folder):
             self.state["shards"].pop(name, None)
             self._save_state()
@@ -224,7 +273,8 @@ class Staging:
 
     def hashes(self, *, but: Collection[str] = ()) -> dict[str, str]:
         """``{name: SHA-256}`` of all written files, except the files ``but``."""
-        known = {name: shard["sha256"] for name, shard in self.state["shards"].items()}
+        self.settle()
+        known = self._hashes | {name: shard["sha256"] for name, shard in self.state["shards"].items()}
         return {n: known.get(n) or sha256_of(self.folder / n) for n in self.names() if n not in but}
 
     def names(self) -> list[str]:
@@ -236,6 +286,7 @@ class Staging:
 
     def publish(self) -> None:
         """Make the folder the destination."""
+        self.settle()
         with disk_errors(self.destination):
             (self.folder / _STATE).unlink()
             for folder in (self.folder, *filter(Path.is_dir, self.folder.rglob("*"))):

@@ -120,6 +120,12 @@ def to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the bytes that were written to a file, and that the file's writer has flushed, are on the disk itself."""
+    with path.open("rb+") as file:
+        to_disk(file)
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the folder's list of files is on the disk itself."""
     if os.name == "nt":  # Windows cannot open folders

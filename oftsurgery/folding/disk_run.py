@@ -200,6 +200,7 @@ class _Run:
     def write_undo(self, path: Path, record: FoldRecord, staging: Staging, *, force: bool) -> None:
         """Join the shards' parts to the undo record at ``path``, unless a killed run has already written the record."""
         plan = self.plan
+        staging.settle()
         if self.written is None or not self.written.is_of(record):
             with UndoWriter(path, force=force) as writer:
                 for shard in plan.shards:

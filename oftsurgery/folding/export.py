@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from oftsurgery.dtypes import FORMAT_OF, NAMED
 from oftsurgery.errors import GATHER_MODEL, FormatError, SourceWarning, StateError, not_gathered, printable, warn_caller
-from oftsurgery.files.checkpoint import CONFIG
 from oftsurgery.files.finding import loaded_commit
+from oftsurgery.files.layout import CONFIG
 from oftsurgery.files.staging import Staging
 from oftsurgery.formats import codecs
 from oftsurgery.formats.checkpoint_tensors import checkpoint_shapes
@@ -64,6 +64,7 @@ def save_model(
     ):
         for shard in shards:
             write_shard(staging, shard.file, [items[i] for i in shard.items], metadata)
+            staging.finish(shard.file, {})
         files = [shard.file for shard in shards]
         record = write_other_files(
             staging,

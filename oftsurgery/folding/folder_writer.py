@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oftsurgery.errors import LeftOutWarning, module_in_errors, printable, warn_caller
 from oftsurgery.files.carried import Carried
-from oftsurgery.files.checkpoint import INDEX
+from oftsurgery.files.layout import INDEX
 from oftsurgery.files.reading import read_header
 from oftsurgery.files.shard_writer import ShardWriter
 from oftsurgery.files.staging import Staging

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import FLOATS, name_of
+from oftsurgery.dtype_names import name_of
+from oftsurgery.dtypes import FLOATS
 from oftsurgery.errors import StateError, module_in_errors
 from oftsurgery.formats import codecs
 from oftsurgery.formats.all_formats import format_of_parameter

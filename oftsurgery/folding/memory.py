@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.trained_on import TrainedOn
-from oftsurgery.dtypes import name_of
+from oftsurgery.dtype_names import name_of
 from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oftsurgery.dtypes import name_of
+from oftsurgery.dtype_names import name_of
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.stores.folder import Quantization
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from oftsurgery.errors import NonFiniteError, StateError
 
 from .encoded_weight import EncodedWeight, WeightFormat
+from .levels import quotient
 
 #: the opset of every exported ONNX graph
 OPSET = 20
@@ -109,7 +110,7 @@ class Format:
     def steps(self, encoded: EncodedWeight) -> Tensor:
         """The factors of the numbers: the scales divided by :attr:`unit`."""
         scales = self.scales(encoded)
-        return scales if self.unit == 1 else scales / self.unit
+        return scales if self.unit == 1 else quotient(scales, self.unit)
 
     def statistics(self, scales: Tensor, f: WeightFormat) -> dict[str, Tensor]:
         """The tensors that hold scales ``(blocks,)``."""

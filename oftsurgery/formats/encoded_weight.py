@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from oftsurgery.dtypes import name_of
+from oftsurgery.dtype_names import name_of
 from oftsurgery.errors import FormatError, ShapeError
 from oftsurgery.hashing import hash_tensors
 

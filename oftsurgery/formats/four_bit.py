@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import NAMED, name_of
+from oftsurgery.dtype_names import name_of
+from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import FormatError, StateError
 
 from .base import Format, Layout, Live, Names, Offloaded, Read, Shape, bnb_class, finite, in_blocks

@@ -13,6 +13,7 @@ from oftsurgery.errors import FormatError, StateError
 
 from .base import OPSET, Format, Layout, Live, Names, Offloaded, Read, Shape, finite
 from .encoded_weight import EncodedWeight, WeightFormat
+from .levels import quotient
 
 
 class Int8(Format):
@@ -57,10 +58,11 @@ class Int8(Format):
 
     def levels(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         codes = torch.arange(-127, 128, device=device, dtype=torch.int8)
-        return codes.to(torch.float32) / 127, (torch.arange(-127, 127, device=device) + 0.5) / 127, codes
+        levels, bounds = codes.to(torch.float32), torch.arange(-127, 127, device=device) + 0.5
+        return quotient(levels, 127), quotient(bounds, 127), codes
 
     def nearest_levels(self, scaled: Tensor) -> Tensor:
-        return torch.round(scaled * 127.0).clamp(-127, 127) / 127.0
+        return quotient(torch.round(scaled * 127.0).clamp(-127, 127), 127)
 
     def codes_at(self, weight: Tensor, scales: Tensor, f: WeightFormat) -> Tensor:
         weight, scb = weight.reshape(f.shape), scales.unsqueeze(-1)

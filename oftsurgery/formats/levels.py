@@ -22,6 +22,11 @@ LEVELS: Mapping[str, tuple[float, ...]] = MappingProxyType(
 )  # fmt: skip
 
 
+def quotient(x: Tensor, number: float) -> Tensor:
+    """``x / number``, rounded once on every device: on a GPU torch multiplies by the reciprocal of a plain number."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 @cache
 def levels_of(codec: str, device: torch.device) -> Tensor:
     """The 16 levels, (16,) float32 in [-1, 1], by code."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .levels import quotient
+
 #: bitsandbytes' lower bound of absmax
 TINY = 1e-38
 
@@ -24,7 +26,7 @@ def grid_scales(blocks: Tensor, levels: Tensor, bounds: Tensor) -> Tensor:
     usable = absmax < torch.finfo(torch.float32).max / GRID[-1]
     best, best_error = absmax, torch.full_like(absmax, torch.inf)
     for ratio in (1.0, *GRID):  # 1.0 comes first, so that the absmax wins a tie
-        codes = levels[torch.bucketize(x / ratio, bounds)]
+        codes = levels[torch.bucketize(quotient(x, ratio), bounds)]
         error = (codes * ratio - x).square().sum(-1, keepdim=True)
         power = codes.square().sum(-1, keepdim=True)
         scale = (codes * x).sum(-1, keepdim=True) / power

@@ -19,7 +19,6 @@ from oftsurgery.files.carried import Carried
 from oftsurgery.files.checkpoint import Checkpoint, open_checkpoint
 from oftsurgery.files.reading import sha256_of
 from oftsurgery.files.staging import Staging, check_apart
-from oftsurgery.files.writing import to_disk
 from oftsurgery.folding.folder_writer import write_other_files
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
@@ -110,8 +109,7 @@ def export_folder(
         step("convert")
         with staging.writing(FILE) as path:
             convert(converter, folder, path, dtype, python)
-            with path.open("rb+") as written:
-                to_disk(written)
+        staging.finish(FILE, {})
         reader = read_gguf(path)
         step("compare the tensors")
         found = compare(reader, [folder / name for name in checkpoint.shards]) if verify else Comparison(None)

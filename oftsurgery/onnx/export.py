@@ -18,7 +18,7 @@ from oftsurgery.errors import CheckpointError, ExportError, OFTSurgeryError, Sta
 from oftsurgery.files.reading import inside, read_json
 from oftsurgery.files.staging import Staging, check_apart
 from oftsurgery.files.tokenizer_files import tokenizer_files
-from oftsurgery.files.writing import disk_errors, to_disk
+from oftsurgery.files.writing import disk_errors, sync_file
 from oftsurgery.folding import export
 from oftsurgery.folding.beside import beside_model
 from oftsurgery.folding.folder_writer import write_other_files
@@ -164,8 +164,7 @@ def export_model(
             with staging.writing(GRAPH) as path:
                 nbytes = write_graph(graph, path)
             for written in staging.folder.glob(f"{GRAPH}*"):
-                with written.open("rb+") as file:
-                    to_disk(file)
+                sync_file(written)
             checks = _prove(task, reference, path, dtype, step) if verify else ()
             genai = _genai_config(model, task) if isinstance(task, CacheTask) else None
             report = OnnxReport(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oftsurgery.dtypes import name_of
+from oftsurgery.dtype_names import name_of
 from oftsurgery.errors import NonFiniteError, StateError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from oftsurgery.dtypes import FORMAT_OF
-from oftsurgery.formats.encoded_weight import WeightFormat
+from oftsurgery.dtype_names import SHORT, name_of
 
 from .record import FoldRecord
+
+if TYPE_CHECKING:
+    from oftsurgery.formats.encoded_weight import WeightFormat
 
 #: format → (the formats with finer steps, the smallest first, and how many times as large they are)
 _FINER: Mapping[str, tuple[tuple[str, int], ...]] = {
@@ -99,7 +101,7 @@ class Case:
         """
         settings: dict[str, Any] = {}
         if on_disk and (merged.quantised, merged.dtype) != (base.quantised, base.dtype):
-            settings["format"] = merged.codec if merged.quantised else FORMAT_OF.get(merged.dtype, "same")
+            settings["format"] = merged.codec if merged.quantised else SHORT.get(name_of(merged.dtype), "same")
         if on_disk and not base.quantised:
             settings["trained_on"] = (
                 rotated.codec + "-double" * (rotated.nested_blocksize > 0) if rotated.quantised else "plain"
@@ -232,7 +234,7 @@ def _settings_of(record: FoldRecord, label: str, *, on_disk: bool) -> dict[str, 
     quantize, turned = base.get("quantize"), base.get("fold_into")
     first = quantize is not None and turned != "original"  # a plain base, quantised and then rotated
     if first or turned == "original" or "format" in base or (turned and codec not in _QUANTISED):
-        found["format"] = codec if codec in _QUANTISED else _NAMES.get(codec, "same")
+        found["format"] = codec if codec in _QUANTISED else SHORT.get(codec, "same")
     if first or turned == "original":
         also = "-double" * (base.get("double_quant") == "true" and quantize != "int8")
         found["trained_on"] = f"{quantize}{also}" if first else "plain"
@@ -248,9 +250,6 @@ def _settings_of(record: FoldRecord, label: str, *, on_disk: bool) -> dict[str, 
     if record.missing:
         found["partial"] = True
     return found
-
-
-_NAMES = {str(dtype).removeprefix("torch."): name for dtype, name in FORMAT_OF.items()}
 
 
 def _json(text: str | None) -> Any:

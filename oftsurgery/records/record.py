@@ -15,10 +15,11 @@ from types import MappingProxyType, NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from oftsurgery._version import __version__
-from oftsurgery.adapters.adapter import OFTAdapter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from oftsurgery.adapters.adapter import OFTAdapter
 
 #: a weight that keeps a smaller part of the adapter's change is reported
 ENOUGH = 0.9

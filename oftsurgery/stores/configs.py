@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from oftsurgery.dtypes import DENSE, name_of
+from oftsurgery.dtype_names import name_of
+from oftsurgery.dtypes import DENSE
 from oftsurgery.formats.all_formats import FORMATS
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,19 @@ from oftsurgery.progress import without_bars
 
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
 _CODE = ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+
+_BY_NAMES = ContextVar("oftsurgery_without_classes", default=False)
+
+
+@contextlib.contextmanager
+def without_classes() -> Iterator[None]:
+    """While the body runs, :func:`skeleton` knows no class, as where transformers is not installed."""
+    token = _BY_NAMES.set(True)
+    try:
+        yield
+    finally:
+        _BY_NAMES.reset(token)
+
 
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
@@ -71,7 +85,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
     Raises:
         CheckpointError: transformers knows the class and cannot build it from this config.
     """
-    if "model_type" not in config:
+    if "model_type" not in config or _BY_NAMES.get():
         return None
     if not isinstance(config["model_type"], str):
         raise CheckpointError(

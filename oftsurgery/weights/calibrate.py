@@ -42,6 +42,8 @@ _UNCALLED = "the model never multiplies inputs by this weight on the calibration
 DAMPINGS = (0.0005, 0.002, 0.01, 0.05, 0.2)
 #: the same, where the drift of the inputs moves the weight that is to be stored
 DRIFT_DAMPING = 0.05
+#: the share of the drift that a layer makes up for
+SHARE = 0.5
 
 #: number of rows on which dampings are tried
 _TRIED_ROWS = 128
@@ -196,13 +198,13 @@ def make_least(
 def make_up_for(exact: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
     """The weight W* that takes the place of the exact weight W where the inputs X have drifted from the live inputs Y.
 
-    ``‖X Vᵀ - (X + ½ (Y - X)) Wᵀ‖²`` is least at ``W* = W + ½ W (Y - X)ᵀX (XᵀX)⁻¹``, which makes up for half of the drift. With
-    the whole drift as the aim, or less damping, W* would follow the calibration's own texts too closely.
+    ``‖X Vᵀ - (X + a (Y - X)) Wᵀ‖²`` is least at ``W* = W + a W (Y - X)ᵀX (XᵀX)⁻¹``, which makes up for a share a of the
+    drift. With the whole drift as the aim, or less damping, W* would follow the calibration's own texts too closely.
     """
     factor, failed = torch.linalg.cholesky_ex(damp(hessian, DRIFT_DAMPING))
     if int(failed):
         return exact
-    return exact + 0.5 * torch.cholesky_solve((exact @ drift).t(), factor).t()
+    return exact + SHARE * torch.cholesky_solve((exact @ drift).t(), factor).t()
 
 
 def best_damping(rows: Rows, hessian: Tensor, held_out: Tensor, reference: Tensor) -> float | None:

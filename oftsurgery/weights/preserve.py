@@ -184,20 +184,22 @@ def relaxation(
         f: format of the weight.
         chain: the weight's rotations.
     """
-    values, moves, powers = [], [], []
-    strong_blocks = blocks = 0
+    values, moves, powers, strong_blocks = [], [], [], []
+    blocks = 0
     for start, stop in sample_of(f.shape[0], f.shape[1], whole_rows(f, chain)):
         base, exact = rows_of(start, stop)
         scales = own.values[span(start, stop, f.shape[1], f.block)]
         v, w = in_blocks(base.reshape(-1), f.block), in_blocks(exact.reshape(-1), f.block)
         strong = is_strong(v, w, scales, base.numel(), f)
-        strong_blocks, blocks = strong_blocks + int(strong.sum()), blocks + strong.numel()
-        weak = ~strong & (scales != 0)
-        s = scales[weak].unsqueeze(-1)
-        values.append(v[weak] / s)
-        moves.append((w[weak] - v[weak]) / s)
-        powers.append(s.to(torch.float64).square().expand_as(values[-1]))
-    if 2 * strong_blocks > blocks:
+        strong_blocks.append(strong.sum())
+        blocks += strong.numel()
+        # the other blocks' changes count as 0; to leave the blocks out, the processor would wait for a GPU
+        weak = (~strong & (scales != 0)).unsqueeze(-1)
+        s = torch.where(weak, scales.unsqueeze(-1), 1.0)
+        values.append(v / s)
+        moves.append(torch.where(weak, (w - v) / s, 0.0))
+        powers.append(s.to(torch.float64).square().expand_as(v))
+    if 2 * int(torch.stack(strong_blocks).sum()) > blocks:
         return None
     v, d, power = (torch.cat([x.reshape(-1) for x in parts_]) for parts_ in (values, moves, powers))
     weight = d.to(torch.float64) * power
@@ -205,11 +207,12 @@ def relaxation(
     if not need > 0:
         return 0
 
-    def kept(steps: int) -> float:
-        levels = f.kind.nearest_levels(v + d * relaxation_of(steps))
-        return float((weight * (levels - v)).sum()) / need
+    def kept(steps: Sequence[int]) -> list[float]:
+        levels = (f.kind.nearest_levels(v + d * relaxation_of(k)) for k in steps)
+        # read together: for each reading the processor waits for a GPU
+        return [x / need for x in torch.stack([(weight * (level - v)).sum() for level in levels]).tolist()]
 
-    return solve(lambda steps: [kept(k) for k in steps])
+    return solve(kept)
 
 
 def solve(kept: Callable[[Sequence[int]], Sequence[float]]) -> int:

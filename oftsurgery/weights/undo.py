@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.dtypes import NAMED, name_of
+from oftsurgery.dtype_names import name_of
+from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import FormatError, IntegrityError, NonFiniteError, printable
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.hashing import hash_bytes, hash_tensors

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import oftsurgery
 from oftsurgery.checks import doctor_checkpoint
-from oftsurgery.files import checkpoint
-from oftsurgery.files.checkpoint import Layout
+from oftsurgery.files import layout
+from oftsurgery.files.layout import Layout
 
 PARTS = Layout("parts/part.safetensors", "parts/parts.json")
 
@@ -21,7 +21,7 @@ PARTS = Layout("parts/part.safetensors", "parts/parts.json")
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two shards in a subfolder, and the same tensors as transformers lays them out in the folder beside."""
-    for module in (checkpoint, doctor_checkpoint):
+    for module in (layout, doctor_checkpoint):
         monkeypatch.setattr(module, "LAYOUTS", (*module.LAYOUTS, PARTS))
     tensors = {f"{name}.weight": torch.randn(64, 64, generator=seeded(name)) for name in ("layer", "other")}
     for folder in ("source/parts", "plain"):

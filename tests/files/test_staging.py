@@ -5,15 +5,19 @@ test_kill.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from oftsurgery.errors import DiskError, StateError
+from oftsurgery.files import staging as staging_module
+from oftsurgery.files.reading import sha256_of
 from oftsurgery.files.staging import Staging
 from oftsurgery.files.writing import Replacement
 
@@ -84,6 +88,53 @@ def test_an_error_in_a_body_removes_its_file(tmp_path: Path) -> None:
             path.write_bytes(b"half")
             raise Stop
         assert names(stage.folder) == {".state.json", "one"}
+
+
+def test_the_run_works_on_while_a_shard_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    next_shard = threading.Event()
+
+    def slow(path: Path) -> None:
+        assert next_shard.wait(30)
+
+    monkeypatch.setattr(staging_module, "sync_file", slow)
+    with staging(tmp_path) as stage:
+        put(stage, "one", b"1", {"modules": {"a": 1}})
+        assert stage.finished("one") is None  # the bytes are not on the disk yet
+        next_shard.set()
+        put(stage, "two", b"2")
+        assert stage.finished("one") == {"modules": {"a": 1}}
+        stage.settle()
+        assert stage.finished("two") == {}
+        stage.publish()
+
+
+def test_a_shard_that_does_not_reach_the_disk_is_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        if path.name == "two":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(staging_module, "sync_file", full)
+    with staging(tmp_path) as stage:
+        put(stage, "one", b"1")
+        put(stage, "two", b"2")
+        with pytest.raises(DiskError, match="the disk is full"):
+            stage.publish()
+    assert names(tmp_path) == {".out.oftsurgery"}
+    assert names(tmp_path / ".out.oftsurgery") == {".state.json", "one"}
+
+
+def test_the_hashes_are_those_of_the_files_as_they_were_written_last(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 3_000_000)
+    with staging(tmp_path) as stage:
+        put(stage, "one", b"1")
+        stage.copy(tmp_path / "file", "in/copied")
+        stage.put_json("config.json", {"ä": 1})
+        stage.put_text("twice", "first")
+        with stage.writing("twice") as path:
+            path.write_bytes(b"second")
+        hashes = stage.hashes(but=["config.json"])
+        assert hashes == {n: sha256_of(stage.folder / n) for n in ("one", "in/copied", "twice")}
+        assert stage.hashes()["config.json"] == sha256_of(stage.folder / "config.json")
 
 
 def test_what_is_not_resumable_leaves_nothing(tmp_path: Path) -> None:

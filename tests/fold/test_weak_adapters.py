@@ -18,6 +18,7 @@ from warned import noted, quietly
 
 import oftsurgery
 from oftsurgery import WeakAdapterWarning
+from oftsurgery.api.reports import read_record
 from oftsurgery.cli.main import main
 from oftsurgery.records.advice import Case, remedies
 
@@ -68,7 +69,7 @@ def test_verify_says_how_much_of_the_effect_is_kept_on_disk(
         report = quietly(
             oftsurgery.verify_checkpoint, out, llama / "base", llama / "weak", texts=[{"input_ids": TOKENS}]
         )
-        record = oftsurgery.api.checkpoints.read_record(out)
+        record = read_record(out)
         assert report.ok
         assert report.kept == pytest.approx(record.kept, abs=1e-3)
         assert report.on_texts.kept == pytest.approx(report.kept, abs=0.15)
@@ -102,7 +103,7 @@ def test_each_command_that_a_warning_gives_helps(
             continue  # the tiny model has no tokenizer; `test_commands_to_other_quantised_formats_run` folds to int8
         assert main(shlex.split(command)[1:]) == 0, command
         assert "WeakAdapterWarning" not in capsys.readouterr().err
-        record = oftsurgery.api.checkpoints.read_record("out")
+        record = read_record("out")
         assert record.kept > 0.9
     assert main(["verify", "out", base, adapter]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("ok: the output computes what")
@@ -136,14 +137,14 @@ def test_commands_to_other_quantised_formats_run(llama: Path, tmp_path: Path, tr
     """From a base that is quantised first, as the adapter was trained, and from a plain base."""
     settings = {"format": "nf4", "trained_on": trained, "rounding": "nearest"}
     quietly(oftsurgery.fold_checkpoint, llama / "base", llama / "weak", tmp_path / "out", **settings)
-    record = oftsurgery.api.checkpoints.read_record(tmp_path / "out")
+    record = read_record(tmp_path / "out")
     case = Case.of_record(record, next(iter(record.modules)))
     assert case is not None
     [remedy] = [r for r in remedies(case, commands=True) if "--format int8" in r.call]
     words = {"BASE": llama / "base", "ADAPTER": llama / "weak", "OUTPUT": tmp_path / "int8"}
     command = [str(words.get(word, word)) for word in shlex.split(remedy.call)[1:]]
     assert quietly(main, command) == 0
-    record = oftsurgery.api.checkpoints.read_record(tmp_path / "int8")
+    record = read_record(tmp_path / "int8")
     assert record.kept > 0.9
     assert {module.format for module in record.modules.values()} == {"int8"}
     assert quietly(main, ["verify", str(tmp_path / "int8"), str(llama / "base"), str(llama / "weak")]) == 0

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import ExportError, MissingDependencyError, NonFiniteError, StateError
-from oftsurgery.api.checkpoints import read_record
+from oftsurgery.api.reports import read_record
 from oftsurgery.cli import main as cli
 from oftsurgery.onnx import export as onnx_export
 from oftsurgery.onnx import run as onnx_run

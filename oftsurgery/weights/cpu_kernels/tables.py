@@ -108,33 +108,13 @@ def search(kind: FourBit, rounding: str) -> np.ndarray:
 
 @cache
 def dynamic() -> np.ndarray:
-    """The table of double quantisation but for its offset, read off bitsandbytes' own function: the float32 from which on its
-    code is higher, for each code. Whatever the function does, as long as its codes grow with the values, this is that.
-    """
-    from bitsandbytes.functional import quantize_blockwise
-
-    # in the order of the values: the bits of positive numbers, below them those of negative ones
-    low, high = (np.full(255, np.float32(x).view(np.int32).astype(np.int64)) for x in (1.0, 1.0))
-    low = -low
-    wanted = np.arange(1, 256)
-    while (high - low).max() > 1:
-        middle = (low + high) // 2
-        given = np.append(_of_order(middle), np.float32(1.0))  # the last is the block's largest
-        codes, state = quantize_blockwise(torch.from_numpy(given), blocksize=256)
-        reached = codes.numpy()[:255] >= wanted
-        low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+    """The table of double quantisation but for its offset: see :func:`.blockwise.dynamic_steps`."""
+    values, ends = (t.numpy() for t in blockwise.dynamic_steps(torch.device("cpu")))
     table = _aligned(layout.DYNAMIC_TABLE)
-    steps = np.append(_of_order(high), np.float32(np.inf))
-    map_ = state.code.detach().cpu().to(torch.float32).numpy()
-    table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS] = map_.view(np.uint8)
+    steps = np.append(ends, np.float32(np.inf))
+    table[layout.DYNAMIC_MAP : layout.DYNAMIC_STEPS] = values.view(np.uint8)
     table[layout.DYNAMIC_STEPS : layout.DYNAMIC_START] = steps.view(np.uint8)
     halves = np.arange(1 << 16, dtype=np.int64) << 16
     lowest = np.where(halves < 1 << 31, halves, halves | 0xFFFF).astype(np.uint32).view(np.float32)
     table[layout.DYNAMIC_START :] = np.searchsorted(steps[:-1], np.nan_to_num(lowest), side="right")
     return table
-
-
-def _of_order(order: np.ndarray) -> np.ndarray:
-    """Float32 values by their order: 0 is zero, 1 the smallest positive value, -1 the smallest negative value."""
-    bits = np.where(order >= 0, order, -order | (1 << 31)).astype(np.uint32)
-    return bits.view(np.float32)

@@ -2,7 +2,7 @@
 
 =============  ==================================================================================================================
 ``numba``      one fused pass on the CPU's threads: dense, NF4, FP4 and int8
-``triton``     the same in one kernel on CUDA
+``triton``     the same on CUDA, without the rounding ``mse``
 ``tiled``      the reference's own functions on a few rows at a time, on any device, without temporaries of the weight's size
 ``reference``  the readable path: decode, rotate, encode
 =============  ==================================================================================================================
@@ -48,6 +48,8 @@ _VARIABLE = "OFTSURGERY_BACKEND"
 #: for larger blocks a matrix product is faster than the fused kernels
 _MAX_BLOCK = 512
 _forced: ContextVar[str | None] = ContextVar("oftsurgery_backend", default=None)
+#: 129 steps from 0 to i
+_TO_ONE = 1j * np.linspace(0, 1, 129)
 #: fast path → the reason why this process does not use it (again)
 _broken: dict[str, str] = {}
 
@@ -168,19 +170,21 @@ def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Te
     """:func:`oftsurgery.weights.sweep.sweep` by the CPU's kernel; None where the kernel does not serve."""
     if points.device.type != "cpu" or _choice() not in (None, "numba"):
         return None
-    done: Tensor | None = _serve("numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored))
+    done: Tensor | None = _serve(
+        "numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored), ".sweep_cpu"
+    )
     return done
 
 
-def _serve(name: str, use: Callable[[ModuleType], T | None]) -> T | None:
-    """The result of ``use`` with the driver of a fast path; None if there is no driver, or the driver fails."""
+def _serve(name: str, use: Callable[[ModuleType], T | None], driver: str = "") -> T | None:
+    """The result of ``use`` with a fast path's driver of folds, or another; None if there is no driver, or the driver fails."""
     problem = _problem(name)
     if problem is not None:
         if name not in _broken:
             _give_up(name, problem)
         return None
     try:
-        return use(import_module(".fold_cpu" if name == "numba" else ".fold_gpu", __name__))
+        return use(import_module(driver or (".fold_cpu" if name == "numba" else ".fold_gpu"), __name__))
     except OFTSurgeryError:
         raise
     except Exception as error:  # a compiler may raise any error; the slower path has the same result
@@ -204,16 +208,14 @@ def _give_up(name: str, problem: str) -> None:
 def measure(rotation: Rotation) -> tuple[float, float]:
     """``(rotation.defect, rotation.angle)``, from the largest eigenvalue alone if that decides."""
     series = _series(rotation.cayley)
-    theta = _by_kernel(
-        rotation, lambda driver, wide, _: driver.largest_angle(rotation.generator, rotation.block_size, wide)
-    )
+    theta = _by_kernel(rotation, lambda driver, v, wide, _: driver.largest_angle(v, rotation.block_size, wide))
     if theta is None or series is None:
         return rotation.defect, rotation.angle
     if rotation.cayley.exact:
         return 0.0, 2 * math.atan(theta)
     # the series at the eigenvalues iθ: if both figures are largest at the end of [0, θmax], no other eigenvalue matters
     power, weight = series
-    x = 1j * np.linspace(0, theta, 129)
+    x = theta * _TO_ONE
     values = np.full_like(x, weight)
     for coefficient in (*[2.0] * (power - 1), 1.0):
         values = values * x + coefficient
@@ -244,28 +246,31 @@ def _wide(b: int, n: int) -> int:
     return wide if wide <= _MAX_BLOCK and (n == 1 or n * b % wide == 0) else 0
 
 
-def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, int, tuple[int, float]], T | None]) -> T | None:
-    """The result of ``use`` with the CPU's driver, the width of a rotation's blocks and their series; None if the driver
-    does not serve.
+def _by_kernel(rotation: Rotation, use: Callable[[ModuleType, Tensor, int, tuple[int, float]], T | None]) -> T | None:
+    """The result of ``use`` with the CPU's driver, the generator on the CPU, the width of a rotation's blocks and their series;
+    None if the driver does not serve.
+
+    A live adapter's generator may lie on a GPU. A generator has few bytes, and many small solves and eigenvalues are quick on
+    the CPU.
     """
     wide, series = _wide(rotation.block_size, rotation.generator.shape[0]), _series(rotation.cayley)
-    on_cpu = rotation.generator.device.type == "cpu"
-    if not wide or series is None or not on_cpu or _choice() not in (None, "numba"):
+    if not wide or series is None or _choice() not in (None, "numba"):
         return None
-    return _serve("numba", lambda driver: use(driver, wide, series))
+    generator = rotation.generator.detach().cpu()
+    return _serve("numba", lambda driver: use(driver, generator, wide, series), ".rotations_cpu")
 
 
 def _blocks(rotation: Rotation, wide: int) -> Tensor:
-    """The rotation's blocks, put together to ``wide``: float64."""
-    v, b = rotation.generator, rotation.block_size
-    found: Tensor | None = _by_kernel(rotation, lambda driver, own, series: driver.blocks(v, b, own, *series))
-    blocks = rotation.blocks if found is None else found
+    """The rotation's blocks, put together to ``wide``: float64, on the CPU."""
+    b = rotation.block_size
+    found: Tensor | None = _by_kernel(rotation, lambda driver, v, own, series: driver.blocks(v, b, own, *series))
+    blocks = rotation.blocks.cpu() if found is None else found
     return rotations.block_diagonal(blocks, wide, shared=len(blocks) == 1)
 
 
 def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tuple[Tensor, Tensor | None] | None:
     """``M: (n, b, b)`` float32 and ``s: (out,)`` or None, such that ``s · (W · blockdiag(M))`` is the folded weight; b
-    a multiple of 16.
+    a multiple of 16; both on the CPU.
 
     None if a rotation turns the rows themselves, or if its blocks have no common size that is small enough.
     """
@@ -290,7 +295,7 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
         if rotation.scale is not None:
             if inverse and bool((rotation.scale == 0).any()):
                 return None
-            factor = rotation.scale.detach().to(torch.float64)
+            factor = rotation.scale.detach().cpu().to(torch.float64)
             factor = 1 / factor if inverse else factor
             scale = factor if scale is None else scale * factor
     return _single(cast(Tensor, whole)), None if scale is None else scale.to(torch.float32)
@@ -298,20 +303,18 @@ def _matrices(order: Sequence[Rotation], features: int, *, inverse: bool) -> tup
 
 def _single_blocks(rotation: Rotation, wide: int, *, inverse: bool) -> Tensor | None:
     """:func:`_matrices` of one rotation in blocks of its own size, by the kernel alone; None if the kernel does not serve."""
-    v, b = rotation.generator, rotation.block_size
+    b = rotation.block_size
     turned = (rotation.side == "input") != inverse
 
-    def use(driver: ModuleType, own: int, series: tuple[int, float]) -> Tensor | None:
+    def use(driver: ModuleType, v: Tensor, own: int, series: tuple[int, float]) -> Tensor | None:
         return driver.blocks(v, b, own, *series, np.float32, turned=turned) if own == wide else None
 
     return _by_kernel(rotation, use)
 
 
 def _single(matrices: Tensor) -> Tensor:
-    """``matrices`` as contiguous float32. On the CPU numpy converts them: torch would wake all its threads for this little
-    work, and wait for them while other threads compute.
+    """``matrices`` as contiguous float32. numpy converts them: torch would wake all its threads for this little work, and wait
+    for them while other threads compute.
     """
-    if matrices.device.type != "cpu":
-        return matrices.to(torch.float32).contiguous()
     with np.errstate(over="ignore"):  # a value that overflows becomes infinite, and the weight is refused
         return torch.from_numpy(matrices.numpy().astype(np.float32, order="C"))

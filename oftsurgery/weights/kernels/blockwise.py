@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,6 +178,34 @@ def _large_pages(tensor: Tensor) -> Tensor:
     if start and length > 0 and _madvise() is not None:
         _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a refusal changes nothing
     return tensor
+
+
+@cache
+def dynamic_steps(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each code of double quantisation stands for, (256,), and the float32 values from which on the code is higher, (255,):
+    read off bitsandbytes' own function on ``device``. Whatever the function does, as long as its codes grow with the values,
+    the steps do the same. The functions of two devices differ.
+    """
+    from bitsandbytes.functional import quantize_blockwise
+
+    # in the order of the values: the bits of positive numbers, below them those of negative ones
+    low, high = (np.full(255, np.float32(x).view(np.int32).astype(np.int64)) for x in (1.0, 1.0))
+    low = -low
+    wanted = np.arange(1, 256)
+    while (high - low).max() > 1:
+        middle = (low + high) // 2
+        given = np.append(_of_order(middle), np.float32(1.0))  # the last is the block's largest
+        codes, state = quantize_blockwise(torch.from_numpy(given).to(device), blocksize=256)
+        reached = codes.cpu().numpy()[:255] >= wanted
+        low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+    values = state.code.detach().to(device=device, dtype=torch.float32)
+    return values, torch.from_numpy(_of_order(high)).to(device)
+
+
+def _of_order(order: np.ndarray) -> np.ndarray:
+    """Float32 values by their order: 0 is zero, 1 the smallest positive value, -1 the smallest negative value."""
+    bits = np.where(order >= 0, order, -order | (1 << 31)).astype(np.uint32)
+    return bits.view(np.float32)
 
 
 def nested_error(

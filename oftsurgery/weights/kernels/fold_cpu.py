@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oftsurgery.formats.codecs import Grid
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.four_bit import FourBit
 from oftsurgery.weights import preserve
@@ -21,7 +19,8 @@ from oftsurgery.weights.cpu_kernels.compiled import kernel
 from oftsurgery.weights.cpu_kernels.compiled import prepare as prepare_kernels
 
 from . import blockwise
-from .pool import run, threads
+from .addresses import scratch_at, word
+from .pool import run
 
 #: bytes of block matrices that stay in the second-level cache while rows pass by
 _MATRIX_BYTES = 512 << 10
@@ -35,17 +34,7 @@ _TASKS = 4
 
 _DECODERS = {layout.FOUR_BIT: "decode_4bit", layout.INT8: "decode_int8"}
 
-_local = threading.local()
 _CPU = torch.device("cpu")
-
-
-def _scratch(nbytes: int) -> int:
-    """The 64-byte aligned address of this thread's own ``nbytes`` bytes, which are kept for the next tile."""
-    held: tuple[int, int, np.ndarray] | None = getattr(_local, "scratch", None)
-    if held is None or held[0] < nbytes:
-        room = np.zeros(nbytes + 64, dtype=np.uint8)
-        held = _local.scratch = nbytes, (room.ctypes.data + 63) & ~63, room
-    return held[1]
 
 
 @dataclass(frozen=True)
@@ -165,11 +154,11 @@ def _plainly_scaled(encoded: EncodedWeight) -> EncodedWeight:
     codes, *numbers = (t.detach().contiguous() for t in parts)
     numbers = [t.to(torch.float32) for t in numbers]
     scales = torch.empty(blocks, dtype=torch.float32, device=_CPU)
-    read, head = kernel("read_scales"), [_word(t) for t in (codes, *numbers, f.nested_blocksize)]
+    read, head = kernel("read_scales"), [word(t) for t in (codes, *numbers, f.nested_blocksize)]
     each = max(_SCALES, -(-blocks // 8))
 
     def task(i: int) -> None:
-        read(*head, i * each, min(i * each + each, blocks), _word(scales))
+        read(*head, i * each, min(i * each + each, blocks), word(scales))
 
     run(task, -(-blocks // each))
     others = {name: t for name, t in encoded.tensors.items() if name == "quant_map"}
@@ -237,7 +226,7 @@ class _Fold(blockwise.Fold):
     def _fill(job: np.ndarray, **values: Any) -> None:
         """Put tensors and numbers into a job, by the names of their places in :mod:`~oftsurgery.weights.cpu_kernels.layout`, in lower case."""
         for name, value in values.items():
-            job[getattr(layout, name.upper()) // 8] = _word(value)
+            job[getattr(layout, name.upper()) // 8] = word(value)
 
     def _pass(
         self, places: Sequence[tuple[int, int, int]], result: Sequence[int], encode: str, then: str = "", **more: Any
@@ -253,12 +242,12 @@ class _Fold(blockwise.Fold):
         self._fill(job, encode=kernel(encode).address, then=kernel(then).address if then else 0, **more)
         sums = np.zeros((len(places), 2, layout.SUMS // 128, layout.LANES))
         features, step, scratch = self.into.shape[1], self.tiles.column_step, self.tiles.scratch + layout.WORK + 192
-        tile, address, at = kernel("tile"), _word(job), _word(sums)
+        tile, address, at = kernel("tile"), word(job), word(sums)
 
         def task(i: int) -> None:
             row, end, column = places[i]
             to, sums_at = result[i], at + 2 * layout.SUMS * i
-            tile(address, to, row, end, column, min(column + step, features), _scratch(scratch), sums_at)
+            tile(address, to, row, end, column, min(column + step, features), scratch_at(scratch), sums_at)
 
         run(task, len(places))
         totals = sums.sum((0, 3))
@@ -366,12 +355,12 @@ class _Fold(blockwise.Fold):
         project = kernel("project_int8" if self.new.kind == layout.INT8 else f"project_{self.by}")
         each = max(1, _SAMPLE_CHUNK // size)
         parts = -(-len(weights) // each)
-        first, levels = [at, plane, _word(weights), len(weights), each], _word(tables.levels(into.codec))
+        first, levels = [at, plane, word(weights), len(weights), each], word(tables.levels(into.codec))
 
         def kept_at(steps: Sequence[int]) -> list[float]:
             omegas = np.array([preserve.relaxation_of(k) for k in steps], np.float32)
             found = np.empty((parts, len(steps), layout.LANES), np.float32)
-            end = [size, levels, _word(omegas), len(steps), _word(found)]
+            end = [size, levels, word(omegas), len(steps), word(found)]
 
             def task(i: int) -> None:
                 project(*first, parts * i // _TASKS, parts * (i + 1) // _TASKS, *end)
@@ -407,9 +396,9 @@ def quantise_scales(
     codes = torch.empty(count, dtype=torch.uint8, device=_CPU)
     factors = torch.empty(blocks, dtype=torch.float32, device=_CPU)
     sums = np.zeros((-(-blocks // each), layout.SUMS // 128, layout.LANES))
-    first = [_word(x) for x in (table, scales, count, size)]
+    first = [word(x) for x in (table, scales, count, size)]
     seen = torch.empty_like(scales)
-    then = [_word(x) for x in (codes, factors, seen, moments, 4 * count)]
+    then = [word(x) for x in (codes, factors, seen, moments, 4 * count)]
     quantise, at = kernel("quantise_scales"), sums.ctypes.data
 
     def task(i: int) -> None:
@@ -425,33 +414,6 @@ def quantise_scales(
         if moments is not None:
             error, held = blockwise.nested_error(into, scales, statistics, moments[:3].t())
     return statistics, error, held
-
-
-def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Tensor) -> Tensor | None:
-    """:func:`oftsurgery.weights.sweep.sweep`; None for a number of rows that the kernel does not take."""
-    (columns, rows), lanes = points.shape, layout.LANES
-    if rows % lanes:
-        return None
-    table = torch.cat([grid.levels, grid.bounds])
-    chosen = torch.empty_like(points)
-    given = [t.contiguous() for t in (stored, scales, matrix)]
-    head = [_word(t) for t in (points, *given, table, len(grid.levels), chosen, columns, rows)]
-    tasks = min(threads(), rows // lanes)
-    each = -(-rows // (lanes * tasks)) * lanes
-    apply = kernel("sweep")
-
-    def task(i: int) -> None:
-        apply(*head, i * each, min(i * each + each, rows), _scratch(4 * lanes * (columns + 2)))
-
-    run(task, -(-rows // each))
-    return chosen.to(torch.int32)
-
-
-def _word(value: Any) -> int:
-    """A number, or the address of a tensor or an array."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return value.__array_interface__["data"][0] if isinstance(value, np.ndarray) else int(value or 0)
 
 
 def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
@@ -474,58 +436,3 @@ def _kept(own: preserve.Scales, into: WeightFormat) -> dict[str, Any]:
         "held_size": own.size,
         "held_out": torch.from_numpy(own.codes.detach().numpy().copy()),
     }
-
-
-# --- block rotations --------------------------------------------------------------------------------------------------
-
-_SOLVE_TOLERANCE = 1e-10
-_LANCZOS_STEPS = 160
-#: the size of blocks up to which two products are cheaper than a search for the largest angle
-_BOUNDED = 32
-#: work that is worth a task of its own, in multiplications
-_TASK_PRODUCTS = 1 << 19
-
-
-def blocks(
-    generator: Tensor, b: int, wide: int, power: int, weight: float, dtype: type = np.float64, *, turned: bool = False
-) -> Tensor | None:
-    """``(n·b/wide, wide, wide)``: the rotations of ``generator: (n, b(b-1)/2)``, ``wide/b`` on each diagonal (one for a single,
-    shared one).
-
-    Args:
-        power: 0 for the exact Cayley map, else the power of the series ``I + 2ΣQᵏ (k < power) + weight · Q^power``.
-        dtype: float64, or float32, each transposed where ``turned``.
-
-    Returns:
-        the blocks; None if the solve is not right.
-    """
-    v, parts, count = _parted(generator, b, wide)
-    out: np.ndarray = np.empty((count, wide, wide), dtype)
-    residuals, last = np.zeros(len(parts)), np.array([weight])
-    to = [_word(out), 0, 0] if dtype is np.float64 else [0, _word(out), turned]
-    make, head, series = kernel("rotation_blocks"), [_word(v), len(v), b, wide], [power, _word(last)]
-
-    def task(i: int) -> None:
-        make(*head, *parts[i], *series, _scratch(32 * wide * wide), *to, _word(residuals) + 8 * i)
-
-    run(task, len(parts))
-    return torch.from_numpy(out) if bool((residuals <= _SOLVE_TOLERANCE).all()) else None  # NaN compares false
-
-
-def largest_angle(generator: Tensor, b: int, wide: int) -> float:
-    """The largest θ for which ±iθ is an eigenvalue of a generator's block."""
-    v, _, count = _parted(generator, b, wide)
-    steps, best = min(wide, _LANCZOS_STEPS), np.zeros(1)
-    bounds = np.empty(count) if count > 1 and wide <= _BOUNDED else None
-    scratch = _scratch(8 * wide * max(3 * wide, wide + steps + 3))
-    kernel("largest_angle")(_word(v), len(v), b, wide, count, steps, _word(bounds), scratch, _word(best))
-    return float(best[0])
-
-
-def _parted(generator: Tensor, b: int, wide: int) -> tuple[np.ndarray, list[tuple[int, int]], int]:
-    """A generator's rows in float64, the ranges of its blocks of ``wide`` (one task each), and the number of blocks."""
-    v = generator.detach().contiguous()
-    rows = (v if v.dtype in (torch.float32, torch.float64) else v.to(torch.float32)).numpy().astype(np.float64)
-    count = max(1, len(rows) * b // wide)
-    each = max(1, _TASK_PRODUCTS // wide**3)
-    return rows, [(i, min(i + each, count)) for i in range(0, count, each)], count

@@ -51,10 +51,17 @@ def run(task: Callable[[int], None], count: int) -> None:
 
 
 def start(work: Callable[[], T]) -> Callable[[], T]:
-    """Begin ``work`` on another thread, in this thread's context. Returns a function that gives the result of ``work``, or
-    raises its error; if no thread has begun ``work`` by then, that function does the work.
+    """Begin ``work`` on another thread, in this thread's context and on its CUDA stream. Returns a function that gives the result
+    of ``work``, or raises its error; if no thread has begun ``work`` by then, that function does the work.
     """
     if threads() == 1:
         return work
-    waiting = _pool(threads() - 1).submit(copy_context().run, work)
+    # on a stream of its own, `work` would read a tensor before the caller's kernels have written it
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def on_the_stream() -> T:
+        with torch.cuda.stream(stream):
+            return work()
+
+    waiting = _pool(threads() - 1).submit(copy_context().run, on_the_stream if stream else work)
     return lambda: work() if waiting.cancel() else waiting.result()

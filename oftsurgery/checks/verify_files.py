@@ -1,0 +1,41 @@
+""":func:`check_files` compares a folder's files with the hashes in its record. This file needs no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from oftsurgery.errors import StateError
+from oftsurgery.files.reading import inside, is_nested_name, sha256_of
+from oftsurgery.records.record import FoldRecord
+from oftsurgery.records.record_file import RECORD, record_in
+
+from .checkpoint_report import CheckpointReport, FileCheck
+
+
+def check_files(folder: Path) -> CheckpointReport:
+    """Compare a folder's files with the SHA-256 hashes in its ``oftsurgery.json``, without the weights' values.
+
+    Raises:
+        StateError: the folder has no record, or the record has no hashes.
+        CheckpointError: the record cannot be read.
+    """
+    record = record_in(folder)
+    if record is None or not record.files:
+        message = f"the folder has no {RECORD}" if record is None else "the record has no hashes of files"
+        remedy = "give the base and the adapter too, to compare the weights: oftsurgery verify FOLDED BASE ADAPTER"
+        raise StateError(message, path=folder, remedy=remedy)
+    return CheckpointReport(MappingProxyType({}), None, file_checks(folder, record))
+
+
+def file_checks(folder: Path, record: FoldRecord) -> Mapping[str, FileCheck]:
+    """The state of each file that the record names, by the recorded hashes."""
+    found: dict[str, FileCheck] = {}
+    for name, sha256 in sorted(record.files.items()):
+        if is_nested_name(name) and not os.path.lexists(folder / name):
+            found[name] = "missing"
+        else:  # `inside` refuses a name or a link that leaves the folder
+            found[name] = "ok" if sha256_of(inside(folder, name, nested=True)) == sha256 else "changed"
+    return MappingProxyType(found)
