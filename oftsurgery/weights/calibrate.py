@@ -30,7 +30,7 @@ from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
-from .descent import descend, refit
+from .descent import descend, error_of, refit
 from .fold import fold_encoded, measured, relative_error, rotate_chain
 from .kernels.blockwise import FoldedWeight
 from .sweep import Rows, compensate, damp
@@ -187,10 +187,11 @@ def make_least(
     damped = damp(hessian, damping)
     numbers = compensate(values, damped)
     assert numbers is not None  # noqa: S101 - the choice of the damping has swept with this Hessian
-    numbers, error = descend(values, damped, numbers)
-    refitted = refit(start, values, damped, numbers)
-    again, error_again = descend(Rows.of(refitted, exact), damped, numbers)
-    if error_again < error:
+    numbers, gradient = descend(values, damped, numbers)
+    refitted = refit(start, values, damped, numbers, gradient)
+    refitted_values = Rows.of(refitted, exact)
+    again, gradient_again = descend(refitted_values, damped, numbers)
+    if error_of(refitted_values, again, gradient_again) < error_of(values, numbers, gradient):
         start, numbers = refitted, again
     return codecs.with_levels(start, numbers)
 

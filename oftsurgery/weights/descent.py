@@ -25,9 +25,9 @@ from .sweep import GROUP, Rows, in_weight_order, order_of, sweep
 _ROWS = 256
 
 
-def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) -> tuple[Tensor, float]:
+def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) -> tuple[Tensor, Tensor]:
     """The numbers of the levels after ``sweeps`` sweeps from ``numbers``, or after fewer where nothing changes any more; and
-    the error ``tr(Δ H Δᵀ)`` then.
+    ``Δ H`` then, ``(out, in)``.
 
     Args:
         hessian: ``(in, in)`` float32, positive semidefinite, damped.
@@ -51,11 +51,15 @@ def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) ->
             stored[group] = rows.grid.levels[chosen[group]] * scales[group]
         if torch.equal(chosen, before):
             break
-    error = float((gradient.to(torch.float64) * (stored - exact)).sum())
-    return in_weight_order(chosen, order), error
+    return in_weight_order(chosen, order), in_weight_order(gradient, order)
 
 
-def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor) -> EncodedWeight:
+def error_of(rows: Rows, numbers: Tensor, gradient: Tensor) -> float:
+    """The error ``tr(Δ H Δᵀ)``, where ``gradient`` is ``Δ H``."""
+    return float((gradient.to(torch.float64) * (rows.values(numbers) - rows.exact)).sum())
+
+
+def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor, gradient: Tensor) -> EncodedWeight:
     """``start`` with the scales that err least for the levels ``numbers``, all scales of a row together.
 
     Double quantisation rounds the new scales, so the error can become larger: the caller compares. The scales of a weight
@@ -69,11 +73,11 @@ def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor) ->
     levels = rows.grid.levels[numbers]
     for begin in range(0, len(scales), _ROWS):
         part = slice(begin, begin + _ROWS)
-        scales[part] = _best_scales(levels[part], scales[part], rows.exact[part], hessian)
+        scales[part] = _best_scales(levels[part], scales[part], gradient[part], hessian)
     return EncodedWeight(f, {**start.tensors, **f.kind.statistics(scales.reshape(-1), f)})
 
 
-def _best_scales(levels: Tensor, scales: Tensor, exact: Tensor, hessian: Tensor) -> Tensor:
+def _best_scales(levels: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     """The solutions s of ``A s = r``, ``(rows, blocks)``; a row keeps its ``scales`` if a solution is not positive."""
     rows, blocks = scales.shape
     size = levels.shape[1] // blocks
@@ -84,7 +88,7 @@ def _best_scales(levels: Tensor, scales: Tensor, exact: Tensor, hessian: Tensor)
     parts = [slice(b * size, (b + 1) * size) for b in range(blocks)]
     a = torch.stack([sums((levels[:, own] @ hessian[own]) * levels) for own in parts], dim=1)
     old = scales.to(torch.float64)
-    missing = sums((exact @ hessian) * levels) - (a @ old.unsqueeze(2)).squeeze(2)
+    missing = -sums(gradient * levels)  # r - A s of the old scales
     # the small part of the diagonal decides where the codes of a block are all zero: its scale stays
     a.diagonal(dim1=1, dim2=2).add_(1e-6 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
     new = (old + torch.linalg.solve(a, missing)).to(scales.dtype)
