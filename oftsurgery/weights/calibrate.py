@@ -43,7 +43,7 @@ DAMPINGS = (0.0005, 0.002, 0.01, 0.05, 0.2)
 #: the same, where the drift of the inputs moves the weight that is to be stored
 DRIFT_DAMPING = 0.05
 #: the share of the drift that a layer makes up for
-SHARE = 0.5
+SHARE = 0.3
 
 #: number of rows on which dampings are tried
 _TRIED_ROWS = 128
