@@ -7,7 +7,9 @@ linear that moves the weights by 3 %. Then it runs these ways in turn, in ``--re
 * ``cp -r`` of the checkpoint, which does not wait for the disk;
 * the whole commands ``oftsurgery plan``, ``fold``, ``show`` and ``report``, from the start of the process to its end; the fold
   has the default rounding, and waits for the disk (fsync);
-* ``oftsurgery fold`` in a fresh environment: the cache of machine code (``NUMBA_CACHE_DIR``) is an empty folder;
+* ``oftsurgery fold`` in a fresh environment: the cache of machine code (``NUMBA_CACHE_DIR``) and the user's cache with the
+  notes of plans (``XDG_CACHE_HOME``) are empty folders;
+* ``oftsurgery fold`` of a base that no note knows, with a full cache of machine code;
 * the imports that a fold on disk cannot do without: a process that imports torch and transformers' modelling class;
 * ``oftsurgery.fold_checkpoint`` in a process that reports the time without imports and without the loading of the kernels,
   and the peak of memory above both;
@@ -100,16 +102,17 @@ def apart(way: str, *args: object) -> Figures:
 def ways_of(base: Path, adapter: Path, out: Path, size: str, cache: Path) -> dict[str, Callable[[], Figures]]:
     """The ways in the order of a round. ``show`` and ``report`` read what the fold before them has written."""
 
-    def command(*words: object, code: Path = cache) -> Figures:
-        return whole([sys.executable, "-m", "oftsurgery", *map(str, words), "-q"], NUMBA_CACHE_DIR=str(code))
+    def command(*words: object, code: Path = cache / "code", notes: Path = cache / "notes") -> Figures:
+        caches = {"NUMBA_CACHE_DIR": str(code), "XDG_CACHE_HOME": str(notes)}
+        return whole([sys.executable, "-m", "oftsurgery", *map(str, words), "-q"], **caches)
 
-    def fold(code: Path = cache) -> Figures:
+    def fold(**caches: Path) -> Figures:
         shutil.rmtree(out, ignore_errors=True)
-        return command("fold", base, adapter, out, "--max-shard-size", size, code=code)
+        return command("fold", base, adapter, out, "--max-shard-size", size, **caches)
 
-    def fresh() -> Figures:
+    def fold_with_empty(*names: str) -> Figures:
         with tempfile.TemporaryDirectory() as empty:
-            return fold(Path(empty))
+            return fold(**{name: Path(empty) / name for name in names})
 
     def copy() -> Figures:
         shutil.rmtree(out, ignore_errors=True)
@@ -123,7 +126,8 @@ def ways_of(base: Path, adapter: Path, out: Path, size: str, cache: Path) -> dic
         "cp -r": copy,
         "imports alone": lambda: whole([sys.executable, "-c", IMPORTS]),
         "oftsurgery plan": lambda: command("plan", base, adapter),
-        "oftsurgery fold, fresh": fresh,
+        "oftsurgery fold, fresh": lambda: fold_with_empty("code", "notes"),
+        "oftsurgery fold, first of a base": lambda: fold_with_empty("notes"),
         "oftsurgery fold": fold,
         "oftsurgery show": lambda: command("show", out),
         "oftsurgery report": lambda: command("report", out, "--html", out.parent / "report.html", "--force"),

@@ -4,6 +4,7 @@ commands."""
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import suppress
 
 from oftsurgery.errors import needs
@@ -30,8 +31,12 @@ def _warmup(args: argparse.Namespace) -> None:
 
 
 def begin_compiling() -> None:
-    """Compile what every fold needs, where no cache holds it, while this process imports what its command needs."""
-    with suppress(ImportError):
+    """Compile what every fold needs, where no cache holds it, while this process imports what its command needs. An error here is
+    no error of the command: the fold meets the error again, warns, and takes a slower path.
+    """
+    if os.environ.get("OFTSURGERY_BACKEND", "auto") not in ("auto", "numba"):
+        return
+    with suppress(Exception):
         from oftsurgery.weights.cpu_kernels import OF_EVERY_FOLD, compiled
 
         compiled.prepare(OF_EVERY_FOLD)

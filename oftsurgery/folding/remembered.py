@@ -34,6 +34,8 @@ from .disk_plan import CheckpointPlan, plan_checkpoint
 
 #: the field of the config that the plan by the class may add, as :mod:`~oftsurgery.stores.quantised_loading` finds it
 _SKIP = "llm_int8_skip_modules"
+#: this package, whose rules make the plans: a developer changes them within a version
+_SOURCES = Path(__file__).parents[1]
 #: the most notes that the cache keeps
 _MOST = 100
 
@@ -58,6 +60,7 @@ class _Note:
         self._arguments, self._settings = (source, adapters), settings
         facts = {
             "versions": versions(),
+            "sources": {str(path): _stamp(path) for path in sorted(_SOURCES.rglob("*.py"))},
             "config": dict(source.config),
             "tensors": {name: [e.dtype, e.shape] for name, e in source.entries.items()},
             "wrapped": source.wrapped,
@@ -126,7 +129,7 @@ def _loaded() -> bool:
     return "transformers" in sys.modules
 
 
-def _stamp(file: str) -> list[int] | None:
+def _stamp(file: str | Path) -> list[int] | None:
     with contextlib.suppress(OSError):
         stat = Path(file).stat()
         return [stat.st_size, stat.st_mtime_ns]

@@ -128,6 +128,20 @@ def test_after_any_change_the_class_is_asked_again(change: str, tmp_path: Path, 
     assert file_bytes(folder / "second").keys() == file_bytes(folder / "first").keys()
 
 
+def test_other_sources_of_this_package_ask_the_class_again(
+    tmp_path: Path, notes: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A developer's change of a rule leaves the version as it is."""
+    folder = write(tmp_path, "llama")
+    quiet_fold(folder / "BASE", folder / "ADAPTER", folder / "first")
+    asked.clear()
+    quiet_fold(folder / "BASE", folder / "ADAPTER", folder / "second")
+    assert not asked
+    monkeypatch.setattr(remembered, "_SOURCES", folder)
+    quiet_fold(folder / "BASE", folder / "ADAPTER", folder / "third")
+    assert asked
+
+
 def test_an_error_is_not_noted_and_comes_again(tmp_path: Path, notes: Path) -> None:
     folder = write(tmp_path, "llama")
     adapted(build("llama", num_hidden_layers=3), ["q_proj"]).save_pretrained(folder / "OTHER")

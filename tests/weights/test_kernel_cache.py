@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from backends import in_process
 
 from oftsurgery.cli.main import main
+from oftsurgery.cli.warmup import begin_compiling
 from oftsurgery.weights import cpu_kernels
 from oftsurgery.weights.cpu_kernels import code_cache, compiled, compilers, compiling, lanes
 
@@ -185,6 +187,25 @@ def test_warmup_compiles_what_no_cache_holds_and_says_where(
     assert capsys.readouterr().out == f"2 kernels, 0 of them compiled now, in {tmp_path}\n"
     assert main(["warmup", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked"), [("auto", True), ("numba", True), ("tiled", False), ("reference", False)]
+)
+def test_an_early_start_is_for_folds_that_compile_and_its_error_is_no_error_of_the_command(
+    backend: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library of llvmlite that cannot be loaded is an OSError; the fold then warns, and takes a slower path."""
+    called: list[Sequence[str]] = []
+
+    def broken(names: Sequence[str]) -> None:
+        called.append(names)
+        raise OSError("libllvmlite.so cannot be loaded")
+
+    monkeypatch.setattr(compiled, "prepare", broken)
+    monkeypatch.setenv("OFTSURGERY_BACKEND", backend)
+    begin_compiling()
+    assert bool(called) == asked
 
 
 def test_a_kernel_that_can_raise_an_error_is_refused() -> None:
