@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from oftsurgery.weights.fold import rotate_chain
 
 from .batches import Batch, length_of, one_sequence
 from .blocks import Call, are_chained, block_paths, first_call, hidden_of, running, weights_of
+from .hidden_values import HiddenValues
 from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite
 
 #: the chain of rotations of a layer, and the format of its folded weight
@@ -88,7 +89,8 @@ class BlockFolds:
         jobs: what becomes of each layer.
         blocks: the paths of the blocks.
         batches, held_out: the batches, and the sequences that are held out in each.
-        calls: the first block's calls, one a batch.
+        calls: the other arguments of the blocks, one call a batch.
+        hidden: the hidden values before the first block.
         again: function that gives the inputs of a layer in the live model.
         step: function that is called after each batch of a block.
     """
@@ -100,6 +102,7 @@ class BlockFolds:
     batches: Sequence[Batch]
     held_out: Sequence[Tensor]
     calls: Sequence[Call]
+    hidden: InitVar[HiddenValues]
     again: Callable[[str], LayerInputs | None]
     step: Callable[[], None]
 
@@ -124,18 +127,19 @@ class BlockFolds:
             longest = max(range(len(batches)), key=lambda i: length_of(batches[i]))  # masks depend on the length
             if not are_chained(blocks, partial(forward, longest, one_sequence(batches[longest]))):
                 return None
-            calls = [first_call(blocks[0], partial(forward, i, batch)) for i, batch in enumerate(batches)]
-        known = [call for call in calls if call is not None]
-        if len(known) < len(calls):
-            return None
-        return cls(model, modules, jobs, paths, batches, held_out, known, again, step)
+            calls, hidden = list[Call](), HiddenValues()
+            for i, batch in enumerate(batches):
+                call = first_call(blocks[0], partial(forward, i, batch))
+                if call is None:
+                    return None
+                hidden.append(call.hidden)
+                calls.append(replace(call, hidden=call.hidden.new_empty(0)))
+        return cls(model, modules, jobs, paths, batches, held_out, calls, hidden, again, step)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, hidden: HiddenValues) -> None:
         self.paths = {path: i for i, at in enumerate(self.blocks) for path in self.jobs if path.startswith(f"{at}.")}
         self.count = 1 + max(self.paths.values())  # the later blocks have no layer to fold
-        self._live = [call.hidden for call in self.calls]
-        self.calls = [replace(call, hidden=call.hidden.new_empty(0)) for call in self.calls]
-        self._own = list(self._live)
+        self._live = self._own = hidden
         self._done = 0
         self._ready: dict[str, FoldedAlready | None] = {}
 
@@ -169,7 +173,7 @@ class BlockFolds:
                 weights[path] = codecs.decode(folded.encoded).to(weights[path].dtype)
         if number + 1 < self.count:
             with weights_of(self.modules, weights):
-                self._own = [self._run(number, i, hidden) for i, hidden in enumerate(self._own)]
+                self._own = HiddenValues(self._run(number, i, hidden) for i, hidden in enumerate(self._own))
 
     def _exact(self, path: str, before: EncodedWeight) -> Tensor:
         with rotations.full_precision(before.tensors["weight"].device.type):
@@ -178,13 +182,13 @@ class BlockFolds:
 
     def _gather(
         self, number: int, paths: Sequence[str], *, share: bool
-    ) -> tuple[dict[str, _Pair], dict[str, str], list[Tensor]] | None:
+    ) -> tuple[dict[str, _Pair], dict[str, str], HiddenValues] | None:
         """The inputs of a block's layers, the paths under which layers share inputs, and the hidden values after the block in
         the live model; None if layers that seemed to share their inputs do not.
         """
         live, own = (_RowRecorder(self.held_out, share=share) for _ in range(2))
         pairs: dict[str, _Pair] = {}
-        after = []
+        after = HiddenValues()
         for i, batch in enumerate(self.batches):
             after.append(self._listen(number, i, self._live[i], live, paths, batch))
             rows = live.rows

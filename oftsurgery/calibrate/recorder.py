@@ -16,7 +16,7 @@ from oftsurgery.weights.calibrate import LayerInputs
 from .batches import Batch
 
 #: one sequence of HOLD_OUT is held out, and HELD_OUT_TOKENS tokens of the held-out sequences are kept for each layer
-HOLD_OUT, HELD_OUT_TOKENS = 8, 2048
+HOLD_OUT, HELD_OUT_TOKENS = 8, 1024
 
 
 def held_out_sequences(count: int) -> Tensor:

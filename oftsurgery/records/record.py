@@ -210,10 +210,13 @@ class ModuleRecord(_Stored):
             it, 0 nothing; None where the adapter changes nothing, or where it was not measured.
         change: ``‖exact - base‖``, Frobenius; None where it was not measured.
         relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before rounding; 1 elsewhere.
-        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without inputs.
-        output_nearest: what ``output_error`` would have been with plain rounding.
-        output_kept: ``kept`` of the layer's outputs over those inputs, where the weight is calibrated: codes that make up
-            for each other's errors keep the change of the outputs, not the change of the weight.
+        output_error: ``‖X storedᵀ - Y exactᵀ‖ / ‖Y exactᵀ‖``: how far the layer's outputs lie from its outputs in the live
+            model. Y are inputs of the live model that the calibration has held out, and X the same inputs where the
+            blocks before this layer are folded; X is Y where the calibration does not go block by block. None without inputs.
+        output_nearest: what ``output_error`` would have been with plain rounding of this layer.
+        output_kept: ``⟨X(stored - base)ᵀ, X(exact - base)ᵀ⟩ / ‖X(exact - base)ᵀ‖²``, how much of the change of the layer's
+            outputs is there, where the weight is calibrated: codes that make up for each other's errors keep the
+            change of the outputs, not the change of the weight.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """

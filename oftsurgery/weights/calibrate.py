@@ -68,6 +68,15 @@ class LayerInputs:
     drift: Tensor | None = None
     live: Tensor | None = None
 
+    @property
+    def held_out_live(self) -> Tensor:
+        """The held-out inputs in the live model."""
+        return self.held_out if self.live is None else self.live
+
+    def on(self, device: torch.device) -> LayerInputs:
+        drift, live = (None if t is None else t.to(device) for t in (self.drift, self.live))
+        return LayerInputs(self.hessian.to(device), self.tokens, self.held_out.to(device), drift, live)
+
 
 @dataclass(frozen=True, eq=False)
 class FoldedAlready:
@@ -116,42 +125,42 @@ def fold_calibrated(
         return replace(plain, uncalibrated=_UNCALLED)
     device = encoded.tensors["weight"].device
     with rotations.full_precision(device.type):
-        base = codecs.decode(encoded)
-        exact = rotate_chain(base, chain).to(torch.float32)
-        held_out = inputs.held_out.to(device)
-        live = held_out if inputs.live is None else inputs.live.to(device)
-        reference = live @ exact.t()
-        if not bool(reference.any()):
-            return replace(
-                plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
-            )
-
-        def judge(candidate: EncodedWeight) -> float:
-            return relative_error(held_out @ codecs.decode(candidate).t(), reference)
-
-        before = judge(plain.encoded)
-        nearest = before if plain.rounding == "nearest" else judge(codecs.encode(exact, into))
-        plain = replace(plain, output_error=before, output_nearest=nearest)
-        hessian = inputs.hessian.to(device)
-        aim = exact if inputs.drift is None else make_up_for(exact, hessian, inputs.drift.to(device))
-        new = make_least(aim, plain.encoded, hessian, held_out, reference)
-        if new is None:
-            return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
-        after = judge(new)
-        if not after < before:
-            why = f"the error on held-out inputs is worse, {after:.2e} instead of {before:.2e}"
-            return replace(plain, uncalibrated=why)
-        made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
-        return replace(measured(made, base, exact), output_kept=_kept(held_out, new, base, reference))
+        return _calibrated(plain, codecs.decode(encoded).to(torch.float32), chain, inputs.on(device))
 
 
-def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor) -> float | None:
+def _calibrated(plain: FoldedWeight, base: Tensor, chain: Sequence[Rotation], inputs: LayerInputs) -> FoldedWeight:
+    """The weight ``base``, turned by ``chain``, with codes for ``inputs``; or ``plain``, with the reason."""
+    exact = rotate_chain(base, chain).to(torch.float32)
+    reference = inputs.held_out_live @ exact.t()
+    if not bool(reference.any()):
+        return replace(
+            plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
+        )
+
+    def error(candidate: EncodedWeight) -> float:
+        return relative_error(inputs.held_out @ codecs.decode(candidate).t(), reference)
+
+    before = error(plain.encoded)
+    nearest = before if plain.rounding == "nearest" else error(codecs.encode(exact, plain.encoded.format))
+    plain = replace(plain, output_error=before, output_nearest=nearest)
+    aim = exact if inputs.drift is None else make_up_for(exact, inputs.hessian, inputs.drift)
+    new = make_least(aim, plain.encoded, inputs.hessian, inputs.held_out, reference)
+    if new is None:
+        return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
+    after = error(new)
+    if not after < before:
+        why = f"the error on held-out inputs is worse, {after:.2e} instead of {before:.2e}"
+        return replace(plain, uncalibrated=why)
+    made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
+    kept = _kept(inputs.held_out, codecs.decode(new), base, exact)
+    return replace(measured(made, base, exact), output_kept=kept)
+
+
+def _kept(x: Tensor, stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
     """The part of the outputs' change from ``X baseᵀ`` to ``X exactᵀ`` that ``X storedᵀ`` holds."""
-    before = held_out @ base.to(torch.float32).t()
-    change = (reference - before).to(torch.float64)
-    size = float(change.square().sum())
-    got = (held_out @ codecs.decode(new).t() - before).to(torch.float64)
-    return float((got * change).sum()) / size if size else None
+    change, got = (x @ (weight.to(base.dtype) - base).t() for weight in (exact, stored))
+    size = float(change.to(torch.float64).square().sum())
+    return float((got.to(torch.float64) * change).sum()) / size if size else None
 
 
 def make_least(

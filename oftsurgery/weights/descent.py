@@ -48,7 +48,7 @@ def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) ->
             points = torch.where(size[group] > 0, stored[group] - gradient[group] / size[group], stored[group])
             chosen[group] = sweep(rows.grid, points, scales[group], moves[group, group], stored[group])
             gradient.addmm_(h[:, group], points)  # the points have become changes
-            stored[group] = rows.grid.levels[chosen[group]] * scales[group]
+            stored[group] += points
         if torch.equal(chosen, before):
             break
     return in_weight_order(chosen, order), in_weight_order(gradient, order)
@@ -70,27 +70,34 @@ def refit(start: EncodedWeight, rows: Rows, hessian: Tensor, numbers: Tensor, gr
     if features % rows.grid.blocksize:
         return start
     scales = old.reshape(len(rows.exact), -1).clone()
-    levels = rows.grid.levels[numbers]
+    levels = rows.grid.levels[numbers].contiguous()
+    missing = -_block_sums(gradient * levels, scales.shape[1])  # r - A s of the old scales
     for begin in range(0, len(scales), _ROWS):
         part = slice(begin, begin + _ROWS)
-        scales[part] = _best_scales(levels[part], scales[part], gradient[part], hessian)
+        scales[part] = _best_scales(levels[part], scales[part], missing[part], hessian)
     return EncodedWeight(f, {**start.tensors, **f.kind.statistics(scales.reshape(-1), f)})
 
 
-def _best_scales(levels: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
-    """The solutions s of ``A s = r``, ``(rows, blocks)``; a row keeps its ``scales`` if a solution is not positive."""
+def _best_scales(levels: Tensor, scales: Tensor, missing: Tensor, hessian: Tensor) -> Tensor:
+    """The scales s with ``A s = r``, ``(rows, blocks)``; a row keeps its ``scales`` if a solution is not positive.
+
+    Args:
+        missing: ``r - A s`` of the given scales, ``(rows, blocks)``.
+    """
     rows, blocks = scales.shape
     size = levels.shape[1] // blocks
-
-    def sums(products: Tensor) -> Tensor:
-        return products.reshape(rows, blocks, size).sum(2).to(torch.float64)
-
-    parts = [slice(b * size, (b + 1) * size) for b in range(blocks)]
-    a = torch.stack([sums((levels[:, own] @ hessian[own]) * levels) for own in parts], dim=1)
-    old = scales.to(torch.float64)
-    missing = -sums(gradient * levels)  # r - A s of the old scales
+    a = missing.new_empty(rows, blocks, blocks)
+    for b in range(blocks):
+        own, later = slice(b * size, (b + 1) * size), slice(b * size, None)
+        a[:, b, b:] = _block_sums((levels[:, own] @ hessian[own, later]).mul_(levels[:, later]), blocks - b)
+        a[:, b:, b] = a[:, b, b:]
     # the small part of the diagonal decides where the codes of a block are all zero: its scale stays
     a.diagonal(dim1=1, dim2=2).add_(1e-6 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30)
-    new = (old + torch.linalg.solve(a, missing)).to(scales.dtype)
+    new = (scales.to(torch.float64) + torch.linalg.solve(a, missing)).to(scales.dtype)
     good = (torch.isfinite(new) & ((new > 0) | (scales == 0))).all(1, keepdim=True)
     return torch.where(good, new, scales)
+
+
+def _block_sums(products: Tensor, blocks: int) -> Tensor:
+    """The sum over each block of each row, ``(rows, blocks)`` float64."""
+    return products.reshape(len(products), blocks, -1).sum(2).to(torch.float64)

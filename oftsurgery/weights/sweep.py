@@ -100,7 +100,7 @@ def in_weight_order(columns: Tensor, order: Tensor) -> Tensor:
     """``(in, out)`` in the order of a sweep as ``(out, in)`` in the weight's order."""
     back = torch.empty_like(columns)
     back[order] = columns
-    return back.t()
+    return back.t().contiguous()
 
 
 def _unit_factor(hessian: Tensor, order: Tensor) -> Tensor | None:

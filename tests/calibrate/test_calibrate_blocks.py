@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import RoundingWarning
-from oftsurgery.calibrate import block_folds, blocks
+from oftsurgery.calibrate import block_folds, blocks, hidden_values
 from oftsurgery.calibrate.batches import one_sequence, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration
+from oftsurgery.files.scratch import Scratch
 from oftsurgery.folding.plan import plan_changes
 from oftsurgery.formats import codecs
 from oftsurgery.stores.layers import Layer
@@ -217,3 +218,20 @@ def test_one_sequence_of_a_batch() -> None:
     assert args[0].tolist() == [[0, 1, 2, 3]]
     assert kwargs["attention_mask"].shape == (1, 4)
     assert (kwargs["position_ids"] is positions, kwargs["flag"]) == (True, True)
+
+
+def test_hidden_values_past_the_limit_lie_in_a_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = oftsurgery.fold(build(), adapter, calibration=batches())
+    written: list[Tensor] = []
+    write = Scratch.write
+
+    def listen(self: Scratch, tensor: Tensor) -> object:
+        written.append(tensor)
+        return write(self, tensor)
+
+    monkeypatch.setattr(Scratch, "write", listen)
+    monkeypatch.setattr(hidden_values, "MEMORY_BYTES", 2 * batches()[0]["hidden"].nbytes)
+    outside = oftsurgery.fold(build(), adapter, calibration=batches())
+    assert len(written) == 4 * (1 + COUNT + COUNT - 1)  # four of six batches: first, live, and folded but the last
+    prints = [{p: m.after for p, m in f.oftsurgery.modules.items()} for f in (inside, outside)]
+    assert prints[0] == prints[1]
