@@ -36,7 +36,7 @@ class Scratch:
         data = tensor.detach().cpu().contiguous()
         try:
             begin = self._file.seek(0, 2)
-            self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(data.reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             message = f"a temporary file cannot be written ({printable(error.strerror or error)})"
             remedy = "make room on that disk, or set TMPDIR to a folder on another disk"
@@ -47,7 +47,7 @@ class Scratch:
         """The tensor that :meth:`write` has put at ``place``, on the device where the tensor was."""
         data = torch.empty(place.shape, dtype=place.dtype)
         self._file.seek(place.begin)
-        self._file.readinto(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        self._file.readinto(data.reshape(-1).view(torch.uint8).numpy().data)
         return data.to(place.device)
 
 
