@@ -45,7 +45,7 @@ class Scratch:
 
     def read(self, place: Place) -> Tensor:
         """The tensor that :meth:`write` has put at ``place``, on the device where the tensor was."""
-        data = torch.empty(place.shape, dtype=place.dtype)
+        data = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.begin)
         self._file.readinto(data.reshape(-1).view(torch.uint8).numpy().data)
         return data.to(place.device)
