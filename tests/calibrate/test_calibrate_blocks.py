@@ -235,3 +235,33 @@ def test_hidden_values_past_the_limit_lie_in_a_file(adapter: Path, monkeypatch: 
     assert len(written) == 4 * (1 + COUNT + COUNT - 1)  # four of six batches: first, live, and folded but the last
     prints = [{p: m.after for p, m in f.oftsurgery.modules.items()} for f in (inside, outside)]
     assert prints[0] == prints[1]
+
+
+def test_past_a_number_of_tokens_the_live_model_gives_the_inputs(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[LayerInputs] = []
+    fold = block_folds.fold_calibrated
+
+    def listen(encoded: Any, chain: Any, into: Any, inputs: LayerInputs) -> Any:
+        given.append(inputs)
+        return fold(encoded, chain, into, inputs)
+
+    monkeypatch.setattr(block_folds, "fold_calibrated", listen)
+    found = []
+    for most in (1 << 14, 3 * 160):
+        monkeypatch.setattr(block_folds, "OWN_TOKENS", most)
+        oftsurgery.fold(build(), adapter, calibration=batches())
+        found.append(given[:])
+        given.clear()
+    both, part = ([i for i in inputs if i.drift is not None] for inputs in found)
+    assert [i.tokens for i in both] == [i.tokens for i in part]
+    assert len(part[0].held_out) < len(both[0].held_out)
+    for a, b in zip(both, part, strict=True):
+        assert a.drift is not None
+        assert b.drift is not None
+        near = (a.hessian - b.hessian).norm() / a.hessian.norm()
+        assert 0 < near < 0.1
+        # the drift is that of fewer tokens, in proportion
+        assert float((a.drift * b.drift).sum()) > 0.5 * float(a.drift.norm() * b.drift.norm())
+        assert 0.7 < float(b.drift.norm() / a.drift.norm()) < 1.6
