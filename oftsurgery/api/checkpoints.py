@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -181,19 +182,19 @@ def fold_checkpoint(
     usable_device(device)
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)
-        batches = None
+        source = None
         if mode == "calibrated":
-            from oftsurgery.calibrate import batches as calibrate  # a fold without a calibration runs no model
+            from oftsurgery.calibrate.checkpoint import Source  # a fold without a calibration runs no model
 
-            batches = calibrate.given_batches(calibration, plan.source.folder)
-            plan = replace(plan, calibration=calibrate.batches_fingerprint(batches))
+            source = Source.of(calibration, plan.source.folder)
+            plan = replace(plan, calibration=source.fingerprint)
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
-            inputs_of = None
-            if batches is not None:
+            calibrate = None
+            if source is not None:
                 from oftsurgery.calibrate.checkpoint import checkpoint_inputs
 
-                inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
+                calibrate = functools.partial(checkpoint_inputs, plan, source, device=device, progress=beside.batch)
             record = run_plan(
                 plan,
                 Path(destination),
@@ -201,7 +202,7 @@ def fold_checkpoint(
                 resume=resume,
                 force=force,
                 progress=beside.bytes,
-                inputs_of=inputs_of,
+                calibrate=calibrate,
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record

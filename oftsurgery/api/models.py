@@ -13,8 +13,9 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
-from oftsurgery.calibrate.batches import Batch, read_batches
+from oftsurgery.calibrate.batches import BatchesOf
 from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
+from oftsurgery.calibrate.self_texts import batches_for
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
@@ -131,7 +132,7 @@ def fold(
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
     check_format(format, double_quant=double_quant)
-    batches = read_batches(calibration) if mode == "calibrated" else None
+    batches = batches_for(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
@@ -183,9 +184,11 @@ def _prepared_fold(
 
 @contextmanager
 def _calibrator(
-    batches: Sequence[Batch] | None, progress: bool
+    batches: BatchesOf | None, progress: bool
 ) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """A function that gathers the inputs of a model's layers over ``batches``, with its own progress bar."""
+    """A function that gathers the inputs of a model's layers over the batches that ``batches`` gives for the live model, with its own
+    progress bar.
+    """
     if batches is None:
         yield None
         return

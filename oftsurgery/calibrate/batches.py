@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oftsurgery.checks.verify_models import batches_of
 from oftsurgery.errors import CalibrationError, needs, printable
@@ -18,6 +18,8 @@ from oftsurgery.hashing import hash_tensors
 from .texts import read_texts
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+#: function from the live model to the batches of a calibration
+BatchesOf = Callable[[nn.Module], Sequence[Batch]]
 
 #: the most tokens of a text from a file, and the number of texts in a batch
 TEXT_TOKENS, TEXTS = 512, 16
@@ -65,7 +67,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, (str, bytes))
 
 
-def tokenise(texts: Sequence[str], folder: Path, size: int = TEXTS) -> list[Batch]:
+def tokenise(texts: Sequence[str], folder: Path | str, size: int = TEXTS) -> list[Batch]:
     """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
 
     Raises:

@@ -23,7 +23,7 @@ from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs
 
-from .batches import Batch, sequences_of
+from .batches import Batch, BatchesOf, sequences_of
 from .block_folds import BlockFolds, Job
 from .blocks import running
 from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_sequences
@@ -57,7 +57,7 @@ class Calibration:
         model: nn.Module,
         adapters: Sequence[OFTAdapter],
         paths: Sequence[str],
-        batches: Sequence[Batch],
+        batches: BatchesOf | Sequence[Batch],
         *,
         progress: Progress | None = None,
         pass_bytes: int = PASS_BYTES,
@@ -68,7 +68,11 @@ class Calibration:
         named = {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}
         self._live = inner_model(wrap_model(model, named))
         self._modules = modules_of(self._live)
-        self._batches = batches
+        for module in self._live.modules():
+            # a CPU forward would round the statistics of 4-bit weights to bfloat16
+            if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        self._batches = batches(self._live) if callable(batches) else batches
         self._progress = progress
         self._ready: dict[str, LayerInputs | None] = {}
         self._done = 0
@@ -76,13 +80,9 @@ class Calibration:
         # the paths that nobody has asked for yet, in a list for each pass
         self._waiting: list[list[str]] | None = None
         self._paths = list(paths)
-        sizes = [sequences_of(batch) for batch in batches]
+        sizes = [sequences_of(batch) for batch in self._batches]
         self._held_out = torch.split(held_out_sequences(sum(sizes)), sizes)
         self._blocks: BlockFolds | None = None
-        for module in self._live.modules():
-            # a CPU forward would round the statistics of 4-bit weights to bfloat16
-            if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
     def __call__(self, path: str) -> LayerInputs | FoldedAlready | None:
         """The inputs of the layer at ``path``, or its folded weight, which can be read once; None where no batch reached the

@@ -51,9 +51,9 @@ def run_plan(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    inputs_of: InputsOf | None = None,
+    calibrate: Callable[[Staging], InputsOf] | None = None,
 ) -> FoldRecord | None:
-    """Carry out ``plan``; the rounding is calibrated where ``inputs_of`` gives the inputs of the layer at a path.
+    """Carry out ``plan``; the rounding is calibrated where ``calibrate`` gives the function from a layer's path to its inputs.
 
     Everything is written into ``.<name>.oftsurgery`` beside ``destination``; after all warnings, one rename makes this
     folder the destination. After an error or a kill the folder stays, and ``resume=True`` continues after the last whole
@@ -73,7 +73,7 @@ def run_plan(
         check_place(plan.undo, force=force)
     key = _fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
-        run = _Run(plan, torch.device(device), progress, inputs_of)
+        run = _Run(plan, torch.device(device), progress, None if calibrate is None else calibrate(staging))
         if resume and plan.undo is not None and plan.undo.is_file():
             with contextlib.suppress(UndoError):  # the run was killed between its undo record and the last rename
                 run.written = open_undo(plan.undo)
