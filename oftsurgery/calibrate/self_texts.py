@@ -186,7 +186,8 @@ def _token(model: Any, config: Any, name: str) -> int | None:
     found = getattr(model.generation_config, name, None)
     found = getattr(config, name, None) if found is None else found
     found = found[0] if isinstance(found, Sequence) and found else found
-    return int(found) if isinstance(found, int) else None
+    # configs name tokens that a small vocabulary does not have
+    return int(found) if isinstance(found, int) and 0 <= found < int(config.vocab_size) else None
 
 
 @contextmanager

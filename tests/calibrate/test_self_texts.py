@@ -110,7 +110,7 @@ def test_a_fold_calibrates_on_what_the_live_model_writes(folders: tuple[Path, Pa
             module.support_avx512bf16_for_cpu = False
     windows = SelfTexts(windows=12, length=24).written(live)
     folded = oftsurgery.fold(quantised(base), adapter, calibration="self")
-    given = oftsurgery.fold(quantised(base), adapter, calibration=torch.split(windows, 8))
+    given = oftsurgery.fold(quantised(base), adapter, calibration=list(torch.split(windows, 8)))
     assert folded.oftsurgery.rounding == "calibrated"
     assert fingerprints(folded) == fingerprints(given)
     assert fingerprints(folded) != fingerprints(oftsurgery.fold(quantised(base), adapter))
