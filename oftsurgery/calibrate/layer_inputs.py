@@ -11,22 +11,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.targets import without_targets
-from oftsurgery.errors import CalibrationError, OFTSurgeryError, StateError, printable
+from oftsurgery.errors import StateError
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs
 
-from .batches import Batch, sequences_of
-from .block_folds import BlockFolds, Job
-from .blocks import running
-from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_sequences
+from .batches import Batch
+from .block_folds import BlockFolds
+from .block_sources import Job, LiveBlocks
+from .blocks import run_batch, running
+from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_of
 
 #: bytes of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
@@ -76,8 +76,7 @@ class Calibration:
         # the paths that nobody has asked for yet, in a list for each pass
         self._waiting: list[list[str]] | None = None
         self._paths = list(paths)
-        sizes = [sequences_of(batch) for batch in batches]
-        self._held_out = torch.split(held_out_sequences(sum(sizes)), sizes)
+        self._held_out = held_out_of(batches)
         self._blocks: BlockFolds | None = None
         for module in self._live.modules():
             # a CPU forward would round the statistics of 4-bit weights to bfloat16
@@ -99,9 +98,7 @@ class Calibration:
 
     def _start(self) -> None:
         """Find the model's blocks, and divide the other layers into passes."""
-        self._blocks = BlockFolds.of(
-            self._live, self._modules, self._jobs, self._batches, self._held_out, self._forward, self._alone, self._step
-        )
+        self._blocks = BlockFolds.of(LiveBlocks(self._live), self._jobs, self._batches, self.alone, self._step)
         others = [path for path in self._paths if self._blocks is None or path not in self._blocks.paths]
         layers: dict[str, Any] = {path: self._modules[path] for path in others}
         self._waiting = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, self._limit)
@@ -124,7 +121,7 @@ class Calibration:
         if self._progress is not None:
             self._progress(self._done, max(self._rounds * len(self._batches), self._done), "calibration")
 
-    def _alone(self, path: str) -> LayerInputs | None:
+    def alone(self, path: str) -> LayerInputs | None:
         """The inputs of one layer in the live model."""
         return self._run([path], share=True).inputs_of(path)
 
@@ -136,20 +133,9 @@ class Calibration:
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
             for i, batch in enumerate(self._batches):
                 recorder.start_batch(i, batch)
-                self._forward(i, batch)
+                run_batch(self._live, i, batch)
                 self._step()
         return recorder
-
-    def _forward(self, number: int, batch: Batch) -> None:
-        args, kwargs = batch
-        try:
-            self._live(*args, **kwargs)
-        except OFTSurgeryError:
-            raise
-        except Exception as error:  # a model raises errors of any kind at a batch that it does not take
-            message = f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}"
-            remedy = "give batches that the model's forward takes, on the model's device"
-            raise CalibrationError(message, remedy=remedy) from error
 
 
 def _passes(features: Mapping[str, int], limit: int) -> list[list[str]]:
