@@ -182,19 +182,19 @@ def fold_checkpoint(
     usable_device(device)
     with links_followed(follow_links):
         plan = plan_fold(source, adapter, settings)
-        source = None
+        texts = None
         if mode == "calibrated":
-            from oftsurgery.calibrate.checkpoint import Source  # a fold without a calibration runs no model
+            from oftsurgery.calibrate.sources import source_of  # a fold without a calibration runs no model
 
-            source = Source.of(calibration, plan.source.folder)
-            plan = replace(plan, calibration=source.fingerprint)
+            texts = source_of(calibration, plan.source.folder)
+            plan = replace(plan, calibration=texts.fingerprint)
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
             calibrate = None
-            if source is not None:
+            if texts is not None:
                 from oftsurgery.calibrate.checkpoint import checkpoint_inputs
 
-                calibrate = functools.partial(checkpoint_inputs, plan, source, device=device, progress=beside.batch)
+                calibrate = functools.partial(checkpoint_inputs, plan, texts, device=device, progress=beside.batch)
             record = run_plan(
                 plan,
                 Path(destination),

@@ -15,7 +15,7 @@ from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
 from oftsurgery.calibrate.batches import BatchesOf
 from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
-from oftsurgery.calibrate.self_texts import batches_for
+from oftsurgery.calibrate.sources import batches_in_memory
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
@@ -132,7 +132,7 @@ def fold(
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
     check_format(format, double_quant=double_quant)
-    batches = batches_for(calibration) if mode == "calibrated" else None
+    batches = batches_in_memory(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,

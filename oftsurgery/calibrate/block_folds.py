@@ -12,29 +12,22 @@ from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from oftsurgery import rotations
-from oftsurgery.adapters.rotation import Rotation
 from oftsurgery.formats import codecs
-from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
-from oftsurgery.stores.layers import Layer
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs, fold_calibrated
-from oftsurgery.weights.fold import rotate_chain
 
 from .batches import Batch, length_of, one_sequence, sequences_of
-from .blocks import Call, are_chained, block_paths, first_call, hidden_of, running, weights_of
+from .block_sources import Job, LiveBlocks, exact_weight
+from .blocks import Call, are_chained, block_paths, first_call, hidden_of, run_batch, running, weights_of
 from .hidden_values import HiddenValues
-from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite
+from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite, held_out_of
 
 #: number of tokens that run through the folded blocks too
 OWN_TOKENS = 1 << 14
-
-#: the chain of rotations of a layer, and the format of its folded weight
-Job = tuple[Sequence[Rotation], WeightFormat]
 
 
 @dataclass(eq=False)
@@ -103,23 +96,20 @@ class BlockFolds:
     """The folded weights of a model's blocks.
 
     Attributes:
-        model: the live model.
-        modules: the modules of the live model by path.
+        source: the model, and where its weights come from.
         jobs: what becomes of each layer.
         blocks: the paths of the blocks.
-        batches, held_out: the batches, and the sequences that are held out in each.
+        batches: the batches.
         calls: the other arguments of the blocks, one call a batch.
         hidden: the hidden values before the first block.
         again: function that gives the inputs of a layer in the live model.
         step: function that is called after each batch of a block.
     """
 
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
+    source: LiveBlocks
     jobs: Mapping[str, Job]
     blocks: Sequence[str]
     batches: Sequence[Batch]
-    held_out: Sequence[Tensor]
     calls: Sequence[Call]
     hidden: InitVar[HiddenValues]
     again: Callable[[str], LayerInputs | None]
@@ -128,32 +118,34 @@ class BlockFolds:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
-        modules: Mapping[str, nn.Module],
+        source: LiveBlocks,
         jobs: Mapping[str, Job],
         batches: Sequence[Batch],
-        held_out: Sequence[Tensor],
-        forward: Callable[[int, Batch], None],
         again: Callable[[str], LayerInputs | None],
         step: Callable[[], None],
     ) -> BlockFolds | None:
-        """None for a model whose blocks cannot be run one by one."""
-        paths = block_paths(modules, jobs)
+        """None for a model whose blocks cannot be run one by one.
+
+        Raises:
+            CalibrationError: the model does not take a batch.
+        """
+        paths = block_paths(source.modules, jobs)
         if not paths:
             return None
-        blocks = [modules[path] for path in paths]
-        with running(model):
+        blocks, run = [source.modules[path] for path in paths], partial(run_batch, source.model)
+        with running(source.model):
             longest = max(range(len(batches)), key=lambda i: length_of(batches[i]))  # masks depend on the length
-            if not are_chained(blocks, partial(forward, longest, one_sequence(batches[longest]))):
-                return None
+            with source.on_demand(jobs, paths):
+                if not are_chained(blocks, partial(run, longest, one_sequence(batches[longest]))):
+                    return None
             calls, hidden = list[Call](), HiddenValues()
             for i, batch in enumerate(batches):
-                call = first_call(blocks[0], partial(forward, i, batch))
+                call = first_call(blocks[0], partial(run, i, batch))
                 if call is None:
                     return None
                 hidden.append(call.hidden)
                 calls.append(replace(call, hidden=call.hidden.new_empty(0)))
-        return cls(model, modules, jobs, paths, batches, held_out, calls, hidden, again, step)
+        return cls(source, jobs, paths, batches, calls, hidden, again, step)
 
     def __post_init__(self, hidden: HiddenValues) -> None:
         self.paths = {path: i for i, at in enumerate(self.blocks) for path in self.jobs if path.startswith(f"{at}.")}
@@ -162,12 +154,13 @@ class BlockFolds:
         self._done = 0
         tokens = accumulate(sequences_of(batch) * length_of(batch) for batch in self.batches)
         self._runs = 1 + sum(count < OWN_TOKENS for count in tokens)  # batches that run through the folded blocks
+        self._held_out = held_out_of(self.batches)
         self._ready: dict[str, FoldedAlready | None] = {}
 
     def __call__(self, path: str) -> FoldedAlready | None:
         """The folded weight of the layer at ``path``; None where no batch reached the layer."""
         while self._done <= self.paths[path]:
-            with running(self.model):
+            with running(self.source.model), self.source.loaded(self.blocks[self._done]):
                 self._fold(self._done)
             self._done += 1
         return self._ready.pop(path)
@@ -175,10 +168,11 @@ class BlockFolds:
     def _fold(self, number: int) -> None:
         """Fold the layers of a block, and run the block."""
         paths = [path for path, i in self.paths.items() if i == number]
-        before = {path: Layer(path, self.modules[path].base_layer).read()[0] for path in paths}  # type: ignore[arg-type]
-        plain = [path for path in paths if _is_plain(self.modules[path], self.jobs[path][0])]
-        weights = {path: self._exact(path, before[path]) for path in plain}
-        with weights_of(self.modules, weights):
+        before = {path: self.source.weight(path) for path in paths}
+        plain = [path for path in paths if self.source.is_plain(path, self.jobs[path][0])]
+        dtype = self._live[0].dtype
+        weights = {path: exact_weight(before[path], self.jobs[path][0], dtype) for path in plain}
+        with weights_of(self.source.modules, weights):
             found = self._gather(number, paths, share=True) or self._gather(number, paths, share=False)
         assert found is not None  # noqa: S101 - layers that share nothing are not wrongly shared
         pairs, leaders, self._live = found
@@ -193,14 +187,9 @@ class BlockFolds:
             if path in weights:
                 weights[path] = codecs.decode(folded.encoded).to(weights[path].dtype)
         if number + 1 < self.count:
-            with weights_of(self.modules, weights):
+            with weights_of(self.source.modules, weights):
                 own = zip(range(self._runs), self._own, strict=False)
                 self._own = HiddenValues(self._run(number, i, hidden) for i, hidden in own)
-
-    def _exact(self, path: str, before: EncodedWeight) -> Tensor:
-        with rotations.full_precision(before.tensors["weight"].device.type):
-            exact = rotate_chain(codecs.decode(before), self.jobs[path][0])
-        return exact.to(torch.promote_types(self._live[0].dtype, torch.bfloat16))
 
     def _gather(
         self, number: int, paths: Sequence[str], *, share: bool
@@ -208,7 +197,7 @@ class BlockFolds:
         """The inputs of a block's layers, the paths under which layers share inputs, and the hidden values after the block in
         the live model; None if layers that seemed to share their inputs do not.
         """
-        live, own = (_RowRecorder(self.held_out, share=share) for _ in range(2))
+        live, own = (_RowRecorder(self._held_out, share=share) for _ in range(2))
         pairs: dict[str, _Pair] = {}
         after = HiddenValues()
         for i, batch in enumerate(self.batches):
@@ -248,19 +237,13 @@ class BlockFolds:
         recorder.start_batch(i, batch)
         with ExitStack() as hooks:
             for path in paths:
-                module = self.modules[path]
+                module = self.source.modules[path]
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
             return self._run(number, i, hidden)
 
     def _run(self, number: int, i: int, hidden: Tensor) -> Tensor:
         """The hidden values after a block, for batch ``i``."""
         call = self.calls[i]
-        block = self.modules[self.blocks[number]]
+        block = self.source.modules[self.blocks[number]]
         result: Tensor = hidden_of(block(hidden.clone(), *call.args, **call.kwargs))  # a block may write to its inputs
         return result
-
-
-def _is_plain(module: Any, chain: Sequence[Rotation]) -> bool:
-    """Whether the layer computes ``x Wᵀ + bias`` with the folded weight as W."""
-    linear = isinstance(module.base_layer, nn.Linear) and all(type(r) is Rotation for r in chain)
-    return linear and all(r.side == "input" for r in chain) and not module.base_layer.weight.is_meta

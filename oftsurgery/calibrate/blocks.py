@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from oftsurgery.checks.verify_models import eval_mode
+from oftsurgery.errors import CalibrationError, OFTSurgeryError, printable
+
+from .batches import Batch
 
 #: values besides tensors that a block may be called with: a block could write to other objects (a cache of keys and values)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -119,12 +122,30 @@ def running(model: nn.Module) -> Iterator[None]:
                 config.use_cache = cache  # type: ignore[union-attr]
 
 
+def run_batch(model: nn.Module, number: int, batch: Batch) -> None:
+    """Run a model's forward.
+
+    Raises:
+        CalibrationError: the model does not take the batch with this ``number``.
+    """
+    args, kwargs = batch
+    try:
+        model(*args, **kwargs)
+    except OFTSurgeryError:
+        raise
+    except Exception as error:  # a model raises errors of any kind at a batch that it does not take
+        message = f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}"
+        remedy = "give batches that the model's forward takes, on the model's device"
+        raise CalibrationError(message, remedy=remedy) from error
+
+
 @contextmanager
 def weights_of(layers: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Run the body with layers that multiply their inputs by ``weights``, plain and ``(out, in)``, and add their own biases."""
 
     def compute(layer: Any, weight: Tensor) -> Callable[..., Tensor]:
-        bias = layer._loaded_bias()
+        live = getattr(layer, "_loaded_bias", None)
+        bias = layer.bias if live is None else live()
 
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
             return linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)

@@ -11,22 +11,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.targets import without_targets
-from oftsurgery.errors import CalibrationError, OFTSurgeryError, StateError, printable
+from oftsurgery.errors import StateError
 from oftsurgery.live.wrapping import wrap_model
 from oftsurgery.progress import Progress
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of
 from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs
 
-from .batches import Batch, BatchesOf, sequences_of
-from .block_folds import BlockFolds, Job
-from .blocks import running
-from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_sequences
+from .batches import Batch, BatchesOf
+from .block_folds import BlockFolds
+from .block_sources import Job, LiveBlocks
+from .blocks import run_batch, running
+from .recorder import HELD_OUT_TOKENS, InputRecorder, held_out_of
 
 #: bytes of the Hessians that are gathered in one pass over the batches; more layers take more passes
 PASS_BYTES = 2 << 30
@@ -43,6 +43,18 @@ def check_wanted(paths: Collection[str]) -> None:
             "a calibration chooses how the quantised weights of layers are rounded, and this fold writes no such weight",
             remedy="leave out the calibration (--calibration), or write a quantised format (--format nf4)",
         )
+
+
+def live_model(model: nn.Module, adapters: Sequence[OFTAdapter]) -> nn.Module:
+    """A copy of ``model`` over the same tensors, with ``adapters`` live in their order."""
+    # the plan of the fold has already reported modules that the adapters lack
+    planned = [replace(adapter, config=without_targets(adapter.config)) for adapter in adapters]
+    live = inner_model(wrap_model(model, {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}))
+    for module in live.modules():
+        # a CPU forward would round the statistics of 4-bit weights to bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return live
 
 
 class Calibration:
@@ -63,15 +75,8 @@ class Calibration:
         pass_bytes: int = PASS_BYTES,
         jobs: Mapping[str, Job] | None = None,
     ) -> None:
-        # the plan of the fold has already reported modules that the adapters lack
-        planned = [replace(adapter, config=without_targets(adapter.config)) for adapter in adapters]
-        named = {f"calibration_{i}": adapter for i, adapter in enumerate(planned)}
-        self._live = inner_model(wrap_model(model, named))
+        self._live = live_model(model, adapters)
         self._modules = modules_of(self._live)
-        for module in self._live.modules():
-            # a CPU forward would round the statistics of 4-bit weights to bfloat16
-            if hasattr(module, "support_avx512bf16_for_cpu") and not Layer("", module).repacked:
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         self._batches = batches(self._live) if callable(batches) else batches
         self._progress = progress
         self._ready: dict[str, LayerInputs | None] = {}
@@ -80,8 +85,7 @@ class Calibration:
         # the paths that nobody has asked for yet, in a list for each pass
         self._waiting: list[list[str]] | None = None
         self._paths = list(paths)
-        sizes = [sequences_of(batch) for batch in self._batches]
-        self._held_out = torch.split(held_out_sequences(sum(sizes)), sizes)
+        self._held_out = held_out_of(self._batches)
         self._blocks: BlockFolds | None = None
 
     def __call__(self, path: str) -> LayerInputs | FoldedAlready | None:
@@ -99,9 +103,7 @@ class Calibration:
 
     def _start(self) -> None:
         """Find the model's blocks, and divide the other layers into passes."""
-        self._blocks = BlockFolds.of(
-            self._live, self._modules, self._jobs, self._batches, self._held_out, self._forward, self._alone, self._step
-        )
+        self._blocks = BlockFolds.of(LiveBlocks(self._live), self._jobs, self._batches, self.alone, self._step)
         others = [path for path in self._paths if self._blocks is None or path not in self._blocks.paths]
         layers: dict[str, Any] = {path: self._modules[path] for path in others}
         self._waiting = _passes({path: int(layer._shape[1]) for path, layer in layers.items()}, self._limit)
@@ -124,7 +126,7 @@ class Calibration:
         if self._progress is not None:
             self._progress(self._done, max(self._rounds * len(self._batches), self._done), "calibration")
 
-    def _alone(self, path: str) -> LayerInputs | None:
+    def alone(self, path: str) -> LayerInputs | None:
         """The inputs of one layer in the live model."""
         return self._run([path], share=True).inputs_of(path)
 
@@ -136,20 +138,9 @@ class Calibration:
                 hooks.enter_context(module.register_forward_pre_hook(recorder.hook_for(path, module), with_kwargs=True))
             for i, batch in enumerate(self._batches):
                 recorder.start_batch(i, batch)
-                self._forward(i, batch)
+                run_batch(self._live, i, batch)
                 self._step()
         return recorder
-
-    def _forward(self, number: int, batch: Batch) -> None:
-        args, kwargs = batch
-        try:
-            self._live(*args, **kwargs)
-        except OFTSurgeryError:
-            raise
-        except Exception as error:  # a model raises errors of any kind at a batch that it does not take
-            message = f"the model does not take calibration batch {number}: {type(error).__name__}: {printable(error)}"
-            remedy = "give batches that the model's forward takes, on the model's device"
-            raise CalibrationError(message, remedy=remedy) from error
 
 
 def _passes(features: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -13,7 +13,7 @@ from oftsurgery import rotations
 from oftsurgery.errors import CalibrationError
 from oftsurgery.weights.calibrate import LayerInputs
 
-from .batches import Batch
+from .batches import Batch, sequences_of
 
 #: one sequence of HOLD_OUT is held out, and HELD_OUT_TOKENS tokens of the held-out sequences are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 1024
@@ -28,6 +28,12 @@ def held_out_sequences(count: int) -> Tensor:
         order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         held_out[order[: max(1, count // HOLD_OUT)]] = True
     return held_out
+
+
+def held_out_of(batches: Sequence[Batch]) -> Sequence[Tensor]:
+    """The masks of the sequences that are held out, one for each batch."""
+    sizes = [sequences_of(batch) for batch in batches]
+    return torch.split(held_out_sequences(sum(sizes)), sizes)
 
 
 @dataclass(eq=False)
@@ -74,6 +80,7 @@ class InputRecorder:
 
     def hook_for(self, path: str, module: Any) -> Any:
         """A hook that runs before the forward of the layer at ``path``."""
+        features_last = getattr(module, "_features_last", lambda x: x)  # of a live layer
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
@@ -84,7 +91,7 @@ class InputRecorder:
             self.wrongly_shared |= self.leaders.setdefault(path, leader) != leader
             if leader == path:
                 self._last = (path, x, version)
-                self._add(path, module._features_last(x.detach()))
+                self._add(path, features_last(x.detach()))
 
         return hook
 

@@ -8,7 +8,6 @@ its first token, and half begin with a token that is drawn from the vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,17 +19,11 @@ from torch import Tensor, nn
 
 from oftsurgery.checks.verify_models import eval_mode
 from oftsurgery.errors import CalibrationError, printable
-from oftsurgery.files.reading import read_json
-from oftsurgery.files.staging import Staging
 from oftsurgery.stores.modules import inner_model
 
-from .batches import Batch, BatchesOf, batches_on, read_batches, tokenise
+from .batches import Batch, batches_on, tokenise
 from .built_in_texts import TEXTS
 
-#: the argument that asks for such a calibration
-SELF = "self"
-#: the file beside the record with the tokens that the model has written
-FILE = "oftsurgery_calibration.json"
 #: windows in a batch of a calibration
 _BATCH = 8
 #: bytes of keys and values that one call of ``generate`` may hold
@@ -72,11 +65,11 @@ class SelfTexts:
             return batches_of_windows(self.written(live))
         if not _reads_texts(live):
             name = printable(type(inner_model(live)).__name__)
-            message = f"calibration={SELF!r} needs a model of texts, and the model is a {name}"
+            message = f"calibration='self' needs a model of texts, and the model is a {name}"
             raise CalibrationError(message, remedy=_REMEDY)
         at = folder or getattr(inner_model(live).config, "_name_or_path", None)
         if not at:
-            message = f"a model that does not write reads texts that are built in for calibration={SELF!r}, and nobody says where its tokenizer is"
+            message = "a model that does not write reads texts that are built in for calibration='self', and nobody says where its tokenizer is"
             raise CalibrationError(message, remedy=_REMEDY)
         device = next(live.parameters()).device.type
         return batches_on(tokenise(TEXTS, at), device)
@@ -103,42 +96,6 @@ class SelfTexts:
         if first is not None:
             drawn[::2] = first
         return drawn
-
-
-def batches_for(calibration: Any) -> BatchesOf:
-    """A function from the live model to the batches of a calibration that is given for a model in memory."""
-    if isinstance(calibration, str) and calibration == SELF:
-        return SelfTexts().batches
-    batches = read_batches(calibration)
-    return lambda _live: batches
-
-
-def staged(live: nn.Module, texts: SelfTexts, staging: Staging, folder: Path) -> list[Batch]:
-    """The batches that the model of a checkpoint in ``folder`` gives for itself. The tokens that a model writes are a file of the
-    output too, beside the record: a run that goes on after a kill, and a later fold, read this file.
-    """
-    if not can_write(live):
-        return texts.batches(live, folder)
-    if staging.finished(FILE) is None:
-        lines = ",\n".join(json.dumps(window) for window in texts.written(live).tolist())
-        staging.put_text(FILE, f'{{"seed": {texts.seed}, "input_ids": [\n{lines}\n]}}\n')
-        staging.finish(FILE, {})
-        staging.settle()
-    return batches_of_windows(read_windows(staging.folder / FILE))
-
-
-def read_windows(path: Path) -> Tensor:
-    """``(windows, length)`` tokens from the file of an earlier fold.
-
-    Raises:
-        CalibrationError: the file holds something else.
-    """
-    windows = read_json(path).get("input_ids")
-    sizes = {len(w) if isinstance(w, list) else 0 for w in windows} if isinstance(windows, list) else set()
-    if len(sizes) != 1 or 0 in sizes or not all(type(token) is int and token >= 0 for w in windows for token in w):
-        message = "the file does not hold the tokens of a calibration: `input_ids`, lists of one length"
-        raise CalibrationError(message, path=path, remedy=f"give the {FILE} of an earlier fold, or a file of texts")
-    return torch.tensor(windows)
 
 
 def can_write(live: nn.Module) -> bool:

@@ -18,10 +18,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import oftsurgery
 from oftsurgery import CalibrationError, RoundingWarning
-from oftsurgery.calibrate import self_texts
+from oftsurgery.calibrate import self_texts, sources
 from oftsurgery.calibrate.batches import tokenise
 from oftsurgery.calibrate.built_in_texts import TEXTS
 from oftsurgery.calibrate.self_texts import SelfTexts
+from oftsurgery.calibrate.sources import FILE
 from oftsurgery.stores.layers import Layer
 
 
@@ -36,7 +37,7 @@ def _no_rounding_warnings() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short texts."""
-    monkeypatch.setattr(self_texts, "SelfTexts", lambda: SelfTexts(windows=12, length=24))
+    monkeypatch.setattr(sources, "SelfTexts", lambda: SelfTexts(windows=12, length=24))
 
 
 @pytest.fixture
@@ -72,7 +73,9 @@ def test_a_model_writes_as_its_own_forward_says() -> None:
     loss = -logits.log_softmax(-1).gather(-1, windows[:, 1:, None]).mean()
     p = logits.softmax(-1)
     entropy = -torch.where(p > 0, p * p.log(), 0).sum(-1).mean()
-    assert abs(float(loss) - float(entropy)) < 0.1  # of about 4 nats; the most likely tokens alone would have a far smaller loss
+    assert (
+        abs(float(loss) - float(entropy)) < 0.1
+    )  # of about 4 nats; the most likely tokens alone would have a far smaller loss
 
 
 def test_the_starts_are_diverse() -> None:
@@ -136,7 +139,9 @@ def test_models_that_neither_write_nor_read_texts_are_refused() -> None:
 
     plain = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
     adapter = oftsurgery.OFTAdapter({"0": oftsurgery.Rotation(generator=torch.zeros(2, 496))})
-    with pytest.raises(CalibrationError, match=r"calibration='self' needs a model of texts, and the model is a Sequential"):
+    with pytest.raises(
+        CalibrationError, match=r"calibration='self' needs a model of texts, and the model is a Sequential"
+    ):
         oftsurgery.fold(plain, adapter, calibration="self")
     bert = build("bert")
     with pytest.raises(CalibrationError, match=r"nobody says where its tokenizer is Remedy: give inputs of the kind"):
@@ -150,20 +155,20 @@ def test_on_disk_the_text_lies_beside_the_record(folders: tuple[Path, Path], sma
     in_memory = oftsurgery.fold(quantised(base), adapter, calibration="self")
     cls = MODELS["llama"][0]
     assert fingerprints(load(tmp_path / "out", cls)) == fingerprints(in_memory)
-    file = tmp_path / "out" / self_texts.FILE
+    file = tmp_path / "out" / FILE
     tokens = json.loads(file.read_text())["input_ids"]
     assert torch.tensor(tokens).shape == (12, 24)
-    assert self_texts.FILE in record.files
+    assert FILE in record.files
     assert oftsurgery.verify_checkpoint(tmp_path / "out").ok
     # a later fold reads the file
     again = oftsurgery.fold_checkpoint(base, adapter, tmp_path / "again", calibration=file, **settings)
     assert {p: m.after for p, m in again.modules.items()} == {p: m.after for p, m in record.modules.items()}
-    assert not (tmp_path / "again" / self_texts.FILE).exists()
+    assert not (tmp_path / "again" / FILE).exists()
     # and a fold of the output does not carry the file on
     other = adapted(transformers.AutoModelForCausalLM.from_pretrained(base), ["k_proj"], seed=3)
     other.save_pretrained(tmp_path / "other")
     oftsurgery.fold_checkpoint(tmp_path / "out", tmp_path / "other", tmp_path / "second", trained_on="nf4-double")
-    assert not (tmp_path / "second" / self_texts.FILE).exists()
+    assert not (tmp_path / "second" / FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -215,4 +220,4 @@ def test_the_built_in_texts_on_disk(tmp_path: Path) -> None:
         tmp_path / "base", tmp_path / "adapter", tmp_path / "out", calibration="self", format="nf4"
     )
     assert record.rounding == "calibrated"
-    assert not (tmp_path / "out" / self_texts.FILE).exists()
+    assert not (tmp_path / "out" / FILE).exists()
