@@ -133,7 +133,9 @@ def fold_checkpoint(
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after
-            512 tokens. Only a calibration loads the model through transformers and runs it.
+            512 tokens. Only a calibration loads the model through transformers and runs it. ``"self"`` needs no data, as for
+            :func:`fold`; the tokens that the model wrote lie beside the record, in ``oftsurgery_calibration.json``, and a later
+            fold reads this file.
         undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` restores every byte that
             the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
             quantised first).
@@ -187,7 +189,7 @@ def fold_checkpoint(
             from oftsurgery.calibrate.sources import source_of  # a fold without a calibration runs no model
 
             texts = source_of(calibration, plan.source.folder)
-            plan = replace(plan, calibration=texts.fingerprint)
+            plan = replace(plan, calibration=texts.facts)
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
             calibrate = None

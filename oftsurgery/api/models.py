@@ -13,9 +13,8 @@ from torch import nn
 
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
-from oftsurgery.calibrate.batches import BatchesOf
 from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
-from oftsurgery.calibrate.sources import batches_in_memory
+from oftsurgery.calibrate.sources import Source, source_of
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
@@ -102,7 +101,9 @@ def fold(
             None: ``"calibrated"`` with a calibration, else ``"preserve"``.
         calibration: inputs of the kind that the model is for: an iterable of batches as the model's forward takes them
             (tensors, tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is
-            padding), 100 to 500 texts in all. The batches are read once and held in memory.
+            padding), 100 to 500 texts in all. The batches are read once and held in memory. ``"self"`` needs no data: a language
+            model writes 64 texts of 256 tokens with the adapter live, from a fixed seed, and another text model reads texts that
+            are built in. The name of a file ``oftsurgery_calibration.json`` stands for the texts that such a fold on disk wrote.
         undo: a file to write, from which :func:`unfold` restores every byte that the fold changes; its size is some tenths
             of a bit a weight. The file appears when the fold is done; an existing file is refused.
         partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
@@ -132,18 +133,19 @@ def fold(
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
     check_format(format, double_quant=double_quant)
-    batches = batches_in_memory(calibration) if mode == "calibrated" else None
+    source = source_of(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(model, adapter, trained_on, inplace=inplace, incomplete=partial) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
-        _calibrator(batches, progress) as calibrate,
+        _calibrator(source, progress) as calibrate,
     ):
         return fold_prepared(  # type: ignore[return-value]
             format=format,
             double_quant=double_quant,
             rounding=mode,
             calibrate=calibrate,
+            calibration={} if source is None else source.facts,
             undo=writer,
             base_at_hand=not inplace,
             progress=step,
@@ -183,13 +185,9 @@ def _prepared_fold(
 
 
 @contextmanager
-def _calibrator(
-    batches: BatchesOf | None, progress: bool
-) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """A function that gathers the inputs of a model's layers over the batches that ``batches`` gives for the live model, with its own
-    progress bar.
-    """
-    if batches is None:
+def _calibrator(source: Source | None, progress: bool) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
+    """A function that gathers the inputs of a model's layers over a calibration, with its own progress bar."""
+    if source is None:
         yield None
         return
     with shown(progress, "calibrate", "batch") as step:
@@ -197,7 +195,7 @@ def _calibrator(
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
             jobs = {r.path: (r.chain, r.format) for r in plan.rotate if r.takes_inputs(r.format)}
             check_wanted(jobs)
-            return Calibration(model, plan.adapters, list(jobs), batches, progress=step, jobs=jobs)
+            return Calibration(model, plan.adapters, list(jobs), source.batches, progress=step, jobs=jobs)
 
         yield calibrate
 

@@ -48,7 +48,7 @@ def checkpoint_inputs(
 
     @cache
     def batches() -> Sequence[Batch]:
-        return batches_on(source.batches(lambda: live_model(load_model(plan, device), adapters), staging), device)
+        return batches_on(source.staged(lambda: live_model(load_model(plan, device), adapters), staging), device)
 
     @cache
     def whole() -> Calibration:

@@ -47,9 +47,9 @@ class SelfTexts:
     seed: int = 0
 
     @property
-    def fingerprint(self) -> str:
-        """What decides the texts, beside the model."""
-        return f"self {self.windows} {self.length} {self.seed}"
+    def facts(self) -> dict[str, Any]:
+        """What decides the texts beside the model, as the record of a fold has it."""
+        return {"texts": "self", "windows": self.windows, "length": self.length, "seed": self.seed}
 
     def batches(self, live: nn.Module, folder: Path | None = None) -> list[Batch]:
         """The batches of a calibration of ``live``, a transformers model whose adapters are live.

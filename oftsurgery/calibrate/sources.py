@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,7 +16,7 @@ from oftsurgery.errors import CalibrationError
 from oftsurgery.files.reading import read_json
 from oftsurgery.files.staging import Staging
 
-from .batches import Batch, BatchesOf, batches_fingerprint, given_batches, read_batches
+from .batches import Batch, batches_fingerprint, given_batches, read_batches
 from .self_texts import SelfTexts, batches_of_windows, can_write
 
 #: the argument that asks for a calibration without data
@@ -26,14 +26,17 @@ FILE = "oftsurgery_calibration.json"
 
 
 class Source(Protocol):
-    """The source of a calibration on disk."""
+    """The source of a calibration."""
 
     @property
-    def fingerprint(self) -> str:
-        """What decides the batches, beside the model."""
+    def facts(self) -> Mapping[str, Any]:
+        """What decides the batches beside the model, as the record of a fold has it."""
 
-    def batches(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:
-        """The batches; ``live`` loads the model with its adapters live."""
+    def batches(self, live: nn.Module) -> Sequence[Batch]:
+        """The batches for a model with its adapters live."""
+
+    def staged(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:
+        """The batches for a checkpoint that is to be folded into ``staging``; ``live`` loads the model with its adapters live."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,13 @@ class Given:
     given: Sequence[Batch]
 
     @property
-    def fingerprint(self) -> str:
-        return batches_fingerprint(self.given)
+    def facts(self) -> Mapping[str, Any]:
+        return {"texts": "given", "fingerprint": batches_fingerprint(self.given)}
 
-    def batches(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:  # noqa: ARG002 - the model is not needed
+    def batches(self, live: nn.Module) -> Sequence[Batch]:  # noqa: ARG002 - the batches are there without the model
+        return self.given
+
+    def staged(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:  # noqa: ARG002
         return self.given
 
 
@@ -57,17 +63,20 @@ class Itself:
     """
 
     texts: SelfTexts
-    folder: Path
+    folder: Path | None = None
 
     @property
-    def fingerprint(self) -> str:
-        return self.texts.fingerprint
+    def facts(self) -> Mapping[str, Any]:
+        return self.texts.facts
 
-    def batches(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:
+    def batches(self, live: nn.Module) -> Sequence[Batch]:
+        return self.texts.batches(live, self.folder)
+
+    def staged(self, live: Callable[[], nn.Module], staging: Staging) -> Sequence[Batch]:
         if staging.finished(FILE) is None:
             model = live()
             if not can_write(model):
-                return self.texts.batches(model, self.folder)
+                return self.batches(model)
             lines = ",\n".join(json.dumps(window) for window in self.texts.written(model).tolist())
             staging.put_text(FILE, f'{{"seed": {self.texts.seed}, "input_ids": [\n{lines}\n]}}\n')
             staging.finish(FILE, {})
@@ -75,21 +84,17 @@ class Itself:
         return batches_of_windows(read_windows(staging.folder / FILE))
 
 
-def source_of(calibration: Any, folder: Path) -> Source:
-    """The source of the calibration of a checkpoint in ``folder``."""
+def source_of(calibration: Any, folder: Path | None = None) -> Source:
+    """The source of a calibration, of the checkpoint in ``folder`` or of a model in memory (None).
+
+    Raises:
+        CalibrationError: the calibration holds nothing that the model could read.
+    """
     if isinstance(calibration, str) and calibration == SELF:
         return Itself(SelfTexts(), folder)
     if isinstance(calibration, (str, PathLike)) and Path(calibration).suffix.lower() == ".json":
         return Given(batches_of_windows(read_windows(Path(calibration).expanduser())))
-    return Given(given_batches(calibration, folder))
-
-
-def batches_in_memory(calibration: Any) -> BatchesOf:
-    """A function from the live model to the batches of a calibration that is given for a model in memory."""
-    if isinstance(calibration, str) and calibration == SELF:
-        return SelfTexts().batches
-    batches = read_batches(calibration)
-    return lambda _live: batches
+    return Given(read_batches(calibration) if folder is None else given_batches(calibration, folder))
 
 
 def read_windows(path: Path) -> Tensor:

@@ -129,7 +129,7 @@ def _fingerprint(plan: CheckpointPlan) -> str:
         "config": dict(plan.config),
         "unfolds": plan.unfolds,
         "rounding": plan.rounding,
-        "calibration": plan.calibration,
+        "calibration": dict(plan.calibration),
         "versions": versions(),
         "undo": plan.undo is not None,
         "undone": None if plan.undone is None else plan.undone.identity,
@@ -301,6 +301,7 @@ class _Run:
             record,
             adapters=tuple(map(public_info, record.adapters)),
             added=tuple(plan.store.added),
+            calibration=plan.calibration,
             base={
                 "fold_into": plan.rotates,
                 **({"format": plan.format} if plan.converts else {}),

@@ -281,6 +281,8 @@ class FoldRecord(_Stored):
             base, since the fold was ``partial``.
         vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
             brought another number; else empty.
+        calibration: what a calibrated fold was calibrated on: ``texts`` is ``"given"``, with the ``fingerprint`` of the batches, or
+            ``"self"``, with ``windows``, ``length`` and ``seed`` of the texts that the model wrote; else empty.
         extra: fields of a newer version.
     """
 
@@ -301,6 +303,7 @@ class FoldRecord(_Stored):
     left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     vocabulary: Mapping[str, int] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

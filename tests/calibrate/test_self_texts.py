@@ -23,6 +23,7 @@ from oftsurgery.calibrate.batches import tokenise
 from oftsurgery.calibrate.built_in_texts import TEXTS
 from oftsurgery.calibrate.self_texts import SelfTexts
 from oftsurgery.calibrate.sources import FILE
+from oftsurgery.cli import main as cli
 from oftsurgery.stores.layers import Layer
 
 
@@ -155,6 +156,8 @@ def test_on_disk_the_text_lies_beside_the_record(folders: tuple[Path, Path], sma
     in_memory = oftsurgery.fold(quantised(base), adapter, calibration="self")
     cls = MODELS["llama"][0]
     assert fingerprints(load(tmp_path / "out", cls)) == fingerprints(in_memory)
+    assert record.calibration == in_memory.oftsurgery.calibration
+    assert record.calibration == {"texts": "self", "windows": 12, "length": 24, "seed": 0}
     file = tmp_path / "out" / FILE
     tokens = json.loads(file.read_text())["input_ids"]
     assert torch.tensor(tokens).shape == (12, 24)
@@ -205,6 +208,16 @@ def test_a_run_that_goes_on_writes_the_text_once(
     assert len(written) == 1
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_the_command_line_and_a_file_in_memory(folders: tuple[Path, Path], small: None, tmp_path: Path) -> None:
+    words = [*map(str, folders), str(tmp_path / "out"), "--format", "nf4", "--double-quant", "--calibration", "self"]
+    assert cli.main(["fold", *words]) == 0
+    record = oftsurgery.FoldRecord.from_dict(json.loads((tmp_path / "out" / "oftsurgery.json").read_text()))
+    assert record.calibration["texts"] == "self"
+    folded = oftsurgery.fold(quantised(folders[0]), folders[1], calibration=tmp_path / "out" / FILE)
+    assert folded.oftsurgery.calibration["texts"] == "given"
+    assert fingerprints(folded) == fingerprints(load(tmp_path / "out", MODELS["llama"][0]))
 
 
 def test_the_built_in_texts_on_disk(tmp_path: Path) -> None:
