@@ -301,7 +301,7 @@ class _Run:
             record,
             adapters=tuple(map(public_info, record.adapters)),
             added=tuple(plan.store.added),
-            calibration=plan.calibration,
+            calibrated_on=plan.calibration,
             base={
                 "fold_into": plan.rotates,
                 **({"format": plan.format} if plan.converts else {}),

@@ -107,7 +107,7 @@ def fold_model(
         _separate(store, plan, journal)
         set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
-        record = replace(formats.stated(record), calibration=calibration)
+        record = replace(formats.stated(record), calibrated_on=calibration)
         if trained_on is not None:
             record = replace(record, base={**record.base, **trained_on.facts})
         engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)

@@ -64,6 +64,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "tuple[str, ...]": _tuple_of(str),
     "Mapping[str, str]": _mapping_to(str),
     "Mapping[str, int]": _mapping_to(int),
+    "Mapping[str, str | int]": _mapping_to(str, int),
     "Mapping[str, str | None]": _mapping_to(str, NoneType),
 }
 # annotation of a field that holds records → function that reads the records from JSON, with their own checks
@@ -281,7 +282,7 @@ class FoldRecord(_Stored):
             base, since the fold was ``partial``.
         vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
             brought another number; else empty.
-        calibration: what a calibrated fold was calibrated on: ``texts`` is ``"given"``, with the ``fingerprint`` of the batches, or
+        calibrated_on: what a calibrated fold was calibrated on: ``texts`` is ``"given"``, with the ``fingerprint`` of the batches, or
             ``"self"``, with ``windows``, ``length`` and ``seed`` of the texts that the model wrote; else empty.
         extra: fields of a newer version.
     """
@@ -303,7 +304,7 @@ class FoldRecord(_Stored):
     left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     vocabulary: Mapping[str, int] = field(default_factory=dict)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    calibrated_on: Mapping[str, str | int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

@@ -156,8 +156,8 @@ def test_on_disk_the_text_lies_beside_the_record(folders: tuple[Path, Path], sma
     in_memory = oftsurgery.fold(quantised(base), adapter, calibration="self")
     cls = MODELS["llama"][0]
     assert fingerprints(load(tmp_path / "out", cls)) == fingerprints(in_memory)
-    assert record.calibration == in_memory.oftsurgery.calibration
-    assert record.calibration == {"texts": "self", "windows": 12, "length": 24, "seed": 0}
+    assert record.calibrated_on == in_memory.oftsurgery.calibrated_on
+    assert record.calibrated_on == {"texts": "self", "windows": 12, "length": 24, "seed": 0}
     file = tmp_path / "out" / FILE
     tokens = json.loads(file.read_text())["input_ids"]
     assert torch.tensor(tokens).shape == (12, 24)
@@ -214,9 +214,9 @@ def test_the_command_line_and_a_file_in_memory(folders: tuple[Path, Path], small
     words = [*map(str, folders), str(tmp_path / "out"), "--format", "nf4", "--double-quant", "--calibration", "self"]
     assert cli.main(["fold", *words]) == 0
     record = oftsurgery.FoldRecord.from_dict(json.loads((tmp_path / "out" / "oftsurgery.json").read_text()))
-    assert record.calibration["texts"] == "self"
+    assert record.calibrated_on["texts"] == "self"
     folded = oftsurgery.fold(quantised(folders[0]), folders[1], calibration=tmp_path / "out" / FILE)
-    assert folded.oftsurgery.calibration["texts"] == "given"
+    assert folded.oftsurgery.calibrated_on["texts"] == "given"
     assert fingerprints(folded) == fingerprints(load(tmp_path / "out", MODELS["llama"][0]))
 
 
