@@ -18,8 +18,7 @@ from oftsurgery.onnx.export import OnnxReport, export_model, load_model
 from oftsurgery.progress import Progress, shown
 from oftsurgery.records.record import FoldRecord
 from oftsurgery.records.record_file import record_in
-from oftsurgery.stores.modules import inner_model
-from oftsurgery.stores.peft_live import has_live_layers
+from oftsurgery.stores.peft_live import LiveAdapters
 
 from .arguments import check_is_model, parse_size, tokenizer_choice
 from .models import fold
@@ -70,7 +69,7 @@ def export_safetensors(
         DiskError: the disk is full, read-only or in use; nothing is left behind.
     """
     place, format_ = Path(destination), format_named(dtype)
-    if live_layers(model) or has_live_layers(inner_model(model)):
+    if live_layers(model) or LiveAdapters(model):
         check_free("destination", place, force=force)  # before the work of the fold
         model = fold(model, format=format_)
     return save_model(

@@ -80,6 +80,6 @@ def _peft_layers(model: nn.Module) -> list[Finding]:
             found.append(large_kernel(path, inner.kernel_size))
     if layers and not found and any(layer.active_adapters and not layer.disable_adapters for _, layer in layers):
         with noting(found):
-            for adapter in peft_live.read_adapters(model):
+            for adapter in peft_live.LiveAdapters(model).read():
                 found += other_releases(adapter, adapter.source or "")
     return found

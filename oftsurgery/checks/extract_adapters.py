@@ -27,10 +27,10 @@ from oftsurgery.files.checkpoint import Checkpoint
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
-from oftsurgery.stores import peft_live
 from oftsurgery.stores.folder import FolderStore
 from oftsurgery.stores.layers import Layer
 from oftsurgery.stores.modules import inner_model, modules_of, tensors_in
+from oftsurgery.stores.peft_live import LiveAdapters
 from oftsurgery.weights.extract import (
     ExtractedRotation,
     block_size_curve,
@@ -201,7 +201,7 @@ def extract_from_models(
 ) -> ExtractedAdapter:
     """:func:`oftsurgery.extract`."""
     for name, model in (("base", base), ("merged model", merged)):
-        if live_layers(model) or peft_live.has_live_layers(inner_model(model)):
+        if live_layers(model) or LiveAdapters(model):
             message = f"the {name} carries live adapters"
             raise StateError(message, remedy="fold the adapters first (oftsurgery.fold), or give the plain model")
     here, there = modules_of(base), modules_of(merged)

@@ -19,11 +19,11 @@ from oftsurgery.errors import IntegrityError, StateError, module_in_errors
 from oftsurgery.formats.codecs import dense
 from oftsurgery.formats.encoded_weight import EncodedWeight
 from oftsurgery.progress import Progress
-from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, Undo
 from oftsurgery.stores.live_model import LiveStore, fields_in, record_of, set_record
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, tensors_in
+from oftsurgery.stores.peft_live import LiveAdapters, strip
 from oftsurgery.stores.store import Store
 from oftsurgery.stores.ties import FLAG
 from oftsurgery.stores.vocabulary import Vocabulary
@@ -67,7 +67,7 @@ def fold_model(
         partial_adapters: whether to fold adapters that lack modules which their own configs target.
         base_at_hand: whether the caller's own model stays as it is.
     """
-    live = peft_live.has_live_layers(inner_model(model))
+    live = LiveAdapters(model)
     if live and adapters is not None:
         raise StateError(
             "the model carries live peft adapters, and an adapter to fold was given too",
@@ -77,21 +77,21 @@ def fold_model(
         message = "no adapter to fold was given, and the model carries no live peft adapter"
         raise StateError(message, remedy="give an OFTAdapter, its folder, or a list of them")
     if adapters is None:
-        adapters = peft_live.read_adapters(inner_model(model), names)
-        already = dict.fromkeys(peft_live.trained_biases(inner_model(model), names))
+        adapters = live.read(names)
+        already = dict.fromkeys(live.trained_biases(names))
     # everything is checked before anything is copied or changed; live layers hide their base layers until `strip`
-    given = LiveStore(model)
-    plan = None if live else plan_changes(given, adapters, partial=partial_adapters)
+    given = None if live else LiveStore(model, live.modules)
+    plan = None if given is None else plan_changes(given, adapters, partial=partial_adapters)
     if plan is not None and undo is not None:
         engine.check_undo(plan)
     with transaction() as journal:
-        work = peft_live.base_of(inner_model(model)) if live else model
+        work = live.base if live else model
         if not inplace:
-            work = share_model(work, peft_live.inner_modules(work) if live else {})
+            work = share_model(work, live.inner_modules)
         if live:
-            peft_live.strip(work, journal)
+            strip(work, live.inner_modules if inplace else {}, journal)
         store = LiveStore(work)
-        ties = store.ties if live else given.ties  # the ties before anything changes
+        ties = (given or store).ties  # the ties before anything changes
         formats = LiveFormats(store, format, double_quant, journal)
         if undo is not None and formats.converts:
             raise engine.no_undo(format)

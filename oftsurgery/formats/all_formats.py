@@ -5,7 +5,9 @@ asks :attr:`WeightFormat.kind`.
 
 from __future__ import annotations
 
-from .base import Format, bnb_class
+from oftsurgery.other_libraries import is_of
+
+from .base import Format
 from .dense import Dense
 from .four_bit import FourBit
 from .int8 import Int8
@@ -18,4 +20,6 @@ FORMATS: dict[str, Format] = {kind.name: kind for kind in (Dense(), _NF4, _FP4, 
 
 def format_of_parameter(parameter: object) -> Format:
     """The format whose bitsandbytes class the parameter has; the plain format for all other parameters."""
-    return next((kind for kind in FORMATS.values() if bnb_class(parameter, kind.parameter_class)), FORMATS["dense"])
+    return next(
+        (kind for kind in FORMATS.values() if is_of("bitsandbytes", parameter, kind.parameter_class)), FORMATS["dense"]
+    )

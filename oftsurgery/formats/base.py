@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from oftsurgery.errors import NonFiniteError, StateError
+from oftsurgery.other_libraries import is_of
 
 from .encoded_weight import EncodedWeight, WeightFormat
 from .levels import quotient
@@ -222,7 +222,7 @@ class Format:
     def holds_module(self, module: nn.Module) -> bool:
         """Whether a module or its weight is of this format's classes, quantised or not."""
         weight = getattr(module, "weight", None)
-        return bnb_class(module, *self.layer_classes) or bnb_class(weight, self.parameter_class)
+        return is_of("bitsandbytes", module, *self.layer_classes) or is_of("bitsandbytes", weight, self.parameter_class)
 
     def is_quantised(self, weight: Any) -> bool:
         """Whether the weight of a module of this format is quantised already."""
@@ -274,15 +274,3 @@ def finite(weight: Tensor, what: str, format: WeightFormat) -> Tensor:
         remedy = "fold into a wider format, or check the adapter with a smaller scale"
         raise NonFiniteError(what, format=format.label, remedy=remedy)
     return weight
-
-
-def bnb_class(obj: object, *names: str) -> bool:
-    """Whether ``obj`` is of one of bitsandbytes' classes ``names``, or of a derived class. bitsandbytes is not imported:
-    no object can have its classes before another program imports it.
-    """
-    return _is_class(type(obj), names)  # type: ignore[arg-type] # mypy doubts that a class is hashable
-
-
-@cache
-def _is_class(type_: type, names: tuple[str, ...]) -> bool:
-    return any(c.__name__ in names and c.__module__.startswith("bitsandbytes.") for c in type_.__mro__)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from oftsurgery.dtype_names import name_of
 from oftsurgery.dtypes import NAMED
 from oftsurgery.errors import FormatError, StateError
+from oftsurgery.other_libraries import is_of
 
-from .base import Format, Layout, Live, Names, Offloaded, Read, Shape, bnb_class, finite, in_blocks
+from .base import Format, Layout, Live, Names, Offloaded, Read, Shape, finite, in_blocks
 from .encoded_weight import RELOAD, EncodedWeight, WeightFormat
 from .levels import LEVELS, levels_of, levels_of_bytes, sorted_levels
 from .quant_state import QUANTISE_AGAIN, copy_quant_state, unpack_cpu_layout, unpack_state
@@ -387,7 +388,7 @@ class FourBit(Format):
             nested = QuantState(absmax=inner, blocksize=f.nested_blocksize, code=code, dtype=torch.float32)
         held = {"absmax": t["absmax"], "code": t["quant_map"], "offset": t.get("nested_offset"), "state2": nested}
         state = QuantState(shape=torch.Size(f.shape), blocksize=f.blocksize, quant_type=f.codec, dtype=f.dtype, **held)
-        if not bnb_class(old, self.parameter_class):
+        if not is_of("bitsandbytes", old, self.parameter_class):
             # FSDP leaves a plain Parameter and the module's quant_state; bitsandbytes' forward makes a Params4bit of the
             # two in the same way
             settings = (f.blocksize, bool(nested), f.codec, f.storage, module)

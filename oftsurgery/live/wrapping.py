@@ -15,11 +15,11 @@ from oftsurgery.errors import MatchError, StateError, printable
 from oftsurgery.folding.engine import content_hash, warn_of_idle, warn_of_missing
 from oftsurgery.folding.memory import replace_tensor, separate_module, set_vocabulary, transaction
 from oftsurgery.folding.plan import FoldPlan, in_names_of, plan_changes
-from oftsurgery.stores import peft_live
 from oftsurgery.stores.layers import Layer, ReplacedWeight, Undo, swap_modules
 from oftsurgery.stores.live_model import LiveStore
 from oftsurgery.stores.model_copy import share_model
 from oftsurgery.stores.modules import inner_model, modules_of
+from oftsurgery.stores.peft_live import LiveAdapters
 
 from .layers import LiveLayer, check_name, class_for, repacking_switch_of
 from .wrapped_model import ORIGINS_ATTRIBUTE, Origin, live_layers, origins_of, wrapped_layers
@@ -53,7 +53,7 @@ def wrap_model(
     named = {adapter_name: adapters} if isinstance(adapters, OFTAdapter) else dict(adapters)
     for name in named:
         check_name(name)
-    if peft_live.has_live_layers(inner_model(model)):
+    if LiveAdapters(model):
         message = "the model carries live peft layers already"
         raise StateError(message, remedy="wrap the plain base model, or use the peft model as it is")
     with transaction() as journal:

@@ -27,9 +27,9 @@ from oftsurgery.live.wrapped_model import live_layers
 from oftsurgery.progress import Progress
 from oftsurgery.records.record import FoldRecord, plain
 from oftsurgery.records.record_file import public_record
-from oftsurgery.stores import peft_live
 from oftsurgery.stores.live_model import record_of
 from oftsurgery.stores.modules import inner_model
+from oftsurgery.stores.peft_live import LiveAdapters
 from oftsurgery.stores.skeleton import quiet
 
 from . import run as onnx_run
@@ -134,7 +134,7 @@ def export_model(
     """Export a model in memory: the core of :func:`oftsurgery.export_onnx`."""
     dtype = _checked_dtype(dtype)
     model = inner_model(model)
-    if peft_live.has_live_layers(model) or live_layers(model):
+    if LiveAdapters(model) or live_layers(model):
         message = "the model carries live adapters"
         raise StateError(message, remedy="fold the adapters first: oftsurgery.export_onnx(oftsurgery.fold(model), …)")
     require_onnx()

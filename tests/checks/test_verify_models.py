@@ -211,7 +211,7 @@ def test_the_base_is_the_live_model_with_its_adapter_switched_off() -> None:
     """peft's and oftsurgery's live layers are switched off by their own attributes, and nothing else of them changes."""
     live, base = live_scores(), Scores().eval()
     folded = oftsurgery.fold(live)
-    wrapped = oftsurgery.wrap(base, next(iter(peft_live.read_adapters(live))))
+    wrapped = oftsurgery.wrap(base, peft_live.LiveAdapters(live).read()[0])
     for reference in (live, wrapped):
         trained = {name: p.requires_grad for name, p in reference.named_parameters()}
         before = reference(IDS)["logits"]
