@@ -66,14 +66,18 @@ class _Pair:
         self.tokens += x.shape[0]
         return x
 
+    def end(self) -> None:
+        """Raise the drift to the number of tokens of the Hessian."""
+        if self.drift is not None:
+            self.drift *= self.tokens / max(self.own_tokens, 1)
+
     def inputs(self, path: str) -> LayerInputs:
         held_out, live = (torch.cat(rows)[:HELD_OUT_TOKENS] for rows in (self.held_out, self.live))
         check_finite(path, self.hessian, held_out)
         if self.drift is None:
             return LayerInputs(self.hessian, self.tokens, held_out)
         check_finite(path, self.drift, live)
-        drift = self.drift * (self.tokens / max(self.own_tokens, 1))
-        return LayerInputs(self.hessian, self.tokens, held_out, drift, live)
+        return LayerInputs(self.hessian, self.tokens, held_out, self.drift, live)
 
 
 class _RowRecorder(InputRecorder):
@@ -210,6 +214,8 @@ class BlockFolds:
             self.step()
         if share and (live.wrongly_shared or own.wrongly_shared or (number and own.leaders != live.leaders)):
             return None
+        for pair in pairs.values():
+            pair.end()
         return pairs, live.leaders, after
 
     def _add_both(

@@ -37,7 +37,6 @@ def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) ->
     order = order_of(hessian)
     h = hessian[order][:, order]
     size = h.diagonal().unsqueeze(1)
-    moves = torch.where(size.t() > 0, -h / size.t(), 0.0)  # a change of column j moves the lowest point of column k
     scales, exact, stored = (t[:, order].t().contiguous() for t in (rows.scales, rows.exact, rows.values(numbers)))
     chosen = numbers.t()[order].contiguous()  # (in, out), as the other matrices are: a column is contiguous
     gradient = h @ (stored - exact)
@@ -45,8 +44,10 @@ def descend(rows: Rows, hessian: Tensor, numbers: Tensor, *, sweeps: int = 2) ->
         before = chosen.clone()
         for begin in range(0, len(order), GROUP):
             group = slice(begin, begin + GROUP)
-            points = torch.where(size[group] > 0, stored[group] - gradient[group] / size[group], stored[group])
-            chosen[group] = sweep(rows.grid, points, scales[group], moves[group, group], stored[group])
+            own = size[group]
+            points = torch.where(own > 0, stored[group] - gradient[group] / own, stored[group])
+            moves = torch.where(own.t() > 0, -h[group, group] / own.t(), 0.0)  # of later points by a change of a column
+            chosen[group] = sweep(rows.grid, points, scales[group], moves, stored[group])
             gradient.addmm_(h[:, group], points)  # the points have become changes
             stored[group] += points
         if torch.equal(chosen, before):
