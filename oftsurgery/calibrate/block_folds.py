@@ -158,7 +158,9 @@ class BlockFolds:
         self._done = 0
         tokens = accumulate(sequences_of(batch) * length_of(batch) for batch in self.batches)
         self._runs = 1 + sum(count < OWN_TOKENS for count in tokens)  # batches that run through the folded blocks
-        self._held_out = held_out_of(self.batches)
+        runs, others = self.batches[: self._runs], self.batches[self._runs :]
+        live_only = [torch.zeros(sequences_of(batch), dtype=torch.bool, device="cpu") for batch in others]
+        self._held_out = [*held_out_of(runs), *live_only]
         self._ready: dict[str, FoldedAlready | None] = {}
 
     def __call__(self, path: str) -> FoldedAlready | None:
