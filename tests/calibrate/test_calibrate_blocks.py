@@ -259,8 +259,8 @@ def test_past_a_number_of_tokens_the_live_model_gives_the_inputs(
     for a, b in zip(both, part, strict=True):
         assert a.drift is not None
         assert b.drift is not None
-        near = (a.hessian - b.hessian).norm() / a.hessian.norm()
-        assert 0 < near < 0.1
+        near = (a.hessian / a.tokens - b.hessian / b.tokens).norm() / (a.hessian / a.tokens).norm()
+        assert 0 < near < 0.15
         # the drift is that of fewer tokens, in proportion
         assert float((a.drift * b.drift).sum()) > 0.5 * float(a.drift.norm() * b.drift.norm())
         assert 0.7 < float(b.drift.norm() / a.drift.norm()) < 1.6
