@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import RoundingWarning
-from oftsurgery.calibrate import block_folds, blocks, hidden_values
+from oftsurgery.calibrate import block_folds, blocks, hidden_values, recorder
 from oftsurgery.calibrate.batches import one_sequence, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration
 from oftsurgery.files.scratch import Scratch
@@ -158,7 +158,7 @@ def test_layers_get_what_the_folded_blocks_before_give(adapter: Path, given: lis
         with torch.no_grad():
             for batch in batches():
                 each.eval()(**batch)
-    held_out = oftsurgery.calibrate.recorder.held_out_sequences(24)  # type: ignore[attr-defined]
+    held_out = recorder.held_out_sequences(24)
     y, x = (torch.cat(heard[name]).double() for name in ("live", "own"))
     kept_y, kept_x = (rows[~held_out].reshape(-1, 64) for rows in (y, x))
     inputs = given[3]
@@ -275,3 +275,17 @@ def test_the_drift_of_some_tokens_counts_for_all() -> None:
     assert torch.equal(inputs.held_out, own[20:])
     assert torch.equal(inputs.held_out_live, live[20:])
     assert inputs.tokens == 20
+
+
+@pytest.mark.parametrize("features", [8, 512, 1100])
+def test_a_symmetric_sum_is_computed_by_half(features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(20, features, generator=generator) for _ in range(2)]
+    total = torch.zeros(features, features)
+    for x in parts:
+        recorder.add_square(total, x)
+    for _ in range(2):
+        recorder.mirror(total)
+    x = torch.cat(parts)
+    assert torch.allclose(total, x.t() @ x, atol=1e-4)
+    assert torch.allclose(total, total.t())
