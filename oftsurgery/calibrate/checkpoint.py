@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from typing import Any
@@ -56,10 +57,13 @@ def checkpoint_inputs(
         moved, steps = batches_on(batches, device), count(1)
 
         def step() -> None:
+            done, total = next(steps), 0 if folds is None else folds.count * len(batches)
             if progress is not None:
-                progress(next(steps), folds.count * len(batches), "calibration")  # type: ignore[union-attr]
+                progress(done, max(done, total), "calibration")
 
-        folds = BlockFolds.of(source, jobs, moved, lambda path: whole().alone(path), step)
+        folds = None
+        with suppress(CalibrationError):  # the whole model says what is wrong with a batch
+            folds = BlockFolds.of(source, jobs, moved, lambda path: whole().alone(path), step)
         return folds
 
     def inputs_of(path: str) -> LayerInputs | FoldedAlready | None:
