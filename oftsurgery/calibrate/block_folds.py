@@ -24,7 +24,7 @@ from .batches import Batch, length_of, one_sequence, sequences_of
 from .block_sources import Job, LiveBlocks, exact_weight
 from .blocks import Call, are_chained, block_paths, first_call, hidden_of, run_batch, running, weights_of
 from .hidden_values import HiddenValues
-from .recorder import HELD_OUT_TOKENS, InputRecorder, check_finite, held_out_of
+from .recorder import HELD_OUT_TOKENS, InputRecorder, add_square, check_finite, held_out_of, mirror
 
 #: number of tokens that run through the folded blocks too
 OWN_TOKENS = 1 << 14
@@ -61,13 +61,13 @@ class _Pair:
     def add_only(self, rows: Tensor) -> Tensor:
         """Add rows to the Hessian alone, and return them in float32."""
         x = rows.to(torch.float32)
-        with rotations.full_precision(x.device.type):
-            self.hessian.addmm_(x.t(), x)
+        add_square(self.hessian, x)
         self.tokens += x.shape[0]
         return x
 
     def end(self) -> None:
-        """Raise the drift to the number of tokens of the Hessian."""
+        """Complete the sums; the drift of some tokens counts for all tokens."""
+        mirror(self.hessian)
         if self.drift is not None:
             self.drift *= self.tokens / max(self.own_tokens, 1)
 
@@ -158,7 +158,9 @@ class BlockFolds:
         self._done = 0
         tokens = accumulate(sequences_of(batch) * length_of(batch) for batch in self.batches)
         self._runs = 1 + sum(count < OWN_TOKENS for count in tokens)  # batches that run through the folded blocks
-        self._held_out = held_out_of(self.batches)
+        runs, others = self.batches[: self._runs], self.batches[self._runs :]
+        live_only = [torch.zeros(sequences_of(batch), dtype=torch.bool, device="cpu") for batch in others]
+        self._held_out = [*held_out_of(runs), *live_only]
         self._ready: dict[str, FoldedAlready | None] = {}
 
     def __call__(self, path: str) -> FoldedAlready | None:

@@ -93,19 +93,27 @@ class StoredBlocks(LiveBlocks):
 
     @contextmanager
     def on_demand(self, jobs: Mapping[str, Job], blocks: Sequence[str]) -> Iterator[None]:
-        with ExitStack() as hooks, ExitStack() as running:
-
-            def start(_module: nn.Module, args: tuple[Any, ...], block: str) -> None:
-                running.enter_context(self.loaded(block))
-                own = [path for path in jobs if path.startswith(f"{block}.")]
-                exact = {path: exact_weight(self.weight(path), jobs[path][0], args[0].dtype) for path in own}
-                running.enter_context(weights_of(self.modules, exact))
-
+        with ExitStack() as stack:
             for block in blocks:
-                module = self.modules[block]
-                hooks.enter_context(module.register_forward_pre_hook(partial(start, block=block)))
-                hooks.enter_context(module.register_forward_hook(lambda *_: running.close()))
+                own = {path: chain for path, (chain, _) in jobs.items() if path.startswith(f"{block}.")}
+                running = stack.enter_context(ExitStack())
+                begin, end = partial(self._begin, block, own, running), partial(_end, running)
+                stack.enter_context(self.modules[block].register_forward_pre_hook(begin))
+                stack.enter_context(self.modules[block].register_forward_hook(end))
             yield
+
+    def _begin(
+        self,
+        block: str,
+        chains: Mapping[str, Sequence[Rotation]],
+        running: ExitStack,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+    ) -> None:
+        running.enter_context(self.loaded(block))
+        dtype = args[0].dtype if args and isinstance(args[0], Tensor) else torch.float32
+        exact = {path: exact_weight(self.weight(path), chain, dtype) for path, chain in chains.items()}
+        running.enter_context(weights_of(self.modules, exact))
 
     def fill(self, names: Sequence[str], undo: ExitStack | None = None) -> None:
         """Give the model the values of tensors, until ``undo`` is closed."""
@@ -132,6 +140,10 @@ class StoredBlocks(LiveBlocks):
         found = self.store.tensor(name)
         assert found is not None  # noqa: S101 - `stored_blocks` has looked for all tensors
         return found.to(self.device, self.store.architecture.loaded.get(name, found.dtype))
+
+
+def _end(running: ExitStack, *_: object) -> None:
+    running.close()
 
 
 def _put(holder: dict[str, Any], key: str, value: Any, undo: ExitStack | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import count
 from typing import Any
@@ -43,7 +44,6 @@ def checkpoint_inputs(
         MissingDependencyError: transformers is not installed.
     """
     jobs = calibrated_jobs(plan)
-
     adapters = [in_names_of(plan.store, adapter) for adapter in plan.changes.adapters]
 
     @cache
@@ -57,16 +57,20 @@ def checkpoint_inputs(
 
     @cache
     def blocks() -> BlockFolds | None:
+        given = batches()  # before the blocks: the model that writes them takes its memory with it
         stored = stored_blocks(plan, jobs, device)
         if stored is None:
             return None
         steps = count(1)
 
         def step() -> None:
+            done, total = next(steps), 0 if folds is None else folds.count * len(given)
             if progress is not None:
-                progress(next(steps), folds.count * len(batches()), "calibration")  # type: ignore[union-attr]
+                progress(done, max(done, total), "calibration")
 
-        folds = BlockFolds.of(stored, jobs, batches(), lambda path: whole().alone(path), step)
+        folds = None
+        with suppress(CalibrationError):  # the whole model says what is wrong with a batch
+            folds = BlockFolds.of(stored, jobs, given, lambda path: whole().alone(path), step)
         return folds
 
     def inputs_of(path: str) -> LayerInputs | FoldedAlready | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from oftsurgery.files.scratch import Place, Scratch
 
 #: bytes of hidden values after one block that stay in memory; further values go to a temporary file
-MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 1 << 25
 
 
 class HiddenValues:

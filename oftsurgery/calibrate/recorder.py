@@ -18,6 +18,9 @@ from .batches import Batch, sequences_of
 #: one sequence of HOLD_OUT is held out, and HELD_OUT_TOKENS tokens of the held-out sequences are kept for each layer
 HOLD_OUT, HELD_OUT_TOKENS = 8, 1024
 
+#: columns of a matrix product whose result is symmetric
+_COLUMNS = 512
+
 
 def held_out_sequences(count: int) -> Tensor:
     """A mask ``(count,)`` of the sequences that are held out: chosen at random, but the same each time. A single sequence
@@ -36,6 +39,21 @@ def held_out_of(batches: Sequence[Batch]) -> Sequence[Tensor]:
     return torch.split(held_out_sequences(sum(sizes)), sizes)
 
 
+def add_square(total: Tensor, x: Tensor) -> None:
+    """Add ``XᵀX`` to ``total``, but not below the blocks on the diagonal: :func:`mirror` fills these at the end."""
+    with rotations.full_precision(x.device.type):
+        for begin in range(0, len(total), _COLUMNS):
+            own, later = slice(begin, begin + _COLUMNS), slice(begin, None)
+            total[own, later].addmm_(x[:, own].t(), x[:, later])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy what lies above the diagonal below the diagonal."""
+    for end in range(_COLUMNS, len(total), _COLUMNS):
+        own = slice(end - _COLUMNS, end)
+        total[end:, own] = total[own, end:].t()
+
+
 @dataclass(eq=False)
 class _InputSum:
     """The inputs of one layer, or of several layers that get the same inputs."""
@@ -46,9 +64,7 @@ class _InputSum:
 
     def add(self, kept: Tensor, held_out: Tensor) -> None:
         """Add rows of inputs; both tensors are ``(n, in)``."""
-        kept = kept.to(torch.float32)
-        with rotations.full_precision(kept.device.type):
-            self.hessian.addmm_(kept.t(), kept)
+        add_square(self.hessian, kept.to(torch.float32))
         self.tokens += kept.shape[0]
         self.held_out.append(held_out.to(torch.float32, copy=True))
 
@@ -104,6 +120,7 @@ class InputRecorder:
         found = self._sums.get(self.leaders.get(path, path))
         if found is None:
             return None
+        mirror(found.hessian)
         inputs = LayerInputs(found.hessian, found.tokens, torch.cat(found.held_out)[:HELD_OUT_TOKENS])
         check_finite(path, inputs.hessian, inputs.held_out)
         return inputs

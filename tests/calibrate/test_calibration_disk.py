@@ -479,3 +479,14 @@ def test_which_models_are_loaded_whole(why: str, tmp_path: Path) -> None:
     original = {"fold_into": "original"} if why == "original weights" else {}
     plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(format="nf4", **original))  # type: ignore[arg-type]
     assert calibrate_checkpoint.stored_blocks(plan, calibrate_checkpoint.calibrated_jobs(plan), "cpu") is None
+
+
+def test_a_batch_that_the_model_does_not_take(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
+    batches = [{"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, {"input_ids": torch.full((2, 8), 64)}]
+    with pytest.raises(CalibrationError, match="the model does not take calibration batch 1"):
+        oftsurgery.fold_checkpoint(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=batches
+        )
+    assert not (tmp_path / "out").exists()
