@@ -23,6 +23,7 @@ from oftsurgery.weights.calibrate import FoldedAlready, LayerInputs, fold_calibr
 from .batches import Batch, length_of, one_sequence, sequences_of
 from .block_sources import Job, LiveBlocks, exact_weight
 from .blocks import Call, are_chained, block_paths, first_call, hidden_of, run_batch, running, weights_of
+from .freed_memory import give_back
 from .hidden_values import HiddenValues
 from .recorder import HELD_OUT_TOKENS, InputRecorder, add_square, check_finite, held_out_of, mirror
 
@@ -168,6 +169,7 @@ class BlockFolds:
         while self._done <= self.paths[path]:
             with running(self.source.model), self.source.loaded(self.blocks[self._done]):
                 self._fold(self._done)
+            give_back()
             self._done += 1
         return self._ready.pop(path)
 
