@@ -18,7 +18,7 @@ def give_back() -> None:
 def _trim() -> Callable[[int], Any]:
     if sys.platform == "linux":
         try:
-            return ctypes.CDLL("libc.so.6").malloc_trim  # type: ignore[no-any-return]
+            return ctypes.CDLL("libc.so.6").malloc_trim
         except (OSError, AttributeError):  # another C library
             pass
     return lambda _: None
