@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.errors import CheckpointError, needs, printable
 from oftsurgery.progress import without_bars
 
 #: fields that lead to code which transformers would fetch from the Hub and run, or that have no effect on names
@@ -75,12 +75,20 @@ def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return named, own if getattr(own, "model_type", None) == config["model_type"] else None
 
 
-def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
+def _without_parameters() -> contextlib.AbstractContextManager[None]:
+    with needs("accelerate", "pip install 'oftsurgery[peft]'"):
+        from accelerate import init_empty_weights
+    empty: contextlib.AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return empty
+
+
+def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buffers: bool = False) -> Any:
     """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers, or for a class that
     transformers does not know.
 
     Args:
         tensors: number of the checkpoint's tensors, which bounds the number of the model's modules.
+        buffers: whether the buffers have their values; accelerate must be installed then.
 
     Raises:
         CheckpointError: transformers knows the class and cannot build it from this config.
@@ -109,7 +117,7 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
     model_class, config_class = None, None
     handle = register_module_module_registration_hook(bounded)
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), _without_parameters() if buffers else torch.device("meta"):
             model_class, config_class = _classes(config)
             fields = readable_config(config)
             model_type = fields.pop("model_type")
