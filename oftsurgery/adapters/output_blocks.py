@@ -258,7 +258,7 @@ class FinishedBlocks(Stepped):
 
     def at_strength(self, strength: float, mode: str) -> WeightMap:
         if mode in (LINEAR, *self.modes):
-            return self if strength == 1 else replace(mixed(self, self._steps, strength), how=f"{strength!r} {mode}")
+            return self if strength == 1 else replace(mixed(self, self.steps(), strength), how=f"{strength!r} {mode}")
         if mode != ANGLE:
             raise self.no_mode(mode)
         return self if strength == 1 else self._powered(strength)

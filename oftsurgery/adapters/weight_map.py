@@ -75,6 +75,13 @@ class WeightMap(ABC):
         """Facts about the map, as plain values."""
         return {"map": self.family, "side": self.side, "block_size": self.block_size}
 
+    @property
+    def first_on_weight(self) -> bool:
+        """Whether, of several maps of the inputs, the weight meets the first one first (``W·Ra·Rb``), and not the last (the live
+        chain ``x·Ra·Rb``).
+        """
+        return False
+
     # --- where the map fits ---
 
     @abstractmethod
