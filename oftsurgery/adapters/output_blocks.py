@@ -152,9 +152,11 @@ class OutputBlocks(WeightMap):
         scale = checked_scale(self.scale)
         if strength == 1 and mode not in ("comfyui", "webui"):
             return self
-        if mode == ANGLE and self.block_size > 1:
-            q = rotations.power_of(self.generator(), strength)
-            return self._rotation(q, powered_scale(scale, strength))
+        if mode == ANGLE:
+            scale = powered_scale(scale, strength)
+            if self.block_size == 1:
+                return StepMap(self, () if scale is None else (Scale(scale),), f"{strength!r} {mode}")
+            return self._rotation(rotations.power_of(self.generator(), strength), scale)
         how = f"{strength!r} {mode}"
         factor = strength**2 if mode == "comfyui" else strength  # ComfyUI multiplies twice
         own = mode if mode in ("comfyui", "webui") else self.tool
