@@ -25,6 +25,7 @@ from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
 
 from .chains import Chains, chains_of, one_module, summed, turned_biases
+from .fused_names import fused_meanings
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +200,7 @@ def _meanings(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, Meaning
     found = store.locate(f"{path}.weight" for path in paths)
     own = {p: Meaning((found[f"{p}.weight"].removesuffix(".weight"),)) for p in paths if f"{p}.weight" in found}
     meanings = own | dict(store.meanings(path for path in paths if path not in own))
+    meanings |= fused_meanings([path for path in paths if path not in meanings], store.meanings)
     for adapter in adapters:
         wanted = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.sums)]
         lost = [path for path in wanted if path not in meanings]
