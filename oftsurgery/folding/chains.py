@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.parts import RowParts, SwappedHalves
 from oftsurgery.adapters.weight_map import TRAINED_ON, WeightMap
 from oftsurgery.errors import MatchError, ShapeError, printable
+from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.weights.fold import in_weight_order
 
@@ -176,8 +178,9 @@ def turned_biases(
             message = "the adapter turns the biases of several weights together, and one of the weights has no bias"
             raise MatchError(message, tensor=lost, remedy="use the base model that the adapter was trained on")
         whole = torch.cat(there)
-        for r in in_weight_order(chain, inverse=inverse):
-            whole = r.unfold_bias(whole) if inverse else r.fold_bias(whole)
+        with rotations.full_precision(whole.device.type):
+            for r in in_weight_order(chain, inverse=inverse):
+                whole = r.unfold_bias(whole) if inverse else r.fold_bias(whole)
         found |= dict(zip(names, torch.split(whole, [len(b) for b in there]), strict=True))
     return found
 
@@ -220,3 +223,16 @@ def summed(
                 old.device, torch.float32
             )
     return found
+
+
+def at_folded_strength(record: FoldRecord | None, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
+    """The adapters at the strengths at which the last fold of ``record`` has them, where they were given as they were read."""
+    infos = record.adapters if record is not None else ()
+    if len(infos) != len(adapters):
+        return list(adapters)
+
+    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
+        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
+        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
+
+    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]

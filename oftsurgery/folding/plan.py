@@ -19,12 +19,11 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
-from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores.flat_names import Meaning
 from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
 
-from .chains import Chains, chains_of, one_module, summed, turned_biases
+from .chains import Chains, at_folded_strength, chains_of, one_module, summed, turned_biases
 from .fused_names import fused_meanings
 
 
@@ -148,7 +147,7 @@ def plan_changes(
         FormatError: a module cannot be folded.
         StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
-    adapters = _at_folded_strength(store, adapters) if inverse else adapters
+    adapters = at_folded_strength(store.record, adapters) if inverse else adapters
     _check_given(store, adapters, inverse=inverse)
     meanings = _meanings(store, adapters)
     missing = () if inverse else _missing(store, adapters, meanings, partial=partial)
@@ -235,19 +234,6 @@ def _missing(
             )
         missing |= dict.fromkeys(lost)
     return tuple(missing)
-
-
-def _at_folded_strength(store: Store, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
-    """The adapters at the strengths at which the store's last fold has them, where they were given as they were read."""
-    infos = store.record.adapters if store.record is not None else ()
-    if len(infos) != len(adapters):
-        return list(adapters)
-
-    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
-        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
-        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
-
-    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]
 
 
 def _computed(changed: Mapping[str, Tensor], replaced: Collection[str]) -> tuple[Replace, ...]:

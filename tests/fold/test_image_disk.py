@@ -85,3 +85,16 @@ def test_the_command_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(oftsurgery.load_adapter(tmp_path / "new.safetensors").modules) == 4
     assert main(["fold", str(base), style, str(out), "--trained-on", "plain", "--strength", "0.5", "0.2"]) == 2
     assert "2 strengths were given for 1 adapters" in capsys.readouterr().err
+
+
+def test_the_precision_of_products_does_not_decide_a_bias(base: Path) -> None:
+    model = Qwen2ForCausalLM.from_pretrained(base)
+    adapter = oftsurgery.load_adapter(base.parent / "style.safetensors", bias="rotated")
+    expected = oftsurgery.fold(model, adapter).state_dict()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu"):
+            got = oftsurgery.fold(model, adapter).state_dict()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
