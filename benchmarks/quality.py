@@ -68,14 +68,15 @@ from oftsurgery.stores.layers import Layer
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 Batches = list[dict[str, Tensor]]
 
-#: line of the tables → (rounding, how much of the calibration)
-MODES: dict[str, tuple[str, float]] = {
+#: line of the tables → (rounding, how much of the calibration, or "self")
+MODES: dict[str, tuple[str, float | str]] = {
     "nearest": ("nearest", 0),
     "grid": ("grid", 0),
     "mse": ("mse", 0),
     "preserve": ("preserve", 0),
     "calibrated, 32 texts": ("calibrated", 1 / 8),
     "calibrated, 256 texts": ("calibrated", 1),
+    "calibrated, self": ("calibrated", "self"),
 }
 TEXTS = 256
 
@@ -86,7 +87,7 @@ BASE = "without the adapter"
 def fold(model: nn.Module, adapter: Path, mode: str, batches: Batches) -> tuple[nn.Module, float]:
     """The folded model, and the seconds that it took."""
     rounding, part = MODES[mode]
-    calibration = batches[: round(len(batches) * part)] if part else None
+    calibration = part if isinstance(part, str) else batches[: round(len(batches) * part)] or None
     start = time.perf_counter()
     folded = oftsurgery.fold(model, adapter, rounding=rounding, calibration=calibration)
     return folded, time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -446,3 +447,21 @@ def fail_at_full_precision() -> None:
 def test_full_precision_restores_after_an_error() -> None:
     with matmul_precision("medium"), pytest.raises(ZeroDivisionError):
         fail_at_full_precision()
+
+
+@pytest.mark.parametrize("b", [64, 160])
+def test_the_largest_angle_of_large_blocks(b: int) -> None:
+    q = torch.randn(2, b, b, dtype=torch.float64) * 0.01
+    q = q - q.mT
+    exact = 2 * math.atan(float(rotations.eigen_angles(q).max()))
+    assert rotations.largest_angle(q) == pytest.approx(exact, rel=1e-5)
+    assert rotations.largest_angle(torch.zeros(1, b, b)) == 0
+
+
+def test_powers_of_a_cayley_map() -> None:
+    q = torch.randn(2, 6, 6, dtype=torch.float64)
+    q = q - q.mT
+    third = rotations.cayley(rotations.power_of(q, 1 / 3))
+    assert torch.allclose(third @ third @ third, rotations.cayley(q))
+    with pytest.raises(NonFiniteError, match="at π and beyond there is no exact Cayley generator"):
+        rotations.power_of(q, 100)

@@ -55,6 +55,8 @@ class OFTAdapter:
             places.
         source: folder, repository or live model that the adapter came from.
         sha256: of the tensors' file, where there is one.
+        sums: ``{tensor name, with a module's name as in ``modules``: tensor}``: what LyCORIS adds to tensors of normalisation layers
+            (``w_norm``, ``b_norm``), at strength 1.
         bias: whether the live layers of training left the biases as they are (``"kept"``) or turned them with the rows of the
             weights (``"rotated"``); None for the dialects of peft, which tell.
         strength: the strength at which the adapter is folded; ``modules`` have this strength.
@@ -67,6 +69,7 @@ class OFTAdapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     sha256: str | None = None
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
     bias: str | None = None
     strength: float = 1.0
     strength_mode: str = "angle"
@@ -76,9 +79,9 @@ class OFTAdapter:
         if self.dialect not in DIALECTS:
             message = f"unknown dialect {printable(self.dialect)!r}"
             raise DialectError(message, path=self.source, remedy=f"use one of {', '.join(DIALECTS)}")
-        for name in ("modules", "saved", "config"):
+        for name in ("modules", "saved", "config", "sums"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        parts = dict(self.saved)
+        parts = dict(self.saved) | {f"{name}\0sum\0{self.strength!r}": tensor for name, tensor in self.sums.items()}
         for path, r in self.modules.items():
             if not isinstance(r, Rotation):
                 parts |= {f"{path}\0{r.settings()}\0{name}": tensor for name, tensor in r.tensors().items()}
@@ -107,7 +110,7 @@ class OFTAdapter:
             raise StateError(
                 message, path=self.source, remedy="give the strength once, with the adapter as it was read"
             )
-        _check_no_saved([self])
+        _check_no_saved([replace(self, sums={})])
         modules: dict[str, WeightMap] = {}
         for path, weight_map in self.modules.items():
             with module_in_errors(path):
@@ -133,7 +136,7 @@ class OFTAdapter:
         """
         if alpha == 1:
             return self
-        if not all(map(_has_algebra, self.modules.values())):
+        if self.sums or not all(map(_has_algebra, self.modules.values())):
             return self.at_strength(alpha)
         return _mean_of([(self, alpha)], f"scaled({self.source}, {alpha:g})")
 
@@ -358,6 +361,12 @@ def _warn_converted(residuals: Mapping[str, float]) -> None:
 def _check_no_saved(adapters: Iterable[OFTAdapter]) -> None:
     """Refuse adapters with values of their own for tensors of the model."""
     for adapter in adapters:
+        if adapter.sums:
+            message = (
+                "the adapter also adds to tensors of normalisation layers, and has no products, means or inverses here"
+            )
+            remedy = "leave these values out on purpose: dataclasses.replace(adapter, sums={})"
+            raise AdapterError(message, tensor=next(iter(adapter.sums)), path=adapter.source, remedy=remedy)
         if adapter.saved:
             own = "the adapter brings values of its own for a tensor (a trained bias, `modules_to_save`)"
             message = f"{own}, which cannot be scaled, blended or inverted without the base's values"

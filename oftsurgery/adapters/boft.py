@@ -138,6 +138,7 @@ class PeftBoft(Stepped):
     family = "BOFT of peft"
     turns_bias = False
     scales_rows = True
+    first_on_weight = True
 
     @property
     def features(self) -> int:

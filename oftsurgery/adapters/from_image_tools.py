@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,9 @@ PEFT_METADATA = "lora_adapter_metadata"
 _COMPONENTS = re.compile(
     r"(lora_(unet|transformer|te[123]?)_|(unet|transformer|text_encoder(_[23])?|diffusion_model|text_encoders)\.)"
 )
+
+#: the commit and the days of OneTrainer's first series; on the last day both series were there
+_FIRST_REVISION, _FIRST_DAYS = "1336b9b8", ("2025-11-14", "2025-11-16")
 
 #: kohya's live layer turned the bias until this day
 _KOHYA_KEEPS_BIAS = "2024-09-13"
@@ -83,7 +87,7 @@ def parse_image_adapter(
     if config is not None and (dialect is None or dialect.startswith("peft")):
         named = {key if key.startswith(KEY_PREFIX) else KEY_PREFIX + key: t for key, t in tensors.items()}
         return parse_adapter(config, named, dialect=dialect, source=source, sha256=sha256)  # type: ignore[arg-type]
-    parts = sort_image_keys(tensors, source)
+    parts, sums = _without_norms(sort_image_keys(tensors, source), source)
     args = _network_args(metadata)
     name = _dialect_of(parts, metadata, dialect, source)
     rules = _RULES[name]
@@ -97,10 +101,34 @@ def parse_image_adapter(
     for path, own in sorted(parts.items()):
         with module_in_errors(path):
             modules[path] = rules.read(own, file)
+    if sums and name != "lycoris":
+        message = f"the file holds changes of normalisation layers, which only LyCORIS trains, and is of {name}"
+        raise DialectError(message, tensor=next(iter(sums)), path=source, remedy="restore the file that the tool saved")
     kept = bias or "kept" if rules.may_turn_bias else None
-    return OFTAdapter(
-        modules=modules, dialect=name, config={"metadata": dict(metadata)}, source=source, sha256=sha256, bias=kept
-    )
+    config = {"metadata": dict(metadata)}
+    return OFTAdapter(modules=modules, sums=sums, dialect=name, config=config, source=source, sha256=sha256, bias=kept)
+
+
+def _without_norms(found: Parts, source: str | None) -> tuple[Parts, dict[str, Tensor]]:
+    """``(the modules with rotations, {tensor name: what LyCORIS adds to the tensor})``.
+
+    Raises:
+        AdapterError: no module has a rotation.
+    """
+    norms = {
+        path: own
+        for path, own in found.items()
+        if own.keys() <= {"w_norm", "b_norm", "alpha"} and own.keys() != {"alpha"}
+    }
+    rotated = {path: own for path, own in found.items() if path not in norms}
+    if not rotated:
+        message = "the file holds changes of normalisation layers and no rotation"
+        raise AdapterError(
+            message, path=source, remedy="add the changes to the base's tensors: no rotation is to be folded"
+        )
+    leaves = {"w_norm": "weight", "b_norm": "bias"}
+    sums = {f"{path}.{leaves[end]}": t for path, own in norms.items() for end, t in own.items() if end in leaves}
+    return rotated, sums
 
 
 def _peft_config(metadata: Mapping[str, str], source: str | None) -> dict[str, Any] | None:
@@ -117,7 +145,7 @@ def _peft_config(metadata: Mapping[str, str], source: str | None) -> dict[str, A
 def _json_object(text: str) -> dict[str, Any] | None:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -195,13 +223,13 @@ def _tells(dialect: str, path: str, own: Mapping[str, Tensor], metadata: Mapping
         kohya = [path.startswith("oft_unet_")] + ([trainer == "networks.oft"] if trainer else [])
         # a preset of LyCORIS may set any prefix
         return all(kohya) if dialect == "kohya" else not any(kohya)
-    if dialect == "onetrainer-2025-11-14":
-        return metadata.get("ot_revision", "").startswith("1336b9b8")
-    if dialect == "onetrainer":
-        date = metadata.get("modelspec.date", "")[:10]
-        first = metadata.get("ot_revision", "").startswith("1336b9b8") or "2025-11-14" <= date <= "2025-11-16"
-        known = any(key.startswith("ot_") for key in metadata) or _COMPONENTS.match(path) is not None
-        return known and not first
+    if dialect.startswith("onetrainer"):
+        date, known = metadata.get("modelspec.date", "")[:10], _COMPONENTS.match(path) is not None
+        known = known or any(key.startswith("ot_") for key in metadata)
+        first = metadata.get("ot_revision", "").startswith(_FIRST_REVISION) or _FIRST_DAYS[0] <= date < _FIRST_DAYS[1]
+        if dialect == "onetrainer":
+            return known and not first and date != _FIRST_DAYS[1]
+        return known and first
     return True
 
 
@@ -218,8 +246,10 @@ def _check_bias(dialect: str, metadata: Mapping[str, str], args: Mapping[str, An
     if dialect == "kohya" and re.fullmatch(r"\d+(\.\d+)?", started):
         import datetime
 
-        day = datetime.datetime.fromtimestamp(float(started), datetime.timezone.utc).date().isoformat()
-        if day < _KOHYA_KEEPS_BIAS:
+        day = ""
+        with suppress(ValueError, OverflowError, OSError):  # a time that no calendar has
+            day = datetime.datetime.fromtimestamp(float(started), datetime.timezone.utc).date().isoformat()
+        if day and day < _KOHYA_KEEPS_BIAS:
             why = f"the adapter was trained on {day}: before {_KOHYA_KEEPS_BIAS} kohya's live layer turned biases, and its merge did not"
     if why:
         remedy = "say what to do: load_adapter(…, bias='kept') or load_adapter(…, bias='rotated') (--bias)"

@@ -27,6 +27,7 @@ class Householder(Stepped):
     side = "input"
     turns_bias = False
     family = "HRA"
+    first_on_weight = True
 
     @property
     def block_size(self) -> int:

@@ -15,7 +15,9 @@ from oftsurgery.errors import AdapterError, DialectError, NonFiniteError, printa
 
 Parts = dict[str, dict[str, Tensor]]
 
-_END = re.compile(r"(?P<path>.+?)\.(?P<end>oft_blocks(?:\.\d+)?|oft_diag|oft_R\.\w+|alpha|rescale)", re.DOTALL)
+_END = re.compile(
+    r"(?P<path>.+?)\.(?P<end>oft_blocks(?:\.\d+)?|oft_diag|oft_R\.\w+|alpha|rescale|w_norm|b_norm)", re.DOTALL
+)
 
 #: ends of keys, and why no adapter with such a key is read
 _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -24,7 +26,6 @@ _REFUSED: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(initial_norm|dora_(log_)?multiplier)$"), "an unreleased branch of OneTrainer wrote the file (DoRA of an OFT)"),
     (re.compile(r"(^|\.)(psoft_\w+|[AB]\.psoft)"), "the file is of PSOFT, whose other matrices come from a decomposition of the base and are not stored"),
     (re.compile(r"^bundle_emb\."), "the file holds embeddings for a tokenizer beside the rotations (`bundle_emb`)"),
-    (re.compile(r"\.(w_norm|b_norm)$"), "the file holds changes of normalisation layers beside the rotations (`w_norm`, `b_norm`)"),
 )  # fmt: skip
 
 _TRAIN_PLAIN = "fold a file that a release of the tool wrote"

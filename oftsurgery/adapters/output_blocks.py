@@ -152,9 +152,11 @@ class OutputBlocks(WeightMap):
         scale = checked_scale(self.scale)
         if strength == 1 and mode not in ("comfyui", "webui"):
             return self
-        if mode == ANGLE and self.block_size > 1:
-            q = rotations.power_of(self.generator(), strength)
-            return self._rotation(q, powered_scale(scale, strength))
+        if mode == ANGLE:
+            scale = powered_scale(scale, strength)
+            if self.block_size == 1:
+                return StepMap(self, () if scale is None else (Scale(scale),), f"{strength!r} {mode}")
+            return self._rotation(rotations.power_of(self.generator(), strength), scale)
         how = f"{strength!r} {mode}"
         factor = strength**2 if mode == "comfyui" else strength  # ComfyUI multiplies twice
         own = mode if mode in ("comfyui", "webui") else self.tool
@@ -258,7 +260,7 @@ class FinishedBlocks(Stepped):
 
     def at_strength(self, strength: float, mode: str) -> WeightMap:
         if mode in (LINEAR, *self.modes):
-            return self if strength == 1 else replace(mixed(self, self._steps, strength), how=f"{strength!r} {mode}")
+            return self if strength == 1 else replace(mixed(self, self.steps(), strength), how=f"{strength!r} {mode}")
         if mode != ANGLE:
             raise self.no_mode(mode)
         return self if strength == 1 else self._powered(strength)

@@ -55,6 +55,10 @@ class RowParts(WeightMap):
         return any(m.scales_rows for m in self.maps)
 
     @property
+    def first_on_weight(self) -> bool:
+        return all(m.first_on_weight for m in self.maps)
+
+    @property
     def block_size(self) -> int:
         return max(m.block_size for m in self.maps)
 
@@ -138,6 +142,10 @@ class SwappedHalves(WeightMap):
     @property
     def scales_rows(self) -> bool:
         return self.of.scales_rows
+
+    @property
+    def first_on_weight(self) -> bool:
+        return self.of.first_on_weight
 
     @property
     def block_size(self) -> int:

@@ -210,26 +210,20 @@ class Stepped(WeightMap, ABC):
     def steps(self) -> tuple[Step, ...]:
         """The steps of the map, computed anew."""
 
-    @cached_property
-    def _steps(self) -> tuple[Step, ...]:
+    def resolved(self) -> StepMap:
+        """The map with its steps, which are large: an adapter does not keep the steps of its modules."""
         with rotations.full_precision("cpu"):
-            return self.steps()
+            return StepMap(self, self.steps(), "")
 
     def fold_into(self, weight: Tensor) -> Tensor:
-        return apply_all(self._steps, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return self.resolved().fold_into(weight)
 
     def unfold_from(self, weight: Tensor) -> Tensor:
-        return apply_all(self.back, weight.to(torch.promote_types(weight.dtype, torch.float32)))
-
-    @cached_property
-    def back(self) -> tuple[Step, ...]:
-        """The steps of :meth:`unfold_from`."""
-        with rotations.full_precision("cpu"):
-            return inverse_all(self._steps)
+        return self.resolved().unfold_from(weight)
 
     @cached_property
     def _figures(self) -> tuple[float, float]:
-        return figures_of(self._steps)
+        return figures_of(self.steps())
 
     @property
     def defect(self) -> float:
@@ -242,7 +236,7 @@ class Stepped(WeightMap, ABC):
     def at_strength(self, strength: float, mode: str) -> WeightMap:
         if mode != LINEAR:
             raise self.no_mode(mode)
-        return self if strength == 1 else mixed(self, self._steps, strength)
+        return self if strength == 1 else mixed(self, self.steps(), strength)
 
 
 def figures_of(steps: Sequence[Step]) -> tuple[float, float]:
@@ -296,11 +290,33 @@ class StepMap(Stepped):
         return self.of.scales_rows
 
     @property
+    def first_on_weight(self) -> bool:
+        return self.of.first_on_weight
+
+    @property
     def block_size(self) -> int:
         return self.of.block_size
 
     def steps(self) -> tuple[Step, ...]:
         return self.made
+
+    def resolved(self) -> StepMap:
+        return self
+
+    def fold_into(self, weight: Tensor) -> Tensor:
+        return apply_all(self.made, weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    def unfold_from(self, weight: Tensor) -> Tensor:
+        return apply_all(self.back(), weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+    def back(self) -> tuple[Step, ...]:
+        """The steps of :meth:`unfold_from`.
+
+        Raises:
+            NonFiniteError: no steps lead back.
+        """
+        with rotations.full_precision("cpu"):
+            return inverse_all(self.made)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self.of.tensors()

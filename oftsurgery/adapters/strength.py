@@ -89,6 +89,10 @@ class AtStrength(WeightMap):
         return self.of.scales_rows
 
     @property
+    def first_on_weight(self) -> bool:
+        return self.of.first_on_weight
+
+    @property
     def block_size(self) -> int:
         return self.of.block_size
 

@@ -45,6 +45,9 @@ def image_tensors(adapter: OFTAdapter, form: ImageForm) -> dict[str, Tensor]:
             "the adapter brings values of its own for a tensor, and files of image tools have no place for these values"
         )
         raise AdapterError(message, tensor=next(iter(adapter.saved)), path=adapter.source, remedy="fold the adapter")
+    if adapter.sums:
+        message = "the adapter also adds to tensors of normalisation layers, which are not converted"
+        raise AdapterError(message, tensor=next(iter(adapter.sums)), path=adapter.source, remedy="fold the adapter")
     found: dict[str, Tensor] = {}
     for path, weight_map in adapter.modules.items():
         with module_in_errors(path):

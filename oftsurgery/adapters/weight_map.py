@@ -18,7 +18,13 @@ TRAINED_ON = "use the base model that the adapter was trained on (its `base_mode
 
 
 class WeightMap(ABC):
-    """A linear map of one module's weight, whose canonical form is ``rows(W): (out, rest)``: the kernel of a convolution
+    """What an adapter does to one module's weight.
+
+    >>> quarter = oftsurgery.Rotation(generator=torch.tensor([[-1.0]]))       # one kind of map
+    >>> isinstance(quarter, oftsurgery.WeightMap), quarter.fold_into(torch.tensor([[3.0, 4.0]])).tolist()
+    (True, [[4.0, -3.0]])
+
+    The map is linear in the weight's canonical form ``rows(W): (out, rest)``: the kernel of a convolution
     ``(out, in, kh, kw)`` is flattened to ``(out, in·kh·kw)``.
 
     Attributes:
@@ -68,6 +74,13 @@ class WeightMap(ABC):
     def facts(self) -> dict[str, Any]:
         """Facts about the map, as plain values."""
         return {"map": self.family, "side": self.side, "block_size": self.block_size}
+
+    @property
+    def first_on_weight(self) -> bool:
+        """Whether, of several maps of the inputs, the weight meets the first one first (``W·Ra·Rb``), and not the last (the live
+        chain ``x·Ra·Rb``).
+        """
+        return False
 
     # --- where the map fits ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -91,9 +92,9 @@ def _plan_model(settings: FoldSettings, opened: Checkpoint, adapters: Sequence[O
     plan = replace(plan, rounding=mode, trained_on=trained)
     check_said(plan, settings)
     if mode == "calibrated":
-        from oftsurgery.calibrate.checkpoint import calibrated_paths
+        from oftsurgery.calibrate.checkpoint import calibrated_jobs
 
-        calibrated_paths(plan)
+        calibrated_jobs(plan)
     return plan
 
 
@@ -162,7 +163,9 @@ def fold_checkpoint(
         rounding: how rotated quantised weights are rounded, as for :func:`fold`.
         calibration: a file of texts (``.txt``: one a line; ``.jsonl``, ``.parquet``: each row's ``text``), a list of
             texts, or batches as for :func:`fold`. Texts go through the checkpoint's own tokenizer, and each is cut after
-            512 tokens. Only a calibration loads the model through transformers and runs it.
+            512 tokens. Only a calibration loads the model through transformers and runs it. ``"self"`` needs no data, as for
+            :func:`fold`; the tokens that the model wrote lie beside the record, in ``oftsurgery_calibration.json``, and a later
+            fold reads this file.
         undo: a file to write, outside ``destination``, from which :func:`unfold_checkpoint` restores every byte that
             the fold changes. The fold must keep the weights' formats (an undo does not take back that a plain source was
             quantised first).
@@ -220,19 +223,19 @@ def fold_checkpoint(
         plan = plan_fold(source, adapter, settings)
         if isinstance(plan, PipelinePlan):
             return _fold_pipeline(plan, Path(destination), device, resume=resume, force=force, progress=progress)
-        batches = None
+        texts = None
         if mode == "calibrated":
-            from oftsurgery.calibrate import batches as calibrate  # a fold without a calibration runs no model
+            from oftsurgery.calibrate.sources import source_of  # a fold without a calibration runs no model
 
-            batches = calibrate.given_batches(calibration, plan.source.folder)
-            plan = replace(plan, calibration=calibrate.batches_fingerprint(batches))
+            texts = source_of(calibration, plan.source.folder)
+            plan = replace(plan, calibration=texts.facts)
         with shown(progress, "fold") as step:
             beside = _ProgressWithCalibration(step or (lambda *_: None))
-            inputs_of = None
-            if batches is not None:
+            calibrate = None
+            if texts is not None:
                 from oftsurgery.calibrate.checkpoint import checkpoint_inputs
 
-                inputs_of = checkpoint_inputs(plan, batches, device=device, progress=beside.batch)
+                calibrate = functools.partial(checkpoint_inputs, plan, texts, device=device, progress=beside.batch)
             record = run_plan(
                 plan,
                 Path(destination),
@@ -240,7 +243,7 @@ def fold_checkpoint(
                 resume=resume,
                 force=force,
                 progress=beside.bytes,
-                inputs_of=inputs_of,
+                calibrate=calibrate,
             )
     assert record is not None  # noqa: S101 - a fold has one
     return record

@@ -14,8 +14,8 @@ from torch import nn
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.base_revision import warn_of_another_commit
 from oftsurgery.adapters.strength import StrengthMode
-from oftsurgery.calibrate.batches import Batch, read_batches
 from oftsurgery.calibrate.layer_inputs import Calibration, check_wanted
+from oftsurgery.calibrate.sources import Source, source_of
 from oftsurgery.checks.extract_adapters import ExtractedAdapter, extract_from_models
 from oftsurgery.errors import StateError
 from oftsurgery.folding.memory import fold_model, restore_model, undo_model, unfold_model
@@ -105,7 +105,9 @@ def fold(
             None: ``"calibrated"`` with a calibration, else ``"preserve"``.
         calibration: inputs of the kind that the model is for: an iterable of batches as the model's forward takes them
             (tensors, tuples of arguments, or mappings of keyword arguments, with ``attention_mask`` where there is
-            padding), 100 to 500 texts in all. The batches are read once and held in memory.
+            padding), 100 to 500 texts in all. The batches are read once and held in memory. ``"self"`` needs no data: a language
+            model writes 64 texts of 256 tokens with the adapter live, from a fixed seed, and another text model reads texts that
+            are built in. The name of a file ``oftsurgery_calibration.json`` stands for the texts that such a fold on disk wrote.
         undo: a file to write, from which :func:`unfold` restores every byte that the fold changes; its size is some tenths
             of a bit a weight. The file appears when the fold is done; an existing file is refused.
         partial: fold an adapter that lacks modules which its own config targets (one rank's part of a training that was
@@ -140,7 +142,7 @@ def fold(
     mode = rounding_mode(rounding, calibration)
     check_is_model(model)
     check_format(format, double_quant=double_quant)
-    batches = read_batches(calibration) if mode == "calibrated" else None
+    source = source_of(calibration) if mode == "calibrated" else None
     with (
         _prepared_fold(
             model,
@@ -153,13 +155,14 @@ def fold(
         ) as fold_prepared,
         nullcontext() if undo is None else UndoWriter(Path(undo).expanduser()) as writer,
         shown(progress, "fold", "layer") as step,
-        _calibrator(batches, progress) as calibrate,
+        _calibrator(source, progress) as calibrate,
     ):
         return fold_prepared(  # type: ignore[return-value]
             format=format,
             double_quant=double_quant,
             rounding=mode,
             calibrate=calibrate,
+            calibration={} if source is None else source.facts,
             undo=writer,
             base_at_hand=not inplace,
             progress=step,
@@ -224,19 +227,17 @@ def _check_whole(strength: Any, mode: str) -> None:
 
 
 @contextmanager
-def _calibrator(
-    batches: Sequence[Batch] | None, progress: bool
-) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
-    """A function that gathers the inputs of a model's layers over ``batches``, with its own progress bar."""
-    if batches is None:
+def _calibrator(source: Source | None, progress: bool) -> Iterator[Callable[[nn.Module, FoldPlan], InputsOf] | None]:
+    """A function that gathers the inputs of a model's layers over a calibration, with its own progress bar."""
+    if source is None:
         yield None
         return
     with shown(progress, "calibrate", "batch") as step:
 
         def calibrate(model: nn.Module, plan: FoldPlan) -> InputsOf:
-            paths = [r.path for r in plan.rotate if r.takes_inputs(r.format)]
-            check_wanted(paths)
-            return Calibration(model, plan.adapters, paths, batches, progress=step)
+            jobs = {r.path: (r.chain, r.format) for r in plan.rotate if r.takes_inputs(r.format)}
+            check_wanted(jobs)
+            return Calibration(model, plan.adapters, list(jobs), source.batches, progress=step, jobs=jobs)
 
         yield calibrate
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from oftsurgery.checks.verify_models import batches_of
 from oftsurgery.errors import CalibrationError, needs, printable
@@ -18,6 +18,8 @@ from oftsurgery.hashing import hash_tensors
 from .texts import read_texts
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+#: function from the live model to the batches of a calibration
+BatchesOf = Callable[[nn.Module], Sequence[Batch]]
 
 #: the most tokens of a text from a file, and the number of texts in a batch
 TEXT_TOKENS, TEXTS = 512, 16
@@ -65,7 +67,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, (str, bytes))
 
 
-def tokenise(texts: Sequence[str], folder: Path, size: int = TEXTS) -> list[Batch]:
+def tokenise(texts: Sequence[str], folder: Path | str, size: int = TEXTS) -> list[Batch]:
     """Batches of ``size`` texts by a checkpoint's own tokenizer; each text is cut after :data:`TEXT_TOKENS` tokens.
 
     Raises:
@@ -112,3 +114,30 @@ def batches_on(batches: Sequence[Batch], device: str) -> list[Batch]:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in batches]
+
+
+def sequences_of(batch: Batch) -> int:
+    """The number of sequences in a batch: the first dimension of its first tensor."""
+    first = _first(batch)
+    return first.shape[0] if first.ndim else 1
+
+
+def length_of(batch: Batch) -> int:
+    """The length of a batch's sequences: the second dimension of its first tensor."""
+    first = _first(batch)
+    return first.shape[1] if first.ndim > 1 else 1
+
+
+def one_sequence(batch: Batch) -> Batch:
+    """The first sequence of a batch."""
+    count = sequences_of(batch)
+
+    def first(value: Any) -> Any:
+        return value[:1] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
+
+    args, kwargs = batch
+    return tuple(map(first, args)), {key: first(value) for key, value in kwargs.items()}
+
+
+def _first(batch: Batch) -> Tensor:
+    return next(v for v in (*batch[0], *batch[1].values()) if isinstance(v, Tensor))

@@ -71,7 +71,9 @@ def rotated(
     kernel = tuple(weight.shape[2:]) if kernel is None else kernel
     w = weight.reshape(len(weight), -1).to("cpu", torch.float64)
     inputs = [r for r in chain if r.side == "input"]
-    for weight_map in [r for r in chain if r.side != "input"] + inputs[::-1]:
+    # peft's BOFT and HRA multiply the weight by one adapter after the other, and its OFT the inputs
+    inputs = inputs if inputs and all(r.first_on_weight for r in inputs) else inputs[::-1]
+    for weight_map in [r for r in chain if r.side != "input"] + inputs:
         weight_map.check_fits((w.shape[0], w.shape[1]), module)
         if kernel not in ((), (1, 1)) and isinstance(weight_map, Rotation):
             message = "peft's live layer overlaps the patches of such a convolution, so no weight computes the same"

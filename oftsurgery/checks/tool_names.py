@@ -19,6 +19,13 @@ _COMPONENT = re.compile(
 _OF_ENCODER = ("lora_te", "text_encoder")
 _OF_DENOISER = ("lora_unet_", "lora_transformer_", "oft_unet_", "unet.", "transformer.")
 _NUMBER = re.compile(r"(?:lora_te|text_encoder_?)(\d?)[_.]")
+# fused projections under names that no layout has
+_FUSED = {
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "qkv": ("to_q", "to_k", "to_v"),
+}
 # the beginnings of names in checkpoints of image models in a single file
 _ENCODER_IN_FILE = re.compile(
     r"^(cond_stage_model|conditioner\.embedders\.\d|text_encoders\.\w+)\.(transformer|model)\."
@@ -70,6 +77,25 @@ class ToolNames:
         number = _NUMBER.match(path)
         if len(found) > 1 and number is not None:
             found = found[int(number[1] or 1) - 1 :][:1]
+        return found[0] if len(found) == 1 else self._beside(path) if not found else None
+
+    def _beside(self, path: str) -> Rows | None:
+        """The rows of a fused projection beside its parts' names, or of a part beside the fused projection's name."""
+        for end, parts in _FUSED.items():
+            for name, others in ((end, parts), *((part, (end,)) for part in parts)):
+                if not path.endswith((f".{name}", f"_{name}")):
+                    continue
+                start = path.removesuffix(name)
+                known = [self._plain_rows(start + other) for other in others]
+                if any(rows is None for rows in known):
+                    continue
+                paths = tuple(rows.paths[0] for rows in known if rows is not None)
+                return Rows(paths) if name == end else Rows(paths, parts.index(name), len(parts))
+        return None
+
+    def _plain_rows(self, path: str) -> Rows | None:
+        plain = _COMPONENT.sub("", path).replace(".", "_")
+        found = self._own.get(plain) or self._own.get(path.replace(".", "_")) or []
         return found[0] if len(found) == 1 else None
 
     def _by_any_prefix(self, path: str) -> list[Rows]:

@@ -177,6 +177,7 @@ class _AdapterEffects:
             on tensors that are tied to it.
         values: ``{name: the adapter's own values}``: peft copies a module of ``modules_to_save``, so these values count
             only at this name; other trained values count at every name that is tied to this name.
+        sums: ``{name: what the adapters add to the tensor}``.
         biases: ``{name of a bias: maps in the live order}`` of the biases that the live layers turn.
         groups: the weights that are rotated together or in parts.
     """
@@ -204,6 +205,12 @@ class _AdapterEffects:
                 where = {places[name]} if _in_modules_to_save(name, adapter) else base.together(places[name])
                 self.values |= dict.fromkeys(where, adapter.saved[name])
         self.groups = RowGroups(steps)
+        self.sums: dict[str, Tensor] = {}
+        for adapter in adapters:
+            for name, values in adapter.sums.items():
+                place = _place_of(base, name, adapter)
+                added = adapter.strength * values.to("cpu", torch.float64)
+                self.sums[place] = self.sums[place] + added if place in self.sums else added
         self.biases = {
             f"{place.rpartition('.')[0]}.bias": chain
             for place, (_, chain) in self.chains.items()
@@ -298,7 +305,7 @@ class _Comparison:
         before = self._before(name, stored.weight.format)
         if decoded is not None:
             return TensorCheck(kind, self._as_rotated(name, before, stored, decoded))
-        if replaced or name in self.live.biases:
+        if replaced or name in self.live.biases or name in self.live.sums:
             check = self._as_replaced if replaced else self._as_turned
             return TensorCheck("replaced", check(name, before, stored))
         same = before.parts is not None and before.weight.format == stored.weight.format
@@ -403,21 +410,23 @@ class _Comparison:
         return self._wrong_dtype(before, got.dtype)
 
     def _as_turned(self, name: str, before: StoredTensor, stored: StoredTensor) -> str | None:
-        """What is wrong with a bias that the live layer turns with the rows of its weight, or None."""
-        got = stored.weight.tensors["weight"]
+        """What is wrong with a bias that the live layer turns with the rows of its weight, or with a tensor to which the adapter
+        adds, or None.
+        """
+        got, old = stored.weight.tensors["weight"], before.weight.tensors["weight"]
         group = self.live.groups.of(name.removesuffix(".bias"))
-        exact = (
-            measures.rotated_bias(before.weight.tensors["weight"], self.live.biases[name])
-            if not group
-            else (self._biases_of_group(group)[name.removesuffix(".bias")])
-        )
+        if name not in self.live.biases:
+            exact = old.to("cpu", torch.float64)
+        elif group:
+            exact = self._biases_of_group(group)[name.removesuffix(".bias")]
+        else:
+            exact = measures.rotated_bias(old, self.live.biases[name])
+        exact = exact + self.live.sums.get(name, 0)
         if got.shape != exact.shape:
-            return f"the bias has the shape {tuple(got.shape)}, but {tuple(exact.shape)} in the source"
+            return f"the tensor has the shape {tuple(got.shape)}, but {tuple(exact.shape)} in the source"
         error, rounding = measures.relative(got, exact), measures.relative(exact.to(got.dtype), exact)
         if not error <= 2 * rounding + 1e-6:
-            return (
-                f"the relative error of the bias is {error:.2e}, and the rounding to its format explains {rounding:.2e}"
-            )
+            return f"the relative error is {error:.2e}, and the rounding to its format explains {rounding:.2e}"
         return self._wrong_dtype(before, got.dtype)
 
     def _as_brought(self, name: str, now: str | None) -> str | None:

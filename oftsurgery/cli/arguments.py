@@ -123,9 +123,10 @@ _SHARED: Mapping[str, dict[str, Any]] = {
         "flag (default: preserve)",
     },
     "--calibration": {
-        "metavar": "FILE",
+        "metavar": "self|FILE",
         "help": "some hundred texts of the kind that the model is for, by which the rounding is chosen: .txt (one text a line), "
-        ".jsonl or .parquet (field 'text'); this flag loads the model and runs it",
+        ".jsonl or .parquet (field 'text'); self: the model writes the texts, or reads texts that are built in; this flag loads the "
+        "model and runs it",
     },
     "--max-shard-size": {
         "default": "5GB",

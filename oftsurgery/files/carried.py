@@ -45,7 +45,7 @@ _PICKLE = "pytorch_model.bin"  # the weights of a module that was saved without 
 _TEMPLATE = re.compile(r".*\.jinja", re.DOTALL)
 _IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\S+)[ \t]*$|from[ \t]+\.(\S+)[ \t]+import)", re.MULTILINE)
 #: files that every output gets anew
-_ANEW = (CONFIG, "README.md", "oftsurgery.json")
+_ANEW = (CONFIG, "README.md", "oftsurgery.json", "oftsurgery_calibration.json")
 
 _MAX_FILES = 512
 _MAX_NAMED = 4096  # with the files that an index names one by one

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from oftsurgery import rotations
 from oftsurgery.adapters.adapter import OFTAdapter
 from oftsurgery.adapters.parts import RowParts, SwappedHalves
-from oftsurgery.adapters.weight_map import WeightMap
+from oftsurgery.adapters.weight_map import TRAINED_ON, WeightMap
 from oftsurgery.errors import MatchError, ShapeError, printable
+from oftsurgery.records.record import AdapterInfo, FoldRecord
 from oftsurgery.stores.meaning import Meaning
 from oftsurgery.weights.fold import in_weight_order
 
@@ -176,7 +178,61 @@ def turned_biases(
             message = "the adapter turns the biases of several weights together, and one of the weights has no bias"
             raise MatchError(message, tensor=lost, remedy="use the base model that the adapter was trained on")
         whole = torch.cat(there)
-        for r in in_weight_order(chain, inverse=inverse):
-            whole = r.unfold_bias(whole) if inverse else r.fold_bias(whole)
+        with rotations.full_precision(whole.device.type):
+            for r in in_weight_order(chain, inverse=inverse):
+                whole = r.unfold_bias(whole) if inverse else r.fold_bias(whole)
         found |= dict(zip(names, torch.split(whole, [len(b) for b in there]), strict=True))
     return found
+
+
+def summed(
+    adapters: Sequence[OFTAdapter],
+    meanings: Mapping[str, Meaning],
+    tensor: Callable[[str], Tensor | None],
+    *,
+    inverse: bool,
+) -> dict[str, Tensor]:
+    """``{name of a tensor: its new values}`` of the tensors to which adapters add their own (normalisation layers).
+
+    Raises:
+        MatchError: the model has no such tensor.
+        ShapeError: the values do not fit.
+    """
+    found: dict[str, Tensor] = {}
+    for adapter in adapters:
+        factor = -adapter.strength if inverse else adapter.strength
+        for given, values in adapter.sums.items():
+            module, _, leaf = given.rpartition(".")
+            meaning = meanings[module]
+            if len(meaning.modules) > 1 or meaning.part is not None or meaning.swapped:
+                message = "the adapter adds to a tensor whose rows the model holds otherwise"
+                raise MatchError(
+                    message, tensor=given, path=adapter.source, remedy="use the base that the adapter was trained on"
+                )
+            name = f"{meaning.modules[0]}.{leaf}"
+            old = found.get(name, tensor(name))
+            if old is None:
+                message = "the adapter adds to a tensor that the model does not have"
+                raise MatchError(
+                    message, tensor=given, path=adapter.source, remedy="use the base that the adapter was trained on"
+                )
+            if old.shape != values.shape:
+                message, expected = "what the adapter adds does not fit the model's tensor", tuple(old.shape)
+                raise ShapeError(message, tensor=given, shape=tuple(values.shape), expected=expected, remedy=TRAINED_ON)
+            found[name] = old.to(torch.promote_types(old.dtype, torch.float32)) + factor * values.to(
+                old.device, torch.float32
+            )
+    return found
+
+
+def at_folded_strength(record: FoldRecord | None, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
+    """The adapters at the strengths at which the last fold of ``record`` has them, where they were given as they were read."""
+    infos = record.adapters if record is not None else ()
+    if len(infos) != len(adapters):
+        return list(adapters)
+
+    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
+        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
+        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
+
+    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]

@@ -59,7 +59,7 @@ class CheckpointPlan:
         fold_into: whether the ``"quantized"`` or the ``"original"`` weights of a plain source are rotated.
         unfolds: whether the plan takes the last fold out.
         rounding: the rounding of the quantised weights that are rotated.
-        calibration: content hash of the calibration's batches, or None.
+        calibration: what decides a calibration, as the record has it; empty without one.
         trained_on: what the adapter was trained on, where somebody says it.
         undo: the undo record that is written.
         undone: the undo record that is used.
@@ -75,7 +75,7 @@ class CheckpointPlan:
     fold_into: str = "quantized"
     unfolds: bool = True
     rounding: str = "nearest"
-    calibration: str | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     trained_on: TrainedOn | None = None
     undo: Path | None = None
     undone: UndoRecord | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,9 +52,9 @@ def run_plan(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    inputs_of: InputsOf | None = None,
+    calibrate: Callable[[Staging], InputsOf] | None = None,
 ) -> FoldRecord | None:
-    """Carry out ``plan``; the rounding is calibrated where ``inputs_of`` gives the inputs of the layer at a path.
+    """Carry out ``plan``; the rounding is calibrated where ``calibrate`` gives the function from a layer's path to its inputs.
 
     Everything is written into ``.<name>.oftsurgery`` beside ``destination``; after all warnings, one rename makes this
     folder the destination. After an error or a kill the folder stays, and ``resume=True`` continues after the last whole
@@ -72,6 +72,7 @@ def run_plan(
     check_destination(plan, destination, resume=resume, force=force)
     key = fingerprint(plan)
     with Staging(destination, key, needed=plan.nbytes, resume=resume, force=force) as staging:
+        inputs_of = None if calibrate is None else calibrate(staging)
         record = write_plan(
             plan, staging, device=device, resume=resume, force=force, progress=progress, inputs_of=inputs_of
         )
@@ -156,7 +157,7 @@ def fingerprint(plan: CheckpointPlan) -> str:
         "config": dict(plan.config),
         "unfolds": plan.unfolds,
         "rounding": plan.rounding,
-        "calibration": plan.calibration,
+        "calibration": dict(plan.calibration),
         "versions": versions(),
         "undo": plan.undo is not None,
         "undone": None if plan.undone is None else plan.undone.identity,
@@ -338,6 +339,7 @@ class _Run:
             record,
             adapters=tuple(map(public_info, record.adapters)),
             added=tuple(plan.store.added),
+            calibrated_on=plan.calibration,
             base={
                 "fold_into": plan.rotates,
                 **({"format": plan.format} if plan.converts else {}),

@@ -46,6 +46,7 @@ def fold_model(
     already: Mapping[str, str | None] | None = None,
     rounding: str = "nearest",
     calibrate: Callable[[nn.Module, FoldPlan], InputsOf] | None = None,
+    calibration: Mapping[str, Any] = MappingProxyType({}),
     undo: UndoWriter | None = None,
     partial_adapters: bool = False,
     trained_on: TrainedOn | None = None,
@@ -62,6 +63,7 @@ def fold_model(
         already: ``{tensor name: content hash before, or None}`` of tensors that hold the adapters' own values already.
         rounding: the rounding of quantised weights; ``"calibrated"`` needs ``calibrate``.
         calibrate: function that gives the inputs of the layers of a model that is about to be folded.
+        calibration: what decides these inputs, for the record.
         undo: writer that takes the fold's changes and is finished after the last one.
         trained_on: what the adapters were trained on, where somebody says it.
         partial_adapters: whether to fold adapters that lack modules which their own configs target.
@@ -105,7 +107,7 @@ def fold_model(
         _separate(store, plan, journal)
         set_vocabulary(store, plan.vocabulary, journal)
         record = engine.fold_record(plan, store.record, operation.modules, operation.saved, rounding)
-        record = formats.stated(record)
+        record = replace(formats.stated(record), calibrated_on=calibration)
         if trained_on is not None:
             record = replace(record, base={**record.base, **trained_on.facts})
         engine.finish_fold(record, plan, ties, on_disk=False, base_at_hand=base_at_hand)

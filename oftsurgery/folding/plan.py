@@ -19,12 +19,12 @@ from oftsurgery.adapters.targets import missing_modules
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import AdapterError, FormatError, MatchError, ShapeError, StateError, printable
 from oftsurgery.formats.encoded_weight import WeightFormat
-from oftsurgery.records.record import AdapterInfo
 from oftsurgery.stores.meaning import Meaning
 from oftsurgery.stores.store import LayerInfo, Store
 from oftsurgery.stores.vocabulary import Vocabulary
 
-from .chains import Chains, chains_of, one_module, turned_biases
+from .chains import Chains, at_folded_strength, chains_of, one_module, summed, turned_biases
+from .fused_names import fused_meanings
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,8 @@ class Replace:
         values: the adapter's values, in the shape of the tensor, or in its shape by the plan's vocabulary.
         places: names of all tensors that take the values: only ``name`` where the adapter brings the whole module
             (``modules_to_save``), else also every tensor that is still tied to ``name``.
-        turned: whether the values are the model's own bias, turned with the rows of its weight; unfolding turns such values
-            back.
+        turned: whether the values come from the model's own: a bias turned with the rows of its weight, or a sum; unfolding
+            changes such values back.
     """
 
     name: str
@@ -106,7 +106,7 @@ class FoldPlan:
 
     @property
     def turned(self) -> tuple[Replace, ...]:
-        """The replacements of biases that are turned with the rows of their weights."""
+        """The replacements by values that come from the model's own."""
         return tuple(r for r in self.replace if r.turned)
 
     @property
@@ -147,7 +147,7 @@ def plan_changes(
         FormatError: a module cannot be folded.
         StateError: an adapter is given twice or is folded in already; with ``inverse``, the last fold is of others.
     """
-    adapters = _at_folded_strength(store, adapters) if inverse else adapters
+    adapters = at_folded_strength(store.record, adapters) if inverse else adapters
     _check_given(store, adapters, inverse=inverse)
     meanings = _meanings(store, adapters)
     missing = () if inverse else _missing(store, adapters, meanings, partial=partial)
@@ -173,7 +173,9 @@ def plan_changes(
         for name in turned
     )
     replace = _replacements(store, replaced, alone)
-    replace += _turned_biases(store, {name: bound[name] for name in turned}, chains, replaced, inverse=inverse)
+    changed = turned_biases({name: bound[name] for name in turned}, chains.groups, store.tensor, inverse=inverse)
+    changed |= summed(adapters, meanings, store.tensor, inverse=inverse)
+    replace += _computed(changed, replaced)
     if vocabulary is not None:
         replace += _resized_buffers(store, vocabulary, replace)
         _check_whole(store, vocabulary, replace, adapters)
@@ -192,12 +194,15 @@ def plan_changes(
 
 def _meanings(store: Store, adapters: Sequence[OFTAdapter]) -> dict[str, Meaning]:
     """``{module's name in the adapters: what the name means in the model}``, for all modules of the adapters."""
-    paths = list(dict.fromkeys(path for a in adapters for path in a.modules))
+    norms = [name.rpartition(".")[0] for a in adapters for name in a.sums]
+    paths = list(dict.fromkeys([*(path for a in adapters for path in a.modules), *norms]))
     found = store.locate(f"{path}.weight" for path in paths)
     own = {p: Meaning((found[f"{p}.weight"].removesuffix(".weight"),)) for p in paths if f"{p}.weight" in found}
     meanings = own | dict(store.meanings(path for path in paths if path not in own))
+    meanings |= fused_meanings([path for path in paths if path not in meanings], store.meanings)
     for adapter in adapters:
-        lost = [path for path in adapter.modules if path not in meanings]
+        wanted = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.sums)]
+        lost = [path for path in wanted if path not in meanings]
         if lost:
             raise _not_found(lost, store.names, adapter)
     return meanings
@@ -231,38 +236,17 @@ def _missing(
     return tuple(missing)
 
 
-def _at_folded_strength(store: Store, adapters: Sequence[OFTAdapter]) -> list[OFTAdapter]:
-    """The adapters at the strengths at which the store's last fold has them, where they were given as they were read."""
-    infos = store.record.adapters if store.record is not None else ()
-    if len(infos) != len(adapters):
-        return list(adapters)
-
-    def weakened(adapter: OFTAdapter, info: AdapterInfo) -> OFTAdapter:
-        given = adapter.fingerprint == info.fingerprint or (adapter.strength, adapter.strength_mode) != (1, "angle")
-        return adapter if given else adapter.at_strength(info.strength, info.strength_mode)  # type: ignore[arg-type]
-
-    return [weakened(adapter, info) for adapter, info in zip(adapters, infos, strict=True)]
-
-
-def _turned_biases(
-    store: Store,
-    bound: Mapping[str, Sequence[WeightMap]],
-    chains: Chains,
-    replaced: Collection[str],
-    *,
-    inverse: bool,
-) -> tuple[Replace, ...]:
-    """The replacements of biases that the live layers turn with the rows of their weights.
+def _computed(changed: Mapping[str, Tensor], replaced: Collection[str]) -> tuple[Replace, ...]:
+    """The replacements of tensors by values that the adapters compute from the model's own.
 
     Raises:
-        MatchError: an adapter brings its own values for such a bias.
+        MatchError: an adapter brings its own values for such a tensor.
     """
-    turned = turned_biases(bound, chains.groups, store.tensor, inverse=inverse)
-    both = next((name for name in turned if name in replaced), None)
+    both = next((name for name in changed if name in replaced), None)
     if both is not None:
-        message = "an adapter brings its own values for a bias that another adapter turns with the rows of the weight"
+        message = "an adapter brings its own values for a tensor that another adapter changes"
         raise MatchError(message, tensor=both, remedy="fold the adapters one after the other")
-    return tuple(Replace(name, values, (name,), turned=True) for name, values in turned.items())
+    return tuple(Replace(name, values, (name,), turned=True) for name, values in changed.items())
 
 
 def _layers(

@@ -149,7 +149,11 @@ def remedies(case: Case, *, commands: bool | None = None) -> tuple[Remedy, ...]:
         again("round so that the change is kept, which needs no data", rounding="preserve")
     if codec in _QUANTISED and not case.calibrated:
         texts: Any = "texts.jsonl" if case.on_disk else _Name("batches")
-        again("choose the rounding by some hundred texts of the kind that the model is for", calibration=texts)
+        again(
+            "choose the rounding by some hundred texts of the kind that the model is for, or by texts that a language model writes "
+            "itself ('self' in place of the texts)",
+            calibration=texts,
+        )
     for format_, larger in _FINER.get(codec, ()):
         again(f"store the weights in {format_}, which is {larger} × as large and has finer steps", format=format_)
     if case.adapters:

@@ -64,6 +64,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "tuple[str, ...]": _tuple_of(str),
     "Mapping[str, str]": _mapping_to(str),
     "Mapping[str, int]": _mapping_to(int),
+    "Mapping[str, str | int]": _mapping_to(str, int),
     "Mapping[str, str | None]": _mapping_to(str, NoneType),
 }
 # annotation of a field that holds records → function that reads the records from JSON, with their own checks
@@ -219,10 +220,13 @@ class ModuleRecord(_Stored):
             it, 0 nothing; None where the adapter changes nothing, or where it was not measured.
         change: ``‖exact - base‖``, Frobenius; None where it was not measured.
         relaxation: with ``"preserve"`` the factor by which the change was over-relaxed before rounding; 1 elsewhere.
-        output_error: ``‖X(stored - exact)ᵀ‖ / ‖X exactᵀ‖`` over calibration inputs X; None without inputs.
-        output_nearest: what ``output_error`` would have been with plain rounding.
-        output_kept: ``kept`` of the layer's outputs over those inputs, where the weight is calibrated: codes that make up
-            for each other's errors keep the change of the outputs, not the change of the weight.
+        output_error: ``‖X storedᵀ - Y exactᵀ‖ / ‖Y exactᵀ‖``: how far the layer's outputs lie from its outputs in the live
+            model. Y are inputs of the live model that the calibration has held out, and X the same inputs where the
+            blocks before this layer are folded; X is Y where the calibration does not go block by block. None without inputs.
+        output_nearest: what ``output_error`` would have been with plain rounding of this layer.
+        output_kept: ``⟨X(stored - base)ᵀ, X(exact - base)ᵀ⟩ / ‖X(exact - base)ᵀ‖²``, how much of the change of the layer's
+            outputs is there, where the weight is calibrated: codes that make up for each other's errors keep the
+            change of the outputs, not the change of the weight.
         uncalibrated: why this weight was not calibrated, where the fold was to be; None elsewhere.
         extra: fields of a newer version.
     """
@@ -287,6 +291,8 @@ class FoldRecord(_Stored):
             base, since the fold was ``partial``.
         vocabulary: the number of tokens (rows of the embeddings) ``"before"`` and ``"after"`` the fold, where the adapter
             brought another number; else empty.
+        calibrated_on: what a calibrated fold was calibrated on: ``texts`` is ``"given"``, with the ``fingerprint`` of the batches, or
+            ``"self"``, with ``windows``, ``length`` and ``seed`` of the texts that the model wrote; else empty.
         extra: fields of a newer version.
     """
 
@@ -307,6 +313,7 @@ class FoldRecord(_Stored):
     left_out: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     vocabulary: Mapping[str, int] = field(default_factory=dict)
+    calibrated_on: Mapping[str, str | int] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _DERIVED = ("kept",)
 

@@ -31,7 +31,11 @@ def settings_in(model: nn.Module) -> Mapping[str, Any]:
 
 def layer_settings(model: nn.Module, dtype: torch.dtype) -> LayerSettings:
     """The settings of new layers: those of the model's config, or else transformers' own in a model of ``dtype``."""
-    said = settings_in(model)
+    return settings_from(settings_in(model), dtype)
+
+
+def settings_from(said: Mapping[str, Any], dtype: torch.dtype) -> LayerSettings:
+    """The settings that a ``quantization_config`` says; ``dtype`` where it names no compute dtype."""
     compute = getattr(torch, str(said.get("bnb_4bit_compute_dtype")), None) if said.get("load_in_4bit") else None
     threshold = said.get("llm_int8_threshold")
     return LayerSettings(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from oftsurgery.errors import CheckpointError, printable
+from oftsurgery.errors import CheckpointError, needs, printable
 from oftsurgery.progress import without_bars
 
 from .image_models import image_model, is_of_diffusers
@@ -77,12 +77,20 @@ def _classes(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return named, own if getattr(own, "model_type", None) == config["model_type"] else None
 
 
-def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
+def _without_parameters() -> contextlib.AbstractContextManager[None]:
+    with needs("accelerate", "pip install 'oftsurgery[peft]'"):
+        from accelerate import init_empty_weights
+    empty: contextlib.AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return empty
+
+
+def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buffers: bool = False) -> Any:
     """The model of ``config``'s class on the meta device, in ``dtype``; None without transformers (diffusers), or for a class that
     transformers (diffusers) does not know.
 
     Args:
         tensors: number of the checkpoint's tensors, which bounds the number of the model's modules.
+        buffers: whether the buffers have their values; accelerate must be installed then.
 
     Raises:
         CheckpointError: the library knows the class and cannot build it from this config.
@@ -90,9 +98,9 @@ def skeleton(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any
     if _BY_NAMES.get():
         return None
     if is_of_diffusers(config):
-        with _bounded(tensors), torch.device("meta"):
+        with _bounded(tensors), _without_parameters() if buffers else torch.device("meta"):
             return image_model(config)
-    return _of_transformers(config, dtype, tensors) if "model_type" in config else None
+    return _of_transformers(config, dtype, tensors, buffers=buffers) if "model_type" in config else None
 
 
 @contextlib.contextmanager
@@ -113,7 +121,7 @@ def _bounded(tensors: int) -> Iterator[None]:
         handle.remove()
 
 
-def _of_transformers(config: Mapping[str, Any], dtype: torch.dtype, tensors: int) -> Any:
+def _of_transformers(config: Mapping[str, Any], dtype: torch.dtype, tensors: int, *, buffers: bool) -> Any:
     """:func:`skeleton` of a model of transformers."""
     if not isinstance(config["model_type"], str):
         raise CheckpointError(
@@ -128,7 +136,7 @@ def _of_transformers(config: Mapping[str, Any], dtype: torch.dtype, tensors: int
         return None
     model_class, config_class = None, None
     try:
-        with _bounded(tensors), quiet(), torch.device("meta"):
+        with _bounded(tensors), quiet(), _without_parameters() if buffers else torch.device("meta"):
             model_class, config_class = _classes(config)
             fields = readable_config(config)
             model_type = fields.pop("model_type")

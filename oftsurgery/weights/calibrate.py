@@ -1,22 +1,25 @@
 """Rounding that compensates: the codes are chosen for the least error of a layer's outputs, not of its weight.
 
 On inputs X, the squared error of a stored weight's outputs is ``‖X Δᵀ‖² = tr(Δ H Δᵀ)``, with Δ = stored - exact and H =
-XᵀX. So the columns that are still to be rounded can compensate for an error in one input's column, by the second-order
-step of Optimal Brain Surgeon (Hassibi & Stork 1993). The sweep takes one column at a time, in one order for all rows,
-and reads all steps off one Cholesky factor of H⁻¹ (GPTQ: Frantar et al. 2023). The columns with the strongest inputs
-come first; H is damped by a part of its mean diagonal.
+XᵀX. So the columns that are still to be rounded can compensate for an error in one input's column, as in Optimal Brain
+Surgeon (Hassibi & Stork 1993) and GPTQ (Frantar et al. 2023).
 
-A 4-bit block lies along the flat weight: its columns are far apart in that order and may lie on two rows. So the scales
-are fixed before the first column, and only codes are chosen here: the format, its layout and its statistics are those
-of the weight from which the sweep starts.
+1. A sweep over the columns, the strongest inputs first, rounds each column and moves the later columns.
+2. Coordinate descent moves single codes until little changes.
+3. The scales are solved for the least error of these codes, and descent goes on, where that is better.
+
+A 4-bit block lies along the flat weight: its columns are far apart in the order of the sweep. So the scales are fixed while
+codes are chosen. H is damped by a part of its mean diagonal, which other inputs choose.
 
 The functions are pure and use no random number: equal inputs give equal codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,17 +30,23 @@ from oftsurgery.errors import ShapeError
 from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 
+from .descent import descend, error_of, refit
 from .fold import fold_encoded, measured, relative_error, rotate_chain
 from .kernels.blockwise import FoldedWeight
+from .sweep import Rows, compensate, damp
 
 #: an embedding is looked up, and the owner of an idle layer only reads its weight, so a live adapter does nothing there
 _UNCALLED = "the model never multiplies inputs by this weight on the calibration"
 
-#: parts of the mean diagonal of H; the part is larger with few tokens, which give a less certain H
-DAMPING, DAMPING_OF_FEW, FEW_TOKENS = 0.05, 0.1, 1000
+#: parts of the mean diagonal of H that may be added to the diagonal: fewer tokens give a less certain H, which needs more
+DAMPINGS = (0.0005, 0.002, 0.01, 0.05, 0.2)
+#: the same, where the drift of the inputs moves the weight that is to be stored
+DRIFT_DAMPING = 0.05
+#: the share of the drift that a layer makes up for
+SHARE = 0.3
 
-#: number of columns whose errors one matrix product carries to the later columns
-_GROUP = 128
+#: number of rows on which dampings are tried
+_TRIED_ROWS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +57,51 @@ class LayerInputs:
         hessian: ``XᵀX`` of the inputs X, ``(in, in)`` float32.
         tokens: number of rows of X.
         held_out: other inputs, ``(n, in)`` float32, which are not in X.
+        drift: ``(Y - X)ᵀ X``, ``(in, in)``, where Y are the same inputs in the live model, and X the inputs in the model whose
+            earlier blocks are folded; None where X are the inputs in the live model.
+        live: ``held_out`` in the live model; None where ``drift`` is None.
     """
 
     hessian: Tensor
     tokens: int
     held_out: Tensor
+    drift: Tensor | None = None
+    live: Tensor | None = None
 
     @property
-    def damping(self) -> float:
-        return DAMPING if self.tokens >= FEW_TOKENS else DAMPING_OF_FEW
+    def held_out_live(self) -> Tensor:
+        """The held-out inputs in the live model."""
+        return self.held_out if self.live is None else self.live
+
+    def on(self, device: torch.device) -> LayerInputs:
+        drift, live = (None if t is None else t.to(device) for t in (self.drift, self.live))
+        return LayerInputs(self.hessian.to(device), self.tokens, self.held_out.to(device), drift, live)
 
 
-#: function from a layer's path to its inputs, or None for a layer without inputs
-InputsOf = Callable[[str], LayerInputs | None]
+@dataclass(frozen=True, eq=False)
+class FoldedAlready:
+    """A weight that a calibration has folded itself, because the inputs of later layers depend on it.
+
+    Attributes:
+        before: the fingerprint of the weight before the fold.
+        folded: the folded weight.
+        again: function that gives the layer's inputs, for another weight.
+    """
+
+    before: str
+    folded: FoldedWeight
+    again: Callable[[], LayerInputs | None]
+
+
+#: function from a layer's path to its inputs or to the folded weight, or None for a layer without inputs
+InputsOf = Callable[[str], LayerInputs | FoldedAlready | None]
 
 
 def fold_calibrated(
-    encoded: EncodedWeight, chain: Sequence[WeightMap], into: WeightFormat, inputs: LayerInputs | None
+    encoded: EncodedWeight,
+    chain: Sequence[WeightMap],
+    into: WeightFormat,
+    inputs: LayerInputs | FoldedAlready | None,
 ) -> FoldedWeight:
     """:func:`~oftsurgery.weights.fold.fold_encoded` with codes that compensate for each other's errors on ``inputs``.
 
@@ -77,6 +114,10 @@ def fold_calibrated(
         into: format of the result; a dense format has no codes to choose.
         inputs: inputs of this layer, without the rotation; None for a layer without inputs.
     """
+    if isinstance(inputs, FoldedAlready):
+        if inputs.before == encoded.fingerprint and inputs.folded.encoded.format == into:
+            return inputs.folded
+        inputs = inputs.again()
     plain = fold_encoded(encoded, chain, into, "preserve")
     if not into.quantised:
         return plain
@@ -84,55 +125,61 @@ def fold_calibrated(
         return replace(plain, uncalibrated=_UNCALLED)
     device = encoded.tensors["weight"].device
     with rotations.full_precision(device.type):
-        base = codecs.decode(encoded)
-        exact = rotate_chain(base, chain).to(torch.float32)
-        held_out = inputs.held_out.to(device)
-        reference = held_out @ exact.t()
-        if not bool(reference.any()):
-            return replace(
-                plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
-            )
-
-        def judge(candidate: EncodedWeight) -> float:
-            return relative_error(held_out @ codecs.decode(candidate).t(), reference)
-
-        before = judge(plain.encoded)
-        nearest = before if plain.rounding == "nearest" else judge(codecs.encode(exact, into))
-        plain = replace(plain, output_error=before, output_nearest=nearest)
-        new = compensate(exact, plain.encoded, inputs.hessian.to(device), damping=inputs.damping)
-        if new is None:
-            return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
-        after = judge(new)
-        if not after < before:
-            why = f"the error on held-out inputs is worse, {after:.2e} instead of {before:.2e}"
-            return replace(plain, uncalibrated=why)
-        made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
-        return replace(measured(made, base, exact), output_kept=_kept(held_out, new, base, reference))
+        return _calibrated(plain, codecs.decode(encoded).to(torch.float32), chain, inputs.on(device))
 
 
-def _kept(held_out: Tensor, new: EncodedWeight, base: Tensor, reference: Tensor) -> float | None:
+def _calibrated(plain: FoldedWeight, base: Tensor, chain: Sequence[WeightMap], inputs: LayerInputs) -> FoldedWeight:
+    """The weight ``base``, turned by ``chain``, with codes for ``inputs``; or ``plain``, with the reason."""
+    exact = rotate_chain(base, chain).to(torch.float32)
+    reference = inputs.held_out_live @ exact.t()
+    if not bool(reference.any()):
+        return replace(
+            plain, uncalibrated="there are no held-out inputs to judge the weight by, or their outputs are zero"
+        )
+
+    def error(candidate: EncodedWeight) -> float:
+        return relative_error(inputs.held_out @ codecs.decode(candidate).t(), reference)
+
+    before = error(plain.encoded)
+    nearest = before if plain.rounding == "nearest" else error(codecs.encode(exact, plain.encoded.format))
+    plain = replace(plain, output_error=before, output_nearest=nearest)
+    aim = exact if inputs.drift is None else make_up_for(exact, inputs.hessian, inputs.drift)
+    new = make_least(aim, plain.encoded, inputs.hessian, inputs.held_out, reference)
+    if new is None:
+        return replace(plain, uncalibrated="the Hessian of the inputs cannot be factorised")
+    after = error(new)
+    if not after < before:
+        why = f"the error on held-out inputs is worse, {after:.2e} instead of {before:.2e}"
+        return replace(plain, uncalibrated=why)
+    made = replace(plain, encoded=new, rounding="calibrated", relaxation=1.0, output_error=after)
+    kept = _kept(inputs.held_out, codecs.decode(new), base, exact)
+    return replace(measured(made, base, exact), output_kept=kept)
+
+
+def _kept(x: Tensor, stored: Tensor, base: Tensor, exact: Tensor) -> float | None:
     """The part of the outputs' change from ``X baseᵀ`` to ``X exactᵀ`` that ``X storedᵀ`` holds."""
-    before = held_out @ base.to(torch.float32).t()
-    change = (reference - before).to(torch.float64)
-    size = float(change.square().sum())
-    got = (held_out @ codecs.decode(new).t() - before).to(torch.float64)
-    return float((got * change).sum()) / size if size else None
+    change, got = (x @ (weight.to(base.dtype) - base).t() for weight in (exact, stored))
+    size = float(change.to(torch.float64).square().sum())
+    return float((got.to(torch.float64) * change).sum()) / size if size else None
 
 
-def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:
-    """``start`` with the codes that GPTQ's sweep gives for ``exact``; its scales stay.
+def make_least(
+    exact: Tensor, start: EncodedWeight, hessian: Tensor, held_out: Tensor, reference: Tensor
+) -> EncodedWeight | None:
+    """``start`` with codes and scales that make the error of the outputs small.
 
     Args:
-        exact: ``(out, in)`` float32.
-        start: ``exact`` as it is stored: a quantised format and its statistics.
+        exact: the weight to be stored, ``(out, in)`` float32.
+        start: the weight as it is stored: a quantised format and its statistics.
         hessian: ``XᵀX`` of the layer's inputs, ``(in, in)``.
-        damping: part of the diagonal's mean that is added to the diagonal.
+        held_out: other inputs, ``(n, in)``, which choose the damping.
+        reference: the outputs that the layer should have for these inputs, ``(n, out)``.
 
     Returns:
         the weight; None if the damped Hessian is not positive definite in float64 either (inputs that are all zero …).
 
     Raises:
-        ShapeError: the three shapes do not fit.
+        ShapeError: the shapes do not fit.
     """
     rows, features = exact.shape
     if tuple(hessian.shape) != (features, features) or start.format.shape != (rows, features):
@@ -142,44 +189,49 @@ def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping:
             expected=(features, features),
             remedy="give XᵀX of this layer's own inputs",
         )
-    grid = codecs.grid_of(start)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor = _inverse_factor(hessian, order, damping)
-    if factor is None:
+    values = Rows.of(start, exact)
+    damping = best_damping(values, hessian, held_out, reference)
+    if damping is None:
         return None
-    first_of_row = torch.arange(rows, device=exact.device) * features
-    left = exact[:, order].t().contiguous()  # (in, out), the columns that are still to be rounded
-    chosen = torch.empty(left.shape, dtype=torch.uint8, device=left.device)  # level numbers
-    for begin in range(0, features, _GROUP):
-        end = min(begin + _GROUP, features)
-        errors = torch.empty_like(left[begin:end])
-        for i in range(begin, end):
-            scale = grid.scales[(first_of_row + order[i]) // grid.blocksize]
-            level = grid.nearest(left[i], scale)
-            chosen[i] = level
-            errors[i - begin] = (left[i] - grid.levels[level] * scale) / factor[i, i]
-            left[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
-        left[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
-    levels = torch.empty((rows, features), dtype=torch.uint8, device=exact.device)
-    levels[:, order] = chosen.t()
-    return codecs.with_levels(start, levels)
+    damped = damp(hessian, damping)
+    numbers = compensate(values, damped)
+    assert numbers is not None  # noqa: S101 - the choice of the damping has swept with this Hessian
+    numbers, gradient = descend(values, damped, numbers)
+    refitted = refit(start, values, damped, numbers, gradient)
+    refitted_values = Rows.of(refitted, exact)
+    again, gradient_again = descend(refitted_values, damped, numbers)
+    if error_of(refitted_values, again, gradient_again) < error_of(values, numbers, gradient):
+        start, numbers = refitted, again
+    return codecs.with_levels(start, numbers)
 
 
-def _inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
-    """Upper triangular U with ``UᵀU = (H + damping · mean(diag H) · I)⁻¹``, rows and columns in ``order``; float32.
+def make_up_for(exact: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """The weight W* that takes the place of the exact weight W where the inputs X have drifted from the live inputs Y.
 
-    The computation is in float32, and in float64 if float32 fails; the result is None if float64 fails too.
+    ``‖X Vᵀ - (X + a (Y - X)) Wᵀ‖²`` is least at ``W* = W + a W (Y - X)ᵀX (XᵀX)⁻¹``, which makes up for a share a of the
+    drift. With the whole drift as the aim, or less damping, W* would follow the calibration's own texts too closely.
     """
-    back = order.flip(0)  # H = R Rᵀ with R upper is Cholesky's H = L Lᵀ from the other end; then U = R⁻¹
-    for dtype in (torch.float32, torch.float64):
-        h = hessian[back][:, back].to(dtype)
-        h.diagonal().add_(damping * h.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(h)
-        del h
-        if int(failed):
-            continue
-        eye = torch.eye(len(back), dtype=dtype, device=hessian.device)
-        factor: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).to(torch.float32)
-        if bool(torch.isfinite(factor).all() and (factor.diagonal() > 0).all()):
-            return factor
-    return None
+    factor, failed = torch.linalg.cholesky_ex(damp(hessian, DRIFT_DAMPING))
+    if int(failed):
+        return exact
+    return exact + SHARE * torch.cholesky_solve((exact @ drift).t(), factor).t()
+
+
+def best_damping(rows: Rows, hessian: Tensor, held_out: Tensor, reference: Tensor) -> float | None:
+    """The damping with the least error of some rows' outputs on the held-out inputs; None if no Hessian can be factorised.
+
+    The search begins at the middle of the list, and goes to the better neighbour until no neighbour is better.
+    """
+    count = min(_TRIED_ROWS, len(rows.exact))
+    which = torch.linspace(0, len(rows.exact) - 1, count, device=hessian.device).to(torch.int64)
+    tried, outputs = rows.some(which), reference[:, which]
+
+    @cache
+    def error(i: int) -> float:
+        numbers = compensate(tried, damp(hessian, DAMPINGS[i])) if 0 <= i < len(DAMPINGS) else None
+        return math.inf if numbers is None else float((held_out @ tried.values(numbers).t() - outputs).square().sum())
+
+    at = len(DAMPINGS) // 2
+    while (better := min((at, at - 1, at + 1), key=error)) != at:
+        at = better
+    return DAMPINGS[at] if math.isfinite(error(at)) else None

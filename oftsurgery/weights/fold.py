@@ -241,11 +241,12 @@ def in_weight_order(chain: Sequence[WeightMap], *, inverse: bool) -> list[Weight
     """The chain in the order in which its members touch the weight.
 
     Live, ``x·Ra·Rb·Wᵀ`` applies a first; in ``W' = W Rbᵀ Raᵀ`` the weight meets b first. On the output and embedding
-    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) the weight meets a first. The sides commute with each other, so each side keeps
-    an order of its own.
+    sides (``(x Wᵀ)·Ra·Rb``, ``E·Ra·Rb``) the weight meets a first, and so with peft's BOFT and HRA (``W Ha Hb``). The sides
+    commute with each other, so each side keeps an order of its own.
     """
     check_chain(chain)
-    order = [r for r in chain if r.side != "input"] + [r for r in chain if r.side == "input"][::-1]
+    inputs = [r for r in chain if r.side == "input"]
+    order = [r for r in chain if r.side != "input"] + inputs[:: 1 if _first_on_weight(inputs) else -1]
     return order[::-1] if inverse else order
 
 
@@ -256,6 +257,16 @@ def check_chain(chain: Sequence[Any]) -> None:
             "one chain holds a scale (oft_s, boft_s) and a rotation on the output side: they do not commute, and no tool computes both live",
             remedy="fold the adapters one after the other, in the order that you mean",
         )
+    inputs = [r for r in chain if r.side == "input"]
+    if len({_first_on_weight([r]) for r in inputs}) > 1:
+        raise MatchError(
+            "one chain holds rotations of the inputs of peft's OFT and of its BOFT or HRA, and peft has an order for each kind alone",
+            remedy="fold the adapters one after the other, in the order that you mean",
+        )
+
+
+def _first_on_weight(inputs: Sequence[Any]) -> bool:
+    return all(isinstance(r, WeightMap) and r.first_on_weight for r in inputs)
 
 
 def _scales_rows(r: Any) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Rotation
-from oftsurgery.adapters.steps import Blocks, Permute, Scale, Stepped
+from oftsurgery.adapters.steps import Blocks, Permute, Scale, StepMap
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import NonFiniteError, printable
 
@@ -117,7 +117,7 @@ def _steps_back(r: WeightMap, shape: tuple[int, ...]) -> list[Blocks | Permute |
     """
     if isinstance(r, Rotation):
         return [*_scale_back(r), *_blocks_back(r, shape)]
-    steps = r.back if isinstance(r, Stepped) else ()
+    steps = r.back() if isinstance(r, StepMap) else ()
     found = [s for s in steps if isinstance(s, (Blocks, Permute)) or (isinstance(s, Scale) and s.dim == 0)]
     if not steps or len(found) < len(steps):
         message = "an undo record has no form for the steps of this map"

@@ -153,12 +153,13 @@ REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], Mapping[str, A
         DialectError,
         "'lycoris_b.lokr_w1' belongs to no OFT adapter",
     ),
-    "norms beside it": (
-        TURNED | {"lycoris_b.w_norm": torch.ones(2)},
+    "norms alone": ({"lycoris_b.w_norm": torch.ones(2)}, {}, {}, AdapterError, "normalisation layers and no rotation"),
+    "norms of another tool": (
+        KOHYA | {"oft_unet_b.w_norm": torch.ones(2)},
         {},
         {},
         DialectError,
-        r"changes of normalisation layers.*a file of their own",
+        "changes of normalisation layers, which only LyCORIS trains, and is of kohya",
     ),
     "embeddings beside it": (
         TURNED | {"bundle_emb.word.string_to_param.*": torch.ones(2, 2)},
@@ -176,7 +177,7 @@ REFUSED: dict[str, tuple[Mapping[str, Tensor], Mapping[str, str], Mapping[str, A
     ),
     "OneTrainer's first days": (
         {"transformer.a.oft_R.weight": VECTORS},
-        {"modelspec.date": "2025-11-15T10:00:00"},
+        {"modelspec.date": "2025-11-16T10:00:00"},
         {},
         DialectError,
         "does not tell the dialect",
@@ -333,6 +334,10 @@ def test_what_the_caller_says_settles_a_refusal(write: Callable[..., Path]) -> N
     )
     path = write({"transformer.a.oft_R.weight": VECTORS}, FIRST)
     assert oftsurgery.load_adapter(path).dialect == "onetrainer-2025-11-14"
+    path = write({"transformer.a.oft_R.weight": VECTORS}, {"modelspec.date": "2025-11-15T10:00:00"})
+    assert oftsurgery.load_adapter(path).dialect == "onetrainer-2025-11-14"
+    path = write({"transformer.a.oft_R.weight": VECTORS}, {"modelspec.date": "2025-11-17T10:00:00"})
+    assert oftsurgery.load_adapter(path).dialect == "onetrainer"
     path = write(KOHYA, {"ss_training_started_at": "1720000000.0"})
     assert oftsurgery.load_adapter(path, bias="rotated").modules["oft_unet_a"].turns_bias
     assert oftsurgery.load_adapter(path, bias="kept").bias == "kept"
@@ -408,3 +413,28 @@ def test_no_live_layer_computes_these_maps(write: Callable[..., Path]) -> None:
     adapter = oftsurgery.load_adapter(write(TURNED))
     with pytest.raises(AdapterError, match=r"no live layer for this kind of adapter \(diag-oft\).*fold the adapter"):
         oftsurgery.wrap(model_of({"a.weight": torch.randn(8, 4)}), adapter)
+
+
+def test_changes_of_normalisation_layers_are_added(write: Callable[..., Path], tmp_path: Path) -> None:
+    model = model_of({"a.weight": torch.randn(8, 4)})
+    model.add_module("norm", nn.LayerNorm(8))
+    added = {"lycoris_norm.w_norm": torch.randn(8), "lycoris_norm.b_norm": torch.randn(8)}
+    adapter = oftsurgery.load_adapter(write(TURNED | added))
+    assert list(adapter.modules) == ["lycoris_a"]
+    folded = oftsurgery.fold(model, adapter, strength=0.5, undo=tmp_path / "fold.undo")
+    state = folded.state_dict()
+    assert torch.allclose(state["norm.weight"], 1 + 0.5 * added["lycoris_norm.w_norm"])
+    assert torch.allclose(state["norm.bias"], 0.5 * added["lycoris_norm.b_norm"])
+    assert set(folded.oftsurgery.saved) == {"norm.weight", "norm.bias"}
+    for back in (oftsurgery.unfold(folded, base=model), oftsurgery.unfold(folded, undo=tmp_path / "fold.undo")):
+        assert all(torch.equal(t, back.state_dict()[name]) for name, t in model.state_dict().items())
+    with pytest.warns(oftsurgery.UnfoldWarning):
+        turned_back = oftsurgery.unfold(folded, adapter).state_dict()
+    assert all(torch.allclose(t, turned_back[name], atol=1e-6) for name, t in model.state_dict().items())
+    assert adapter.fingerprint != oftsurgery.load_adapter(write(TURNED)).fingerprint
+    with pytest.raises(AdapterError, match="also adds to tensors of normalisation layers"):
+        adapter.inverse()
+    with pytest.raises(ShapeError, match="what the adapter adds does not fit"):
+        oftsurgery.fold(model, oftsurgery.load_adapter(write(TURNED | {"lycoris_norm.w_norm": torch.ones(9)})))
+    with pytest.raises(MatchError, match="match nothing in the model"):
+        oftsurgery.fold(model, oftsurgery.load_adapter(write(TURNED | {"lycoris_other.w_norm": torch.ones(8)})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
@@ -24,6 +25,7 @@ from oftsurgery import CalibrationError, CalibrationWarning, MissingDependencyEr
 from oftsurgery.api.checkpoints import plan_fold
 from oftsurgery.api.fold_settings import FoldSettings
 from oftsurgery.calibrate import checkpoint as calibrate_checkpoint
+from oftsurgery.calibrate.block_sources import StoredBlocks
 from oftsurgery.calibrate.texts import read_texts
 from oftsurgery.cli import main as cli
 from oftsurgery.stores.layers import Layer
@@ -388,3 +390,103 @@ def test_each_kind_of_model(name: str, tmp_path: Path) -> None:
     out = load_model(tmp_path / "out", cls)
     for path, module in record.modules.items():
         assert Layer(path, out.get_submodule(path)).read()[0].fingerprint == module.after
+
+
+def _no_model(*_: object) -> Any:
+    raise AssertionError("the whole model was loaded")
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["plain base", "quantised base"])
+@pytest.mark.parametrize(
+    ("codec", "dtype"), [("nf4", torch.float32), ("nf4", torch.bfloat16), ("int8", torch.bfloat16)], ids=str
+)
+def test_blocks_are_in_memory_one_by_one(
+    codec: str, dtype: torch.dtype, stored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls, base = "LlamaForCausalLM", tmp_path / "base"
+    build("llama", dtype, num_hidden_layers=3).save_pretrained(base)
+
+    def quantised() -> Any:
+        config = None if (base / "marked").exists() else bnb_config(codec, double=codec == "nf4")
+        return load_model(base, cls, quantization_config=config)
+
+    if stored:
+        quantised().save_pretrained(tmp_path / "stored")
+        base = tmp_path / "stored"
+        (base / "marked").touch()
+    adapted(quantised(), ["q_proj", "down_proj"]).save_pretrained(tmp_path / "adapter")
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 64, (8, 24), generator=generator)} for _ in range(4)]
+    held: list[list[int]] = []
+    loaded = StoredBlocks.loaded
+
+    @contextlib.contextmanager
+    def listen(self: StoredBlocks, block: str) -> Iterator[None]:
+        with loaded(self, block):
+            tensors = self.model.state_dict()
+            held.append([i for i in range(3) if not tensors[f"model.layers.{i}.input_layernorm.weight"].is_meta])
+            assert tensors[f"{block}.self_attn.q_proj.weight"].is_meta  # its rotated weight takes its place
+            yield
+
+    monkeypatch.setattr(StoredBlocks, "loaded", listen)
+    monkeypatch.setattr(calibrate_checkpoint, "load_model", _no_model)
+    settings: dict[str, Any] = {}
+    if not stored:
+        settings = {"format": codec, "double_quant": codec == "nf4", "compute_dtype": "float32"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # models of random weights need not gain
+        record = oftsurgery.fold_checkpoint(
+            base, tmp_path / "adapter", tmp_path / "out", calibration=batches, **settings
+        )
+        folded = oftsurgery.fold(quantised(), tmp_path / "adapter", calibration=batches)
+    assert held == [[0], [1], [2]] * 2  # once to see that the blocks are a chain, and once to fold them
+    assert "calibrated" in {m.rounding for m in record.modules.values()}
+    figures = [{p: (m.after, m.output_error) for p, m in r.modules.items()} for r in (record, folded.oftsurgery)]
+    assert figures[0] == figures[1]
+
+
+def test_the_blocks_hold_what_transformers_loads(tmp_path: Path) -> None:
+    build("llama", torch.bfloat16, attention_bias=True, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    adapted(build("llama", attention_bias=True), ["q_proj", "o_proj"]).save_pretrained(tmp_path / "adapter")
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(format="nf4"))
+    jobs = calibrate_checkpoint.calibrated_jobs(plan)
+    blocks = calibrate_checkpoint.stored_blocks(plan, jobs, "cpu")
+    assert blocks is not None
+    whole = calibrate_checkpoint.load_model(plan, "cpu")
+    expected = whole.state_dict()
+    assert blocks.model.get_input_embeddings().weight is blocks.model.get_output_embeddings().weight
+    seen = set()
+    for block in (0, 1):
+        with blocks.loaded(f"model.layers.{block}"):
+            own = {n: t for n, t in blocks.model.state_dict().items() if not t.is_meta}
+            assert all(torch.equal(t, expected[n]) and t.dtype == expected[n].dtype for n, t in own.items())
+            seen |= own.keys()
+    assert {n for n in expected if n not in seen} == {
+        n for n in expected if any(n.startswith(f"{path}.weight") for path in jobs)
+    }
+    assert not any(t.is_meta for n, t in blocks.model.state_dict().items() if ".layers." not in n)
+    for path in jobs:
+        assert blocks.weight(path).fingerprint == Layer(path, whole.get_submodule(path)).read()[0].fingerprint
+
+
+@pytest.mark.parametrize("why", ["an own head", "a layer outside", "original weights"])
+def test_which_models_are_loaded_whole(why: str, tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    model = build("llama")
+    more = {"modules_to_save": ["embed_tokens"]} if why == "an own head" else {}
+    targets = ["q_proj", "lm_head"] if why == "a layer outside" else ["q_proj"]
+    adapted(model, targets, **more).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    original = {"fold_into": "original"} if why == "original weights" else {}
+    plan = plan_fold(tmp_path / "base", tmp_path / "adapter", FoldSettings(format="nf4", **original))  # type: ignore[arg-type]
+    assert calibrate_checkpoint.stored_blocks(plan, calibrate_checkpoint.calibrated_jobs(plan), "cpu") is None
+
+
+def test_a_batch_that_the_model_does_not_take(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "base")
+    adapted(build("llama"), ["q_proj"]).save_pretrained(tmp_path / "adapter")
+    batches = [{"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, {"input_ids": torch.full((2, 8), 64)}]
+    with pytest.raises(CalibrationError, match="the model does not take calibration batch 1"):
+        oftsurgery.fold_checkpoint(
+            tmp_path / "base", tmp_path / "adapter", tmp_path / "out", format="nf4", calibration=batches
+        )
+    assert not (tmp_path / "out").exists()

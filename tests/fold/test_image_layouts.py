@@ -146,3 +146,23 @@ def test_files_hold_what_memory_holds(variant: str, which: str, kind: str, tmp_p
 
 
 FILE = "diffusion_pytorch_model.safetensors"
+
+
+def test_a_fused_projection_beside_the_names_of_its_parts() -> None:
+    """OneTrainer's own fused name, which neither layout has, and diffusers' ``fuse_qkv_projections``."""
+    variant = IMAGE / "onetrainer-2026-08" / "fused_qkv"
+    tensors = load_file(IMAGE / "onetrainer-base" / "base.safetensors")
+    adapter = oftsurgery.load_adapter(variant / "adapter.safetensors")
+    folded = oftsurgery.fold(model_of(tensors), adapter).state_dict()
+    for name, exact in load_file(variant / "effective.safetensors").items():
+        assert relative(folded[name], exact) <= 2e-6, name
+    split = oftsurgery.load_adapter(FLUX / "trained-on-diffusers_boft_dim8" / "adapter.safetensors")
+    own = layout(load_file(FLUX / "base.safetensors"), "diffusers")
+    expected = oftsurgery.fold(model_of(own), split).state_dict()
+    attn = "transformer_blocks.0.attn"
+    for leaf in ("weight", "bias"):
+        parts = [own.pop(f"{attn}.{end}.{leaf}") for end in ("to_q", "to_k", "to_v")]
+        own[f"{attn}.to_qkv.{leaf}"] = torch.cat(parts)
+    fused = oftsurgery.fold(model_of(own), split).state_dict()
+    together = torch.cat([expected[f"{attn}.{end}.weight"] for end in ("to_q", "to_k", "to_v")])
+    assert torch.allclose(fused[f"{attn}.to_qkv.weight"], together, atol=1e-6)

@@ -275,7 +275,7 @@ def test_a_merge_of_several_adapters_is_their_live_chain(first: str) -> None:
 def test_sides_that_do_not_commute_are_refused_as_fold_refuses_them() -> None:
     model = Single(make_layer("dense", 64, 96))
     a, b = make_case("0.15 with oft_s", 64, 96).adapter, make_case("0.13 output side", 64, 96).adapter
-    text = "one chain holds an oft_s and a rotation on the output side: they do not commute"
+    text = r"one chain holds a scale \(oft_s, boft_s\) and a rotation on the output side: they do not commute"
     with pytest.raises(oftsurgery.MatchError, match=text):
         fold(model, [a, b])
     before = snapshot_of(model)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import oftsurgery
 from oftsurgery import CalibrationError, CalibrationWarning, RoundingWarning, StateError
-from oftsurgery.calibrate import layer_inputs
+from oftsurgery.calibrate import layer_inputs, recorder
 from oftsurgery.calibrate.batches import read_batches
 from oftsurgery.folding.engine import _warn_of_rounding as warn_of_rounding
 from oftsurgery.folding.plan import plan_changes
@@ -30,7 +30,9 @@ from oftsurgery.formats import codecs
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.formats.levels import LEVELS
 from oftsurgery.stores.live_model import LiveStore
-from oftsurgery.weights.calibrate import LayerInputs, compensate, fold_calibrated
+from oftsurgery.weights import sweep
+from oftsurgery.weights.calibrate import LayerInputs, fold_calibrated, make_least
+from oftsurgery.weights.sweep import Rows, damp
 
 FORMATS = {
     "nf4": WeightFormat("nf4", (24, 128), blocksize=64),
@@ -59,6 +61,12 @@ def correlated(tokens: int, features: int, *, seed: int = 0, strength: float = 1
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def compensate(exact: Tensor, start: EncodedWeight, hessian: Tensor, *, damping: float) -> EncodedWeight | None:
+    """The sweep alone."""
+    numbers = sweep.compensate(Rows.of(start, exact), damp(hessian, damping))
+    return None if numbers is None else codecs.with_levels(start, numbers)
 
 
 def by_hand(exact: Tensor, start: EncodedWeight, hessian: Tensor, damping: float) -> Tensor:
@@ -175,7 +183,7 @@ def test_the_hessian_must_fit() -> None:
     f = FORMATS["nf4"]
     exact = torch.randn(f.shape)
     with pytest.raises(oftsurgery.ShapeError, match=r"does not fit the weight \[shape 96×96, expected 128×128\]"):
-        compensate(exact, codecs.encode(exact, f), torch.eye(96), damping=0.05)
+        make_least(exact, codecs.encode(exact, f), torch.eye(96), torch.eye(96), torch.eye(96))
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -421,7 +429,7 @@ def test_two_adapters_are_calibrated_on_their_chain(
 def test_where_it_is_worse_on_held_out_inputs_the_layer_falls_back(adapter: Path) -> None:
     """What is gathered lies in a few directions that what is held out avoids: learnt by heart, of no use."""
     count = 16
-    held_out = layer_inputs.held_out_sequences(count)
+    held_out = recorder.held_out_sequences(count)
     assert int(held_out.sum()) == 2
     known = torch.randn(8, 128)
     sequences = [
@@ -531,7 +539,7 @@ def test_inputs_are_those_of_the_live_layers_without_padding_and_without_what_is
         batch["attention_mask"] = (torch.arange(24) < lengths.unsqueeze(1)).to(torch.int64)
     found = gathered(model, adapter, data)
     assert found["idle"] is None
-    held_out = layer_inputs.held_out_sequences(24)
+    held_out = recorder.held_out_sequences(24)
     assert int(held_out.sum()) == 3
     for path in ("q", "v", "down"):
         sequences = [x for batch in listened(model, adapter, data, path) for x in batch]
@@ -541,7 +549,6 @@ def test_inputs_are_those_of_the_live_layers_without_padding_and_without_what_is
         got = found[path]
         assert got is not None
         assert got.tokens == len(kept)
-        assert got.damping == 0.1  # fewer than a thousand tokens
         assert torch.allclose(
             got.hessian.double(), kept.t() @ kept, rtol=1e-4, atol=1e-3 * float(kept.square().sum(0).mean())
         )
@@ -613,12 +620,12 @@ def test_a_single_sequence_is_divided_by_tokens(adapter: Path) -> None:
 
 
 def test_held_out_inputs_are_bounded_and_from_all_sequences(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_inputs, "HELD_OUT_TOKENS", 40)
+    monkeypatch.setattr(recorder, "HELD_OUT_TOKENS", 40)
     data = [{"hidden": torch.full((4, 100, 128), float(i + 1))} for i in range(10)]
     found = gathered(build(), adapter, data)["q"]
     assert found is not None
     assert len(found.held_out) <= 40
-    held = {i // 4 + 1 for i in layer_inputs.held_out_sequences(40).nonzero().flatten().tolist()}
+    held = {i // 4 + 1 for i in recorder.held_out_sequences(40).nonzero().flatten().tolist()}
     assert {int(row[0]) for row in found.held_out} == held
     assert len(held) > 2
 

@@ -170,7 +170,7 @@ def test_a_scale_and_an_output_side_do_not_commute_and_are_refused_in_one_chain(
     left = Rotation(generator(48, 8), side="output")
     for chain in ([scaled, left], [left, scaled]):
         with pytest.raises(
-            MatchError, match=r"one chain holds an oft_s .* Remedy: fold the adapters one after the other"
+            MatchError, match=r"one chain holds a scale .* Remedy: fold the adapters one after the other"
         ):
             fold_weight(normal(48, 64), chain)
 

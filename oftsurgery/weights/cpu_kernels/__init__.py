@@ -27,6 +27,7 @@ KERNELS = {
     "project_int8": "keep",
     "quantise_scales": "nested",
     "read_scales": "nested",
+    "sweep": "sweep",
     "rotation_blocks": "rotations",
     "largest_angle": "rotations",
 }

@@ -34,13 +34,14 @@ from oftsurgery import rotations
 from oftsurgery.adapters.rotation import Cayley, Rotation
 from oftsurgery.adapters.weight_map import WeightMap
 from oftsurgery.errors import BackendWarning, MissingDependencyError, OFTSurgeryError, StateError, printable
+from oftsurgery.formats.codecs import Grid
 from oftsurgery.formats.encoded_weight import EncodedWeight, WeightFormat
 from oftsurgery.weights import preserve
 
 from .blockwise import FoldedWeight
 from .pool import start
 
-__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "use_backend"]
+__all__ = ["FoldedWeight", "backends", "fold", "measure", "prepare", "start", "sweep", "use_backend"]
 
 T = TypeVar("T")
 
@@ -171,6 +172,16 @@ def fold(
 def _turns_many_rows(r: Rotation) -> bool:
     """Whether the rotation is of so many rows that the weight is rotated as a whole."""
     return r.side == "output" and r.block_size > preserve.MOST_ROWS
+
+
+def sweep(grid: Grid, points: Tensor, scales: Tensor, matrix: Tensor, stored: Tensor) -> Tensor | None:
+    """:func:`oftsurgery.weights.sweep.sweep` by the CPU's kernel; None where the kernel does not serve."""
+    if points.device.type != "cpu" or _choice() not in (None, "numba"):
+        return None
+    done: Tensor | None = _serve(
+        "numba", lambda driver: driver.sweep(grid, points, scales, matrix, stored), ".sweep_cpu"
+    )
+    return done
 
 
 def _serve(name: str, use: Callable[[ModuleType], T | None], driver: str = "") -> T | None:
