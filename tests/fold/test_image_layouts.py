@@ -166,3 +166,13 @@ def test_a_fused_projection_beside_the_names_of_its_parts() -> None:
     fused = oftsurgery.fold(model_of(own), split).state_dict()
     together = torch.cat([expected[f"{attn}.{end}.weight"] for end in ("to_q", "to_k", "to_v")])
     assert torch.allclose(fused[f"{attn}.to_qkv.weight"], together, atol=1e-6)
+
+
+def test_the_checks_know_a_fused_projection_beside_the_names_of_its_parts(tmp_path: Path) -> None:
+    adapter = IMAGE / "onetrainer-2026-08" / "fused_qkv" / "adapter.safetensors"
+    (tmp_path / "base").mkdir()
+    save_file(load_file(IMAGE / "onetrainer-base" / "base.safetensors"), tmp_path / "base" / FILE)
+    record = quietly(oftsurgery.fold_checkpoint, tmp_path / "base", adapter, tmp_path / "out", trained_on="plain")
+    report = quietly(oftsurgery.verify_checkpoint, tmp_path / "out", tmp_path / "base", adapter)
+    assert report.ok, report.wrong
+    assert report.looked_at["rotated"] == len(record.modules)

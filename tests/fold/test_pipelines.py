@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 from image_models import adapted, build, outputs
-from independent import relative
+from independent import relative, seeded
+from safetensors.torch import save_file
 from warned import noted, quietly
 
 import oftsurgery
 from oftsurgery.cli.main import main
 from oftsurgery.files.staging import Staging
+from oftsurgery.stores.image_layouts import pairs_of
 
 
 def text_encoder(layers: int) -> Any:
@@ -116,6 +119,34 @@ def test_one_model_of_a_pipeline(place: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     quietly(oftsurgery.fold_checkpoint, place / "base" / "text_encoder", place / "text", alone, trained_on="plain")
     assert files_in(alone)["model.safetensors"] == files_in(out)["text_encoder/model.safetensors"]
+
+
+def test_one_file_of_an_image_tool_for_several_models(place: Path, tmp_path: Path) -> None:
+    """LyCORIS within sd-scripts: flattened names behind a prefix for each model, those of the U-Net in the original layout."""
+    models = {"lora_unet_": build("UNet2DConditionModel"), "lora_te_": text_encoder(2)}
+    original = {
+        part: p.original for p in pairs_of(n for n, _ in models["lora_unet_"].named_modules()) for part in p.parts
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, model in models.items():
+        for path, module in model.named_modules():
+            if path.endswith((".to_q", ".q_proj", ".conv1")):
+                name = original.get(path, f"text_model.{path.removeprefix('text_model.')}")
+                key = prefix + name.replace(".", "_")
+                rows = module.weight.shape[0]
+                tensors[f"{key}.oft_blocks"] = torch.randn(rows // 8, 8, 8, generator=seeded(key)) * 0.05
+                tensors[f"{key}.alpha"] = torch.tensor(0.0)
+    style, out = tmp_path / "style.safetensors", tmp_path / "out"
+    save_file(tensors, style, {"ss_network_module": "lycoris.kohya"})
+    record = quietly(oftsurgery.fold_checkpoint, place / "base", style, out, trained_on="plain")
+    assert len(record.modules) == len(tensors) // 2
+    assert {path.partition(".")[0] for path in record.modules} == {"unet", "text_encoder"}
+    assert quietly(oftsurgery.verify_checkpoint, out, place / "base", style).ok
+    adapter = oftsurgery.load_adapter(style)
+    own = replace(adapter, modules={n: m for n, m in adapter.modules.items() if n.startswith("lora_unet_")})
+    expected = quietly(oftsurgery.fold, models["lora_unet_"], own).state_dict()
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(out / "unet").state_dict()
+    assert all(torch.equal(t, loaded[n]) for n, t in expected.items())
 
 
 def test_the_commands_take_a_pipeline(place: Path, tmp_path: Path) -> None:
