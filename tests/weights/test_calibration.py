@@ -716,13 +716,14 @@ def test_minilm_as_in_the_readme(quality: ModuleType, quantisation: str, tmp_pat
     assert len(list(quality.demo.fine_tune(quantisation, tmp_path / "adapter", 20))) == 20
     rows = quality.minilm(lambda: quality.demo.load_base(quantisation), tmp_path / "adapter")
     assert list(rows) == [quality.BASE, *quality.MODES]
-    _, nearest, _, mse, preserve, few, all_ = rows.values()
+    _, nearest, _, mse, preserve, few, all_, itself = rows.values()
     assert 0.95 <= preserve["kept"] <= 1.05
     if quantisation == "NF4":
         assert mse["weight_mse"] <= 0.90 * nearest["weight_mse"]
         assert all_["distance"] <= 0.40 * nearest["distance"]
     assert all_["distance_of_weights"] <= (0.40 if quantisation == "NF4" else 0.50) * nearest["distance_of_weights"]
     assert all_["distance"] < few["distance"] < nearest["distance"]
+    assert itself["distance"] < nearest["distance"]
 
 
 @pytest.mark.slow
